@@ -1,0 +1,1 @@
+"""LLaVA-Interleave: many images, videos and views in, text out."""

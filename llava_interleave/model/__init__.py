@@ -1,0 +1,6 @@
+"""The network: SigLIP tower, projector, Qwen2 decoder. Knows no caches, batches, padding, tokenizers or files."""
+
+from .attend import Attend, Packed
+from .llava import Llava, arrange
+
+__all__ = ["Attend", "Llava", "Packed", "arrange"]

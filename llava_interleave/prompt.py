@@ -1,0 +1,42 @@
+"""What a request or a training example is: all that processing hands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .layout import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image or video, ready for the tower.
+
+    pixels: `[crops, 3, S, S]` float32, normalised.
+    layout: how the crops' features become tokens; `layout.length` placeholders stand for it.
+    key: hash of the decoded pixels (size and mode included), the preprocessing and the layout.
+    start: index of its first placeholder in `Prompt.tokens`.
+    """
+
+    pixels: Tensor
+    layout: Layout
+    key: bytes
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids with every placeholder already expanded, and the media that the placeholders stand for, in order.
+
+    learn: training only, one flag a token: which tokens carry loss.
+    """
+
+    tokens: list[int]
+    media: tuple[Media, ...] = ()
+    learn: list[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
