@@ -60,15 +60,16 @@ def anyres(width: int, height: int, crop: int, grid: int) -> Layout:
     """The layout of an image of `width` x `height` pixels cut into tiles of `crop` pixels, `grid` features a side.
 
     Source of the cut: LLaVA-NeXT `llava/model/llava_arch.py` unpad_image. The original's newline vector is not part of
-    this family's Hugging Face checkpoints and is left out.
+    this family's Hugging Face checkpoints and is left out. Of a very narrow image, of which the original keeps nothing, the
+    innermost features remain.
     """
     pin_w, pin_h = best_pinpoint(width, height, crop)
     rows, columns = pin_h // crop, pin_w // crop
     full_h, full_w = rows * grid, columns * grid
     if width / height > full_w / full_h:
-        padding = (full_h - int(height * (full_w / width))) // 2
+        padding = (full_h - max(1, int(height * (full_w / width)))) // 2
         keep = (padding, 0, full_h - 2 * padding, full_w)
     else:
-        padding = (full_w - int(width * (full_h / height))) // 2
+        padding = (full_w - max(1, int(width * (full_h / height)))) // 2
         keep = (0, padding, full_h, full_w - 2 * padding)
     return Layout(grid, 1 + rows * columns, (rows, columns), keep)

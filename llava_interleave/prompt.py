@@ -17,7 +17,7 @@ class Media:
 
     pixels: `[crops, 3, S, S]` float32, normalised.
     layout: how the crops' features become tokens; `layout.length` placeholders stand for it.
-    key: hash of the decoded pixels (size and mode included), the preprocessing and the layout.
+    key: hash of the crops' bytes with their number and size, the normalisation and the layout: equal keys, equal features.
     start: index of its first placeholder in `Prompt.tokens`.
     """
 

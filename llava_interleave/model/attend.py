@@ -1,6 +1,7 @@
 """The network's one question to its caller: what do these queries see?"""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -18,20 +19,46 @@ class Attend(Protocol):
 
 
 class Packed:
-    """Causal attention within each of several sequences that lie one after another: training and one-off forwards."""
+    """Causal attention within each of several sequences that lie one after another: training and one-off forwards.
+
+    Sequences of similar length go through one call, filled up at the end: what comes after a query it never sees, so no mask is
+    needed.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
+        self.total = sum(lengths)
+        starts = [0, *accumulate(lengths)]
+        groups: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if groups and lengths[index] * 4 >= lengths[groups[-1][0]] * 3:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        self.groups: list[Tensor] = []  # rows of the flat batch, [sequences, longest]
+        back = torch.empty(self.total, dtype=torch.long)  # where each row is found in the groups' results
+        offset = 0
+        for group in groups:
+            longest = lengths[group[0]]
+            for row, index in enumerate(group):
+                begin = offset + row * longest
+                back[starts[index] : starts[index + 1]] = torch.arange(begin, begin + lengths[index])
+            last = torch.tensor([starts[index + 1] - 1 for index in group])[:, None]
+            first = torch.tensor([starts[index] for index in group])[:, None]
+            self.groups.append(torch.minimum(first + torch.arange(longest), last))
+            offset += len(group) * longest
+        self.back = back
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert q.shape[0] == sum(self.lengths)
-        parts = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
-        return torch.cat([causal(*part) for part in parts])
+        assert q.shape[0] == self.total
+        if q.device != self.back.device:
+            self.back, self.groups = self.back.to(q.device), [rows.to(q.device) for rows in self.groups]
+        parts = [causal(q[rows], k[rows], v[rows]).flatten(0, 1) for rows in self.groups]
+        return torch.cat(parts)[self.back]
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of `[T, H, d]` queries, the last of S keys `[S, Hkv, d]`, -> `[T, H, d]`; T == S or T == 1."""
-    assert q.shape[0] in (1, k.shape[0])
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    """Causal attention of `[B, T, H, d]` queries, the last of S keys `[B, S, Hkv, d]` -> `[B, T, H, d]`; T == S or T == 1."""
+    assert q.shape[1] in (1, k.shape[1])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return out.squeeze(0).transpose(0, 1)
+    return out.transpose(1, 2)

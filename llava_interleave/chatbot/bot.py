@@ -1,0 +1,285 @@
+"""A loaded model that answers messages: text in and out, stop strings, several answers, usage and timings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import notice, weights
+from ..engine import Engine, Event, Sampling, Timings, Usage
+from ..errors import CheckpointError
+from ..model import Llava
+from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
+from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
+from ..prompt import Prompt
+from .attach import content
+from .conversation import Conversation
+from .place import kv_memory, pick_device, pick_dtype
+from .stops import StopStrings
+
+BUILTIN = Path(__file__).parent.parent / "builtin"
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that was written, its natural log-probability, and the likeliest tokens in its place with theirs."""
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. `str(answer)` is its text.
+
+    tokens: every id that was written, one that ended the answer included.
+    finish_reason: "stop" at the end of the turn or a stop string, "length" at max_new_tokens.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer as it is written.
+
+    text: what is new; together the pieces are the answer's text.
+    index: which of `n` answers.
+    answer: the whole answer on its last chunk, before that None.
+    """
+
+    text: str
+    index: int = 0
+    answer: Answer | None = None
+
+
+class Chatbot:
+    """A model with its tokenizer and engine. Several threads may ask at once; their answers are computed together."""
+
+    def __init__(self, source: Path, processor: Processor, engine: Engine, model: Llava) -> None:
+        self.source = source
+        self.processor = processor
+        self.engine = engine
+        self.model = model
+        self._lock = threading.Lock()
+
+    def ask(self, question: str, attachments: Sequence[object] = (), options: Options = DEFAULTS, **changes: object) -> Any:
+        """Ask one question about images, videos and folders of frames, given as paths, URLs, bytes, PIL images, arrays or parts.
+
+        They stand where the question says `<image>`, or before it. Keywords are the fields of `Options`. Returns as `chat` does.
+        """
+        return self.chat(self.turn(question, attachments), options, **changes)
+
+    def chat(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Any:
+        """The `Answer` to messages in the chat form of transformers and OpenAI; for n > 1 a list of n. Keywords as `Options`."""
+        answers = {chunk.index: chunk.answer for chunk in self.stream(messages, options, **changes) if chunk.answer}
+        ordered = [answers[index] for index in sorted(answers)]
+        return ordered if options.but(changes).n > 1 else ordered[0]
+
+    def stream(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Generator[Chunk]:
+        """As `chat`, but a piece at a time. Closing the iterator ends the computation. Mistakes are raised by the call itself."""
+        options = options.but(changes)
+        prompt = self.prompt(messages, options)
+        room = self.model.config.text.context - len(prompt)
+        how = [sampling(options, index, room) for index in range(options.n)]
+        streams = {
+            _Writer(self.processor, options, index): self._locked(self.engine.stream(prompt, one))
+            for index, one in enumerate(how)
+        }
+        return self._pieces(streams)
+
+    def prompt(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Prompt:
+        """What the network is given for these messages."""
+        options = options.but(changes)
+        return self.processor.prompt(messages, **processing(options), max_new_tokens=options.max_new_tokens or 1)
+
+    def estimate(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Estimate:
+        """Tokens of each part and in all, context left, and memory, without computing anything."""
+        number_bytes = self.model.language_model.norm.weight.itemsize
+        return self.processor.estimate(messages, **processing(options.but(changes)), number_bytes=number_bytes)
+
+    def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
+        """The messages of one question with attachments."""
+        return [{"role": "user", "content": content(question, attachments)}]
+
+    def conversation(self) -> Conversation:
+        """A new conversation with this model."""
+        return Conversation(self)
+
+    def resume(self, path: str | os.PathLike[str]) -> Conversation:
+        """Go on with a conversation that `Conversation.save` wrote."""
+        return Conversation.load(path, self)
+
+    def info(self) -> dict[str, object]:
+        """Where the model is from and how it runs here."""
+        weight = self.model.lm_head.weight
+        return {
+            "source": str(self.source),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "precision": str(weight.dtype).removeprefix("torch."),
+            "device": str(weight.device),
+            "context": self.model.config.text.context,
+            "tokens_per_image": self.model.config.vision.grid**2,
+        }
+
+    def _pieces(self, streams: dict[_Writer, Generator[Event]]) -> Generator[Chunk]:
+        """Reads the events of all answers in turn, so that they are computed together."""
+        try:
+            while streams:
+                for writer, events in list(streams.items()):
+                    event = next(events)
+                    text = writer.write(event)
+                    if event.finish_reason or writer.stops.stopped:
+                        streams.pop(writer).close()
+                        yield writer.last(text, event)
+                    elif text:
+                        yield Chunk(text, writer.index)
+        finally:
+            for events in streams.values():
+                events.close()
+
+    def _locked(self, events: Iterator[Event]) -> Generator[Event]:
+        """The events one by one, computed while no other thread computes."""
+        assert isinstance(events, Generator)
+        try:
+            while True:
+                with self._lock:
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            with self._lock:
+                events.close()
+
+
+def load(
+    name_or_folder: str | os.PathLike[str] | None = None,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008  frozen
+    kv_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Chatbot:
+    """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
+
+    precision: float32, bfloat16, float16, or auto: float32 for a network of up to 100 M parameters and, on a CPU, for one stored
+    in float32; else bfloat16 (float16 on a GPU without it).
+    device: cpu, cuda, cuda:1, or auto: the GPU where there is one; `Chatbot.info()` tells.
+    limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
+    of the memory. progress: called with the bytes of weights read so far and in all.
+    """
+    folder = locate(name_or_folder, revision)
+    place = pick_device(device)
+    processor = Processor.from_folder(folder, limits=limits)
+    model = weights.load(folder, dtype=pick_dtype(precision, folder, place), device=place, progress=progress)
+    if name_or_folder is not None:
+        notice.show_once(str(name_or_folder), folder)
+    tokenizer, kv = processor.tokenizer, kv_memory(model) if kv_bytes is None else kv_bytes
+    engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=kv)
+    return Chatbot(folder, processor, engine, model)
+
+
+def estimate(
+    question: str,
+    attachments: Sequence[object] = (),
+    name_or_folder: str | os.PathLike[str] | None = None,
+    options: Options = DEFAULTS,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+) -> Estimate:
+    """As `Chatbot.estimate` for one question, without loading weights."""
+    folder = locate(name_or_folder, revision)
+    messages = [{"role": "user", "content": content(question, attachments)}]
+    dtype = pick_dtype(precision, folder, pick_device(device))
+    return Processor.from_folder(folder).estimate(messages, **processing(options), number_bytes=dtype.itemsize)
+
+
+def locate(name_or_folder: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    """The folder of a checkpoint; of the built-in model without a name."""
+    if name_or_folder is None and not (BUILTIN / "config.json").is_file():
+        raise CheckpointError("this installation carries no built-in model; name a checkpoint folder or a Hugging Face model")
+    name = BUILTIN if name_or_folder is None else name_or_folder
+    return weights.resolve(name if isinstance(name, str) else Path(name), revision)
+
+
+def processing(options: Options) -> dict[str, Any]:
+    """The part of the options that says how messages become a prompt, as `Processor` takes it."""
+    return {
+        "preset": options.preset,
+        "system": ... if options.system == DEFAULT_SYSTEM else options.system or None,
+        "anyres": options.anyres,
+        "frames": FrameSampling(frames=options.frames, fps=options.fps, start=options.start, end=options.end),
+        "frame_times": options.frame_times,
+    }
+
+
+def sampling(options: Options, index: int, room: int) -> Sampling:
+    """The part of the options that says how tokens are chosen, for answer `index` of n and `room` tokens left in the context."""
+    shared = {field.name for field in dataclasses.fields(Options)} & {field.name for field in dataclasses.fields(Sampling)}
+    chosen = {name: getattr(options, name) for name in shared}
+    if options.max_new_tokens is None:
+        chosen["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
+    return Sampling(**chosen | {"seed": None if options.seed is None else options.seed + index})
+
+
+class _Writer:
+    """Collects one answer from its events."""
+
+    def __init__(self, processor: Processor, options: Options, index: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.index = index
+        self.stream = TextStream(processor.tokenizer)
+        self.stops = StopStrings(options.stop)
+        self.text = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []
+
+    def write(self, event: Event) -> str:
+        """The text that is now certain to be shown; "" for the token that ended the answer."""
+        if event.token is None:
+            return ""
+        self.tokens.append(event.token)
+        if self.logprobs is not None and event.logprob is not None:
+            text = self.tokenizer.decode([event.token], skip_special=False)
+            self.logprobs.append(TokenLogprob(event.token, text, event.logprob, event.top_logprobs))
+        return "" if event.finish_reason == "stop" else self._show(self.stream.push(event.token))
+
+    def last(self, text: str, event: Event) -> Chunk:
+        """The chunk of `text`, of what was held back and of the whole answer, whose request has ended."""
+        if not self.stops.stopped:
+            text += self._show(self.stream.finish())
+        if not self.stops.stopped:
+            rest = self.stops.finish()
+            self.text += rest
+            text += rest
+        reason = "stop" if self.stops.stopped else str(event.finish_reason)
+        logprobs = None if self.logprobs is None else tuple(self.logprobs)
+        request = event.request
+        answer = Answer(self.text, tuple(self.tokens), reason, request.usage, request.timings(0.0), logprobs)
+        return Chunk(text, self.index, answer)
+
+    def _show(self, text: str) -> str:
+        shown = self.stops.push(text)
+        self.text += shown
+        return shown

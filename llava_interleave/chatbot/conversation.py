@@ -1,0 +1,150 @@
+"""A conversation that goes on: history, attachments on the way, taking back, saving and resuming."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Generator
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from ..options import DEFAULTS, Options
+from ..processing.images import from_array
+from .attach import Part, content, is_video, part
+
+if TYPE_CHECKING:
+    from .bot import Answer, Chatbot, Chunk
+
+FORMAT = "llava-interleave conversation"
+VERSION = 1
+
+
+class Conversation:
+    """A chat with one model. Earlier images are not computed again: the engine knows the common beginning.
+
+    messages: the turns so far, in the form that `Chatbot.chat` takes.
+    pending: parts attached to the next question.
+    """
+
+    def __init__(self, bot: Chatbot, messages: list[dict[str, Any]] | None = None) -> None:
+        self.bot = bot
+        self.messages = list(messages or [])
+        self.pending: list[Part] = []
+
+    def attach(self, *sources: object) -> None:
+        """Attach images, videos or folders of frames to the next question. Raises `MediaError` for a file that is missing."""
+        self.pending += [part(source) for source in sources]
+
+    def stream(self, question: str, options: Options = DEFAULTS, **changes: object) -> Generator[Chunk]:
+        """Ask and yield the pieces of the answer. An answer that is broken off leaves the conversation as it was."""
+        asked = [*self.messages, {"role": "user", "content": content(question, self.pending)}]
+        for chunk in self.bot.stream(asked, options, **changes):
+            if chunk.answer is not None and chunk.index == 0:
+                told = {"role": "assistant", "content": [{"type": "text", "text": chunk.answer.text}]}
+                self.messages, self.pending = [*asked, told], []
+            yield chunk
+
+    def ask(self, question: str, options: Options = DEFAULTS, **changes: object) -> Answer:
+        """Ask and wait for the whole answer."""
+        answers = [chunk.answer for chunk in self.stream(question, options, **changes) if chunk.answer is not None]
+        return answers[0]
+
+    def undo(self) -> bool:
+        """Take back the last question and its answer, and attach its pictures again; False if there is none."""
+        asked = next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
+        if asked is None:
+            return False
+        turn = self.messages[asked]["content"]
+        self.pending = [*(p for p in turn if isinstance(p, dict) and p["type"] != "text"), *self.pending]
+        del self.messages[asked:]
+        return True
+
+    def save(self, path: str | os.PathLike[str], *, embed: bool = False) -> None:
+        """Write the conversation as JSON, whole or not at all. Files are named by full path, or stored inside with `embed`."""
+        written = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.bot.source.name,
+            "messages": [{**m, "content": _kept(m["content"], embed)} for m in self.messages],
+            "pending": _kept(self.pending, embed),
+        }
+        target = Path(path)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(written, file, ensure_ascii=False, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(name).unlink()
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:
+        """Read a saved conversation. Raises `DataError` for a file that is missing or something else."""
+        try:
+            read = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from error
+        if not isinstance(read, dict) or read.get("format") != FORMAT or read.get("version") != VERSION:
+            raise DataError(f"{path} is not a conversation saved by this version (format {FORMAT!r}, version {VERSION})")
+        loaded = cls(bot, read["messages"])
+        loaded.pending = read["pending"]
+        return loaded
+
+
+def _kept(turn: str | list[Part], embed: bool) -> str | list[Part]:
+    return turn if isinstance(turn, str) else [_stored(p, embed) for p in turn]
+
+
+def _stored(p: Part, embed: bool) -> Part:
+    """A part in a form that JSON holds."""
+    if p["type"] == "views":
+        views = p["views"]
+        named = [{"name": n, "image": v} for n, v in views.items()] if isinstance(views, dict) else views
+        kept = [{**v, "image": _source(v["image"], embed)} if isinstance(v, dict) else _source(v, embed) for v in named]
+        return {**p, "views": kept}
+    stored = dict(p)
+    for key in ("path", "image", "video"):
+        if key not in stored:
+            continue
+        source = stored.pop(key)
+        if key == "path" and not embed:
+            stored["path"] = str(Path(source).resolve())
+        elif key == "path" and Path(source).is_dir():
+            stored["video"] = [_source(str(frame), embed) for frame in sorted(Path(source).iterdir()) if frame.is_file()]
+        elif isinstance(source, list | tuple):
+            stored[key] = [_source(frame, embed) for frame in source]
+        else:
+            stored["url" if key == "path" else key] = _source(source, embed)
+    return stored
+
+
+def _source(source: Any, embed: bool) -> str:
+    """A source as text: an address, a full path, or a data URL with the content."""
+    if isinstance(source, str | os.PathLike):
+        name = str(source)
+        if name.startswith(("http://", "https://", "data:")):
+            return name
+        if not embed:
+            return str(Path(name).resolve())
+        return _data_url(Path(name).read_bytes())
+    if isinstance(source, bytes):
+        return _data_url(source)
+    file = BytesIO()
+    (from_array(source) if hasattr(source, "shape") else source).save(file, "PNG")
+    return _data_url(file.getvalue())
+
+
+def _data_url(data: bytes) -> str:
+    kind = "video/mp4" if is_video(data) else "image/png"
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

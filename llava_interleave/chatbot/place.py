@@ -1,0 +1,57 @@
+"""Where a network runs and in which numbers, when nobody says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..engine import bytes_per_token
+from ..errors import OptionError
+from ..model import Llava
+from ..weights import skeleton
+from ..weights.files import read_config, read_headers
+from ..weights.load import _device
+from ..weights.tensors import FLOATS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = 100_000_000
+"""A network of at most this many parameters runs in float32: 400 MB at most, and exact."""
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16 or float16 by name."""
+    if name not in DTYPES:
+        raise OptionError(f"{name!r} is no precision; there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the first CUDA GPU where there is one, else the CPU. Raises `Unsupported` for a device that is not here."""
+    if name != "auto":
+        return str(_device(name))
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
+    """`auto`: float32 for a small network, and on a CPU for one stored in it; else bfloat16, or float16 on a GPU without that."""
+    if precision != "auto":
+        return named_dtype(precision)
+    if sum(parameter.numel() for parameter in skeleton(read_config(folder)).parameters()) <= SMALL:
+        return torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    stored = max(read_headers(folder).values(), key=lambda tensor: tensor.bytes).dtype
+    return torch.float32 if FLOATS.get(stored) == torch.float32 else torch.bfloat16
+
+
+def kv_memory(model: Llava) -> int:
+    """Bytes for keys and values: two full contexts, one to keep while the other runs; at most a quarter of the memory."""
+    weight = model.language_model.norm.weight
+    wanted = 2 * model.config.text.context * bytes_per_token(model.config.text, weight.dtype)
+    if weight.is_cuda:
+        return min(wanted, torch.cuda.mem_get_info(weight.device)[0] // 2)
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 16 << 30
+    return min(wanted, memory // 4)

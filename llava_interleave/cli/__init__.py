@@ -1,0 +1,69 @@
+"""The command `llava`: thin commands over the library, one file a group. Importing it imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import LlavaError
+from . import ask, chat, checkpoint, plan
+
+app = typer.Typer(
+    name="llava",
+    help="Many images, videos and views in, text out.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Many images, videos and views in, text out."""
+
+
+for module in (ask, chat, plan, checkpoint):
+    module.register(app)
+
+
+def reference() -> str:
+    """The Markdown of docs/cli.md: the help of every command, as the program prints it."""
+    from typer.testing import CliRunner
+
+    def told(*words: str) -> str:
+        result = CliRunner().invoke(app, [*words, "--help"], prog_name="llava", terminal_width=120)
+        assert result.exit_code == 0, result.output
+        return f"```console\n$ llava {' '.join([*words, '--help'])}\n{result.output.strip()}\n```\n"
+
+    commands = [command for command in typer.main.get_group(app).commands.values() if not command.hidden]
+    sections = [f"## llava {command.name}\n\n{told(str(command.name))}" for command in commands]
+    return "\n".join(["# The command line\n\nWritten by `llava reference`; a test compares.\n", told(), *sections])
+
+
+@app.command("reference", hidden=True)
+def print_reference() -> None:
+    """Print docs/cli.md."""
+    print(reference(), end="")
+
+
+def main() -> None:
+    """Run the command line: an error is one line on stderr and its exit code, Ctrl-C exits 130, a closed pipe is quiet."""
+    try:
+        app()
+    except LlavaError as error:
+        print(f"llava: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

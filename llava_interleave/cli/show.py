@@ -1,0 +1,128 @@
+"""What the commands share: flags made from `Options`, attachments from words, a spinner and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from ..options import Options
+
+if TYPE_CHECKING:
+    from ..chatbot import Chatbot
+
+Attach = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attach", "-a", metavar="FILE|URL|-", help="A picture, a video, a folder of frames, or '-' for standard input."
+    ),
+]
+View = Annotated[
+    list[str] | None,
+    typer.Option("--view", metavar="NAME=FILE", help="One view of a scene and its name; all --view together are one set."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A checkpoint folder or a Hugging Face name; without it the built-in model."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `options: Options` a flag for every field of it."""
+    hints = typing.get_type_hints(Options)
+    fields = [field for field in dataclasses.fields(Options) if field.name != "logit_bias"]  # a mapping is no flag
+    flags = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if field.default == () else field.default,
+            annotation=Annotated[
+                _flag_type(hints[field.name]), typer.Option(_flag_name(field.name), help=field.metadata["help"])
+            ],
+        )
+        for field in fields
+    ]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        chosen = {field.name: given.pop(field.name) for field in fields}
+        lists = {name: tuple(value or ()) for name, value in chosen.items() if name in ("stop", "stop_ids")}
+        command(**given, options=Options(**(chosen | lists)))
+
+    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
+    return run
+
+
+def _flag_name(field: str) -> str:
+    return {"n": "-n", "stop_ids": "--stop-id"}.get(field, "--" + field.replace("_", "-"))
+
+
+def _flag_type(hint: Any) -> Any:
+    """The type that a flag has for a field: several texts or ids become a list that is given one at a time."""
+    if "tuple" not in str(hint):
+        return hint
+    return list[int] | None if hint == tuple[int, ...] else list[str] | None
+
+
+def attachments(words: list[str] | None, views: list[str] | None) -> list[object]:
+    """What -a and --view name; '-' is read from standard input. Raises `OptionError` for a view without a name."""
+    sources: list[object] = [sys.stdin.buffer.read() if word == "-" else word for word in words or []]
+    if views:
+        pairs = [view.partition("=") for view in views]
+        if not all(name and equals and file for name, equals, file in pairs):
+            raise OptionError("--view takes NAME=FILE, for example --view front=front.png")
+        sources.append({"type": "views", "views": [{"name": name, "image": file} for name, _, file in pairs]})
+    return sources
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A spinner with the time gone by on stderr while something runs; silent where stderr is no terminal.
+
+    Yields a function that shows how far it is: (done, total).
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, description=f"{what} {done / max(total, 1):.0%}")
+
+
+def load(model: str | None, revision: str | None, precision: str, device: str) -> Chatbot:
+    """The chatbot that the flags name. A download draws its own bars; reading the weights shows how far it is."""
+    with busy("starting"):
+        from ..chatbot import load as read
+        from ..chatbot import locate
+    locate(model, revision)
+    with busy(f"loading {model or 'the built-in model'}") as progress:
+        return read(model, revision=revision, precision=precision, device=device, progress=progress)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    Console().print(drawn)

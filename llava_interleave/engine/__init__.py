@@ -1,0 +1,9 @@
+"""Generation: continuous batching, KV memory, prefix and feature caches, sampling. Used from one thread; knows no text."""
+
+from .engine import Engine, Load
+from .events import Event, FinishReason, Timings, Usage
+from .memory import bytes_per_token
+from .request import Request
+from .sampling import Sampling
+
+__all__ = ["Engine", "Event", "FinishReason", "Load", "Request", "Sampling", "Timings", "Usage", "bytes_per_token"]

@@ -1,0 +1,258 @@
+"""What is kept for later: keys and values of token prefixes, features of images. Account and policy; KV tensors lie elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .memory import Slab
+
+BLOCK = 32
+"""Tokens a step of the hash chain; a shorter common prefix is not worth a copy."""
+
+
+class Identity:
+    """Stands for one media key; alive as long as something that was made from it. `number` is never given twice."""
+
+    __slots__ = ("__weakref__", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Keys:
+    """What each token of a sequence stands for: its id, or for a placeholder a negative number from (image, offset).
+
+    chain: hash of the salt and of all tokens up to the end of each whole block.
+    """
+
+    numbers: NDArray[np.int64]
+    salt: bytes
+    images: tuple[Identity, ...]
+    chain: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], images: Iterable[tuple[int, int, Identity]] = (), salt: bytes = b"") -> Keys:
+        """`images`: (index of the first placeholder, number of placeholders, identity)."""
+        numbers, held = np.array(tokens, dtype=np.int64), []
+        for start, length, identity in images:
+            numbers[start : start + length] = -1 - (identity.number << 24) - np.arange(length)
+            held.append(identity)
+        return cls(numbers, salt, tuple(held), _chain(numbers, salt))
+
+    def through(self, tokens: Sequence[int], length: int) -> Keys:
+        """The first `length` of these keys followed by `tokens`."""
+        if not tokens and length == len(self.numbers):
+            return self
+        numbers = np.concatenate([self.numbers, np.array(tokens, dtype=np.int64)])[:length]
+        return Keys(numbers, self.salt, self.images, _chain(numbers, self.salt))
+
+    def common(self, other: Keys) -> int:
+        """How many tokens both begin with."""
+        n = min(len(self.numbers), len(other.numbers))
+        differ = self.numbers[:n] != other.numbers[:n]
+        first = int(differ.argmax()) if n else 0
+        return first if n and differ[first] else n
+
+
+def _chain(numbers: NDArray[np.int64], salt: bytes) -> tuple[int, ...]:
+    chain, link = [], hash(salt)
+    for start in range(0, len(numbers) - BLOCK + 1, BLOCK):
+        link = hash((link, numbers[start : start + BLOCK].tobytes()))
+        chain.append(link)
+    return tuple(chain)
+
+
+@dataclass(slots=True, eq=False)
+class KV:
+    """Keys and values of one token sequence: what they stand for, how many are computed, how many have room.
+
+    running: some request writes to it; else it is kept as a cache. slab: where they lie, the runner's affair.
+    """
+
+    keys: Keys
+    length: int = 0
+    capacity: int = 0
+    running: bool = True
+    slab: Slab | None = None
+
+
+class Match(NamedTuple):
+    """The best source for a prefix: `usable` tokens now, and the most that any will have once it is prefilled."""
+
+    source: KV | None
+    usable: int
+    coming: int
+
+
+class Prefixes:
+    """The account of all KV memory, `total` tokens: running sequences, and finished ones as cache, oldest dropped first."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self.running: set[KV] = set()
+        self.idle: OrderedDict[KV, None] = OrderedDict()
+        self.idle_tokens = 0
+        self.pinned: set[KV] = set()  # sources of the step being planned
+        self._index: dict[int, list[KV]] = {}
+
+    def find(self, keys: Keys, limit: int) -> Match:
+        """Who shares the longest prefix of at most `limit` tokens; found by hash, measured by content."""
+        holders: list[KV] = []
+        for link in keys.chain:
+            if not (at := self._index.get(link)):
+                break
+            holders = at
+        best = Match(None, 0, 0)
+        for kv in holders:
+            if kv.keys.salt != keys.salt:
+                continue
+            common = min(keys.common(kv.keys), limit)
+            usable, coming = min(common, kv.length), max(best.coming, common)
+            best = Match(kv, usable, coming) if usable > best.usable else best._replace(coming=coming)
+        return best
+
+    def reserve(self, kv: KV, capacity: int) -> bool:
+        """Give `kv` room for `capacity` tokens, dropping caches as needed. False, and nothing happened: there is no room."""
+        need, kept = capacity - kv.capacity, self.pinned | {kv}
+        if need > self.total - self.used:
+            if need > self.total - self.used + self.idle_tokens - sum(k.capacity for k in kept if k in self.idle):
+                return False
+            while need > self.total - self.used:
+                self.drop(next(k for k in self.idle if k not in kept))
+        kv.capacity = capacity
+        self.used += need
+        if kv in self.idle:
+            self.idle_tokens += need
+        return True
+
+    def start(self, kv: KV) -> None:
+        """`kv` has its room and belongs to a running request from here on."""
+        self.running.add(kv)
+        self._register(kv)
+
+    def take(self, kv: KV, keys: Keys, length: int) -> None:
+        """A cache becomes a running sequence that begins with its first `length` tokens."""
+        del self.idle[kv]
+        self.idle_tokens -= kv.capacity
+        self._unregister(kv)
+        kv.keys, kv.length, kv.running = keys, length, True
+        self.start(kv)
+
+    def retire(self, kv: KV, keys: Keys) -> None:
+        """A running sequence ends and becomes a cache for `keys`, unless it is too short or another holds all of it;
+        a cache that it holds all of goes."""
+        assert len(keys.numbers) == kv.length
+        if kv.length < BLOCK:
+            self.drop(kv)
+            return
+        self._unregister(kv)
+        kv.keys = keys
+        other, usable, _ = self.find(keys, kv.length)
+        self._register(kv)
+        if usable == kv.length:
+            self.drop(kv)
+            return
+        if other is not None and other in self.idle and usable == other.length:
+            self.drop(other)
+        self.running.remove(kv)
+        kv.running = False
+        self.idle[kv] = None
+        self.idle_tokens += kv.capacity
+
+    def drop(self, kv: KV) -> None:
+        """Forget a sequence and free its memory."""
+        if kv.running:
+            self.running.remove(kv)
+        else:
+            del self.idle[kv]
+            self.idle_tokens -= kv.capacity
+        self._unregister(kv)
+        self.used -= kv.capacity
+        kv.capacity, kv.slab = 0, None
+
+    def clear(self) -> None:
+        while self.idle:
+            self.drop(next(iter(self.idle)))
+
+    def _register(self, kv: KV) -> None:
+        for link in kv.keys.chain:
+            self._index.setdefault(link, []).append(kv)
+
+    def _unregister(self, kv: KV) -> None:
+        for link in kv.keys.chain:
+            self._index[link].remove(kv)
+            if not self._index[link]:
+                del self._index[link]
+
+    def check(self) -> None:
+        """Assert that every count is what the sequences add up to."""
+        alive = [*self.running, *self.idle]
+        assert self.used == sum(kv.capacity for kv in alive) <= self.total, (self.used, self.total)
+        assert self.idle_tokens == sum(kv.capacity for kv in self.idle)
+        assert all(kv.running for kv in self.running) and not any(kv.running for kv in self.idle)
+        assert all(kv.length <= kv.capacity for kv in alive)
+        assert all(kv.slab is None or kv.slab.capacity == kv.capacity for kv in alive)
+        held = Counter(id(kv) for holders in self._index.values() for kv in holders)
+        assert held == Counter({id(kv): len(kv.keys.chain) for kv in alive if kv.keys.chain})
+
+
+class Features:
+    """Features `[tokens, D]` by unit, least recently used dropped first, at most `limit` bytes beside those that are held."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._rows: OrderedDict[tuple[bytes, int], Tensor] = OrderedDict()
+        self._holds: Counter[tuple[bytes, int]] = Counter()
+
+    def __contains__(self, key: tuple[bytes, int]) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: tuple[bytes, int]) -> Tensor:
+        self._rows.move_to_end(key)
+        return self._rows[key]
+
+    def put(self, key: tuple[bytes, int], rows: Tensor) -> None:
+        assert key not in self._rows
+        self._rows[key] = rows
+        self.bytes += rows.nbytes
+        self._trim()
+
+    def hold(self, key: tuple[bytes, int]) -> None:
+        """Keep these features, once they are there, until as many `release`."""
+        self._holds[key] += 1
+
+    def release(self, key: tuple[bytes, int]) -> None:
+        self._holds[key] -= 1
+        if not self._holds[key]:
+            del self._holds[key]
+            self._trim()
+
+    def clear(self) -> None:
+        limit, self.limit = self.limit, 0
+        self._trim()
+        self.limit = limit
+
+    def _trim(self) -> None:
+        if self.bytes > self.limit:
+            for key in [key for key in self._rows if key not in self._holds]:
+                self.bytes -= self._rows.pop(key).nbytes
+                if self.bytes <= self.limit:
+                    break
+
+    def check(self, holds: Counter[tuple[bytes, int]]) -> None:
+        """Assert the bytes, and that `holds` are the holds there are."""
+        assert self.bytes == sum(rows.nbytes for rows in self._rows.values())
+        assert self.bytes <= self.limit + sum(rows.nbytes for key, rows in self._rows.items() if key in holds)
+        assert self._holds == holds, (self._holds, holds)

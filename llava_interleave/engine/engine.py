@@ -1,0 +1,267 @@
+"""The engine: requests in, events out, three verbs a step. Knows no text, files or HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from ..errors import ContextError, OptionError, PromptError
+from ..model import Llava
+from ..prompt import Prompt
+from .cache import Features, Identity, Keys, Prefixes
+from .events import Event
+from .request import Request
+from .runner import Runner
+from .sampling import Sampling
+from .scheduler import Plan, Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is. KV in tokens: of `kv_total`, `kv_running` belong to running requests and `kv_cached` to prefixes."""
+
+    waiting: int
+    running: int
+    kv_total: int
+    kv_running: int
+    kv_cached: int
+    feature_bytes: int
+
+
+class Engine:
+    """Answers many requests at once with one model; what else is running never changes an answer.
+
+    eos_ids end an answer. vocab: ids from here on have no meaning and are never generated, nor is the image placeholder.
+    kv_bytes: all keys and values, running and cached. feature_bytes: image features kept beside those in use.
+    max_step_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
+    max_step_crops: in a call of the tower. max_running: requests at a time. clock: seconds.
+
+    Used from one thread: nothing here is locked. A server gives it a thread of its own and talks to that.
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        *,
+        eos_ids: Collection[int],
+        vocab: int,
+        kv_bytes: int,
+        feature_bytes: int = 256 << 20,
+        max_step_tokens: int = 1024,
+        max_step_crops: int = 8,
+        max_running: int = 64,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        text = model.config.text
+        if not 0 < vocab <= text.vocab_size:
+            raise OptionError(f"vocab must be between 1 and the network's {text.vocab_size}, not {vocab}")
+        if max_running < 1 or max_step_crops < 1 or max_step_tokens < max_running:
+            raise OptionError(
+                f"max_running ({max_running}) and max_step_crops ({max_step_crops}) must be at least 1, "
+                f"and max_step_tokens ({max_step_tokens}) at least max_running"
+            )
+        self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
+        self._features = Features(feature_bytes)
+        self._runner = Runner(model, self._features, vocab=vocab, max_step_crops=max_step_crops, clock=clock)
+        self.bytes_per_token = self._runner.memory.bytes_per_token
+        self._prefixes = Prefixes(kv_bytes // self.bytes_per_token)
+        self._scheduler = Scheduler(
+            self._prefixes,
+            self._features,
+            max_step_tokens=max_step_tokens,
+            max_step_crops=max_step_crops,
+            max_running=max_running,
+        )
+        self._identities: WeakValueDictionary[bytes, Identity] = WeakValueDictionary()
+        self._numbers, self._ids = count(), count()
+        self._events: deque[Event] = deque()  # of requests that nobody streams
+        self._streams: dict[Request, deque[Event]] = {}
+
+    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, salt: bytes = b"") -> Request:
+        """Queue a request, whose events `step` returns. Prefixes are shared among requests of equal `salt` only.
+
+        ContextError if it could never fit, PromptError if placeholders and media do not agree.
+        """
+        request = self._request(prompt, sampling or Sampling(), salt)
+        self._scheduler.add(request)
+        return request
+
+    def step(self) -> list[Event]:
+        """Compute one step and return the events since the last call, of all requests but streamed ones.
+
+        Out of memory, or another RuntimeError, ends the requests of the step with finish_reason "error"; any other exception
+        does so too and is raised. The engine goes on with the rest.
+        """
+        self._advance()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    @property
+    def busy(self) -> bool:
+        """Whether a `step` would do anything."""
+        return bool(self._scheduler.running or self._scheduler.waiting or self._events)
+
+    def abort(self, request: Request) -> Event | None:
+        """End a request now and give back its memory; its last event, None if it had ended already."""
+        if request.finish_reason is not None:
+            return None
+        event = self._scheduler.end(request, "abort", self.clock())
+        if request in self._streams:
+            self._streams[request].append(event)
+        return event
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None, *, salt: bytes = b"") -> Iterator[Event]:
+        """The events of one request, computed as they are asked for; errors as `add`, at once.
+
+        Closing the iterator aborts the request. Several may be read in turn, each step advances all. An error is raised.
+        """
+        return self._stream(self._request(prompt, sampling or Sampling(), salt))
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, *, salt: bytes = b""
+    ) -> list[Request]:
+        """Answer all prompts together; the requests when all have ended. One sampling for all, or one each."""
+        each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+        requests = [self._request(p, s, salt) for p, s in zip(prompts, each, strict=True)]
+        streams = [self._stream(request) for request in requests]
+        try:
+            for request in requests:
+                self._open(request)
+            for stream in streams:
+                for _ in stream:
+                    pass
+        finally:
+            for request in requests:
+                self._close(request)
+        return requests
+
+    def _stream(self, request: Request) -> Iterator[Event]:
+        self._open(request)
+        try:
+            events = self._streams[request]
+            while request.finish_reason is None or events:
+                if not events:
+                    self._advance()
+                while events:
+                    event = events.popleft()
+                    if event.error is not None:
+                        raise event.error
+                    yield event
+        finally:
+            self._close(request)
+
+    def _open(self, request: Request) -> None:
+        if request not in self._streams:
+            self._streams[request] = deque()
+            self._scheduler.add(request)
+
+    def _close(self, request: Request) -> None:
+        if self._streams.pop(request, None) is not None:
+            self.abort(request)
+
+    def _advance(self) -> None:
+        plan, error = Plan(), None
+        try:
+            plan = self._scheduler.schedule()
+            if not plan.work:
+                return
+            now = self.clock()
+            for work in plan.work:
+                if work.request.started is None:
+                    work.request.started = now
+            picks = self._runner.run(plan)
+            events = self._scheduler.commit(plan, picks, self.eos_ids, self.clock())
+        except BaseException as caught:
+            error = (
+                caught if isinstance(caught, (RuntimeError, MemoryError)) else RuntimeError(f"the step was cut off: {caught!r}")
+            )
+            self._deliver([self._fail(work.request, error) for work in plan.work if work.request.finish_reason is None])
+            if error is not caught:
+                raise
+        else:
+            self._deliver(events)
+
+    def _fail(self, request: Request, error: Exception) -> Event:
+        return self._scheduler.end(request, "error", self.clock(), error=error)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            self._streams.get(event.request, self._events).append(event)
+
+    def _request(self, prompt: Prompt, sampling: Sampling, salt: bytes) -> Request:
+        config, length = self.model.config, len(prompt)
+        if not length:
+            raise PromptError("the prompt has no tokens")
+        tokens = np.array(prompt.tokens, dtype=np.int64)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.text.vocab_size:
+            raise PromptError(f"token ids must be between 0 and {config.text.vocab_size - 1}; the prompt has {low} to {high}")
+        expected = [media.start + offset for media in prompt.media for offset in range(media.layout.length)]
+        found = np.flatnonzero(tokens == config.image_token_id).tolist()
+        if found != expected:
+            raise PromptError(
+                f"the prompt has {len(found)} image placeholders, but its {len(prompt.media)} media take {len(expected)} "
+                "at the places they name"
+            )
+        for token in sampling.logit_bias:
+            if token >= self.vocab:
+                raise OptionError(f"logit_bias names token {token}, but the vocabulary has {self.vocab}")
+        left, context = config.text.context - length, config.text.context
+        fits = min(left, self._prefixes.total - length + 1)
+        wanted = sampling.max_new_tokens or max(1, fits)
+        if wanted > left:
+            raise ContextError(
+                f"the prompt has {length} tokens and {wanted} more were asked for, but the context is {context}: "
+                + (f"ask for at most {left}" if left > 0 else f"use {1 - left} fewer, with fewer images or frames")
+            )
+        if wanted > fits:
+            need, have = length + wanted - 1, self._prefixes.total
+            raise ContextError(
+                f"{length} tokens and {wanted} more need {need * self.bytes_per_token:,} bytes of KV memory, but there are "
+                f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
+            )
+        images = [(media.start, media.layout.length, self._identity(media.key)) for media in prompt.media]
+        keys = Keys.of(prompt.tokens, images, salt)
+        return Request(next(self._ids), prompt, sampling, keys, wanted, self.clock())
+
+    def _identity(self, key: bytes) -> Identity:
+        identity = self._identities.get(key)
+        if identity is None:
+            identity = self._identities[key] = Identity(next(self._numbers))
+        return identity
+
+    def load(self) -> Load:
+        """How busy it is now."""
+        prefixes = self._prefixes
+        return Load(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            kv_total=prefixes.total,
+            kv_running=prefixes.used - prefixes.idle_tokens,
+            kv_cached=prefixes.idle_tokens,
+            feature_bytes=self._features.bytes,
+        )
+
+    def clear(self) -> None:
+        """Drop all cached prefixes and features."""
+        self._prefixes.clear()
+        self._features.clear()
+
+    def check(self) -> None:
+        """Assert that memory is accounted for to the last token; for tests."""
+        scheduler = self._scheduler
+        self._prefixes.check()
+        assert {id(request.kv) for request in scheduler.running} == {id(kv) for kv in self._prefixes.running}
+        assert all(request.kv is None and request.first_unit == request.held_unit == 0 for request in scheduler.waiting)
+        assert all(request.finish_reason is None for request in [*scheduler.running, *scheduler.waiting])
+        held: Counter[tuple[bytes, int]] = Counter()
+        for request in scheduler.running:
+            held.update(unit.key for unit in request.units[request.first_unit : request.held_unit])
+        self._features.check(held)

@@ -1,0 +1,100 @@
+"""One request from `add` to its last token: plain numbers that the scheduler and the runner fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..layout import Layout
+from ..prompt import Media, Prompt
+from .events import FinishReason, Timings, Usage
+from .sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cache import KV, Keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """The smallest piece of a media that the tower encodes and the cache keeps: a crop, or all tiles of an anyres image.
+
+    start, stop: the tokens of the prompt that stand for it.
+    """
+
+    key: tuple[bytes, int]
+    start: int
+    stop: int
+    pixels: Tensor
+    layout: Layout
+
+
+def units(media: Media) -> Iterator[Unit]:
+    """The units of a media in the order of their tokens; of a video each frame is one."""
+    layout = media.layout
+    if layout.tiles is not None:
+        yield Unit((media.key, -1), media.start, media.start + layout.length, media.pixels, layout)
+        return
+    size, one = layout.grid**2, Layout(layout.grid)
+    for crop in range(layout.crops):
+        start = media.start + crop * size
+        yield Unit((media.key, crop), start, start + size, media.pixels[crop : crop + 1], one)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request: read it, the engine alone writes to it."""
+
+    id: int
+    prompt: Prompt = field(repr=False)
+    sampling: Sampling
+    keys: Keys = field(repr=False)
+    max_new_tokens: int  # as resolved at `add`
+    added: float
+    tokens: list[int] = field(init=False, repr=False)  # prompt and answer
+    units: tuple[Unit, ...] = field(init=False, repr=False)
+    plain: bool = field(init=False)  # as its sampling says; asked at every token
+    first_unit: int = 0  # units before it are prefilled
+    held_unit: int = 0  # units from first_unit up to it keep their features
+    kv: KV | None = None  # while running
+    sampler: Sampler | None = None
+    cached: int | None = None
+    finish_reason: FinishReason | None = None
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+    vision: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt.tokens)
+        self.plain = self.sampling.plain
+        self.units = tuple(unit for media in self.prompt.media for unit in units(media))
+
+    @property
+    def generated(self) -> list[int]:
+        """The answer's token ids so far; after finish_reason "stop" the last one is the stop token."""
+        return self.tokens[len(self.prompt.tokens) :]
+
+    @property
+    def most(self) -> int:
+        """How many tokens' keys and values it can need at most: the last token generated is never read."""
+        return len(self.prompt.tokens) + self.max_new_tokens - 1
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt.tokens), self.cached or 0, len(self.tokens) - len(self.prompt.tokens))
+
+    def timings(self, now: float) -> Timings:
+        """As of the time `now`, or of its end if it has ended."""
+        end, first, started = now if self.ended is None else self.ended, self.first_token, self.started
+        later = len(self.tokens) - len(self.prompt.tokens) - 1
+        return Timings(
+            queue=(end if started is None else started) - self.added,
+            vision=self.vision,
+            prefill=None if first is None or started is None else first - started - self.vision,
+            first_token=None if first is None else first - self.added,
+            total=end - self.added,
+            tokens_per_second=None if first is None or later < 1 or end <= first else later / (end - first),
+        )

@@ -1,0 +1,102 @@
+"""Runs a planned step through the network: tower, decoder, sampling. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..model import Llava, arrange
+from .cache import Features
+from .memory import Slabs, Span
+from .request import Unit
+from .sampling import Pick, Sampler
+from .scheduler import Plan, Work
+
+
+class Runner:
+    """One network on one device with its KV memory."""
+
+    def __init__(self, model: Llava, features: Features, *, vocab: int, max_step_crops: int, clock: Callable[[], float]) -> None:
+        weight = model.language_model.norm.weight  # of the type computed in, also when the linears are quantised
+        self.model, self.features, self.clock = model, features, clock
+        self.dtype, self.device = weight.dtype, weight.device
+        self.memory = Slabs(model.config.text, self.dtype, self.device)
+        self.vocab, self.max_step_crops = vocab, max_step_crops
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[Pick]:
+        """Compute a step; the tokens chosen, one for each work that samples, in order."""
+        if plan.encode:
+            self._encode(plan)
+        work = plan.work
+        for w in work:
+            self.memory.prepare(w.kv)
+            if w.source is not None:
+                self.memory.copy(w.source, w.kv, w.copied)
+        tokens = [token for w in work for token in islice(w.request.tokens, w.start, w.stop)]
+        positions = [position for w in work for position in range(w.start, w.stop)]
+        x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
+        attend = self.memory.attend([Span(w.kv, w.start, w.stop) for w in work if w.start < w.stop])
+        hidden = self.model.forward(x, torch.tensor(positions, device=self.device), attend)
+        rows, end = [], 0
+        for w in work:
+            end += w.stop - w.start
+            if w.sample:
+                rows.append(end - 1)
+        if not rows:
+            return []
+        if len(rows) < len(tokens):
+            hidden = hidden[rows]
+        logits = self.model.logits(hidden)[:, : self.vocab]
+        if (image := self.model.config.image_token_id) < self.vocab:
+            logits[:, image] = float("-inf")
+        return self._pick([w for w in work if w.sample], logits)
+
+    def _pick(self, work: list[Work], logits: Tensor) -> list[Pick]:
+        plain = [w.request.plain for w in work]
+        best = logits.argmax(-1).tolist() if any(plain) else plain
+        return [
+            Pick(token) if w.request.plain else self._sampler(w).pick(row)
+            for w, token, row in zip(work, best, logits, strict=True)
+        ]
+
+    def _sampler(self, w: Work) -> Sampler:
+        request = w.request
+        if request.sampler is None:
+            request.sampler = Sampler(request.sampling, request.prompt.tokens, self.vocab, self.device)
+        return request.sampler
+
+    def _encode(self, plan: Plan) -> None:
+        """Encode the step's units, crops of several requests together, and put them into the cache."""
+        began = self.clock()
+        units = list(plan.encode.values())
+        while units:
+            batch: list[Unit] = []
+            crops = 0
+            while units and (not batch or crops + len(units[0].pixels) <= self.max_step_crops):
+                crops += len(units[0].pixels)
+                batch.append(units.pop(0))
+            pixels = torch.cat([unit.pixels for unit in batch]).to(self.device, self.dtype)
+            encoded = torch.cat([self.model.encode(part) for part in pixels.split(self.max_step_crops)])
+            for unit, rows in zip(batch, encoded.split([len(unit.pixels) for unit in batch]), strict=True):
+                arranged = arrange(rows, unit.layout)
+                self.features.put(unit.key, arranged.clone() if len(batch) > 1 else arranged)  # not a view of the whole batch
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # or the clock would stop before the tower has
+        took = self.clock() - began
+        for w in plan.work:
+            if w.encodes:
+                w.request.vision += took
+
+    def _spans(self, work: list[Work]) -> list[tuple[int, Tensor]]:
+        """Which rows of the flat batch are features."""
+        spans, offset = [], 0
+        for w in work:
+            for unit in islice(w.request.units, w.request.first_unit, w.request.held_unit):
+                a, b = max(w.start, unit.start), min(w.stop, unit.stop)
+                spans.append((offset + a - w.start, self.features[unit.key][a - unit.start : b - unit.start]))
+            offset += w.stop - w.start
+        return spans

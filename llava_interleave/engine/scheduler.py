@@ -1,0 +1,252 @@
+"""Who computes what in a step, within tokens, crops and KV memory. Owns no tensor and knows no network."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from .cache import BLOCK, KV, Features, Prefixes
+from .events import Event, FinishReason
+from .request import Request, Unit
+from .sampling import Pick
+
+ROOM = 256
+"""Tokens of an answer that a sequence gets room for at a time, memory permitting."""
+
+WORTH_WAITING = 4 * BLOCK
+"""A request waits while another one computes a prefix of so many tokens that both have; a system prompt alone is shorter."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """Tokens `start` to `stop` of a request, after `copied` tokens of `source` were copied to its beginning.
+
+    No tokens: the copy is all.
+
+    sample: its last token is the last there is, so that the next one is to be chosen. encodes: waits for the step's tower call.
+    """
+
+    request: Request
+    kv: KV
+    start: int
+    stop: int
+    sample: bool
+    encodes: bool = False
+    source: KV | None = None
+    copied: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """One step: `encode` these units, then run `work` as one flat batch."""
+
+    work: list[Work] = field(default_factory=list)
+    encode: dict[tuple[bytes, int], Unit] = field(default_factory=dict)
+    crops: int = 0
+
+
+class Scheduler:
+    """Decodes first, then prefills in order of arrival with the tokens that are left, then requests that wait.
+
+    KV memory is given as it is needed. Where none is left, caches go first; then the request that started last is pre-empted: it
+    waits at the front, computes its tokens again, and nobody starts until some other has ended.
+    """
+
+    def __init__(
+        self, prefixes: Prefixes, features: Features, *, max_step_tokens: int, max_step_crops: int, max_running: int
+    ) -> None:
+        self.prefixes, self.features = prefixes, features
+        self.max_step_tokens, self.max_step_crops, self.max_running = max_step_tokens, max_step_crops, max_running
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.full = False
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> Plan:
+        """The next step; empty only if there is nothing to do."""
+        plan, running, index = Plan(), self.running, 0
+        self.prefixes.pinned.clear()
+        while index < len(running):
+            request = running[index]
+            index += 1
+            kv = request.kv
+            assert kv is not None
+            start, stop = kv.length, len(request.tokens)
+            decodes = stop - start == 1 and request.first_unit == len(request.units)
+            if decodes and (stop <= kv.capacity or self._grow(request, kv)):
+                plan.work.append(Work(request, kv, start, stop, True))
+        planned = {id(work.request) for work in plan.work} if len(plan.work) < len(running) else None
+        budget = self.max_step_tokens - len(plan.work)
+        if planned is not None:
+            for request in running:
+                if id(request) not in planned and budget:
+                    budget -= self._prefill(request, plan, budget)
+        if self.waiting and budget:
+            self._admit(plan, budget)
+        assert plan.work or not (running or self.waiting)
+        return plan
+
+    def _grow(self, request: Request, kv: KV) -> bool:
+        """More room for a sequence that decodes; others are pre-empted for it, or else it is itself."""
+        length = len(request.tokens)
+        while True:
+            for more in (max(ROOM, length // 4), BLOCK):
+                if self.prefixes.reserve(kv, min(length + more, request.most)):
+                    return True
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+
+    def _preempt(self, request: Request) -> None:
+        assert len(self.running) > 1, "a request alone always fits: the engine refuses others"
+        self._leave(request)
+        self.waiting.appendleft(request)
+        self.full = True
+
+    def _leave(self, request: Request) -> None:
+        """Give back all that a running request holds."""
+        self.running.remove(request)
+        self._release(request)
+        assert request.kv is not None
+        self.prefixes.drop(request.kv)
+        request.kv = None
+
+    def _release(self, request: Request) -> None:
+        for unit in request.units[request.first_unit : request.held_unit]:
+            self.features.release(unit.key)
+        request.first_unit = request.held_unit = 0
+
+    def _prefill(self, request: Request, plan: Plan, budget: int) -> int:
+        """Plan the next tokens of a prompt, as far as images are encoded or can be in this step; how many it were."""
+        kv = request.kv
+        assert kv is not None
+        start = kv.length
+        stop = min(len(request.tokens), start + budget)
+        encodes = False
+        for unit in islice(request.units, request.first_unit, None):
+            if unit.start >= stop:
+                break
+            if unit.key not in self.features and unit.key not in plan.encode:
+                crops = len(unit.pixels)
+                if plan.crops and plan.crops + crops > self.max_step_crops:
+                    stop = unit.start
+                    break
+                plan.encode[unit.key] = unit
+                plan.crops += crops
+            encodes |= unit.key in plan.encode
+        if stop <= start:
+            return 0
+        while request.held_unit < len(request.units) and request.units[request.held_unit].start < stop:
+            self.features.hold(request.units[request.held_unit].key)
+            request.held_unit += 1
+        plan.work.append(Work(request, kv, start, stop, stop == len(request.tokens), encodes))
+        return stop - start
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        """Start waiting requests in order of arrival, while there is room and something left of the step.
+
+        Only a request whose prefix another one is about to compute steps aside: it starts when it can copy it.
+        """
+        for request in list(islice(self.waiting, self.max_running)):
+            if not budget or len(self.running) >= self.max_running or (self.full and self.running):
+                return
+            match = self.prefixes.find(request.keys, len(request.tokens) - 1)
+            if match.coming >= WORTH_WAITING and match.coming - match.usable >= BLOCK:
+                continue
+            copied = match.usable if match.usable >= BLOCK else 0
+            source = match.source if copied else None
+            kv = self._room(request, source, copied)
+            if kv is None:
+                return
+            self.waiting.remove(request)
+            self.running.append(request)
+            self.full = False
+            request.kv = kv
+            while request.first_unit < len(request.units) and request.units[request.first_unit].stop <= copied:
+                request.first_unit += 1
+            request.held_unit = request.first_unit
+            if request.cached is None:
+                request.cached = copied
+            used = self._prefill(request, plan, budget)
+            if source is not None and source is not kv:
+                if not used:
+                    plan.work.append(Work(request, kv, copied, copied, False))
+                plan.work[-1].source, plan.work[-1].copied = source, copied
+            budget -= used
+
+    def _room(self, request: Request, source: KV | None, copied: int) -> KV | None:
+        """Room for a request that starts with `copied` tokens of `source`; None: there is none now.
+
+        A cache that ends where the request goes on is taken over, and so is one that there is no memory to copy.
+        """
+        prefixes, length = self.prefixes, len(request.tokens)
+        keys = request.keys.through(request.tokens[len(request.keys.numbers) :], length)
+        sizes = [min(length + more, request.most) for more in (ROOM, BLOCK)]
+        idle = source if source is not None and not source.running else None
+        if idle is None or idle.length - copied > BLOCK:
+            if idle is not None:
+                prefixes.pinned.add(idle)
+            for size in sizes:
+                kv = KV(keys, copied)
+                if prefixes.reserve(kv, size):
+                    prefixes.start(kv)
+                    if idle is not None:
+                        prefixes.idle.move_to_end(idle)
+                    return kv
+        if idle is not None:
+            for size in sizes:
+                if prefixes.reserve(idle, max(size, idle.capacity)):
+                    prefixes.take(idle, keys, copied)
+                    return idle
+        return None
+
+    def commit(self, plan: Plan, picks: Sequence[Pick], eos_ids: frozenset[int], now: float) -> list[Event]:
+        """Write down what a step computed; its events."""
+        events, chosen = [], iter(picks)
+        for work in plan.work:
+            request = work.request
+            work.kv.length = work.stop
+            while request.first_unit < request.held_unit and request.units[request.first_unit].stop <= work.stop:
+                self.features.release(request.units[request.first_unit].key)
+                request.first_unit += 1
+            if not work.sample:
+                continue
+            pick = next(chosen)
+            request.tokens.append(pick.token)
+            if request.first_token is None:
+                request.first_token = now
+            sampling = request.sampling
+            reason: FinishReason | None = None
+            if pick.token in sampling.stop_ids or (pick.token in eos_ids and not sampling.ignore_eos):
+                reason = "stop"
+            elif len(request.tokens) > request.most:
+                reason = "length"
+            if reason is None:
+                events.append(Event(request, pick.token, pick.logprob, pick.top))
+            else:
+                events.append(self.end(request, reason, now, pick))
+        return events
+
+    def end(
+        self, request: Request, reason: FinishReason, now: float, pick: Pick | None = None, error: Exception | None = None
+    ) -> Event:
+        """Take a request out; what it computed stays as cache unless the reason is an error."""
+        kv = request.kv
+        if kv is None:
+            self.waiting.remove(request)
+        elif reason == "error":
+            self._leave(request)
+        else:
+            self.running.remove(request)
+            self._release(request)
+            self.prefixes.retire(kv, request.keys.through(request.tokens[len(request.keys.numbers) :], kv.length))
+            request.kv = None
+        self.full = False
+        request.finish_reason, request.ended, request.sampler = reason, now, None
+        token, logprob, top = pick or (None, None, ())
+        return Event(request, token, logprob, top, reason, request.usage, request.timings(now), error)

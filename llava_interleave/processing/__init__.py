@@ -1,0 +1,9 @@
+"""Messages with images, videos and views become one `Prompt`. Knows no networks, devices or HTTP servers."""
+
+from .limits import Limits
+from .loader import Loader
+from .processor import DEFAULT, Estimate, Part, Processor
+from .tokenizer import TextStream, Tokenizer
+from .video import Clip, FrameSampling
+
+__all__ = ["DEFAULT", "Clip", "Estimate", "FrameSampling", "Limits", "Loader", "Part", "Processor", "TextStream", "Tokenizer"]

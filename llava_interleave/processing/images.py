@@ -1,0 +1,183 @@
+"""A decoded picture becomes RGB by one rule for each mode, and then the crops that the tower reads. Opens no files.
+
+To RGB (`to_rgb`), in this order:
+- EXIF orientation is applied; of an animation the first frame is taken; colour profiles are not applied.
+- Modes with transparency (RGBA, LA, PA, RGBa, La, and P, L or RGB with a transparent colour) are composed on white.
+- 16-bit grey (I;16, and I, which Pillow used for it earlier) is scaled by 255/65535 and rounded. Of 16-bit colour PNGs
+  the decoder keeps the high byte.
+- 1, L, P, CMYK, YCbCr and HSV go through Pillow's `convert("RGB")`. F and LAB have no defined range here and are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import CheckpointError, MediaError
+from ..layout import Layout, best_pinpoint
+from .tokenizer import read_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held; from 5 on the sides are swapped."""
+ACTIONS = ("resize", "rescale", "normalize", "center_crop", "pad")
+PLAIN = ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB, by the rules of this module. Raises MediaError for a mode that has none."""
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in TRANSPARENT or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode not in PLAIN:
+        raise MediaError(f"pictures of mode {image.mode} have no defined way to RGB here; convert to L, RGB or RGBA first")
+    return image.convert("RGB")
+
+
+def from_array(array: Any) -> Image.Image:
+    """An array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` with C in 1, 3, 4; uint8, or floats in 0..1."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().numpy()
+    shape = array.shape
+    if array.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in shape:
+        raise MediaError(f"an array of shape {tuple(shape)} is not a picture: [H, W], [H, W, C] or [C, H, W] with C in 1, 3, 4")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise MediaError("a picture of floats must lie in 0..1; pass uint8 for 0..255")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise MediaError(f"a picture array must be uint8 or floats in 0..1, not {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What preprocessor_config.json says: crops of `size` x `size` pixels, scaled by `rescale`, then (x - mean) / std."""
+
+    size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale: float = 1 / 255
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_folder(cls, folder: Path, size: int) -> ImageSettings:
+        """Settings of a checkpoint whose tower takes `size` pixels; defaults where it has no file (original checkpoints).
+
+        Raises CheckpointError for settings of another kind of preprocessing, or of another size.
+        """
+        given: dict[str, Any] = {}
+        for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+            if (folder / name).is_file():
+                found = read_json(folder / name)
+                found = (found.get(key) or {}) if key else found
+                if clash := sorted(k for k in KNOWN & found.keys() & given.keys() if found[k] != given[k]):
+                    raise CheckpointError(f"{name} and preprocessor_config.json disagree about {', '.join(clash)}")
+                given |= found
+        kind = given.get("image_processor_type", "SiglipImageProcessor")
+        if not kind.startswith("Siglip"):
+            raise CheckpointError(f"the checkpoint's pictures are prepared by {kind}, this family's by SiglipImageProcessor")
+        wrong = [k for k in ("do_resize", "do_rescale", "do_normalize") if given.get(k) is False]
+        wrong += [k for k in ("do_center_crop", "do_pad") if given.get(k)]
+        if wrong:
+            raise CheckpointError(f"preprocessing with {', '.join(f'{k}={given[k]}' for k in wrong)} is not of this family")
+        sides = given.get("size", size)
+        sides = set(sides.values()) if isinstance(sides, dict) else {sides}
+        if sides != {size}:
+            raise CheckpointError(f"pictures are prepared at {given['size']} but the vision tower takes {size} x {size} pixels")
+        try:
+            mean, std = (_triple(given.get(k, 0.5)) for k in ("image_mean", "image_std"))
+            resample = Image.Resampling(given.get("resample", 3))
+            rescale = float(given.get("rescale_factor", 1 / 255))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                "image_mean, image_std, resample or rescale_factor of the preprocessing is malformed"
+            ) from error
+        if not (all(std) and all(map(math.isfinite, (*mean, *std, rescale)))):
+            raise CheckpointError(f"image_mean {mean}, image_std {std} and rescale_factor {rescale} cannot normalise a picture")
+        return cls(size, mean, std, rescale, resample)
+
+    @cached_property
+    def table(self) -> NDArray[np.float32]:
+        """Normalised value of each byte, `[3, 256]` float32: the operations of SiglipImageProcessor in its order."""
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
+        mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
+        return np.asarray((scaled - mean) / std, np.float32)
+
+    def fit(self, image: Image.Image, pad: bool = False) -> Image.Image:
+        """An RGB picture as one crop: its sides squashed to the crop's, or with `pad` first made square with bars of the mean.
+
+        Source of the bars: LLaVA-NeXT `llava/mm_utils.py` expand2square.
+        """
+        width, height = image.size
+        if pad and width != height:
+            side = max(width, height)
+            square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in self.mean))
+            square.paste(image, ((side - width) // 2, (side - height) // 2))
+            image = square
+        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), self.resample)
+
+    def tile(self, image: Image.Image) -> list[Image.Image]:
+        """An RGB picture for anyres: the squashed whole first, then tiles, row by row, of it letterboxed in black.
+
+        Source: LLaVA-NeXT `llava/mm_utils.py` process_anyres_image, resize_and_pad_image, divide_to_patches.
+        """
+        pin_w, pin_h = best_pinpoint(*image.size, self.size)
+        scale_w, scale_h = pin_w / image.width, pin_h / image.height
+        if scale_w < scale_h:
+            width, height = pin_w, min(math.ceil(image.height * scale_w), pin_h)
+        else:
+            width, height = min(math.ceil(image.width * scale_h), pin_w), pin_h
+        canvas = Image.new("RGB", (pin_w, pin_h))
+        canvas.paste(image.resize((width, height), self.resample), ((pin_w - width) // 2, (pin_h - height) // 2))
+        corners = [(x, y) for y in range(0, pin_h, self.size) for x in range(0, pin_w, self.size)]
+        return [self.fit(image)] + [canvas.crop((x, y, x + self.size, y + self.size)) for x, y in corners]
+
+    def pixels(self, crops: Iterable[Image.Image], layout: Layout) -> tuple[Tensor, bytes]:
+        """Crops of the right size as the tower's input `[crops, 3, S, S]`, and the key of that input under `layout`.
+
+        The key hashes the bytes of the crops with their number and size, the normalisation and the layout: all that decides
+        the features and their order, so equal keys mean equal features.
+        """
+        import torch
+
+        digest = hashlib.sha256(repr((self.size, self.mean, self.std, self.rescale, layout)).encode())
+        out = np.empty((layout.crops, 3, self.size, self.size), np.float32)
+        for index, crop in enumerate(crops):
+            assert crop.size == (self.size, self.size) and crop.mode == "RGB"
+            values = np.asarray(crop)
+            digest.update(values.data)
+            for channel in range(3):
+                np.take(self.table[channel], values[..., channel], out=out[index, channel], mode="clip")
+        return torch.from_numpy(out), digest.digest()
+
+
+KNOWN = {"size", "image_mean", "image_std", "resample", "rescale_factor"} | {f"do_{a}" for a in ACTIONS}
+
+
+def _triple(value: float | list[float]) -> tuple[float, float, float]:
+    a, b, c = value if isinstance(value, list) else [value] * 3
+    return float(a), float(b), float(c)

@@ -1,0 +1,99 @@
+"""How much of an image or a video is read, and from where."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from threading import Lock
+
+from ..errors import MediaError, OptionError
+
+PILLOW_MOST = 178_956_970
+"""Pixels above which Pillow itself refuses a picture; that global stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of all media, for what a person opens on their own machine; a server sets tighter ones.
+
+    allow_local_files: paths and file:// URLs may be read.
+    media_root: only files below this folder may be read, and relative paths begin there.
+    allow_remote: http and https URLs may be fetched.
+    allow_private: URLs may lead to addresses that are not public: this machine, the local network.
+    image_bytes: the most bytes of an image, as a file, a download or decoded from base64.
+    video_bytes: the most bytes of a video.
+    image_pixels: the most pixels of an image or a video frame, by its header, before anything is decoded.
+    side_ratio: the most that the longer side may exceed the shorter one.
+    prompt_media: the most images and videos of one prompt.
+    prompt_pixels: the most pixels decoded for one prompt.
+    video_seconds: the longest video, in seconds.
+    video_frames: the most frames looked at in one video.
+    decoded_frames: the most frames decoded to reach those.
+    video_work_seconds: wall-clock seconds that reading one video may take.
+    download_seconds: wall-clock seconds that one download may take, redirects included.
+    redirects: the most redirects followed for one download.
+    """
+
+    allow_local_files: bool = True
+    media_root: Path | None = None
+    allow_remote: bool = True
+    allow_private: bool = False
+    image_bytes: int = 100_000_000
+    video_bytes: int = 4_000_000_000
+    image_pixels: int = 64_000_000
+    side_ratio: float = 200.0
+    prompt_media: int = 256
+    prompt_pixels: int = 4_000_000_000
+    video_seconds: float = 6 * 3600.0
+    video_frames: int = 256
+    decoded_frames: int = 50_000
+    video_work_seconds: float = 300.0
+    download_seconds: float = 60.0
+    redirects: int = 5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or field.name == "redirects"):
+                raise OptionError(f"the limit {field.name} must be above 0, not {value!r}")
+        if self.image_pixels > PILLOW_MOST:
+            raise OptionError(f"image_pixels can be at most {PILLOW_MOST:,}, not {self.image_pixels:,}")
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise MediaError for a picture whose header promises more than the limits allow."""
+        if width < 1 or height < 1:
+            raise MediaError(f"a picture of {width} x {height} pixels shows nothing")
+        if width * height > self.image_pixels:
+            raise MediaError(f"{width} x {height} pixels are more than the limit of {self.image_pixels:,} pixels")
+        if max(width, height) > self.side_ratio * min(width, height):
+            raise MediaError(f"{width} x {height} pixels: one side may be at most {self.side_ratio:g} times the other")
+
+
+class PixelBudget:
+    """Pixels that one prompt may still decode. Shared by the threads that decode."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most = self._left = limits.prompt_pixels
+        self._lock = Lock()
+
+    def take(self, size: tuple[int, int]) -> None:
+        """Raise MediaError if a picture of `size` pixels is one too many."""
+        with self._lock:
+            self._left -= size[0] * size[1]
+            if self._left < 0:
+                raise MediaError(f"the prompt's pictures have more than the limit of {self._most:,} pixels in all")
+
+
+class Deadline:
+    """Wall-clock seconds that a piece of work may take."""
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self._end = time.monotonic() + seconds
+        self._message = f"{what} took longer than the limit of {seconds:g} seconds"
+
+    def left(self) -> float:
+        """Seconds left; raises MediaError when there are none."""
+        if (left := self._end - time.monotonic()) <= 0:
+            raise MediaError(self._message)
+        return left

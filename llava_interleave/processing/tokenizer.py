@@ -1,0 +1,187 @@
+"""Text to token ids and back, for Qwen2's byte-level BPE. Knows no chat format and no media."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from ..errors import CheckpointError, PromptError
+
+IMAGE = "<image>"
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen2 cuts text into words before BPE (its tokenizer.json)."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Safe to share between threads: nothing in it changes after it was made.
+
+    The `tokenizers` library is told to treat control tokens as ordinary text, always; where they are wanted, the text is
+    cut at them here. So text from outside cannot end a turn by spelling `<|im_end|>`.
+    """
+
+    def __init__(self, backend: Backend, image_id: int | None = None) -> None:
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            raise CheckpointError("the tokenizer is not the byte-level BPE of Qwen2, the only one this family has")
+        self.im_start, self.im_end = _id_of(backend, IM_START), _id_of(backend, IM_END)
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (IM_START, IM_END, IMAGE)])
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.image_id = _id_of(backend, IMAGE)
+        if image_id is not None and self.image_id != image_id:
+            raise CheckpointError(f"{IMAGE} is token {self.image_id} in the tokenizer but {image_id} in config.json")
+        added = backend.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special.values())
+        self._at_special = re.compile("(" + "|".join(_pattern(t) for t in _longest_first(added.values())) + ")")
+        self._bytes = {char: byte for byte, char in enumerate(_alphabet())}
+        self.eos_ids = frozenset({self.im_end, self._special.get(END_OF_TEXT, self.im_end)})
+        self.size: int = 1 + max(backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id}))
+        """Ids from here on have no meaning and must not be sampled (the placeholder, if it is last, counts among them)."""
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, image_id: int | None = None) -> Tokenizer:
+        """Read tokenizer.json, or vocab.json with merges.txt. `image_id` is config.json's, checked against the tokenizer's.
+
+        Original checkpoints have no `<image>` token: it gets the next free id. Raises CheckpointError.
+        """
+        folder = Path(folder)
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if (folder / "tokenizer.json").is_file():
+            try:
+                backend = Backend.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the library raises nothing narrower
+                raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer that can be read") from error
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = _qwen2(folder)
+        else:
+            raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+        known = settings.get("added_tokens_decoder") or {}
+        if not known and backend.token_to_id(IM_START) is None:
+            known = {str(backend.get_vocab_size() + i): {"content": t} for i, t in enumerate((END_OF_TEXT, IM_START, IM_END))}
+        for number, token in sorted(known.items(), key=lambda item: int(item[0])):
+            content, special = token["content"], bool(token.get("special", True))
+            if backend.token_to_id(content) is None:
+                added = AddedToken(content, special=special, normalized=False)
+                backend.add_special_tokens([added]) if special else backend.add_tokens([added])
+            if (found := backend.token_to_id(content)) != int(number):
+                raise CheckpointError(f"{content} is token {number} in tokenizer_config.json but {found} in the tokenizer")
+        return cls(backend, image_id)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`. With `special`, control tokens spelled in it become control tokens; without, plain text."""
+        return self.encode_with_starts(text)[0] if special else list(self._encode(text).ids)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `text`, control tokens recognised, and for each the index of the character it starts at."""
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for piece in self._at_special.split(text):
+            if (control := self._special.get(piece.strip())) is not None:
+                ids.append(control)
+                starts.append(at)
+            elif piece:
+                encoding = self._encode(piece)
+                ids += encoding.ids
+                starts += [at + start for start, _ in encoding.offsets]
+            at += len(piece)
+        return ids, starts
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise PromptError("the text holds a character that is not Unicode (half of a surrogate pair)") from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids; broken UTF-8 becomes U+FFFD, ids without a meaning become nothing."""
+        return b"".join(self.token_bytes(token, skip_special) for token in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
+        """The bytes that one token stands for: b"" for control tokens under `skip_special` and for ids without a meaning."""
+        if skip_special and token in self._special_ids:
+            return b""
+        text = self._backend.id_to_token(token) or ""
+        try:
+            return bytes([self._bytes[char] for char in text])
+        except KeyError:  # an added token, written as it is
+            return text.encode()
+
+
+class TextStream:
+    """Token ids in, text out as it grows: never half a character, and the pieces together are `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token; "" while a character is incomplete."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token, self._skip))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the ids ended within a character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _id_of(backend: Backend, token: str) -> int:
+    number = backend.token_to_id(token)
+    if number is None:
+        raise CheckpointError(f"the tokenizer has no {token} token; the chat format of this family needs it")
+    return number
+
+
+def _pattern(token: AddedToken) -> str:
+    word = r"(?<!\w){}(?!\w)" if token.single_word else "{}"
+    return (r"\s*" if token.lstrip else "") + word.format(re.escape(token.content)) + (r"\s*" if token.rstrip else "")
+
+
+def _longest_first(tokens: Iterable[AddedToken]) -> list[AddedToken]:
+    return sorted((t for t in tokens if t.special), key=lambda t: -len(t.content))
+
+
+def _alphabet() -> Iterator[str]:
+    """The printable character that byte-level BPE writes for each byte 0..255 (GPT-2's table)."""
+    unprintable = 0
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            yield chr(byte)
+        else:
+            yield chr(256 + unprintable)
+            unprintable += 1
+
+
+def _qwen2(folder: Path) -> Backend:
+    try:
+        backend = Backend(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"vocab.json and merges.txt in {folder} do not make a tokenizer") from error
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
+    return value

@@ -1,0 +1,200 @@
+"""Tiny whole checkpoints with random weights, made in a moment: for tests and for trying things without a download."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from .config import LlavaConfig, TextConfig, VisionConfig
+from .weights import CheckpointLayout, shapes, skeleton, write_checkpoint
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+# Source: transformers models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX.
+_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SENTENCES = (
+    "You are a helpful assistant.",
+    "What is the difference between the first image and the second image?",
+    "The red square moved from the left to the right, and the blue circle is gone.",
+    "user\nHow many shapes are there? Which one is behind the others?\nassistant\nThere are three shapes.",
+    "front: left: back: right: This is a video. Describe what happens, in order.",
+)
+# Source: chat_template.json of llava-hf/llava-interleave-qwen-0.5b-hf.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}{# Render all images first #}{% for content in "
+    "message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{# Render all text next #}{% if "
+    "message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + "
+    "content['text'] }}{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% "
+    "generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\\n'}}{% endfor %}{% "
+    "if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tiny_config(*, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None) -> LlavaConfig:
+    """A network of 0.1 M parameters; `vision` and `text` replace fields of `VisionConfig` and `TextConfig`.
+
+    As in the real one, the tower's image (30) is no multiple of its patch (7), there is no GQA, the head is tied, and the
+    vocabulary has ids beyond the tokenizer's.
+    """
+    size = tiny_tokenizer().get_vocab_size()
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "image_size": 30, "patch_size": 7}
+    decoder: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "vocab_size": size // 64 * 64 + 64,
+        "context": 4096,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    } | dict(text or {})
+    decoder.setdefault("head_dim", decoder["hidden_size"] // decoder["num_heads"])
+    return LlavaConfig(VisionConfig(**(tower | dict(vision or {}))), TextConfig(**decoder), size - 1)
+
+
+def tiny_checkpoint(
+    folder: str | Path,
+    config: LlavaConfig | None = None,
+    seed: int = 0,
+    layout: CheckpointLayout = "hub",
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a checkpoint of random weights with tokenizer and processor files that transformers loads, too; -> its folder.
+
+    A tensor's numbers depend on its name and `seed` only, so all layouts and shardings hold the same network.
+    """
+    config = config or tiny_config()
+    with tempfile.TemporaryDirectory() as source:
+        processor_files(source, config, tiny_tokenizer())
+        write_random(folder, config, source, seed, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    return Path(folder)
+
+
+def write_random(
+    folder: str | Path,
+    config: LlavaConfig,
+    processor_from: str | Path | None,
+    seed: int = 0,
+    *,
+    layout: CheckpointLayout = "hub",
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """A checkpoint of random weights of any size, one tensor in memory at a time."""
+    sizes = shapes(skeleton(config))
+    write_checkpoint(
+        folder,
+        config,
+        lambda name: random_tensor(name, sizes[name], seed),
+        processor_from=processor_from,
+        layout=layout,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Random weights that keep activations near 1: norms around one, matrices scaled by their inputs, biases not zero."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+    if len(shape) == 1:
+        return noise * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return noise if "embed" in name else noise / math.sqrt(math.prod(shape[1:]))
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 384 pieces in Qwen2's form, `SPECIAL` tokens right after them."""
+    return train_tokenizer(_SENTENCES, 384)
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+    """A byte-level BPE of at most `size` pieces, learnt from `texts`; NFC, Qwen2's pre-tokenizer and `SPECIAL` tokens."""
+    tokenizer = qwen2_tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+def qwen2_tokenizer(model: models.Model) -> Tokenizer:
+    """`model` between Qwen2's normaliser, pre-tokenizer and decoder."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def processor_files(folder: str | Path, config: LlavaConfig, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer, image processor, chat template and generation files of a checkpoint, as the hub has them."""
+    folder = Path(folder)
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    assert ids["<image>"] == config.image_token_id, (ids, config.image_token_id)
+    size = {"height": config.vision.image_size, "width": config.vision.image_size}
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {
+            "add_prefix_space": False,
+            "added_tokens_decoder": {str(number): {"content": token, **special} for token, number in ids.items()},
+            "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+            "bos_token": None,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "errors": "replace",
+            "model_max_length": config.text.context,
+            "pad_token": "<|endoftext|>",
+            "padding_side": "right",
+            "processor_class": "LlavaProcessor",
+            "split_special_tokens": False,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+        "preprocessor_config.json": {
+            "do_convert_rgb": None,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "SiglipImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "processor_class": "LlavaProcessor",
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            "size": size,
+        },
+        "processor_config.json": {
+            "image_token": "<image>",
+            "num_additional_image_tokens": 0,
+            "patch_size": config.vision.patch_size,
+            "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "full",
+        },
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+        "generation_config.json": {
+            "_from_model_config": True,
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")

@@ -1,0 +1,91 @@
+"""The files of a checkpoint folder: config.json, the index of shards, headers. Reads no tensor's numbers but a few."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..config import LlavaConfig
+from ..errors import CheckpointError
+from .tensors import Stored, read_header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MAX_JSON = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; missing, unreadable or another thing raises `CheckpointError`."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path.name} in {path.parent}; a checkpoint is a folder that holds one") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def read_config(folder: str | Path) -> LlavaConfig:
+    """The network that the config.json of a checkpoint folder describes."""
+    return LlavaConfig.from_dict(read_json(Path(folder) / "config.json"))
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Where every tensor of a checkpoint folder lies, under the names it is stored by; one file or shards with an index."""
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+    tensors: dict[str, Stored] = {}
+    for file in sorted(set(map(str, weight_map.values()))):
+        # A name, never a path: an index may come from anywhere and must not make us read ../../elsewhere.
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise CheckpointError(
+                f"{folder / INDEX} names the shard {file[:100]!r}; a shard is a .safetensors file beside the index"
+            )
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / INDEX} names {file}, which is not there; fetch the checkpoint again")
+        tensors |= {name: stored for name, stored in read_header(folder / file).items() if weight_map.get(name) == file}
+    if lost := sorted(weight_map.keys() - tensors.keys()):
+        raise CheckpointError(f"{folder / INDEX} promises tensors that their shards do not hold: {', '.join(lost[:8])}")
+    return tensors
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return CheckpointError(
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code when they are read, and no safetensors. "
+            "Where you trust them, transformers converts: "
+            "LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+        )
+    return CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; weights are read from safetensors only")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A hash, 32 hex digits, that tells checkpoints apart in milliseconds.
+
+    It covers config.json, every tensor's name, type and shape, and the first 1024 bytes of its numbers; not the rest of the
+    numbers, the tokenizer, or how the tensors are spread over files.
+    """
+    folder = Path(folder)
+    state = hashlib.blake2b(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode(), digest_size=16)
+    for name, stored in sorted(read_headers(folder).items()):
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            state.update(repr((name, stored.dtype, stored.shape, file.read(min(1024, stored.bytes)))).encode())
+    return state.hexdigest()

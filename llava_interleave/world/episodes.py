@@ -1,0 +1,406 @@
+"""One episode: the scenes of a sample of some scenario, a dense caption, and everything that can be asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+
+from .draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Background, Scene, Thing, visible
+from .questions import Question
+
+SCENARIOS = ("single", "multi", "video", "views")
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+SIDES = ("front", "right", "back", "left")
+FRAMES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """`scenes` are the pictures in order (for a video its frames); `names` are given for views only."""
+
+    scenario: str
+    scenes: tuple[Scene, ...]
+    caption: str
+    questions: tuple[Question, ...]
+    names: tuple[str, ...] = ()
+    clip: Callable[[float], Scene] | None = None  # video: the scene at a time from 0 to 1
+
+
+def episode(scenario: str, rng: Random) -> Episode:
+    """Draw the lots of one episode; the same `rng` state gives the same episode."""
+    return {"single": single, "multi": multi, "video": video, "views": views}[scenario](rng)
+
+
+# --- flat things in nine places ---
+
+
+def cell_of(thing: Thing) -> int:
+    return int(thing.y * 3) * 3 + int(thing.x * 3)
+
+
+def place_of(thing: Thing) -> str:
+    return PLACES[cell_of(thing)]
+
+
+def in_cell(rng: Random, cell: int, kind: str, colour: str, large: bool) -> Thing:
+    radius = rng.uniform(0.125, 0.14) if large else rng.uniform(0.075, 0.088)
+    slack = 1 / 6 - radius
+    x, y = (cell % 3 + 0.5) / 3 + rng.uniform(-slack, slack), (cell // 3 + 0.5) / 3 + rng.uniform(-slack, slack)
+    return Thing(kind, colour, large, x, y, radius)
+
+
+def lots(rng: Random, n: int, kinds: tuple[str, ...] = SHAPES) -> list[tuple[str, str]]:
+    """n different pairs of kind and colour, often sharing one of the two."""
+    pairs: list[tuple[str, str]] = []
+    few_kinds = rng.sample(kinds, k=min(len(kinds), rng.randint(2, 5)))
+    few_colours = rng.sample(list(COLOURS), k=rng.randint(2, 6))
+    while len(pairs) < n:
+        pair = (rng.choice(few_kinds), rng.choice(few_colours))
+        if pair not in pairs:
+            pairs.append(pair)
+        elif len(pairs) >= len(few_kinds) * len(few_colours):
+            few_colours = list(COLOURS)
+    return pairs
+
+
+def scatter(rng: Random, n: int, kinds: tuple[str, ...] = SHAPES) -> list[Thing]:
+    """n different things, in reading order."""
+    cells = sorted(rng.sample(range(9), n))
+    return [
+        in_cell(rng, cell, kind, colour, rng.random() < 0.5)
+        for cell, (kind, colour) in zip(cells, lots(rng, n, kinds), strict=True)
+    ]
+
+
+def reading_order(things: list[Thing]) -> list[Thing]:
+    return sorted(things, key=cell_of)
+
+
+def listing(things: list[Thing]) -> str:
+    return " ".join(f"{place_of(t)}: {t.name}." for t in reading_order(things)) or "nothing."
+
+
+def unique(rng: Random, things: list[Thing], key: Callable[[Thing], str]) -> Thing | None:
+    """A thing that no other equals in `key`."""
+    alone = [t for t in things if sum(key(o) == key(t) for o in things) == 1]
+    return rng.choice(alone) if alone else None
+
+
+def other(rng: Random, options: list[str] | tuple[str, ...], *but: str) -> str:
+    return rng.choice([o for o in options if o not in but])
+
+
+def single(rng: Random) -> Episode:
+    background = Background.sample(rng)
+    if rng.random() < 0.25:
+        return reading(rng, background)
+    things = scatter(rng, rng.choice([1, 2, 2, 3, 3, 4, 4, 5]))
+    return Episode("single", (Scene(tuple(things), background),), listing(things), tuple(about(rng, things)))
+
+
+def reading(rng: Random, background: Background) -> Episode:
+    row, n = rng.randrange(3), rng.choice([1, 2, 3])
+    start = rng.randint(0, 3 - n)
+    things = [
+        in_cell(rng, 3 * row + start + i, rng.choice(DIGITS + LETTERS), rng.choice(list(COLOURS)), True) for i in range(n)
+    ]
+    asked = [Question("read", " ".join(t.kind for t in things))]
+    one = rng.choice(things)
+    asked.append(Question("character_at", one.kind, place=place_of(one)))
+    asked.append(Question("characters", str(n)))
+    if t := unique(rng, things, lambda t: t.colour):
+        asked.append(Question("character_of", t.kind, colour=t.colour))
+    if t := unique(rng, things, lambda t: t.kind):
+        asked.append(Question("colour", t.colour, kind=t.kind))
+    digits = [t for t in things if t.kind in DIGITS]
+    if len(digits) == 1:
+        asked.append(Question("digit", digits[0].kind))
+    if len(things) - len(digits) == 1:
+        asked.append(Question("letter", next(t.kind for t in things if t not in digits)))
+    return Episode("single", (Scene(tuple(things), background),), listing(things), tuple(asked))
+
+
+def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
+    """Everything that can be asked about the things of one picture."""
+    asked = []
+    if t := unique(rng, things, lambda t: t.kind):
+        asked.append(Question("colour", t.colour, kind=t.kind, where=where))
+    if t := unique(rng, things, lambda t: t.colour):
+        asked.append(Question("shape", t.kind, colour=t.colour, where=where))
+    if things:
+        t = rng.choice(things)
+        asked.append(Question("size", "large" if t.large else "small", thing=t.short, where=where))
+        t = rng.choice(things)
+        asked.append(Question("position", place_of(t), thing=t.short, where=where))
+    empty = [p for i, p in enumerate(PLACES) if all(cell_of(t) != i for t in things)]
+    if things and rng.random() < 0.8:
+        t = rng.choice(things)
+        asked.append(Question("at", t.name, place=place_of(t), where=where))
+    else:
+        asked.append(Question("at", "nothing", place=rng.choice(empty), where=where))
+    asked.append(Question("count", str(len(things)), where=where))
+    colour = rng.choice([t.colour for t in things]) if things and rng.random() < 0.7 else rng.choice(list(COLOURS))
+    asked.append(Question("count_colour", str(sum(t.colour == colour for t in things)), colour=colour, where=where))
+    kind = rng.choice([t.kind for t in things]) if things and rng.random() < 0.7 else rng.choice(SHAPES)
+    asked.append(Question("count_shape", str(sum(t.kind == kind for t in things)), kind=kind, where=where))
+    if things and rng.random() < 0.5:
+        asked.append(Question("exists", "yes", thing=rng.choice(things).short, where=where))
+    else:
+        pair = next(p for p in iter(lambda: lots(rng, 1)[0], None) if all((t.kind, t.colour) != p for t in things))
+        asked.append(Question("exists", "no", thing=f"{pair[1]} {pair[0]}", where=where))
+    if len(things) >= 2:
+        a, b = rng.sample(things, 2)
+        axis = rng.choice([axis for axis in (1, 3) if cell_of(a) // axis % 3 != cell_of(b) // axis % 3])
+        before = cell_of(a) // axis % 3 < cell_of(b) // axis % 3
+        word, opposite = ("left of", "right of") if axis == 1 else ("above", "below")
+        claim = rng.choice([word, opposite])
+        asked.append(Question("relation", "yes" if (claim == word) == before else "no", a=a.short, b=b.short, relation=claim, where=where))
+    return asked
+
+
+# --- several images ---
+
+
+def multi(rng: Random) -> Episode:
+    return (changed if rng.random() < 0.5 else album)(rng)
+
+
+def change(rng: Random, things: list[Thing]) -> tuple[list[Thing], str]:
+    """The things after one change, and the sentence that tells it."""
+    free = [c for c in range(9) if all(cell_of(t) != c for t in things)]
+    what = rng.choice(["added", "removed", "moved", "coloured", "sized", "none"])
+    if what == "added" or not things:
+        pair = next(p for p in iter(lambda: lots(rng, 1)[0], None) if all((t.kind, t.colour) != p for t in things))
+        new = in_cell(rng, rng.choice(free), *pair, rng.random() < 0.5)
+        return [*things, new], f"a {new.name} was added at the {place_of(new)}"
+    t = rng.choice(things)
+    rest = [o for o in things if o is not t]
+    if what == "removed" and len(things) > 1:
+        return rest, f"the {t.name} was removed"
+    if what == "moved":
+        new = in_cell(rng, rng.choice(free), t.kind, t.colour, t.large)
+        return [*rest, new], f"the {t.name} moved from the {place_of(t)} to the {place_of(new)}"
+    if what == "coloured":
+        taken = [o.colour for o in rest if o.kind == t.kind]
+        new = replace(t, colour=other(rng, list(COLOURS), t.colour, *taken))
+        return [*rest, new], f"the {t.name} turned {new.colour}"
+    if what == "sized":
+        new = in_cell(rng, cell_of(t), t.kind, t.colour, not t.large)
+        return [*rest, new], f"the {t.short} became {'larger' if new.large else 'smaller'}"
+    return list(things), "nothing changed"
+
+
+def changed(rng: Random) -> Episode:
+    background = Background.sample(rng)
+    before = scatter(rng, rng.randint(1, 4))
+    after, told = change(rng, before)
+    asked = [Question("changed", told)] * 2
+    pictures = [before, reading_order(after)]
+    asked += between(rng, pictures)
+    scenes = tuple(Scene(tuple(things), background) for things in pictures)
+    return Episode("multi", scenes, caption_of(pictures) + f" {told}.", tuple(asked))
+
+
+def album(rng: Random) -> Episode:
+    n = rng.choice([2, 3, 3, 4])
+    counts = rng.sample(range(1, 5), n) if rng.random() < 0.6 else [rng.randint(1, 3) for _ in range(n)]
+    pictures = [scatter(rng, count) for count in counts]
+    asked = between(rng, pictures)
+    if len(set(counts)) == n:
+        order = sorted(range(n), key=lambda i: counts[i])
+        if rng.random() < 0.5:
+            asked.append(Question("order_up", ", ".join(str(i + 1) for i in order)))
+        else:
+            asked.append(Question("order_down", ", ".join(str(i + 1) for i in reversed(order))))
+    scenes = tuple(Scene(tuple(things), Background.sample(rng)) for things in pictures)
+    return Episode("multi", scenes, caption_of(pictures), tuple(asked))
+
+
+def caption_of(pictures: list[list[Thing]]) -> str:
+    return " ".join(f"image {i}: {listing(things)}" for i, things in enumerate(pictures, 1))
+
+
+def between(rng: Random, pictures: list[list[Thing]]) -> list[Question]:
+    """Questions that need several pictures, or the right one of them."""
+    asked = []
+    names = [t.short for things in pictures for t in things]
+    alone = [name for name in names if names.count(name) == 1]
+    for name in rng.sample(alone, k=min(2, len(alone))):
+        index = next(i for i, things in enumerate(pictures) if any(t.short == name for t in things))
+        asked.append(Question("which", f"image {index + 1}", thing=name))
+    counts = [len(things) for things in pictures]
+    if counts.count(max(counts)) == 1:
+        asked.append(Question("most", f"image {counts.index(max(counts)) + 1}"))
+    if counts.count(min(counts)) == 1:
+        asked.append(Question("fewest", f"image {counts.index(min(counts)) + 1}"))
+    if len(pictures) == 2:
+        asked.append(Question("same_count", "yes" if counts[0] == counts[1] else "no"))
+    asked.append(Question("images", str(len(pictures))))
+    index = rng.randrange(len(pictures))
+    asked += rng.sample(about(rng, pictures[index], where=f"image {index + 1}"), 2)
+    return asked
+
+
+# --- video ---
+
+
+def video(rng: Random) -> Episode:
+    """Things that move, appear, vanish or change colour, each in a row or a column of its own."""
+    background = Background.sample(rng)
+    n = rng.choice([1, 2, 2, 3])
+    lanes, upright = rng.sample(range(3), n), rng.random() < 0.5
+    colours = rng.sample(list(COLOURS), n)
+    kinds = [rng.choice(SHAPES) for _ in range(n)]
+    acts = [rng.choice(["fast", "slow", "still", "appears", "disappears", "turns"]) for _ in range(n)]
+    if all(a == "still" for a in acts):
+        acts[0] = rng.choice(["fast", "slow"])
+    times = rng.sample([0.25, 0.5, 0.75], n)
+    actors = []
+    for lane, kind, colour, act, time in zip(lanes, kinds, colours, acts, times, strict=True):
+        steps = {"fast": 2, "slow": 1}.get(act, 0)
+        start = rng.randint(0, 2 - steps)
+        end = start + steps
+        if rng.random() < 0.5:
+            start, end = end, start
+        cells = [c * 3 + lane if upright else lane * 3 + c for c in (start, end)]
+        first = in_cell(rng, cells[0], kind, colour, rng.random() < 0.5)
+        dx, dy = ((cells[1] % 3 - cells[0] % 3) / 3, (cells[1] // 3 - cells[0] // 3) / 3)
+        turned = other(rng, list(COLOURS), *colours)
+        actors.append(Actor(first, act, time, dx, dy, turned))
+
+    def clip(t: float) -> Scene:
+        return Scene(tuple(thing for a in actors if (thing := a.at(t))), background)
+
+    asked: list[Question] = []
+    for a in actors:
+        asked.append(Question("event", a.event, thing=a.thing.short))
+        if a.act in ("fast", "slow"):
+            asked.append(Question("direction", a.direction, thing=a.thing.short))
+            asked.append(Question("speed", "fast" if a.act == "fast" else "slowly", thing=a.thing.short))
+    movers = {a.act: a for a in actors if a.act in ("fast", "slow")}
+    if len(movers) == 2 and sum(a.act in movers for a in actors) == 2:
+        pair = rng.sample([movers["fast"], movers["slow"]], 2)
+        asked.append(Question("faster", f"the {movers['fast'].thing.short}", a=pair[0].thing.short, b=pair[1].thing.short))
+        asked.append(Question("slower", f"the {movers['slow'].thing.short}", a=pair[0].thing.short, b=pair[1].thing.short))
+    for act in ("appears", "disappears"):
+        who = [a for a in actors if a.act == act]
+        if len(who) == 1:
+            asked.append(Question(act, f"the {who[0].thing.short}"))
+        if len(who) == 2:
+            first_, second = sorted(who, key=lambda a: a.time)
+            asked.append(Question(f"first_{act}", f"the {first_.thing.short}"))
+            asked.append(Question(f"last_{act}", f"the {second.thing.short}"))
+    happenings = sorted((a for a in actors if a.act in ("appears", "disappears", "turns")), key=lambda a: a.time)
+    if len(happenings) >= 2:
+        asked.append(Question("order_events", ", then ".join(f"the {a.thing.short}" for a in happenings)))
+    moving = sum(a.act in ("fast", "slow") for a in actors)
+    asked.append(Question("moving", str(moving)))
+    still = [a for a in actors if a.act == "still"]
+    if len(still) == 1:
+        asked.append(Question("still", f"the {still[0].thing.short}"))
+    scenes = tuple(clip(i / (FRAMES - 1)) for i in range(FRAMES))
+    told = " ".join(f"the {a.thing.short} {a.event}." for a in actors)
+    ends = f"first: {listing(list(scenes[0].things))} last: {listing(list(scenes[-1].things))}"
+    return Episode("video", scenes, f"{ends} {told}", tuple(asked), clip=clip)
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """One thing of a video and what it does."""
+
+    thing: Thing
+    act: str
+    time: float
+    dx: float
+    dy: float
+    turned: str
+
+    def at(self, t: float) -> Thing | None:
+        late = t >= self.time
+        if (self.act == "appears" and not late) or (self.act == "disappears" and late):
+            return None
+        if self.act == "turns" and late:
+            return replace(self.thing, colour=self.turned)
+        return replace(self.thing, x=self.thing.x + t * self.dx, y=self.thing.y + t * self.dy)
+
+    @property
+    def direction(self) -> str:
+        if self.dx:
+            return "right" if self.dx > 0 else "left"
+        return "down" if self.dy > 0 else "up"
+
+    @property
+    def event(self) -> str:
+        if self.act in ("fast", "slow"):
+            return f"moves {self.direction} {'fast' if self.act == 'fast' else 'slowly'}"
+        return {"still": "stays still", "turns": f"turns {self.turned}"}.get(self.act, self.act)
+
+
+# --- views ---
+
+
+def seen_from(side: str, i: int, j: int) -> tuple[int, int]:
+    """Column from left to right and depth from near to far, as seen from a side; (i, j) are those from the front."""
+    return {"front": (i, j), "right": (j, 2 - i), "back": (2 - i, 2 - j), "left": (2 - j, i)}[side]
+
+
+def look(side: str, floor: list[tuple[int, int, Thing]], background: Background) -> Scene:
+    """The picture from one side: what is farther is smaller, higher and painted first."""
+    placed = []
+    for i, j, thing in floor:
+        column, depth = seen_from(side, i, j)
+        scale, base = (1.0, 0.82, 0.67)[depth], (0.92, 0.78, 0.67)[depth]
+        radius = thing.radius * scale
+        placed.append((depth, replace(thing, x=0.5 + (column - 1) * 0.33 * scale, y=base - radius, radius=radius)))
+    return Scene(tuple(thing for _, thing in sorted(placed, key=lambda p: -p[0])), background)
+
+
+def views(rng: Random) -> Episode:
+    background = replace(Background.sample(rng), texture="plain")
+    n = rng.choice([2, 3, 3, 4])
+    colours = rng.sample(list(COLOURS), n)
+    spots: list[tuple[int, int]] = []
+    larges: list[bool] = []
+    while len(spots) < n:
+        if spots and rng.random() < 0.5:  # often something small right behind something large, from some side
+            i, j = spots[-1]
+            di, dj = rng.choice([(0, 1), (0, -1), (1, 0), (-1, 0)])
+            spot, large = (i + di, j + dj), not larges[-1]
+        else:
+            spot, large = (rng.randrange(3), rng.randrange(3)), rng.random() < 0.6
+        if spot not in spots and all(0 <= c < 3 for c in spot):
+            spots.append(spot)
+            larges.append(large)
+    floor = [
+        (i, j, Thing(rng.choice(SOLIDS), colour, large, 0, 0, 0.15 if large else 0.085))
+        for (i, j), colour, large in zip(spots, colours, larges, strict=True)
+    ]
+    scenes = tuple(look(side, floor, background) for side in SIDES)
+    asked = [Question("total", str(n)), Question("total", str(n))]
+    shown: dict[str, list[Thing]] = {}
+    for side, scene in zip(SIDES, scenes, strict=True):
+        shares = visible(scene)
+        hidden = [t for t, share in zip(scene.things, shares, strict=True) if share < 0.12]
+        clear = [t for t, share in zip(scene.things, shares, strict=True) if share > 0.25]
+        shown[side] = sorted((t for t in scene.things if t not in hidden), key=lambda t: t.x)
+        if len(hidden) <= 1 and len(clear) + len(hidden) == n:
+            asked.append(Question("hidden", f"the {hidden[0].short}" if hidden else "nothing", side=side))
+            asked.append(Question("seen", str(n - len(hidden)), side=side))
+        by_spot = {seen_from(side, i, j): t for i, j, t in floor}
+        (column, depth), t = rng.choice(list(by_spot.items()))
+        farther = [by_spot[column, d] for d in range(depth + 1, 3) if (column, d) in by_spot]
+        nearer = [by_spot[column, d] for d in range(depth - 1, -1, -1) if (column, d) in by_spot]
+        asked.append(Question("behind", f"the {farther[0].short}" if farther else "nothing", thing=t.short, side=side))
+        asked.append(Question("in_front", f"the {nearer[0].short}" if nearer else "nothing", thing=t.short, side=side))
+        columns = {t.short: c for (c, _), t in by_spot.items()}
+        a, b = rng.sample(list(columns), 2)
+        if columns[a] != columns[b]:
+            asked.append(Question("side_of", "left" if columns[a] < columns[b] else "right", a=a, b=b, side=side))
+    t = rng.choice(floor)[2]
+    asked.append(Question("colour", t.colour, kind=t.kind)) if sum(o.kind == t.kind for _, _, o in floor) == 1 else None
+    asked.append(Question("shape", t.kind, colour=t.colour))
+    rng.shuffle(asked)
+    told = " ".join(f"{side}: {', '.join(t.name for t in shown[side])}." for side in SIDES)
+    rows = [f"{('near', 'middle', 'far')[j]} {('left', 'centre', 'right')[i]}: {t.name}." for j, i, t in sorted(((j, i, t) for i, j, t in floor), key=lambda p: p[:2])]
+    return Episode("views", scenes, f"{told} {' '.join(rows)}", tuple(asked), names=SIDES)

@@ -1,0 +1,308 @@
+"""What a person imports: attachments, options, stop strings, streaming, conversations, the licence notice."""
+
+import dataclasses
+import json
+import random
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import llava_interleave
+from llava_interleave import notice, weights
+from llava_interleave.chatbot import Chatbot, Conversation, Options, load
+from llava_interleave.chatbot.attach import content, part
+from llava_interleave.chatbot.place import pick_dtype
+from llava_interleave.chatbot.stops import StopStrings
+from llava_interleave.engine import Sampling
+from llava_interleave.errors import DataError, MediaError, OptionError, PromptError
+from llava_interleave.model import Packed, arrange
+from llava_interleave.testing import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory: pytest.TempPathFactory) -> Chatbot:
+    return load(tiny_checkpoint(tmp_path_factory.mktemp("bot") / "tiny"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    made = [folder / f"{colour}.png" for colour in ("red", "blue")]
+    for path in made:
+        Image.new("RGB", (40, 30), path.stem).save(path)
+    return made
+
+
+def test_an_answer_is_the_networks_greedy_continuation(bot: Chatbot, files: list[Path]) -> None:
+    """The whole way from files to text against the bare network, one token at a time."""
+    answer = bot.ask("What changed?", files, max_new_tokens=12)
+    prompt = bot.prompt(bot.turn("What changed?", files))
+    spans = [(m.start, arrange(bot.model.encode(m.pixels), m.layout)) for m in prompt.media]
+    tokens = list(prompt.tokens)
+    for _ in range(12):
+        with torch.inference_mode():
+            x = bot.model.embed(torch.tensor(tokens), spans)
+            hidden = bot.model(x, torch.arange(len(tokens)), Packed([len(tokens)]))[-1]
+            tokens.append(int(bot.model.logits(hidden)[: bot.processor.tokenizer.size].argmax()))
+        if tokens[-1] in bot.processor.tokenizer.eos_ids:
+            break
+    assert list(answer.tokens) == tokens[len(prompt) :]
+    assert str(answer) == answer.text == bot.processor.tokenizer.decode(answer.tokens)
+    assert answer.usage.prompt == len(prompt) == bot.estimate(bot.turn("What changed?", files)).total
+    assert answer.usage.generated == len(answer.tokens)
+    assert answer.timings.total > 0
+
+
+def test_folded_stream_is_chat(bot: Chatbot, files: list[Path]) -> None:
+    turn = bot.turn("What?", files)
+    for changes in ({}, {"temperature": 50.0, "seed": 4}, {"temperature": 50.0, "seed": 4, "n": 3}, {"logprobs": 2}):
+        chunks = list(bot.stream(turn, max_new_tokens=20, **changes))
+        answers = bot.chat(turn, max_new_tokens=20, **changes)
+        for index, answer in enumerate(answers if isinstance(answers, list) else [answers]):
+            mine = [c for c in chunks if c.index == index]
+            assert "".join(c.text for c in mine) == answer.text
+            assert [c.answer is None for c in mine] == [True] * (len(mine) - 1) + [False]
+            assert mine[-1].answer.tokens == answer.tokens
+
+
+def test_n_answers_are_those_of_their_seeds(bot: Chatbot) -> None:
+    several = bot.ask("Hm?", n=3, temperature=50, seed=10, max_new_tokens=8)
+    alone = [bot.ask("Hm?", temperature=50, seed=10 + i, max_new_tokens=8) for i in range(3)]
+    assert [a.tokens for a in several] == [a.tokens for a in alone]
+    assert len({a.tokens for a in several}) == 3
+
+
+def test_logprobs(bot: Chatbot) -> None:
+    answer = bot.ask("Hm?", logprobs=3, max_new_tokens=6)
+    assert [entry.token for entry in answer.logprobs] == list(answer.tokens)
+    assert all(entry.top[0] == (entry.token, entry.logprob) and len(entry.top) == 3 for entry in answer.logprobs)
+    assert bot.ask("Hm?", max_new_tokens=6).logprobs is None
+
+
+def test_a_stop_string_ends_the_answer_before_it(bot: Chatbot) -> None:
+    whole = bot.ask("Tell me.", max_new_tokens=60, ignore_eos=True).text
+    stop = whole[20:24]
+    answer = bot.ask("Tell me.", max_new_tokens=60, ignore_eos=True, stop=[stop, "never in it"])
+    assert answer.text == whole[: whole.find(stop)]
+    assert answer.finish_reason == "stop"
+    assert answer.usage.generated == len(answer.tokens) < 60
+    assert "".join(c.text for c in bot.stream(bot.turn("Tell me."), max_new_tokens=60, ignore_eos=True, stop=stop)) == answer.text
+    assert not bot.engine.busy
+
+
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers())
+def test_stop_strings_do_not_depend_on_token_borders(text: str, stops: list[str], seed: int) -> None:
+    """Any cut of the text into pieces gives the same: the text before the stop string that is complete first."""
+    ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
+    expected = text[: ends[0][1]] if ends else text
+    cuts = random.Random(seed)
+    filtered, shown, rest = StopStrings(stops), "", text
+    while rest and not filtered.stopped:
+        count = cuts.randint(1, len(rest))
+        shown, rest = shown + filtered.push(rest[:count]), rest[count:]
+        assert expected.startswith(shown)
+    assert shown + ("" if filtered.stopped else filtered.finish()) == expected
+    assert filtered.stopped == bool(ends)
+
+
+def test_unknown_options_name_the_nearest(bot: Chatbot) -> None:
+    with pytest.raises(OptionError, match=r"did you mean 'temperature'"):
+        bot.ask("Hm?", temprature=1)
+    with pytest.raises(OptionError, match=r"known: .*max_new_tokens"):
+        bot.ask("Hm?", xyz=1)
+    for wrong in ({"n": 0}, {"stop": [""]}, {"top_p": 3}, {"frames": 0}, {"preset": "none"}):
+        with pytest.raises(OptionError):
+            bot.ask("Hm?", max_new_tokens=1, **wrong)
+
+
+def test_options_have_all_of_sampling_with_its_defaults() -> None:
+    """A sampling keyword that the engine learns must not be missing, or mean something else, for the person who asks."""
+    options = Options()
+    for field in dataclasses.fields(Sampling)[
+        1:
+    ]:  # the first is max_new_tokens, of which an answer takes less where less is left
+        assert getattr(options, field.name) == getattr(Sampling(), field.name), field.name
+
+
+def test_attachments_stand_where_the_question_says(bot: Chatbot, files: list[Path]) -> None:
+    first, second = ({"type": "image", "path": str(path)} for path in files)
+    assert content("What?", files) == [first, second, {"type": "text", "text": "What?"}]
+    assert content("Is <image> bluer than <image>?", files) == [
+        {"type": "text", "text": "Is "},
+        first,
+        {"type": "text", "text": " bluer than "},
+        second,
+        {"type": "text", "text": "?"},
+    ]
+    asked = bot.prompt(bot.turn("Is <image> bluer than <image>?", files))
+    literal = bot.processor.prompt([{"role": "user", "content": "Is <image> bluer than <image>?"}], files)
+    assert asked.tokens == literal.tokens
+    with pytest.raises(PromptError, match="3 <image> but 2 attachments"):
+        bot.ask("<image><image><image>", files)
+
+
+def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
+    """Content decides for files, the name for URLs; a film called .png is a film."""
+    gif = tmp_path / "film.png"
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    assert part(gif)["type"] == part(gif.read_bytes())["type"] == "video"
+    assert part(str(files[0])) == {"type": "image", "path": str(files[0])}
+    assert part(tmp_path) == {"type": "video", "path": str(tmp_path)}
+    assert part("https://example.org/a/film.mp4?size=1") == {"type": "video", "url": "https://example.org/a/film.mp4?size=1"}
+    assert part("https://example.org/picture")["type"] == "image"
+    assert part("data:video/mp4;base64,AAAA")["type"] == "video"
+    assert part(np.zeros((4, 8, 8, 3), np.uint8))["type"] == "video"
+    assert part(np.zeros((8, 8, 3), np.uint8))["type"] == "image"
+    assert part(frames)["video"] == frames
+    assert part(b"\0\0\0\x1cftypisom0000")["type"] == "video"
+    with pytest.raises(MediaError, match=r"cannot read .*missing"):
+        part(tmp_path / "missing.png")
+
+
+def test_every_kind_of_attachment_is_answered(bot: Chatbot, files: list[Path]) -> None:
+    picture = Image.open(files[0]).convert("RGB")
+    same = [files[0], str(files[0]), files[0].read_bytes(), picture, np.array(picture), {"type": "image", "path": str(files[0])}]
+    assert len({bot.ask("What?", [one], max_new_tokens=5).tokens for one in same}) == 1
+    grid = bot.model.config.vision.grid
+    for video in (files[0].parent, [picture, picture], np.stack([np.array(picture)] * 2)):
+        prompt = bot.prompt(bot.turn("What?", [video]))
+        assert [m.layout.length for m in prompt.media] == [2 * grid**2]
+
+
+def test_a_film_is_attached_like_a_picture(bot: Chatbot, tmp_path: Path) -> None:
+    with av.open(tmp_path / "film.mp4", "w") as file:
+        stream = file.add_stream("mpeg4", rate=8, width=64, height=48, pix_fmt="yuv420p")
+        for shade in range(16):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade * 16, np.uint8))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    asked = bot.turn("What happens?", [tmp_path / "film.mp4"])
+    assert [m.layout.crops for m in bot.prompt(asked, frames=4).media] == [4]
+    assert [m.layout.crops for m in bot.prompt(asked, fps=4, end=1.0).media] == [5]
+    assert bot.estimate(asked, frames=4, frame_times=True).total == len(bot.prompt(asked, frames=4, frame_times=True))
+    assert bot.chat(asked, frames=2, max_new_tokens=3).usage.prompt == len(bot.prompt(asked, frames=2))
+
+
+def test_a_conversation_goes_on(bot: Chatbot, files: list[Path], tmp_path: Path) -> None:
+    """A second turn computes only what is new, equals the whole history asked at once, and can be taken back, saved, resumed."""
+    talk = bot.conversation()
+    talk.attach(files[0])
+    first = talk.ask("What is it?", max_new_tokens=5)
+    talk.attach(files[1])
+    second = talk.ask("And this?", max_new_tokens=5)
+    assert second.usage.cached >= first.usage.prompt - 16
+    assert second.tokens == bot.chat(talk.messages[:-1], max_new_tokens=5).tokens
+    for embed in (False, True):
+        talk.save(tmp_path / "talk.json", embed=embed)
+        again = bot.resume(tmp_path / "talk.json")
+        assert bot.prompt(again.messages).tokens == bot.prompt(talk.messages).tokens
+        assert [m.key for m in bot.prompt(again.messages).media] == [m.key for m in bot.prompt(talk.messages).media]
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+    assert talk.undo()
+    assert talk.pending == [{"type": "image", "path": str(files[1])}]
+    assert talk.ask("And this?", max_new_tokens=5).tokens == second.tokens
+    assert talk.undo()
+    assert talk.undo()
+    assert not talk.undo()
+    assert talk.messages == []
+
+
+def test_objects_in_memory_are_saved_whole(bot: Chatbot, files: list[Path], tmp_path: Path) -> None:
+    talk = bot.conversation()
+    picture = Image.open(files[0]).convert("RGB")
+    views = {"type": "views", "views": {"front": picture, "left": np.array(picture)}}
+    talk.attach(picture, np.array(picture), files[1].read_bytes(), [picture, picture], files[0].parent, views)
+    talk.ask("Hm?", max_new_tokens=1)
+    talk.save(tmp_path / "talk.json", embed=True)
+    again = bot.resume(tmp_path / "talk.json")
+    assert [m.key for m in bot.prompt(again.messages).media] == [m.key for m in bot.prompt(talk.messages).media]
+
+
+def test_a_failed_save_leaves_the_old_file(bot: Chatbot, tmp_path: Path) -> None:
+    talk = bot.conversation()
+    talk.save(tmp_path / "talk.json")
+    talk.messages = [{"role": "user", "content": [{"type": "text", "text": object()}]}]
+    with pytest.raises(TypeError):
+        talk.save(tmp_path / "talk.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+    assert json.loads((tmp_path / "talk.json").read_text())["messages"] == []
+
+
+def test_a_broken_off_answer_is_not_part_of_the_conversation(bot: Chatbot, files: list[Path]) -> None:
+    talk = bot.conversation()
+    talk.attach(files[0])
+    pieces = talk.stream("What?", max_new_tokens=100, ignore_eos=True)
+    next(pieces)
+    pieces.close()
+    assert (talk.messages, len(talk.pending)) == ([], 1)
+    assert not bot.engine.busy
+
+
+def test_other_files_are_not_conversations(bot: Chatbot, tmp_path: Path) -> None:
+    for text in ("", "[]", '{"format": "other"}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError):
+            Conversation.load(tmp_path / "x.json", bot)
+    with pytest.raises(DataError, match="cannot read"):
+        Conversation.load(tmp_path / "missing.json", bot)
+
+
+def test_threads_share_a_bot(bot: Chatbot, files: list[Path]) -> None:
+    """Answers of threads that ask at once are those of asking one after another."""
+    questions = [f"Question {i}?" for i in range(6)]
+    alone = [bot.ask(q, files[:1], max_new_tokens=10).tokens for q in questions]
+    together: dict[str, tuple[int, ...]] = {}
+    threads = [
+        threading.Thread(target=lambda q=q: together.update({q: bot.ask(q, files[:1], max_new_tokens=10).tokens}))
+        for q in questions
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[q] for q in questions] == alone
+
+
+def test_precision(bot: Chatbot) -> None:
+    assert bot.info()["precision"] == "float32"
+    assert pick_dtype("bfloat16", bot.source, "cpu") == torch.bfloat16
+    half = load(bot.source, precision="bfloat16", device="cpu")
+    assert half.info()["precision"] == "bfloat16"
+    with pytest.raises(OptionError, match="int8"):
+        load(bot.source, precision="int8")
+
+
+def test_licence_notice_once(
+    bot: Chatbot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shown for a checkpoint that names the family's base, once a user; never for others."""
+    for variable in ("XDG_STATE_HOME", "HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    load(bot.source, device="cpu")
+    assert capsys.readouterr().err == ""
+    official = tmp_path / "official"
+    weights.save(bot.model, official, processor_from=bot.source)
+    config = json.loads((official / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = "Qwen/Qwen1.5-0.5B-Chat"
+    (official / "config.json").write_text(json.dumps(config))
+    load(official, device="cpu")
+    assert "research only" in capsys.readouterr().err
+    load(official, device="cpu")
+    assert capsys.readouterr().err == ""
+    assert notice.official("lmms-lab/llava-next-interleave-qwen-7b", tmp_path)
+    assert notice.official("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
+    assert not notice.official("llava_interleave/builtin", Path(llava_interleave.__file__).parent)
+
+
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(notice, "state_folder", lambda: tmp_path / "file" / "below")
+    notice.show_once("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)

@@ -1,0 +1,165 @@
+"""The command line: what it prints where, its exit codes, and that help costs no torch."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_interleave.cli import main, reference
+from llava_interleave.testing import tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("media") / "red.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Done:
+    code: object
+    out: str
+    err: str
+
+
+def llava(*words: object, stdin: bytes = b"") -> Done:
+    """Run the program in this process, as a shell would: no terminal on any side."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["llava", *map(str, words)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        try:
+            main()
+            code: object = 0
+        except SystemExit as ended:
+            code = ended.code
+    written = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    return Done(code or 0, *written)
+
+
+def test_help_imports_no_torch() -> None:
+    code = """import sys
+sys.argv = ["llava", "--help"]
+try:
+    from llava_interleave.cli import main
+    main()
+finally:
+    print("torch" in sys.modules)"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "ask" in out
+    assert out.endswith("False\n")
+
+
+def test_import_costs_no_torch() -> None:
+    code = "import sys, llava_interleave; llava_interleave.LlavaError; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_docs_are_what_the_program_says() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference(), "run `llava reference > docs/cli.md`"
+
+
+def test_ask(tiny: Path, red: Path) -> None:
+    """Streamed, whole and as JSON are the same text, and stdout has nothing else."""
+    asked = ("ask", "-m", tiny, "-a", red, "-a", red.parent, "--max-new-tokens", 9, "What is it?")
+    streamed, whole, told = llava(*asked), llava(*asked, "--no-stream"), llava(*asked, "--json")
+    assert (streamed.code, whole.code, told.code) == (0, 0, 0), streamed.err
+    report = json.loads(told.out)
+    assert streamed.out == whole.out == report["text"] + "\n"
+    assert streamed.err == ""
+    assert report["usage"]["generated"] == len(report["tokens"]) <= 9
+    assert report["usage"]["prompt"] > 2 * 16
+
+
+def test_standard_input(tiny: Path, red: Path) -> None:
+    by_name = llava("ask", "-m", tiny, "-a", red, "--max-new-tokens", 5, "What?")
+    assert by_name.code == 0
+    assert llava("ask", "-m", tiny, "-a", "-", "--max-new-tokens", 5, "What?", stdin=red.read_bytes()).out == by_name.out
+    assert llava("ask", "-m", tiny, "-a", red, "--max-new-tokens", 5, "-", stdin=b"What?\n").out == by_name.out
+
+
+def test_several_answers_and_views(tiny: Path, red: Path) -> None:
+    views = ("--view", f"front={red}", "--view", f"left={red}")
+    done = llava("ask", "-m", tiny, *views, "-n", 2, "--temperature", 50, "--seed", 1, "--json", "--max-new-tokens", 4, "Hm?")
+    answers = json.loads(done.out)["answers"]
+    assert len(answers) == 2
+    assert answers[0]["tokens"] != answers[1]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("-a", "missing.png", "What?"), 2, "missing.png"),
+        (("--top-p", "7", "What?"), 2, "top_p"),
+        (("--view", "front.png", "What?"), 2, "NAME=FILE"),
+        (("-a", "-", "-"), 2, "not both"),
+        (("--logprobs", "2", "What?"), 2, "--json"),
+        (("<image>?",), 2, "1 <image> but 0"),
+        (("--max-new-tokens", "100000", "What?"), 2, "context"),
+    ],
+)
+def test_errors_are_one_line(tiny: Path, words: tuple[str, ...], code: int, says: str) -> None:
+    done = llava("ask", "-m", tiny, *words)
+    assert done.code == code
+    assert done.out == ""
+    assert says in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_unknown_model() -> None:
+    done = llava("ask", "-m", "./nowhere", "What?")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+
+
+def test_plan_counts_what_ask_uses(tiny: Path, red: Path) -> None:
+    planned = json.loads(llava("plan", "-m", tiny, "-a", red, "What is it?", "--json").out)
+    used = json.loads(llava("ask", "-m", tiny, "-a", red, "What is it?", "--json", "--max-new-tokens", 1).out)
+    assert planned["total"] == used["usage"]["prompt"]
+    table = llava("plan", "-m", tiny, "-a", red, "What is it?")
+    assert str(planned["total"]) in table.out
+
+
+def test_chat(tiny: Path, red: Path, tmp_path: Path) -> None:
+    """Attach, ask, take back, save; a second program goes on where the first stopped."""
+    file = tmp_path / "talk.json"
+    lines = f"/attach {red}\nWhat is it?\nAnd \\\nnow?\n/undo\n/save {file}\n/nonsense\n/quit\n"
+    first = llava("chat", "-m", tiny, "--max-new-tokens", 3, stdin=lines.encode())
+    assert first.code == 0, first.err
+    assert "no command /nonsense" in first.err
+    saved = json.loads(file.read_text())
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
+    assert saved["messages"][0]["content"][0] == {"type": "image", "path": str(red)}
+    second = llava("chat", "-m", tiny, "--max-new-tokens", 3, "--resume", file, stdin=b"More?\n/save\n")
+    assert second.code == 0, second.err
+    assert len(json.loads(file.read_text())["messages"]) == 4
+
+
+def test_convert_and_ask_again(tiny: Path, tmp_path: Path) -> None:
+    for layout in ("original", "transformers-5"):
+        done = llava("convert", tiny, tmp_path / layout, "--layout", layout, "--dtype", "float32")
+        assert done.code == 0, done.err
+        answers = [llava("ask", "-m", m, "Hello?", "--max-new-tokens", 4).out for m in (tiny, tmp_path / layout)]
+        assert answers[0] == answers[1]
+    again = llava("convert", tiny, tmp_path / "original")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+
+
+def test_closed_pipe_is_quiet(tiny: Path) -> None:
+    program = f"{sys.executable} -c 'from llava_interleave.cli import main; main()'"
+    command = f"{program} ask -m {tiny} Hello --ignore-eos --max-new-tokens 2000 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, cwd=ROOT)
+    assert done.stderr == b""

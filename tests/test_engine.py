@@ -1,0 +1,635 @@
+"""The engine against the naive loop of whole forwards: batched, cut, cached, pre-empted or aborted, the answers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.engine import Engine, Event, Request, Sampling
+from llava_interleave.errors import ContextError, OptionError, PromptError
+from llava_interleave.layout import Layout
+from llava_interleave.model import Llava, Packed, arrange
+from llava_interleave.prompt import Media, Prompt
+
+IMAGE, VOCAB, EOS = 60, 58, 57
+GRID = 3
+TOKEN = 2 * 2 * 2 * 8 * 4  # bytes of the keys and values of one token
+
+CONFIG = LlavaConfig(
+    VisionConfig(16, 32, 1, 2, image_size=12, patch_size=4),
+    TextConfig(32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=64, context=1000),
+    image_token_id=IMAGE,
+)
+
+
+@cache
+def network() -> Llava:
+    torch.manual_seed(0)
+    model = Llava(CONFIG).eval().requires_grad_(False)
+    for parameter in model.parameters():  # wide enough that answers differ
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.25)
+    return model
+
+
+def engine(tokens: int = 4000, **options: Any) -> Engine:
+    return Engine(network(), eos_ids={EOS}, vocab=VOCAB, kv_bytes=tokens * TOKEN, **options)
+
+
+@cache
+def picture(number: int, crops: int = 1) -> Tensor:
+    return torch.randn(crops, 3, 12, 12, generator=torch.Generator().manual_seed(number))
+
+
+def media(number: int, start: int, crops: int = 1, layout: Layout | None = None) -> Media:
+    layout = layout or Layout(GRID, crops)
+    return Media(picture(number, layout.crops), layout, repr((number, layout)).encode(), start)
+
+
+def text(number: int, length: int) -> list[int]:
+    return torch.randint(0, VOCAB - 1, (length,), generator=torch.Generator().manual_seed(1000 + number)).tolist()
+
+
+def prompt(*parts: list[int] | tuple[int, int] | tuple[int, Layout]) -> Prompt:
+    """Lists are text; (number, crops) is an image or video, (number, layout) an anyres image."""
+    tokens, found = [], []
+    for part in parts:
+        if isinstance(part, list):
+            tokens += part
+        else:
+            layout = part[1] if isinstance(part[1], Layout) else Layout(GRID, part[1])
+            found.append(media(part[0], len(tokens), layout=layout))
+            tokens += [IMAGE] * layout.length
+    return Prompt(tokens, tuple(found))
+
+
+TILED = Layout(GRID, 5, (2, 2), (1, 0, 4, 6))
+MIXED = [
+    prompt(text(0, 7), (0, 1), text(1, 3), (1, 1), text(2, 4)),
+    prompt(text(3, 40)),
+    prompt((2, 4), text(4, 5)),
+    prompt(text(5, 30), (3, TILED), text(6, 2)),
+    prompt((0, 1), text(7, 1)),
+    prompt(text(8, 3), (4, 1)),  # ends in an image
+]
+GREEDY = Sampling(max_new_tokens=12, ignore_eos=True)
+
+
+@torch.inference_mode()
+def naive(p: Prompt, new: int, *, stops: frozenset[int] = frozenset()) -> list[int]:
+    """A whole forward for each token."""
+    model, tokens = network(), list(p.tokens)
+    features = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in p.media]
+    for _ in range(new):
+        x = model.embed(torch.tensor(tokens), features)
+        logits = model.logits(model.forward(x, torch.arange(len(tokens)), Packed([len(tokens)])))[-1, :VOCAB]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(p.tokens) :]
+
+
+@cache
+def expected() -> list[list[int]]:
+    answers = [naive(p, 12) for p in MIXED]
+    assert len({tuple(answer) for answer in answers}) == len(MIXED)
+    return answers
+
+
+def answers(requests: Sequence[Request]) -> list[list[int]]:
+    return [request.generated for request in requests]
+
+
+def finish(e: Engine) -> list[Event]:
+    events = []
+    while e.busy:
+        events += e.step()
+        e.check()
+    return events
+
+
+def test_batched_equals_alone_equals_the_naive_loop() -> None:
+    assert [answers(engine().generate([p], GREEDY))[0] for p in MIXED] == expected()
+    together = engine()
+    assert answers(together.generate(MIXED, GREEDY)) == expected()
+    together.check()
+
+
+@pytest.mark.parametrize(("tokens", "crops"), [(1, 1), (3, 2), (7, 3), (16, 1), (64, 100)])
+def test_chunked_equals_whole(tokens: int, crops: int) -> None:
+    e = engine(max_step_tokens=tokens, max_step_crops=crops, max_running=min(tokens, 4))
+    assert answers(e.generate(MIXED, GREEDY)) == expected()
+    e.check()
+
+
+def test_prefix_hit_equals_miss_for_a_second_question_on_the_same_images() -> None:
+    images: tuple[Any, ...] = (text(0, 10), (0, 1), (1, 3))
+    first, second = prompt(*images, text(1, 6)), prompt(*images, text(2, 50))
+    e = engine()
+    e.generate([first], GREEDY)
+    (request,) = e.generate([second], GREEDY)
+    assert request.usage.cached == 46
+    assert request.generated == naive(second, 12)
+    (again,) = e.generate([second], GREEDY)
+    assert again.usage.cached == len(second) - 1  # the last token is always computed
+    assert again.generated == request.generated
+
+
+def test_a_follow_up_turn_reuses_the_answer_too() -> None:
+    e = engine()
+    (first,) = e.generate([prompt((0, 1), text(0, 30))], GREEDY)
+    turn = Prompt([*first.tokens, *text(1, 5)], first.prompt.media)
+    (second,) = e.generate([turn], GREEDY)
+    assert second.usage.cached == len(first.tokens) - 1
+    assert second.generated == naive(turn, 12)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_changed_image_keeps_everything_before_it_and_nothing_after(changed: int) -> None:
+    """Keys by placeholder ids alone would take one picture's keys for another's: the same tokens, another answer."""
+
+    def asked(numbers: list[int]) -> Prompt:
+        return prompt(text(0, 40), *((n, 1) for n in numbers), text(1, 6))
+
+    numbers = [10, 11, 12]
+    e = engine()
+    (before,) = e.generate([asked(numbers)], GREEDY)
+    numbers[changed] = 20
+    (after,) = e.generate([asked(numbers)], GREEDY)
+    assert after.usage.cached == 40 + 9 * changed
+    assert after.generated == naive(asked(numbers), 12) != before.generated
+
+
+def test_an_added_image_keeps_everything_before_it() -> None:
+    e = engine()
+    e.generate([prompt(text(0, 40), (0, 1), text(1, 5))], GREEDY)
+    more = prompt(text(0, 40), (0, 1), (1, 1), text(1, 5))
+    (request,) = e.generate([more], GREEDY)
+    assert request.usage.cached == 49
+    assert request.generated == naive(more, 12)
+
+
+def test_other_salts_share_nothing() -> None:
+    p = prompt((0, 1), text(0, 50))
+    e = engine()
+    cached = [e.generate([p], GREEDY, salt=salt)[0].usage.cached for salt in (b"a", b"b", b"a", b"")]
+    assert cached == [0, 0, len(p) - 1, 0]
+
+
+class Counting(Llava):
+    """Counts the crops and the calls of the tower and the rows of the decoder."""
+
+    def __init__(self) -> None:
+        super().__init__(CONFIG)
+        self.load_state_dict(network().state_dict())
+        self.eval().requires_grad_(False)
+        self.calls: list[int] = []
+        self.rows = 0
+        self.heads = 0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.calls.append(len(pixels))
+        return super().encode(pixels)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Any) -> Tensor:
+        self.rows += len(x)
+        return super().forward(x, positions, attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.heads += len(hidden)
+        return super().logits(hidden)
+
+
+def counted(tokens: int = 4000, **options: Any) -> tuple[Engine, Counting]:
+    model = Counting()
+    return Engine(model, eos_ids={EOS}, vocab=VOCAB, kv_bytes=tokens * TOKEN, **options), model
+
+
+def test_cached_features_equal_fresh_ones() -> None:
+    e, model = counted()
+    for lead in (0, 1):  # another beginning, so no common prefix: only the features are reused
+        p = prompt(text(lead, 5), (0, 1), (1, 3), text(2, 5))
+        assert e.generate([p], GREEDY)[0].generated == naive(p, 12)
+    assert model.calls == [4]
+
+
+def test_images_inside_a_cached_prefix_are_not_encoded() -> None:
+    e, model = counted(feature_bytes=0)
+    e.generate([prompt(text(0, 30), (0, 1), (1, 1), text(1, 5))], GREEDY)
+    model.calls.clear()
+    e.generate([prompt(text(0, 30), (0, 1), (2, 1), text(1, 5))], GREEDY)
+    assert model.calls == [1]
+    assert e.load().feature_bytes == 0
+
+
+def test_images_of_several_requests_are_encoded_together() -> None:
+    e, model = counted(max_step_crops=8)
+    e.generate([prompt((n, 1), text(n, 4)) for n in range(5)], GREEDY)
+    assert model.calls == [5]
+
+
+def test_a_video_longer_than_the_feature_cache_and_a_tower_call() -> None:
+    crop = GRID**2 * 32 * 4
+    e, model = counted(feature_bytes=2 * crop, max_step_crops=3, max_step_tokens=20, max_running=4)
+    p = prompt(text(0, 3), (0, 16), text(1, 3))
+    assert e.generate([p], GREEDY)[0].generated == naive(p, 12)
+    assert sum(model.calls) == 16  # a frame that is prefilled in two steps is kept between them
+    assert max(model.calls) <= 3
+    assert e.load().feature_bytes <= 2 * crop
+    e.check()
+
+
+def test_only_last_positions_reach_the_output_head() -> None:
+    e, model = counted(max_step_tokens=10, max_running=4)
+    e.generate([prompt(text(0, 35))], Sampling(max_new_tokens=1))
+    assert (model.rows, model.heads) == (35, 1)
+
+
+def test_samples_of_one_prompt_compute_it_once() -> None:
+    p = prompt((0, 3), text(0, 150))
+    e, model = counted(max_step_tokens=64, max_running=8)
+    requests = e.generate([p] * 4, [Sampling(max_new_tokens=5, temperature=1, seed=n, ignore_eos=True) for n in range(4)])
+    assert [request.usage.cached for request in requests] == [0] + [len(p) - 1] * 3
+    assert model.rows == len(p) + 3 + 4 * 4
+    assert len({tuple(request.generated) for request in requests}) > 1
+
+
+def test_preempted_equals_undisturbed() -> None:
+    """Three answers grow until the memory has no room for all; the last to start is computed again from the start."""
+    prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
+    e, model = counted(tokens=330)
+    asked = Sampling(max_new_tokens=120, ignore_eos=True)
+    assert answers(e.generate(prompts, asked)) == [naive(p, 120) for p in prompts]
+    assert model.rows > 3 * (49 + 119)  # it did happen
+    e.check()
+
+
+def test_preemption_keeps_random_numbers_penalties_and_usage() -> None:
+    prompts = [prompt((n, 1), text(n, 40)) for n in range(2)]
+    asked = [Sampling(max_new_tokens=80, temperature=1.0, repetition_penalty=1.2, seed=n, ignore_eos=True) for n in range(2)]
+    roomy, (tight, model) = engine(), counted(tokens=215)
+    undisturbed, disturbed = roomy.generate(prompts, asked), tight.generate(prompts, asked)
+    assert model.rows > 2 * (49 + 79)
+    assert answers(disturbed) == answers(undisturbed)
+    assert [r.usage for r in disturbed] == [r.usage for r in undisturbed]
+
+
+def test_stream_folded_equals_generate() -> None:
+    e = engine()
+    for p, answer in zip(MIXED, expected(), strict=True):
+        events = list(e.stream(p, GREEDY))
+        assert [event.token for event in events] == answer
+        assert [event.finish_reason for event in events] == [None] * 11 + ["length"]
+        assert events[-1].usage is not None
+        assert events[-1].usage.generated == 12
+
+
+def test_streams_read_in_turn_and_steps_between_lose_nothing() -> None:
+    e = engine()
+    streams = [e.stream(p, GREEDY) for p in MIXED[:3]]
+    queued = e.add(MIXED[3], GREEDY)
+    read: list[list[int | None]] = [[], [], []]
+    stepped: list[Event] = []
+    for turn in range(12):
+        for index, stream in enumerate(streams):
+            read[index].append(next(stream).token)
+        if turn % 3 == 0:
+            stepped += e.step()
+    stepped += finish(e)
+    assert read == expected()[:3]
+    assert [event.token for event in stepped] == expected()[3]
+    assert {event.request for event in stepped} == {queued}
+    assert [next(stream, None) for stream in streams] == [None] * 3
+
+
+def test_a_closed_stream_aborts() -> None:
+    e = engine()
+    stream = e.stream(MIXED[0], GREEDY)
+    next(stream)
+    assert e.load().running == 1
+    assert isinstance(stream, Iterator)
+    stream.close()  # type: ignore[attr-defined]
+    assert (e.load().running, e.busy) == (0, False)
+    e.check()
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_abort_frees_everything_and_disturbs_nobody(steps: int) -> None:
+    e = engine(max_step_tokens=20, max_step_crops=2, max_running=3)
+    requests = [e.add(p, GREEDY) for p in MIXED]
+    for _ in range(steps):
+        e.step()
+    for request in requests[::2]:
+        event = e.abort(request)
+        assert event is not None
+        assert (event.token, event.finish_reason) == (None, "abort")
+        assert e.abort(request) is None
+        e.check()
+    finish(e)
+    assert answers(requests)[1::2] == expected()[1::2]
+    assert (e.load().kv_running, e.load().running, e.load().waiting) == (0, 0, 0)
+    e.clear()
+    assert (e.load().kv_cached, e.load().feature_bytes) == (0, 0)
+    e.check()
+
+
+def test_an_aborted_stream_ends_with_its_event() -> None:
+    e = engine()
+    stream = e.stream(MIXED[0], GREEDY)
+    e.abort(next(stream).request)
+    assert [event.finish_reason for event in stream] == ["abort"]
+
+
+class Failing(Counting):
+    """Runs out of memory, or is interrupted, at a chosen forward."""
+
+    error: BaseException | None = None
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Any) -> Tensor:
+        if self.error is not None:
+            error, self.error = self.error, None
+            super().forward(x, positions, attend)  # half of the step is done
+            raise error
+        return super().forward(x, positions, attend)
+
+
+def failing(tokens: int = 4000, **options: Any) -> tuple[Engine, Failing]:
+    model = Failing()
+    return Engine(model, eos_ids={EOS}, vocab=VOCAB, kv_bytes=tokens * TOKEN, **options), model
+
+
+def test_an_error_fails_what_was_in_the_step_and_the_rest_goes_on() -> None:
+    e, model = failing(max_running=2)
+    requests = [e.add(p, GREEDY) for p in MIXED]
+    e.step()
+    model.error = torch.OutOfMemoryError("no memory left")
+    events = e.step()
+    assert [(event.request, event.finish_reason, str(event.error)) for event in events] == [
+        (request, "error", "no memory left") for request in requests[:2]
+    ]
+    e.check()
+    finish(e)
+    assert answers(requests)[2:] == expected()[2:]
+    assert answers(e.generate(MIXED, GREEDY)) == expected()
+
+
+def test_an_error_reaches_the_stream_and_an_interrupt_the_caller() -> None:
+    e, model = failing()
+    stream = e.stream(MIXED[0], GREEDY)
+    next(stream)
+    model.error = RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        next(stream)
+    waiting = e.add(MIXED[1], GREEDY)
+    model.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        e.step()
+    assert waiting.finish_reason == "error"
+    e.check()
+    assert not e._scheduler.running
+    assert answers(e.generate(MIXED, GREEDY)) == expected()
+
+
+def test_a_failed_step_leaves_no_half_computed_prefix_behind() -> None:
+    e, model = failing()
+    p = prompt((0, 1), text(0, 60))
+    model.error = RuntimeError("broken")
+    e.add(p, GREEDY)
+    e.step()
+    assert e.load().kv_cached == 0
+    (request,) = e.generate([p], GREEDY)
+    assert (request.usage.cached, request.generated) == (0, naive(p, 12))
+
+
+SAMPLED = [
+    Sampling(max_new_tokens=12, temperature=1.0, seed=1, ignore_eos=True),
+    Sampling(max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=2, ignore_eos=True),
+    Sampling(max_new_tokens=12, repetition_penalty=1.5, frequency_penalty=0.5, ignore_eos=True),
+    Sampling(max_new_tokens=12, temperature=1.2, presence_penalty=1.0, logit_bias={4: 2.0}, seed=3, logprobs=2, ignore_eos=True),
+    GREEDY,
+    Sampling(max_new_tokens=12, temperature=2.0, seed=4, ignore_eos=True),
+]
+
+
+def test_seeded_samples_do_not_depend_on_the_batch() -> None:
+    alone = [engine().generate([p], s)[0].generated for p, s in zip(MIXED, SAMPLED, strict=True)]
+    assert answers(engine().generate(MIXED, SAMPLED)) == alone
+    tight = engine(max_step_tokens=5, max_running=3)
+    assert answers(tight.generate(MIXED, SAMPLED)) == alone
+    unseeded = replace(SAMPLED[0], seed=None)
+    assert engine().generate([MIXED[0]], unseeded)[0].generated != engine().generate([MIXED[0]], unseeded)[0].generated
+
+
+def test_meaningless_ids_and_the_placeholder_are_never_generated() -> None:
+    model = Counting()
+    model.lm_head.weight[VOCAB:] *= 50
+    e = Engine(model, eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN)
+    hot = Sampling(max_new_tokens=200, temperature=5.0, seed=0, ignore_eos=True)
+    tokens = {token for r in e.generate([MIXED[0], MIXED[1]], [hot, replace(hot, temperature=0)]) for token in r.generated}
+    assert max(tokens) < VOCAB
+    wide = Engine(model, eos_ids={EOS}, vocab=64, kv_bytes=4000 * TOKEN)
+    tokens = {token for r in wide.generate([MIXED[0], MIXED[1]], [hot, replace(hot, temperature=0)]) for token in r.generated}
+    assert max(tokens) >= VOCAB
+    assert IMAGE not in tokens
+
+
+def test_log_probabilities_on_events() -> None:
+    p = MIXED[0]
+    events = list(engine().stream(p, Sampling(max_new_tokens=3, logprobs=4, ignore_eos=True)))
+    model = network()
+    tokens = Prompt([*p.tokens, *(event.token for event in events if event.token is not None)], p.media)
+    with torch.inference_mode():
+        x = model.embed(torch.tensor(tokens.tokens), [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in p.media])
+        logits = model.logits(model.forward(x, torch.arange(len(tokens)), Packed([len(tokens)])))[:, :VOCAB]
+    for at, event in enumerate(events, len(p) - 1):
+        logs = logits[at].log_softmax(-1)
+        assert [token for token, _ in event.top_logprobs] == logs.topk(4).indices.tolist()
+        assert event.logprob == pytest.approx(float(logs.max()), abs=1e-5)
+        assert event.top_logprobs[0] == (event.token, event.logprob)
+
+
+def test_stop_ids_and_eos_end_an_answer() -> None:
+    answer = expected()[1]
+    stop = next(token for token in answer[3:] if token not in answer[:3])
+    at = answer.index(stop)
+    events = list(engine().stream(MIXED[1], Sampling(max_new_tokens=12, stop_ids=(stop,), ignore_eos=True)))
+    assert [event.token for event in events] == answer[: at + 1]
+    assert events[-1].finish_reason == "stop"
+    e = Engine(network(), eos_ids={stop}, vocab=VOCAB, kv_bytes=4000 * TOKEN)
+    assert e.generate([MIXED[1]], Sampling(max_new_tokens=12))[0].generated == answer[: at + 1]
+    assert e.generate([MIXED[1]], GREEDY)[0].generated == answer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow(Counting):
+    """Takes three seconds for a call of the tower and one for the decoder, by the clock it is given."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.clock.now += 3
+        return super().encode(pixels)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Any) -> Tensor:
+        self.clock.now += 1
+        return super().forward(x, positions, attend)
+
+
+def test_usage_and_timings() -> None:
+    clock = Clock()
+    e = Engine(Slow(clock), eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN, max_step_tokens=15, max_running=1, clock=clock)
+    first, second = (e.add(p, replace(GREEDY, max_new_tokens=5)) for p in (MIXED[0], MIXED[1]))
+    last = {event.request: event for event in finish(e) if event.finish_reason}
+    usage, timings = last[first].usage, last[first].timings
+    assert usage is not None
+    assert timings is not None
+    assert (usage.prompt, usage.cached, usage.generated) == (32, 0, 5)
+    # three steps for 32 tokens with one tower call each in the first two, then a step a token
+    assert (timings.queue, timings.vision, timings.prefill, timings.first_token, timings.total) == (0, 6, 3, 9, 13)
+    assert timings.tokens_per_second == pytest.approx(1.0)
+    waited = last[second].timings
+    assert waited is not None
+    assert (waited.queue, waited.vision, waited.prefill) == (13, 0, 3)
+    request = e.add(MIXED[2])
+    event = e.abort(request)
+    assert event is not None
+    assert event.timings is not None
+    assert (event.timings.first_token, event.timings.tokens_per_second) == (None, None)
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    e = engine(tokens=100)
+    with pytest.raises(ContextError, match=r"70 tokens and 40 more .* \(100 tokens\)"):
+        e.add(prompt(text(0, 70)), Sampling(max_new_tokens=40))
+    assert len(e.generate([prompt(text(0, 70))], Sampling(max_new_tokens=31, ignore_eos=True))[0].generated) == 31
+    assert len(e.generate([prompt(text(1, 70))], Sampling(max_new_tokens=None, ignore_eos=True))[0].generated) == 31
+    wide = engine(tokens=2000)
+    with pytest.raises(ContextError, match=r"995 tokens and 6 more .* context is 1000: ask for at most 5"):
+        wide.stream(prompt(text(0, 995)), Sampling(max_new_tokens=6))
+    with pytest.raises(ContextError, match=r"1010 tokens .* use 11 fewer"):
+        wide.add(prompt(text(0, 1010)), Sampling(max_new_tokens=None))
+    assert len(wide.generate([prompt(text(0, 995))], Sampling(max_new_tokens=None, ignore_eos=True))[0].generated) == 5
+    assert (e.load().waiting, wide.load().waiting) == (0, 0)
+
+
+def test_prompts_and_options_that_contradict_the_model_are_refused() -> None:
+    e = engine()
+    with pytest.raises(PromptError, match="no tokens"):
+        e.add(Prompt([]))
+    with pytest.raises(PromptError, match="between 0 and 63"):
+        e.add(Prompt([1, 64]))
+    with pytest.raises(PromptError, match="8 image placeholders, but its 1 media take 9"):
+        e.add(Prompt([IMAGE] * 8, (media(0, 0),)))
+    with pytest.raises(PromptError, match="at the places"):
+        e.add(Prompt([1, *[IMAGE] * 9], (media(0, 0),)))
+    with pytest.raises(OptionError, match="logit_bias names token 58"):
+        e.add(MIXED[1], Sampling(logit_bias={58: 1.0}))
+    with pytest.raises(OptionError, match="max_step_tokens"):
+        engine(max_step_tokens=4, max_running=8)
+    with pytest.raises(OptionError, match="vocab"):
+        Engine(network(), eos_ids={EOS}, vocab=65, kv_bytes=TOKEN)
+
+
+PARTS: list[Any] = [text(0, 33), text(1, 9), (0, 1), (1, 1), (2, 3), (3, TILED), text(2, 20)]
+
+
+@cache
+def oracle(parts: tuple[int, ...], new: int) -> list[int]:
+    return naive(prompt(*(PARTS[part] for part in parts)), new, stops=frozenset({EOS}))
+
+
+class Anything(RuleBasedStateMachine):
+    """Requests come, go and fail in any order in too little memory; every answer is the naive loop's, or its beginning."""
+
+    @initialize(
+        memory=st.integers(250, 600),
+        tokens=st.integers(4, 80),
+        crops=st.integers(1, 6),
+        features=st.sampled_from([0, 3000, 10**6]),
+    )
+    def begin(self, memory: int, tokens: int, crops: int, features: int) -> None:
+        self.model = Failing()
+        self.engine = Engine(
+            self.model,
+            eos_ids={EOS},
+            vocab=VOCAB,
+            kv_bytes=memory * TOKEN,
+            feature_bytes=features,
+            max_step_tokens=tokens,
+            max_step_crops=crops,
+            max_running=4,
+        )
+        self.asked: dict[Request, tuple[tuple[int, ...], int]] = {}
+
+    @rule(parts=st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=5), new=st.sampled_from([1, 3, 20, 60]))
+    def add(self, parts: list[int], new: int) -> None:
+        p = prompt(*(PARTS[part] for part in parts))
+        self.asked[self.engine.add(p, Sampling(max_new_tokens=new))] = (tuple(parts), new)
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def again(self, data: st.DataObject) -> None:
+        """A sequel to what was answered, or to what is being answered."""
+        request = data.draw(st.sampled_from(list(self.asked)))
+        parts, _ = self.asked[request]
+        self.add([*parts, 1][:6], 3)
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.engine.step()
+            self.engine.check()
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.engine.abort(data.draw(st.sampled_from(list(self.asked))))
+
+    @rule()
+    def fail(self) -> None:
+        self.model.error = RuntimeError("broken")
+
+    @rule()
+    def clear(self) -> None:
+        self.engine.clear()
+
+    @invariant()
+    def accounts(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.model.error = None
+        finish(self.engine)
+        for request, (parts, new) in self.asked.items():
+            answer = oracle(parts, new)
+            if request.finish_reason in ("stop", "length"):
+                assert request.generated == answer
+            else:
+                assert request.generated == answer[: len(request.generated)]
+        assert self.engine.load().kv_running == 0
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -1,0 +1,255 @@
+"""The model card's snippets, here and in transformers: same inputs, same ids, same shapes of output."""
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from llava_interleave import hf
+from llava_interleave.errors import LlavaError, OptionError, PromptError, Unsupported
+from llava_interleave.testing import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("hf") / "llava-interleave-tiny")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    media = tmp_path_factory.mktemp("media")
+    made = [media / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for index, path in enumerate(made):
+        image = Image.new("RGB", (40 + 20 * index, 30), path.stem)
+        image.paste("white", (3, 4, 20, 10 + 5 * index))
+        image.save(path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> tuple[hf.LlavaForConditionalGeneration, hf.AutoProcessor]:
+    return hf.LlavaForConditionalGeneration.from_pretrained(folder), hf.AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> tuple[Any, Any]:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    # Ids without a meaning are never written here; transformers has to be told.
+    size = transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>")
+    model.generation_config.suppress_tokens = list(range(size, model.config.text_config.vocab_size))
+    return model, transformers.AutoProcessor.from_pretrained(folder)
+
+
+def chat(*pictures: object, text: str = "What differs?") -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
+
+
+def same(ours: Any, theirs: Any) -> None:
+    assert set(ours) == set(theirs)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_the_cards_transformers_snippet(ours: Any, theirs: Any, pictures: list[Path]) -> None:
+    conversation = [{"role": "user", "content": [{"type": "text", "text": "What are these?"}, {"type": "image"}]}]
+    outputs = []
+    for model, processor in (ours, theirs):
+        prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+        raw_image = Image.open(pictures[0])
+        inputs = processor(images=raw_image, text=prompt, return_tensors="pt").to("cpu", torch.float32)
+        output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        outputs.append((prompt, inputs, output, processor.decode(output[0][2:], skip_special_tokens=True)))
+    (prompt, inputs, output, text), (their_prompt, their_inputs, their_output, their_text) = outputs
+    assert prompt == their_prompt == "<|im_start|>user\n<image>\nWhat are these?<|im_end|>\n<|im_start|>assistant\n"
+    same(inputs, their_inputs)
+    assert inputs.input_ids is inputs["input_ids"]
+    assert torch.equal(output, their_output)
+    assert text == their_text
+
+
+def test_a_tokenised_chat_loads_its_images(ours: Any, theirs: Any, pictures: list[Path], site: str) -> None:
+    """By path and object, in several turns; a URL of this machine is refused as everywhere."""
+    named = chat(str(pictures[0]), text="This?")
+    named[0]["content"][1] = {"type": "image", "path": str(pictures[0])}
+    named += [{"role": "assistant", "content": [{"type": "text", "text": "Red."}]}, *chat(Image.open(pictures[2]), text="And?")]
+    opened = [named[0] | {"content": chat(Image.open(pictures[0]), text="This?")[0]["content"]}, *named[1:]]
+    flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    same(ours[1].apply_chat_template(named, **flags), theirs[1].apply_chat_template(opened, **flags))
+    given = [{"type": "text", "text": "What differs?"}, {"type": "image", "url": f"{site}/red.png"}]
+    with pytest.raises(LlavaError, match="127"):
+        ours[1].apply_chat_template([{"role": "user", "content": given}], **flags)
+
+
+@pytest.fixture(scope="module")
+def site(pictures: list[Path]) -> Iterator[str]:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=pictures[0].parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(ours: Any, theirs: Any, pictures: list[Path], side: str) -> None:
+    """Ids and pixels equal transformers'; each row is answered as it is alone, on whichever side it is padded.
+
+    Transformers itself answers right-padded rows wrongly (it goes on after the padding), so there ours is compared with alone.
+    """
+    images = [Image.open(path) for path in pictures]
+    texts = [
+        processor_text("What is it?", 1),
+        processor_text("A longer question about two pictures: what differs between them?", 2),
+        processor_text("No picture.", 0),
+    ]
+    both = []
+    for model, processor in (ours, theirs):
+        processor.tokenizer.padding_side = side
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        both.append((inputs, model.generate(**inputs, max_new_tokens=6, do_sample=False)))
+    (inputs, output), (their_inputs, their_output) = both
+    same(inputs, their_inputs)
+    if side == "left":
+        assert torch.equal(output, their_output)
+    rest = iter(images)
+    for row, text in enumerate(texts):
+        own = [next(rest) for _ in range(text.count("<image>"))]
+        single = ours[1](images=own or None, text=text, return_tensors="pt")
+        alone = ours[0].generate(**single, max_new_tokens=6)[0, single["input_ids"].shape[1] :]
+        assert output[row, inputs["input_ids"].shape[1] :][: len(alone)].tolist() == alone.tolist()
+
+
+def processor_text(question: str, images: int) -> str:
+    return f"<|im_start|>user\n{'<image>' * images}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_several_conversations(ours: Any, theirs: Any, pictures: list[Path]) -> None:
+    chats = [chat(Image.open(pictures[0])), chat(Image.open(pictures[1]), Image.open(pictures[2]), text="Hm?")]
+    flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    same(
+        ours[1].apply_chat_template(chats, **flags, padding=True, padding_side="left"),
+        theirs[1].apply_chat_template(chats, **flags, padding=True, padding_side="left"),
+    )
+    assert ours[1].apply_chat_template(chats) == theirs[1].apply_chat_template(chats)
+    assert ours[1].apply_chat_template(chats[0], tokenize=True) == theirs[1].apply_chat_template(
+        chats[0], tokenize=True, return_tensors=None
+    )
+
+
+@pytest.fixture(scope="module")
+def pipes(ours: Any, theirs: Any) -> tuple[Any, Any]:
+    return (
+        hf.pipeline("image-text-to-text", model=ours[0], processor=ours[1]),
+        transformers.pipeline("image-text-to-text", model=theirs[0], processor=theirs[1]),
+    )
+
+
+def records_equal(ours: list[Any], theirs: list[Any]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(mine, list):
+            records_equal(mine, other)
+            continue
+        assert set(mine) == set(other)
+        if "generated_token_ids" in mine:
+            assert torch.equal(mine["generated_token_ids"], other["generated_token_ids"])
+        else:
+            assert mine == other
+
+
+def test_pipeline_by_name(folder: Path, pictures: list[Path]) -> None:
+    """The card's first snippet; loading by name goes through the same way as loading the parts."""
+    messages = chat(text="What does the label represent?")
+    messages[0]["content"].insert(0, {"type": "image", "path": str(pictures[0])})
+    pipe = hf.pipeline("image-text-to-text", model=folder)
+    out = pipe(text=messages, max_new_tokens=20)
+    assert out[0]["input_text"] == messages
+    assert out[0]["generated_text"][:-1] == messages
+    assert out[0]["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("flags", [{}, {"return_full_text": False}, {"return_tensors": True}])
+def test_pipeline_outputs(pipes: Any, pictures: list[Path], flags: dict[str, bool]) -> None:
+    images = [Image.open(path) for path in pictures]
+    asked = chat(images[0])
+    begun = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "There is a"}]}]
+    raw = [processor_text("Hm?", 1), processor_text("Hm?", 1)]
+    calls = [
+        {"text": asked},
+        {"text": begun},
+        {"text": [asked, begun]},
+        {"images": images[1], "text": raw[0]},
+        {"images": images[:2], "text": raw},
+        {"text": "Hello there"},
+    ]
+    for call in calls:
+        ours, theirs = (pipe(**call, **flags, max_new_tokens=8) for pipe in pipes)
+        records_equal(ours, theirs)
+
+
+def test_sampling_is_repeatable_from_torchs_seed(ours: Any) -> None:
+    inputs = ours[1](text=processor_text("Hm?", 0), return_tensors="pt")
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(ours[0].generate(**inputs, do_sample=True, temperature=50.0, top_k=0, num_return_sequences=3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape[0] == 3
+
+
+def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
+    model = hf.LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float16, low_cpu_mem_usage=True)
+    assert model.dtype == torch.float16
+    assert model.to("cpu", torch.bfloat16).dtype == torch.bfloat16
+    inputs = ours[1](images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt").to("cpu", torch.bfloat16)
+    assert inputs["pixel_values"].dtype == torch.bfloat16
+    assert inputs["input_ids"].dtype == torch.int64
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU must say")
+def test_what_a_cpu_cannot_do_is_refused(folder: Path) -> None:
+    load = hf.LlavaForConditionalGeneration.from_pretrained
+    for flags, says in (
+        ({"load_in_4bit": True}, "bfloat16"),
+        ({"use_flash_attention_2": True}, "SDPA"),
+        ({"attn_implementation": "flash_attention_2"}, "SDPA"),
+        ({"attn_implementation": "eager"}, "SDPA"),
+        ({"device_map": "cuda"}, "cpu"),
+        ({"device_map": 0}, "cpu"),
+    ):
+        with pytest.raises(Unsupported, match=says):
+            load(folder, **flags)
+    with pytest.raises(Unsupported, match="cpu"):
+        load(folder).to(0, torch.float16)
+    assert load(folder, device_map="auto").device.type == "cpu"
+
+
+def test_mistakes(ours: Any, folder: Path, pictures: list[Path]) -> None:
+    model, processor = ours
+    inputs = processor(text=processor_text("Hm?", 0), return_tensors="pt")
+    with pytest.raises(OptionError, match="did you mean 'max_new_tokens'"):
+        model.generate(**inputs, max_new_token=3)
+    with pytest.raises(OptionError, match="do_sample=True"):
+        model.generate(**inputs, temperature=0.7)
+    with pytest.raises(Unsupported, match="beam"):
+        model.generate(**inputs, num_beams=4)
+    with pytest.raises(PromptError, match="2 <image> but 1 images"):
+        processor(images=Image.open(pictures[0]), text="<image><image>", return_tensors="pt")
+    with pytest.raises(PromptError, match="image tokens"):
+        model.generate(input_ids=torch.tensor([[5, model.model.config.image_token_id]]))
+    with pytest.raises(OptionError, match="padding=True"):
+        processor(text=["a", "a longer text"], return_tensors="pt")
+    with pytest.raises(Unsupported, match="image-text-to-text"):
+        hf.pipeline("text-generation", model=folder)
+    with pytest.raises(Unsupported, match="video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "url": "x"}]}], tokenize=True)
