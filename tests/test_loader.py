@@ -319,7 +319,7 @@ def test_the_checked_address_is_dialled_and_the_name_resolved_once(monkeypatch: 
 def test_a_redirect_is_checked_like_the_first_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard that looked only at the first URL was walked around with a redirect (CVE-2026-63764)."""
     monkeypatch.setattr("llava_interleave.processing.fetch.is_public", lambda address: address == "127.0.0.1")
-    with server(lambda h: send(h, 302, b"", Location=f"http://127.0.0.2:{h.server.socket.getsockname()[1]}/")) as (url, asked):
+    with server(lambda h: send(h, 302, b"", Location=f"http://127.0.0.2:{h.headers['Host'].split(':')[1]}/")) as (url, asked):
         with pytest.raises(MediaRefused, match="not public"):
             Loader().image(url)
         assert len(asked) == 1
