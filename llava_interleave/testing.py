@@ -16,11 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from .config import LlavaConfig, TextConfig, VisionConfig
+from .processing.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, SPLIT
 from .weights import CheckpointLayout, shapes, skeleton, write_checkpoint
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
-# Source: transformers models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX.
-_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 _SENTENCES = (
     "You are a helpful assistant.",
     "What is the difference between the first image and the second image?",
@@ -136,7 +135,7 @@ def qwen2_tokenizer(model: models.Model) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated", invert=False),
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import LlavaError
-from . import ask, chat, checkpoint, plan
+from . import ask, chat, checkpoint, demo, plan
 
 app = typer.Typer(
     name="llava",
@@ -34,7 +34,7 @@ def root(
     """Many images, videos and views in, text out."""
 
 
-for module in (ask, chat, plan, checkpoint):
+for module in (ask, chat, plan, demo, checkpoint):
     module.register(app)
 
 

@@ -52,9 +52,6 @@ class Packed:
         assert q.shape[0] == self.total
         if q.device != self.back.device:
             self.back, self.groups = self.back.to(q.device), [rows.to(q.device) for rows in self.groups]
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-            with torch.autocast("cpu", enabled=False):  # the backward pass of a CPU's attention is three times slower in bfloat16
-                return self(layer, q.float(), k.float(), v.float()).to(torch.bfloat16)
         parts = [causal(q[rows], k[rows], v[rows]).flatten(0, 1) for rows in self.groups]
         return torch.cat(parts)[self.back]
 
@@ -62,6 +59,14 @@ class Packed:
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of `[B, T, H, d]` queries, the last of S keys `[B, S, Hkv, d]` -> `[B, T, H, d]`; T == S or T == 1."""
     assert q.shape[1] in (1, k.shape[1])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+    return full(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=q.shape[1] > 1).transpose(1, 2)
+
+
+def full(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Attention of `[B, H, T, d]` queries over keys and values `[B, Hkv, S, d]` -> `[B, H, T, d]`."""
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):  # a CPU's attention in bfloat16 takes four times as long backwards
+            q, k, v = q.float(), k.float(), v.float()
+            return scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped).to(torch.bfloat16)
+    return scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)

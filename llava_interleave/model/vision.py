@@ -1,9 +1,10 @@
 """SigLIP vision tower without its last norm and head: pixels `[N, 3, S, S]` -> features `[N, grid * grid, D]`."""
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
 from ..config import VisionConfig
+from .attend import full
 
 
 class Embeddings(nn.Module):
@@ -27,7 +28,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.out_proj(full(q, k, v).transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):

@@ -107,8 +107,12 @@ def stamp(kind: str, radius: int) -> tuple[NDArray[np.float32], NDArray[np.float
     return small[0] / 255, (small[1] / 200 if kind in SOLIDS else np.ones((n, n), np.float32))
 
 
+@lru_cache(maxsize=64)
 def backdrop(b: Background, size: int) -> NDArray[np.float32]:
     """A muted background `[size, size, 3]`, plain or textured."""
+    plain = b.light + np.array(b.tint, np.float32)
+    if b.texture == "plain":
+        return np.broadcast_to(plain, (size, size, 3))
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     rng = np.random.default_rng(b.seed)
     turns = rng.integers(4, 9)
@@ -119,15 +123,16 @@ def backdrop(b: Background, size: int) -> NDArray[np.float32]:
     elif b.texture == "dots":
         wave = np.where((x * turns % 1 - 0.5) ** 2 + (y * turns % 1 - 0.5) ** 2 < 0.06, 1.0, -0.3)
     elif b.texture == "noise":
-        wave = np.kron(rng.standard_normal((24, 24)), np.ones((-(-size // 24), -(-size // 24))))[:size, :size] / 2
+        grain = -(-size // 24)
+        wave = rng.standard_normal((24, 24)).repeat(grain, 0).repeat(grain, 1)[:size, :size] / 2
     else:
-        wave = np.zeros_like(x)
-    return (b.light + b.contrast * wave[..., None] + np.array(b.tint)).astype(np.float32)
+        raise AssertionError(b.texture)
+    return (plain + b.contrast * wave[..., None]).astype(np.float32)
 
 
 def draw(scene: Scene, size: int) -> Pixels:
     """The picture `[size, size, 3]` of a scene."""
-    canvas = backdrop(scene.background, size)
+    canvas = backdrop(scene.background, size).copy()
     for thing in scene.things:
         paste(canvas, thing, size)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
@@ -150,15 +155,32 @@ def place(thing: Thing, size: int) -> tuple[tuple[slice, slice], NDArray[np.floa
     return (slice(top + y0, top + max(y0, y1)), slice(left + x0, left + max(x0, x1))), cover[inside], shade[inside]
 
 
-def visible(scene: Scene, size: int = 96) -> list[float]:
-    """For each thing the share of it that later things leave visible."""
+def owners(scene: Scene, size: int) -> NDArray[np.int64]:
+    """`[size, size]`: the index of the thing that covers each pixel, -1 for the background."""
     owner = np.full((size, size), -1)
-    spots = []
     for index, thing in enumerate(scene.things):
         where, cover, _ = place(thing, size)
-        spots.append((where, cover > 0.5))
         owner[where][cover > 0.5] = index
-    return [float((owner[where][solid] == i).mean()) if solid.any() else 0.0 for i, (where, solid) in enumerate(spots)]
+    return owner
+
+
+def visible(scene: Scene, size: int = 96) -> list[float]:
+    """For each thing the share of it that later things leave visible."""
+    seen = np.bincount(owners(scene, size).ravel() + 1, minlength=len(scene.things) + 1)[1:]
+    whole = [int((place(thing, size)[1] > 0.5).sum()) for thing in scene.things]
+    return [int(part) / max(1, all_) for part, all_ in zip(seen, whole, strict=True)]
+
+
+def patches(scene: Scene, size: int, patch: int) -> list[Thing | None]:
+    """For each patch of a picture, row by row, the thing that covers most of it, if it covers a tenth."""
+    grid = size // patch
+    owner = owners(scene, size).reshape(grid, patch, grid, patch).swapaxes(1, 2).reshape(grid * grid, -1)
+    found: list[Thing | None] = []
+    for pixels in owner:
+        counts = np.bincount(pixels + 1, minlength=2)[1:]
+        best = int(counts.argmax())
+        found.append(scene.things[best] if counts[best] > 0.1 * patch**2 else None)
+    return found
 
 
 def write_video(frames: list[Pixels], path: Path, fps: int = 8) -> None:

@@ -45,7 +45,7 @@ def place_of(thing: Thing) -> str:
 
 def in_cell(rng: Random, cell: int, kind: str, colour: str, large: bool) -> Thing:
     radius = rng.uniform(0.125, 0.14) if large else rng.uniform(0.075, 0.088)
-    slack = 1 / 6 - radius
+    slack = (1 / 6 - radius) / 2
     x, y = (cell % 3 + 0.5) / 3 + rng.uniform(-slack, slack), (cell // 3 + 0.5) / 3 + rng.uniform(-slack, slack)
     return Thing(kind, colour, large, x, y, radius)
 
@@ -102,9 +102,7 @@ def single(rng: Random) -> Episode:
 def reading(rng: Random, background: Background) -> Episode:
     row, n = rng.randrange(3), rng.choice([1, 2, 3])
     start = rng.randint(0, 3 - n)
-    things = [
-        in_cell(rng, 3 * row + start + i, rng.choice(DIGITS + LETTERS), rng.choice(list(COLOURS)), True) for i in range(n)
-    ]
+    things = [in_cell(rng, 3 * row + start + i, rng.choice(DIGITS + LETTERS), rng.choice(list(COLOURS)), True) for i in range(n)]
     asked = [Question("read", " ".join(t.kind for t in things))]
     one = rng.choice(things)
     asked.append(Question("character_at", one.kind, place=place_of(one)))
@@ -155,7 +153,9 @@ def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
         before = cell_of(a) // axis % 3 < cell_of(b) // axis % 3
         word, opposite = ("left of", "right of") if axis == 1 else ("above", "below")
         claim = rng.choice([word, opposite])
-        asked.append(Question("relation", "yes" if (claim == word) == before else "no", a=a.short, b=b.short, relation=claim, where=where))
+        asked.append(
+            Question("relation", "yes" if (claim == word) == before else "no", a=a.short, b=b.short, relation=claim, where=where)
+        )
     return asked
 
 
@@ -402,5 +402,8 @@ def views(rng: Random) -> Episode:
     asked.append(Question("shape", t.kind, colour=t.colour))
     rng.shuffle(asked)
     told = " ".join(f"{side}: {', '.join(t.name for t in shown[side])}." for side in SIDES)
-    rows = [f"{('near', 'middle', 'far')[j]} {('left', 'centre', 'right')[i]}: {t.name}." for j, i, t in sorted(((j, i, t) for i, j, t in floor), key=lambda p: p[:2])]
+    rows = [
+        f"{('near', 'middle', 'far')[j]} {('left', 'centre', 'right')[i]}: {t.name}."
+        for j, i, t in sorted(((j, i, t) for i, j, t in floor), key=lambda p: p[:2])
+    ]
     return Episode("views", scenes, f"{told} {' '.join(rows)}", tuple(asked), names=SIDES)

@@ -28,13 +28,16 @@ def ask(question: Question, rng: Random, *, held_out: bool = False) -> str:
     """One wording of a question; `held_out` takes those that training never uses."""
     wording = rng.choice((HELD_OUT if held_out else WORDINGS)[question.about])
     text = re.sub(r"\[([^][]*)\]", lambda m: rng.choice(m[1].split("|")), wording)
-    in_, at = (f" in {question.where}", f"In {question.where}, ") if question.where else ("", "")
+    inside, at = (f" in {question.where}", f"In {question.where}, ") if question.where else ("", "")
     text = text.format(
         kind=question.kind, colour=question.colour, thing=question.thing, place=question.place, relation=question.relation,
-        side=question.side, a=question.a, b=question.b, where=in_,
+        side=question.side, a=question.a, b=question.b, where=inside,
     )  # fmt: skip
     if at and " in image" not in text:
         text = at + text[0].lower() + text[1:]
+    if not held_out and rng.random() < 0.2:
+        lead = ("Please ", "Now ") if text.endswith(".") else ("Look: ", "Tell me: ", "Look at it: ", "Please tell me: ")
+        text = rng.choice(lead) + text[0].lower() + text[1:]
     return text
 
 
@@ -141,8 +144,18 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "[Tell me|Name] the {colour} character.",
         "What is [written|shown] in {colour}?",
     ),
-    "digit": ("[What|Which] digit [is there|is shown|do you see]?", "Read the digit.", "[Tell me|Name] the digit.", "What is the digit?"),
-    "letter": ("[What|Which] letter [is there|is shown|do you see]?", "Read the letter.", "[Tell me|Name] the letter.", "What is the letter?"),
+    "digit": (
+        "[What|Which] digit [is there|is shown|do you see]?",
+        "Read the digit.",
+        "[Tell me|Name] the digit.",
+        "What is the digit?",
+    ),
+    "letter": (
+        "[What|Which] letter [is there|is shown|do you see]?",
+        "Read the letter.",
+        "[Tell me|Name] the letter.",
+        "What is the letter?",
+    ),
     "changed": (
         "What [changed|is different|is new]?",
         "What [changed|is different] between the [images|pictures|two images|two pictures]?",
@@ -240,10 +253,26 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "[Tell me|Name] the [thing|object] that disappears.",
         "[What|Which thing] is there at first and then disappears?",
     ),
-    "first_appears": ("[What|Which thing|Which object] appears first?", "What is the first [thing|object] that appears?", "Name the [thing|object] that appears first."),
-    "last_appears": ("[What|Which thing|Which object] appears last?", "What is the last [thing|object] that appears?", "Name the [thing|object] that appears last."),
-    "first_disappears": ("[What|Which thing|Which object] disappears first?", "What is the first [thing|object] that disappears?", "Name the [thing|object] that disappears first."),
-    "last_disappears": ("[What|Which thing|Which object] disappears last?", "What is the last [thing|object] that disappears?", "Name the [thing|object] that disappears last."),
+    "first_appears": (
+        "[What|Which thing|Which object] appears first?",
+        "What is the first [thing|object] that appears?",
+        "Name the [thing|object] that appears first.",
+    ),
+    "last_appears": (
+        "[What|Which thing|Which object] appears last?",
+        "What is the last [thing|object] that appears?",
+        "Name the [thing|object] that appears last.",
+    ),
+    "first_disappears": (
+        "[What|Which thing|Which object] disappears first?",
+        "What is the first [thing|object] that disappears?",
+        "Name the [thing|object] that disappears first.",
+    ),
+    "last_disappears": (
+        "[What|Which thing|Which object] disappears last?",
+        "What is the last [thing|object] that disappears?",
+        "Name the [thing|object] that disappears last.",
+    ),
     "order_events": (
         "In [what|which] order do the [things|objects] change?",
         "[Order|Sort] the changes by time.",
@@ -301,13 +330,22 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "colour": ("Can you tell me the [colour|color] of the {kind}{where}?", "Look: which [colour|color] is the {kind}{where}?"),
-    "shape": ("Can you tell me the shape of the {colour} [thing|object]{where}?", "Look: what shape is the {colour} [thing|object]{where}?"),
+    "shape": (
+        "Can you tell me the shape of the {colour} [thing|object]{where}?",
+        "Look: what shape is the {colour} [thing|object]{where}?",
+    ),
     "size": ("Can you tell me the size of the {thing}{where}?", "Is the {thing}{where} a large or a small one?"),
     "position": ("Can you tell me where the {thing} is{where}?", "Find the {thing}{where}: where is it?"),
     "at": ("Can you tell me what is [at|in] the {place}{where}?", "Look at the {place}{where}: what do you see?"),
     "count": ("Can you count the [things|objects]{where}?", "How many are the [things|objects]{where}?"),
-    "count_colour": ("Can you count the {colour} [things|objects]{where}?", "Of the [things|objects]{where}, how many are {colour}?"),
-    "count_shape": ("Can you count the [things|objects] that are a {kind}{where}?", "Of the [things|objects]{where}, how many are a {kind}?"),
+    "count_colour": (
+        "Can you count the {colour} [things|objects]{where}?",
+        "Of the [things|objects]{where}, how many are {colour}?",
+    ),
+    "count_shape": (
+        "Can you count the [things|objects] that are a {kind}{where}?",
+        "Of the [things|objects]{where}, how many are a {kind}?",
+    ),
     "exists": ("Can you find a {thing}{where}?", "Is it true that there is a {thing}{where}?"),
     "relation": ("Can you see the {a} {relation} the {b}{where}?", "Is the place of the {a} {relation} the {b}{where}?"),
     "read": ("Can you read the text?", "Can you tell me what it says?"),
@@ -318,9 +356,18 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     "letter": ("Can you read the letter?", "Tell me which letter it is."),
     "changed": ("Can you [find|spot] the [change|difference]?", "Look at both [images|pictures]: what is different?"),
     "which": ("Can you find the [image|picture] with a {thing}?", "Tell me which [image|picture] shows the {thing}."),
-    "most": ("Can you find the [image|picture] with the most [things|objects]?", "Tell me which [image|picture] has the most [things|objects]."),
-    "fewest": ("Can you find the [image|picture] with the fewest [things|objects]?", "Tell me which [image|picture] has the fewest [things|objects]."),
-    "same_count": ("Compare the two [images|pictures]: is the number of [things|objects] the same?", "Can you see the same number of [things|objects] in both [images|pictures]?"),
+    "most": (
+        "Can you find the [image|picture] with the most [things|objects]?",
+        "Tell me which [image|picture] has the most [things|objects].",
+    ),
+    "fewest": (
+        "Can you find the [image|picture] with the fewest [things|objects]?",
+        "Tell me which [image|picture] has the fewest [things|objects].",
+    ),
+    "same_count": (
+        "Compare the two [images|pictures]: is the number of [things|objects] the same?",
+        "Can you see the same number of [things|objects] in both [images|pictures]?",
+    ),
     "images": ("Can you count the [images|pictures]?", "Tell me how many [images|pictures] there are."),
     "order_up": ("Can you sort the [images|pictures] from the fewest to the most [things|objects]?",),
     "order_down": ("Can you sort the [images|pictures] from the most to the fewest [things|objects]?",),
@@ -339,9 +386,21 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     "moving": ("Can you count the [things|objects] that move?", "Tell me how many [things|objects] are moving."),
     "still": ("Can you tell me what stays still?", "Find the [thing|object] that does not move."),
     "total": ("Can you count all the [things|objects]?", "Look from all sides: how many [things|objects] are there?"),
-    "seen": ("Can you count the [things|objects] seen from the {side}?", "Look from the {side}: how many [things|objects] do you see?"),
+    "seen": (
+        "Can you count the [things|objects] seen from the {side}?",
+        "Look from the {side}: how many [things|objects] do you see?",
+    ),
     "hidden": ("Can you tell me what is hidden from the {side}?", "Look from the {side}: what is hidden?"),
-    "behind": ("Can you tell me what is behind the {thing}, seen from the {side}?", "Look from the {side}: what is behind the {thing}?"),
-    "in_front": ("Can you tell me what is in front of the {thing}, seen from the {side}?", "Look from the {side}: what is in front of the {thing}?"),
-    "side_of": ("Can you tell me if the {a} is left or right of the {b}, seen from the {side}?", "Look from the {side}: is the {a} left or right of the {b}?"),
-}  # fmt: skip
+    "behind": (
+        "Can you tell me what is behind the {thing}, seen from the {side}?",
+        "Look from the {side}: what is behind the {thing}?",
+    ),
+    "in_front": (
+        "Can you tell me what is in front of the {thing}, seen from the {side}?",
+        "Look from the {side}: what is in front of the {thing}?",
+    ),
+    "side_of": (
+        "Can you tell me if the {a} is left or right of the {b}, seen from the {side}?",
+        "Look from the {side}: is the {a} left or right of the {b}?",
+    ),
+}
