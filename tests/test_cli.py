@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its exit codes, and that help costs no torch."""
+"""The command line: what it prints where, and its exit codes."""
 
 import contextlib
 import io
@@ -49,24 +49,6 @@ def llava(*words: object, stdin: bytes = b"") -> Done:
             code = ended.code
     written = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     return Done(code or 0, *written)
-
-
-def test_help_imports_no_torch() -> None:
-    code = """import sys
-sys.argv = ["llava", "--help"]
-try:
-    from llava_interleave.cli import main
-    main()
-finally:
-    print("torch" in sys.modules)"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "ask" in out
-    assert out.endswith("False\n")
-
-
-def test_import_costs_no_torch() -> None:
-    code = "import sys, llava_interleave; llava_interleave.LlavaError; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_docs_are_what_the_program_says() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import notice, weights
 from ..engine import Engine, Event, Sampling, Timings, Usage
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError
 from ..model import Llava
 from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
@@ -103,6 +103,19 @@ class Chatbot:
             for index, one in enumerate(how)
         }
         return self._pieces(streams)
+
+    def batch(self, conversations: Sequence[Messages], options: Options = DEFAULTS, **changes: object) -> list[Answer]:
+        """The answers to several conversations, computed together; each as `chat` alone would give it."""
+        options = options.but(changes)
+        if options.n != 1:
+            raise OptionError(f"batch writes one answer to each conversation, but n is {options.n}")
+        prompts = [self.prompt(messages, options) for messages in conversations]
+        streams = {}
+        for index, prompt in enumerate(prompts):
+            how = sampling(options, 0, self.model.config.text.context - len(prompt))
+            streams[_Writer(self.processor, options, index)] = self._locked(self.engine.stream(prompt, how))
+        answers = {chunk.index: chunk.answer for chunk in self._pieces(streams) if chunk.answer}
+        return [answers[index] for index in range(len(prompts))]
 
     def prompt(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Prompt:
         """What the network is given for these messages."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from ..config import LlavaConfig
-from ..errors import ContextError, OptionError, PromptError
+from ..errors import CheckpointError, ContextError, OptionError, PromptError
 from ..layout import Layout, anyres
 from ..prompt import Media, Prompt
 from .chat import PRESETS, SYSTEM, Rendered, Slot, Turn, parse, render
@@ -21,7 +21,7 @@ from .images import ImageSettings
 from .limits import Limits, PixelBudget
 from .loader import Loader, name_of
 from .tokenizer import IMAGE, Tokenizer, read_json
-from .video import Clip, FrameSampling
+from .video import UNIFORM, Clip, FrameSampling
 
 THREADS = 8
 T = TypeVar("T")
@@ -76,14 +76,18 @@ class _Job:
 class Processor:
     """Everything that turns messages into prompts for one checkpoint. Safe to share between threads.
 
-    tokenizer, config, images (what preprocessor_config.json says), loader (with its limits).
+    tokenizer, config, images (what preprocessor_config.json says), loader (with its limits), num_frames: how many frames of a
+    video are looked at where nobody says it (what video_preprocessor_config.json says, else 16).
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: LlavaConfig, images: ImageSettings, limits: Limits) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, config: LlavaConfig, images: ImageSettings, limits: Limits, num_frames: int = UNIFORM
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.images = images
         self.loader = Loader(limits)
+        self.num_frames = num_frames
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: LlavaConfig | None = None, limits: Limits | None = None) -> Processor:
@@ -94,7 +98,12 @@ class Processor:
         folder = Path(folder)
         config = config or LlavaConfig.from_dict(read_json(folder / "config.json"))
         tokenizer = Tokenizer.from_folder(folder, config.image_token_id)
-        return cls(tokenizer, config, ImageSettings.from_folder(folder, config.vision.image_size), limits or Limits())
+        images = ImageSettings.from_folder(folder, config.vision.image_size)
+        video = folder / "video_preprocessor_config.json"
+        num_frames = read_json(video).get("num_frames", UNIFORM) if video.exists() else UNIFORM
+        if type(num_frames) is not int or num_frames < 1:
+            raise CheckpointError(f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}")
+        return cls(tokenizer, config, images, limits or Limits(), num_frames)
 
     def prompt(
         self,
@@ -275,6 +284,8 @@ class Processor:
             kind = f"view {slot.name}" if slot.name else f"{'video' if video else 'image'} {number}"
             tiles = anyres if slot.anyres is None else slot.anyres
             sampling = (slot.sampling or frames) if video else None
+            if sampling and (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
+                sampling = replace(sampling, frames=self.num_frames)
             jobs.append(_Job(f"{kind}: {name_of(source)}", source, sampling, tiles and not video, pad))
         return jobs
 

@@ -22,7 +22,8 @@ UNIFORM, MOST_AT_RATE = 16, 32
 class FrameSampling:
     """Which frames of a video are looked at. A moment stands for the frame on screen at it; no frame is taken twice.
 
-    frames: how many, spread evenly in time from the first to the last frame (default 16); with `fps`, the most (default 32).
+    frames: how many, spread evenly in time from the first to the last frame (default: the checkpoint's number, else 16);
+        with `fps`, the most (default 32).
     fps: so many a second from the first frame on; if that is more than `frames`, `frames` spread evenly instead.
     times: exactly these moments, in seconds from the first frame.
     start: the clip begins here, in seconds from the first frame of the video.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..processing import Processor
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -52,3 +54,9 @@ def messages(sample: Mapping[str, Any], root: Path) -> tuple[list[dict[str, str]
     if marks != len(media):
         raise DataError(f"sample {name} has {marks} `<image>` but {len(media)} images or videos")
     return said, [root / item if isinstance(item, str) else item for item in media]
+
+
+@cache
+def processor(folder: Path) -> Processor:
+    """The processor of a checkpoint folder, read once in each process."""
+    return Processor.from_folder(folder)

@@ -15,7 +15,6 @@ from torch import nn
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..model import Llava
-from ..processing import Processor
 from ..prompt import Prompt
 from ..testing import processor_files, train_tokenizer
 from ..weights import save
@@ -57,19 +56,9 @@ class WorldExamples:
         ep = episode(rng.choice(SCENARIOS), rng)
         early = index < self.describe
         turns = conversation(ep, rng, questions=2 if early else 5, caption=1.0 if early else 0.25)
-        shown = pictures(ep, VISION.image_size)
+        shown = pictures(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))  # some are shrunk, as pictures from files are
         said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
-        return processor(self.folder).example(said, media)
-
-
-_PROCESSORS: dict[Path, Processor] = {}
-
-
-def processor(folder: Path) -> Processor:
-    """One a process, so that worker processes read the tokenizer once."""
-    if folder not in _PROCESSORS:
-        _PROCESSORS[folder] = Processor.from_folder(folder)
-    return _PROCESSORS[folder]
+        return data.processor(self.folder).example(said, media)
 
 
 def world_texts(count: int) -> Iterator[str]:
@@ -95,11 +84,11 @@ def initialise(model: nn.Module, seed: int) -> None:
                 p.fill_(1)
 
 
-def prepare(folder: Path) -> tuple[LlavaConfig, Path]:
+def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
     """Train the tokenizer and write the processor's files: -> config and their folder."""
     source = folder / "processor"
     source.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(world_texts(12000), PIECES)
+    tokenizer = train_tokenizer(world_texts(texts), PIECES)
     size = tokenizer.get_vocab_size()
     config = LlavaConfig(VISION, replace(TEXT, vocab_size=-(-size // 64) * 64), tokenizer.token_to_id("<image>"))
     processor_files(source, config, tokenizer)
@@ -108,9 +97,9 @@ def prepare(folder: Path) -> tuple[LlavaConfig, Path]:
     return config, source
 
 
-def main(folder: Path, see: TrainConfig = SEE, answer: TrainConfig = ANSWER) -> Path:
+def main(folder: Path, see: TrainConfig = SEE, answer: TrainConfig = ANSWER, texts: int = 12000) -> Path:
     """The whole recipe in `folder`; called again it goes on where it stopped. -> the finished checkpoint's folder."""
-    config, source = prepare(folder)
+    config, source = prepare(folder, texts)
     naming = tower.Naming(config.vision)
     initialise(naming, SEED)
     train(naming, tower.naming, lambda at: tower.pictures(VISION, SEED, see.steps, at), see, folder / "see")

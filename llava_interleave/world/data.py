@@ -14,7 +14,7 @@ from .draw import draw, write_video
 from .episodes import SCENARIOS, Episode, episode
 from .questions import DESCRIBE, Question, ask
 
-VIDEO_FRAMES = 24
+VIDEO_FRAMES = 26  # the six that are looked at lie at every fifth
 
 
 def placeholders(ep: Episode) -> str:

@@ -23,6 +23,10 @@ class Question:
     b: str = ""
     where: str = ""
 
+    def is_answered(self, text: str) -> bool:
+        """Whether `text` is the answer: capitals, white space around it and a full stop do not matter."""
+        return text.strip().rstrip(".").lower() == self.answer.lower()
+
 
 def ask(question: Question, rng: Random, *, held_out: bool = False) -> str:
     """One wording of a question; `held_out` takes those that training never uses."""

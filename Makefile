@@ -1,0 +1,46 @@
+# Needs Python 3.11 to 3.13, git and make. Everything is installed into .venv, once; PYTHON=python3.12 picks another Python.
+PYTHON ?= python3
+SHAPE ?= 0.5b
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: help demo test check bench tiny
+
+help:
+	@echo "make demo    draw pictures, a video and views, and let the built-in model answer"
+	@echo "make test    the test suite; ARGS=tests/test_layout.py runs a part"
+	@echo "make check   ruff and mypy"
+	@echo "make bench   import time, load time and peak memory of the real shape; SHAPE=7b or tiny"
+	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
+
+demo: .venv/installed
+	$(BIN)/llava demo
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python bench/make_checkpoint.py "$$folder/checkpoint" --shape $(SHAPE) && \
+	$(BIN)/python bench/load.py "$$folder/checkpoint"
+
+tiny: .venv/installed
+	$(BIN)/python -m llava_interleave.train.tiny runs/tiny
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) -e '.[dev]'
+	@touch $@

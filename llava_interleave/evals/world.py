@@ -1,0 +1,81 @@
+"""The world's own benchmark: questions about scenes that training never saw, from real files, with exact answers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..world.data import VIDEO_FRAMES, exam, pictures
+from ..world.draw import draw, write_video
+from ..world.episodes import Episode
+
+Answerer = Callable[[Sequence[list[dict[str, Any]]]], Sequence[str]]
+SIZE = 384  # pixels a side of the files
+
+
+@dataclass(slots=True)
+class Score:
+    """Right answers of one scenario; `kinds` has right and asked for each kind of question, `wrong` what was missed."""
+
+    right: int = 0
+    asked: int = 0
+    kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    wrong: list[tuple[int, str, str, str]] = field(default_factory=list)  # number, question, truth, answer
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the share (Wilson, 1927)."""
+        z, n, p = 1.96, self.asked, self.share
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[str, Any]]:
+    """The question as a user asks it: PNG files in order, views with their names, a video as an H.264 file."""
+    parts: list[dict[str, Any]]
+    if ep.clip is not None:
+        path = folder / f"{name}.mp4"
+        write_video([draw(ep.clip(i / (VIDEO_FRAMES - 1)), SIZE) for i in range(VIDEO_FRAMES)], path)
+        parts = [{"type": "video", "path": str(path)}]
+    else:
+        paths = [folder / f"{name}-{i}.png" for i in range(len(ep.scenes))]
+        for path, image in zip(paths, pictures(ep, SIZE), strict=True):
+            image.save(path, compress_level=1)
+        if ep.names:
+            views = dict(zip(ep.names, map(str, paths), strict=True))
+            parts = [{"type": "views", "views": views}]
+        else:
+            parts = [{"type": "image", "path": str(path)} for path in paths]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def evaluate(
+    answer: Answerer, scenario: str, count: int, *, held_out: bool, batch: int = 50, say: Callable[[int], None] | None = None
+) -> Score:
+    """Ask `count` questions of a scenario, in the wordings of training or in those kept out of it."""
+    score, kinds = Score(), Counter[tuple[str, bool]]()
+    with TemporaryDirectory() as folder:
+        for first in range(0, count, batch):
+            exams = [exam(scenario, i, held_out=held_out) for i in range(first, min(first + batch, count))]
+            asked = [messages(ep, text, Path(folder), str(i)) for i, (ep, _, text) in enumerate(exams)]
+            for number, ((_, question, text), said) in enumerate(zip(exams, answer(asked), strict=True), first):
+                good = question.is_answered(said)
+                score.asked += 1
+                score.right += good
+                kinds[question.about, good] += 1
+                if not good:
+                    score.wrong.append((number, text, question.answer, said))
+            if say:
+                say(score.asked)
+    abouts = {about for about, _ in kinds}
+    score.kinds = {a: (kinds[a, True], kinds[a, True] + kinds[a, False]) for a in sorted(abouts)}
+    return score

@@ -1,0 +1,85 @@
+"""Every code block of the README runs, in a folder where `llava demo` has drawn its files."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_interleave.chatbot import BUILTIN
+from llava_interleave.cli import app, demo
+from llava_interleave.testing import tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = "<!-- not run: needs the network and a published checkpoint -->\n"
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = [
+    (README.count("\n", 0, found.start()) + 1, found[2], found[3])
+    for found in re.finditer(r"^(<!--.*-->\n)?```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    if found[1] != NOT_RUN
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demo/ in it, and a model of random weights for a clone that has no built-in one."""
+    folder = tmp_path_factory.mktemp("readme")
+    for exhibit in (*demo.EXHIBITS, demo.TALK):
+        demo.write(exhibit, folder / "demo")
+    if not (BUILTIN / "config.json").is_file():
+        tiny_checkpoint(folder / "builtin")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    if (folder / "builtin").is_dir():
+        monkeypatch.setattr("llava_interleave.chatbot.bot.BUILTIN", folder / "builtin")
+
+
+@pytest.mark.parametrize(("line", "language", "code"), BLOCKS, ids=[f"line {line}" for line, _, _ in BLOCKS])
+def test_block(line: int, language: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if language == "python":
+        exec(compile(code, f"README.md:{line}", "exec"), {})
+        assert capsys.readouterr().out.strip()
+        return
+    assert language == "sh"
+    for command in code.splitlines():
+        words = shlex.split(command)
+        if words[0] == "make":
+            known = shutil.which("make") and subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+            assert not known or known.returncode == 0, known.stderr
+            continue
+        assert words[0] == "llava"
+        done = CliRunner().invoke(app, words[1:], input="")
+        assert done.exit_code == 0, (command, done.output, done.exception)
+
+
+def test_few_blocks_are_not_run() -> None:
+    assert README.count("<!--") == README.count(NOT_RUN) <= 2
+    assert len(BLOCKS) + README.count(NOT_RUN) == len(re.findall(r"^```\w+$", README, re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text("utf-8")):
+        assert (document.parent / link).exists(), link
+
+
+def test_the_demo_answers_and_counts(tmp_path: Path) -> None:
+    """Every question is a command line that can be copied, and the follow-up shows what was kept."""
+    tiny = tiny_checkpoint(tmp_path / "tiny")
+    done = CliRunner().invoke(app, ["demo", "--folder", "shown", "-m", str(tiny)])
+    assert done.exit_code == 0, done.exception
+    asked = [line[2:] for line in done.output.splitlines() if line.startswith("$ llava ask")]
+    total = sum(len(exhibit.about) for exhibit in (*demo.EXHIBITS, demo.TALK))
+    assert len(asked) == total - len(demo.TALK.about)
+    assert re.search(rf"^\d+ of {total} right", done.output, re.MULTILINE)
+    kept, prompt = map(int, re.findall(r"(\d+) of (\d+) tokens were kept", done.output)[0])
+    assert 0 < kept < prompt
+    copied = CliRunner().invoke(app, [*shlex.split(asked[-1])[1:], "--max-new-tokens", "2"])
+    assert copied.exit_code == 0, copied.output

@@ -1,0 +1,95 @@
+"""The floors of docs/architecture.md, held to: who may import whom, and what costs nothing to import."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llava_interleave
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "llava_interleave"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PICTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+FLOORS = {
+    part: int(line[0]) for line in PICTURE.split("```")[1].splitlines() if re.match(r"\d ", line) for part in line[1:].split()
+}
+NEVER = {
+    part: re.findall(r"`(\w+)`", never) for part, never in re.findall(r"^\| `(\w+)/?` \|.*\| *(.*?) *\|$", PICTURE, re.MULTILINE)
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything a file imports, wherever in it: in functions and for type checkers too."""
+    within = ["llava_interleave", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = within[: len(within) + 1 - node.level] if node.level else []
+            start = [*base, *(node.module.split(".") if node.module else [])]
+            yield from ((node.lineno, ".".join([*start, alias.name])) for alias in node.names)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_the_picture_shows_every_part() -> None:
+    parts = {part_of(path) for path in MODULES} - {"__init__", "__main__"}
+    assert set(FLOORS) == parts
+    assert set(NEVER) == parts
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) not in ("__init__", "__main__")], ids=name)
+def test_imports_go_down(path: Path) -> None:
+    part = part_of(path)
+    for line, imported in imports(path):
+        top, _, rest = imported.partition(".")
+        other = rest.split(".")[0] if top == "llava_interleave" else top
+        assert other not in NEVER[part], f"{path}:{line}: {part} never imports {other}"
+        if top == "llava_interleave" and other not in (part, "__version__"):
+            assert FLOORS[other] < FLOORS[part], f"{path}:{line}: {part} is not above {other}"
+
+
+def test_imports_that_nobody_makes() -> None:
+    """transformers is an oracle, torchvision a second image library, pickle runs code from files."""
+    for path in MODULES:
+        for line, imported in imports(path):
+            top = imported.split(".")[0]
+            assert top not in ("pickle", "torchvision"), f"{path}:{line}"
+            assert top != "transformers" or part_of(path) == "verify", f"{path}:{line}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_modules_say_what_they_are(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{path} has no docstring"
+    assert not {"utils", "misc", "helpers", "common"} & set(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import llava_interleave; llava_interleave.LlavaError",
+        "from llava_interleave import notice, options, config, layout, errors, world",
+        "sys.argv = ['llava', '--help']; from llava_interleave.cli import main; main()",
+    ],
+)
+def test_no_torch_without_need(statement: str) -> None:
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {statement}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("False\n")
+
+
+def test_the_changelog_knows_this_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.search(rf"^## {re.escape(llava_interleave.__version__)}\b", changes, re.MULTILINE)

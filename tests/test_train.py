@@ -1,0 +1,266 @@
+"""Training: packed equals unpacked, resumed equals uninterrupted, answers alone carry loss, nothing is cut or dropped."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
+
+from llava_interleave import weights
+from llava_interleave.cli import app
+from llava_interleave.errors import DataError
+from llava_interleave.model import Llava, Packed
+from llava_interleave.processing import Processor
+from llava_interleave.prompt import Prompt
+from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.train import data, tiny, tower
+from llava_interleave.train.batch import Batch, Position, Windows, batches, collate, pack
+from llava_interleave.train.finetune import finetune
+from llava_interleave.train.loop import TrainConfig, groups, train
+from llava_interleave.train.loss import Loss, answers
+from llava_interleave.world import SCENARIOS, episode
+from llava_interleave.world.data import conversation, pictures, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def model(folder: Path) -> Llava:
+    return weights.load(folder).requires_grad_(True)
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path) -> list[Prompt]:
+    """Samples with one picture, several, a video and views."""
+    processor = Processor.from_folder(folder)
+    made = []
+    for index in range(8):
+        rng = Random(index)
+        ep = episode(SCENARIOS[index % 4], rng)
+        turns, shown = conversation(ep, rng, questions=2, caption=0.5), pictures(ep, 30)
+        said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
+        made.append(processor.example(said, media))
+    return made
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_packed_and_unpacked_gradients_are_equal(model: Llava, prompts: list[Prompt]) -> None:
+    whole = answers(model, collate(prompts))
+    whole.total.backward()
+    packed = gradients(model)
+    model.zero_grad()
+    parts = [answers(model, collate([prompt])) for prompt in prompts]
+    sum((part.total for part in parts), torch.zeros(())).backward()
+    assert whole.count == sum(part.count for part in parts)
+    assert whole.right == sum(part.right for part in parts)
+    alone = gradients(model)
+    assert alone.keys() == packed.keys()
+    largest = max(float(gradient.abs().max()) for gradient in alone.values())
+    for name, gradient in alone.items():  # that of a key's bias is nought but for rounding
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-3, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_packed_attention_is_causal_attention_of_each_sequence() -> None:
+    lengths = [5, 1, 17, 16, 3, 40]
+    q, k, v = torch.randn(82, 4, 8), torch.randn(82, 2, 8), torch.randn(82, 2, 8)
+    out = Packed(lengths)(0, q, k, v)
+    for i, (q1, k1, v1) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)):
+        scores = torch.einsum("thd,shd->hts", q1, k1.repeat_interleave(2, 1)) / 8**0.5
+        scores = scores.masked_fill(torch.ones(lengths[i], lengths[i]).triu(1).bool(), float("-inf"))
+        want = torch.einsum("hts,shd->thd", scores.softmax(-1), v1.repeat_interleave(2, 1))
+        torch.testing.assert_close(out.split(lengths)[i], want, rtol=1e-4, atol=1e-5)
+
+
+def test_only_answers_carry_loss(model: Llava, prompts: list[Prompt], folder: Path) -> None:
+    prompt = prompts[0]
+    assert prompt.learn is not None
+    tokenizer = Processor.from_folder(folder).tokenizer
+    learnt = tokenizer.decode([t for t, learn in zip(prompt.tokens, prompt.learn, strict=True) if learn], skip_special=False)
+    assert learnt.count("<|im_end|>") == learnt.rstrip().count("<|im_end|>") >= 1
+    assert "<|im_start|>" not in learnt
+    batch = collate([prompt])
+    features = [(prompt.media[0].start, model.encode(prompt.media[0].pixels).flatten(0, 1))]
+    logits = model.logits(model(model.embed(batch.tokens, features), batch.positions, Packed(batch.lengths)))
+    rows = batch.learn.nonzero()[:, 0]
+    want = cross_entropy(logits[rows - 1], batch.tokens[rows], reduction="sum")
+    torch.testing.assert_close(answers(model, batch).total, want)
+
+
+def test_packing_fills_batches_and_keeps_every_sample() -> None:
+    rng = Random(0)
+    lengths = [rng.choice([1, 2, 2, 4, 8, 10]) * 729 + rng.randint(40, 400) for _ in range(2000)]
+    groups_ = pack(lengths, 32768)
+    assert sorted(i for group in groups_ for i in group) == list(range(2000))
+    filled = [sum(lengths[i] for i in group) for group in groups_]
+    assert max(filled) <= 32768
+    assert sum(lengths) / (32768 * len(groups_)) > 0.95
+    with pytest.raises(DataError, match="sample 1 has 9 tokens, more than the 8"):
+        pack([3, 9], 8)
+
+
+class Numbers:
+    """Examples whose tokens tell which they are."""
+
+    def __call__(self, index: int) -> Prompt:
+        return Prompt([1, index], learn=[False, True])
+
+
+def test_batches_go_on_at_any_position_and_do_not_depend_on_workers() -> None:
+    windows = Windows(Numbers(), 50, size=16, tokens=10, seed=3)
+    whole = [(batch.tokens.tolist(), at) for batch, at in batches(windows, Position(), workers=0)]
+    assert sorted(t for tokens, _ in whole for t in tokens[1::2]) == list(range(50))
+    for cut in (0, 2, 3, 4, len(whole) - 1):
+        rest = [(batch.tokens.tolist(), at) for batch, at in batches(windows, whole[cut][1], workers=0)]
+        assert rest == whole[cut + 1 :]
+    assert [(b.tokens.tolist(), at) for b, at in batches(windows, Position(), workers=1)] == whole
+
+
+CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log_every=1)
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """Killed after step 5, whose last checkpoint is of step 3."""
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
+
+    class Killed(Exception):
+        pass
+
+    def run(out: Path, kill: int | None = None) -> Llava:
+        network = weights.load(folder).requires_grad_(True)
+        steps = 0
+
+        def loss(model: Llava, batch: Batch) -> Loss:
+            nonlocal steps
+            steps += 1
+            if kill is not None and steps > kill:
+                raise Killed
+            return answers(model, batch)
+
+        return train(network, loss, lambda at: batches(windows, at, workers=0), CONFIG, out, say=lambda _: None)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill=10)
+    resumed = run(tmp_path / "killed")
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
+    with pytest.raises(DataError, match=r"another config \(lr: 0.001 there, 0.002 here\)"):
+        train(whole, answers, lambda at: batches(windows, at, workers=0), replace(CONFIG, lr=2e-3), tmp_path / "whole")
+
+
+def test_frozen_parts_stay_bit_equal(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
+    config = replace(CONFIG, steps=2, scales=(("vision_tower.", 0.0), ("multi_modal_projector.", 0.5)))
+    train(model, answers, lambda at: batches(windows, at, workers=0), config, tmp_path, say=lambda _: None)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("vision_tower."), name
+
+
+def test_matrices_decay_and_vectors_do_not(model: Llava) -> None:
+    for group in groups(model, CONFIG):
+        assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def broken(model: Llava, batch: Batch) -> Loss:
+        part = answers(model, batch)
+        return part._replace(total=part.total * float("nan"))
+
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
+    with pytest.raises(DataError, match="the loss is nan at step 0"):
+        train(model, broken, lambda at: batches(windows, at, workers=0), CONFIG, tmp_path, say=lambda _: None)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("sample", "error"),
+    [
+        ({}, "sample without id has no `conversations`"),
+        ({"id": 7, "conversations": [{"from": "human", "value": "<image> hi"}]}, "sample 7 ends with a question"),
+        ({"id": 7, "conversations": [{"from": "cat", "value": "hi"}]}, "turn 1 of sample 7 must have a role"),
+        ({"id": 7, "conversations": [{"from": "gpt", "value": " "}]}, "turn 1 of sample 7 must have a role"),
+        ({"id": 7, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}, "sample 7 has 0 `<image>` but 1 image"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_refused_by_its_id(sample: dict[str, object], error: str) -> None:
+    with pytest.raises(DataError, match=error):
+        data.messages(sample, Path())
+
+
+def test_a_file_that_is_no_list_of_samples_is_refused(tmp_path: Path) -> None:
+    for text in ('[{"a": 1},]', "{}", "[]", "[1]"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError):
+            data.read(tmp_path / "a.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        data.read(tmp_path / "none.json")
+
+
+def test_fine_tuning_a_checkpoint_learns_its_samples(folder: Path, tmp_path: Path) -> None:
+    """`llava train` on eight samples: the loss falls, the result is a checkpoint, a second call finds it finished."""
+    annotations = write(tmp_path / "data", 8, size=30)
+    words = ["train", str(annotations), "-o", str(tmp_path / "out"), "-m", str(folder), "--steps", "6", "--lr", "0.003"]
+    result = CliRunner().invoke(app, [*words, "--warmup", "1", "--tokens", "2048"])
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6
+    tuned = weights.load(tmp_path / "out" / "model")
+    assert not torch.equal(tuned.lm_head.weight, weights.load(folder).lm_head.weight)
+    again = finetune(folder, annotations, tmp_path / "out", _like(tmp_path / "out"), tokens=2048, workers=0)
+    assert again == tmp_path / "out" / "model"
+
+
+def _like(out: Path) -> TrainConfig:
+    stored = json.loads((out / "checkpoint" / "state.json").read_text())["config"]
+    return TrainConfig(**stored | {"scales": tuple(tuple(pair) for pair in stored["scales"])})
+
+
+def test_a_missing_picture_is_named_with_its_sample(folder: Path, tmp_path: Path) -> None:
+    annotations = write(tmp_path / "data", 1, size=30)
+    next((tmp_path / "data").glob("*.png")).unlink()
+    with pytest.raises(DataError, match=r"sample single-00000: .*single-00000-1\.png"):
+        finetune(folder, annotations, tmp_path / "out", CONFIG, workers=0)
+
+
+def test_the_tower_learns_to_name_what_it_sees(tmp_path: Path) -> None:
+    network = tower.Naming(tiny.VISION)
+    tiny.initialise(network, 0)
+    batch, _ = next(tower.pictures(tiny.VISION, 1, 1, Position()))
+    first = tower.naming(network, batch)
+    config = TrainConfig(steps=12, lr=1e-3, warmup=2)
+
+    def same(at: Position):  # type: ignore[no-untyped-def]
+        while True:
+            yield batch, at
+
+    train(network, tower.naming, same, config, tmp_path, say=lambda _: None)
+    last = tower.naming(network, batch)
+    assert last.total.item() < 0.7 * first.total.item()
+
+
+def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> None:
+    """Two steps of each stage: every part of the recipe runs, and the folder loads."""
+    short = TrainConfig(steps=2, warmup=1)
+    done = tiny.main(tmp_path, short, short, texts=40)
+    from llava_interleave.chatbot import load
+
+    bot = load(done)
+    assert bot.processor.num_frames == 6
+    assert isinstance(bot.ask("What is there?", pictures(episode("single", Random(0)), 96), max_new_tokens=3).text, str)

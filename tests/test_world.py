@@ -1,0 +1,191 @@
+"""The drawn world: what is asked is what is drawn."""
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from llava_interleave.processing import Limits, Processor
+from llava_interleave.processing.loader import Loader
+from llava_interleave.processing.video import FrameSampling
+from llava_interleave.train import data
+from llava_interleave.world import SCENARIOS, ask, draw, episode
+from llava_interleave.world.data import conversation, exam, pictures, write
+from llava_interleave.world.draw import COLOURS, Thing, owners, patches, visible
+from llava_interleave.world.episodes import FRAMES, SIDES, Episode, cell_of, seen_from
+from llava_interleave.world.questions import HELD_OUT, WORDINGS
+
+
+def many(scenario: str, count: int = 40) -> list[Episode]:
+    return [episode(scenario, Random(f"{scenario}{i}")) for i in range(count)]
+
+
+def seen(ep: Episode, index: int) -> list[Thing]:
+    """The things of a picture, as its pixels show them: kind and colour from the lots, presence from what is drawn."""
+    scene = ep.scenes[index]
+    picture = draw(scene, 192).astype(int)
+    shown = []
+    for number, thing in enumerate(scene.things):
+        mine = picture[owners(scene, 192) == number]
+        if len(mine) and np.abs(np.median(mine, axis=0) - COLOURS[thing.colour]).max() < 8:
+            shown.append(thing)
+    return shown
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_same_lots_draw_the_same_episode(scenario: str) -> None:
+    one, two = episode(scenario, Random(5)), episode(scenario, Random(5))
+    assert (one.caption, one.questions) == (two.caption, two.questions)
+    assert all((draw(a, 96) == draw(b, 96)).all() for a, b in zip(one.scenes, two.scenes, strict=True))
+    assert episode(scenario, Random(6)).caption != one.caption
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_wording_is_filled_in(scenario: str) -> None:
+    for ep in many(scenario):
+        for question in ep.questions:
+            for held_out in (False, True):
+                assert not re.search(r"[][{}|]|  ", ask(question, Random(1), held_out=held_out))
+            assert question.answer
+
+
+def test_wordings_kept_out_of_training_are_not_in_it() -> None:
+    assert WORDINGS.keys() == HELD_OUT.keys()
+    for about, wordings in HELD_OUT.items():
+        assert not set(wordings) & set(WORDINGS[about])
+    asked = {ask(q, Random(i)) for i in range(20) for s in SCENARIOS for ep in many(s, 5) for q in ep.questions}
+    kept = {ask(q, Random(i), held_out=True) for i in range(5) for s in SCENARIOS for ep in many(s, 5) for q in ep.questions}
+    assert not asked & kept
+
+
+def test_answers_about_one_picture_agree_with_its_pixels() -> None:
+    for ep in many("single"):
+        things = seen(ep, 0)
+        assert len(things) == len(ep.scenes[0].things)
+        for q in ep.questions:
+            named = [t for t in things if q.thing == t.short]
+            if q.about == "count":
+                assert q.answer == str(len(things))
+            if q.about == "count_colour":
+                assert q.answer == str(sum(t.colour == q.colour for t in things))
+            if q.about == "exists":
+                assert q.answer == ("yes" if named else "no")
+            if q.about == "colour":
+                assert [t.colour for t in things if t.kind == q.kind] == [q.answer]
+            if q.about == "read":
+                assert q.answer.split() == [t.kind for t in sorted(things, key=cell_of)]
+
+
+def test_answers_about_changes_agree_with_the_pictures() -> None:
+    told = 0
+    for ep in many("multi", 120):
+        for q in ep.questions:
+            if q.about != "changed":
+                continue
+            before, after = ({t.name: cell_of(t) for t in seen(ep, i)} for i in (0, 1))
+            gone, new = before.keys() - after.keys(), after.keys() - before.keys()
+            if q.answer == "nothing changed":
+                assert before == after
+            elif "added" in q.answer:
+                assert (len(gone), len(new)) == (0, 1)
+            elif "removed" in q.answer:
+                assert (len(gone), len(new)) == (1, 0)
+            elif "moved" in q.answer:
+                assert not gone
+                assert before != after
+            else:
+                assert (len(gone), len(new)) == (1, 1)
+            told += 1
+    assert told > 50
+
+
+def test_answers_about_videos_agree_with_their_frames() -> None:
+    for ep in many("video"):
+        assert len(ep.scenes) == FRAMES
+        first, last = ({t.short: t for t in seen(ep, i)} for i in (0, -1))
+        for q in ep.questions:
+            if q.about == "direction":
+                a, b = first[q.thing], last[q.thing]
+                dx, dy = b.x - a.x, b.y - a.y
+                assert q.answer == (("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up"))
+            if q.about == "appears":
+                assert q.answer.removeprefix("the ") in last.keys() - first.keys()
+            if q.about == "disappears":
+                assert q.answer.removeprefix("the ") in first.keys() - last.keys()
+
+
+def test_views_show_one_arrangement_from_four_sides() -> None:
+    for i in range(3):
+        for j in range(3):
+            assert seen_from("back", *seen_from("back", i, j)) == (i, j)
+            assert seen_from("right", *seen_from("left", i, j)) == (i, j)
+    for ep in many("views"):
+        assert ep.names == SIDES
+        for q in ep.questions:
+            scene = ep.scenes[SIDES.index(q.side)] if q.side else ep.scenes[0]
+            shares = dict(zip((t.short for t in scene.things), visible(scene), strict=True))
+            if q.about == "hidden" and q.answer != "nothing":
+                assert shares[q.answer.removeprefix("the ")] < 0.12
+            if q.about == "total":
+                assert q.answer == str(len(scene.things))
+            if q.about == "side_of":
+                at = {t.short: t.x for t in scene.things}
+                assert q.answer == ("left" if at[q.a] < at[q.b] else "right")
+
+
+def test_patches_name_what_covers_them() -> None:
+    ep = episode("single", Random(3))
+    named = patches(ep.scenes[0], 96, 32)
+    assert [t for t in named if t] == sorted(ep.scenes[0].things, key=cell_of)
+
+
+def test_exams_are_the_same_for_everybody() -> None:
+    one, two = exam("views", 7, held_out=True), exam("views", 7, held_out=True)
+    assert (one[1], one[2]) == (two[1], two[2])
+
+
+def test_written_samples_are_read_back(tmp_path: Path) -> None:
+    """The files of a sample and the sample in memory are the same to the network, up to the film's compression."""
+    path = write(tmp_path, 8, size=96)
+    samples = data.read(path)
+    assert [s["sample_id"].split("-")[0] for s in samples] == list(SCENARIOS) * 2
+    assert json.loads(path.read_text()) == samples
+    for index, sample in enumerate(samples):
+        rng = Random(f"written/0/{index}")
+        ep = episode(SCENARIOS[index % 4], rng)
+        said, media = data.messages(sample, tmp_path)
+        assert said[-1]["content"] == conversation(ep, rng, questions=4, caption=0.5)[-1]["value"]
+        loader = Loader(Limits())
+        if ep.clip:
+            frames = loader.video(media[0], FrameSampling(frames=FRAMES)).frames
+            assert len(frames) == FRAMES
+            for frame, picture in zip(frames, pictures(ep, 96), strict=True):
+                assert np.abs(np.asarray(frame, float) - np.asarray(picture, float)).mean() < 6
+        else:
+            for source, picture in zip(media, pictures(ep, 96), strict=True):
+                assert (np.asarray(loader.image(source)) == np.asarray(picture)).all()
+
+
+def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(tmp_path: Path) -> None:
+    """Training reads "front: <image>" in a text, people hand over named views: the model must not see a difference."""
+    from llava_interleave.testing import tiny_checkpoint
+
+    processor = Processor.from_folder(tiny_checkpoint(tmp_path / "model"))
+    for scenario in SCENARIOS:
+        ep = episode(scenario, Random(2))
+        turns = conversation(ep, Random(1), questions=1, caption=0.0)
+        shown = pictures(ep, 30)
+        said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
+        text = said[0]["content"].rsplit("\n", 1)[1]
+        if ep.clip:
+            parts = [{"type": "video", "video": shown}]
+        elif ep.names:
+            parts = [{"type": "views", "views": dict(zip(ep.names, shown, strict=True))}]
+        else:
+            parts = [{"type": "image", "image": image} for image in shown]
+        asked = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+        prompt = processor.prompt(asked).tokens
+        assert processor.example(said, media).tokens[: len(prompt)] == prompt
