@@ -181,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(model: Llava, 
 
     def broken(model: Llava, batch: Batch) -> Loss:
         part = answers(model, batch)
-        return part._replace(total=part.total * float("nan"))
+        return replace(part, total=part.total * float("nan"))
 
     windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
     with pytest.raises(DataError, match="the loss is nan at step 0"):

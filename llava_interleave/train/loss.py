@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from .batch import Batch
 CHUNK = 2048  # tokens whose logits exist at once
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Loss:
     """Summed loss, what it is summed over, and how many of those were right."""
 
     total: Tensor

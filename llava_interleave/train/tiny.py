@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..model import Llava
@@ -37,10 +37,11 @@ TEXT = TextConfig(
 )  # fmt: skip
 
 SEE = TrainConfig(steps=1200, lr=2e-3, warmup=60, bfloat16=True, log_every=50)
-ANSWER = TrainConfig(steps=6500, lr=1.5e-3, warmup=100, scales=(("vision_tower.", 0.3),), bfloat16=True, log_every=25)
+ANSWER = TrainConfig(steps=4300, lr=2e-3, warmup=100, scales=(("vision_tower.", 0.3),), bfloat16=True, log_every=25)
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples packed together
-DESCRIBE = 12000  # samples in which every picture is described, before questions prevail
+LOOK = 5000  # samples of single pictures, before there are other scenarios
+DESCRIBE = 15000  # samples in which all is described, before questions prevail
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,12 @@ class WorldExamples:
 
     folder: Path
     seed: int
-    describe: int  # samples up to this one are mostly descriptions
 
     def __call__(self, index: int) -> Prompt:
         rng = Random(f"train/{self.seed}/{index}")
-        ep = episode(rng.choice(SCENARIOS), rng)
-        early = index < self.describe
-        turns = conversation(ep, rng, questions=2 if early else 5, caption=1.0 if early else 0.25)
+        early = index < DESCRIBE
+        ep = episode("single" if index < LOOK else rng.choice(SCENARIOS), rng)
+        turns = conversation(ep, rng, questions=1 if index < LOOK else 2 if early else 5, caption=1.0 if early else 0.2)
         shown = pictures(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))  # some are shrunk, as pictures from files are
         said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
         return data.processor(self.folder).example(said, media)
@@ -72,16 +72,32 @@ def world_texts(count: int) -> Iterator[str]:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Matrices scaled by their inputs, embeddings small, norms one, biases nought."""
+    """Matrices scaled by their inputs, those that write to the decoder's residual stream nought, norms one, biases nought."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() > 1:
-                p.normal_(0, 0.02 if "embed" in name and "patch" not in name else min(0.05, p[0].numel() ** -0.5), generator=rng)
-            elif name.endswith("bias"):
+            if name.endswith(("bias", "o_proj.weight", "down_proj.weight")):
                 p.zero_()
-            else:
+            elif p.dim() == 1:
                 p.fill_(1)
+            elif "embed_tokens" in name:
+                p.normal_(0, 0.1, generator=rng)
+            else:
+                p.normal_(0, 0.02 if "position" in name else min(0.05, p[0].numel() ** -0.5), generator=rng)
+
+
+def calibrate(model: Llava, pixels: Tensor) -> None:
+    """Scale the projector so that the first features have mean nought and size 0.5.
+
+    A trained tower's features are hundreds of times as large as fresh embeddings. Unscaled they drown what the decoder adds to
+    them, and it learns to look only after ten times as many samples.
+    """
+    projector = model.multi_modal_projector
+    with torch.no_grad():
+        seen = model.vision_tower(pixels).flatten(0, 1)
+        projector.linear_1.weight /= ((seen - seen.mean(0)) @ projector.linear_1.weight.T).std()
+        projector.linear_1.bias.copy_(-projector.linear_1.weight @ seen.mean(0))
+        projector.linear_2.weight *= 0.5 / projector(seen).std()
 
 
 def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
@@ -90,7 +106,9 @@ def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
     source.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(world_texts(texts), PIECES)
     size = tokenizer.get_vocab_size()
-    config = LlavaConfig(VISION, replace(TEXT, vocab_size=-(-size // 64) * 64), tokenizer.token_to_id("<image>"))
+    placeholder = tokenizer.token_to_id("<image>")
+    assert placeholder is not None
+    config = LlavaConfig(VISION, replace(TEXT, vocab_size=-(-size // 64) * 64), placeholder)
     processor_files(source, config, tokenizer)
     (source / "video_preprocessor_config.json").write_text(json.dumps({"num_frames": FRAMES}) + "\n")
     (source / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
@@ -106,7 +124,8 @@ def main(folder: Path, see: TrainConfig = SEE, answer: TrainConfig = ANSWER, tex
     model = Llava(config)
     initialise(model, SEED + 1)
     model.vision_tower.load_state_dict(naming.vision_tower.state_dict())
-    windows = Windows(WorldExamples(source, SEED, DESCRIBE), answer.steps * 40, size=WINDOW, tokens=TOKENS, seed=SEED)
+    calibrate(model, tower.Pictures(VISION, SEED, 1)[0].pixels)
+    windows = Windows(WorldExamples(source, SEED), answer.steps * 40, size=WINDOW, tokens=TOKENS, seed=SEED)
     train(model, answers, lambda at: batches(windows, at, workers=1), answer, folder / "answer")
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)

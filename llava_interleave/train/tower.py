@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config import VisionConfig
 from ..model.vision import SigLIP
-from ..world.draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Thing, patches
+from ..world.draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Scene, Thing, draw, patches
 from ..world.episodes import SCENARIOS, episode
 from .batch import Position
 from .loss import Loss
@@ -75,10 +75,8 @@ class Pictures(Dataset[Named]):
         return self.count
 
     def __getitem__(self, index: int) -> Named:
-        from ..world.draw import draw
-
         rng, size = Random(f"see/{self.seed}/{index}"), self.vision.image_size
-        scenes = []
+        scenes: list[Scene] = []
         while len(scenes) < PICTURES:
             found = episode(rng.choice(SCENARIOS), rng).scenes
             scenes += rng.sample(found, min(3, len(found)))

@@ -27,6 +27,7 @@ COMPANIONS = (
     "generation_config.json",
     "merges.txt",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",

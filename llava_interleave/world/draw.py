@@ -104,7 +104,7 @@ def stamp(kind: str, radius: int) -> tuple[NDArray[np.float32], NDArray[np.float
     elif kind == "cone":
         tone.polygon([(0.5 * big, 0), (0.5 * big, big), (0, big)], fill=255)
     small = [np.asarray(p.reduce(over), dtype=np.float32) for p in (mask, shade)]
-    return small[0] / 255, (small[1] / 200 if kind in SOLIDS else np.ones((n, n), np.float32))
+    return small[0] / np.float32(255), small[1] / np.float32(200) if kind in SOLIDS else np.ones((n, n), np.float32)
 
 
 @lru_cache(maxsize=64)

@@ -95,7 +95,7 @@ def single(rng: Random) -> Episode:
     background = Background.sample(rng)
     if rng.random() < 0.25:
         return reading(rng, background)
-    things = scatter(rng, rng.choice([1, 2, 2, 3, 3, 4, 4, 5]))
+    things = scatter(rng, rng.choice([1, 2, 2, 3, 3, 4]))
     return Episode("single", (Scene(tuple(things), background),), listing(things), tuple(about(rng, things)))
 
 
@@ -193,7 +193,7 @@ def change(rng: Random, things: list[Thing]) -> tuple[list[Thing], str]:
 
 def changed(rng: Random) -> Episode:
     background = Background.sample(rng)
-    before = scatter(rng, rng.randint(1, 4))
+    before = scatter(rng, rng.randint(1, 3))
     after, told = change(rng, before)
     asked = [Question("changed", told)] * 2
     pictures = [before, reading_order(after)]
