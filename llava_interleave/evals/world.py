@@ -15,7 +15,7 @@ from ..world.draw import draw, write_video
 from ..world.episodes import Episode
 
 Answerer = Callable[[Sequence[list[dict[str, Any]]]], Sequence[str]]
-SIZE = 384  # pixels a side of the files
+SIZE = 256  # pixels a side of the files
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..model import Llava
+from ..model.vision import Layer, SigLIP
 from ..prompt import Prompt
 from ..testing import processor_files, train_tokenizer
 from ..weights import save
@@ -37,7 +38,7 @@ TEXT = TextConfig(
 )  # fmt: skip
 
 SEE = TrainConfig(steps=1200, lr=2e-3, warmup=60, bfloat16=True, log_every=50)
-ANSWER = TrainConfig(steps=4300, lr=2e-3, warmup=100, scales=(("vision_tower.", 0.3),), bfloat16=True, log_every=25)
+ANSWER = TrainConfig(steps=4000, lr=1.5e-3, warmup=100, scales=(("vision_tower.", 0.0),), beta2=0.95, bfloat16=True, log_every=25)
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples packed together
 LOOK = 5000  # samples of single pictures, before there are other scenarios
@@ -86,18 +87,21 @@ def initialise(model: nn.Module, seed: int) -> None:
                 p.normal_(0, 0.02 if "position" in name else min(0.05, p[0].numel() ** -0.5), generator=rng)
 
 
-def calibrate(model: Llava, pixels: Tensor) -> None:
-    """Scale the projector so that the first features have mean nought and size 0.5.
+def calibrate(sight: SigLIP, pixels: Tensor) -> None:
+    """Scale what a trained tower writes to its residual stream so that its features have size 1; what they say stays the same.
 
-    A trained tower's features are hundreds of times as large as fresh embeddings. Unscaled they drown what the decoder adds to
-    them, and it learns to look only after ten times as many samples.
+    Each layer normalises what it reads. Unscaled, the features are hundreds of times as large as fresh embeddings, drown what
+    the decoder adds to them, and it learns to look only after ten times as many samples.
     """
-    projector = model.multi_modal_projector
     with torch.no_grad():
-        seen = model.vision_tower(pixels).flatten(0, 1)
-        projector.linear_1.weight /= ((seen - seen.mean(0)) @ projector.linear_1.weight.T).std()
-        projector.linear_1.bias.copy_(-projector.linear_1.weight @ seen.mean(0))
-        projector.linear_2.weight *= 0.5 / projector(seen).std()
+        size = sight(pixels).square().mean().sqrt()
+        writers: list[nn.Module] = [sight.embeddings.patch_embedding, sight.embeddings.position_embedding]
+        for layer in sight.encoder.layers:
+            assert isinstance(layer, Layer)
+            writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+        for writer in writers:
+            for p in writer.parameters():
+                p.div_(size)
 
 
 def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
@@ -124,7 +128,7 @@ def main(folder: Path, see: TrainConfig = SEE, answer: TrainConfig = ANSWER, tex
     model = Llava(config)
     initialise(model, SEED + 1)
     model.vision_tower.load_state_dict(naming.vision_tower.state_dict())
-    calibrate(model, tower.Pictures(VISION, SEED, 1)[0].pixels)
+    calibrate(model.vision_tower, tower.Pictures(VISION, SEED, 1)[0].pixels)
     windows = Windows(WorldExamples(source, SEED), answer.steps * 40, size=WINDOW, tokens=TOKENS, seed=SEED)
     train(model, answers, lambda at: batches(windows, at, workers=1), answer, folder / "answer")
     done = folder / "model"

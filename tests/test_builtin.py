@@ -1,0 +1,70 @@
+"""The built-in model: it is small, it knows its world, and transformers answers with it as we do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from llava_interleave import load
+from llava_interleave.chatbot import BUILTIN, Chatbot
+from llava_interleave.evals.world import evaluate
+from llava_interleave.weights import save
+from llava_interleave.world import SCENARIOS, episode
+from llava_interleave.world.data import exam, pictures
+
+
+@pytest.fixture(scope="module")
+def bot() -> Chatbot:
+    return load()
+
+
+def answer(bot: Chatbot, asked: Sequence[list[dict[str, Any]]]) -> list[str]:
+    return [a.text for a in bot.batch(asked, max_new_tokens=64)]
+
+
+def test_it_is_small_and_says_what_it_is() -> None:
+    assert sum(path.stat().st_size for path in BUILTIN.iterdir()) <= 12_000_000
+    card = (BUILTIN / "README.md").read_text("utf-8")
+    assert all(word in card for word in ("Data", "Recipe", "Accuracy", "Limits"))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_it_knows_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None:
+    """A part of `llava eval world`; the whole figures are in the model's card."""
+    score = evaluate(lambda asked: answer(bot, asked), scenario, 50, held_out=held_out)
+    assert score.share >= 0.8, score.wrong
+
+
+def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> None:
+    """Saved by us, loaded by transformers: the same text for pictures, a video and views, in both ways to write a prompt."""
+    transformers = pytest.importorskip("transformers")
+    save(bot.model, tmp_path / "saved", processor_from=bot.source)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
+    for number, scenario in enumerate(SCENARIOS):
+        ep, _, text = exam(scenario, 1000 + number, held_out=False)
+        shown = pictures(ep, 200)
+        asked = [{"role": "user", "content": [*({"type": "image", "image": p} for p in shown), {"type": "text", "text": text}]}]
+        prompt = bot.prompt(asked)
+        batch = {"input_ids": torch.tensor([prompt.tokens]), "pixel_values": torch.cat([m.pixels for m in prompt.media])}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        written = theirs.generate(**batch, max_new_tokens=24, do_sample=False)[0, len(prompt.tokens) :]
+        assert processor.decode(written, skip_special_tokens=True) == bot.chat(asked, max_new_tokens=24).text
+
+        rendered = processor.apply_chat_template(asked, add_generation_prompt=True)
+        inputs = processor(images=shown, text=rendered, return_tensors="pt")
+        written = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(written, skip_special_tokens=True) == bot.chat(asked, preset="hf", max_new_tokens=24).text
+
+
+def test_a_second_question_computes_no_picture_again(bot: Chatbot) -> None:
+    shown = pictures(episode("multi", Random(11)), 96)
+    first = bot.ask("How many images are there?", shown)
+    second = bot.ask("Which image has the most things?", shown)
+    assert first.usage.cached == 0
+    assert second.usage.cached >= 9 * len(shown)
+    assert not second.timings.vision
