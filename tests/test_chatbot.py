@@ -20,7 +20,7 @@ from llava_interleave.chatbot import Chatbot, Conversation, Options, load
 from llava_interleave.chatbot.attach import content, part
 from llava_interleave.chatbot.place import pick_dtype
 from llava_interleave.chatbot.stops import StopStrings
-from llava_interleave.engine import Sampling
+from llava_interleave.engine import Engine, Sampling
 from llava_interleave.errors import DataError, MediaError, OptionError, PromptError
 from llava_interleave.model import Packed, arrange
 from llava_interleave.testing import tiny_checkpoint
@@ -64,8 +64,7 @@ def test_folded_stream_is_chat(bot: Chatbot, files: list[Path]) -> None:
     turn = bot.turn("What?", files)
     for changes in ({}, {"temperature": 50.0, "seed": 4}, {"temperature": 50.0, "seed": 4, "n": 3}, {"logprobs": 2}):
         chunks = list(bot.stream(turn, max_new_tokens=20, **changes))
-        answers = bot.chat(turn, max_new_tokens=20, **changes)
-        for index, answer in enumerate(answers if isinstance(answers, list) else [answers]):
+        for index, answer in enumerate(bot.choices(turn, max_new_tokens=20, **changes)):
             mine = [c for c in chunks if c.index == index]
             assert "".join(c.text for c in mine) == answer.text
             assert [c.answer is None for c in mine] == [True] * (len(mine) - 1) + [False]
@@ -73,10 +72,28 @@ def test_folded_stream_is_chat(bot: Chatbot, files: list[Path]) -> None:
 
 
 def test_n_answers_are_those_of_their_seeds(bot: Chatbot) -> None:
-    several = bot.ask("Hm?", n=3, temperature=50, seed=10, max_new_tokens=8)
+    several = bot.choices(bot.turn("Hm?"), n=3, temperature=50, seed=10, max_new_tokens=8)
     alone = [bot.ask("Hm?", temperature=50, seed=10 + i, max_new_tokens=8) for i in range(3)]
     assert [a.tokens for a in several] == [a.tokens for a in alone]
     assert len({a.tokens for a in several}) == 3
+    with pytest.raises(OptionError, match="one answer, but n is 3: call choices"):
+        bot.ask("Hm?", n=3)
+
+
+def test_progress_counts_the_prompt_that_is_read(bot: Chatbot, files: list[Path]) -> None:
+    tokenizer = bot.processor.tokenizer
+    engine = Engine(
+        bot.model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=1 << 24, max_step_tokens=8, max_running=8
+    )
+    bot = Chatbot(bot.source, bot.processor, engine, bot.model)
+    told: list[tuple[int, int]] = []
+    answer = bot.stream(bot.turn("What?", files), max_new_tokens=4, progress=lambda done, total: told.append((done, total)))
+    assert told == []
+    length = [chunk.answer for chunk in answer][-1].usage.prompt
+    assert len(told) > 2
+    assert [total for _, total in told] == [length] * len(told)
+    assert told == sorted(told)
+    assert told[-1][0] < length
 
 
 def test_logprobs(bot: Chatbot) -> None:

@@ -108,6 +108,14 @@ def test_code_and_pickles_are_never_fetched(hub: Hub, tmp_path: Path) -> None:
     assert not any(word in request for request in hub.requests for word in (".bin", ".py", ".pt", "onnx"))
 
 
+def test_settings_come_without_weights_and_weights_later(hub: Hub, tmp_path: Path) -> None:
+    """`llava plan` fetched gigabytes to count tokens."""
+    fetched = resolve(NAME, tensors=False, endpoint=hub.url, cache=tmp_path / "cache")
+    assert (fetched / "config.json").is_file()
+    assert not list(fetched.glob("*.safetensors"))
+    assert list(resolve(NAME, endpoint=hub.url, cache=tmp_path / "cache").glob("*.safetensors"))
+
+
 def test_second_time_comes_from_the_cache(hub: Hub, tmp_path: Path) -> None:
     first = resolve(NAME, endpoint=hub.url, cache=tmp_path / "cache")
     hub.requests.clear()

@@ -79,27 +79,45 @@ class Chatbot:
         self.model = model
         self._lock = threading.Lock()
 
-    def ask(self, question: str, attachments: Sequence[object] = (), options: Options = DEFAULTS, **changes: object) -> Any:
+    def ask(self, question: str, attachments: Sequence[object] = (), options: Options = DEFAULTS, **changes: object) -> Answer:
         """Ask one question about images, videos and folders of frames, given as paths, URLs, bytes, PIL images, arrays or parts.
 
-        They stand where the question says `<image>`, or before it. Keywords are the fields of `Options`. Returns as `chat` does.
+        They stand where the question says `<image>`, or before it. Keywords are the fields of `Options`.
         """
         return self.chat(self.turn(question, attachments), options, **changes)
 
-    def chat(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Any:
-        """The `Answer` to messages in the chat form of transformers and OpenAI; for n > 1 a list of n. Keywords as `Options`."""
-        answers = {chunk.index: chunk.answer for chunk in self.stream(messages, options, **changes) if chunk.answer}
-        ordered = [answers[index] for index in sorted(answers)]
-        return ordered if options.but(changes).n > 1 else ordered[0]
+    def chat(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Answer:
+        """The answer to messages in the chat form of transformers and OpenAI. Keywords as `Options`."""
+        options = options.but(changes)
+        if options.n != 1:
+            raise OptionError(f"ask and chat give one answer, but n is {options.n}: call choices, which gives all")
+        return self.choices(messages, options)[0]
 
-    def stream(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Generator[Chunk]:
-        """As `chat`, but a piece at a time. Closing the iterator ends the computation. Mistakes are raised by the call itself."""
+    def choices(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> list[Answer]:
+        """All `n` answers to the messages, computed together; answer i is the one of seed + i. Else as `chat`."""
+        answers = {
+            chunk.index: chunk.answer for chunk in self.stream(messages, options, progress=None, **changes) if chunk.answer
+        }
+        return [answers[index] for index in sorted(answers)]
+
+    def stream(
+        self,
+        messages: Messages,
+        options: Options = DEFAULTS,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **changes: object,
+    ) -> Generator[Chunk]:
+        """As `choices`, but a piece at a time. Closing the iterator ends the computation. Mistakes are raised by the call itself.
+
+        progress: until the first token it is called with the tokens of the prompt that have been read so far and in all.
+        """
         options = options.but(changes)
         prompt = self.prompt(messages, options)
         room = self.model.config.text.context - len(prompt)
         how = [sampling(options, index, room) for index in range(options.n)]
         streams = {
-            _Writer(self.processor, options, index): self._locked(self.engine.stream(prompt, one))
+            Writer(self.processor, options, index): self._locked(self.engine.stream(prompt, one, progress=progress))
             for index, one in enumerate(how)
         }
         return self._pieces(streams)
@@ -113,7 +131,7 @@ class Chatbot:
         streams = {}
         for index, prompt in enumerate(prompts):
             how = sampling(options, 0, self.model.config.text.context - len(prompt))
-            streams[_Writer(self.processor, options, index)] = self._locked(self.engine.stream(prompt, how))
+            streams[Writer(self.processor, options, index)] = self._locked(self.engine.stream(prompt, how))
         answers = {chunk.index: chunk.answer for chunk in self._pieces(streams) if chunk.answer}
         return [answers[index] for index in range(len(prompts))]
 
@@ -151,7 +169,7 @@ class Chatbot:
             "tokens_per_image": self.model.config.vision.grid**2,
         }
 
-    def _pieces(self, streams: dict[_Writer, Generator[Event]]) -> Generator[Chunk]:
+    def _pieces(self, streams: dict[Writer, Generator[Event]]) -> Generator[Chunk]:
         """Reads the events of all answers in turn, so that they are computed together."""
         try:
             while streams:
@@ -221,19 +239,19 @@ def estimate(
     device: str = "auto",
     revision: str | None = None,
 ) -> Estimate:
-    """As `Chatbot.estimate` for one question, without loading weights."""
-    folder = locate(name_or_folder, revision)
+    """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they are on the hub."""
+    folder = locate(name_or_folder, revision, tensors=False)
     messages = [{"role": "user", "content": content(question, attachments)}]
     dtype = pick_dtype(precision, folder, pick_device(device))
     return Processor.from_folder(folder).estimate(messages, **processing(options), number_bytes=dtype.itemsize)
 
 
-def locate(name_or_folder: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    """The folder of a checkpoint; of the built-in model without a name."""
+def locate(name_or_folder: str | os.PathLike[str] | None, revision: str | None, *, tensors: bool = True) -> Path:
+    """The folder of a checkpoint; of the built-in model without a name. From the hub without weights if `tensors` is False."""
     if name_or_folder is None and not (BUILTIN / "config.json").is_file():
         raise CheckpointError("this installation carries no built-in model; name a checkpoint folder or a Hugging Face model")
     name = BUILTIN if name_or_folder is None else name_or_folder
-    return weights.resolve(name if isinstance(name, str) else Path(name), revision)
+    return weights.resolve(name if isinstance(name, str) else Path(name), revision, tensors=tensors)
 
 
 def processing(options: Options) -> dict[str, Any]:
@@ -256,8 +274,8 @@ def sampling(options: Options, index: int, room: int) -> Sampling:
     return Sampling(**chosen | {"seed": None if options.seed is None else options.seed + index})
 
 
-class _Writer:
-    """Collects one answer from its events."""
+class Writer:
+    """Collects one answer from its events: text without half characters, stop strings, log-probabilities."""
 
     def __init__(self, processor: Processor, options: Options, index: int) -> None:
         self.tokenizer = processor.tokenizer

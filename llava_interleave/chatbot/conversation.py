@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,17 @@ class Conversation:
         """Attach images, videos or folders of frames to the next question. Raises `MediaError` for a file that is missing."""
         self.pending += [part(source) for source in sources]
 
-    def stream(self, question: str, options: Options = DEFAULTS, **changes: object) -> Generator[Chunk]:
+    def stream(
+        self,
+        question: str,
+        options: Options = DEFAULTS,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **changes: object,
+    ) -> Generator[Chunk]:
         """Ask and yield the pieces of the answer. An answer that is broken off leaves the conversation as it was."""
         asked = [*self.messages, {"role": "user", "content": content(question, self.pending)}]
-        for chunk in self.bot.stream(asked, options, **changes):
+        for chunk in self.bot.stream(asked, options, progress=progress, **changes):
             if chunk.answer is not None and chunk.index == 0:
                 told = {"role": "assistant", "content": [{"type": "text", "text": chunk.answer.text}]}
                 self.messages, self.pending = [*asked, told], []
@@ -51,7 +58,7 @@ class Conversation:
 
     def ask(self, question: str, options: Options = DEFAULTS, **changes: object) -> Answer:
         """Ask and wait for the whole answer."""
-        answers = [chunk.answer for chunk in self.stream(question, options, **changes) if chunk.answer is not None]
+        answers = [chunk.answer for chunk in self.stream(question, options, progress=None, **changes) if chunk.answer is not None]
         return answers[0]
 
     def undo(self) -> bool:

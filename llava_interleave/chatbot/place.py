@@ -35,13 +35,18 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
-    """`auto`: float32 for a small network, and on a CPU for one stored in it; else bfloat16, or float16 on a GPU without that."""
+    """`auto`: float32 for a small network, and on a CPU for one stored in it; else bfloat16, or float16 on a GPU without that.
+
+    A folder whose tensors were not fetched counts as stored in 16 bits, as the published checkpoints are.
+    """
     if precision != "auto":
         return named_dtype(precision)
     if sum(parameter.numel() for parameter in skeleton(read_config(folder)).parameters()) <= SMALL:
         return torch.float32
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if next(folder.glob("*.safetensors"), None) is None:
+        return torch.bfloat16
     stored = max(read_headers(folder).values(), key=lambda tensor: tensor.bytes).dtype
     return torch.float32 if FLOATS.get(stored) == torch.float32 else torch.bfloat16
 

@@ -45,21 +45,21 @@ def ask(
     bot = show.load(model, revision, precision, device)
     if as_json:
         with show.busy("answering"):
-            answers = bot.chat(bot.turn(question, sources), options)
+            answers = bot.choices(bot.turn(question, sources), options)
         print(json.dumps(report(bot, options, answers), ensure_ascii=False))
     elif stream and options.n == 1:
         write(bot, bot.turn(question, sources), options)
     else:
         with show.busy("answering"):
-            answers = bot.chat(bot.turn(question, sources), options)
-        for answer in answers if isinstance(answers, list) else [answers]:
+            answers = bot.choices(bot.turn(question, sources), options)
+        for answer in answers:
             print(answer)
 
 
 def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> None:
-    """Print the answer to stdout piece by piece; a spinner shows until the first piece comes."""
-    pieces = bot.stream(messages, options)
-    with show.busy("looking and reading"):
+    """Print the answer to stdout piece by piece; until the first one comes, how much of the prompt is read."""
+    with show.busy("looking and reading") as progress:
+        pieces = bot.stream(messages, options, progress=progress)
         text = next((chunk.text for chunk in pieces if chunk.text), "")
     print(text, end="", flush=True)
     for chunk in pieces:
@@ -67,9 +67,9 @@ def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Non
     print()
 
 
-def report(bot: Chatbot, options: Options, answers: Answer | list[Answer]) -> dict[str, Any]:
+def report(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
     """What --json prints: the fields of the answer, or a list of them under `answers` where several were asked for."""
     source: dict[str, Any] = {"model": bot.source.name, "preset": options.preset}
-    if isinstance(answers, list):
+    if options.n > 1:
         return source | {"answers": [dataclasses.asdict(answer) for answer in answers]}
-    return source | dataclasses.asdict(answers)
+    return source | dataclasses.asdict(answers[0])

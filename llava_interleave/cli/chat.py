@@ -111,15 +111,17 @@ class Terminal:
         self.commands[name](words)
 
     def answer(self, question: str) -> None:
-        pieces = self.talk.stream(question, self.options)
+        pieces = None
         try:
-            with show.busy("looking and reading"):
+            with show.busy("looking and reading") as progress:
+                pieces = self.talk.stream(question, self.options, progress=progress)
                 text = next((chunk.text for chunk in pieces if chunk.text), "")
             print(text, end="", flush=True)
             for chunk in pieces:
                 print(chunk.text, end="", flush=True)
         except KeyboardInterrupt:
-            pieces.close()
+            if pieces is not None:
+                pieces.close()
             self.tell("\nbroken off; the question and its answer are not part of the conversation")
             return
         print(flush=True)

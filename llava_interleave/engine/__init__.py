@@ -4,6 +4,6 @@ from .engine import Engine, Load
 from .events import Event, FinishReason, Timings, Usage
 from .memory import bytes_per_token
 from .request import Request
-from .sampling import Sampling
+from .sampling import Guide, Sampling
 
-__all__ = ["Engine", "Event", "FinishReason", "Load", "Request", "Sampling", "Timings", "Usage", "bytes_per_token"]
+__all__ = ["Engine", "Event", "FinishReason", "Guide", "Load", "Request", "Sampling", "Timings", "Usage", "bytes_per_token"]

@@ -18,13 +18,16 @@ from .cache import Features, Identity, Keys, Prefixes
 from .events import Event
 from .request import Request
 from .runner import Runner
-from .sampling import Sampling
+from .sampling import Guide, Sampling
 from .scheduler import Plan, Scheduler
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy an engine is. KV in tokens: of `kv_total`, `kv_running` belong to running requests and `kv_cached` to prefixes."""
+    """How busy an engine is. KV in tokens: of `kv_total`, `kv_running` belong to running requests and `kv_cached` to prefixes.
+
+    crops_encoded: by the tower since the start.
+    """
 
     waiting: int
     running: int
@@ -32,6 +35,7 @@ class Load:
     kv_running: int
     kv_cached: int
     feature_bytes: int
+    crops_encoded: int
 
 
 class Engine:
@@ -83,12 +87,15 @@ class Engine:
         self._events: deque[Event] = deque()  # of requests that nobody streams
         self._streams: dict[Request, deque[Event]] = {}
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, salt: bytes = b"") -> Request:
-        """Queue a request, whose events `step` returns. Prefixes are shared among requests of equal `salt` only.
+    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, salt: bytes = b"", guide: Guide | None = None) -> Request:
+        """Queue a request, whose events `step` returns. Prefixes and features are shared among requests of equal `salt` only.
 
-        ContextError if it could never fit, PromptError if placeholders and media do not agree.
+        guide: says which tokens may come next. ContextError if it could never fit, PromptError if placeholders and media do
+        not agree.
         """
         request = self._request(prompt, sampling or Sampling(), salt)
+        if guide is not None:
+            request.guide, request.plain = guide, False
         self._scheduler.add(request)
         return request
 
@@ -117,12 +124,20 @@ class Engine:
             self._streams[request].append(event)
         return event
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, *, salt: bytes = b"") -> Iterator[Event]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        salt: bytes = b"",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Event]:
         """The events of one request, computed as they are asked for; errors as `add`, at once.
 
         Closing the iterator aborts the request. Several may be read in turn, each step advances all. An error is raised.
+        progress: called after each step before the first token with the prompt's tokens read so far and in all.
         """
-        return self._stream(self._request(prompt, sampling or Sampling(), salt))
+        return self._stream(self._request(prompt, sampling or Sampling(), salt), progress)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, *, salt: bytes = b""
@@ -142,13 +157,15 @@ class Engine:
                 self._close(request)
         return requests
 
-    def _stream(self, request: Request) -> Iterator[Event]:
+    def _stream(self, request: Request, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
         self._open(request)
         try:
             events = self._streams[request]
             while request.finish_reason is None or events:
                 if not events:
                     self._advance()
+                    if progress and request.kv and not request.generated:
+                        progress(request.kv.length, len(request.prompt))
                 while events:
                     event = events.popleft()
                     if event.error is not None:
@@ -247,6 +264,7 @@ class Engine:
             kv_running=prefixes.used - prefixes.idle_tokens,
             kv_cached=prefixes.idle_tokens,
             feature_bytes=self._features.bytes,
+            crops_encoded=self._runner.crops_encoded,
         )
 
     def clear(self) -> None:

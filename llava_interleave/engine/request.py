@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..layout import Layout
 from ..prompt import Media, Prompt
 from .events import FinishReason, Timings, Usage
-from .sampling import Sampler, Sampling
+from .sampling import Guide, Sampler, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,16 +31,16 @@ class Unit:
     layout: Layout
 
 
-def units(media: Media) -> Iterator[Unit]:
-    """The units of a media in the order of their tokens; of a video each frame is one."""
-    layout = media.layout
+def units(media: Media, salt: bytes = b"") -> Iterator[Unit]:
+    """The units of a media in the order of their tokens; of a video each frame is one. Features are shared within a `salt`."""
+    layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
-        yield Unit((media.key, -1), media.start, media.start + layout.length, media.pixels, layout)
+        yield Unit((key, -1), media.start, media.start + layout.length, media.pixels, layout)
         return
     size, one = layout.grid**2, Layout(layout.grid)
     for crop in range(layout.crops):
         start = media.start + crop * size
-        yield Unit((media.key, crop), start, start + size, media.pixels[crop : crop + 1], one)
+        yield Unit((key, crop), start, start + size, media.pixels[crop : crop + 1], one)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +60,7 @@ class Request:
     held_unit: int = 0  # units from first_unit up to it keep their features
     kv: KV | None = None  # while running
     sampler: Sampler | None = None
+    guide: Guide | None = field(default=None, repr=False)
     cached: int | None = None
     finish_reason: FinishReason | None = None
     started: float | None = None
@@ -70,7 +71,7 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.tokens)
         self.plain = self.sampling.plain
-        self.units = tuple(unit for media in self.prompt.media for unit in units(media))
+        self.units = tuple(unit for media in self.prompt.media for unit in units(media, self.keys.salt))
 
     @property
     def generated(self) -> list[int]:

@@ -25,6 +25,7 @@ class Runner:
         self.dtype, self.device = weight.dtype, weight.device
         self.memory = Slabs(model.config.text, self.dtype, self.device)
         self.vocab, self.max_step_crops = vocab, max_step_crops
+        self.crops_encoded = 0
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Pick]:
@@ -66,7 +67,7 @@ class Runner:
     def _sampler(self, w: Work) -> Sampler:
         request = w.request
         if request.sampler is None:
-            request.sampler = Sampler(request.sampling, request.prompt.tokens, self.vocab, self.device)
+            request.sampler = Sampler(request.sampling, request.prompt.tokens, self.vocab, self.device, request.guide)
         return request.sampler
 
     def _encode(self, plan: Plan) -> None:
@@ -79,6 +80,7 @@ class Runner:
             while units and (not batch or crops + len(units[0].pixels) <= self.max_step_crops):
                 crops += len(units[0].pixels)
                 batch.append(units.pop(0))
+            self.crops_encoded += crops
             pixels = torch.cat([unit.pixels for unit in batch]).to(self.device, self.dtype)
             encoded = torch.cat([self.model.encode(part) for part in pixels.split(self.max_step_crops)])
             for unit, rows in zip(batch, encoded.split([len(unit.pixels) for unit in batch]), strict=True):

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -89,11 +89,25 @@ class Pick(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Guide(Protocol):
+    """Says which tokens may come next, for one answer whose form is given. Nothing that it does may raise."""
+
+    def allowed(self) -> Tensor:
+        """One bool a token, `[size]`, on the CPU; asked once before each token. At least one is True."""
+        ...
+
+    def take(self, token: int) -> None:
+        """The token that was chosen."""
+        ...
+
+
 class Sampler:
     """Chooses the tokens of one request: its random numbers and its counts of tokens depend on nothing else."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], size: int, device: torch.device) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], size: int, device: torch.device, guide: Guide | None = None
+    ) -> None:
+        self.sampling, self.guide = sampling, guide
         self.generator = torch.Generator()  # on the CPU: the same numbers on every device
         if sampling.seed is None:
             self.generator.seed()
@@ -106,9 +120,12 @@ class Sampler:
     def pick(self, logits: Tensor) -> Pick:
         """The next token from logits `[size]`; what must never be chosen is -inf in them."""
         raw = logits.float()
-        scores = self.scores(raw)
+        allowed = raw if self.guide is None else raw.masked_fill(~self.guide.allowed().to(raw.device), -math.inf)
+        scores = self.scores(allowed)
         token = draw(scores, self.generator) if self.sampling.temperature else int(scores.argmax())
         self.counts[token] += 1
+        if self.guide is not None:
+            self.guide.take(token)
         if self.sampling.logprobs is None:
             return Pick(token)
         logs = raw.log_softmax(-1)

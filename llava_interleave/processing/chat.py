@@ -170,13 +170,16 @@ def _source(part: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> objec
     return f"data:;base64,{value}" if given[0] == "base64" else value
 
 
-def _url(value: Any, where: str, more: tuple[str, ...]) -> tuple[str, Any]:
-    """The URL of OpenAI's `"https://..."` or `{"url": "https://...", ...}`, and the value of its one optional key."""
+def _url(value: Any, where: str, more: tuple[str, ...]) -> tuple[str | bytes, Any]:
+    """The URL of OpenAI's `"https://..."` or `{"url": "https://...", ...}`, and the value of its one optional key.
+
+    Bytes pass, too: what a caller has put in the place of a URL of its own.
+    """
     other = None
     if isinstance(value, Mapping):
         _check_keys(value, where, needed=("url",), allowed=more)
         value, other = value["url"], value.get(more[0]) if more else None
-    if not isinstance(value, str) or ":" not in value:
+    if not isinstance(value, bytes) and (not isinstance(value, str) or ":" not in value):
         raise PromptError(f"the url of {where} is not a URL; for a file use {{'path': ...}}")
     return value, other
 

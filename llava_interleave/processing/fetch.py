@@ -83,6 +83,17 @@ class Address:
             raise MediaRefused("the server redirects to another scheme or port")
         return to
 
+    def check(self, hosts: tuple[str, ...] | None) -> None:
+        """Raises MediaRefused unless one of `hosts` allows it, in the form of `Limits.remote_hosts`."""
+        if hosts is not None and not any(self._under(pattern) for pattern in hosts):
+            raise MediaRefused(f"media may not be fetched from {self.host}:{self.port} here; send the file itself")
+
+    def _under(self, pattern: str) -> bool:
+        name, _, port = pattern.lower().partition(":")
+        host = self.host.rstrip(".")
+        known = name == "*" or host == name or (name.startswith("*.") and host.endswith(name[1:]))
+        return known and self.port == (int(port) if port else PORTS[self.scheme])
+
 
 def fetch(url: str, most: int, limits: Limits) -> BinaryIO:
     """Download at most `most` bytes into a temporary file, at its start. Raises MediaRefused or MediaError."""
@@ -91,6 +102,7 @@ def fetch(url: str, most: int, limits: Limits) -> BinaryIO:
     backend = CheckedBackend(limits.allow_private, deadline)
     try:
         for _ in range(limits.redirects + 1):
+            address.check(limits.remote_hosts)
             answer = _get(address, backend, most)
             if not isinstance(answer, str):
                 return answer

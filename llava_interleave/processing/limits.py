@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from ..errors import MediaError, OptionError
 PILLOW_MOST = 178_956_970
 """Pixels above which Pillow itself refuses a picture; that global stays as it is."""
 
+HOST_PATTERN = re.compile(r"(\*|(\*\.)?[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -20,6 +23,8 @@ class Limits:
     allow_local_files: paths and file:// URLs may be read.
     media_root: only files below this folder may be read, and relative paths begin there.
     allow_remote: http and https URLs may be fetched.
+    remote_hosts: the hosts that URLs, redirects included, may lead to: names, `*.example.com` for all below it, or `*`, with
+        `:port` where it is not that of the scheme; None for all.
     allow_private: URLs may lead to addresses that are not public: this machine, the local network.
     image_bytes: the most bytes of an image, as a file, a download or decoded from base64.
     video_bytes: the most bytes of a video.
@@ -27,6 +32,7 @@ class Limits:
     side_ratio: the most that the longer side may exceed the shorter one.
     prompt_media: the most images and videos of one prompt.
     prompt_pixels: the most pixels decoded for one prompt.
+    prompt_frames: the most images and video frames of one prompt.
     video_seconds: the longest video, in seconds.
     video_frames: the most frames looked at in one video.
     decoded_frames: the most frames decoded to reach those.
@@ -38,6 +44,7 @@ class Limits:
     allow_local_files: bool = True
     media_root: Path | None = None
     allow_remote: bool = True
+    remote_hosts: tuple[str, ...] | None = None
     allow_private: bool = False
     image_bytes: int = 100_000_000
     video_bytes: int = 4_000_000_000
@@ -45,6 +52,7 @@ class Limits:
     side_ratio: float = 200.0
     prompt_media: int = 256
     prompt_pixels: int = 4_000_000_000
+    prompt_frames: int = 4096
     video_seconds: float = 6 * 3600.0
     video_frames: int = 256
     decoded_frames: int = 50_000
@@ -57,6 +65,9 @@ class Limits:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or field.name == "redirects"):
                 raise OptionError(f"the limit {field.name} must be above 0, not {value!r}")
+        for pattern in self.remote_hosts or ():
+            if not HOST_PATTERN.fullmatch(pattern):
+                raise OptionError(f"{pattern!r} is no host: write images.example.com, *.example.com or *, with :port if need be")
         if self.image_pixels > PILLOW_MOST:
             raise OptionError(f"image_pixels can be at most {PILLOW_MOST:,}, not {self.image_pixels:,}")
 
@@ -71,18 +82,22 @@ class Limits:
 
 
 class PixelBudget:
-    """Pixels that one prompt may still decode. Shared by the threads that decode."""
+    """Pixels and frames that one prompt may still decode. Shared by the threads that decode."""
 
     def __init__(self, limits: Limits) -> None:
         self._most = self._left = limits.prompt_pixels
+        self._most_frames = self._frames = limits.prompt_frames
         self._lock = Lock()
 
     def take(self, size: tuple[int, int]) -> None:
         """Raise MediaError if a picture of `size` pixels is one too many."""
         with self._lock:
             self._left -= size[0] * size[1]
+            self._frames -= 1
             if self._left < 0:
                 raise MediaError(f"the prompt's pictures have more than the limit of {self._most:,} pixels in all")
+            if self._frames < 0:
+                raise MediaError(f"the prompt has more than the limit of {self._most_frames} images and frames; ask for fewer")
 
 
 class Deadline:

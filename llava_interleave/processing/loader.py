@@ -150,11 +150,13 @@ class Loader:
         return Clip(frames, [float(clock.time(i)) for i in chosen], clock.duration)
 
     def _folder(self, folder: Path) -> list[Path]:
-        """The pictures of a folder in natural order: 2.png before 10.png."""
+        """The pictures of a folder in natural order: 2.png before 10.png. Below a `media_root` as they are known there."""
         with _guarding("the folder cannot be read"):
             files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not files:
             raise MediaError(f"the folder holds no pictures ({IMAGES})")
+        if self.limits.media_root is not None:
+            files = [p.relative_to(self.limits.media_root.resolve()) for p in files]
         return sorted(files, key=lambda p: _natural(p.name))
 
     def _animation(

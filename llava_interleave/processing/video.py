@@ -41,8 +41,8 @@ class FrameSampling:
             raise OptionError("`times` says everything; frames, fps, start and end cannot be given with it")
         if self.frames is not None and (isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1):
             raise OptionError(f"frames must be a whole number from 1 on, not {self.frames!r}")
-        if self.fps is not None and not (_is_number(self.fps) and self.fps > 0):
-            raise OptionError(f"fps must be a number above 0, not {self.fps!r}")
+        if self.fps is not None and not (_is_number(self.fps) and _exact(self.fps) > 0):
+            raise OptionError(f"fps must be a number above 0, at least a millionth, not {self.fps!r}")
         if self.times is not None and not (self.times and all(_is_number(t) and t >= 0 for t in self.times)):
             raise OptionError(f"times must be one or more numbers of seconds from 0 on, not {self.times!r}")
         for name, value in (("start", self.start), ("end", self.end)):

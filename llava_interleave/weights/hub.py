@@ -8,15 +8,21 @@ from pathlib import Path
 from ..errors import CheckpointError, OptionError
 
 # Code and pickles are never fetched, nor anything in subfolders (ONNX exports, training states).
-_FETCH = ["*.json", "*.jinja", "*.safetensors", "merges.txt"]
+_SETTINGS, _TENSORS = ["*.json", "*.jinja", "merges.txt"], ["*.safetensors"]
 
 
 def resolve(
-    name_or_folder: str | Path, revision: str | None = None, *, endpoint: str | None = None, cache: str | Path | None = None
+    name_or_folder: str | Path,
+    revision: str | None = None,
+    *,
+    tensors: bool = True,
+    endpoint: str | None = None,
+    cache: str | Path | None = None,
 ) -> Path:
     """The folder of a checkpoint: `name_or_folder` itself where it is one, else the hub's repository of this name.
 
-    revision: branch, tag or commit on the hub; of the files only JSON, safetensors and tokenizer files are fetched.
+    revision: branch, tag or commit on the hub; of the files only JSON, safetensors and tokenizer files are fetched, and with
+    tensors=False no safetensors.
     endpoint, cache: another hub's URL and another cache folder than huggingface_hub's own.
     """
     name = str(name_or_folder)
@@ -29,17 +35,17 @@ def resolve(
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the safetensors")
     if isinstance(name_or_folder, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise CheckpointError(f"there is no folder {name}; a name on the Hugging Face hub looks like owner/model")
-    return _fetch(name, revision, endpoint, cache)
+    return _fetch(name, revision, _SETTINGS + _TENSORS * tensors, endpoint, cache)
 
 
-def _fetch(name: str, revision: str | None, endpoint: str | None, cache: str | Path | None) -> Path:
+def _fetch(name: str, revision: str | None, files: list[str], endpoint: str | None, cache: str | Path | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     by_hand = f"or fetch it elsewhere (hf download {name} --local-dir FOLDER) and give the folder"
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, endpoint=endpoint, cache_dir=cache, allow_patterns=_FETCH, ignore_patterns=["*/*"]
+                name, revision=revision, endpoint=endpoint, cache_dir=cache, allow_patterns=files, ignore_patterns=["*/*"]
             )
         )
     except errors.GatedRepoError as error:
