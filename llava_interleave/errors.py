@@ -50,3 +50,9 @@ class Unsupported(LlavaError):
 
 class DataError(LlavaError):
     """A training or evaluation data set has a fault; the message names the sample."""
+
+
+class RemoteError(LlavaError):
+    """A server that was asked for answers cannot be reached, or does not answer as it should."""
+
+    http_status = 502

@@ -80,6 +80,7 @@ def test_modules_say_what_they_are(path: Path) -> None:
     [
         "import llava_interleave; llava_interleave.LlavaError",
         "from llava_interleave import notice, options, config, layout, errors, world",
+        "from llava_interleave import journal, offline; from llava_interleave.evals import choices, interleave, report, world",
         "sys.argv = ['llava', '--help']; from llava_interleave.cli import main; main()",
     ],
 )

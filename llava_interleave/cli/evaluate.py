@@ -1,19 +1,31 @@
-"""`llava eval` and `llava world`: how well a model answers about the drawn world, and samples of it as files."""
+"""`llava eval` and `llava world`: how well a model answers, and samples of the drawn world as files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import DataError, LlavaError, OptionError
+from ..options import Options, unknown
 from . import show
 
+if TYPE_CHECKING:
+    from ..evals.stats import Line
+    from ..evals.task import Answerer, Task
+    from ..journal import Row
+
 SCENARIOS = ("single", "multi", "video", "views")
+INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
+CHOICES = ("mvbench", "nextqa", "nlvr2", "pope", "qbench")
+TASKS = ("world", *INTERLEAVE, *CHOICES)
+WORLD_QUESTIONS = 500
 
 
 def register(app: typer.Typer) -> None:
@@ -22,50 +34,234 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    task: Annotated[Literal["world"], typer.Argument(help="The benchmark: world, what the built-in model was trained for.")],
+    ctx: typer.Context,
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASK... | diff A B", help=f"{', '.join(TASKS)}; or two files to compare.")
+    ],
     model: show.ModelName = None,
-    questions: Annotated[int, typer.Option("-n", min=1, help="Questions of each scenario.")] = 500,
-    scenario: Annotated[list[str] | None, typer.Option(help="single, multi, video or views; can be given several times.")] = None,
-    held_out: Annotated[bool, typer.Option(help="Ask in wordings that were kept out of training.")] = False,
-    wrong: Annotated[Path | None, typer.Option(help="Write the questions answered wrongly to this file, as JSON lines.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask an OpenAI-compatible server instead: http://host:port/v1.")] = None,
+    key_file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="File with the server's API key.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the data sets; a missing file says what to fetch.")] = Path("data"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of TASK.jsonl; a run that was stopped goes on there.")
+    ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write TASK.html to --out, with every example and its pictures.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only list broken samples; exit code 1 if there are any.")] = False,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="LLaVA-Interleave Bench with the slips of its published scripts.")
+    ] = False,
+    questions: Annotated[
+        int | None,
+        typer.Option("-n", min=1, help="Questions of each scenario or data set; without it all, and 500 of the world."),
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Of the world: single, multi, video or views; several times.")
+    ] = None,
+    held_out: Annotated[bool, typer.Option(help="The world in wordings that were kept out of training.")] = False,
+    wrong: Annotated[Path | None, typer.Option(help="Write the world's wrongly answered questions here, as JSON lines.")] = None,
+    preset: Annotated[str | None, typer.Option(help="How messages become tokens; without it as the task was published.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer; without it the task's.")] = None,
+    anyres: Annotated[bool, typer.Option("--anyres", help="Cut single images into tiles.")] = False,
+    frames: Annotated[int | None, typer.Option(min=1, help="At most this many frames of a video.")] = None,
+    together: Annotated[int, typer.Option("--batch", min=1, help="Questions that are computed together.")] = 50,
     revision: show.Revision = None,
     precision: show.Precision = "auto",
     device: show.Device = "auto",
     as_json: show.Json = False,
 ) -> None:
-    """Answer questions about scenes that training never saw, from real files, and count the exact answers."""
+    """Ask the questions of benchmarks and score the answers; `diff A B` compares two result files example by example."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if tasks[0] == "diff":
+        _only_given(given, {"tasks", "as_json"}, "diff takes two result files and --json")
+        compare(tasks[1:], as_json)
+        return
+    for name in tasks:
+        if name not in TASKS:
+            raise unknown("task", name, TASKS)
     for name in scenario or ():
         if name not in SCENARIOS:
             raise OptionError(f"there is no scenario {name!r}; there are {', '.join(SCENARIOS)}")
-    bot = show.load(model, revision, precision, device)
-    from ..evals import world as bench
+    if "world" not in tasks:
+        _only_given(given, ctx.params.keys() - {"scenario", "held_out", "wrong"}, "--scenario, --held-out, --wrong are for world")
+    if as_published and not set(tasks) & set(INTERLEAVE):
+        raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
+    if html and not out:
+        raise OptionError("--html writes beside the results: name their folder with --out")
+    if url:
+        its = {"preset", "anyres", "frames", "revision", "precision", "device"}
+        _only_given(given, ctx.params.keys() - its, "with --url these are the server's")
+    elif key_file:
+        raise OptionError("--key-file is for --url")
+    if check:
+        _only_given(given, {"tasks", "data", "check"}, "--check asks nothing")
+    loaded = [_task(name, data, as_published, questions, scenario, held_out) for name in dict.fromkeys(tasks)]
+    if check:
+        faults = [f"{task.name}: {fault}" for task in loaded for fault in task.faults]
+        print("\n".join(faults) or "no broken samples")
+        raise typer.Exit(bool(faults))
 
-    def answer(asked: Sequence[list[dict[str, Any]]]) -> list[str]:
-        return [a.text for a in bot.batch(asked, max_new_tokens=64)]
+    from ..evals import report, run, stats
+    from ..journal import Journal
 
-    assert task == "world"
-    scores: dict[str, bench.Score] = {}
-    for name in scenario or SCENARIOS:
-        with show.busy(name) as progress:
-            scores[name] = bench.evaluate(answer, name, questions, held_out=held_out, say=lambda n, go=progress: go(n, questions))  # type: ignore[misc]
-    if wrong:
-        rows = [(name, *row) for name, score in scores.items() for row in score.wrong]
-        names = ("scenario", "number", "question", "truth", "answer")
-        wrong.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
-    if as_json:
-        print(
-            json.dumps({name: dataclasses.asdict(s) | {"share": s.share, "interval": s.interval} for name, s in scores.items()})
+    told: dict[str, Any] = {}
+    answerers = _Answerers(model, url, key_file, revision, precision, device)
+    for task in loaded:
+        options = Options(
+            preset=preset or task.preset, max_new_tokens=max_new_tokens or task.max_new_tokens, anyres=anyres, frames=frames
         )
-        return
+        answer, how = answerers.of(options)
+        about = run.about(task, how | ({"as_published": as_published} if task.name in INTERLEAVE else {}))
+        with TemporaryDirectory() as scratch:
+            folder = out or Path(scratch)
+            with Journal(folder / f"{task.name}.jsonl", about) as journal, show.counting(task.name) as progress:
+                rows = run.run(task, answer, journal, batch=together, say=progress)
+        lines = stats.summary(task, rows) if task.name != "world" or html else []
+        if html:
+            with show.busy("writing the report"):
+                report.write(folder / f"{task.name}.html", task, rows, lines, about)
+        if task.name == "world":
+            told["world"], table = _world(rows, wrong)
+            title = f"the world, {task.data}"
+        else:
+            told[task.name] = {"run": about, "lines": [dataclasses.asdict(line) for line in lines], "faults": list(task.faults)}
+            table, title = _table(task, lines), task.name
+        if not as_json:
+            show.table(f"{answerers.title}: {title}", *table)
+            _remarks(task)
+    if as_json:
+        print(json.dumps(told["world"] if tasks == ["world"] else told))
+
+
+def _only_given(given: Collection[str], allowed: Collection[str], why: str) -> None:
+    if others := sorted("--" + name.replace("_", "-") for name in given if name not in allowed):
+        raise OptionError(f"{why}: leave out {', '.join(others)}")
+
+
+def _world(rows: Sequence[Row], wrong: Path | None) -> tuple[dict[str, Any], tuple[list[str], list[list[str]]]]:
+    """What --json prints of the world, and its table; what was answered wrongly goes to `wrong`."""
+    from ..evals.world import scored
+
+    scores = {name: scored([row for row in rows if row["group"] == name]) for name in dict.fromkeys(row["group"] for row in rows)}
+    if wrong:
+        names = ("scenario", "number", "question", "truth", "answer")
+        missed = [dict(zip(names, (name, *row), strict=True)) for name, score in scores.items() for row in score.wrong]
+        wrong.write_text("".join(json.dumps(row) + "\n" for row in missed))
+    told = {name: dataclasses.asdict(s) | {"share": s.share, "interval": s.interval} for name, s in scores.items()}
     table = [
-        [name, str(s.right), str(s.asked), f"{s.share:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}"]
-        for name, s in scores.items()
+        [name, str(s.right), str(s.asked), f"{s.share:.1%}", "{:.1%} to {:.1%}".format(*s.interval)] for name, s in scores.items()
     ]
-    show.table(
-        f"{bot.source.name}: the world, {'held-out' if held_out else 'training'} wordings",
-        ["scenario", "right", "asked", "share", "95 % interval"],
-        table,
-    )
+    return told, (["scenario", "right", "asked", "share", "95 % interval"], table)
+
+
+def _table(task: Task, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """The means, with what was published beside them."""
+    rows = []
+    for line in lines:
+        published = [f"{figures[line.name]:.1f}" if line.name in figures else "" for figures in task.paper.values()]
+        own = [f"{line.mean:.2%}", f"{line.low:.1%} to {line.high:.1%}", str(line.asked), str(line.failed)]
+        rows.append([line.name, *own, *published])
+    return ["", "mean", "95 % interval", "asked", "failed", *task.paper], rows
+
+
+def _remarks(task: Task) -> None:
+    if task.paper:
+        print(f"The columns {', '.join(task.paper)} are published figures in percent, made with {task.pipeline}.")
+    if task.faults:
+        print(f"{len(task.faults)} broken samples were left out (--check lists them).", file=sys.stderr)
+
+
+def _task(name: str, data: Path, as_published: bool, questions: int | None, scenario: list[str] | None, held_out: bool) -> Task:
+    """A task, of each data set only the first `questions` conversations if that is given."""
+    from ..evals import choices, interleave, world
+
+    if name == "world":
+        return world.load(questions or WORLD_QUESTIONS, scenarios=list(dict.fromkeys(scenario or SCENARIOS)), held_out=held_out)
+    with show.busy(f"reading {name}"):
+        task = interleave.load(name, data, as_published=as_published) if name in INTERLEAVE else choices.load(name, data)
+    if not task.examples:
+        raise DataError(f"{name} has no sample that can be asked; --check says why")
+    if questions is None:
+        return task
+    taken: dict[str, int] = {}
+    chosen: dict[str, Any] = {}
+    for example in task.examples:
+        if example.follows in chosen or (not example.follows and taken.get(example.group, 0) < questions):
+            chosen[example.id] = example
+            taken[example.group] = taken.get(example.group, 0) + (not example.follows)
+    return dataclasses.replace(task, examples=list(chosen.values()))
+
+
+class _Answerers:
+    """What answers, by options: the model on this machine or a server; with how it answers, for the results file."""
+
+    def __init__(
+        self, model: str | None, url: str | None, key_file: Path | None, revision: str | None, precision: str, device: str
+    ) -> None:
+        self.url, self.key = url, key_file.read_text().strip() if key_file else None
+        if url:
+            from . import remote
+
+            self.title = model or remote.only_model(url, self.key)
+        else:
+            from .answering import Model
+
+            self.local = Model(model, revision, precision, device)
+            self.title = self.local.folder.name
+
+    def of(self, options: Options) -> tuple[Answerer, dict[str, Any]]:
+        sampling = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens}
+        if self.url:
+            from . import remote
+
+            answer = remote.answerer(self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens)
+            servers = dict.fromkeys(("fingerprint", "precision", "device", "preset", "geometry"), "the server's")
+            return answer, {"model": self.title, "url": self.url, **servers, "sampling": sampling}
+
+        from .answering import answers
+
+        def here(asked: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
+            bot = self.local.ready(options)  # loaded only when something is left to ask
+            return [said if isinstance(said, LlavaError) else said.text for said in answers(bot, asked, options)]
+
+        geometry = "anyres" if options.anyres else "squash"
+        sampling |= {"frames": options.frames}
+        return here, {**self.local.about, "preset": options.preset, "geometry": geometry, "sampling": sampling}
+
+
+def compare(files: Sequence[str], as_json: bool) -> None:
+    """Print how two runs differ, by group and in all, and what was different in how they were made."""
+    if len(files) != 2:
+        raise OptionError(f"diff takes two result files, not {len(files)}: llava eval diff A.jsonl B.jsonl")
+    from ..evals import stats
+    from ..journal import read
+
+    (made_a, a), (made_b, b) = (read(Path(file)) for file in files)
+    for key in ("task", "data"):
+        if made_a.get(key) != made_b.get(key):
+            raise DataError(f"the two runs have another {key}: {made_a.get(key)!r} and {made_b.get(key)!r}")
+    found = stats.compare(a, b)
+    changed = {key: [made_a.get(key), made_b.get(key)] for key in made_a | made_b if made_a.get(key) != made_b.get(key)}
+    alone = [_only(a, b), _only(b, a)]
+    if as_json:
+        print(json.dumps({"changed": changed, "only_in": alone, "lines": [dataclasses.asdict(line) for line in found]}))
+        return
+    rows = []
+    for d in found:
+        shares = [f"{d.a:.2%}", f"{d.b:.2%}", f"{d.b - d.a:+.2%}", f"{d.low:+.1%} to {d.high:+.1%}"]
+        rows.append([d.name, *shares, *map(str, (d.pairs, d.better, d.worse)), f"{d.p:.3g}"])
+    columns = ["", "A", "B", "B - A", "95 % interval", "pairs", "B > A", "A > B", "p"]
+    show.table(f"{made_a['task']}: A is {files[0]}, B is {files[1]}", columns, rows)
+    for key, (old, new) in changed.items():
+        print(f"{key}: {old} | {new}")
+    if any(alone):
+        print(f"left out: {alone[0]} examples that only A has, {alone[1]} that only B has")
+
+
+def _only(rows: Sequence[Row], others: Sequence[Row]) -> int:
+    return len({row["id"] for row in rows} - {row["id"] for row in others})
 
 
 def world(

@@ -41,8 +41,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that takes `options: Options` a flag for every field of it."""
-    hints = typing.get_type_hints(Options)
-    fields = [field for field in dataclasses.fields(Options) if field.name != "logit_bias"]  # a mapping is no flag
+    return with_flags(Options, "options")(command)
+
+
+def with_flags(record: type[Any], name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes `name: record`, a dataclass whose fields have a help, a flag for every field of it."""
+    hints = typing.get_type_hints(record)
+    fields = [field for field in dataclasses.fields(record) if field.name != "logit_bias"]  # a mapping is no flag
     flags = [
         inspect.Parameter(
             field.name,
@@ -54,17 +59,21 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         )
         for field in fields
     ]
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        chosen = {field.name: given.pop(field.name) for field in fields}
-        lists = {name: tuple(value or ()) for name, value in chosen.items() if name in ("stop", "stop_ids")}
-        command(**given, options=Options(**(chosen | lists)))
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != name]
 
-    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
-    return run
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            chosen = {field.name: given.pop(field.name) for field in fields}
+            lists = {field.name: tuple(chosen[field.name] or ()) for field in fields if field.default == ()}
+            command(**given, **{name: record(**(chosen | lists))})
+
+        run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
+        return run
+
+    return give
 
 
 def _flag_name(field: str) -> str:
@@ -103,6 +112,34 @@ def busy(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what)
         yield lambda done, total: progress.update(task, description=f"{what} {done / max(total, 1):.0%}")
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """As `busy`, with a bar, how many a second and the time left; what is done at the first call is not taken for speed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+    ) as progress:
+        task = progress.add_task(what, total=None, pace="")
+
+        def tell(done: int, total: int) -> None:
+            if progress.tasks[task].total is None:
+                progress.reset(task, total=total, completed=done)
+            speed = progress.tasks[task].speed
+            progress.update(task, completed=done, pace=f"{speed:.2g}/s," if speed else "")
+
+        yield tell
 
 
 def load(model: str | None, revision: str | None, precision: str, device: str) -> Chatbot:

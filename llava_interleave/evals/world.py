@@ -10,11 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..journal import Journal, Row
 from ..world.data import VIDEO_FRAMES, exam, pictures
 from ..world.draw import draw, write_video
 from ..world.episodes import Episode
+from .run import run
+from .task import Answerer, Example, Task
 
-Answerer = Callable[[Sequence[list[dict[str, Any]]]], Sequence[str]]
 SIZE = 256  # pixels a side of the files
 
 
@@ -58,24 +60,50 @@ def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[s
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def evaluate(
-    answer: Answerer, scenario: str, count: int, *, held_out: bool, batch: int = 50, say: Callable[[int], None] | None = None
-) -> Score:
-    """Ask `count` questions of a scenario, in the wordings of training or in those kept out of it."""
+def examples(scenario: str, count: int, *, held_out: bool) -> list[Example]:
+    """`count` questions of a scenario, in the wordings of training or in those kept out of it. Files are drawn when asked."""
+    out = []
+    for number in range(count):
+        ep, question, text = exam(scenario, number, held_out=held_out)
+        out.append(
+            Example(
+                id=f"{scenario}/{number}",
+                group=scenario,
+                kind=question.about,
+                ask=lambda folder, ep=ep, text=text, number=number: messages(ep, text, folder, f"{scenario}-{number}"),  # type: ignore[misc]
+                question=text,
+                truth=question.answer,
+                judge=lambda said, question=question: float(question.is_answered(said)),  # type: ignore[misc]
+            )
+        )
+    return out
+
+
+def load(count: int, *, scenarios: Sequence[str], held_out: bool) -> Task:
+    """The benchmark as a task: `count` questions of each scenario."""
+    of_all = [example for name in scenarios for example in examples(name, count, held_out=held_out)]
+    return Task(name="world", examples=of_all, max_new_tokens=64, data="held-out wordings" if held_out else "training wordings")
+
+
+def scored(rows: Sequence[Row]) -> Score:
+    """The score of the rows of one scenario, in order."""
     score, kinds = Score(), Counter[tuple[str, bool]]()
-    with TemporaryDirectory() as folder:
-        for first in range(0, count, batch):
-            exams = [exam(scenario, i, held_out=held_out) for i in range(first, min(first + batch, count))]
-            asked = [messages(ep, text, Path(folder), str(i)) for i, (ep, _, text) in enumerate(exams)]
-            for number, ((_, question, text), said) in enumerate(zip(exams, answer(asked), strict=True), first):
-                good = question.is_answered(said)
-                score.asked += 1
-                score.right += good
-                kinds[question.about, good] += 1
-                if not good:
-                    score.wrong.append((number, text, question.answer, said))
-            if say:
-                say(score.asked)
+    for row in rows:
+        good = row["score"] == 1.0
+        score.asked += 1
+        score.right += good
+        kinds[row["kind"], good] += 1
+        if not good:
+            score.wrong.append((int(row["id"].split("/")[1]), row["question"], row["truth"], row["answer"]))
     abouts = {about for about, _ in kinds}
     score.kinds = {a: (kinds[a, True], kinds[a, True] + kinds[a, False]) for a in sorted(abouts)}
     return score
+
+
+def evaluate(
+    answer: Answerer, scenario: str, count: int, *, held_out: bool, batch: int = 50, say: Callable[[int], None] | None = None
+) -> Score:
+    """Ask `count` questions of a scenario and score the answers, leaving no file behind."""
+    with TemporaryDirectory() as folder, Journal(Path(folder) / "rows.jsonl", {}) as journal:
+        task = load(count, scenarios=[scenario], held_out=held_out)
+        return scored(run(task, answer, journal, batch=batch, say=(lambda done, _: say(done)) if say else None))

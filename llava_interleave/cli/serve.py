@@ -1,0 +1,43 @@
+"""`llava serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from ..errors import Unsupported
+from ..server.settings import Settings
+from . import show
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(show.with_flags(Settings, "settings")(serve))
+
+
+def serve(
+    model: show.ModelName = None,
+    revision: show.Revision = None,
+    precision: show.Precision = "auto",
+    device: show.Device = "auto",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error; the log goes to stderr.")] = "info",
+    *,
+    settings: Settings,
+) -> None:
+    """Serve a model over HTTP as OpenAI's API does, to this machine alone unless --host and --api-keys say more."""
+    if not isinstance(level := logging.getLevelName(log_level.upper()), int):
+        raise typer.BadParameter(f"{log_level!r} is not one of debug, info, warning, error")
+    with show.busy("starting"):
+        try:
+            from ..server.run import Server
+        except ModuleNotFoundError as error:
+            raise Unsupported(f"{error.name} is missing; serving needs: pip install 'llava-interleave[serve]'") from error
+        from ..server.app import create_app
+        from ..server.guard import Keys
+    if settings.api_keys is not None:
+        Keys.read(settings.api_keys)  # a mistake in it is told before the model is loaded
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("llava_interleave").setLevel(level)
+    bot = show.load(model, revision, precision, device)
+    Server(create_app(bot, settings), settings).run()

@@ -1,0 +1,101 @@
+"""What a benchmark is: examples, each with what to ask and how to judge the answer, and which means are reported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, LlavaError
+from .scoring import Judge
+
+Messages = list[dict[str, Any]]
+Answerer = Callable[[Sequence[Messages]], Sequence[str | LlavaError]]
+"""Answers several conversations; one that cannot be answered gets the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One question.
+
+    group: the data set, scenario or category whose mean it goes into. ask: the messages; files may be drawn into the folder.
+    follows: the id of the turn before, whose conversation this one continues. kind: a finer name, for tables.
+    """
+
+    id: str
+    group: str
+    ask: Callable[[Path], Messages]
+    question: str
+    truth: str
+    judge: Judge
+    follows: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A benchmark.
+
+    categories: means of the means of groups. average: the categories (without any: the groups) whose mean is the last line.
+    paper: published figures in percent, by model and then by category or group; pipeline: how those were made.
+    faults: samples that are broken and left out, with reasons. data: a hash of the files that were read.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    max_new_tokens: int
+    preset: str = "interleave"
+    categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    average: Sequence[str] = ()
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pipeline: str = ""
+    faults: Sequence[str] = ()
+    data: str = ""
+
+
+def find(path: Path, fetch: str) -> Path:
+    """The path, if it is there; else a `DataError` that says what to fetch. Nothing is ever downloaded here."""
+    if not path.exists():
+        raise DataError(f"{path} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `DataError`."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_lines(path: Path) -> list[Any]:
+    """What the lines of a JSONL file hold. Raises `DataError` naming the line."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"line {number} of {path} is no JSON: {error}") from error
+    return rows
+
+
+def digest(*paths: Path) -> str:
+    """A hash of files, 32 hex digits."""
+    state = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        state.update(hashlib.blake2b(path.read_bytes()).digest())
+    return state.hexdigest()
+
+
+def asked(text: str, pictures: Sequence[Path]) -> list[dict[str, Any]]:
+    """The content of a turn: `<image>` in the text becomes the pictures in order; as many as there are (else an assert)."""
+    pieces = text.split("<image>")
+    assert len(pieces) == len(pictures) + 1
+    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+    for path, piece in zip(pictures, pieces[1:], strict=True):
+        parts.append({"type": "image", "path": str(path)})
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts

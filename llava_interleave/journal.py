@@ -1,0 +1,139 @@
+"""A file of JSON lines that grows a row at a time and survives being killed: no row is lost, none is there twice.
+
+The first line says how the rows are made; a file made otherwise is refused. A line that was cut short by a kill is taken off
+when the file is opened again. One process writes at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from .errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """Rows with an `id` in a file. `done` tells which ids it has."""
+
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Open or begin the file. `DataError` if it is no such file, was made with another `run`, or is being written."""
+        self.path = path
+        self.done: dict[str, int] = {}
+        header = _line({"run": run})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            _lock(self._file, path)
+            self._file.seek(0)
+            first = self._file.readline()
+            if not first.endswith(b"\n"):  # new, or killed while the first line was written
+                if not header.startswith(first):
+                    raise DataError(f"{path} is not a results file of this program; name another file")
+                self._file.truncate(0)
+                self._write(header)
+                return
+            _same(path, _header(path, first), json.loads(header)["run"])
+            at = len(first)
+            for number, line in enumerate(iter(self._file.readline, b""), 2):
+                if not line.endswith(b"\n"):
+                    self._file.truncate(at)
+                    break
+                self.done[_id(path, number, line, self.done)] = at
+                at += len(line)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows; when this returns they are on the disk."""
+        lines = []
+        self._file.seek(0, os.SEEK_END)
+        at = self._file.tell()
+        for row in rows:
+            assert row["id"] not in self.done, row["id"]
+            lines.append(_line(row))
+            self.done[row["id"]] = at
+            at += len(lines[-1])
+        self._write(b"".join(lines))
+
+    def row(self, name: str) -> Row:
+        """The row with an id."""
+        self._file.seek(self.done[name])
+        return json.loads(self._file.readline())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """How a file's rows were made, and the rows; a last line that was cut short is left out. Raises `DataError`."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    run = _header(path, lines[0] if lines else b"")
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines[1:], 2):
+        seen[_id(path, number, line, seen)] = number
+    return run, [json.loads(line) for line in lines[1:]]
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _header(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        run = json.loads(line)["run"]
+        if isinstance(run, dict):
+            return run
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise DataError(f"{path} is not a results file of this program; name another file")
+
+
+def _id(path: Path, number: int, line: bytes, known: Mapping[str, int]) -> str:
+    try:
+        name = json.loads(line)["id"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"line {number} of {path} is damaged; take it out and its sample is answered again") from error
+    if not isinstance(name, str) or name in known:
+        raise DataError(f"line {number} of {path} has the id {name!r}, which is no text or was there before")
+    return name
+
+
+def _same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise DataError(
+                f"{path} was made with {key} {old.get(key)!r}, not {new.get(key)!r}; name another file, or go on as it was begun"
+            )
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go of it
+        except OSError as error:
+            raise DataError(f"another process is writing {path}") from error

@@ -1,0 +1,73 @@
+"""Uploads that several questions refer to: named by their content, kept in memory, apart for each API key."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import MediaError
+from ..processing.loader import FILMS, IMAGES, film_format, image_format
+from .refusals import Refusal
+
+FILE_ID = re.compile(r"file-[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An upload."""
+
+    data: bytes = field(repr=False)
+    filename: str
+    purpose: str
+    created: int
+
+    def told(self, name: str) -> dict[str, Any]:
+        """As OpenAI describes a file."""
+        return {
+            "id": name,
+            "object": "file",
+            "bytes": len(self.data),
+            "created_at": self.created,
+            "filename": self.filename,
+            "purpose": self.purpose,
+        }
+
+
+class Files:
+    """The uploads of all keys, `most` bytes each. Who does not hold the key neither reads a file nor learns that it is there."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._of: dict[str, dict[str, Stored]] = {}
+
+    def put(self, key: str, data: bytes, filename: str, purpose: str) -> dict[str, Any]:
+        """Keep an image or a video; the same content again is the same file. Raises MediaError or Refusal."""
+        if image_format(data[:512]) is None and film_format(data[:512]) is None:
+            raise MediaError(f"the file is neither an image ({IMAGES}) nor a video ({FILMS})")
+        name = "file-" + hashlib.sha256(data).hexdigest()
+        files = self._of.setdefault(key, {})
+        used = sum(len(file.data) for known, file in files.items() if known != name)
+        if used + len(data) > self.most:
+            full = f"the file has {len(data):,} bytes, but {used:,} of {self.most:,} are taken already: delete some"
+            raise Refusal(413, "files_full", full)
+        files[name] = Stored(data, filename[:255], purpose[:64], int(time.time()))
+        return files[name].told(name)
+
+    def get(self, key: str, name: str) -> Stored:
+        """Raises Refusal for a name that this key has not uploaded."""
+        stored = self._of.get(key, {}).get(name)
+        if stored is None:
+            raise Refusal(404, "file_not_found", f"there is no file {name[:80]!r}; upload it with POST /v1/files")
+        return stored
+
+    def list(self, key: str) -> list[dict[str, Any]]:
+        """All files of a key, oldest first."""
+        return [stored.told(name) for name, stored in self._of.get(key, {}).items()]
+
+    def delete(self, key: str, name: str) -> None:
+        """Raises Refusal as `get`."""
+        self.get(key, name)
+        del self._of[key][name]

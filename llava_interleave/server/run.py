@@ -1,0 +1,93 @@
+"""The application behind a port: uvicorn, with an end to slow connections and to answers under way."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .service import Service
+from .settings import Settings
+
+KEEP_ALIVE = 5
+"""Seconds that a connection may be idle between two requests."""
+AFTERWARDS = 5
+"""Seconds after the time of grace in which clients take what they are told."""
+
+
+class Protocol(H11Protocol):
+    """Closes connections whose next request does not begin in time: uvicorn itself waits for a slow header for ever."""
+
+    seconds = 30.0
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waiting = self.loop.call_later(self.seconds, self._late)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        asking = self.cycle is not None and not self.cycle.response_complete
+        if asking and self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+        elif not asking and self._waiting is None:
+            self._waiting = self.loop.call_later(self.seconds, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _late(self) -> None:
+        self._waiting = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server that lets answers under way end before it goes."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        protocol = type("Protocol", (Protocol,), {"seconds": settings.body_seconds})
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http=protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                limit_concurrency=settings.connections,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=int(settings.grace) + AFTERWARDS,
+            )
+        )
+        self.service: Service = app.state.service
+
+    @property
+    def address(self) -> str:
+        """Where it listens, once it has `started`."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(f"serving {self.service.name} at {self.address}/v1", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.drain()
+        await super().shutdown(sockets)
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Serve until the process is told to end."""
+    Server(app, settings).run()

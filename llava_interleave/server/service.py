@@ -1,0 +1,144 @@
+"""The way of a request: a place, its prompt made in a pool of threads, the engine's thread, pieces of answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..chatbot import Chatbot
+from ..options import MAX_NEW_TOKENS
+from ..processing import Estimate, Loader
+from .files import Files
+from .grammar import Grammars
+from .metrics import Metrics
+from .refusals import Refusal, log
+from .schema import ChatRequest, Question, check_model
+from .settings import MB, Settings
+from .worker import Job, Worker
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt."""
+
+    request: ChatRequest
+    job: Job
+    created: int
+    prepared: float
+    image_tokens: int
+
+
+class Service:
+    """A model and everything that requests to it share."""
+
+    def __init__(self, bot: Chatbot, settings: Settings) -> None:
+        self.bot, self.settings = bot, settings
+        bot.processor.loader = Loader(settings.limits(bot.model.config))  # however it was loaded
+        self.name = settings.name or bot.source.name
+        self.created = int(time.time())
+        self.worker = Worker(bot)
+        self.grammars = Grammars(bot.processor.tokenizer)
+        self.files = Files(settings.files_mb * MB)
+        self.metrics = Metrics()
+        self.metrics.watch(lambda: self.worker.load, lambda: self.under_way)
+        self.pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="media")
+        self.under_way = 0
+        self.stopping = False
+
+    @property
+    def trouble(self) -> Refusal | None:
+        """Why no request is taken now."""
+        if self.worker.failed:
+            return Refusal(503, "engine_failed", "the engine has failed; the server has to be started again")
+        if self.stopping:
+            return Refusal(503, "stopping", "the server is shutting down", retry=10)
+        if self.under_way >= self.settings.max_requests:
+            return Refusal(503, "overloaded", f"{self.under_way} answers are under way or waiting; try again", retry=2)
+        return None
+
+    @contextlib.contextmanager
+    def place(self, n: int) -> Iterator[None]:
+        """Room for n answers. Raises Refusal where there is none."""
+        if self.trouble:
+            raise self.trouble
+        if self.under_way and self.under_way + n > self.settings.max_requests:
+            raise Refusal(503, "overloaded", f"{self.under_way} answers are under way, {n} more do not fit; try again", retry=2)
+        self.under_way += n
+        try:
+            yield
+        finally:
+            self.under_way -= n
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """The result of work that takes time, done in the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
+    @contextlib.asynccontextmanager
+    async def answering(self, request: ChatRequest, key: str) -> AsyncIterator[Asked]:
+        """A request in the engine's queue. Leaving ends it, and gives its memory back."""
+        check_model(request.model, self.name)
+        options = request.options(self.settings)
+        began = time.perf_counter()
+        with self.place(options.n):
+            form = request.response_format.model_dump(by_alias=True)
+            guides = [] if form["type"] == "text" else await self.aside(lambda: self.grammars.guides(form, options.n))
+            prompt = await self._prepare(request, key, lambda turns: self.bot.prompt(turns, options))
+            prepared = time.perf_counter() - began
+            self.metrics.prepare.observe(prepared)
+            self.metrics.crops.inc(sum(media.layout.crops for media in prompt.media))
+            if options.max_new_tokens is None:
+                left = self.bot.model.config.text.context - len(prompt)
+                options = options.but({"max_new_tokens": max(1, min(MAX_NEW_TOKENS, self.settings.max_tokens, left))})
+            job = Job(prompt, options, key.encode(), asyncio.get_running_loop(), guides)
+            asked = Asked(request, job, int(time.time()), prepared, sum(media.layout.length for media in prompt.media))
+            self.worker.submit(job)
+            outcome = "left"
+            try:
+                await job.next()  # it has been taken, or is refused here
+                yield asked
+                outcome = "answered"
+            except Exception:
+                outcome = "failed"
+                raise
+            finally:
+                self.worker.abort(job)
+                if outcome == "left":
+                    self.metrics.aborted.inc()
+                log.info(
+                    "%s: key %s, user %r, %d prompt tokens, %d answers, %.2f s",
+                    outcome,
+                    key or "none",
+                    request.safety_identifier or request.user,
+                    len(prompt),
+                    options.n,
+                    time.perf_counter() - began,
+                )
+
+    async def count(self, question: Question, key: str) -> Estimate:
+        """What a question would take, nothing decoded."""
+        check_model(question.model, self.name)
+        with self.place(1):
+            options = question.options(self.settings)
+            return await self._prepare(question, key, lambda turns: self.bot.estimate(turns, options))
+
+    async def _prepare(self, question: Question, key: str, work: Callable[[list[dict[str, Any]]], T]) -> T:
+        turns = question.turns(lambda name: self.files.get(key, name).data, self.settings)
+        return await self.aside(lambda: work(turns))
+
+    def drain(self) -> None:
+        """Take nothing more; what is under way has the time of grace, then it is told."""
+        self.stopping = True
+        late = Refusal(503, "stopping", "the server was stopped before the answer was complete", retry=10)
+        asyncio.get_running_loop().call_later(self.settings.grace, self.worker.fail, late)
+
+    def close(self) -> None:
+        """Stop all threads."""
+        self.worker.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,263 @@
+"""`llava eval` and `llava batch` as a person types them: results, resuming, comparison, a server, errors."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import llava
+from test_evals import BROKEN, WHOLE, bench, picture
+from test_offline import openai
+
+from llava_interleave import load
+from llava_interleave.cli import show
+from llava_interleave.cli.answering import Model, answers
+from llava_interleave.errors import LlavaError, OptionError
+from llava_interleave.evals import world
+from llava_interleave.journal import read
+from llava_interleave.options import Options
+from llava_interleave.testing import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("eval") / "tiny")
+
+
+def test_world_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
+    """In pieces and with a file it is what `evaluate` counts; nothing is asked twice."""
+    words = ("eval", "world", "-m", tiny, "--scenario", "single", "--scenario", "views", "--json")
+    first = llava(*words, "-n", 1, "-o", tmp_path)
+    assert first.code == 0, first.err
+    path = tmp_path / "world.jsonl"
+    early = path.read_bytes()
+    second = llava(*words, "-n", 3, "-o", tmp_path, "--html", "--wrong", tmp_path / "wrong.jsonl")
+    assert second.code == 0, second.err
+    assert path.read_bytes().startswith(early)
+    bot, told = load(tiny), json.loads(second.out)
+    for scenario in ("single", "views"):
+        score = world.evaluate(lambda a: [x.text for x in bot.batch(a, max_new_tokens=64)], scenario, 3, held_out=False)
+        assert (told[scenario]["right"], told[scenario]["asked"], told[scenario]["share"]) == (score.right, 3, score.share)
+        assert [tuple(row) for row in told[scenario]["wrong"]] == score.wrong
+    assert len((tmp_path / "wrong.jsonl").read_text().splitlines()) == sum(len(t["wrong"]) for t in told.values())
+    assert (tmp_path / "world.html").read_text().count("<article") == 6
+    run, rows = read(path)
+    assert len(rows) == 6
+    assert len(run["fingerprint"]) == 32
+    assert run["sampling"] == {"temperature": 0.0, "max_new_tokens": 64, "frames": None}
+    assert (run["precision"], run["preset"], run["geometry"], run["data"]) == (
+        "float32",
+        "interleave",
+        "squash",
+        "training wordings",
+    )
+    assert {"torch", "llava-interleave", "numpy"} <= run["versions"].keys()
+    other = llava(*words, "-n", 3, "-o", tmp_path, "--held-out")
+    assert (other.code, other.out) == (2, "")
+    assert "held-out" in other.err
+
+
+def test_the_table_is_printed(tiny: Path) -> None:
+    done = llava("eval", "world", "-m", tiny, "-n", 1, "--scenario", "multi")
+    assert done.code == 0, done.err
+    assert "tiny: the world, training wordings" in done.out
+    assert "95 % interval" in done.out
+
+
+def test_bench_and_diff(tiny: Path, tmp_path: Path) -> None:
+    bench(tmp_path, [*WHOLE, BROKEN[0][0]])
+    words = ("eval", "interleave-in", "-m", tiny, "--data", tmp_path, "--max-new-tokens", 4)
+    done = llava(*words, "-o", tmp_path / "a")
+    assert done.code == 0, done.err
+    assert "1 broken samples were left out" in done.err
+    assert "made with float16" in done.out.replace("\n", " ")
+    told = json.loads(llava(*words, "-n", 1, "-o", tmp_path / "b", "--as-published", "--json").out)
+    assert told["interleave-in"]["run"]["preset"] == "official"
+    assert {line["name"]: line["asked"] for line in told["interleave-in"]["lines"] if line["kind"] == "group"} == {
+        "RAVEN": 1, "Spot-the-Diff": 1, "CLEVR-Change": 1,
+    }  # fmt: skip
+    files = [str(tmp_path / name / "interleave-in.jsonl") for name in "ab"]
+    compared = json.loads(llava("eval", "diff", *files, "--json").out)
+    assert compared["changed"] == {"as_published": [False, True]}
+    assert compared["only_in"] == [4, 0]
+    assert compared["lines"][-1]["pairs"] == 3
+    table = llava("eval", "diff", *files).out
+    assert "as_published: False | True" in table
+    assert "4 examples that only A has" in table
+    checked = llava("eval", "interleave-in", "--data", tmp_path, "--check")
+    assert (checked.code, checked.out.count("\n")) == (1, 1)
+
+
+def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        picture(tmp_path / name, colour)
+    samples: list[dict[str, Any]] = [
+        {"id": "1", "question": "What?", "images": ["a.png"]},
+        {"id": "2", "question": "What?", "images": ["missing.png"]},
+        {"id": "3", "question": "In <image> and <image>?", "images": ["b.png", "a.png"]},
+        {"id": "4", "question": "Hm?"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--max-new-tokens", 6)
+    assert done.code == 0, done.err
+    assert "4 samples, 1 with an error" in done.err
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    bot = load(tiny)
+    for row, sample in zip(rows, samples, strict=True):
+        if row["id"] == "2":
+            assert "missing.png" in row["error"]
+        else:
+            files = [tmp_path / name for name in sample.get("images", [])]
+            assert row["answer"] == bot.ask(sample["question"], files, max_new_tokens=6).text
+
+
+def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "a"}\n{"question": "b"}\n')
+    done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--top-p", 7)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "out.jsonl").exists()
+    model = Model(str(tiny), None, "auto", "auto")
+    questions = [[{"role": "user", "content": text}] for text in ("ok", "<image>", "fine", "<image>")]
+    said = answers(model.ready(Options()), questions, Options(max_new_tokens=2))
+    assert [isinstance(one, LlavaError) for one in said] == [False, True, False, True]
+    with pytest.raises(OptionError):
+        model.ready(Options(preset="none"))
+
+
+def test_a_samples_own_options_fail_alone(tiny: Path, tmp_path: Path) -> None:
+    rows = [openai(0, temperature=-1), openai(1, max_tokens=2), openai(2, max_tokens=10**6)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny)
+    assert done.code == 0, done.err
+    told = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [one["status_code"] for one in told] == [400, 200, 413]
+    assert told[1]["body"]["usage"]["completion_tokens"] <= 2
+
+
+class Server(BaseHTTPRequestHandler):
+    """Says how many pictures it was sent; is busy at first, and refuses a question with `moved`."""
+
+    busy = 1
+    bodies: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "their-model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != "Bearer secret":
+            return self.reply(401, {"error": "who are you?"})
+        if Server.busy:
+            Server.busy -= 1
+            return self.reply(503, {"error": "busy"})
+        Server.bodies.append(body)
+        content = json.dumps(body["messages"][-1]["content"])
+        if "two pieces" in content:
+            return self.reply(400, {"error": {"message": "too many pictures"}})
+        text = str(content.count("data:image/png;base64,"))
+        return self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+    def reply(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
+    """Files travel as data URLs; busy is waited for, a refusal is the sample's own, a wrong key ends the run."""
+    key = tmp_path / "key"
+    key.write_text("wrong\n")
+    samples = [
+        *WHOLE[:2],
+        {**WHOLE[2], "conversations": [{"from": "human", "value": "<image> two pieces <image>"}, {"from": "gpt", "value": "x"}]},
+    ]
+    words = (
+        "eval",
+        "interleave-in",
+        "--url",
+        url,
+        "--key-file",
+        key,
+        "--data",
+        bench(tmp_path, samples),
+        "-o",
+        tmp_path,
+        "--json",
+    )
+    refused = llava(*words)
+    assert (refused.code, refused.out) == (2, "")
+    assert "401" in refused.err
+    key.write_text("secret\n")
+    done = llava(*words)
+    assert done.code == 0, done.err
+    run, rows = read(tmp_path / "interleave-in.jsonl")
+    assert [row["answer"] for row in rows] == ["2", "2", ""]
+    assert "too many pictures" in rows[2]["error"]
+    assert (run["model"], run["precision"]) == ("their-model", "the server's")
+    assert all((body["model"], body["temperature"], body["max_tokens"]) == ("their-model", 0, 1024) for body in Server.bodies)
+    nobody = llava("eval", "world", "-n", 1, "--url", "http://127.0.0.1:9/v1", "-m", "x")
+    assert (nobody.code, nobody.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("eval", "wrold"), "did you mean 'world'"),
+        (("eval", "world", "--scenario", "dance"), "single, multi"),
+        (("eval", "pope", "--held-out"), "for world: leave out --held-out"),
+        (("eval", "world", "--key-file", __file__), "--url"),
+        (("eval", "pope", "--check", "-m", "x"), "--model"),
+        (("eval", "world", "--as-published"), "interleave-in"),
+        (("eval", "world", "--html"), "--out"),
+        (("eval", "world", "--url", "http://x/v1", "--preset", "hf"), "the server's: leave out --preset"),
+        (("eval", "diff", "a.jsonl", "b.jsonl", "--html"), "leave out --html"),
+        (("eval", "diff", "a.jsonl"), "two result files"),
+        (("eval", "diff", "a.jsonl", "b.jsonl"), "a.jsonl"),
+        (("eval", "qbench"), "llvisionqa_dev.json"),
+        (("batch", "in.jsonl", "out.csv"), ".jsonl"),
+        (("batch", "none.jsonl", "out.jsonl"), "none.jsonl"),
+        (("batch", "none.jsonl", "out.jsonl", "-n", "2"), "one answer"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = llava(*words)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert says in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_shows_how_many_and_how_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    with show.counting("asking") as tell:
+        for done in (50, 51, 52, 53):
+            tell(done, 100)
+            time.sleep(0.15)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "53/100" in shown
+    pace = [float(found) for found in re.findall(r"([\d.e+]+)/s,", shown)]
+    assert pace  # the 50 that were there before are not counted as done in no time
+    assert all(speed < 20 for speed in pace)
+    assert re.search(r"0:00:\d\d", shown)

@@ -1,0 +1,457 @@
+"""Benchmarks: reading the published forms, running, resuming after kills, means, comparison and report. No model is needed."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_interleave.errors import DataError, LlavaError, PromptError
+from llava_interleave.evals import choices, interleave, report, stats, world
+from llava_interleave.evals.run import BEFORE, about, run
+from llava_interleave.evals.task import Example, Messages, Task
+from llava_interleave.journal import Journal, Row, read
+from llava_interleave.world.data import exam
+
+
+def picture(path: Path, colour: str = "red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 40), colour).save(path)
+
+
+def sample(number: int, dataset: str, kind: str, *turns: str, images: int | None = None) -> dict[str, Any]:
+    """A sample in the published form: turns are questions and answers in turn."""
+    said = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(turns), turns, strict=False)]
+    count = sum(text.count("<image>") for text in turns) if images is None else images
+    return {
+        "sample_id": number,
+        "conversations": said,
+        "image": [f"Split1/{dataset}/{number}-{i}.png" for i in range(count)],
+        "choice_list": None,
+        "metadata": {"dataset": dataset, "split": "val", "num_sample": 9, "task_instruction": "", "question_type": kind},
+    }
+
+
+def bench(root: Path, samples: Sequence[Any], name: str = "interleave-in") -> Path:
+    folder = root / "interleave"
+    for one in samples:
+        for file in one["image"] if isinstance(one, dict) and isinstance(one.get("image"), list) else ():
+            picture(folder / file)
+    (folder / interleave.FILES[name]).write_text(json.dumps(samples))
+    return root
+
+
+WHOLE = [
+    sample(1, "RAVEN", "multi-choice", "Which of <image> and <image>?", "A"),
+    sample(1, "Spot-the-Diff", "open-ended", "<image><image>What differs?", "a red car is gone"),
+    sample(2, "Spot-the-Diff", "open-ended", "<image> and <image>", "nothing"),
+    sample(2, "RAVEN", "multi-choice", "<image>?", "C", "And <image>?", "B", "Sure?", "A"),
+    sample(1, "CLEVR-Change", "open-ended", "<image>", "the cube moved"),
+]
+
+
+def said(answers: dict[str, str]) -> Any:
+    """Something that answers by the last question, and keeps what it was asked."""
+
+    def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
+        answer.asked += list(asked)  # type: ignore[attr-defined]
+        texts = ["".join(part.get("text", "<image>") for part in messages[-1]["content"]) for messages in asked]
+        return [answers.get(text, "") for text in texts]
+
+    answer.asked = []  # type: ignore[attr-defined]
+    return answer
+
+
+ANSWERS = {
+    "Which of <image> and <image>?": "A.",
+    "<image><image>What differs?": "a blue car is gone",
+    "<image> and <image>": "nothing",
+    "<image>?": "B",
+    "And <image>?": "Answer: B",
+    "Sure?": "yes",
+    "<image>": "a cube",
+}
+
+
+def rows_of(task: Task, answer: Any, folder: Path, **more: Any) -> list[Row]:
+    with Journal(folder / "rows.jsonl", about(task, {})) as journal:
+        return run(task, answer, journal, **more)
+
+
+def test_interleave_bench(tmp_path: Path) -> None:
+    """Prompts are the human turns with pictures in place; a later turn has the answers before it, and its own pictures."""
+    task = interleave.load("interleave-in", bench(tmp_path, WHOLE))
+    assert not task.faults
+    assert [e.id for e in task.examples] == [
+        "RAVEN/1/1", "Spot-the-Diff/1/1", "Spot-the-Diff/2/1", "RAVEN/2/1", "RAVEN/2/2", "RAVEN/2/3", "CLEVR-Change/1/1",
+    ]  # fmt: skip
+    answer = said(ANSWERS)
+    rows = rows_of(task, answer, tmp_path, batch=2)
+    last = next(messages for messages in answer.asked if len(messages) == 5)
+    assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
+    assert [m["content"] for m in last if m["role"] == "assistant"] == ["B", "Answer: B"]
+    assert last[2]["content"][1] == {"type": "image", "path": str(tmp_path / "interleave/Split1/RAVEN/2-1.png")}
+    assert {row["id"]: row["score"] for row in rows if row["group"] == "RAVEN"} == {
+        "RAVEN/1/1": 1, "RAVEN/2/1": 0, "RAVEN/2/2": 1, "RAVEN/2/3": 0,
+    }  # fmt: skip
+    lines = {line.name: line for line in stats.summary(task, rows)}
+    open_scores = [row["score"] for row in rows if row["group"] == "Spot-the-Diff"]
+    assert open_scores[0] == 2 * ((4 / 5 * (4 / 5)) / (4 / 5 + 4 / 5 + 1e-8))
+    assert lines["Spot-the-Diff"].mean == np.mean(open_scores)
+    assert lines["RAVEN"].mean == lines["puzzle"].mean == 0.5
+    assert lines["spot_the_diff"].mean == (np.mean(open_scores) + lines["CLEVR-Change"].mean) / 2
+    assert "average" not in lines  # of eight categories six are missing
+    assert lines["RAVEN"].low < 0.5 < lines["RAVEN"].high
+
+
+def test_the_average_is_the_papers(tmp_path: Path) -> None:
+    """The mean of its eight categories: 7B has 58.6 in the paper."""
+    figures = interleave.PAPER["interleave-in"]["7B"]
+    assert sum(figures[name] for name in interleave.AVERAGE) / 8 == pytest.approx(58.6, abs=0.13)
+    samples = [sample(1, sets[0], "multi-choice", "<image>", "A") for sets in interleave.CATEGORIES.values()]
+    task = interleave.load("interleave-in", bench(tmp_path, samples))
+    line = stats.summary(task, rows_of(task, said({"<image>": "a"}), tmp_path))[-1]
+    assert (line.name, line.mean, line.asked) == ("average", 1.0, 8)
+
+
+def test_as_published_repeats_the_slips(tmp_path: Path) -> None:
+    mixed = [*WHOLE, sample(3, "RAVEN", "open-ended", "<image>!", "one two")]
+    task = interleave.load("interleave-in", bench(tmp_path, mixed), as_published=True)
+    answer = said({**ANSWERS, "<image>!": "two"})
+    rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
+    last = max(answer.asked, key=len)
+    assert [m["role"] for m in last] == ["system", "user", "assistant", "system", "user", "assistant", "system", "user"]
+    assert rows["RAVEN/3/1"]["score"] == 0  # judged as the first sample of RAVEN is: by the whole text
+    own = interleave.load("interleave-in", tmp_path)
+    assert next(e for e in own.examples if e.id == "RAVEN/3/1").judge("two") == pytest.approx(2 / 3)
+
+
+BROKEN = [
+    (sample(1, "RAVEN", "multi-choice", "<image>", "A", images=2), "1 <image>, but it has 2 pictures"),
+    (sample(1, "RAVEN", "multi-choice", "<image>"), "human instead of human and gpt"),
+    (sample(1, "RAVEN", "essay", "<image>", "A"), "'essay'"),
+    ({"sample_id": 4, "image": [], "metadata": {}}, "lacks 'conversations'"),
+    (sample(1, "RAVEN", "multi-choice") | {"image": "a.png"}, "no list of file names"),
+    ("text", "another form"),
+]
+
+
+def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None:
+    bench(tmp_path, [WHOLE[0], *(one for one, _ in BROKEN), WHOLE[4], sample(8, "VIST", "open-ended", "<image>", "x"), WHOLE[2]])
+    folder = tmp_path / "interleave/Split1"
+    (folder / "VIST/8-0.png").unlink()
+    (folder / "Spot-the-Diff/2-1.png").write_bytes(b"no picture")
+    task = interleave.load("interleave-in", tmp_path)
+    assert [e.id for e in task.examples] == ["RAVEN/1/1", "CLEVR-Change/1/1"]
+    assert len(task.faults) == len(BROKEN) + 2
+    for fault, wanted in zip(
+        task.faults, [*(w for _, w in BROKEN), "8-0.png is not there", "2-1.png is no picture"], strict=True
+    ):
+        assert wanted in fault
+    assert "number 2" in task.faults[0]
+
+
+def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
+    task = interleave.load("interleave-in", bench(tmp_path, [WHOLE[0], WHOLE[0]]))
+    assert [e.id for e in task.examples] == ["RAVEN/1/1", "RAVEN/1#2/1"]
+
+
+def test_a_missing_file_says_what_to_fetch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"multi_view_in_domain\.json.*LLaVA-NeXT-Interleave-Bench.*Split1"):
+        interleave.load("interleave-views", tmp_path)
+    for name in choices.READERS:
+        with pytest.raises(DataError, match="fetch"):
+            choices.load(name, tmp_path)
+
+
+def test_what_cannot_be_answered_scores_nought(tmp_path: Path) -> None:
+    """With its reason; a turn after it is not asked at all."""
+    task = interleave.load("interleave-in", bench(tmp_path, WHOLE))
+
+    def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
+        return [PromptError("too long") if m[-1]["content"][0].get("text") == "And " else "A" for m in asked]
+
+    rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
+    assert (rows["RAVEN/2/2"]["error"], rows["RAVEN/2/2"]["score"]) == ("too long", 0)
+    assert rows["RAVEN/2/3"]["error"] == BEFORE
+    lines = {line.name: line for line in stats.summary(task, list(rows.values()))}
+    assert (lines["RAVEN"].failed, lines["RAVEN"].asked, lines["RAVEN"].mean) == (2, 4, 0.25)
+
+
+def counting(count: int) -> Task:
+    """Questions in pairs, of which the second follows the first."""
+
+    def example(i: int) -> Example:
+        messages = [{"role": "user", "content": [{"type": "text", "text": f"{i}"}]}]
+        follows = str(i - 1) if i % 2 else ""
+        return Example(
+            id=str(i),
+            group="n",
+            ask=lambda _: messages,
+            question=f"{i}",
+            truth=f"{i}",
+            judge=lambda s: float(s == f"{i}"),
+            follows=follows,
+        )
+
+    return Task(name="counting", examples=[example(i) for i in range(count)], max_new_tokens=4, data="x")
+
+
+def kill_and_resume(work: Any, chance: random.Random) -> int:
+    """Run `work` in a child that is killed at random moments, until it ends by itself; how often it was killed."""
+    kills = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+                os._exit(0)
+            except Exception:  # noqa: BLE001  the child must not return
+                os._exit(1)
+        deadline = time.monotonic() + (chance.uniform(0.0, 0.05) if kills < 20 else 60)
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                assert status == 0
+                return kills
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork")
+def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
+    task = counting(600)
+
+    def work() -> None:
+        def answer(asked: Sequence[Messages]) -> list[str]:
+            time.sleep(0.004)
+            return [messages[-1]["content"][0]["text"] for messages in asked]
+
+        rows_of(task, answer, tmp_path, batch=3)
+
+    assert kill_and_resume(work, random.Random(5)) == 20
+    _, rows = read(tmp_path / "rows.jsonl")
+    assert sorted(int(row["id"]) for row in rows) == list(range(600))
+    assert all(row["answer"] == row["truth"] and row["score"] == 1 for row in rows)
+
+
+def test_a_torn_line_is_taken_off_at_every_place(tmp_path: Path) -> None:
+    """Wherever a file was cut, what is whole is kept and the rest answered again."""
+    task = counting(2)
+    answer = said({str(i): str(i) for i in range(2)})
+    rows_of(task, answer, tmp_path)
+    path = tmp_path / "rows.jsonl"
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        answer.asked.clear()
+        rows_of(task, answer, tmp_path)
+        assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+        assert len(answer.asked) == 2 - max(0, whole[:cut].count(b"\n") - 1)
+
+
+@pytest.mark.parametrize("content", [b"notes of mine", b"notes\n", b'{"run": 3}\n', b'{"id": "1"}\n'])
+def test_another_file_is_not_touched(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="name another file"):
+        Journal(path, {"task": "a"})
+    assert path.read_bytes() == content
+
+
+def test_journals_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with Journal(path, {"task": "a", "precision": "float32"}) as first:
+        first.add([{"id": "1"}, {"id": "2"}])
+        with pytest.raises(DataError, match="another process"):
+            Journal(path, {"task": "a", "precision": "float32"})
+    with pytest.raises(DataError, match="precision 'float32', not 'bfloat16'"):
+        Journal(path, {"task": "a", "precision": "bfloat16"})
+    path.write_bytes(path.read_bytes() + b'{"id": "1"}\n')
+    with pytest.raises(DataError, match="line 4"):
+        Journal(path, {"task": "a", "precision": "float32"})
+
+
+def test_a_changed_question_is_noticed(tmp_path: Path) -> None:
+    rows_of(counting(2), said({}), tmp_path)
+    changed = counting(2)
+    odd = Example(id="1", group="n", ask=changed.examples[1].ask, question="?", truth="1", judge=lambda _: 0.0)
+    with pytest.raises(DataError, match="another question"):
+        rows_of(Task(name="counting", examples=[odd], max_new_tokens=4, data="x"), said({}), tmp_path)
+
+
+def test_comparison() -> None:
+    """8 better, 2 worse: sign test by hand 2 (1 + 10 + 45) / 1024; the interval has the difference in it."""
+    a = [{"id": str(i), "group": "g", "score": float(i < 4)} for i in range(20)]
+    b = [{"id": str(i), "group": "g", "score": float(2 <= i < 12)} for i in range(20)] + [{"id": "x", "group": "g", "score": 1.0}]
+    (found,) = stats.compare(a, b)
+    assert (found.a, found.b, found.pairs, found.better, found.worse) == (0.2, 0.5, 20, 8, 2)
+    assert found.p == 2 * 56 / 1024
+    assert found.low < 0.3 < found.high
+    assert stats.sign_test(0, 0) == stats.sign_test(3, 3) == 1
+    with pytest.raises(DataError, match="no example in common"):
+        stats.compare(a, [{"id": "y", "group": "g", "score": 1.0}])
+
+
+def test_bootstrap_intervals_hold() -> None:
+    """About 95 of 100 intervals of 200 draws at 0.3 have 0.3 in them."""
+    inside = 0
+    for seed in range(100):
+        draws = np.random.default_rng(seed).random(200) < 0.3
+        rows = [{"id": str(i), "group": "g", "score": float(d), "error": None} for i, d in enumerate(draws)]
+        (line,) = stats.summary(Task(name="t", examples=[], max_new_tokens=1), rows)
+        inside += line.low <= 0.3 <= line.high
+    assert 88 <= inside <= 99
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_report_is_one_file_with_everything(tmp_path: Path) -> None:
+    bench(tmp_path, [*WHOLE, sample(9, "RAVEN", "multi-choice", "<b>bold</b> <image>", "A"), BROKEN[2][0]])
+    task = interleave.load("interleave-in", tmp_path)
+    rows = rows_of(task, said({**ANSWERS, "<b>bold</b> <image>": "<script>x</script>"}), tmp_path)
+    report.write(tmp_path / "r.html", task, rows, stats.summary(task, rows), about(task, {"model": "m&m"}))
+    page = (tmp_path / "r.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert sum(tag == "article" for tag, _ in tags.found) == len(rows) == 8
+    images = [attributes["src"] or "" for tag, attributes in tags.found if tag == "img"]
+    assert len(images) == 10
+    assert all(src.startswith("data:image/jpeg;base64,") for src in images)
+    assert not [a for _, attributes in tags.found for a in attributes if a in ("href", "onload", "onclick")]
+    assert "script" not in {tag for tag, _ in tags.found}
+    assert "b" not in {tag for tag, _ in tags.found}
+    for shown in ("m&amp;m", "a blue car is gone", "1 broken samples", "48.7", interleave.PIPELINE):
+        assert shown in page
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_world_is_a_task(tmp_path: Path) -> None:
+    """The same questions, kinds and score as asking one by one; the report shows videos and views."""
+    truths = {exam(s, i, held_out=False)[2]: exam(s, i, held_out=False)[1].answer for s in ("views", "video") for i in range(3)}
+
+    def answer(asked: Sequence[Messages]) -> list[str]:
+        return [truths[m[-1]["content"][-1]["text"]] if i else "no idea" for i, m in enumerate(asked)]
+
+    score = world.evaluate(answer, "views", 3, held_out=False)
+    assert (score.right, score.asked) == (2, 3)
+    _, question, text = exam("views", 0, held_out=False)
+    assert score.wrong == [(0, text, question.answer, "no idea")]
+    assert sum(asked for _, asked in score.kinds.values()) == 3
+    task = world.load(1, scenarios=["views", "video"], held_out=False)
+    rows = rows_of(task, answer, tmp_path)
+    report.write(tmp_path / "w.html", task, rows, stats.summary(task, rows), {})
+    views = len(exam("views", 0, held_out=False)[0].names)
+    assert (tmp_path / "w.html").read_text().count("<img") == views + report.FRAMES
+
+
+def made(root: Path, name: str) -> None:
+    """A few samples of a data set in the form that its authors publish."""
+    folder = root / name
+    (folder / "json").mkdir(parents=True)
+    if name == "nlvr2":
+        rows = [
+            {"identifier": f"test1-0-1-{i}", "sentence": "Two dogs.", "label": label} for i, label in enumerate(("True", "False"))
+        ]
+        (folder / "test1.json").write_text("\n".join(map(json.dumps, rows)))
+    elif name == "qbench":
+        row = {
+            "img_path": "00051.jpg",
+            "type": 1,
+            "concern": 0,
+            "question": "How clear is it?",
+            "candidates": ["Blurry", "Clear"],
+        }
+        (folder / "llvisionqa_dev.json").write_text(json.dumps([row | {"correct_ans": "Clear"}]))
+    elif name == "nextqa":
+        (folder / "map_vid_vidorID.json").write_text('{"4010069381": "1164/4010069381"}')
+        (folder / "test.csv").write_text(
+            "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+            '4010069381,369,640,480,how do the two man play,2,6,CH,roll,"tap, feet",strum,hit,pat\n'
+        )
+    elif name == "pope":
+        for split in ("random", "popular", "adversarial"):
+            row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?"}
+            rows = [row | {"label": "yes"}, row | {"label": "no", "question_id": 2}]
+            (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        for task in choices.VIDEOS:
+            row = {"video": "a.mp4", "question": "What next?", "candidates": ["Ran", "Sat", "Fell"], "answer": "Sat"}
+            bound = {"start": 1.0, "end": 2.0} if task in (*choices.BOUND, "episodic_reasoning") else {}
+            (folder / "json" / f"{task}.json").write_text(json.dumps([row | bound]))
+        for i in range(1, 12):
+            picture(folder / f"video/tvqa/frames_fps3_hq/a.mp4/{i:05}.jpg")
+
+
+CASES = {
+    "nlvr2": (2, "A", "Two dogs.", "nlvr2/images/test1-0-1-img0.png"),
+    "qbench": (1, "B", "A. Blurry\nB. Clear\n", "qbench/images/00051.jpg"),
+    "nextqa": (1, "C", "play?\nA. roll\nB. tap, feet\n", "nextqa/NExTVideo/1164/4010069381.mp4"),
+    "pope": (6, "yes", "snowboard", "pope/val2014/COCO_val2014_000000310196.jpg"),
+    "mvbench": (20, "B", "A. Ran\nB. Sat\nC. Fell\n", "mvbench/video/star/Charades_v1_480/a.mp4"),
+}
+
+
+@pytest.mark.parametrize("name", choices.READERS)
+def test_choices(name: str, tmp_path: Path) -> None:
+    made(tmp_path, name)
+    count, truth, asks, file = CASES[name]
+    task = choices.load(name, tmp_path)
+    assert len(task.examples) == len({e.id for e in task.examples}) == count
+    first = task.examples[0]
+    (message,) = first.ask(tmp_path)
+    assert message["content"][0]["path"] == str(tmp_path / file)
+    assert asks in message["content"][-1]["text"] == first.question
+    assert (first.truth, first.judge(truth), first.judge(""), first.judge("Q")) == (
+        truth,
+        1,
+        float(name == "pope"),
+        float(name == "pope"),
+    )
+
+
+def test_pope_counts_a_no(tmp_path: Path) -> None:
+    made(tmp_path, "pope")
+    yes, no = choices.load("pope", tmp_path).examples[:2]
+    assert [no.judge(s) for s in ("No", "There is no dog.", "no, none", "Yes. But not here.", "None")] == [1, 1, 1, 0, 0]
+    assert yes.judge("Yes, it is.") == 1
+
+
+def test_mvbench_asks_about_a_part(tmp_path: Path) -> None:
+    """Seconds 1 to 2 of a video; of frames at three a second, 00003 to 00006."""
+    made(tmp_path, "mvbench")
+    examples = choices.load("mvbench", tmp_path).examples
+    parts = {e.group: e.ask(tmp_path)[0]["content"][0] for e in examples}
+    assert (parts["action_sequence"]["start"], parts["action_sequence"]["end"]) == (1.0, 2.0)
+    assert "start" not in parts["action_antonym"]
+    assert [Path(f).name for f in parts["episodic_reasoning"]["video"]] == [f"{i:05}.jpg" for i in range(3, 7)]
+    frames = Task(name="mvbench", examples=[e for e in examples if e.group == "episodic_reasoning"], max_new_tokens=1)
+    report.write(tmp_path / "m.html", frames, rows_of(frames, said({}), tmp_path), [], {})
+    assert (tmp_path / "m.html").read_text().count("<img") == 4
+
+
+def test_another_form_is_said(tmp_path: Path) -> None:
+    made(tmp_path, "qbench")
+    (tmp_path / "qbench/llvisionqa_dev.json").write_text(
+        '[{"img_path": "a", "question": "?", "candidates": ["x"], "correct_ans": "y"}]'
+    )
+    with pytest.raises(DataError, match=re.escape("after its first 0 samples: not of the published form")):
+        choices.load("qbench", tmp_path)

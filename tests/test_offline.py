@@ -1,0 +1,211 @@
+"""Many samples from files: every form read, order kept, failures in their place, kills survived."""
+
+import json
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_evals import kill_and_resume, picture
+
+from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, Unsupported
+from llava_interleave.offline import Answerer, Reply, Row, Source, order, run
+from llava_interleave.options import Options
+
+Asked = Sequence[Sequence[Mapping[str, Any]]]
+
+
+class Echo:
+    """Answers with the last text; keeps what it was asked in one call, and with which options."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], Options]] = []
+
+    def __call__(self, asked: Asked, options: Options) -> list[Reply | LlavaError]:
+        texts = [m[-1]["content"] if isinstance(m[-1]["content"], str) else m[-1]["content"][-1]["text"] for m in asked]
+        self.calls.append((texts, options))
+        return [PromptError("refused") if text == "bad" else Reply(text, "stop", 7, 2) for text in texts]
+
+
+def lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def done(source: Path, answer: Answerer, question: str | None = None, **more: Any) -> list[Row]:
+    out = source.with_name("out.jsonl")
+    out.unlink(missing_ok=True)
+    run(Source(source, question), out, answer, Options(), {"model": "m"}, **more)
+    return lines(out)
+
+
+def test_lines_keep_their_order_and_failures_their_place(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    samples: list[Any] = [
+        {"id": "a", "question": "one", "images": ["b.png"]},
+        {"id": 7, "question": "bad", "image": "c.png"},
+        {"messages": [{"role": "user", "content": "three"}]},
+        {"id": "d", "images": ["b.png"]},
+        {"id": "e", "question": "<image>?", "images": [], "video": None},
+        [1],
+    ]
+    text = (
+        "\n".join(map(json.dumps, samples)) + "\n\n{broken\n" + json.dumps({"id": "z", "question": "last", "images": ["b.png"]})
+    )
+    source.write_text(text)
+    rows = done(source, Echo(), batch=2)
+    assert [row["id"] for row in rows] == ["a", "7", "3", "d", "e", "6", "7", "z"]
+    assert [row.get("answer") for row in rows] == ["one", None, "three", None, None, None, None, "last"]
+    assert rows[0] == {"id": "a", "answer": "one", "finish_reason": "stop", "usage": {"prompt": 7, "generated": 2}}
+    told = [row["error"] for row in rows if "error" in row]
+    for error, wanted in zip(told, ("refused", "--question", "1 <image>, but", "no JSON object", "no JSON"), strict=True):
+        assert wanted in error
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_shared_media_meet(tmp_path: Path) -> None:
+    """Also where they are shared through a third sample; the order of the rest is kept."""
+    assert order([["a"], ["b"], [], ["a", "c"], ["d"], ["c"], ["b"]]) == [0, 3, 5, 1, 6, 2, 4]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(json.dumps({"question": str(i), "images": [f"{i % 3}.png"]}) for i in range(9)))
+    echo = Echo()
+    assert [row["answer"] for row in done(source, echo, batch=3)] == [str(i) for i in range(9)]
+    assert [texts for texts, _ in echo.calls] == [["0", "3", "6"], ["1", "4", "7"], ["2", "5", "8"]]
+
+
+def test_tables_and_folders(tmp_path: Path) -> None:
+    table = tmp_path / "in.csv"
+    table.write_text('id,question,image,image_2,note\nx,"One, or two?",a.png,,1\ny,,a.png,b.mp4,2\nz,a,b,c,d,e\n')
+    sample = Source(table, "What?").sample(0)
+    parts = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "One, or two?"}]
+    assert (sample.id, sample.messages[0]["content"]) == ("x", parts)
+    media = Source(table, "What?").sample(1).messages[0]["content"][:-1]
+    assert [(part["type"], Path(part["path"]).name) for part in media] == [("image", "a.png"), ("video", "b.mp4")]
+    assert "more cells" in str(Source(table).sample(2).error)
+    table.write_bytes(b"question\n\xff\n")
+    with pytest.raises(DataError, match="UTF-8"):
+        Source(table)
+    folder = tmp_path / "album"
+    for name in ("10.png", "9.png", "set/2.png", "set/10.png"):
+        picture(folder / name)
+    (folder / "notes.txt").write_text("-")
+    (folder / "empty").mkdir()
+    samples = [Source(folder, "What?").sample(i) for i in range(3)]
+    assert [s.id for s in samples] == ["9.png", "10.png", "set"]
+    assert [Path(p["path"]).name for p in samples[2].messages[0]["content"][:-1]] == ["2.png", "10.png"]
+    assert len(Source(folder)) == 3
+
+
+def test_parquet_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    path.write_bytes(b"")
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        with pytest.raises(Unsupported, match="pyarrow"):
+            Source(path)
+        return
+    parquet.write_table(pyarrow.table({"question": ["one"], "images": [["a.png"]]}), path)
+    assert len(Source(path).sample(0).messages[0]["content"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("in.txt", "x"), ("in.jsonl", "\n\n"), ("in.csv", "question\n"), ("none.jsonl", None)]
+)
+def test_sources_that_are_none(name: str, content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=name):
+        Source(tmp_path / name)
+
+
+def openai(number: int, **body: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"{number}"}]
+    return {
+        "custom_id": f"r-{number}",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": messages, **body},
+    }
+
+
+def test_openai_batches(tmp_path: Path) -> None:
+    """Its options hold for the sample alone; its answers have its form; what is not offered is refused beside the sample."""
+    source = tmp_path / "in.jsonl"
+    bodies = [
+        {},
+        {"max_tokens": 3, "temperature": 0.5, "stop": ["x"]},
+        {"tools": []},
+        {"n": 1, "stream": False},
+        {"seed": "s"},
+        {"n": 2},
+    ]
+    samples = [openai(i, **body) for i, body in enumerate(bodies)] + [openai(9) | {"url": "/v1/embeddings"}]
+    samples.append(
+        {"custom_id": "r-10", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "bad"}]}}
+    )
+    source.write_text("\n".join(map(json.dumps, samples)))
+    echo = Echo()
+    rows = done(source, echo)
+    assert [row["custom_id"] for row in rows] == ["r-0", "r-1", "r-2", "r-3", "r-4", "r-5", "r-9", "r-10"]
+    assert [row["response"]["status_code"] for row in rows] == [200, 200, 400, 200, 400, 400, 400, 400]
+    body = rows[1]["response"]["body"]
+    assert body["choices"][0] == {"index": 0, "message": {"role": "assistant", "content": "1"}, "finish_reason": "stop"}
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    assert "tools" in rows[2]["response"]["body"]["error"]["message"]
+    assert [(o.max_new_tokens, o.temperature, o.stop) for texts, o in echo.calls if texts == ["1"]] == [(3, 0.5, ("x",))]
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_nothing_is_overwritten_or_mixed(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"question": "one"}\n{"question": "two"}\n')
+
+    def stops(_asked: Asked, _options: Options) -> list[Reply | LlavaError]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Source(source), out, stops, Options(), {"model": "m"})
+    assert not out.exists()
+    with pytest.raises(DataError, match="made with model 'm', not 'n'"):
+        run(Source(source), out, Echo(), Options(), {"model": "n"})
+    source.write_text(source.read_text() + '{"question": "three"}\n')
+    with pytest.raises(DataError, match="made with input"):
+        run(Source(source), out, Echo(), Options(), {"model": "m"})
+    out.write_text("mine")
+    with pytest.raises(DataError, match="there already"):
+        run(Source(source), out, Echo(), Options(), {"model": "m"})
+    assert out.read_text() == "mine"
+
+
+def test_a_mistake_in_a_samples_options_is_its_own(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(json.dumps(openai(i, **({"stop": 3} if i == 1 else {}))) for i in range(3)))
+    assert [row["response"]["status_code"] for row in done(source, Echo())] == [200, 400, 200]
+    with pytest.raises(OptionError):
+        Options(stop=("",))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork")
+def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
+    """Order kept, every sample once, whatever moment the kill came; the output is never there in part."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chance = random.Random(3)
+    source.write_text("\n".join(json.dumps({"question": str(i), "images": [f"{chance.randrange(9)}.png"]}) for i in range(400)))
+
+    def work() -> None:
+        if out.exists():
+            assert len(lines(out)) == 400
+            return
+
+        def answer(asked: Asked, _options: Options) -> list[Reply | LlavaError]:
+            time.sleep(0.004)
+            return [Reply(m[-1]["content"][-1]["text"], "stop", 1, 1) for m in asked]
+
+        run(Source(source), out, answer, Options(), {}, batch=2)
+
+    assert kill_and_resume(work, chance) == 20
+    assert [row["answer"] for row in lines(out)] == [str(i) for i in range(400)]

@@ -1,0 +1,244 @@
+"""The page in a real browser against a real server: the whole flow, and what must never happen."""
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi")
+sync_api = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Page, Request, expect  # noqa: E402
+
+from llava_interleave.chatbot import load  # noqa: E402
+from llava_interleave.server.app import create_app  # noqa: E402
+from llava_interleave.server.run import Server  # noqa: E402
+from llava_interleave.server.settings import Settings  # noqa: E402
+from llava_interleave.testing import tiny_checkpoint  # noqa: E402
+from llava_interleave.world.draw import write_video  # noqa: E402
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt install chromium")
+
+
+def serve(folder: Path, **fields: object) -> Iterator[str]:
+    settings = Settings(port=0, **fields)
+    server = Server(create_app(load(folder, device="cpu"), settings), settings)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.address
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    yield from serve(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """A fresh profile; the test fails on any error of a script and on any request to another host."""
+    context = browser.new_context()
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if "Content Security Policy" in message.text else None)
+
+    def asked(request: Request) -> None:
+        if not request.url.startswith((address, "blob:", "data:")):
+            faults.append(request.url)
+
+    page.on("request", asked)
+    page.goto(address)
+    expect(page.locator("#model option")).to_have_count(1)
+    yield page
+    context.close()
+    assert faults == []
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    made = [folder / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for path in made:
+        Image.new("RGB", (60, 40), path.stem).save(path)
+    return made
+
+
+def ask(page: Page, text: str) -> None:
+    page.fill("#text", text)
+    page.click("#send")
+    expect(page.locator("#text")).to_have_value("")
+    expect(page.locator("#send")).to_be_visible(timeout=20_000)
+    expect(page.locator("#messages > li.assistant").last.locator(".meta")).to_contain_text("tokens read")
+
+
+def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> None:
+    """Attach, order, name the place in the text, see the budget, ask, ask again with reuse, find it all after a reload."""
+    page.set_input_files("#pick-files", files)
+    expect(page.locator(".chip")).to_have_count(3)
+    expect(page.locator("#budget-text")).to_contain_text(re.compile(r"[\d,]+ of 4,096 tokens"))
+    page.fill("#text", "Compare ")
+    page.locator(".chip .number").nth(2).click()
+    expect(page.locator("#text")).to_have_value("Compare [image 3]")
+    page.get_by_label("Move image 3, blue.png to the left").click()
+    expect(page.locator("#text")).to_have_value("Compare [image 2]")
+    assert page.locator(".chip img").nth(1).get_attribute("alt") == "blue.png"
+    ask(page, page.input_value("#text") + " with the others.")
+    said = page.locator("#messages > li.user .said")
+    assert said.locator("img").count() == 3
+    assert [img.get_attribute("alt") for img in said.locator("img").all()] == ["red.png", "green.png", "blue.png"]
+    ask(page, "And now?")
+    reused = page.locator("#messages > li.assistant").last.locator(".meta").inner_text()
+    assert int(re.search(r"(\d+) of them reused", reused)[1]) > 0
+    page.reload()
+    page.locator("#chats button.open").first.click()
+    expect(page.locator("#messages > li")).to_have_count(4)
+    expect(page.locator("#messages img")).to_have_count(3)
+
+
+def test_the_parts_sent_are_the_ones_composed(page: Page, files: list[Path]) -> None:
+    page.set_input_files("#pick-files", files)
+    page.get_by_label("Name of the view in image 1").fill("front")
+    page.get_by_label("Name of the view in image 2").fill("left")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "Is [image 3] new?")
+    parts = json.loads(sent.value.post_data)["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["views", "text", "image_url", "text"]
+    assert list(parts[0]["views"]) == ["front", "left"]
+    assert parts[2]["image_url"]["url"].startswith("file-")
+    assert [part.get("text") for part in parts] == [None, "Is ", None, " new?"]
+
+
+def test_a_mark_without_a_file_is_told_before_anything_is_sent(page: Page, files: list[Path]) -> None:
+    page.set_input_files("#pick-files", files[:2])
+    page.fill("#text", "What of [image 3]?")
+    page.click("#send")
+    expect(page.locator("#problem")).to_have_text("the text has [image 3], but 2 files are attached")
+    expect(page.locator("#messages > li")).to_have_count(0)
+    expect(page.locator("#text")).to_have_value("What of [image 3]?")
+
+
+def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, tmp_path: Path) -> None:
+    import numpy as np
+
+    write_video([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], tmp_path / "v.mp4")
+    page.set_input_files("#pick-files", tmp_path / "v.mp4")
+    expect(page.locator(".strip canvas")).to_have_count(8)
+    page.locator("#frames").fill("3")
+    page.locator("#frames").dispatch_event("change")
+    expect(page.locator(".strip canvas")).to_have_count(3)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "What happens?")
+    assert json.loads(sent.value.post_data)["frames"] == 3
+
+
+def test_retry_and_edit_make_branches(page: Page, files: list[Path]) -> None:
+    page.set_input_files("#pick-files", files[:1])
+    ask(page, "First?")
+    page.get_by_label("Answer again as a new branch").click()
+    expect(page.locator("#messages > li.assistant .meta")).to_contain_text("2 of 2")
+    page.get_by_label("Edit this message as a new branch").click()
+    expect(page.locator("#text")).to_have_value("[image 1]First?")
+    ask(page, "[image 1]Second?")
+    expect(page.locator("#messages > li.user .said")).to_contain_text("Second?")
+    page.get_by_label("The version before").first.click()
+    expect(page.locator("#messages > li.user .said")).to_contain_text("First?")
+    expect(page.locator("#messages > li.assistant .meta")).to_contain_text("2 of 2")
+
+
+def test_stop_keeps_what_was_written(page: Page) -> None:
+    page.fill("#text", "Tell me a long story.")
+    page.click("#send")
+    page.click("#stop", timeout=10_000)
+    expect(page.locator("#messages > li.assistant .meta")).to_contain_text("stopped")
+    ask(page, "Go on.")
+
+
+def test_export_and_import(page: Page, files: list[Path], tmp_path: Path) -> None:
+    page.set_input_files("#pick-files", files[:2])
+    ask(page, "Which is red?")
+    with page.expect_download() as download:
+        page.click("#export")
+    path = tmp_path / "chats.json"
+    download.value.save_as(path)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_label("Delete the chat Which is red?").click()
+    expect(page.locator("#chats li")).to_have_count(0)
+    page.set_input_files("#import-file", path)
+    page.locator("#chats button.open").click()
+    expect(page.locator("#messages img")).to_have_count(2)
+    broken = json.loads(path.read_text())
+    node = next(iter(broken["chats"][0]["nodes"].values()))
+    node["parent"] = node["id"]
+    path.write_text(json.dumps(broken))
+    page.set_input_files("#import-file", path)
+    expect(page.locator("#problem")).to_have_text("a chat in this file is damaged")
+
+
+def test_answers_become_markdown_and_never_html(page: Page) -> None:
+    found = page.evaluate("""async () => {
+        const { markdown } = await import("./markdown.js");
+        const box = document.createElement("div");
+        box.append(markdown("# Head\\n<img src=x onerror=alert(1)> **bold** `code`\\n- one\\n- [good](https://a.b/c)\\n" +
+            "- [bad](javascript:alert(1))\\n```\\n<script>alert(1)</script>\\n```"));
+        return box.innerHTML;
+    }""")
+    assert "<h2>Head</h2>" in found
+    assert "<strong>bold</strong>" in found
+    assert '<a href="https://a.b/c"' in found
+    assert "<img" not in found
+    assert "<script" not in found
+    assert 'href="javascript' not in found
+
+
+def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("k" * 32)
+    for address in serve(folder, api_keys=keys):
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.fill("#key", "k" * 32)
+        page.keyboard.press("Enter")
+        expect(page.locator("#model option")).to_have_count(1)
+        ask(page, "Hello?")
+        page.reload()
+        expect(page.locator("#model option")).to_have_count(1)
+        page.close()
+
+
+def test_nothing_overflows_on_a_phone_and_everything_has_a_name(browser: Browser, address: str, files: list[Path]) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 700}, color_scheme="dark")
+    page.goto(address)
+    page.set_input_files("#pick-files", files)
+    expect(page.locator(".chip")).to_have_count(3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    expect(page.locator("#sidebar")).not_to_be_visible()
+    page.click("#menu")
+    expect(page.locator("#sidebar")).to_be_visible()
+    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input:not([type=file]), select, textarea")]
+        .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)""")
+    assert nameless == []
+    page.close()

@@ -1,0 +1,1091 @@
+"""The server: its answers against the chatbot's, its limits against a hostile corpus, its manners under load and faults."""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from PIL import Image
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+from typer.testing import CliRunner
+
+from llava_interleave import cli
+from llava_interleave.chatbot import Answer, Chatbot, Options, load
+from llava_interleave.errors import MediaRefused, OptionError
+from llava_interleave.processing import Limits, Loader
+from llava_interleave.processing.fetch import Address
+from llava_interleave.server import guard
+from llava_interleave.server.app import create_app
+from llava_interleave.server.guard import Keys, Rate
+from llava_interleave.server.metrics import Metrics
+from llava_interleave.server.refusals import Refusal
+from llava_interleave.server.run import Server
+from llava_interleave.server.schema import ChatRequest
+from llava_interleave.server.settings import Settings
+from llava_interleave.testing import tiny_checkpoint
+
+LOCAL = "http://127.0.0.1:8000"
+CHAT = "/v1/chat/completions"
+ROOT = Path(__file__).parent.parent
+
+
+def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+RED, BLUE, GREEN = (data_url(png(colour)) for colour in ("red", "blue", "green"))
+
+
+def user(*content: dict[str, Any] | str) -> list[dict[str, Any]]:
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return [{"role": "user", "content": parts}]
+
+
+def picture(url: str, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+WHAT = user(picture(RED), "What is this?")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("server") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny: Path) -> Chatbot:
+    return load(tiny, device="cpu")
+
+
+@contextlib.contextmanager
+def running(tiny: Path, **changes: Any) -> Iterator[TestClient]:
+    app = create_app(load(tiny, device="cpu"), Settings(**changes))
+    with TestClient(app, base_url=LOCAL) as client:
+        yield client
+        settled(client)
+
+
+def settled(client: TestClient) -> None:
+    """Whatever happened: nothing is left running, and memory is accounted for."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    until(lambda: not (service.worker.load.running or service.worker.load.waiting or service.under_way))
+    if not service.worker.failed:
+        service.bot.engine.check()
+
+
+def until(true: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def client(tiny: Path) -> Iterator[TestClient]:
+    with running(tiny, requests_per_minute=100_000) as client:
+        yield client
+
+
+def ask(client: TestClient, **body: Any) -> Any:
+    return client.post(CHAT, json={"model": "tiny", "messages": WHAT, "max_tokens": 4} | body)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    *data, done, end = text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in data if not line.startswith(":")]
+
+
+def folded(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Choices from the chunks of a stream, as a client puts them together."""
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            into = choices.setdefault(choice["index"], {"text": "", "logprobs": [], "finish_reason": None})
+            assert into["finish_reason"] is None, "nothing comes after the end"
+            into["text"] += choice["delta"].get("content", "")
+            into["logprobs"] += (choice["logprobs"] or {"content": []})["content"]
+            into["finish_reason"] = choice["finish_reason"]
+    return choices
+
+
+# Answers.
+
+STILLS = {"type": "video", "video": [RED, BLUE, GREEN]}
+QUESTIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
+    "text": ([{"role": "user", "content": "Hello"}], {}, {}),
+    "interleaved": (user(picture(RED), "is the first,", picture(BLUE), "the second"), {"seed": 3, "temperature": 1.5}, {}),
+    "views": (user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"), {"temperature": 1.0, "seed": 1}, {}),
+    "named views": (user({"type": "views", "views": [{"name": "top", "image": RED}]}, "How many?"), {}, {}),
+    "video": (user(STILLS, "What moves?"), {"frames": 2, "temperature": 1.2, "seed": 5}, {}),
+    "anyres": (user(picture(RED, detail="high"), "Read it"), {"temperature": 1.1, "seed": 2}, {}),
+    "several": (WHAT, {"n": 3, "seed": 7, "temperature": 1.5}, {}),
+    "penalties": (
+        WHAT,
+        {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.2, "top_k": 9, "min_p": 0.01, "top_p": 0.9,
+         "temperature": 2.0, "seed": 11},
+        {},
+    ),
+    "bias": (WHAT, {"logit_bias": {"70": 100, "71": 99.5}}, {"logit_bias": {70: 100, 71: 99.5}}),
+    "logprobs": (WHAT, {"logprobs": True, "top_logprobs": 3, "temperature": 1.5, "seed": 4}, {"logprobs": 3}),
+    "history": ([*WHAT, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "And now?"}], {}, {}),
+    "developer": ([{"role": "developer", "content": "Be brief."}, *WHAT], {}, {}),
+}  # fmt: skip
+
+
+def expected(oracle: Chatbot, name: str) -> list[Answer]:
+    messages, fields, renamed = QUESTIONS[name]
+    known = {field.name for field in dataclasses.fields(Options)}
+    changes = {name: value for name, value in fields.items() if name in known} | renamed
+    messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+    return oracle.choices(messages, max_new_tokens=12, **changes)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_answer_is_the_chatbots_and_a_stream_folds_to_it(client: TestClient, oracle: Chatbot, name: str) -> None:
+    messages, fields, _ = QUESTIONS[name]
+    answers = expected(oracle, name)
+    body = {"messages": messages, "max_tokens": 12, **fields}
+    whole = ask(client, **body).json()
+    streamed = ask(client, **body, stream=True, stream_options={"include_usage": True})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    chunks = events(streamed.text)
+    choices = folded(chunks)
+    assert len(whole["choices"]) == len(choices) == len(answers)
+    for index, answer in enumerate(answers):
+        choice = whole["choices"][index]
+        assert choice["message"] == {"role": "assistant", "content": answer.text, "refusal": None}
+        assert choice["finish_reason"] == answer.finish_reason == choices[index]["finish_reason"]
+        assert choices[index]["text"] == answer.text
+        if answer.logprobs is None:
+            assert choice["logprobs"] is None and choices[index]["logprobs"] == []
+            continue
+        assert choices[index]["logprobs"] == choice["logprobs"]["content"]
+        for told, known in zip(choice["logprobs"]["content"], answer.logprobs, strict=True):
+            assert told["logprob"] == pytest.approx(known.logprob, abs=1e-4)
+            assert bytes(told["bytes"]).decode("utf-8", "replace") == told["token"] == known.text
+            assert len(told["top_logprobs"]) == 3
+    usage = whole["usage"]
+    assert usage["prompt_tokens"] == answers[0].usage.prompt
+    assert usage["completion_tokens"] == sum(answer.usage.generated for answer in answers)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert {**chunks[-1]["usage"], "prompt_tokens_details": 0} == {**usage, "prompt_tokens_details": 0}
+    assert chunks[-1]["choices"] == [] and all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert whole["timings"].keys() == chunks[-2]["timings"].keys()
+    assert whole["timings"]["total"] > 0 < whole["timings"]["prepare"]
+
+
+def test_a_stop_string_ends_the_answer_before_it_and_the_computation(client: TestClient, oracle: Chatbot) -> None:
+    free = oracle.chat(WHAT, max_new_tokens=30, temperature=2.0, seed=9).text
+    stop = free[len(free) // 2 :][:2]
+    answer = oracle.chat(WHAT, max_new_tokens=30, temperature=2.0, seed=9, stop=stop)
+    got = ask(client, temperature=2.0, seed=9, max_tokens=30, stop=[stop, "never"]).json()
+    assert got["choices"][0]["message"]["content"] == answer.text == free[: free.index(stop)]
+    assert got["choices"][0]["finish_reason"] == "stop"
+    assert got["usage"]["completion_tokens"] == answer.usage.generated < 30
+
+
+def test_what_runs_beside_changes_no_answer(client: TestClient, oracle: Chatbot) -> None:
+    names = list(QUESTIONS)
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda n: ask(client, messages=QUESTIONS[n][0], **QUESTIONS[n][1] | {"max_tokens": 12}), names))
+    for name, response in zip(names, got, strict=True):
+        assert [c["message"]["content"] for c in response.json()["choices"]] == [a.text for a in expected(oracle, name)]
+
+
+def test_usage_tells_what_was_kept_and_what_images_took(client: TestClient) -> None:
+    messages = user(picture(data_url(png("orange"))), picture(RED), "One of a kind, and long enough to be worth a copy?")
+    first, again = (ask(client, messages=messages).json()["usage"] for _ in range(2))
+    assert first["prompt_tokens_details"]["image_tokens"] == again["prompt_tokens_details"]["image_tokens"] == 2 * 16
+    assert first["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens_details"]["cached_tokens"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
+
+
+def test_counting_is_the_librarys_estimate(client: TestClient, oracle: Chatbot) -> None:
+    messages = user(picture(RED), STILLS, {"type": "views", "views": {"front": BLUE}}, "How many?")
+    counted = client.post("/v1/messages/count", json={"messages": messages, "frames": 2}).json()
+    estimate = dataclasses.asdict(oracle.estimate(messages, frames=2))
+    assert counted == json.loads(json.dumps(estimate))
+    assert counted["total"] == ask(client, messages=messages, frames=2).json()["usage"]["prompt_tokens"]
+
+
+# Fields.
+
+
+def test_every_field_of_openai_is_known_or_refused_by_name(client: TestClient) -> None:
+    """Taken from the official client: what it can send and this server does not do is told, never ignored."""
+    theirs = set(CompletionCreateParamsBase.__annotations__) | {"stream"}
+    assert {"messages", "logit_bias", "tools", "metadata"} <= theirs
+    for name in theirs - set(ChatRequest.model_fields):
+        refused = ask(client, **{name: "x"})
+        assert refused.status_code == 400, name
+        assert refused.json()["error"]["param"] == name
+        assert name in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n is 9"),
+        ({"n": 10**30}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5000}, "4096"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 2**63 - 1, "n": 2}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"999999999": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}}}, "nope"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://a/b"}}}},
+            "http://a/b",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["y" * 64_000]}}}},
+            "64,000",
+        ),
+        ({"response_format": {"type": "regex", "regex": "("}}, "unclosed"),
+        ({"response_format": {"type": "regex", "regex": "x" * 4097}}, "regex"),
+        ({"response_format": {"type": "choice", "choice": []}}, "choice"),
+        ({"tools": [{}]}, "tools"),
+        ({"store": True}, "store"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"user": "x" * 129}, "user"),
+        ({"user": 5}, "user"),
+        ({"fps": 0}, "fps"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [5]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "name"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
+        ({"messages": user({"type": "image_url", "image_url": {"url": RED, "zoom": 2}})}, "zoom"),
+        ({"messages": user({"type": "image_url", "image_url": {"url": RED, "detail": "vast"}})}, "detail"),
+        ({"messages": user({"type": "file", "file": {"file_data": RED}})}, "file_id"),
+        ({"messages": user(*["x"] * 600)}, "512"),
+    ],
+)
+def test_a_field_out_of_range_is_a_400_that_names_it(client: TestClient, fields: dict[str, Any], named: str) -> None:
+    refused = ask(client, **fields)
+    error = refused.json()["error"]
+    assert refused.status_code == 400, error
+    assert named in error["message"] and error["type"] == "invalid_request_error"
+
+
+COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 20}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+def form(kind: str, value: Any) -> dict[str, Any]:
+    return {"response_format": {"type": kind, kind: {"name": "it", "schema": value} if kind == "json_schema" else value}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 2.0, "seed": 5, "n": 3}, {"temperature": 1.0, "seed": 1, "top_p": 0.3, "top_k": 4}]
+)
+def test_the_form_of_answers_is_kept(client: TestClient, how: dict[str, Any], stream: bool) -> None:
+    """With random weights, which know nothing of any form: whatever comes, the form is the grammar's work."""
+
+    def texts(**fields: Any) -> list[str]:
+        got = ask(client, max_tokens=60, **how, **fields, stream=stream)
+        choices = folded(events(got.text)).values() if stream else got.json()["choices"]
+        assert {choice["finish_reason"] for choice in choices} == {"stop"}
+        return [choice["text"] if stream else choice["message"]["content"] for choice in choices]
+
+    for text in texts(**form("json_schema", COLOUR)):
+        told = json.loads(text)
+        assert told == {"colour": told["colour"], "count": told["count"]}
+        assert told["colour"] in ("red", "blue") and 0 <= told["count"] <= 20
+        assert text == json.dumps(told)
+    for text in texts(**form("regex", r"(left|right) [0-9]{2,4}!")):
+        assert re.fullmatch(r"(left|right) [0-9]{2,4}!", text)
+    options = ["a red square", 'ünïcödé "quoted"', "a blue\ncircle"]
+    assert set(texts(**form("choice", options))) <= set(options)
+
+
+def test_a_form_that_allows_all_changes_nothing(client: TestClient) -> None:
+    how: dict[str, Any] = {"temperature": 1.5, "seed": 8, "logit_bias": {"70": 3}, "frequency_penalty": 0.5}
+    free, guided = (ask(client, max_tokens=20, **how, **more).json() for more in ({}, form("regex", r"(?s:.*)")))
+    assert "\ufffd" not in free["choices"][0]["message"]["content"]  # bytes that are no text match nothing
+    assert guided["choices"] == free["choices"]
+
+
+def test_json_may_be_any_object(client: TestClient, oracle: Chatbot) -> None:
+    """The likeliest token of this network is a newline; and where the closing brace is made likelier, it comes at once."""
+    any_json = {"response_format": {"type": "json_object"}}
+    assert ask(client, max_tokens=5, **any_json).json()["choices"][0]["message"]["content"].startswith("{")
+    brace = oracle.processor.tokenizer.encode("}")[0]
+    got = ask(client, max_tokens=5, logit_bias={str(brace): 100}, **any_json).json()["choices"][0]
+    assert (got["message"]["content"], got["finish_reason"]) == ("{}", "stop")
+
+
+def test_a_guided_answer_changes_none_beside_it(client: TestClient) -> None:
+    alone = [
+        ask(client, max_tokens=20, temperature=1.0, seed=3).json(),
+        ask(client, max_tokens=20, **form("regex", "[ab]{9}")).json(),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        later = [
+            pool.submit(ask, client, max_tokens=20, temperature=1.0, seed=3),
+            pool.submit(ask, client, max_tokens=20, **form("regex", "[ab]{9}")),
+        ]
+    assert [answer.result().json()["choices"] for answer in later] == [answer["choices"] for answer in alone]
+
+
+@pytest.mark.parametrize(
+    "regex",
+    ["((a{1,999}){1,999}){1,999}", "(a|b|ab)*c" * 300, "(x+x+)+y", "(.*)*(.*)*(.*)*$", "a{1,100000}", "(?:" * 1000 + ")" * 1000],
+)
+def test_no_pattern_holds_up_the_server(client: TestClient, regex: str) -> None:
+    began = time.monotonic()
+    assert ask(client, max_tokens=3, **form("regex", regex)).status_code in (200, 400)
+    assert time.monotonic() - began < 30
+
+
+def test_null_and_the_values_that_mean_nothing_are_taken(client: TestClient) -> None:
+    """Clients send null for what they do not set, and an answer's message back as it came."""
+    said = ask(client).json()["choices"][0]["message"]
+    nothing = {name: None for name in ChatRequest.model_fields if name not in ("messages", "model", "max_tokens")}
+    plain = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": False, "user": "someone"}
+    for fields in (nothing, plain, {"messages": [*WHAT, said | {"tool_calls": None}, {"role": "user", "content": "Sure?"}]}):
+        assert ask(client, **fields).status_code == 200, fields
+
+
+def test_another_model_is_not_found(client: TestClient) -> None:
+    assert ask(client, model="gpt").status_code == client.get("/v1/models/gpt").status_code == 404
+    assert client.get("/v1/models").json()["data"] == [client.get("/v1/models/tiny").json()]
+    assert client.get("/v1/models/tiny").json()["context_length"] == 4096
+
+
+def test_too_long_says_what_would_fit(client: TestClient) -> None:
+    refused = ask(client, messages=[{"role": "user", "content": "word " * 5000}])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "context_length_exceeded")
+    assert "4,096" in refused.json()["error"]["message"]
+
+
+# Files.
+
+
+def upload(client: TestClient, data: bytes, **headers: str) -> Any:
+    return client.post("/v1/files", files={"file": ("a.png", data)}, data={"purpose": "vision"}, headers=headers)
+
+
+def test_a_file_is_named_by_its_content_and_stands_for_it(client: TestClient) -> None:
+    stored = upload(client, png("purple")).json()
+    assert upload(client, png("purple")).json()["id"] == stored["id"] != upload(client, png("pink")).json()["id"]
+    assert client.get(f"/v1/files/{stored['id']}").json() == stored
+    direct = ask(client, messages=user(picture(data_url(png("purple")), detail="high"), "What?"), temperature=1.0, seed=1)
+    named = ask(client, messages=user(picture(stored["id"], detail="high"), "What?"), temperature=1.0, seed=1)
+    assert named.json()["choices"] == direct.json()["choices"]
+    by_part = ask(
+        client, messages=user({"type": "file", "file": {"file_id": stored["id"]}}, {"type": "image", "image": stored["id"]})
+    )
+    assert by_part.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * 16
+    assert client.delete(f"/v1/files/{stored['id']}").json()["deleted"]
+    assert client.get(f"/v1/files/{stored['id']}").status_code == 404
+    gone = ask(client, messages=user(picture(stored["id"])))
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "file_not_found")
+
+
+def test_a_film_is_uploaded_and_looked_at(client: TestClient, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue", "white")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=200)
+    name = upload(client, (tmp_path / "a.gif").read_bytes()).json()["id"]
+    for part in ({"type": "file", "file": {"file_id": name}}, {"type": "video_url", "video_url": {"url": name}}):
+        usage = ask(client, messages=user(part, "What moves?"), frames=3).json()["usage"]
+        assert usage["prompt_tokens_details"]["image_tokens"] == 3 * 16
+
+
+def test_files_are_bounded(tiny: Path) -> None:
+    big = png("red") + bytes(600_000)
+    with running(tiny, files_mb=1) as client:
+        assert upload(client, big).status_code == 200
+        assert upload(client, big).status_code == 200  # the same
+        full = upload(client, big + b"!")
+        assert full.status_code == 413 and "600,09" in full.json()["error"]["message"]
+        assert upload(client, b"#!/bin/sh").status_code == 422
+
+
+# Keys and limits.
+
+KEYS = ["first-key-of-the-test", "second-key-of-the-test"]
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text(f"# who may ask\n{KEYS[0]}\n\n{KEYS[1]}\n")
+    return path
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_every_route_but_health_and_the_page_asks_for_a_key(tiny: Path, key_file: Path) -> None:
+    with running(tiny, host="0.0.0.0", api_keys=key_file) as client:
+        routes = [(route.path, method) for route in client.app.routes for method in route.methods]  # type: ignore[attr-defined]
+        assert len(routes) >= 12 and ("/health", "GET") in routes
+        for path, method in [*routes, ("/nowhere", "GET"), (CHAT, "OPTIONS"), ("/Health", "GET"), ("/health/", "GET")]:
+            if (path in ("/health", *guard.PAGE)) and method == "GET":
+                assert client.get(path).status_code == 200
+                continue
+            for headers in ({}, bearer("wrong")):
+                assert client.request(method, path, headers=headers).status_code == 401, (path, method)
+            assert client.request(method, path, headers=bearer(KEYS[1])).status_code != 401
+        for wrong in (f"Bearer {KEYS[0][:-1]}", KEYS[0], f"Basic {KEYS[0]}", "Bearer", f"Bearer {KEYS[0]} {KEYS[1]}"):
+            assert client.get("/ready", headers={"Authorization": wrong}).status_code == 401, wrong
+        assert "Bearer" in client.get("/ready").headers["www-authenticate"]
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key is compared, by the function made for it, whichever matches."""
+    compared = []
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b)
+    keys = Keys(KEYS)
+    names = [keys.name(f"Bearer {key}") for key in (*KEYS, "x", "ü")]
+    assert names[0] != names[1] and names[2:] == [None, None]
+    assert compared == [(32, 32)] * 8
+    assert not any(key in str(names) for key in KEYS)
+
+
+def test_an_address_of_the_network_demands_keys(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "::", "example.com"):
+        with pytest.raises(OptionError, match="--api-keys"):
+            Settings(host=host)
+    for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
+        Settings(host=host)
+    for text, match in (("", "has none"), ("short", "5 characters")):
+        (tmp_path / "keys").write_text(text)
+        with pytest.raises(OptionError, match=match):
+            Keys.read(tmp_path / "keys")
+    with pytest.raises(OptionError, match="cannot be read"):
+        Keys.read(tmp_path / "none")
+    with pytest.raises(OptionError, match="max-body-mb"):
+        Settings(max_body_mb=0)
+
+
+def test_without_keys_only_this_machine_is_answered(client: TestClient) -> None:
+    """A page in a browser can reach 127.0.0.1: by a name that leads here, from its own origin, or through a proxy."""
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"X-Forwarded-For": "9.9.9.9"}):
+        assert client.get("/v1/models", headers=headers).status_code == 403, headers
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/models"):
+        pass
+    for headers in ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, {"Host": "[::1]:8000"}):
+        assert client.get("/v1/models", headers=headers).status_code == 200, headers
+
+
+def test_one_key_learns_nothing_of_another(tiny: Path, key_file: Path) -> None:
+    """Neither its files, nor by cached tokens or time that it asked the same."""
+    messages = user(picture(RED), "A question that is long enough to be kept in the cache of prefixes, with an image")
+    body = {"model": "tiny", "messages": messages, "max_tokens": 2}
+    with running(tiny, api_keys=key_file) as client:
+        engine = client.app.state.service.bot.engine  # type: ignore[attr-defined]
+        cached, encoded = [], []
+        for key in (KEYS[0], KEYS[0], KEYS[1], KEYS[1]):
+            usage = client.post(CHAT, json=body, headers=bearer(key)).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+            encoded.append(engine.load().crops_encoded)
+        assert cached[0] == cached[2] == 0 < cached[1] == cached[3]
+        assert encoded == [1, 1, 2, 2]
+        name = upload(client, png("red"), **bearer(KEYS[0])).json()["id"]
+        assert client.get(f"/v1/files/{name}", headers=bearer(KEYS[1])).status_code == 404
+        assert client.get("/v1/files", headers=bearer(KEYS[1])).json()["data"] == []
+        theirs = {**body, "messages": user(picture(name))}
+        assert client.post(CHAT, json=theirs, headers=bearer(KEYS[1])).status_code == 404
+        assert client.post(CHAT, json=theirs, headers=bearer(KEYS[0])).status_code == 200
+
+
+def test_requests_a_minute(tiny: Path, key_file: Path) -> None:
+    with running(tiny, api_keys=key_file, requests_per_minute=3) as client:
+        statuses = [client.get("/v1/models", headers=bearer(KEYS[0])).status_code for _ in range(4)]
+        assert statuses == [200, 200, 200, 429]
+        assert client.get("/v1/models", headers=bearer(KEYS[1])).status_code == 200
+        assert 1 <= int(client.get("/v1/models", headers=bearer(KEYS[0])).headers["retry-after"]) <= 21
+        assert client.get("/health").status_code == 200
+    rate = Rate(60)
+    for at in [0.0] * 60 + [1.0, 2.0]:
+        rate.take("a", at)
+    with pytest.raises(Refusal):
+        rate.take("a", 2.5)
+
+
+def test_media_come_only_from_where_it_was_allowed(client: TestClient, tiny: Path, tmp_path: Path) -> None:
+    root = tmp_path / "media"
+    root.mkdir()
+    (root / "a.png").write_bytes(png("red"))
+    (tmp_path / "secret.png").write_bytes(png("blue"))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "film").mkdir()
+    (root / "film" / "1.png").write_bytes(b"broken")
+    for part in (
+        picture("https://example.com/a.png"),
+        {"type": "image", "path": str(root / "a.png")},
+        picture(f"file://{root}/a.png"),
+    ):
+        assert ask(client, messages=user(part)).status_code == 403, part
+    with running(tiny, media_root=root, allow_host=("images.example.com",)) as open_client:
+        assert ask(open_client, messages=user({"type": "image", "path": "a.png"})).status_code == 200
+        outside = ("../secret.png", "link.png", str(tmp_path / "secret.png"), "/etc/passwd", "nothing.png", "..", "a.png\0")
+        for path in outside:
+            for part in ({"type": "image", "path": path}, {"type": "video", "path": path}, picture(f"file:{path}")):
+                refused = ask(open_client, messages=user(part))
+                assert refused.status_code in (400, 403, 422), part
+                assert str(tmp_path) not in refused.text.replace(path, ""), part
+        broken = ask(open_client, messages=user({"type": "video", "path": "film"}))
+        assert broken.status_code == 422 and "film/1.png" in broken.text and str(tmp_path) not in broken.text
+        elsewhere = ask(open_client, messages=user(picture("https://other.example.com/a.png")))
+        assert elsewhere.status_code == 403 and "other.example.com:443" in elsewhere.text
+
+
+@pytest.mark.parametrize(
+    ("hosts", "url", "allowed"),
+    [
+        (("a.example",), "https://a.example/x", True),
+        (("a.example",), "http://A.example./x", True),
+        (("a.example",), "https://a.example:8443/x", False),
+        (("a.example:8443",), "https://a.example:8443/x", True),
+        (("a.example:8443",), "https://a.example/x", False),
+        (("a.example",), "https://b.a.example/x", False),
+        (("*.a.example",), "https://b.a.example/x", True),
+        (("*.a.example",), "https://a.example/x", False),
+        (("*.a.example",), "https://evil-a.example/x", False),
+        (("*.a.example",), "https://evil.example/.a.example", False),
+        (("*",), "https://anything.example/x", True),
+        (("*",), "http://anything.example:22/x", False),
+        ((), "https://a.example/x", False),
+        (None, "http://a.example:99/x", True),
+    ],
+)
+def test_hosts_that_media_may_come_from(hosts: tuple[str, ...] | None, url: str, allowed: bool) -> None:
+    if allowed:
+        Address.parse(url).check(hosts)
+    else:
+        with pytest.raises(MediaRefused, match="may not be fetched"):
+            Address.parse(url).check(hosts)
+
+
+def test_a_redirect_leads_to_allowed_hosts_only() -> None:
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302 if self.path == "/moved" else 200)
+            if self.path == "/moved":
+                self.send_header("Location", f"http://localhost:{port}/a.png")
+            self.end_headers()
+            self.wfile.write(png("red"))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as http:
+        port = http.server_port
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        try:
+            for hosts, allowed in (((f"127.0.0.1:{port}", f"localhost:{port}"), True), ((f"127.0.0.1:{port}",), False)):
+                loader = Loader(Limits(allow_private=True, remote_hosts=hosts))
+                assert loader.image(f"http://127.0.0.1:{port}/a.png").size == (40, 30)
+                with contextlib.nullcontext() if allowed else pytest.raises(MediaRefused, match=f"localhost:{port} here"):
+                    loader.image(f"http://127.0.0.1:{port}/moved")
+        finally:
+            http.shutdown()
+
+
+def bomb() -> bytes:
+    """A PNG of 60 KB whose header promises 20,000 x 20,000 pixels."""
+
+    def block(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    size = (20_000).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", size + size + b"\x08\x02\0\0\0") + block(b"IDAT", zlib.compress(bytes(10**7)))
+
+
+def nested(depth: int) -> str:
+    return '{"model": "tiny", "messages": ' + "[" * depth + "]" * depth + "}"
+
+
+HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
+    "nothing": b"",
+    "no JSON": b"\x00\xff\xfe garbage",
+    "half": b'{"model": "tiny", "messages": [{"role": "us',
+    "a number": b"5",
+    "a list": b"[]",
+    "null": b"null",
+    "twice": b"{}{}",
+    "not UTF-8": b'{"model": "\xff\xff"}',
+    "deep": nested(50),
+    "deeper": nested(100_000),
+    "deepest": nested(2_000_000),
+    "wide": '{"model": "tiny", "messages": [' + "[]," * 200_000 + "[]]}",
+    "long list": '{"model": "tiny", "messages": [' + "5," * 80_000 + "5]}",
+    "long object": json.dumps({"model": "tiny", "messages": WHAT, "logit_bias": {f"x{i}": "y" for i in range(80_000)}}),
+    "many fields": json.dumps({"model": "tiny", "messages": WHAT} | {f"x{i}": 1 for i in range(4000)}),
+    "long number": '{"model": "tiny", "n": ' + "9" * 10_000 + "}",
+    "NaN": '{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+    "infinity": '{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 1e999}',
+    "surrogate": '{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "surrogate field": '{"model": "tiny", "\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}',
+    "surrogate model": '{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+    "long text": {"messages": [{"role": "user", "content": "x" * 600_000}]},
+    "long role": {"messages": [{"role": "x" * 2_000_000, "content": "x"}]},
+    "long name": {"messages": user({"type": "views", "views": {"x" * 600_000: RED}})},
+    "deep view": {"messages": user({"type": "views", "views": [[[[[RED]]]]]})},
+    "times": {"messages": user({**STILLS, "times": [float(i) for i in range(1000)]})},
+    "no speed": {"messages": user({**STILLS, "fps": 1e-300})},
+    "late": {"messages": user({**STILLS, "start": 1e300})},
+    "bomb": {"messages": user(picture(data_url(bomb())))},
+    "cut": {"messages": user(picture(data_url(png("red")[:60])))},
+    "thin": {"messages": user(picture(data_url(png("red", (3000, 1)))))},
+    "no base64": {"messages": user(picture("data:image/png;base64,%%%"))},
+    "not base64": {"messages": user(picture("data:text/html,<b>"))},
+    "svg": {"messages": user(picture(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")))},
+    "polyglot": {"messages": user(picture(data_url(b"GIF89a/*" + b"\0" * 100 + b"*/=1;")))},
+    "tiff": {"messages": user(picture(data_url(b"II*\0" + bytes(100))))},
+    "film": {"messages": user({"type": "video_url", "video_url": {"url": data_url(b"\0\0\0\x18ftypisom" + bytes(3000))}})},
+    "playlist": {"messages": user({"type": "video_url", "video_url": {"url": data_url(b"#EXTM3U\nhttp://127.0.0.1/\n")}})},
+    "number": {"messages": user({"type": "image", "image": 5})},
+    "numbers": {"messages": user({"type": "image", "image": [[1, 2], [3, 4]]})},
+    "empty video": {"messages": user({"type": "video", "video": []})},
+    "many images": {"messages": user(*[picture(RED)] * 33)},
+    "many frames": {"messages": user(*[{**STILLS, "video": [RED] * 64, "frames": 64}] * 5)},
+    "metadata": {"messages": user(picture("http://169.254.169.254/latest/meta-data/"))},
+    "gopher": {"messages": user(picture("gopher://127.0.0.1:25/"))},
+    "backslash": {"messages": user(picture("http:\\\\127.0.0.1\\a.png"))},
+    "placeholder": {"messages": user("look: <image>")},
+    "passwd": {"messages": user({"type": "image", "path": "/etc/passwd"})},
+    "path in path": {"messages": user({"type": "image", "path": {"path": 5}})},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_requests_get_a_4xx_and_the_server_goes_on(
+    client: TestClient, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = HOSTILE[name]
+    body = json.dumps({"model": "tiny", "max_tokens": 2} | case) if isinstance(case, dict) else case
+    began = time.monotonic()
+    for path in (CHAT, "/v1/messages/count"):
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        if path == CHAT or answer.status_code != 200:  # what is too much to decode can still be counted
+            assert 400 <= answer.status_code < 500, answer.text
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            assert len(answer.text) < 2000
+            assert "Traceback" not in answer.text and "object at 0x" not in answer.text and str(ROOT) not in answer.text
+    assert time.monotonic() - began < 30
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert ask(client, max_tokens=1).status_code == 200
+
+
+def test_a_body_over_the_limit_is_not_read(tiny: Path) -> None:
+    with running(tiny, max_body_mb=1) as client:
+        for body in (bytes(1_000_001), iter([bytes(500_000)] * 5)):
+            refused = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+            assert refused.status_code == 413 and "1 MB" in refused.text
+        assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 400
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", [RuntimeError("secret /etc/x"), ValueError("secret /etc/x"), MemoryError("secret /etc/x")])
+def test_a_fault_fails_the_requests_it_hit_and_the_next_works(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception, stream: bool
+) -> None:
+    runner = client.app.state.service.bot.engine._runner  # type: ignore[attr-defined]
+    run, left = runner.run, [1]
+
+    def broken(plan: Any) -> Any:
+        if left and left.pop():
+            raise fault
+        return run(plan)
+
+    monkeypatch.setattr(runner, "run", broken)
+    hit = ask(client, stream=stream)
+    error = json.loads(hit.text.split("data: ")[-1])["error"] if stream else hit.json()["error"]
+    assert hit.status_code == (200 if stream else 500)
+    number = re.search(r"error ([0-9a-f]{12})$", error["message"])
+    assert number and "secret" not in hit.text
+    assert any(number[1] in record.getMessage() and record.exc_info for record in caplog.records), "the log has it"
+    assert ask(client).status_code == 200
+    settled(client)
+
+
+def test_a_mistake_of_ours_before_the_engine_is_an_id(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("/secret/path")
+
+    monkeypatch.setattr(client.app.state.service.bot, "prompt", broken)  # type: ignore[attr-defined]
+    hit = ask(client)
+    assert (hit.status_code, hit.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in hit.text and "/secret/path" in caplog.text
+
+
+def test_an_engine_that_fails_for_good_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(tiny) as client:
+        engine = client.app.state.service.bot.engine  # type: ignore[attr-defined]
+
+        def broken() -> None:
+            raise ValueError("no way on")
+
+        monkeypatch.setattr(engine, "step", broken)
+        assert ask(client).status_code == 500
+        until(lambda: client.get("/health").status_code == 503)
+        assert ask(client).status_code == client.get("/ready").status_code == 503
+        monkeypatch.undo()
+
+
+def test_media_are_read_in_one_thread_and_computed_in_another(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    bot = client.app.state.service.bot  # type: ignore[attr-defined]
+    seen: dict[str, str] = {}
+    for owner, name in ((bot.processor.loader, "image"), (bot.engine, "add"), (bot.engine, "step")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner,
+            name,
+            lambda *a, real=real, name=name, **k: seen.update({name: threading.current_thread().name}) or real(*a, **k),
+        )
+    assert ask(client).status_code == 200
+    assert seen.pop("image").startswith("media") and seen == {"add": "engine", "step": "engine"}
+
+
+def test_a_full_queue_is_a_503_that_says_when_to_come_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(tiny, max_requests=2) as client, ThreadPoolExecutor(2) as pool:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        free, prompt = threading.Event(), service.bot.prompt
+        monkeypatch.setattr(service.bot, "prompt", lambda *a: free.wait() and prompt(*a))
+        waiting = [pool.submit(ask, client) for _ in range(2)]
+        until(lambda: service.under_way == 2)
+        for refused in (ask(client), client.post("/v1/messages/count", json={"messages": WHAT}), client.get("/ready")):
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        free.set()
+        assert [answer.result().status_code for answer in waiting] == [200, 200]
+        until(lambda: client.get("/ready").status_code == 200)
+
+
+# Over a real port.
+
+
+@contextlib.contextmanager
+def listening(tiny: Path, **changes: Any) -> Iterator[Server]:
+    settings = Settings(port=0, requests_per_minute=100_000, **changes)
+    server = Server(create_app(load(tiny, device="cpu"), settings), settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Server]:
+    with listening(tiny, keep_alive=0.05, grace=0.1) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def impatient(tiny: Path) -> Iterator[Server]:
+    with listening(tiny, body_seconds=0.8, grace=0.1) as server:
+        yield server
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = server.servers[0].sockets[0].getsockname()
+    return socket.create_connection((host, port), timeout=10)
+
+
+def request(path: str, body: bytes = b"", **headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, *(f"{n}: {v}" for n, v in headers.items()), "", ""]).encode() + body
+
+
+def chat_body(**fields: Any) -> bytes:
+    return json.dumps({"model": "tiny", "messages": WHAT} | fields).encode()
+
+
+def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) -> None:
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as api:
+        assert [model.id for model in api.models.list()] == ["tiny"]
+        text = oracle.chat(WHAT, max_new_tokens=8, temperature=1.5, seed=1).text
+        how: dict[str, Any] = {"model": "tiny", "messages": WHAT, "max_completion_tokens": 8, "temperature": 1.5, "seed": 1}
+        whole = api.chat.completions.create(**how)
+        assert whole.choices[0].message.content == text
+        assert whole.usage and whole.usage.prompt_tokens_details
+        assert whole.usage.prompt_tokens_details.cached_tokens is not None
+        chunks = list(api.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+        assert chunks[-1].usage and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+        extra = api.chat.completions.create(**how, extra_body={"top_k": 1, "frames": 2})
+        assert extra.choices[0].message.content == oracle.chat(WHAT, max_new_tokens=8).text
+        (tmp_path / "a.png").write_bytes(png("red"))
+        stored = api.files.create(file=tmp_path / "a.png", purpose="vision")
+        assert [file.id for file in api.files.list()] == [stored.id] and stored.filename == "a.png"
+        about: Any = user(picture(stored.id), "What is this?")
+        assert api.chat.completions.create(**how | {"messages": about}).choices[0].message.content == text
+        assert api.files.delete(stored.id).deleted
+        with pytest.raises(openai.BadRequestError, match="tools"):
+            api.chat.completions.create(**how, tools=[{"type": "function", "function": {"name": "f"}}])
+        with pytest.raises(openai.NotFoundError, match="no model"):
+            api.chat.completions.create(**how | {"model": "gpt"})
+        with pytest.raises(openai.PermissionDeniedError, match="may not be fetched"):
+            api.chat.completions.create(**how | {"messages": user(picture("https://example.com/a.png"))})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("half", [False, True])
+def test_who_leaves_frees_their_memory_at_once(server: Server, stream: bool, half: bool) -> None:
+    worker = server.service.worker
+    with connect(server) as leaving:
+        leaving.sendall(request(CHAT, chat_body(stream=stream, max_tokens=3900, n=2)))
+        until(lambda: worker.load.running == 2)
+        if stream:
+            assert leaving.recv(100).startswith(b"HTTP/1.1 200")
+        if half:
+            leaving.shutdown(socket.SHUT_WR)
+            until(lambda: not worker.load.running)
+    until(lambda: not (worker.load.running or worker.load.kv_running or server.service.under_way))
+    worker.engine.check()
+
+
+def test_a_stream_says_that_it_is_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = server.service.bot.engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.12) or step())
+    with connect(server) as reading:
+        reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=2), Connection="close"))
+        text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
+    assert re.search(r"^: ", text, re.MULTILINE) and "[DONE]" in text
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [[b""], [b"POST /v1/chat"], [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v1"]],
+    ids=["nothing", "half a header", "half a second header"],
+)
+def test_a_header_that_does_not_come_ends_the_connection(impatient: Server, sent: list[bytes]) -> None:
+    with connect(impatient) as slow:
+        for data in sent[:-1]:
+            slow.sendall(data)
+            assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+        slow.sendall(sent[-1])
+        began = time.monotonic()
+        while slow.recv(65536):
+            pass
+        assert 0.4 < time.monotonic() - began < 30
+
+
+def test_a_body_that_does_not_come_is_a_408(impatient: Server) -> None:
+    with connect(impatient) as slow:
+        slow.sendall(request(CHAT, chat_body())[:-5])
+        assert slow.recv(65536).startswith(b"HTTP/1.1 408")
+    until(lambda: not impatient.service.under_way)
+
+
+def test_garbage_on_the_wire(server: Server) -> None:
+    for sent in (
+        b"\x16\x03\x01\x02\x00\x01",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"G" * 200_000,
+        request(CHAT, b"{", **{"Content-Length": "-1"}),
+    ):
+        with connect(server) as hostile, contextlib.suppress(ConnectionError):
+            hostile.sendall(sent)
+            assert hostile.recv(65536)[:10] in (b"", b"HTTP/1.1 4")
+    with connect(server) as fine:
+        fine.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert fine.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_who_takes_nothing_is_left() -> None:
+    """A client that does not read its answer blocks the sending; after a time the request ends and what it held is free."""
+    left = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x"})
+        finally:
+            left.append(True)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"question", "more_body": False}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    guarded = guard.Guard(app, Settings(body_seconds=0.05), None, Metrics())
+    scope = {"type": "http", "path": "/health", "headers": []}
+    asyncio.run(asyncio.wait_for(guarded(scope, receive, send), 5))
+    assert left and guarded.held == 0
+
+
+def test_what_runs_is_finished_before_the_server_goes(tiny: Path) -> None:
+    with listening(tiny, grace=20) as going, connect(going) as reading:
+        reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=100)))
+        until(lambda: going.service.worker.load.running)
+        going.should_exit = True
+        text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
+        assert "[DONE]" in text and "error" not in text
+    assert not going.service.worker._thread.is_alive()
+
+
+def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
+    with listening(tiny, grace=0.2) as going, connect(going) as reading:
+        reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=3900)))
+        until(lambda: going.service.worker.load.running)
+        going.should_exit = True
+        text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
+        assert '"code":"stopping"' in text and "[DONE]" not in text
+
+
+# What is told.
+
+
+def test_metrics_count(client: TestClient) -> None:
+    def read() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = read()
+    usage = ask(client, max_tokens=3).json()["usage"]
+    ask(client, temperature=9)
+    client.get("/some/unheard/of/path")
+    after = read()
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more('llava_tokens_total{kind="prompt"}') == usage["prompt_tokens"]
+    assert more('llava_tokens_total{kind="cached"}') == usage["prompt_tokens_details"]["cached_tokens"]
+    assert more('llava_tokens_total{kind="generated"}') == usage["completion_tokens"] == 3
+    assert more(f'llava_requests_total{{route="{CHAT}",status="200"}}') == 1
+    assert more(f'llava_requests_total{{route="{CHAT}",status="400"}}') == more('llava_refusals_total{code="invalid_value"}') == 1
+    assert more('llava_requests_total{route="other",status="404"}') == 1
+    assert more("llava_first_token_seconds_count") == more("llava_prepare_seconds_count") == more("llava_crops_total") == 1
+    assert after["llava_kv_total"] == 8192 and after["llava_running"] == after["llava_under_way"] == 0
+
+
+def test_the_log_has_the_user_and_no_text(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "llava_interleave")
+    ask(client, user="someone\nelse", messages=user("a private question"))
+    lines = [record.getMessage() for record in caplog.records if record.name == "llava_interleave.server"]
+    assert len(lines) == 1 and r"'someone\nelse'" in lines[0] and "private" not in caplog.text
+
+
+def test_the_document_of_the_api_is_whole(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["components"]["schemas"]["ChatRequest"]["properties"]) == set(ChatRequest.model_fields)
+    assert client.get("/docs").status_code == 404  # its scripts would come from a foreign host
+
+
+def test_the_guide_has_every_flag_and_no_other() -> None:
+    guide = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    told = CliRunner().invoke(cli.app, ["serve", "--help"], terminal_width=200).output
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Settings)}
+    assert flags <= set(re.findall(r"--[a-z-]+", told))
+    assert flags <= set(re.findall(r"^\| `(--[a-z-]+)` \|", guide, re.MULTILINE))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", guide)) <= set(re.findall(r"--[a-z-]+", told)) | {"--help"}
+    for field in dataclasses.fields(Settings):
+        row = next(line for line in guide.splitlines() if line.startswith(f"| `--{field.name.replace('_', '-')}` |"))
+        default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+        assert field.default in (None, ()) or f"| {default} |" in row, row
+
+
+def test_the_command_serves_what_its_flags_say(tiny: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Server] = []
+    monkeypatch.setattr(Server, "run", lambda server: made.append(server))
+    words = ["serve", "-m", str(tiny), "--host", "0.0.0.0", "--port", "81", "--api-keys", str(key_file), "--name", "mine"]
+    done = CliRunner().invoke(cli.app, [*words, "--allow-host", "a.example", "--allow-host", "*.b.example", "--grace", "2.5"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    settings = made[0].service.settings
+    assert (settings.host, settings.port, settings.grace) == ("0.0.0.0", 81, 2.5)
+    assert settings.allow_host == ("a.example", "*.b.example")
+    assert made[0].service.name == "mine"
+    limits = made[0].service.bot.processor.loader.limits
+    assert limits.remote_hosts == settings.allow_host and limits.allow_remote and not limits.allow_local_files
+    refused = CliRunner().invoke(cli.app, ["serve", "--host", "0.0.0.0"])
+    assert isinstance(refused.exception, OptionError) and len(made) == 1
+
+
+def test_nothing_of_it_is_imported_without_need() -> None:
+    code = "import sys, llava_interleave.cli; print({'fastapi', 'uvicorn', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_loop_that_is_gone_does_not_stop_the_thread(tiny: Path) -> None:
+    """A client's event loop may end before its job: the thread goes on for the others."""
+    from llava_interleave.server.worker import Job, Worker
+
+    bot = load(tiny, device="cpu")
+    worker = Worker(bot)
+    prompt = bot.prompt(WHAT, max_new_tokens=5)
+    worker.start()
+
+    async def leave() -> None:
+        worker.submit(Job(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop()))
+
+    async def stay() -> int:
+        job = Job(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
+        worker.submit(job)
+        while True:
+            piece = await job.next()
+            if piece and piece.answer:
+                return len(piece.answer.tokens)
+
+    asyncio.run(leave())
+    assert asyncio.run(stay()) == 5
+    worker.close()
