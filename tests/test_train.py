@@ -25,6 +25,7 @@ from llava_interleave.train.loop import TrainConfig, groups, train
 from llava_interleave.train.loss import Loss, answers
 from llava_interleave.world import SCENARIOS, episode
 from llava_interleave.world.data import conversation, pictures, write
+from llava_interleave.world.episodes import FRAMES
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,10 @@ def test_batches_go_on_at_any_position_and_do_not_depend_on_workers() -> None:
 CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log_every=1)
 
 
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [0.0, 2.0])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
+    folder: Path, prompts: list[Prompt], tmp_path: Path, muon: float
+) -> None:
     """Killed after step 5, whose last checkpoint is of step 3."""
     windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
 
@@ -147,8 +151,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(folder: Path, prom
                 raise Killed
             return answers(model, batch)
 
-        return train(network, loss, lambda at: batches(windows, at, workers=0), CONFIG, out, say=lambda _: None)
+        return train(network, loss, lambda at: batches(windows, at, workers=0), config, out, say=lambda _: None)
 
+    config = replace(CONFIG, muon=muon)
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed):
         run(tmp_path / "killed", kill=10)
@@ -159,7 +164,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(folder: Path, prom
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
     with pytest.raises(DataError, match=r"another config \(lr: 0.001 there, 0.002 here\)"):
-        train(whole, answers, lambda at: batches(windows, at, workers=0), replace(CONFIG, lr=2e-3), tmp_path / "whole")
+        train(whole, answers, lambda at: batches(windows, at, workers=0), replace(config, lr=2e-3), tmp_path / "whole")
 
 
 def test_frozen_parts_stay_bit_equal(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -172,8 +177,20 @@ def test_frozen_parts_stay_bit_equal(model: Llava, prompts: list[Prompt], tmp_pa
 
 
 def test_matrices_decay_and_vectors_do_not(model: Llava) -> None:
-    for group in groups(model, CONFIG):
+    for group in groups(model, CONFIG)[0]:
         assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_muon_steps_the_matrices_but_no_embedding(model: Llava) -> None:
+    """Every parameter has exactly one optimiser."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    adamw, muon = ([names[id(p)] for g in some for p in g["params"]] for some in groups(model, replace(CONFIG, muon=2.0)))
+    assert sorted(adamw + muon) == sorted(names.values())
+    assert "language_model.layers.0.mlp.down_proj.weight" in muon
+    assert "language_model.embed_tokens.weight" in adamw
+    assert "vision_tower.embeddings.position_embedding.weight" in adamw
+    assert not any(name.endswith(("norm.weight", "bias")) for name in muon)
+    assert {g["scale"] for g in groups(model, replace(CONFIG, muon=2.0))[1]} == {2.0}
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -239,28 +256,64 @@ def test_a_missing_picture_is_named_with_its_sample(folder: Path, tmp_path: Path
         finetune(folder, annotations, tmp_path / "out", CONFIG, workers=0)
 
 
-def test_the_tower_learns_to_name_what_it_sees(tmp_path: Path) -> None:
-    network = tower.Naming(tiny.VISION)
+@pytest.fixture
+def naming(tmp_path: Path) -> tuple[Llava, tower.Naming]:
+    config, source = tiny.prepare(tmp_path / "recipe", texts=40)
+    network = Llava(config)
     tiny.initialise(network, 0)
+    return network, tower.Naming(data.processor(source).tokenizer)
+
+
+def test_tower_and_projector_learn_to_name_what_they_see(naming: tuple[Llava, tower.Naming], tmp_path: Path) -> None:
+    network, loss = naming
     batch, _ = next(tower.pictures(tiny.VISION, 1, 1, Position()))
-    first = tower.naming(network, batch)
-    config = TrainConfig(steps=12, lr=1e-3, warmup=2)
+    first = loss(network, batch)
+    config = TrainConfig(steps=12, lr=1e-3, warmup=2, scales=tiny.SEE.scales)
+    words = network.language_model.embed_tokens.weight.detach().clone()
 
     def same(at: Position):  # type: ignore[no-untyped-def]
         while True:
             yield batch, at
 
-    train(network, tower.naming, same, config, tmp_path, say=lambda _: None)
-    last = tower.naming(network, batch)
+    train(network, loss, same, config, tmp_path, say=lambda _: None)
+    last = loss(network, batch)
     assert last.total.item() < 0.7 * first.total.item()
+    assert torch.equal(words, network.language_model.embed_tokens.weight)
+
+
+def test_a_name_is_the_mean_of_its_tokens_with_and_without_a_space(naming: tuple[Llava, tower.Naming], tmp_path: Path) -> None:
+    network, loss = naming
+    tokenizer = data.processor(tmp_path / "recipe" / "processor").tokenizer
+    vectors = loss.vectors(network)
+    for group, found in zip(tower.NAMES, vectors, strict=True):
+        for name, vector in zip(group, found, strict=True):
+            ids = tokenizer.encode(name) + tokenizer.encode(f" {name}")
+            torch.testing.assert_close(vector, network.language_model.embed_tokens.weight[ids].mean(0))
+
+
+def test_calibration_changes_the_size_of_features_and_not_what_they_say(naming: tuple[Llava, tower.Naming]) -> None:
+    """Unscaled, a tower's features drowned what the decoder adds to them, and it learnt to look only much later."""
+    network, loss = naming
+    batch = tower.Pictures(tiny.VISION, 1, 1)[0]
+    with torch.no_grad():
+        for p in network.vision_tower.parameters():
+            p.mul_(3)
+    network.requires_grad_(False)
+    before = network.encode(batch.pixels)
+    loss.calibrate(network, batch)
+    after = network.encode(batch.pixels)
+    scale = (after * before).sum() / before.square().sum()
+    # up to the epsilon of the layer norms, which does not scale
+    torch.testing.assert_close(after, before * scale, rtol=1e-2, atol=1e-2 * float(after.abs().max()))
+    assert network.vision_tower(batch.pixels).square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
 
 
 def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> None:
     """Two steps of each stage: every part of the recipe runs, and the folder loads."""
     short = TrainConfig(steps=2, warmup=1)
-    done = tiny.main(tmp_path, short, short, texts=40)
+    done = tiny.main(tmp_path, short, short, short, texts=40)
     from llava_interleave.chatbot import load
 
     bot = load(done)
-    assert bot.processor.num_frames == 6
+    assert bot.processor.num_frames == FRAMES
     assert isinstance(bot.ask("What is there?", pictures(episode("single", Random(0)), 96), max_new_tokens=3).text, str)

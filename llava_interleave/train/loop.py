@@ -1,4 +1,4 @@
-"""One training loop: AdamW, warm-up and cosine, one JSONL line a step, checkpoints from which a run goes on bit for bit."""
+"""One training loop: AdamW and Muon, warm-up and cosine, JSONL log, checkpoints from which a run goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class TrainConfig:
     scales: factor on the learning rate of parameters whose name starts with the key; 0 freezes them.
     decay: weight decay of matrices (vectors have none).
     beta2: decay of AdamW's second moment; the first is 0.9.
+    muon: factor on the learning rate of matrices but embeddings, which are stepped by Muon then, its step as large as AdamW's
+        would be (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982); 0 leaves all to AdamW.
     clip: largest norm of a step's gradient.
     accumulate: batches a step; their losses are summed and divided by the step's count.
     bfloat16: multiply matrices in bfloat16; weights, sums and the optimiser stay float32.
@@ -43,6 +45,7 @@ class TrainConfig:
     scales: tuple[tuple[str, float], ...] = ()
     decay: float = 0.05
     beta2: float = 0.98
+    muon: float = 0.0
     clip: float = 1.0
     accumulate: int = 1
     bfloat16: bool = False
@@ -83,15 +86,16 @@ def train(
     Raises DataError if the data end early or the loss is not a number; the last checkpoint stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optimiser = torch.optim.AdamW(groups(model, config), lr=config.lr, betas=(0.9, config.beta2), fused=True)
-    step, position = restore(folder, model, optimiser, config)
+    optimisers = make(model, config)
+    step, position = restore(folder, model, optimisers, config)
     model.train()
     source = data(position)
     began, tokens = time.perf_counter(), 0
     with (folder / "log.jsonl").open("a") as log:
         while step < config.steps:
-            for group in optimiser.param_groups:
-                group["lr"] = config.lr * group["scale"] * config.rate(step)
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = config.lr * group["scale"] * config.rate(step)
             taken = []
             for _ in range(config.accumulate):
                 try:
@@ -115,8 +119,9 @@ def train(
                 if p.grad is not None:
                     p.grad /= count
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-            optimiser.step()
-            optimiser.zero_grad()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
             step, tokens = step + 1, tokens + count
             if step % config.log_every == 0 or step == config.steps:
                 rate = tokens / (time.perf_counter() - began)
@@ -133,34 +138,53 @@ def train(
                 log.flush()
                 say(f"step {step:,} of {config.steps:,}  loss {value:.4f}  right {right:.1%}  {rate:,.0f} learnt tokens/s")
             if step % config.save_every == 0 or step == config.steps:
-                checkpoint(folder, model, optimiser, step, position, config)
+                checkpoint(folder, model, optimisers, step, position, config)
     return model.eval()
 
 
-def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Parameters by learning-rate scale and weight decay; those with scale 0 are frozen."""
-    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+def make(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for what `groups` gives it, and Muon for the rest, if anything."""
+    for_adamw, for_muon = groups(model, config)
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(for_adamw, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
+    if for_muon:
+        made.append(torch.optim.Muon(for_muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
+def groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Parameters of AdamW and of Muon, by learning-rate scale and weight decay; those with scale 0 are frozen."""
+    found: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         scale = next((s for prefix, s in config.scales if name.startswith(prefix)), 1.0)
         parameter.requires_grad_(scale > 0)
+        muon = config.muon > 0 and parameter.dim() == 2 and "embed" not in name and not name.startswith("lm_head")
         if scale > 0:
-            found.setdefault((scale, parameter.dim() > 1), []).append(parameter)
-    return [
-        {"params": params, "scale": scale, "weight_decay": config.decay if matrix else 0.0}
-        for (scale, matrix), params in found.items()
-    ]
+            found.setdefault((muon, scale * config.muon if muon else scale, parameter.dim() > 1), []).append(parameter)
+    made: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for (muon, scale, matrix), params in found.items():
+        made[muon].append({"params": params, "scale": scale, "weight_decay": config.decay if matrix else 0.0})
+    return made
 
 
 def checkpoint(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, position: Position, config: TrainConfig
+    folder: Path,
+    model: nn.Module,
+    optimisers: list[torch.optim.Optimizer],
+    step: int,
+    position: Position,
+    config: TrainConfig,
 ) -> None:
-    """Write weights, optimiser and position beside the last checkpoint, then put them in its place."""
+    """Write weights, optimisers and position beside the last checkpoint, then put them in its place."""
     new, old, gone = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     for path in (new, gone):
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir()
-    state = optimiser.state_dict()["state"]
-    moments = {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+    moments = {
+        f"{number}.{index}.{name}": value
+        for number, optimiser in enumerate(optimisers)
+        for index, values in optimiser.state_dict()["state"].items()
+        for name, value in values.items()
+    }
     save_file(dict(model.named_parameters()), new / "model.safetensors")
     save_file(moments, new / "optimiser.safetensors")
     facts = {"step": step, "position": asdict(position), "config": asdict(config)}
@@ -171,7 +195,7 @@ def checkpoint(
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, config: TrainConfig) -> tuple[int, Position]:
+def restore(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], config: TrainConfig) -> tuple[int, Position]:
     """Take up the checkpoint in `folder`, if there is one: (step, position). Raises DataError if it is of another config."""
     last = next((p for p in (folder / "checkpoint", folder / "checkpoint.old") if (p / "state.json").exists()), None)
     if last is None:
@@ -187,10 +211,12 @@ def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, co
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     moments = load_file(last / "optimiser.safetensors")
-    fresh = optimiser.state_dict()
-    fresh["state"] = {}
-    for key, value in moments.items():
-        index, name = key.split(".", 1)
-        fresh["state"].setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict(fresh)
+    for number, optimiser in enumerate(optimisers):
+        fresh = optimiser.state_dict()
+        fresh["state"] = {}
+        for key, value in moments.items():
+            whose, index, name = key.split(".", 2)
+            if int(whose) == number:
+                fresh["state"].setdefault(int(index), {})[name] = value
+        optimiser.load_state_dict(fresh)
     return facts["step"], Position(**facts["position"])

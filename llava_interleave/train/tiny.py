@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..model import Llava
-from ..model.vision import Layer, SigLIP
 from ..prompt import Prompt
 from ..testing import processor_files, train_tokenizer
 from ..weights import save
@@ -28,7 +29,7 @@ from .loop import TrainConfig, train
 from .loss import answers
 
 SEED = 1
-PIECES = 700
+PIECES = 960
 VISION = VisionConfig(
     hidden_size=192, intermediate_size=768, num_layers=4, num_heads=3, image_size=96, patch_size=32, layer_norm_eps=1e-6
 )
@@ -37,12 +38,36 @@ TEXT = TextConfig(
     context=4096, rope_theta=10000.0, tie_word_embeddings=True,
 )  # fmt: skip
 
-SEE = TrainConfig(steps=1200, lr=2e-3, warmup=60, bfloat16=True, log_every=50)
-ANSWER = TrainConfig(steps=4000, lr=1.5e-3, warmup=100, scales=(("vision_tower.", 0.0),), beta2=0.95, bfloat16=True, log_every=25)
+SEE = TrainConfig(
+    steps=1500, lr=2e-3, warmup=60, scales=(("language_model.", 0.0),), muon=1.0, bfloat16=True, save_every=250, log_every=25
+)
+FROZEN = (("vision_tower.", 0.0), ("multi_modal_projector.", 0.0), ("language_model.embed_tokens.", 0.3))
+DESCRIBE = TrainConfig(
+    steps=1500, lr=1.5e-3, final=0.89, warmup=100, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25
+)
+PRACTISE = TrainConfig(steps=4200, lr=1e-3, warmup=50, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25)
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples packed together
-LOOK = 5000  # samples of single pictures, before there are other scenarios
-DESCRIBE = 15000  # samples in which all is described, before questions prevail
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """`samples` in a row, drawn from these scenarios, with up to so many questions and, in a share of them, a description."""
+
+    samples: float
+    scenarios: tuple[str, ...]
+    questions: int
+    caption: float
+
+
+DESCRIBING = (Lesson(3000, ("single",), 1, 1.0), Lesson(7000, SCENARIOS, 3, 1.0), Lesson(math.inf, SCENARIOS, 6, 0.15))
+# What is asked of one picture is asked of several, and of the frames of a video: all mixed from the start is learnt far slower.
+PRACTISING = (
+    Lesson(9000, ("single",), 6, 0.1),
+    Lesson(12000, ("single", "multi", "multi"), 6, 0.1),
+    Lesson(12000, ("single", "multi", "video", "video"), 6, 0.1),
+    Lesson(math.inf, ("single", *("multi", "video", "views") * 3), 6, 0.1),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +76,16 @@ class WorldExamples:
 
     folder: Path
     seed: int
+    lessons: tuple[Lesson, ...]
 
     def __call__(self, index: int) -> Prompt:
         rng = Random(f"train/{self.seed}/{index}")
-        early = index < DESCRIBE
-        ep = episode("single" if index < LOOK else rng.choice(SCENARIOS), rng)
-        turns = conversation(ep, rng, questions=1 if index < LOOK else 2 if early else 5, caption=1.0 if early else 0.2)
+        for lesson in self.lessons:
+            if index < lesson.samples:
+                break
+            index -= int(lesson.samples)
+        ep = episode(lesson.scenarios[0] if len(lesson.scenarios) == 1 else rng.choice(lesson.scenarios), rng)
+        turns = conversation(ep, rng, questions=lesson.questions, caption=lesson.caption)
         shown = pictures(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))  # some are shrunk, as pictures from files are
         said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
         return data.processor(self.folder).example(said, media)
@@ -87,23 +116,6 @@ def initialise(model: nn.Module, seed: int) -> None:
                 p.normal_(0, 0.02 if "position" in name else min(0.05, p[0].numel() ** -0.5), generator=rng)
 
 
-def calibrate(sight: SigLIP, pixels: Tensor) -> None:
-    """Scale what a trained tower writes to its residual stream so that its features have size 1; what they say stays the same.
-
-    Each layer normalises what it reads. Unscaled, the features are hundreds of times as large as fresh embeddings, drown what
-    the decoder adds to them, and it learns to look only after ten times as many samples.
-    """
-    with torch.no_grad():
-        size = sight(pixels).square().mean().sqrt()
-        writers: list[nn.Module] = [sight.embeddings.patch_embedding, sight.embeddings.position_embedding]
-        for layer in sight.encoder.layers:
-            assert isinstance(layer, Layer)
-            writers += [layer.self_attn.out_proj, layer.mlp.fc2]
-        for writer in writers:
-            for p in writer.parameters():
-                p.div_(size)
-
-
 def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
     """Train the tokenizer and write the processor's files: -> config and their folder."""
     source = folder / "processor"
@@ -119,18 +131,20 @@ def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
     return config, source
 
 
-def main(folder: Path, see: TrainConfig = SEE, answer: TrainConfig = ANSWER, texts: int = 12000) -> Path:
+def main(
+    folder: Path, see: TrainConfig = SEE, describe: TrainConfig = DESCRIBE, practise: TrainConfig = PRACTISE, texts: int = 12000
+) -> Path:
     """The whole recipe in `folder`; called again it goes on where it stopped. -> the finished checkpoint's folder."""
     config, source = prepare(folder, texts)
-    naming = tower.Naming(config.vision)
-    initialise(naming, SEED)
-    train(naming, tower.naming, lambda at: tower.pictures(VISION, SEED, see.steps, at), see, folder / "see")
     model = Llava(config)
-    initialise(model, SEED + 1)
-    model.vision_tower.load_state_dict(naming.vision_tower.state_dict())
-    calibrate(model.vision_tower, tower.Pictures(VISION, SEED, 1)[0].pixels)
-    windows = Windows(WorldExamples(source, SEED), answer.steps * 40, size=WINDOW, tokens=TOKENS, seed=SEED)
-    train(model, answers, lambda at: batches(windows, at, workers=1), answer, folder / "answer")
+    initialise(model, SEED)
+    naming = tower.Naming(data.processor(source).tokenizer)
+    train(model, naming, lambda at: tower.pictures(VISION, SEED, see.steps, at), see, folder / "see")
+    naming.calibrate(model, tower.Pictures(VISION, SEED, 1)[0])
+    stages = (("describe", describe, DESCRIBING), ("practise", practise, PRACTISING))
+    for number, (name, stage, lessons) in enumerate(stages, SEED):
+        windows = Windows(WorldExamples(source, number, lessons), stage.steps * 40, size=WINDOW, tokens=TOKENS, seed=number)
+        train(model, answers, partial(batches, windows, workers=1), stage, folder / name)
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)
     save(model.to(torch.bfloat16), done, processor_from=source)

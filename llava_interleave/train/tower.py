@@ -1,6 +1,6 @@
-"""Before the language model there is sight: the tower learns to name what lies under each patch of the world's pictures.
+"""Before answering there is naming: tower and projector learn to say, in the decoder's own words, what lies under each patch.
 
-It stands in for the pre-training that SigLIP had. The head that names is thrown away.
+It stands in for the pre-training with language that SigLIP had.
 """
 
 from __future__ import annotations
@@ -15,54 +15,84 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config import VisionConfig
-from ..model.vision import SigLIP
+from ..model import Llava
+from ..model.vision import Layer
+from ..processing.tokenizer import Tokenizer
 from ..world.draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Scene, Thing, draw, patches
-from ..world.episodes import SCENARIOS, episode
+from ..world.episodes import PLACES, SCENARIOS, episode
 from .batch import Position
 from .loss import Loss
 
-KINDS = (*SHAPES, *SOLIDS, *DIGITS, *LETTERS)
+NAMES = (("nothing", *SHAPES, *SOLIDS, *DIGITS, *LETTERS), tuple(COLOURS), ("small", "large"), PLACES)
 PICTURES = 128
-
-
-class Naming(nn.Module):
-    """A tower and three linear readings of each patch: kind (or nothing), colour, size."""
-
-    def __init__(self, c: VisionConfig) -> None:
-        super().__init__()
-        self.vision_tower = SigLIP(c)
-        self.norm = nn.LayerNorm(c.hidden_size)
-        self.head = nn.Linear(c.hidden_size, len(KINDS) + 1 + len(COLOURS) + 2)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels `[N, 3, S, S]` -> logits of kind, colour and size, each `[N * patches, classes]`."""
-        scores = self.head(self.norm(self.vision_tower(pixels).flatten(0, 1))).float()
-        kind, colour, size = scores.split([len(KINDS) + 1, len(COLOURS), 2], dim=-1)
-        return kind, colour, size
+LOUD = 3.0  # size of a calibrated feature, in sums of the vectors that it stands for
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """pixels `[N, 3, S, S]`; labels `[N * patches, 3]`: kind (0 is nothing), colour, size."""
+    """pixels `[N, 3, S, S]`; labels `[N * patches, 4]`: kind (0 is nothing), colour, size and place, numbered as in `NAMES`."""
 
     pixels: Tensor
     labels: Tensor
 
 
-def naming(model: Naming, batch: Named) -> Loss:
-    """Cross-entropy of the kind under every patch, and of colour and size where there is something."""
-    kind, colour, size = model(batch.pixels)
-    labels, there = batch.labels, batch.labels[:, 0] > 0
-    total = cross_entropy(kind, labels[:, 0], reduction="sum")
-    total = total + cross_entropy(colour[there], labels[there, 1], reduction="sum")
-    total = total + cross_entropy(size[there], labels[there, 2], reduction="sum")
-    return Loss(total, len(labels), int((kind.argmax(-1) == labels[:, 0]).sum()))
+class Naming:
+    """The loss of naming. A name's vector is the mean of the embeddings of its tokens, as a first word and after a space."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        names = [name for group in NAMES for name in group]
+        self.words = torch.zeros(len(names), tokenizer.size)
+        for row, name in zip(self.words, names, strict=True):
+            tokens = [t for text in (name, f" {name}") for t in tokenizer.encode(text)]
+            for token in tokens:
+                row[token] += 1 / len(tokens)
+
+    def vectors(self, model: Llava) -> list[Tensor]:
+        """Vectors `[names, D]` of each group of names."""
+        table = model.language_model.embed_tokens.weight
+        return list((self.words.to(table) @ table[: self.words.shape[1]]).split([len(group) for group in NAMES]))
+
+    def __call__(self, model: Llava, batch: Named) -> Loss:
+        """Cross-entropy of kind and place of every patch, and of colour and size where there is something."""
+        features = model.encode(batch.pixels).flatten(0, 1)
+        total, right = features.new_zeros((), dtype=torch.float32), torch.ones(len(features), dtype=torch.bool)
+        there = batch.labels[:, 0] > 0
+        for vectors, labels, everywhere in zip(self.vectors(model), batch.labels.T, (True, False, False, True), strict=True):
+            scores = (features @ vectors.T).float()
+            counts = torch.ones_like(there) if everywhere else there
+            total = total + cross_entropy(scores[counts], labels[counts], reduction="sum")
+            right &= (scores.argmax(-1) == labels) | ~counts
+        return Loss(total, len(features), int(right.sum()))
+
+    @torch.no_grad()
+    def calibrate(self, model: Llava, batch: Named) -> None:
+        """Scale tower and projector so that features are `LOUD` times the sums of vectors they stand for; what they say stays.
+
+        Each layer normalises what it reads, so a trained tower's residual stream and features may have any size. Unscaled they
+        are hundreds of times as large as embeddings and drown what the decoder adds to them.
+        """
+        size = model.vision_tower(batch.pixels).square().mean().sqrt()
+        sight = model.vision_tower
+        writers: list[nn.Module] = [sight.embeddings.patch_embedding, sight.embeddings.position_embedding]
+        for layer in sight.encoder.layers:
+            assert isinstance(layer, Layer)
+            writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+        for writer in writers:
+            for p in writer.parameters():
+                p.div_(size)
+        model.multi_modal_projector.linear_1.weight.mul_(size)
+        features = model.encode(batch.pixels).flatten(0, 1)
+        there = batch.labels[:, :1] > 0
+        known = torch.cat([there | True, there, there, there | True], 1)
+        meant = sum(v[at] * n[:, None] for v, at, n in zip(self.vectors(model), batch.labels.T, known.T, strict=True))
+        for p in model.multi_modal_projector.linear_2.parameters():
+            p.mul_(LOUD * (features * meant).sum() / features.square().sum())
 
 
-def label(thing: Thing | None) -> tuple[int, int, int]:
+def label(place: int, thing: Thing | None) -> tuple[int, int, int, int]:
     if thing is None:
-        return 0, 0, 0
-    return KINDS.index(thing.kind) + 1, list(COLOURS).index(thing.colour), int(thing.large)
+        return 0, 0, 0, place
+    return NAMES[0].index(thing.kind), NAMES[1].index(thing.colour), int(thing.large), place
 
 
 class Pictures(Dataset[Named]):
@@ -82,7 +112,7 @@ class Pictures(Dataset[Named]):
             scenes += rng.sample(found, min(3, len(found)))
         scenes = scenes[:PICTURES]
         pixels = torch.stack([torch.from_numpy(draw(scene, size)) for scene in scenes]).permute(0, 3, 1, 2)
-        labels = [label(thing) for scene in scenes for thing in patches(scene, size, self.vision.patch_size)]
+        labels = [label(*found) for scene in scenes for found in enumerate(patches(scene, size, self.vision.patch_size))]
         return Named((pixels.float() / 255 - 0.5) / 0.5, torch.tensor(labels))
 
 

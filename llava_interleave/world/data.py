@@ -14,7 +14,7 @@ from .draw import draw, write_video
 from .episodes import SCENARIOS, Episode, episode
 from .questions import DESCRIBE, Question, ask
 
-VIDEO_FRAMES = 26  # the six that are looked at lie at every fifth
+VIDEO_FRAMES = 25  # the four that are looked at lie at every eighth
 
 
 def placeholders(ep: Episode) -> str:
@@ -44,7 +44,7 @@ def pictures(ep: Episode, size: int) -> list[Image.Image]:
 
 def exam(scenario: str, index: int, *, held_out: bool) -> tuple[Episode, Question, str]:
     """Question `index` of the world's benchmark in a scenario: episode, question, wording. Training never sees its seed."""
-    rng = Random(f"test/{scenario}/{index}")
+    rng = Random(f"exam/{scenario}/{index}")
     ep = episode(scenario, rng)
     question = rng.choice(ep.questions)
     return ep, question, ask(question, rng, held_out=held_out)

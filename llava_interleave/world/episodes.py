@@ -12,7 +12,7 @@ from .questions import Question
 SCENARIOS = ("single", "multi", "video", "views")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 SIDES = ("front", "right", "back", "left")
-FRAMES = 6
+FRAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,9 @@ def reading_order(things: list[Thing]) -> list[Thing]:
 
 
 def listing(things: list[Thing]) -> str:
-    return " ".join(f"{place_of(t)}: {t.name}." for t in reading_order(things)) or "nothing."
+    """How many there are, then each with its place."""
+    count = f"{len(things)} thing{'s' * (len(things) > 1)}." if things else "nothing."
+    return " ".join([count, *(f"{place_of(t)}: {t.name}." for t in reading_order(things))])
 
 
 def unique(rng: Random, things: list[Thing], key: Callable[[Thing], str]) -> Thing | None:
@@ -203,7 +205,7 @@ def changed(rng: Random) -> Episode:
 
 
 def album(rng: Random) -> Episode:
-    n = rng.choice([2, 3, 3, 4])
+    n = rng.choice([2, 3])
     counts = rng.sample(range(1, 5), n) if rng.random() < 0.6 else [rng.randint(1, 3) for _ in range(n)]
     pictures = [scatter(rng, count) for count in counts]
     asked = between(rng, pictures)
