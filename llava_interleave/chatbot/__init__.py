@@ -3,6 +3,7 @@
 from ..options import Options
 from .bot import BUILTIN, Answer, Chatbot, Chunk, TokenLogprob, estimate, load, locate
 from .conversation import Conversation
+from .explain import Explanation, Look
 from .place import kv_memory, named_dtype, pick_device
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Chatbot",
     "Chunk",
     "Conversation",
+    "Explanation",
+    "Look",
     "Options",
     "TokenLogprob",
     "estimate",

@@ -12,13 +12,14 @@ from typing import Any
 
 from .. import notice, weights
 from ..engine import Engine, Event, Sampling, Timings, Usage
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, PromptError
 from ..model import Llava
 from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
 from ..prompt import Prompt
 from .attach import content
 from .conversation import Conversation
+from .explain import Explanation, Trial, asked, check, chosen, looks
 from .place import kv_memory, pick_device, pick_dtype
 from .stops import StopStrings
 
@@ -144,6 +145,36 @@ class Chatbot:
         """Tokens of each part and in all, context left, and memory, without computing anything."""
         number_bytes = self.model.language_model.norm.weight.itemsize
         return self.processor.estimate(messages, **processing(options.but(changes)), number_bytes=number_bytes)
+
+    def explain(
+        self,
+        messages: Messages,
+        answer: Answer | str,
+        options: Options = DEFAULTS,
+        *,
+        layers: Sequence[int] | None = None,
+        leave_out: bool = True,
+        **changes: object,
+    ) -> Explanation:
+        """Which image an answer to `messages` leaned on, and on what in it. The options are those that it was asked with.
+
+        answer: what `chat` gave, or a text, which counts without a token that ends it. layers: of the decoder, from 0, whose
+        attention is told. leave_out: also take out each image in turn, which is a pass through the network for each; without
+        it `change` and `share` are None, and there is one pass and one of the text alone. Other threads may ask meanwhile.
+        """
+        prompt = self.prompt(messages, options, **changes)
+        tokenizer, text = self.processor.tokenizer, self.model.config.text
+        if isinstance(answer, Answer) and answer.usage.prompt != len(prompt):
+            raise PromptError(
+                f"the answer was given to a prompt of {answer.usage.prompt} tokens, but these messages and options make "
+                f"{len(prompt)}: pass those that it was asked with"
+            )
+        tokens = answer.tokens if isinstance(answer, Answer) else tokenizer.encode(answer, special=False)
+        check(prompt, tokens, text.context)
+        names = [part.name for part in self.estimate(messages, options, **changes).parts[1:]]
+        layers = chosen(layers, text.num_layers)
+        trial = Trial(self.model, prompt, tokens, tokenizer.size)
+        return Explanation(asked(messages), str(answer), layers, *looks(trial, names, self.processor.images, layers, leave_out))
 
     def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
         """The messages of one question with attachments."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,10 @@ def ask(
     device: show.Device = "auto",
     as_json: show.Json = False,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the answer while it is written.")] = True,
+    explain: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page that shows which images the answer leaned on, and where in them."),
+    ] = None,
     *,
     options: Options,
 ) -> None:
@@ -42,29 +47,35 @@ def ask(
     if question == "-":
         question = sys.stdin.read().strip()
     sources = show.attachments(attach, view)
+    if explain is not None and (options.n > 1 or not sources):
+        raise OptionError("--explain tells of one answer about images: " + ("leave out -n" if options.n > 1 else "attach one"))
     bot = show.load(model, revision, precision, device)
-    if as_json:
-        with show.busy("answering"):
-            answers = bot.choices(bot.turn(question, sources), options)
-        print(json.dumps(report(bot, options, answers), ensure_ascii=False))
-    elif stream and options.n == 1:
-        write(bot, bot.turn(question, sources), options)
+    messages = bot.turn(question, sources)
+    if stream and options.n == 1 and not as_json:
+        answers = [write(bot, messages, options)]
     else:
         with show.busy("answering"):
-            answers = bot.choices(bot.turn(question, sources), options)
-        for answer in answers:
-            print(answer)
+            answers = bot.choices(messages, options)
+        if as_json:
+            print(json.dumps(report(bot, options, answers), ensure_ascii=False))
+        else:
+            print(*answers, sep="\n")
+    if explain is not None:
+        with show.busy("explaining"):
+            bot.explain(messages, answers[0], options).save(explain)
 
 
-def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> None:
+def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:
     """Print the answer to stdout piece by piece; until the first one comes, how much of the prompt is read."""
     with show.busy("looking and reading") as progress:
         pieces = bot.stream(messages, options, progress=progress)
-        text = next((chunk.text for chunk in pieces if chunk.text), "")
-    print(text, end="", flush=True)
+        chunk = next(chunk for chunk in pieces if chunk.text or chunk.answer)
+    print(chunk.text, end="", flush=True)
     for chunk in pieces:
         print(chunk.text, end="", flush=True)
     print()
+    assert chunk.answer is not None
+    return chunk.answer
 
 
 def report(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The network's one question to its caller: what do these queries see?"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -54,6 +54,35 @@ class Packed:
             self.back, self.groups = self.back.to(q.device), [rows.to(q.device) for rows in self.groups]
         parts = [causal(q[rows], k[rows], v[rows]).flatten(0, 1) for rows in self.groups]
         return torch.cat(parts)[self.back]
+
+
+class Recorded:
+    """`Packed` of one sequence that also keeps what its rows from `first` on attend to in `layers`, computed beside the ordinary
+    attention, whose result stays what it is.
+
+    kept: by layer, the mean of the heads' probabilities, `[length - first, length]` float32.
+    """
+
+    def __init__(self, length: int, first: int, layers: Collection[int]) -> None:
+        assert 0 <= first < length
+        self.attend, self.first, self.layers = Packed([length]), first, frozenset(layers)
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in self.layers:
+            self.kept[layer] = probabilities(q[self.first :], k)
+        return self.attend(layer, q, k, v)
+
+
+def probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """What `[R, H, d]` queries, the last of T keys `[T, Hkv, d]`, attend to under a causal mask, as the heads' mean `[R, T]`."""
+    rows, heads, width = q.shape
+    later = torch.ones(rows, len(k), dtype=torch.bool, device=q.device).triu(len(k) - rows + 1)
+    mean = torch.zeros(rows, len(k), device=q.device)
+    for queries, keys in zip(q.float().chunk(k.shape[1], 1), k.float().unbind(1), strict=True):  # a group at a time, for memory
+        scores = torch.einsum("rhd,td->hrt", queries, keys) * width**-0.5
+        mean += scores.masked_fill(later, -torch.inf).softmax(-1).sum(0)
+    return mean / heads
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,243 @@
+"""What an answer leaned on: against attention written out, masks that stand there, and the engine's own log-probabilities."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from llava_interleave.chatbot import Chatbot, load
+from llava_interleave.chatbot.explain import fold, shares
+from llava_interleave.cli import app
+from llava_interleave.errors import DataError, OptionError, PromptError
+from llava_interleave.layout import Layout
+from llava_interleave.model import Llava, Recorded, arrange
+from llava_interleave.prompt import Prompt
+from llava_interleave.testing import tiny_checkpoint, tiny_config
+
+SHAPES = {"as 0.5B": {}, "GQA": {"num_kv_heads": 2}, "one key-value head": {"num_kv_heads": 1}}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def bot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chatbot:
+    config = tiny_config(text={"num_layers": 3, **SHAPES[request.param]})
+    return load(tiny_checkpoint(tmp_path_factory.mktemp("explain") / "tiny", config), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    noise = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Image.fromarray(noise.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    return sorted(folder.iterdir())
+
+
+class Written:
+    """Causal attention written out with a mask: nobody but itself sees a key that is `hidden`. Keeps all probabilities."""
+
+    def __init__(self, hidden: Sequence[int] = ()) -> None:
+        self.hidden = hidden
+        self.kept: dict[int, Tensor] = {}  # layer -> [H, T, T]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        total, repeat = len(q), q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        seen = torch.ones(total, total, dtype=torch.bool).tril()
+        seen[:, list(self.hidden)] = False
+        seen |= torch.eye(total, dtype=torch.bool)
+        scores = q.transpose(0, 1) @ k.permute(1, 2, 0) / math.sqrt(q.shape[2])
+        self.kept[layer] = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (self.kept[layer] @ v.transpose(0, 1)).transpose(0, 1)
+
+
+@torch.inference_mode()
+def reference(
+    model: Llava, prompt: Prompt, answer: tuple[int, ...], vocab: int, hidden: Sequence[int] = ()
+) -> tuple[Tensor, Written]:
+    """Log-probability of each token of an answer after a prompt, read whole, and the attention that was paid."""
+    spans = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in prompt.media]
+    attend = Written(hidden)
+    x = model.embed(torch.tensor([*prompt.tokens, *answer]), spans)
+    logits = model.logits(model(x, torch.arange(len(x)), attend))[len(prompt) - 1 : -1, :vocab].clone()
+    if model.config.image_token_id < vocab:
+        logits[:, model.config.image_token_id] = -torch.inf
+    return logits.log_softmax(-1)[torch.arange(len(answer)), list(answer)], attend
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(11, heads, 8), torch.randn(11, groups, 8), torch.randn(11, groups, 8)
+    recorded, written = Recorded(11, 7, [2]), Written()
+    assert torch.allclose(recorded(2, q, k, v), written(2, q, k, v), atol=1e-6)
+    recorded(1, q, k, v)
+    assert set(recorded.kept) == {2}
+    kept = recorded.kept[2]
+    assert kept.shape == (4, 11)
+    assert torch.allclose(kept.sum(-1), torch.ones(4), atol=1e-6)
+    assert torch.allclose(kept, written.kept[2].mean(0)[7:], atol=1e-6)
+    assert (kept.triu(8) == 0).all()
+
+
+def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
+    """Changes, attention, maps and pictures of three images, from a network that is asked in the plainest way."""
+    turn = bot.turn("First <image> then <image> and <image>?", files)
+    answer = bot.chat(turn, max_new_tokens=7, logprobs=0, ignore_eos=True, temperature=50, seed=1)
+    told = bot.explain(turn, answer, layers=[0, 2])
+    prompt, vocab = bot.prompt(turn), bot.processor.tokenizer.size
+    assert answer.logprobs is not None
+    assert told.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
+    whole, written = reference(bot.model, prompt, answer.tokens, vocab)
+    images = [m.start + offset for m in prompt.media for offset in range(m.layout.length)]
+    blind, _ = reference(bot.model, prompt, answer.tokens, vocab, images)
+    drops = (whole - blind).clamp(min=0)
+    assert 0 < int((drops > 0).sum()) < 7
+    attention = torch.cat([written.kept[layer] for layer in (0, 2)]).mean(0)
+    rows = (attention[len(prompt) - 1 : -1] * (drops / drops.sum())[:, None]).sum(0)
+    masses = [rows[m.start : m.start + m.layout.length] for m in prompt.media]
+    total = float(sum(mass.sum() for mass in masses))
+    for look, media, mass, file in zip(told.images, prompt.media, masses, files, strict=True):
+        without, _ = reference(bot.model, prompt, answer.tokens, vocab, range(media.start, media.start + media.layout.length))
+        assert look.change == pytest.approx(float((whole - without).sum()), abs=1e-4)
+        assert abs(look.change) > 1e-3
+        assert look.attention == pytest.approx(float(mass.sum()) / total, abs=1e-5)
+        assert np.allclose(look.heat, mass.view(1, 4, 4) / total, atol=1e-6)
+        assert (look.pictures == np.asarray(Image.open(file))[None]).all()
+        assert str(file) in look.name
+    assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
+    assert sum(look.attention for look in told.images) == pytest.approx(1)
+    assert sum(float(look.heat.sum()) for look in told.images) == pytest.approx(1, abs=1e-5)
+    assert (told.question, told.answer, told.layers) == ("First … then … and … ?", answer.text, (0, 2))
+    assert dataclasses.asdict(told)["images"][1]["change"] == told.images[1].change
+
+
+def test_the_cheap_variant_is_the_same_without_changes(bot: Chatbot, files: list[Path]) -> None:
+    turn = bot.turn("Hm?", files)
+    answer = bot.chat(turn, max_new_tokens=3)
+    dear, cheap = bot.explain(turn, answer), bot.explain(turn, answer, leave_out=False)
+    assert [look.attention for look in cheap.images] == [look.attention for look in dear.images]
+    assert {(look.change, look.share) for look in cheap.images} == {(None, None)}
+    assert cheap.logprob == dear.logprob
+
+
+def test_a_text_is_explained_as_the_tokens_it_has(bot: Chatbot, files: list[Path]) -> None:
+    turn = bot.turn("Hm?", files[:2])
+    told = bot.explain(turn, "three shapes")
+    tokens = tuple(bot.processor.tokenizer.encode("three shapes"))
+    expected, _ = reference(bot.model, bot.prompt(turn), tokens, bot.processor.tokenizer.size)
+    assert told.logprob == pytest.approx(float(expected.sum()), abs=1e-4)
+
+
+def test_images_that_cannot_influence_have_no_change(tmp_path: Path, files: list[Path]) -> None:
+    """Where no attention reaches the residual stream; shares are then alike, and finite."""
+    bot = load(tiny_checkpoint(tmp_path / "deaf"), device="cpu")
+    with torch.no_grad():
+        for layer in bot.model.language_model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    turn = bot.turn("Hm?", files)
+    told = bot.explain(turn, bot.chat(turn, max_new_tokens=4))
+    assert [look.change for look in told.images] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
+
+
+def test_shares() -> None:
+    assert shares([3.0, -5.0, 1.0]) == [0.75, 0.0, 0.25]
+    assert shares([0.0, -1.0]) == [0.5, 0.5]
+    assert shares([0.0]) == [1.0]
+
+
+def test_views_videos_and_tiles(bot: Chatbot, files: list[Path]) -> None:
+    """A view is an image with its name, a video one look with a map a frame, tiles lie on the whole image."""
+    wide = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 90, 3), dtype=np.uint8))
+    views = {"type": "views", "views": {"front": str(files[0]), "left": str(files[1])}}
+    turn = bot.turn("Hm?", [views, [str(file) for file in files], wide])
+    options: Mapping[str, object] = {"anyres": True, "frames": 3}
+    told = bot.explain(turn, bot.chat(turn, max_new_tokens=3, **options), **options)
+    assert [look.heat.shape for look in told.images] == [(1, 4, 4), (1, 4, 4), (3, 4, 4), (1, 4, 4)]
+    assert [look.pictures.shape for look in told.images] == [(1, 30, 30, 3), (1, 30, 30, 3), (3, 30, 30, 3), (1, 30, 30, 3)]
+    assert [look.name.split(":")[0] for look in told.images] == ["view front", "view left", "video 3", "image 4"]
+    for look in told.images:
+        assert float(look.heat.sum()) == pytest.approx(look.attention, abs=1e-5)
+
+
+def test_tiles_are_folded_to_the_place_they_show() -> None:
+    """A window of 2 x 6 features over a whole image of 3 x 3: the middle row has none, its neighbours two columns each."""
+    layout = Layout(3, 1 + 1 * 2, (1, 2), (0, 0, 2, 6))
+    weights = torch.cat([torch.zeros(9), torch.arange(12.0)])
+    assert fold(weights, layout).tolist() == [[[1.0, 5.0, 9.0], [0.0, 0.0, 0.0], [13.0, 17.0, 21.0]]]
+
+
+def test_what_has_no_explanation(bot: Chatbot, files: list[Path]) -> None:
+    text, turn = bot.turn("Hm?"), bot.turn("Hm?", files)
+    answer = bot.chat(turn, max_new_tokens=2)
+    with pytest.raises(PromptError, match="tokens of text and no image"):
+        bot.explain(text, bot.chat(text, max_new_tokens=2))
+    other = len(bot.prompt(turn, system=""))
+    with pytest.raises(PromptError, match=f"prompt of {answer.usage.prompt} tokens, but .* make {other}"):
+        bot.explain(turn, answer, system="")
+    with pytest.raises(PromptError, match="no tokens"):
+        bot.explain(turn, "")
+    with pytest.raises(PromptError, match="context is 4096"):
+        bot.explain(turn, "three shapes " * 2000)
+    for layers in ([], [3], [-1], [0.5]):
+        with pytest.raises(OptionError, match="from 0 to 2"):
+            bot.explain(turn, answer, layers=layers)
+    with pytest.raises(DataError, match="cannot write"):
+        bot.explain(turn, answer).save("/nowhere/at/all.html")
+
+
+class Page(HTMLParser):
+    """Which tags a page opens without closing them, the addresses it names, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.maps = 0
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.maps += ("class", "map") in attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]])
+def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[Path]) -> None:
+    """It parses, names every image, needs no other file and runs nothing; what is printed is what it was without it."""
+    tiny, out = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out.html"
+    odd = tmp_path / "<b>&.png"
+    odd.write_bytes(files[0].read_bytes())
+    attached = [word for file in (*files, odd) for word in ("-a", str(file))]
+    words = ["ask", "-m", str(tiny), *attached, "What <i> is it?", "--max-new-tokens", "5", *how]
+    plain, done = CliRunner().invoke(app, words), CliRunner().invoke(app, [*words, "--explain", str(out)])
+    assert done.exit_code == 0, done.exception
+    assert how == ["--json"] or done.output == plain.output
+    page = Page()
+    page.feed(out.read_text("utf-8"))
+    assert not {"script", "link", "b", "i"} & set(page.tags)
+    assert page.maps == 4
+    assert len(page.sources) == 8
+    assert all(source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in page.sources)
+    assert all(page.text.count(str(file)) == 2 for file in (*files, odd))
+    assert "What <i> is it?" in page.text
+    assert page.text.count("nats") == 5
+
+
+def test_the_command_refuses_what_has_no_page(tmp_path: Path, files: list[Path]) -> None:
+    for words in (["Hm?"], ["Hm?", "-a", str(files[0]), "-n", "2"]):
+        done = CliRunner().invoke(app, ["ask", "-m", "./nowhere", *words, "--explain", str(tmp_path / "out.html")])
+        assert isinstance(done.exception, OptionError)
+        assert "--explain" in str(done.exception)
+    assert not (tmp_path / "out.html").exists()
