@@ -109,7 +109,9 @@ def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> N
     said = page.locator("#messages > li.user .said")
     assert said.locator("img").count() == 3
     assert [img.get_attribute("alt") for img in said.locator("img").all()] == ["red.png", "green.png", "blue.png"]
-    ask(page, "And now?")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "And now?")
+    assert [message["role"] for message in json.loads(sent.value.post_data)["messages"]] == ["user", "assistant", "user"]
     reused = page.locator("#messages > li.assistant").last.locator(".meta").inner_text()
     assert int(re.search(r"(\d+) of them reused", reused)[1]) > 0
     page.reload()
@@ -145,7 +147,7 @@ def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, tmp_path: 
 
     write_video([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], tmp_path / "v.mp4")
     page.set_input_files("#pick-files", tmp_path / "v.mp4")
-    expect(page.locator(".strip canvas")).to_have_count(8)
+    expect(page.locator(".strip canvas")).to_have_count(16)
     page.locator("#frames").fill("3")
     page.locator("#frames").dispatch_event("change")
     expect(page.locator(".strip canvas")).to_have_count(3)

@@ -936,7 +936,7 @@ def test_a_body_that_does_not_come_is_a_408(impatient: Server) -> None:
 def test_garbage_on_the_wire(server: Server) -> None:
     for sent in (
         b"\x16\x03\x01\x02\x00\x01",
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /nowhere HTTP/9.9\r\n\r\n",
         b"G" * 200_000,
         request(CHAT, b"{", **{"Content-Length": "-1"}),
     ):

@@ -47,8 +47,11 @@ def reference() -> str:
         assert result.exit_code == 0, result.output
         return f"```console\n$ llava {' '.join([*words, '--help'])}\n{result.output.strip()}\n```\n"
 
-    commands = [command for command in typer.main.get_group(app).commands.values() if not command.hidden]
-    sections = [f"## llava {command.name}\n\n{told(str(command.name))}" for command in commands]
+    names: list[tuple[str, ...]] = []
+    for name, command in typer.main.get_group(app).commands.items():
+        below = getattr(command, "commands", None)  # those of a group
+        names += [(name, own) for own in below] if below else [] if command.hidden else [(name,)]
+    sections = [f"## llava {' '.join(words)}\n\n{told(*words)}" for words in names]
     return "\n".join(["# The command line\n\nWritten by `llava reference`; a test compares.\n", told(), *sections])
 
 

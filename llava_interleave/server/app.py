@@ -65,6 +65,7 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         "owned_by": "llava-interleave",
         "context_length": bot.model.config.text.context,
         "tokens_per_image": bot.model.config.vision.grid**2,
+        "video_frames": bot.processor.num_frames,
     }
 
     for path, name in PAGE.items():

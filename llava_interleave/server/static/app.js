@@ -288,6 +288,7 @@ function refreshBudget() {
 async function answer(question) {
   const node = store.add(chat, question.id, "assistant", [{ type: "text", text: "" }]);
   const path = store.branch(chat, question.id);
+  parent = node.id;
   running = new AbortController();
   draw();
   await attempt(() => store.save(chat)); // the question is not lost if the page is closed now
@@ -479,6 +480,7 @@ async function start() {
   if (found) {
     problem();
     $("model").replaceChildren(...found.map((model) => make("option", { value: model.id, textContent: model.id })));
+    $("frames").value = $("frames-shown").textContent = found[0].video_frames;
   }
   refreshBudget();
 }

@@ -1,0 +1,153 @@
+"""Every sample of a data set is read, its media decoded and its tokens counted, before anything is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from ..errors import LlavaError, MediaError
+from ..processing import FrameSampling, Loader, Processor
+from ..processing.loader import name_of
+from .data import Fault, Reading, reading
+from .sources import Row
+
+KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate")
+CHUNK = 256
+BLANK = Image.new("RGB", (1, 1))
+"""What is kept of a frame that was looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A sample that was read. tokens: as a checkpoint counts them, None where none was given or the sample has errors."""
+
+    row: Row
+    faults: tuple[Fault, ...]
+    tokens: int | None
+
+    @property
+    def error(self) -> bool:
+        return any(fault.error for fault in self.faults)
+
+
+def check(
+    rows: Sequence[Row],
+    processor: Processor | None = None,
+    tokens: int = 8192,
+    say: Callable[[int, int], None] | None = None,
+) -> list[Checked]:
+    """Read every sample whole. With a processor also lengths are checked: against `tokens` of a batch and the context."""
+    look = _Look(processor, tokens)
+    seen: dict[str, Checked] = {}
+    done: list[Checked] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(rows), CHUNK):
+            if say:
+                say(first, len(rows))
+            for checked, key in pool.map(look, rows[first : first + CHUNK]):
+                if not checked.error and (twin := seen.setdefault(key, checked)) is not checked:
+                    text = f"sample {checked.row.name} says the same about the same pictures as sample {twin.row.name}"
+                    remark = Fault("duplicate", text, error=False)
+                    checked = Checked(checked.row, (*checked.faults, remark), checked.tokens)
+                done.append(checked)
+    if say:
+        say(len(rows), len(rows))
+    return done
+
+
+def table(checked: Sequence[Checked]) -> dict[str, dict[str, int]]:
+    """By data set, in the order they come: how many samples there are, have errors, and have each kind of fault."""
+    made: dict[str, dict[str, int]] = {}
+    for one in checked:
+        counts = made.setdefault(one.row.group, dict.fromkeys(("samples", "errors", *KINDS), 0))
+        for name in ("samples", *(["errors"] if one.error else []), *{fault.kind for fault in one.faults}):
+            counts[name] += 1
+    return made
+
+
+class _Look:
+    """Reads one sample; what it learns of a file it remembers."""
+
+    def __init__(self, processor: Processor | None, tokens: int) -> None:
+        self.processor, self.tokens = processor, tokens
+        self.loader = processor.loader if processor else Loader()
+        self.known: dict[tuple[object, ...] | None, str | LlavaError] = {}
+
+    def __call__(self, row: Row) -> tuple[Checked, str]:
+        """The sample, and a hash of what it says and shows."""
+        found = reading(row.sample, row.root, row.name)
+        faults = list(found.faults)
+        rest = iter(found.media)
+        shown = []
+        for slot in found.slots:
+            source = next(rest) if slot.source is None else slot.source
+            seen = self._seen(slot.kind, source, slot.sampling)
+            if isinstance(seen, LlavaError):
+                faults.append(Fault("media", f"sample {row.name}: {seen}"))
+            else:
+                shown.append(seen)
+        tokens = None
+        if self.processor and not any(fault.error for fault in faults):
+            tokens = self._count(self.processor, found, row.name, faults)
+        words = [(turn["role"], _words(turn["content"])) for turn in found.said]
+        key = hashlib.blake2b(json.dumps([words, shown]).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+        return Checked(row, tuple(faults), tokens), key
+
+    def _seen(self, kind: str | None, source: Any, sampling: FrameSampling | None) -> str | LlavaError:
+        """A hash of the pixels that are looked at, or why there are none."""
+        key = (kind, str(source), sampling) if isinstance(source, str | os.PathLike) and str(source)[:5] != "data:" else None
+        if key in self.known:
+            return self.known[key]
+        state = hashlib.blake2b(digest_size=16)
+
+        def take(picture: Image.Image) -> Image.Image:
+            state.update(repr(picture.size).encode() + picture.tobytes())
+            return BLANK
+
+        found: str | LlavaError
+        try:
+            if kind == "video" or (kind is None and self.loader.is_video(source)):
+                chosen = sampling or FrameSampling()
+                if self.processor and (chosen.frames, chosen.fps, chosen.times) == (None, None, None):
+                    chosen = replace(chosen, frames=self.processor.num_frames)
+                self.loader.video(source, chosen, each=take)
+            else:
+                take(self.loader.image(source))
+            found = state.hexdigest()
+        except LlavaError as error:
+            found = error
+        except OSError as error:  # a name that no file can have
+            found = MediaError(f"{name_of(source)}: {error.strerror}")
+        if key is not None:
+            self.known[key] = found
+        return found
+
+    def _count(self, processor: Processor, found: Reading, name: str, faults: list[Fault]) -> int | None:
+        """How many tokens the sample has; what is wrong with that goes to `faults`."""
+        try:
+            count = processor.estimate(found.said, found.media, generation=False).total
+        except LlavaError as error:
+            faults.append(Fault("form", f"sample {name}: {error}"))
+            return None
+        for limit, what, way in (
+            (processor.config.text.context, "the context", "shorten it, or show less in it"),
+            (self.tokens, "a batch", "raise --tokens, or shorten it"),
+        ):
+            if count > limit:
+                faults.append(Fault("long", f"sample {name} has {count:,} tokens, more than the {limit:,} of {what}: {way}"))
+                break
+        return count
+
+
+def _words(content: Any) -> Any:
+    """What a message says, without where its pictures come from."""
+    if isinstance(content, str):
+        return [content]
+    return [(part.get("type"), part.get("text")) if isinstance(part, dict) else str(part) for part in content]

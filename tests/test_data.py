@@ -1,0 +1,483 @@
+"""Training data: everything that is wrong with a sample is said, with its name, before anything is trained on it."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from llava_interleave.cli import app
+from llava_interleave.errors import DataError
+from llava_interleave.processing import Processor
+from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.train import data, sources
+from llava_interleave.train.check import KINDS, check
+from llava_interleave.train.finetune import finetune
+from llava_interleave.train.loop import TrainConfig
+from llava_interleave.world.draw import write_video
+
+ROOT = Path(__file__).parent.parent
+
+
+def llava(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.frombytes("RGB", (40, 30), Random(seed).randbytes(40 * 30 * 3))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, one of them under two names; a video; a picture and a video cut short; a text that is no picture."""
+    folder = tmp_path_factory.mktemp("media")
+    for number, name in enumerate("abc"):
+        noise(number).save(folder / f"{name}.png")
+    noise(0).save(folder / "again.bmp")
+    noise(3).save(folder / "cut.jpg", quality=95)
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
+    (folder / "text.png").write_text("no picture")
+    write_video([np.asarray(noise(n).resize((64, 64))) for n in range(9)], folder / "film.mp4")
+    noise(0).save(folder / "film.gif", save_all=True, append_images=[noise(1)])
+    (folder / "cut.mp4").write_bytes((folder / "film.mp4").read_bytes()[:-200])
+    return folder
+
+
+def llava_sample(name: str, *said: str, **more: Any) -> dict[str, Any]:
+    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(said), said, strict=False)]
+    return {"id": name, "conversations": turns, **more}
+
+
+def write(path: Path, samples: list[dict[str, Any]]) -> Path:
+    path.write_text(json.dumps(samples) if path.suffix == ".json" else "".join(json.dumps(s) + "\n" for s in samples))
+    return path
+
+
+GOOD = llava_sample("good", "<image>\nWhat is it?", "Noise.", image="a.png")
+FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
+    (GOOD, [], ""),
+    (llava_sample("film", "<image> What moves?", "Noise.", video="film.mp4"), [], ""),
+    (llava_sample("text", "Hello", "Hello."), [], ""),
+    (llava_sample("no turns") | {"conversations": None}, ["form"], "no `conversations`"),
+    ({"id": "cat", "conversations": [{"from": "cat", "value": "a"}]}, ["form"], "its role is 'cat'"),
+    (llava_sample("missing", "<image> <image> What?", "x", image=["a.png", "no.png"]), ["media"], r"no\.png: there is no such"),
+    (llava_sample("two missing", "<image> <image>", "x", image=["n1.png", "n2.png"]), ["media", "media"], r"n1\.png"),
+    (llava_sample("cut", "<image> What?", "x", image="cut.jpg"), ["media"], r"cut\.jpg: .*cut short"),
+    (llava_sample("no picture", "<image> What?", "x", image="text.png"), ["media"], r"text\.png: not a picture"),
+    (llava_sample("cut film", "<image> What?", "x", video="cut.mp4"), ["media"], r"cut\.mp4: "),
+    (llava_sample("long name", "<image> What?", "x", image="a" * 5000), ["media"], "name too long|cannot be opened"),
+    (llava_sample("too few", "What?", "x", image="a.png"), ["placeholders"], "0 `<image>` but 1 image"),
+    (llava_sample("too many", "<image> <image> What?", "x", image="b.png"), ["placeholders"], "2 `<image>` but 1 image"),
+    (llava_sample("both", "What?", "x", image="gone.png"), ["placeholders", "media"], "0 `<image>` but 1 image"),
+    ({"id": "swapped", "image": "b.png", "conversations": [
+        {"from": "gpt", "value": "<image>\nWhat?"}, {"from": "human", "value": "x"}]},
+        ["roles", "roles", "roles"], "ends with a question"),
+    ({"id": "swapped names", "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"},
+        {"from": "gpt", "value": "c"}]}, ["roles"], "begins with an answer"),
+    ({"id": "twice", "conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"},
+        {"from": "gpt", "value": "c"}]}, ["roles"], "messages 1 and 2 of sample twice are both of the user"),
+    ({"id": "late", "conversations": [{"from": "human", "value": "a"}, {"from": "system", "value": "b"},
+        {"from": "gpt", "value": "c"}]}, ["roles"], "system message that is not its first"),
+    (llava_sample("animated", "<image> What moves?", "x", video="film.gif"), ["form"], "shows one frame: give content parts"),
+    (llava_sample("silent", "<image> What?", " \n", image="a.png"), ["empty"], "turn 2 of sample silent .* its text is empty"),
+    (llava_sample("picture alone", "What?", "<image>", image="a.png"), ["empty", "roles"], "turn 2"),
+    (llava_sample("asks nothing", " ", "b"), ["empty"], "turn 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sample", "kinds", "text"), FAULTS, ids=[sample["id"] for sample, _, _ in FAULTS])
+def test_every_fault_is_found_and_names_its_sample(sample: dict[str, Any], kinds: list[str], text: str, media: Path) -> None:
+    (found,) = check([sources.Row(sample, media, sample["id"], "set")])
+    assert sorted(fault.kind for fault in found.faults) == sorted(kinds)
+    assert all(f"sample {sample['id']}" in fault.text for fault in found.faults)
+    assert not kinds or re.search(text, " | ".join(fault.text for fault in found.faults))
+    assert found.error == bool(kinds)
+
+
+def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None:
+    """Once as text, once as JSON; a data set is what the sample's metadata say, else the file."""
+    samples = [s | ({"metadata": {"dataset": "even"}} if i % 2 == 0 else {}) for i, (s, _, _) in enumerate(FAULTS)]
+    path = write(tmp_path / "some.jsonl", samples)
+    told = llava("data", "check", path, "--media", media, "--json")
+    assert told.exit_code == 1
+    report = json.loads(told.stdout)
+    wrong = [sample["id"] for sample, kinds, _ in FAULTS if kinds]
+    assert report["samples"] == len(FAULTS)
+    assert report["errors"] == len(wrong)
+    assert list(dict.fromkeys(fault["sample"] for fault in report["faults"])) == wrong
+    assert list(report["data_sets"]) == ["even", "some"]
+    for kind in KINDS:
+        want = sum(kind in kinds for _, kinds, _ in FAULTS)
+        assert sum(counts[kind] for counts in report["data_sets"].values()) == want, kind
+    printed = llava("data", "check", path, "--media", media)
+    assert printed.exit_code == 1
+    for fault in report["faults"]:
+        assert f"{'error' if fault['error'] else 'remark'}: {fault['text']}\n" in printed.stdout
+    assert "Lengths were not checked" in printed.stdout
+    (row,) = re.findall(r"│ even +│ +(\d+) │ +(\d+) │", printed.stdout)
+    assert [int(number) for number in row] == [report["data_sets"]["even"][name] for name in ("samples", "errors")]
+    good = write(tmp_path / "good.json", [GOOD])
+    assert llava("data", "check", good, "--media", media).exit_code == 0
+    assert llava("data", "check", good).exit_code == 1  # beside the file there is no picture
+
+
+def test_duplicates_are_found_by_pixels_and_are_no_errors(media: Path, tmp_path: Path) -> None:
+    again = llava_sample("again", "<image>\nWhat is it?", "Noise.", image="again.bmp")
+    other = llava_sample("other words", "<image>\nWhat is it?", "Sound.", image="a.png")
+    third = llava_sample("other picture", "<image>\nWhat is it?", "Noise.", image="b.png")
+    path = write(tmp_path / "twins.json", [GOOD, again, other, third])
+    told = llava("data", "check", path, "--media", media, "--json")
+    assert told.exit_code == 0
+    (fault,) = json.loads(told.stdout)["faults"]
+    assert (fault["sample"], fault["kind"], fault["error"]) == ("again", "duplicate", False)
+    assert fault["text"].endswith("as sample good")
+    write(path, [GOOD, GOOD, other])
+    (fault,) = json.loads(llava("data", "check", path, "--media", media, "--json").stdout)["faults"]
+    assert fault["text"].startswith("sample good (2 of twins.json) says")
+    assert fault["text"].endswith("as sample good (1 of twins.json)")
+
+
+def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path) -> None:
+    processor = Processor.from_folder(model)
+    samples = [sample for sample, kinds, _ in FAULTS if not kinds]
+    rows = [sources.Row(sample, media, sample["id"], "set") for sample in samples]
+    for row, found in zip(rows, check(rows, processor), strict=True):
+        assert found.tokens == len(processor.example(*row.messages()))
+    lengths = {found.row.name: found.tokens for found in check(rows, processor)}
+    limit = lengths["good"]
+    assert limit is not None
+    short = [found.row.name for found in check(rows, processor, limit - 1) if not found.error]
+    assert short == [name for name, length in lengths.items() if length is not None and length < limit]
+    assert "good" in [found.row.name for found in check(rows, processor, limit) if not found.error]
+    path = write(tmp_path / "a.json", [GOOD])
+    told = llava("data", "check", path, "--media", media, "-m", model, "--tokens", limit - 1)
+    assert told.exit_code == 1
+    assert f"sample good has {limit} tokens, more than the {limit - 1} of a batch: raise --tokens" in told.stdout
+    far = write(tmp_path / "far.json", [llava_sample("far", "word " * 5000, "x")])
+    assert "more than the 4,096 of the context" in llava("data", "check", far, "-m", model, "--tokens", 99999).stdout
+    with pytest.raises(ValueError, match="name one with -m"):
+        raise llava("data", "check", path, "--tokens", 9).exception or AssertionError
+    with pytest.raises(ValueError, match="leave out --seed"):
+        raise llava("data", "check", path, "--seed", 1).exception or AssertionError
+
+
+CONFIG = TrainConfig(steps=2, lr=1e-3, warmup=1, save_every=1, log_every=1)
+
+
+def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media: Path, tmp_path: Path) -> None:
+    samples = [sample for sample, _, _ in FAULTS]
+    wrong = [sample["id"] for sample, kinds, _ in FAULTS if kinds]
+    path = write(tmp_path / "some.json", samples)
+
+    def run(out: str, **more: Any) -> list[str]:
+        said: list[str] = []
+        finetune(model, path, tmp_path / out, CONFIG, media=media, workers=0, say=said.append, **more)
+        return said
+
+    with pytest.raises(
+        DataError, match=rf"^{len(wrong)} of {len(samples)} samples have errors: .*sample no turns.*; and \d+ more"
+    ):
+        run("refused")
+    assert not (tmp_path / "refused").exists()
+    said = run("skipped", skip_errors=True)
+    left = [line for line in said if line.startswith("left out: ")]
+    assert len(left) == len(wrong)
+    for name, line in zip(wrong, left, strict=True):
+        assert f"sample {name} " in line or f"sample {name}: " in line
+    assert f"{len(wrong)} of {len(samples)} samples were left out" in said
+    write(path, [sample for sample in samples if sample["id"] in wrong])
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        run("nothing", skip_errors=True)
+    write(path, [GOOD])
+    with pytest.raises(DataError, match=r"1 of 1 samples have errors: sample good has \d+ tokens, more than the 20 of a batch"):
+        run("long", tokens=20)
+
+
+def test_a_run_goes_on_with_its_own_data_only(model: Path, media: Path, tmp_path: Path) -> None:
+    """A sample that was broken at the first start and is whole at the second would move all others."""
+    path = write(tmp_path / "some.json", [GOOD])
+    finetune(model, path, tmp_path / "out", CONFIG, media=media, workers=0, say=lambda _: None)
+    finetune(model, path, tmp_path / "out", CONFIG, media=media, workers=0, say=lambda _: None)
+    write(path, [GOOD, FAULTS[1][0]])
+    with pytest.raises(DataError, match=r"run with other data \(1 samples there, 2 here"):
+        finetune(model, path, tmp_path / "out", CONFIG, media=media, workers=0, say=lambda _: None)
+
+
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "text": "a\u2028b"}\n\n{"id": 2}\n')
+    assert [sample["id"] for sample in data.read(path)] == [1, 2]
+    path.write_text('{"id": 1}\n\n{"id": 2,}\n')
+    with pytest.raises(DataError, match=r"line 3 of .*a\.jsonl is not JSON"):
+        data.read(path)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.json is not JSON"):
+        data.read(tmp_path / "deep.json")
+
+
+def test_the_help_imports_no_torch() -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        "sys.argv = ['llava', 'data', 'check', '--help']; from llava_interleave.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def rows_of(path: Path, samples: list[dict[str, Any]], **more: Any) -> list[sources.Row]:
+    return sources.rows(write(path, samples), **more)
+
+
+USER = {"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image"}]}
+TOLD = {"role": "assistant", "content": "x"}
+CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
+    # name, sample, the files that are seen in order, the kind of its fault
+    ("OpenAI", {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "b.png", "detail": "low"}}, {"type": "text", "text": "?"},
+        {"type": "image_url", "image_url": {"url": "a.png"}}]}, TOLD]}, ["b.png", "a.png"], ""),
+    ("paths", {"messages": [{"role": "user", "content": [
+        {"type": "image", "path": "b.png"}, {"type": "image", "image": "c.png"}, {"type": "image", "url": "a.png"}]}, TOLD]},
+        ["b.png", "c.png", "a.png"], ""),
+    ("views", {"messages": [{"role": "user", "content": [
+        {"type": "views", "views": [{"name": "top", "image": "b.png"}, "a.png"]},
+        {"type": "views", "views": {"back": "c.png"}}]}, TOLD]}, ["b.png", "a.png", "c.png"], ""),
+    ("columns", {"messages": [USER, TOLD], "images": ["b.png"]}, ["b.png"], ""),
+    ("table", {"conversations": None, "id": None, "video": None, "image": None, "images": ["c.png"], "messages": [
+        {"from": None, "value": None, "name": None, **USER}, TOLD]}, ["c.png"], ""),
+    ("bytes", {"messages": [USER, TOLD], "images": [{"bytes": None, "path": "c.png"}]}, ["c.png"], ""),
+    ("marks", {"messages": [{"role": "user", "content": "<image> or <image>?"}, TOLD], "images": ["b.png", "a.png"]},
+        ["b.png", "a.png"], ""),
+    ("index", {"messages": [{"role": "user", "content": [
+        {"type": "image", "index": 1, "text": None}, {"type": "image", "index": 0, "text": None},
+        {"type": "text", "index": None, "text": "?"}]}, TOLD], "images": ["a.png", "c.png"]}, ["c.png", "a.png"], ""),
+    ("both columns", {"messages": [{"role": "user", "content": [
+        {"type": "video"}, {"type": "image"}, {"type": "text", "text": "?"}]}, TOLD],
+        "images": ["b.png"], "videos": ["film.mp4"]}, ["film.mp4", "b.png"], ""),
+    ("animation", {"messages": [{"role": "user", "content": [{"type": "video", "path": "film.gif"}]}, TOLD]}, ["film.gif"], ""),
+    ("both and marks", {"messages": [{"role": "user", "content": "<image> <image>"}, TOLD],
+        "images": ["b.png"], "videos": ["film.mp4"]}, [], "placeholders"),
+    ("unlike columns", {"messages": [{"role": "user", "content": [{"type": "video"}, {"type": "image"}]}, TOLD],
+        "images": ["b.png", "a.png"]}, [], "placeholders"),
+    ("no column", {"messages": [USER, TOLD]}, [], "placeholders"),
+    ("surplus", {"messages": [{"role": "user", "content": [{"type": "image", "index": 0}]}, TOLD],
+        "images": ["a.png", "b.png"]}, [], "placeholders"),
+    ("far index", {"messages": [{"role": "user", "content": [{"type": "image", "index": 1}]}, TOLD],
+        "images": ["a.png"]}, [], "placeholders"),
+    ("index from the end", {"messages": [{"role": "user", "content": [{"type": "image", "index": -1}]}, TOLD],
+        "images": ["a.png"]}, [], "placeholders"),
+    ("missing", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "n.png"}]}, TOLD]}, [], "media"),
+    ("empty parts", {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}],
+        "images": ["a.png"]}, [], "empty"),
+    ("weight", {"messages": [{"role": "user", "content": "a"}, {**TOLD, "weight": 0}]}, [], "form"),
+    ("tools", {"messages": [{"role": "user", "content": "a"}, TOLD], "tools": [{"type": "function"}]}, [], "form"),
+    ("unknown part", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, TOLD]}, [], "form"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sample", "files", "kind"), [chat[1:] for chat in CHATS], ids=[chat[0] for chat in CHATS])
+def test_messages_of_openai_and_of_hugging_face(
+    sample: dict[str, Any], files: list[str], kind: str, model: Path, media: Path, tmp_path: Path
+) -> None:
+    """What the processor is handed: exactly these pictures in this order, and every fault by its kind and the line."""
+    processor = Processor.from_folder(model)
+    (row,) = rows_of(tmp_path / "chat.jsonl", [sample], media=media)
+    (found,) = check([row], processor)
+    assert [fault.kind for fault in found.faults] == ([kind] if kind else [])
+    if kind:
+        assert "sample 1 of chat.jsonl" in found.faults[0].text
+        return
+    made = processor.example(*row.messages())
+    want = [processor.example([{"role": "user", "content": [part(media / file)]}, TOLD]).media[0].key for file in files]
+    assert [item.key for item in made.media] == want
+    assert found.tokens == len(made)
+
+
+def part(path: Path) -> dict[str, Any]:
+    return {"type": "video" if path.stem == "film" else "image", "path": path}
+
+
+def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
+    for name, count in (("a", 7), ("b", 5)):
+        write(tmp_path / f"{name}.json", [llava_sample(f"{name}{i}", "q", "x") for i in range(count)])
+
+    def names(strategy: str, seed: int = 0) -> list[str]:
+        text = f"datasets:\n  - json_path: a.json\n    sampling_strategy: {strategy}\n  - json_path: b.json\n"
+        (tmp_path / "mixture.yaml").write_text(text)
+        found = [row.name for row in sources.rows(tmp_path / "mixture.yaml", seed=seed)]
+        assert found[-5:] == [f"b{i}" for i in range(5)]
+        return found[:-5]
+
+    whole = [f"a{i}" for i in range(7)]
+    assert names("all") == whole
+    assert names("first:2") == whole[:2]
+    assert names("end:2") == whole[-2:]
+    assert names("first:30%") == whole[:3]  # 2.1, rounded up
+    assert names("end:1%") == whole[-1:]
+    assert names("first:100") == names("end:200%") == whole
+    drawn = names("random:3")
+    assert len(set(drawn)) == 3
+    assert set(drawn) <= set(whole)
+    assert drawn == names("random:3")
+    assert len({tuple(names("random:3", seed)) for seed in range(8)}) > 1
+    for slip in ("30%", "end:0", "frist:3", "first:-1", "first:1.5", "3"):
+        with pytest.raises(DataError, match=r"data set 1 of .*mixture\.yaml has the sampling_strategy"):
+            names(slip)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("datasets: []", "must have one key"),
+        ("- json_path: a.json", "must have one key"),
+        ("datasets:\n  - json_path: a.json\nweights: {}", "must have one key"),
+        ("datasets:\n  - path: a.json", "data set 1 of .* has no `json_path`"),
+        ("datasets:\n  - json_path: a.json\n    image_root: x", "has image_root, which is not offered"),
+        ("datasets:\n  - json_path: a.json", r"a\.json cannot be read"),
+        ("datasets:\n  - json_path: a.parquet", r"a\.parquet is no \.json, \.jsonl or \.yaml file and no folder"),
+        ("datasets: [", "cannot be read as YAML"),
+        ("datasets: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+    ],
+)
+def test_a_mixture_that_is_none(text: str, error: str, tmp_path: Path) -> None:
+    (tmp_path / "mixture.yml").write_text(text)
+    with pytest.raises(DataError, match=error):
+        sources.rows(tmp_path / "mixture.yml")
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Files below `root`: texts say their name, all others are pictures that differ."""
+    for number, name in enumerate(paths):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".txt":
+            path.write_text(f"{path.stem}!\n")
+        else:
+            noise(100 + number).save(path)
+    return root / paths[0].split("/")[0]
+
+
+def told(row: sources.Row) -> tuple[str, list[str], str]:
+    asked, answer = (turn["value"] for turn in row.sample["conversations"])
+    assert asked.count("<image>") == max(1, len(row.sample["image"]))
+    return row.name, row.sample["image"], answer
+
+
+def test_folders(tmp_path: Path) -> None:
+    classes = tree(tmp_path, "pets/polar_bear/10.jpg", "pets/polar_bear/9.png", "pets/cat/a.jpg", "pets/.cache/x.png")
+    found = sources.rows(classes)
+    assert [told(row) for row in found] == [
+        ("cat/a.jpg", ["cat/a.jpg"], "cat"),
+        ("polar_bear/9.png", ["polar_bear/9.png"], "polar bear"),
+        ("polar_bear/10.jpg", ["polar_bear/10.jpg"], "polar bear"),
+    ]
+    assert [row.group for row in found] == ["cat", "polar_bear", "polar_bear"]
+    notes = tree(tmp_path, "notes/a.jpg", "notes/a.txt", "notes/b.png", "notes/c.txt")
+    found = sources.rows(notes, question="Who?")
+    assert [told(row) for row in found] == [("a.jpg", ["a.jpg"], "a!"), ("b.png", ["b.png"], ""), ("c.txt", [], "c!")]
+    assert {row.sample["conversations"][0]["value"] for row in found} == {"<image>\nWho?"}
+    kinds = [[fault.kind for fault in one.faults] for one in check(found)]
+    assert kinds == [[], ["empty"], ["placeholders"]]
+    albums = tree(tmp_path, "albums/x/2.jpg", "albums/x/10.jpg", "albums/x/t.txt", "albums/y/1.jpg", "albums/z/u.txt")
+    found = sources.rows(albums)
+    assert [told(row) for row in found] == [("x", ["x/2.jpg", "x/10.jpg"], "t!"), ("y", ["y/1.jpg"], ""), ("z", [], "u!")]
+    assert [[fault.kind for fault in one.faults] for one in check(found)] == [[], ["empty"], ["placeholders"]]
+    (classes / "cat" / "list.csv").write_text("x")
+    assert [one.row.name for one in check(sources.rows(classes)) if one.error] == ["cat/list.csv"]
+    (albums / "y" / "one.txt").touch()
+    (albums / "y" / "two.txt").touch()
+    with pytest.raises(DataError, match=r"y holds 2 \.txt files: a folder is read in one of three forms"):
+        sources.rows(albums)
+    (classes / "loose.png").touch()
+    with pytest.raises(DataError, match="holds 2 folders and 1 files: a folder is read"):
+        sources.rows(classes)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds 0 folders and 0 files"):
+        sources.rows(tmp_path / "empty")
+
+
+def test_a_split_is_of_every_class_and_the_same_again() -> None:
+    found = [sources.Row({}, Path(), f"{group}/{i}", group) for group, count in (("a", 40), ("b", 10)) for i in range(count)]
+    kept, held = sources.split(found, 0.2, 0)
+    assert (kept, held) == sources.split(found, 0.2, 0)
+    assert sorted(row.name for row in kept + held) == sorted(row.name for row in found)
+    assert [sum(row.group == group for row in held) for group in "ab"] == [8, 2]
+    assert held != sources.split(found, 0.2, 1)[1]
+    assert sources.split(found, 0, 0)[1] == []
+
+
+def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: Path) -> None:
+    """The loss of the held-out part is that of the checkpoint before and of the result after; `llava batch` asks its file."""
+    pets = tree(tmp_path, *(f"pets/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)))
+    words = ("train", pets, "-o", tmp_path / "out", "-m", model, "--steps", 12, "--lr", 0.003, "--warmup", 1, "--held-out", 0.25)
+    done = llava(*words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "6 samples to train on, 2 held out" in done.output
+    before, after = (float(loss) for loss in re.findall(r"held out, \w+: +loss ([\d.]+)", done.output))
+    assert after < before
+    lines = [json.loads(line) for line in (tmp_path / "out" / "held-out.jsonl").read_text().splitlines()]
+    assert [line["truth"] for line in lines] == ["cat", "dog"]
+    assert re.findall(r"held out, after: .*", llava(*words).output) == re.findall(r"held out, after: .*", done.output)
+    asked = llava("batch", tmp_path / "out" / "held-out.jsonl", tmp_path / "a.jsonl", "-m", model, "--max-new-tokens", 2)
+    assert asked.exit_code == 0, asked.output
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [line["id"] for line in lines]
+    assert not any("error" in answer for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("a.json", "--held-out", 0.1), "leave out --held-out"),
+        (("a.json", "--question", "Who?"), "leave out --question"),
+        (("pets", "--media", "."), "leave out --media"),
+        (("pets", "--held-out", 0.9), "hold out less"),
+    ],
+)
+def test_options_that_do_not_fit_the_source(
+    words: tuple[object, ...], error: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "pets/cat/1.png")
+    write(tmp_path / "a.json", [llava_sample("a", "q", "x")])
+    with pytest.raises(ValueError, match=error):
+        raise llava("train", *words, "-o", "out", "-m", model, "--steps", 1).exception or AssertionError
+
+
+def test_the_documentation_runs_and_its_forms_are_read(
+    tmp_path: Path, media: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    files = re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(files) == 4
+    for name, text in files:
+        (tmp_path / name).write_text(text)
+        for picture in re.findall(r'"(\w+\.png)"', text):
+            noise(len(picture)).save(tmp_path / picture)
+    (tmp_path / "clip.mp4").write_bytes((media / "film.mp4").read_bytes())
+    folders = [tree(tmp_path, *block.split()) for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
+    assert len(folders) == 3
+    for source in [*(tmp_path / name for name, _ in files), *folders]:
+        done = llava("data", "check", source)
+        assert done.exit_code == 0, (source, done.output, done.exception)
+    tree(tmp_path, *(f"photos/cat/{number}.jpg" for number in range(3, 12)))  # of fewer than six a tenth is none
+    (tmp_path / "model").symlink_to(model)
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for command in [*commands.splitlines(), re.sub(r"\s+", " ", re.findall(r"`(llava batch[^`]*)`", page)[0])]:
+        done = llava(*shlex.split(command)[1:])
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    kinds = re.findall(r"^\| (\w+) \| [a-z]", page, re.MULTILINE)
+    assert kinds[1:] == list(KINDS)
