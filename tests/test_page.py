@@ -170,6 +170,31 @@ def test_retry_and_edit_make_branches(page: Page, files: list[Path]) -> None:
     expect(page.locator("#messages > li.assistant .meta")).to_contain_text("2 of 2")
 
 
+def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[Path]) -> None:
+    """A browser may drop what a page keeps; the edited question was sent without its picture, and nobody was told."""
+    page.set_input_files("#pick-files", files[:1])
+    ask(page, "First?")
+    page.evaluate("""() => new Promise((done) => {
+        indexedDB.open("llava-interleave", 1).onsuccess = (event) => {
+            const change = event.target.result.transaction("files", "readwrite");
+            change.objectStore("files").clear();
+            change.oncomplete = done;
+        };
+    })""")
+    expect(page.locator("#budget")).to_be_hidden()
+    page.get_by_label("Edit this message as a new branch").click()
+    expect(page.locator("#budget")).to_be_visible()  # counting what is left does not take the word back
+    expect(page.locator("#problem")).to_contain_text("red.png is no longer in this browser and is left out")
+
+
+def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -> None:
+    page.set_input_files("#pick-files", files[:1])
+    page.fill("#text", "See [image 2]")
+    expect(page.locator("#problem")).to_contain_text("the text has [image 2], but 1 files are attached")
+    page.fill("#text", "See [image 1]")
+    expect(page.locator("#problem")).to_be_hidden()
+
+
 def test_stop_keeps_what_was_written(page: Page) -> None:
     page.fill("#text", "Tell me a long story.")
     page.click("#send")

@@ -86,8 +86,3 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.drain()
         await super().shutdown(sockets)
-
-
-def serve(app: FastAPI, settings: Settings) -> None:
-    """Serve until the process is told to end."""
-    Server(app, settings).run()

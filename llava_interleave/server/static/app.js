@@ -255,6 +255,7 @@ async function withFiles(nodes, use) {
 
 let counting = null;
 let soon = 0;
+let refused = ""; // what counting had to say last: only that is taken back when counting succeeds
 
 function refreshBudget() {
   clearTimeout(soon);
@@ -262,15 +263,16 @@ function refreshBudget() {
   soon = setTimeout(async () => {
     if (!attached.length && !$("text").value.trim()) {
       $("budget").hidden = true;
+      $("send").disabled = false;
+      settle(true);
       return;
     }
     counting = new AbortController();
     const { signal } = counting;
-    await attempt(async () => {
+    const counted = await attempt(async () => {
       const pending = { role: "user", parts: compose($("text").value) };
       const found = await withFiles([...store.branch(chat, parent), pending], (asked) => api.count(asked, signal));
-      if (signal.aborted) return;
-      problem();
+      if (signal.aborted) return false;
       const memory = (found.kv_bytes + found.feature_bytes) / 1e6;
       $("budget").hidden = false;
       $("budget").classList.toggle("over", found.left < 1);
@@ -281,8 +283,15 @@ function refreshBudget() {
           ? `${number(found.total)} tokens are more than the context of ${number(found.context)}: use fewer images or frames`
           : `${number(found.total)} of ${number(found.context)} tokens, ${memory < 10 ? memory.toFixed(1) : Math.round(memory)} MB`;
       $("send").disabled = found.left < 1;
+      return true;
     });
+    if (!signal.aborted) settle(counted);
   }, 250);
+}
+
+function settle(counted) {
+  if (!counted) refused = $("problem").textContent;
+  else if (refused && $("problem").textContent === refused) problem();
 }
 
 async function answer(question) {
@@ -340,6 +349,7 @@ function clear() {
 
 async function edit(node) {
   clear();
+  problem();
   parent = node.parent;
   let text = "";
   for (const part of node.parts) {
@@ -348,7 +358,10 @@ async function edit(node) {
       continue;
     }
     const blob = await store.file(part.key);
-    if (!blob) continue;
+    if (!blob) {
+      problem(`${part.name} is no longer in this browser and is left out; attach it again`);
+      continue;
+    }
     attached.push({ key: part.key, kind: part.type, name: part.name, label: part.label ?? "", blob, url: URL.createObjectURL(blob) });
     text += mark(attached.length - 1);
   }
