@@ -8,6 +8,9 @@ from typing import Any
 
 from .errors import CheckpointError
 
+QUANTISATION, METHOD = "quantization_config", "llava-interleave"
+"""Where config.json tells that weights are quantised, and that this package did it."""
+
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
@@ -59,8 +62,11 @@ class LlavaConfig:
         """The network that a config.json describes: transformers' form of any release, or the original lmms-lab form.
 
         Absent keys mean what they mean to transformers. Keys that change nothing are passed over; a key that is unknown and
-        not empty, and a value of another network, raise `CheckpointError` by name.
+        not empty, and a value of another network, raise `CheckpointError` by name. How this package quantised the weights is
+        left to `weights`.
         """
+        if isinstance(about := values.get(QUANTISATION), Mapping) and about.get("quant_method") == METHOD:
+            values = {key: value for key, value in values.items() if key != QUANTISATION}
         top = _Section("", values)
         return _original(top) if "mm_projector_type" in values or "mm_vision_tower" in values else _hub(top)
 

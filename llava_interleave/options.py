@@ -39,6 +39,7 @@ class Options:
     logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "Added to the logits, by token id."})
     logprobs: int | None = _option(None, "Report each token's log-probability and those of this many likeliest ones.")
     n: int = _option(1, "How many answers to write.")
+    adapter: str | None = _option(None, "Answer through this adapter; on the command line its folder or Hugging Face name.")
     preset: str = _option("interleave", "How messages become tokens: interleave, hf or official.")
     system: str | None = _option(DEFAULT_SYSTEM, "The system prompt; 'default' takes the preset's own, '' leaves it out.")
     anyres: bool = _option(False, "Cut a single image into tiles for more detail, as single images were trained.")

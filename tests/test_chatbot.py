@@ -293,8 +293,8 @@ def test_precision(bot: Chatbot) -> None:
     assert pick_dtype("bfloat16", bot.source, "cpu") == torch.bfloat16
     half = load(bot.source, precision="bfloat16", device="cpu")
     assert half.info()["precision"] == "bfloat16"
-    with pytest.raises(OptionError, match="int8"):
-        load(bot.source, precision="int8")
+    with pytest.raises(OptionError, match="int3"):
+        load(bot.source, precision="int3")
 
 
 def test_licence_notice_once(

@@ -14,13 +14,14 @@ from .. import notice, weights
 from ..engine import Engine, Event, Sampling, Timings, Usage
 from ..errors import CheckpointError, OptionError, PromptError
 from ..model import Llava
+from ..model.quantise import quantised
 from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
 from ..prompt import Prompt
 from .attach import content
 from .conversation import Conversation
 from .explain import Explanation, Trial, asked, check, chosen, looks
-from .place import kv_memory, pick_device, pick_dtype
+from .place import kv_memory, pick_device, pick_precision, warn_if_slow
 from .stops import StopStrings
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
@@ -118,7 +119,9 @@ class Chatbot:
         room = self.model.config.text.context - len(prompt)
         how = [sampling(options, index, room) for index in range(options.n)]
         streams = {
-            Writer(self.processor, options, index): self._locked(self.engine.stream(prompt, one, progress=progress))
+            Writer(self.processor, options, index): self._locked(
+                self.engine.stream(prompt, one, adapter=options.adapter, progress=progress)
+            )
             for index, one in enumerate(how)
         }
         return self._pieces(streams)
@@ -132,7 +135,9 @@ class Chatbot:
         streams = {}
         for index, prompt in enumerate(prompts):
             how = sampling(options, 0, self.model.config.text.context - len(prompt))
-            streams[Writer(self.processor, options, index)] = self._locked(self.engine.stream(prompt, how))
+            streams[Writer(self.processor, options, index)] = self._locked(
+                self.engine.stream(prompt, how, adapter=options.adapter)
+            )
         answers = {chunk.index: chunk.answer for chunk in self._pieces(streams) if chunk.answer}
         return [answers[index] for index in range(len(prompts))]
 
@@ -143,8 +148,9 @@ class Chatbot:
 
     def estimate(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Estimate:
         """Tokens of each part and in all, context left, and memory, without computing anything."""
-        number_bytes = self.model.language_model.norm.weight.itemsize
-        return self.processor.estimate(messages, **processing(options.but(changes)), number_bytes=number_bytes)
+        dtype = self.model.language_model.norm.weight.dtype
+        counted = self.processor.estimate(messages, **processing(options.but(changes)), number_bytes=dtype.itemsize)
+        return dataclasses.replace(counted, weight_bytes=weights.size(self.model.config, dtype, quantised(self.model)))
 
     def explain(
         self,
@@ -173,8 +179,10 @@ class Chatbot:
         check(prompt, tokens, text.context)
         names = [part.name for part in self.estimate(messages, options, **changes).parts[1:]]
         layers = chosen(layers, text.num_layers)
-        trial = Trial(self.model, prompt, tokens, tokenizer.size)
-        return Explanation(asked(messages), str(answer), layers, *looks(trial, names, self.processor.images, layers, leave_out))
+        with self.engine.adapters.whole(options.but(changes).adapter):
+            trial = Trial(self.model, prompt, tokens, tokenizer.size)
+            found = looks(trial, names, self.processor.images, layers, leave_out)
+        return Explanation(asked(messages), str(answer), layers, *found)
 
     def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
         """The messages of one question with attachments."""
@@ -188,16 +196,29 @@ class Chatbot:
         """Go on with a conversation that `Conversation.save` wrote."""
         return Conversation.load(path, self)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that the option `adapter` takes here."""
+        return self.engine.adapters.names
+
+    def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Load an adapter, a folder in PEFT's format or a Hugging Face name; it can be chosen from then on, others answer on.
+
+        Raises `CheckpointError` for one of another network, or that asks for what is not computed here.
+        """
+        self.engine.adapters.add(name, weights.read_adapter(_found(folder), self.model))
+
     def info(self) -> dict[str, object]:
         """Where the model is from and how it runs here."""
-        weight = self.model.lm_head.weight
+        weight = self.model.language_model.norm.weight
         return {
             "source": str(self.source),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "precision": str(weight.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in weights.skeleton(self.model.config).parameters()),
+            "precision": quantised(self.model) or str(weight.dtype).removeprefix("torch."),
             "device": str(weight.device),
             "context": self.model.config.text.context,
             "tokens_per_image": self.model.config.vision.grid**2,
+            "adapters": list(self.adapters),
         }
 
     def _pieces(self, streams: dict[Writer, Generator[Event]]) -> Generator[Chunk]:
@@ -239,25 +260,34 @@ def load(
     revision: str | None = None,
     limits: Limits = Limits(),  # noqa: B008  frozen
     kv_bytes: int | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] = {},
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
     """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
 
     precision: float32, bfloat16, float16, or auto: float32 for a network of up to 100 M parameters and, on a CPU, for one stored
-    in float32; else bfloat16 (float16 on a GPU without it).
+    in float32; else bfloat16 (float16 on a GPU without it). int8 or int4, on a CPU, quantise the linears' weights and compute the
+    rest as auto does; a folder that `llava quantize` wrote is taken as it is.
     device: cpu, cuda, cuda:1, or auto: the GPU where there is one; `Chatbot.info()` tells.
     limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
-    of the memory. progress: called with the bytes of weights read so far and in all.
+    of the memory. adapters: name and folder of each that a question can choose by the option `adapter`.
+    progress: called with the bytes of weights read so far and in all.
     """
     folder = locate(name_or_folder, revision)
     place = pick_device(device)
+    beside = {name: _found(adapter) for name, adapter in adapters.items()}
     processor = Processor.from_folder(folder, limits=limits)
-    model = weights.load(folder, dtype=pick_dtype(precision, folder, place), device=place, progress=progress)
+    dtype, bits = pick_precision(precision, folder, place)
+    warn_if_slow(bits)
+    model = weights.load(folder, dtype=dtype, device=place, precision=bits, progress=progress)
     if name_or_folder is not None:
         notice.show_once(str(name_or_folder), folder)
     tokenizer, kv = processor.tokenizer, kv_memory(model) if kv_bytes is None else kv_bytes
     engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=kv)
-    return Chatbot(folder, processor, engine, model)
+    bot = Chatbot(folder, processor, engine, model)
+    for name, adapter in beside.items():
+        bot.add_adapter(name, adapter)
+    return bot
 
 
 def estimate(
@@ -273,8 +303,11 @@ def estimate(
     """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they are on the hub."""
     folder = locate(name_or_folder, revision, tensors=False)
     messages = [{"role": "user", "content": content(question, attachments)}]
-    dtype = pick_dtype(precision, folder, pick_device(device))
-    return Processor.from_folder(folder).estimate(messages, **processing(options), number_bytes=dtype.itemsize)
+    dtype, bits = pick_precision(precision, folder, pick_device(device))
+    warn_if_slow(bits)
+    processor = Processor.from_folder(folder)
+    counted = processor.estimate(messages, **processing(options), number_bytes=dtype.itemsize)
+    return dataclasses.replace(counted, weight_bytes=weights.size(processor.config, dtype, bits))
 
 
 def locate(name_or_folder: str | os.PathLike[str] | None, revision: str | None, *, tensors: bool = True) -> Path:
@@ -283,6 +316,10 @@ def locate(name_or_folder: str | os.PathLike[str] | None, revision: str | None, 
         raise CheckpointError("this installation carries no built-in model; name a checkpoint folder or a Hugging Face model")
     name = BUILTIN if name_or_folder is None else name_or_folder
     return weights.resolve(name if isinstance(name, str) else Path(name), revision, tensors=tensors)
+
+
+def _found(adapter: str | os.PathLike[str]) -> Path:
+    return weights.resolve(adapter if isinstance(adapter, str) else Path(adapter))
 
 
 def processing(options: Options) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
+from .. import kernels
 from ..engine import bytes_per_token
 from ..errors import OptionError
 from ..model import Llava
+from ..model.quantise import RECIPES
 from ..weights import skeleton
-from ..weights.files import read_config, read_headers
+from ..weights.files import read_config, read_headers, stored_precision
 from ..weights.load import _device
 from ..weights.tensors import FLOATS
 
@@ -25,6 +28,27 @@ def named_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise OptionError(f"{name!r} is no precision; there are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dtype, str | None]:
+    """The type that is computed in, and what the weights of linears are quantised to, int4 or int8; None leaves them as they are.
+
+    `auto` takes a quantised folder as it is and quantises no other. Raises `OptionError` for another precision than the folder's.
+    """
+    if precision not in ("auto", *DTYPES, *RECIPES):
+        raise OptionError(f"{precision!r} is no precision; there are auto, {', '.join([*DTYPES, *RECIPES])}")
+    held = stored_precision(folder)
+    if held and precision not in ("auto", held):
+        raise OptionError(f"{folder} holds {held} weights; for {precision} name the checkpoint that it was made from")
+    if held or precision in RECIPES:
+        return pick_dtype("auto", folder, device), held or precision
+    return pick_dtype(precision, folder, device), None
+
+
+def warn_if_slow(precision: str | None) -> None:
+    """Say so where weights are quantised and there are no kernels for them."""
+    if precision and (reason := kernels.why_not()):
+        warnings.warn(f"no compiled kernels for {precision} ({reason}): it is many times slower than bfloat16 here", stacklevel=3)
 
 
 def pick_device(name: str) -> str:

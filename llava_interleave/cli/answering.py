@@ -16,22 +16,25 @@ if TYPE_CHECKING:
 class Model:
     """The model that the flags name, loaded when it is first asked; what it is can be told before."""
 
-    def __init__(self, name: str | None, revision: str | None, precision: str, device: str) -> None:
+    def __init__(self, name: str | None, revision: str | None, precision: str, device: str, adapter: str | None = None) -> None:
         with show.busy("starting"):
             from ..chatbot import locate
-            from ..chatbot.place import pick_device, pick_dtype
-            from ..weights.files import fingerprint
-        self._flags = (name, revision, precision, device)
+            from ..chatbot.place import pick_device, pick_precision
+            from ..weights import adapter_fingerprint, fingerprint, resolve
+        self._flags = (name, revision, precision, device, adapter)
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
         self.folder = locate(name, revision)
         place = pick_device(device)
+        dtype, bits = pick_precision(precision, self.folder, place)
         self.about = {
             "model": name or "the built-in model",
             "fingerprint": fingerprint(self.folder),
-            "precision": str(pick_dtype(precision, self.folder, place)).removeprefix("torch."),
+            "precision": bits or str(dtype).removeprefix("torch."),
             "device": place,
         }
+        if adapter:
+            self.about["adapter"] = adapter_fingerprint(resolve(adapter))
 
     def ready(self, options: Options) -> Chatbot:
         """The model, loaded. A mistake in the options is raised, so that it is told once and not beside every sample."""

@@ -49,7 +49,7 @@ def ask(
     sources = show.attachments(attach, view)
     if explain is not None and (options.n > 1 or not sources):
         raise OptionError("--explain tells of one answer about images: " + ("leave out -n" if options.n > 1 else "attach one"))
-    bot = show.load(model, revision, precision, device)
+    bot = show.load(model, revision, precision, device, options.adapter)
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json:
         answers = [write(bot, messages, options)]
@@ -80,7 +80,7 @@ def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Ans
 
 def report(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
     """What --json prints: the fields of the answer, or a list of them under `answers` where several were asked for."""
-    source: dict[str, Any] = {"model": bot.source.name, "preset": options.preset}
+    source: dict[str, Any] = {"model": bot.source.name, "adapter": options.adapter, "preset": options.preset}
     if options.n > 1:
         return source | {"answers": [dataclasses.asdict(answer) for answer in answers]}
     return source | dataclasses.asdict(answers[0])

@@ -49,7 +49,7 @@ def chat(
         raise OptionError(f"a conversation goes on with one answer, not n = {options.n}")
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
-    bot = show.load(model, revision, precision, device)
+    bot = show.load(model, revision, precision, device, options.adapter)
     talk = bot.resume(resume) if resume else bot.conversation()
     talk.attach(*(attach or []))
     Terminal(talk, options, resume).run()

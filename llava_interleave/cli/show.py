@@ -34,7 +34,7 @@ ModelName = Annotated[
     typer.Option("--model", "-m", help="A checkpoint folder or a Hugging Face name; without it the built-in model."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; on a CPU also int8 or int4.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -142,14 +142,18 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
-def load(model: str | None, revision: str | None, precision: str, device: str) -> Chatbot:
-    """The chatbot that the flags name. A download draws its own bars; reading the weights shows how far it is."""
+def load(model: str | None, revision: str | None, precision: str, device: str, adapter: str | None = None) -> Chatbot:
+    """The chatbot that the flags name. A download draws its own bars; reading the weights shows how far it is.
+
+    adapter: what the flag says, which is its folder or Hugging Face name, and the name that the option has for it, too.
+    """
     with busy("starting"):
         from ..chatbot import load as read
         from ..chatbot import locate
     locate(model, revision)
     with busy(f"loading {model or 'the built-in model'}") as progress:
-        return read(model, revision=revision, precision=precision, device=device, progress=progress)
+        adapters = {adapter: adapter} if adapter else {}
+        return read(model, revision=revision, precision=precision, device=device, adapters=adapters, progress=progress)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

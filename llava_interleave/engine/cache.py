@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -62,6 +63,11 @@ class Keys:
         differ = self.numbers[:n] != other.numbers[:n]
         first = int(differ.argmax()) if n else 0
         return first if n and differ[first] else n
+
+
+def salted(salt: bytes, adapter: str) -> bytes:
+    """The salt of what is computed through the adapter of this key; of the network alone `salt` itself."""
+    return blake2b(salt, key=adapter.encode()).digest() if adapter else salt
 
 
 def _chain(numbers: NDArray[np.int64], salt: bytes) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import ContextError, OptionError, PromptError
 from ..model import Llava
+from ..model.lora import Adapters
 from ..prompt import Prompt
-from .cache import Features, Identity, Keys, Prefixes
+from .cache import Features, Identity, Keys, Prefixes, salted
 from .events import Event
 from .request import Request
 from .runner import Runner
@@ -46,6 +47,8 @@ class Engine:
     max_step_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
     max_step_crops: in a call of the tower. max_running: requests at a time. clock: seconds.
 
+    adapters: those that a request can choose from, by name; none at first.
+
     Used from one thread: nothing here is locked. A server gives it a thread of its own and talks to that.
     """
 
@@ -71,8 +74,9 @@ class Engine:
                 f"and max_step_tokens ({max_step_tokens}) at least max_running"
             )
         self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
+        self.adapters = Adapters(model)
         self._features = Features(feature_bytes)
-        self._runner = Runner(model, self._features, vocab=vocab, max_step_crops=max_step_crops, clock=clock)
+        self._runner = Runner(model, self._features, self.adapters.route, vocab=vocab, max_step_crops=max_step_crops, clock=clock)
         self.bytes_per_token = self._runner.memory.bytes_per_token
         self._prefixes = Prefixes(kv_bytes // self.bytes_per_token)
         self._scheduler = Scheduler(
@@ -87,13 +91,22 @@ class Engine:
         self._events: deque[Event] = deque()  # of requests that nobody streams
         self._streams: dict[Request, deque[Event]] = {}
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, salt: bytes = b"", guide: Guide | None = None) -> Request:
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        salt: bytes = b"",
+        guide: Guide | None = None,
+        adapter: str | None = None,
+    ) -> Request:
         """Queue a request, whose events `step` returns. Prefixes and features are shared among requests of equal `salt` only.
 
-        guide: says which tokens may come next. ContextError if it could never fit, PromptError if placeholders and media do
-        not agree.
+        guide: says which tokens may come next. adapter: the name of one of `adapters`, through which it is computed.
+        ContextError if it could never fit, PromptError if placeholders and media do not agree, OptionError for a name that is
+        not there.
         """
-        request = self._request(prompt, sampling or Sampling(), salt)
+        request = self._request(prompt, sampling or Sampling(), salt, adapter)
         if guide is not None:
             request.guide, request.plain = guide, False
         self._scheduler.add(request)
@@ -130,6 +143,7 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         salt: bytes = b"",
+        adapter: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Event]:
         """The events of one request, computed as they are asked for; errors as `add`, at once.
@@ -137,14 +151,19 @@ class Engine:
         Closing the iterator aborts the request. Several may be read in turn, each step advances all. An error is raised.
         progress: called after each step before the first token with the prompt's tokens read so far and in all.
         """
-        return self._stream(self._request(prompt, sampling or Sampling(), salt), progress)
+        return self._stream(self._request(prompt, sampling or Sampling(), salt, adapter), progress)
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, *, salt: bytes = b""
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        salt: bytes = b"",
+        adapter: str | None = None,
     ) -> list[Request]:
         """Answer all prompts together; the requests when all have ended. One sampling for all, or one each."""
         each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
-        requests = [self._request(p, s, salt) for p, s in zip(prompts, each, strict=True)]
+        requests = [self._request(p, s, salt, adapter) for p, s in zip(prompts, each, strict=True)]
         streams = [self._stream(request) for request in requests]
         try:
             for request in requests:
@@ -212,7 +231,7 @@ class Engine:
         for event in events:
             self._streams.get(event.request, self._events).append(event)
 
-    def _request(self, prompt: Prompt, sampling: Sampling, salt: bytes) -> Request:
+    def _request(self, prompt: Prompt, sampling: Sampling, salt: bytes, adapter: str | None) -> Request:
         config, length = self.model.config, len(prompt)
         if not length:
             raise PromptError("the prompt has no tokens")
@@ -245,8 +264,18 @@ class Engine:
                 f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
             )
         images = [(media.start, media.layout.length, self._identity(media.key)) for media in prompt.media]
-        keys = Keys.of(prompt.tokens, images, salt)
-        return Request(next(self._ids), prompt, sampling, keys, wanted, self.clock())
+        through, encoder = self.adapters.keys(adapter)
+        return Request(
+            next(self._ids),
+            prompt,
+            sampling,
+            Keys.of(prompt.tokens, images, salted(salt, through)),
+            wanted,
+            self.clock(),
+            adapter=through,
+            encoder=encoder,
+            salt=salted(salt, encoder),
+        )
 
     def _identity(self, key: bytes) -> Identity:
         identity = self._identities.get(key)

@@ -2,8 +2,8 @@
 
 Keys lie as `[Hkv, d, capacity]`, values as `[Hkv, capacity, d]`: so one new query reads both in storage order by two plain
 matrix products. With 1,500 bfloat16 tokens on two cores that took 0.53 ms a layer; keys as `[Hkv, capacity, d]` 1.2 ms,
-scaled_dot_product_attention 1.8 ms; float32 is the same either way. Another memory (paged, for one) needs `prepare`, `copy`,
-`attend` and `bytes_per_token` of `Slabs`.
+scaled_dot_product_attention 1.8 ms; float32 is the same either way. A kernel does the same in bfloat16 on a CPU. Another memory
+(paged, for one) needs `prepare`, `copy`, `attend` and `bytes_per_token` of `Slabs`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .. import kernels
 from ..config import TextConfig
 from ..model import Attend
 from ..model.attend import causal
@@ -61,6 +62,8 @@ class Slabs:
 
     def __init__(self, c: TextConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.layers = c.num_layers
+        compiled = device.type == "cpu" and dtype == torch.bfloat16 and c.head_dim % kernels.PANEL == 0
+        self._one: type[_One] = _OneCompiled if compiled and kernels.why_not() is None else _One
         self.bytes_per_token = bytes_per_token(c, dtype)
         self._empty = torch.empty(c.num_kv_heads, c.head_dim, 0, dtype=dtype, device=device)
         self._zero = self._empty.new_zeros(())
@@ -82,7 +85,9 @@ class Slabs:
 
     def attend(self, spans: Sequence[Span]) -> Attend:
         """What the network asks in a step whose flat batch is these spans one after another."""
-        parts: list[_One | _Chunk] = [_One(s, self._zero) if s.stop - s.start == 1 else _Chunk(s, self._empty) for s in spans]
+        parts: list[_One | _Chunk] = [
+            self._one(s, self._zero) if s.stop - s.start == 1 else _Chunk(s, self._empty) for s in spans
+        ]
         return parts[0] if len(parts) == 1 else _Several(parts, [s.stop - s.start for s in spans])
 
 
@@ -112,6 +117,13 @@ class _One:
         grouped = q.view(heads, -1, d)
         scores = torch.baddbmm(self.zero, grouped, keys.narrow(2, 0, self.stop), beta=0, alpha=d**-0.5)
         return torch.bmm(scores.softmax(-1), values.narrow(1, 0, self.stop)).view(q.shape)
+
+
+class _OneCompiled(_One):
+    """`_One` in bfloat16 by a kernel."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.attend(q, k, v, self.keys[layer], self.values[layer], self.at)
 
 
 class _Chunk:

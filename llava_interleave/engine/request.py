@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Unit:
     """The smallest piece of a media that the tower encodes and the cache keeps: a crop, or all tiles of an anyres image.
 
-    start, stop: the tokens of the prompt that stand for it.
+    start, stop: the tokens of the prompt that stand for it. adapter: key of the one it is encoded through, "" for none.
     """
 
     key: tuple[bytes, int]
@@ -29,18 +29,19 @@ class Unit:
     stop: int
     pixels: Tensor
     layout: Layout
+    adapter: str = ""
 
 
-def units(media: Media, salt: bytes = b"") -> Iterator[Unit]:
+def units(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[Unit]:
     """The units of a media in the order of their tokens; of a video each frame is one. Features are shared within a `salt`."""
     layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
-        yield Unit((key, -1), media.start, media.start + layout.length, media.pixels, layout)
+        yield Unit((key, -1), media.start, media.start + layout.length, media.pixels, layout, adapter)
         return
     size, one = layout.grid**2, Layout(layout.grid)
     for crop in range(layout.crops):
         start = media.start + crop * size
-        yield Unit((key, crop), start, start + size, media.pixels[crop : crop + 1], one)
+        yield Unit((key, crop), start, start + size, media.pixels[crop : crop + 1], one, adapter)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +54,9 @@ class Request:
     keys: Keys = field(repr=False)
     max_new_tokens: int  # as resolved at `add`
     added: float
+    adapter: str = ""  # key of the one that its tokens go through
+    encoder: str = ""  # and its media
+    salt: bytes = field(default=b"", repr=False)  # of their features
     tokens: list[int] = field(init=False, repr=False)  # prompt and answer
     units: tuple[Unit, ...] = field(init=False, repr=False)
     plain: bool = field(init=False)  # as its sampling says; asked at every token
@@ -71,7 +75,7 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.tokens)
         self.plain = self.sampling.plain
-        self.units = tuple(unit for media in self.prompt.media for unit in units(media, self.keys.salt))
+        self.units = tuple(unit for media in self.prompt.media for unit in units(media, self.salt, self.encoder))
 
     @property
     def generated(self) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 
 from ..model import Llava, arrange
+from ..model.lora import Route
 from .cache import Features
 from .memory import Slabs, Span
 from .request import Unit
@@ -19,9 +20,11 @@ from .scheduler import Plan, Work
 class Runner:
     """One network on one device with its KV memory."""
 
-    def __init__(self, model: Llava, features: Features, *, vocab: int, max_step_crops: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, model: Llava, features: Features, route: Route, *, vocab: int, max_step_crops: int, clock: Callable[[], float]
+    ) -> None:
         weight = model.language_model.norm.weight  # of the type computed in, also when the linears are quantised
-        self.model, self.features, self.clock = model, features, clock
+        self.model, self.features, self.route, self.clock = model, features, route, clock
         self.dtype, self.device = weight.dtype, weight.device
         self.memory = Slabs(model.config.text, self.dtype, self.device)
         self.vocab, self.max_step_crops = vocab, max_step_crops
@@ -41,7 +44,8 @@ class Runner:
         positions = [position for w in work for position in range(w.start, w.stop)]
         x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
         attend = self.memory.attend([Span(w.kv, w.start, w.stop) for w in work if w.start < w.stop])
-        hidden = self.model.forward(x, torch.tensor(positions, device=self.device), attend)
+        with self.route.through(_routes(work)):
+            hidden = self.model.forward(x, torch.tensor(positions, device=self.device), attend)
         rows, end = [], 0
         for w in work:
             end += w.stop - w.start
@@ -73,16 +77,18 @@ class Runner:
     def _encode(self, plan: Plan) -> None:
         """Encode the step's units, crops of several requests together, and put them into the cache."""
         began = self.clock()
-        units = list(plan.encode.values())
+        units = sorted(plan.encode.values(), key=lambda unit: unit.adapter)
         while units:
             batch: list[Unit] = []
             crops = 0
-            while units and (not batch or crops + len(units[0].pixels) <= self.max_step_crops):
+            adapter = units[0].adapter
+            while units and units[0].adapter == adapter and (not batch or crops + len(units[0].pixels) <= self.max_step_crops):
                 crops += len(units[0].pixels)
                 batch.append(units.pop(0))
             self.crops_encoded += crops
             pixels = torch.cat([unit.pixels for unit in batch]).to(self.device, self.dtype)
-            encoded = torch.cat([self.model.encode(part) for part in pixels.split(self.max_step_crops)])
+            with self.route.through([(adapter, slice(None))] if adapter else ()):
+                encoded = torch.cat([self.model.encode(part) for part in pixels.split(self.max_step_crops)])
             for unit, rows in zip(batch, encoded.split([len(unit.pixels) for unit in batch]), strict=True):
                 arranged = arrange(rows, unit.layout)
                 self.features.put(unit.key, arranged.clone() if len(batch) > 1 else arranged)  # not a view of the whole batch
@@ -102,3 +108,13 @@ class Runner:
                 spans.append((offset + a - w.start, self.features[unit.key][a - unit.start : b - unit.start]))
             offset += w.stop - w.start
         return spans
+
+
+def _routes(work: list[Work]) -> list[tuple[str, slice]]:
+    """Which rows of the flat batch go through which adapter."""
+    spans, stop = [], 0
+    for adapter, group in groupby(work, key=lambda w: w.request.adapter):
+        start, stop = stop, stop + sum(w.stop - w.start for w in group)
+        if adapter and start < stop:
+            spans.append((adapter, slice(start, stop)))
+    return spans

@@ -88,6 +88,7 @@ class Scheduler:
         if self.waiting and budget:
             self._admit(plan, budget)
         assert plan.work or not (running or self.waiting)
+        plan.work.sort(key=lambda work: work.request.adapter)  # so that each adapter's rows lie together
         return plan
 
     def _grow(self, request: Request, kv: KV) -> bool:

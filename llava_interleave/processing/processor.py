@@ -44,7 +44,7 @@ class Estimate:
 
     parts: the text, then each image, view and video.
     total: tokens of the prompt. context: tokens the network can hold. left: what remains for the answer (negative: too long).
-    kv_bytes: keys and values of the prompt. feature_bytes: features of its images.
+    kv_bytes: keys and values of the prompt. feature_bytes: features of its images. weight_bytes: the network; 0 if not counted.
     """
 
     parts: tuple[Part, ...]
@@ -53,11 +53,13 @@ class Estimate:
     left: int
     kv_bytes: int
     feature_bytes: int
+    weight_bytes: int = 0
 
     def __str__(self) -> str:
         rows = [(part.name, f"{part.tokens:,}") for part in self.parts]
         rows += [("total", f"{self.total:,}"), ("context", f"{self.context:,}"), ("left for the answer", f"{self.left:,}")]
         rows += [("KV memory", _size(self.kv_bytes)), ("image features", _size(self.feature_bytes))]
+        rows += [("weights", _size(self.weight_bytes))] * bool(self.weight_bytes)
         width, number = (max(len(row[i]) for row in rows) for i in (0, 1))
         return "\n".join(f"{name:<{width}}  {value:>{number}}" for name, value in rows)
 

@@ -8,11 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import LlavaConfig
+from ..config import METHOD, QUANTISATION, LlavaConfig
 from ..errors import CheckpointError
+from ..model.quantise import RECIPES
 from .tensors import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+VERSION = 1
+"""Of the form in which quantised weights are packed and stored."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_JSON = 64 << 20
 
@@ -39,6 +42,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: str | Path) -> LlavaConfig:
     """The network that the config.json of a checkpoint folder describes."""
     return LlavaConfig.from_dict(read_json(Path(folder) / "config.json"))
+
+
+def stored_precision(folder: str | Path) -> str | None:
+    """What the weights in a checkpoint folder were quantised to by `save`; None where they are floats."""
+    about = read_json(Path(folder) / "config.json").get(QUANTISATION)
+    if not isinstance(about, dict) or about.get("quant_method") != METHOD:
+        return None
+    if about.get("version") != VERSION or about.get("precision") not in RECIPES:
+        raise CheckpointError(
+            f"{folder} was quantised by another release ({QUANTISATION} {about}); quantise its original again with this one"
+        )
+    return str(about["precision"])
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import LlavaConfig
 from ..errors import CheckpointError, OptionError, Unsupported
+from ..kernels import PANEL
 from ..model import Llava
-from .files import read_config, read_headers
+from ..model.quantise import QuantisedLinear, pack, prepare
+from .files import read_config, read_headers, stored_precision
 from .layouts import ours, unused
-from .tensors import FLOATS, Reader, Stored, same
+from .tensors import FLOATS, TYPES, Reader, Stored, same
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EMBEDDING, _HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
@@ -27,24 +29,34 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    precision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Llava:
     """The network of a checkpoint folder, ready to answer: no gradients, evaluation mode.
 
     dtype: float32, bfloat16 or float16; None takes the type that the embedding is stored in.
+    precision: int4 or int8 quantises the linears while they are read, a few rows at a time; `dtype` is then what is computed in.
+    A folder that is quantised already is loaded as it is.
     progress: called with the bytes read so far and in all.
     Weights in their stored type on the CPU are the mapped file (see `Reader`): do not change the files in place meanwhile.
     Missing, surplus and misshapen tensors are listed together in one `CheckpointError`.
     """
     folder = Path(folder)
     place = _device(device)
-    model = skeleton(read_config(folder))
+    held = stored_precision(folder)
+    if held and precision not in (None, held):
+        raise OptionError(f"{folder} holds {held} weights; for {precision} quantise the checkpoint that it was made from")
+    model = blank(read_config(folder), held)
     found = match(model, read_headers(folder), folder)
     dtype = dtype or FLOATS[found[_EMBEDDING].dtype]
     if dtype == torch.float64:
         dtype = torch.float32
     if dtype not in DTYPES:
         raise OptionError(f"weights are held as {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}")
+    if (held or precision) and place.type != "cpu":
+        raise Unsupported(f"weights of 4 and 8 bits are for a CPU, not for {device}; there precision='bfloat16' is fast")
+    packed = {name: value.dtype for name, value in model.named_buffers()}
+    plan = prepare(model, precision) if precision and not held else {}
     total, done = sum(stored.bytes for stored in found.values()), 0
     state: dict[str, Tensor] = {}
     in_order = sorted(found.items(), key=lambda item: (item[1].path, item[1].start))
@@ -52,14 +64,32 @@ def load(
         with path.open("rb", buffering=0) as file:
             reader = Reader(file)
             for name, stored in group:
-                state[name] = reader.read(stored, dtype, place)
+                if (linear := name.removesuffix(".weight")) in plan:
+                    state |= quantised(reader, stored, linear, model.get_submodule(linear))
+                else:
+                    state[name] = reader.read(stored, packed.get(name, dtype), place)
+                if name == _EMBEDDING and plan and model.config.text.tie_word_embeddings:
+                    state |= quantised(reader, stored, "lm_head", model.lm_head)
                 done += stored.bytes
                 if progress:
                     progress(done, total)
     model.load_state_dict(state, strict=False, assign=True)
-    model.tie()
-    assert not any(p.is_meta for p in model.parameters())
+    if isinstance(model.lm_head, nn.Linear):  # a quantised head is a matrix of its own
+        model.tie()
+    assert not any(value.is_meta for value in model.state_dict().values())
     return model.requires_grad_(False).eval()
+
+
+def quantised(reader: Reader, stored: Stored, name: str, linear: nn.Module) -> dict[str, Tensor]:
+    """Weight and scale of a linear, quantised a few rows at a time, so that the floats are never all in memory."""
+    assert isinstance(linear, QuantisedLinear)
+    weight, scale = torch.empty_like(linear.weight, device="cpu"), torch.empty_like(linear.scale, device="cpu")
+    panel = 0
+    for rows in reader.rows(stored, PANEL):
+        w, s = pack(rows, linear.bits)
+        weight[panel : panel + len(w)], scale[panel : panel + len(w)] = w, s
+        panel += len(w)
+    return {f"{name}.weight": weight, f"{name}.scale": scale}
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -78,15 +108,30 @@ def skeleton(config: LlavaConfig) -> Llava:
         return Llava(config)
 
 
+def blank(config: LlavaConfig, precision: str | None) -> Llava:
+    """`skeleton`, quantised where a precision is given."""
+    model = skeleton(config)
+    if precision:
+        prepare(model, precision)
+    return model
+
+
 def shapes(model: Llava) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of the network holds; a tied head is the embedding and not listed."""
-    tied = model.config.text.tie_word_embeddings
+    """Name and shape of every tensor that a checkpoint of the network holds; a head that is the embedding is not listed."""
+    tied = model.config.text.tie_word_embeddings and isinstance(model.lm_head, nn.Linear)
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if not (tied and name == _HEAD)}
+
+
+def size(config: LlavaConfig, dtype: torch.dtype, precision: str | None = None) -> int:
+    """Bytes of a network whose numbers are of type `dtype` and whose linears are quantised to `precision`."""
+    model = blank(config, precision)
+    return sum(value.nbytes for value in model.buffers()) + sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
 def match(model: Llava, headers: dict[str, Stored], folder: Path) -> dict[str, Stored]:
     """Our name -> stored tensor, for every tensor of the network; all that does not fit is in one `CheckpointError`."""
     expected = shapes(model)
+    packed = {name: value.dtype for name, value in model.named_buffers()}
     found: dict[str, Stored] = {}
     surplus: list[str] = []
     wrong: list[str] = []
@@ -103,7 +148,7 @@ def match(model: Llava, headers: dict[str, Stored], folder: Path) -> dict[str, S
     for name, stored in found.items():
         if stored.shape != expected[name]:
             wrong.append(f"{name} is {list(stored.shape)} instead of {list(expected[name])}")
-        elif stored.dtype not in FLOATS:
+        elif packed[name] != TYPES.get(stored.dtype) if name in packed else stored.dtype not in FLOATS:
             wrong.append(f"{name} is of type {stored.dtype}, quantised tensors are not read")
     missing = sorted(expected.keys() - found.keys())
     if missing or surplus or wrong:

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import LlavaConfig
+from ..config import METHOD, QUANTISATION, LlavaConfig
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
-from .files import INDEX, SINGLE
+from ..model.quantise import quantised
+from .files import INDEX, SINGLE, VERSION
 from .layouts import LAYOUTS, CheckpointLayout, theirs
-from .load import DTYPES, shapes, skeleton
+from .load import DTYPES, blank, shapes
 from .tensors import shards, write
 
 COMPANIONS = (
@@ -48,13 +49,15 @@ def save(
 ) -> None:
     """Write a network as a checkpoint folder, with tokenizer, processor and generation files copied from `processor_from`.
 
-    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once.
+    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once. A quantised network is
+    written as it is, in a form that `load` maps and nobody else reads.
     The folder must not exist or be empty. It appears when it is complete: a failure leaves nothing behind.
     """
     state = model.state_dict()
-    if (names := shapes(skeleton(model.config))).keys() != (have := shapes(model)).keys() or names != have:
+    precision = quantised(model)
+    if (names := shapes(blank(model.config, precision))) != (have := shapes(model)):
         odd = sorted(names.items() ^ have.items())[0][0]
-        raise CheckpointError(f"this network was changed ({odd}): merge adapters and undo quantisation before it is saved")
+        raise CheckpointError(f"this network was changed ({odd}): merge adapters before it is saved")
     write_checkpoint(
         folder,
         model.config,
@@ -63,6 +66,7 @@ def save(
         dtype=dtype or model.language_model.embed_tokens.weight.dtype,
         layout=layout,
         max_shard_bytes=max_shard_bytes,
+        precision=precision,
     )
 
 
@@ -75,6 +79,7 @@ def write_checkpoint(
     dtype: torch.dtype,
     layout: CheckpointLayout = "hub",
     max_shard_bytes: int = 5_000_000_000,
+    precision: str | None = None,
 ) -> None:
     """As `save`, for tensors that are made on demand: `tensor(name)` is asked for one after another, so few are in memory."""
     if layout not in LAYOUTS:
@@ -90,8 +95,10 @@ def write_checkpoint(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_tensors(partial, config, tensor, dtype, layout, max_shard_bytes)
+        _write_tensors(partial, blank(config, precision), tensor, dtype, layout, max_shard_bytes)
         values = config.to_dict(original=layout == "original") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        if precision:
+            values[QUANTISATION] = {"quant_method": METHOD, "version": VERSION, "precision": precision}
         _write_json(partial / "config.json", values)
         for path in companions:
             shutil.copyfile(path, partial / path.name)
@@ -115,21 +122,23 @@ def _companions(source: Path | None) -> list[Path]:
 
 def _write_tensors(
     folder: Path,
-    config: LlavaConfig,
+    model: Llava,
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype,
     layout: CheckpointLayout,
     max_bytes: int,
 ) -> None:
-    width = (config.vision.hidden_size,)
+    width = (model.config.vision.hidden_size,)
     # Not used by the network, but transformers has this norm and calls a file without it incomplete: the identity.
     norm = {
         "vision_tower.post_layernorm.weight": lambda: torch.ones(width),
         "vision_tower.post_layernorm.bias": lambda: torch.zeros(width),
     }
-    mine = shapes(skeleton(config)) | dict.fromkeys(norm, width)
-    names = {theirs(name, layout): name for name in mine}
-    parts = list(shards({stored: mine[name] for stored, name in names.items()}, dtype, max_bytes))
+    mine = shapes(model) | dict.fromkeys(norm, width)
+    packed = {name: value.dtype for name, value in model.named_buffers()}
+    names = {theirs(name, layout): name for name in sorted(mine, key=lambda name: name not in packed)}  # these whole cache lines
+    types = {stored: packed.get(name, dtype) for stored, name in names.items()}
+    parts = list(shards({stored: mine[name] for stored, name in names.items()}, types, max_bytes))
 
     def value(stored: str) -> Tensor:
         name = names[stored]
@@ -137,9 +146,9 @@ def _write_tensors(
 
     files = [SINGLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     for file, part in zip(files, parts, strict=True):
-        write(folder / file, part, dtype, value)
+        write(folder / file, part, types, value)
     if len(parts) > 1:
-        total = sum(math.prod(shape) for shape in mine.values()) * dtype.itemsize
+        total = sum(math.prod(mine[name]) * types[stored].itemsize for stored, name in names.items())
         weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+TYPES = FLOATS | {"U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 _WIDTHS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _CHUNK = 4 << 20
@@ -100,7 +101,7 @@ class Reader:
         self.buffer = torch.empty(_CHUNK, dtype=torch.uint8)
 
     def read(self, stored: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
-        source = FLOATS[stored.dtype]
+        source = TYPES[stored.dtype]
         if (source, device.type) == (dtype, "cpu") and stored.start % dtype.itemsize == 0:
             return self.mapped[stored.start : stored.start + stored.bytes].view(dtype).view(stored.shape)
         target = torch.empty(stored.shape, dtype=dtype, device=device)
@@ -111,6 +112,20 @@ class Reader:
             self._fill(piece)
             part.copy_(piece)
         return target
+
+    def rows(self, stored: Stored, count: int) -> Iterator[Tensor]:
+        """The rows of a matrix of floats as they are stored, some times `count` at once. A piece lives until the next is asked
+        for, and is small, so that what is computed with it stays in a core's cache.
+        """
+        height, width = stored.shape
+        size = width * FLOATS[stored.dtype].itemsize
+        count = max(1, _CHUNK // 8 // size // count) * count
+        buffer = torch.empty(min(count, height) * size, dtype=torch.uint8)
+        for start in range(0, height, count):
+            piece = buffer[: min(count, height - start) * size]
+            self.file.seek(stored.start + start * size)
+            self._fill(piece)
+            yield piece.view(FLOATS[stored.dtype]).view(-1, width)
 
     def _fill(self, piece: Tensor) -> None:
         view = piece.view(torch.uint8).numpy().data
@@ -132,13 +147,19 @@ def same(a: Stored, b: Stored) -> bool:
         return all(left.read(size) == right.read(size) for size in sizes)
 
 
-def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensor: Callable[[str], Tensor]) -> None:
-    """Write a safetensors file of tensors of one type, asking `tensor(name)` for one at a time and casting it in pieces."""
+def write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    tensor: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file, asking `tensor(name)` for one at a time and casting it in pieces; `dtype` of all, or by name."""
+    types = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * types[name].itemsize
+        header[name] = {"dtype": _NAMES[types[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors lie on cache lines
     with path.open("wb") as file:
@@ -147,17 +168,19 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
             value = tensor(name)
             assert value.shape == shape, (name, value.shape, shape)
             for piece in value.detach().reshape(-1).split(_CHUNK // 4):
-                file.write(piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+                file.write(piece.to("cpu", types[name]).contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int) -> Iterable[dict[str, tuple[int, ...]]]:
+def shards(
+    shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, torch.dtype], max_bytes: int
+) -> Iterable[dict[str, tuple[int, ...]]]:
     """Cut a list of tensors, in order, into lists of at most `max_bytes`; a larger tensor is alone."""
     part: dict[str, tuple[int, ...]] = {}
     held = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * types[name].itemsize
         if part and held + size > max_bytes:
             yield part
             part, held = {}, 0

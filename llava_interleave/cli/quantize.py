@@ -1,0 +1,31 @@
+"""`llava quantize`: a checkpoint with weights of 4 or 8 bits, packed as they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from . import show
+
+
+def register(app: typer.Typer) -> None:
+    app.command("quantize")(quantize)
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a Hugging Face name.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty.")],
+    precision: Annotated[Literal["int4", "int8"], typer.Option(help="What the weights become.")] = "int4",
+    revision: show.Revision = None,
+) -> None:
+    """Write a checkpoint with quantised weights, for a CPU: it loads at once, and needs no more memory than it has bytes."""
+    with show.busy(f"quantising {source}") as progress:
+        from ..chatbot.place import pick_precision
+        from ..weights import load, resolve, save
+
+        folder = resolve(source, revision)
+        dtype, bits = pick_precision(precision, folder, "cpu")
+        save(load(folder, dtype=dtype, precision=bits, progress=progress), target, processor_from=folder)
+    print(target)

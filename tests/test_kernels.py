@@ -1,0 +1,281 @@
+"""Compiled kernels against the same arithmetic by PyTorch, on odd shapes, for every instruction set that this machine has."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava_interleave import kernels
+from llava_interleave.config import TextConfig
+from llava_interleave.engine.cache import KV, Keys
+from llava_interleave.engine.memory import Slabs, Span
+from llava_interleave.model.quantise import QuantisedLinear, pack
+
+BF16, F32 = torch.bfloat16, torch.float32
+needs_kernels = pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}")
+
+
+@pytest.fixture(params=["AVX2", "AVX-512 VNNI"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels compiled for one instruction set, whichever is this machine's best."""
+    flags = kernels._AVX2 if request.param == "AVX2" else kernels._AVX512
+    if len(kernels.instructions()) < len(flags):
+        pytest.skip(f"this CPU has no {request.param}")
+    found = kernels.functions(kernels.compiled(flags))
+    monkeypatch.setattr(kernels, "_library", lambda: found)
+
+
+def quantised(features: int, out: int, bits: int, dtype: torch.dtype, *, bias: bool = True) -> QuantisedLinear:
+    made = QuantisedLinear(features, out, bits, bias=bias)
+    made.weight, made.scale = pack(torch.randn(out, features) * torch.rand(out, 1), bits)
+    if made.bias is not None:
+        made.bias = torch.nn.Parameter(torch.randn(out).to(dtype), requires_grad=False)
+    return made
+
+
+@needs_kernels
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    ("tokens", "features", "out", "bias"),
+    [(1, 32, 16, False), (1, 1024, 130, True), (3, 40, 17, True), (7, 576, 1, False), (13, 33, 50, True), (250, 96, 31, False)],
+)
+def test_linear_is_the_plain_product(tokens: int, features: int, out: int, bias: bool, bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = quantised(features, out, bits, dtype, bias=bias), torch.randn(tokens, features).to(dtype)
+    x[0, :5] *= 30  # groups of unlike size
+    ours, plain = module(x), module.plain(x)
+    assert ours.dtype == dtype and ours.shape == (tokens, out)
+    torch.testing.assert_close(ours, plain, rtol=1e-5 if dtype == F32 else 8e-3, atol=1e-5 * float(plain.abs().max()))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_largest_numbers_do_not_overflow(bits: int) -> None:
+    """Pairs of products are summed in 16 bits on AVX2, where 255 * 127 * 2 would not fit."""
+    module = QuantisedLinear(64, 16, bits, bias=False)
+    for sign in (1, -1):
+        module.weight, module.scale = pack(torch.full((16, 64), 3.0 * sign), bits)
+        x = torch.full((2, 64), 5.0)
+        torch.testing.assert_close(module(x), module.plain(x), rtol=1e-6, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_is_the_same_in_any_company(bits: int) -> None:
+    module, x = quantised(224, 70, bits, BF16), torch.randn(61, 224).to(BF16)
+    whole = module(x)
+    for some in (slice(0, 1), slice(3, 5), slice(10, 23), slice(60, 61)):
+        assert torch.equal(module(x[some]), whole[some])
+    assert torch.equal(module(x[None])[0], whole)
+
+
+@needs_kernels
+def test_threads_do_not_change_a_bit() -> None:
+    module, x = quantised(1024, 4096, 4, F32), torch.randn(40, 1024)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone, one = module(x), module(x[:1])
+        torch.set_num_threads(3)
+        assert torch.equal(module(x), alone) and torch.equal(module(x[:1]), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("instructions")
+def test_noughts_and_what_is_no_number() -> None:
+    module = quantised(64, 16, 4, F32, bias=False)
+    x = torch.randn(3, 64)
+    x[0] = 0
+    x[1, 40] = torch.nan
+    y = module(x)
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert y[2].isfinite().all()
+
+
+@needs_kernels
+def test_weights_need_no_alignment() -> None:
+    """A mapped file puts them anywhere."""
+    module, x = quantised(96, 33, 4, F32), torch.randn(2, 96)
+    right = module(x)
+    for name in ("weight", "scale"):
+        value = getattr(module, name)
+        moved = torch.empty(value.nbytes + 2, dtype=torch.uint8)[2:]
+        moved.copy_(value.view(-1).view(torch.uint8))
+        setattr(module, name, moved.view(value.dtype).view(value.shape))
+    assert torch.equal(module(x), right)
+
+
+@needs_kernels
+def test_no_tokens_and_many_at_once() -> None:
+    """As many as make several blocks."""
+    module = quantised(2048, 40, 4, F32)
+    assert module(torch.randn(0, 2048)).shape == (0, 40)
+    x = torch.randn(400, 2048)
+    torch.testing.assert_close(module(x), module.plain(x), rtol=1e-4, atol=1e-3)
+
+
+def test_shapes_that_do_not_fit_are_told() -> None:
+    module = quantised(64, 48, 4, F32)
+    with pytest.raises(AssertionError, match=r"\[2, 96\].*\[3, 2, 256\]\), 48"):
+        kernels.linear(torch.randn(2, 96), module.weight, module.scale, None, 48)
+    with pytest.raises(AssertionError, match=r"\[3, 2, 256\]\), 49"):
+        kernels.linear(torch.randn(2, 64), module.weight, module.scale, None, 49)
+
+
+def memory(heads: int, d: int, capacity: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(heads, d, capacity).to(BF16), torch.randn(heads, capacity, d).to(BF16)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "capacity", "at"),
+    [(1, 1, 16, 1, 0), (4, 2, 16, 40, 15), (4, 2, 80, 40, 16), (8, 8, 128, 100, 99), (6, 1, 64, 777, 700)],
+)
+def test_attention_of_one_token(heads: int, kv_heads: int, d: int, capacity: int, at: int) -> None:
+    torch.manual_seed(1)
+    keys, values = memory(kv_heads, d, capacity)
+    q, k, v = (torch.randn(1, n, d).to(BF16) * 2 for n in (heads, kv_heads, kv_heads))
+    right_keys, right_values = keys.clone(), values.clone()
+    right_keys[:, :, at], right_values[:, at] = k[0], v[0]
+    out = kernels.attend(q, k, v, keys, values, at)
+    assert torch.equal(keys, right_keys) and torch.equal(values, right_values)  # and nothing else was written
+    scores = q[0].double().view(kv_heads, -1, d) @ keys.double()[:, :, : at + 1] * d**-0.5
+    right = (scores.softmax(-1) @ values.double()[:, : at + 1]).view(1, heads, d)
+    torch.testing.assert_close(out.double(), right, rtol=5e-3, atol=1e-4)
+
+
+@needs_kernels
+def test_attention_with_scores_far_apart() -> None:
+    """Of which all but one vanish."""
+    keys, values = memory(1, 16, 64)
+    keys[:, :, 7] = 100
+    q = torch.full((1, 1, 16), 50.0, dtype=BF16)
+    new = torch.zeros(1, 1, 16, dtype=BF16)
+    torch.testing.assert_close(kernels.attend(q, new, new, keys, values, 63)[0], values[:, 7])
+
+
+@needs_kernels
+def test_the_engines_memory_uses_it_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = TextConfig(64, 96, 1, 4, 2, 16, 64, 128, 1e4, 1e-6, False)
+
+    def step() -> Tensor:
+        torch.manual_seed(2)
+        slabs, kv = Slabs(c, BF16, torch.device("cpu")), KV(Keys.of([]))
+        kv.capacity = 32
+        slabs.prepare(kv)
+        q, k, v = (torch.randn(20, n, 16).to(BF16) for n in (4, 2, 2))
+        slabs.attend([Span(kv, 0, 19)])(0, q[:19], k[:19], v[:19])
+        return slabs.attend([Span(kv, 19, 20)])(0, q[19:], k[19:], v[19:])
+
+    calls: list[int] = []
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(args[-1]) or attend(*args))
+    compiled = step()
+    assert calls == [19]
+    monkeypatch.setattr(kernels, "_library", lambda: "none for this test")
+    torch.testing.assert_close(compiled, step(), rtol=2e-2, atol=2e-2)
+    assert calls == [19]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], str | None]:
+    """`why_not` as in a new process of a user who has compiled nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def ask() -> str | None:
+        kernels._library.cache_clear()
+        try:
+            return kernels.why_not()
+        finally:
+            kernels._library.cache_clear()
+
+    return ask
+
+
+def test_without_a_compiler_pytorch_computes(fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = quantised(64, 24, 4, F32), torch.randn(5, 64)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "no C++ compiler" in str(fresh())
+    monkeypatch.setattr(kernels, "linear", None)  # would raise
+    monkeypatch.setattr(kernels, "_library", lambda: "no compiler")
+    assert torch.equal(module(x), module.plain(x))
+
+
+def test_reasons(fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": False})
+        assert fresh() == "this CPU has neither AVX-512 VNNI nor AVX2"
+    with monkeypatch.context() as m:
+        m.setattr("platform.machine", lambda: "aarch64")
+        assert "x86-64 on Linux, and this is aarch64" in str(fresh())
+    (tmp_path / "llava-interleave").mkdir()
+    (tmp_path / "llava-interleave").chmod(0o777)
+    assert "can be written to by others" in str(fresh())
+
+
+@needs_kernels
+def test_a_failing_compiler_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(kernels.NoKernels, match=r"failed: .*nonsense"):
+        kernels.compiled(("-mnonsense",), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+HARNESS = """
+#include "kernels.cpp"
+#include <cstdlib>
+static int32_t serial(int64_t begin, int64_t end, int64_t, Body body, void* context) {
+  for (int64_t i = begin; i < end; i++) body(i, i + 1, context);
+  return 0;
+}
+template <class T> T* exactly(int64_t n) {  // to the byte, so that every read beyond it is seen
+  auto p = static_cast<T*>(malloc(n * sizeof(T)));
+  for (int64_t i = 0; i < n; i++) p[i] = T(i % 7);
+  return p;
+}
+template <class T> void product(int bits, int64_t tokens, int64_t in, int64_t out) {
+  int64_t groups = (in + 31) / 32, panels = (out + 15) / 16;
+  auto x = exactly<T>(tokens * in); auto y = exactly<T>(tokens * out); auto bias = exactly<T>(out);
+  auto w = exactly<uint8_t>(panels * groups * 64 * bits); auto s = exactly<uint16_t>(panels * groups * 16);
+  llava_linear(serial, bits, sizeof(T) == 2, x, w, s, bias, y, tokens, in, out);
+  free(x), free(y), free(bias), free(w), free(s);
+}
+int main() {
+  for (int bits : {4, 8})
+    for (int64_t tokens : {1, 2, 12, 13, 40})
+      for (int64_t in : {1, 31, 32, 100})
+        for (int64_t out : {1, 16, 37}) product<float>(bits, tokens, in, out), product<uint16_t>(bits, tokens, in, out);
+  for (int64_t d : {16, 64, 80})
+    for (int64_t capacity : {1, 16, 33}) {
+      auto q = exactly<uint16_t>(4 * d), k = exactly<uint16_t>(2 * d), v = exactly<uint16_t>(2 * d), o = exactly<uint16_t>(4 * d);
+      auto keys = exactly<uint16_t>(2 * d * capacity), values = exactly<uint16_t>(2 * d * capacity);
+      for (int64_t at = 0; at < capacity; at++) llava_attend(serial, q, k, v, keys, values, o, 4, 2, d, capacity, at);
+      free(q), free(k), free(v), free(o), free(keys), free(values);
+    }
+}
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("flags", [kernels._AVX2, kernels._AVX512], ids=["AVX2", "AVX-512"])
+def test_nothing_is_read_or_written_beyond_its_end(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if len(kernels.instructions()) < len(flags):
+        pytest.skip("not on this CPU")
+    (tmp_path / "harness.cpp").write_text(HARNESS)
+    sanitise = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan", "-fno-sanitize=alignment"]
+    command = ["g++", "-std=c++17", "-O1", "-g", *flags, *sanitise, f"-I{kernels.SOURCE.parent}", "-o", "harness", "harness.cpp"]
+    if shutil.which("g++") is None or subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this compiler has no sanitizers")
+    done = subprocess.run(["./harness"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,220 @@
+"""Quantised weights: the packing against its definition, folders, precisions, and what an answer loses."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from llava_interleave import kernels, weights
+from llava_interleave.chatbot import Chatbot, estimate, load
+from llava_interleave.cli import app
+from llava_interleave.errors import CheckpointError, OptionError, Unsupported
+from llava_interleave.model import Llava, Packed
+from llava_interleave.model.lora import Adapters, Lora, attach, linears
+from llava_interleave.model.quantise import QuantisedLinear, pack, planned, quantised, whole
+from llava_interleave.testing import tiny_checkpoint, tiny_config
+from llava_interleave.weights import tensors
+from llava_interleave.world.data import exam, pictures
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def int4(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantised folder."""
+    target = tmp_path_factory.mktemp("quantised") / "int4"
+    weights.save(weights.load(folder, precision="int4"), target, processor_from=folder)
+    return target
+
+
+def unpacked(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    module = QuantisedLinear(rows.shape[1], rows.shape[0], bits, bias=False)
+    module.weight, module.scale = pack(rows, bits)
+    return module.unpacked()
+
+
+@pytest.mark.parametrize(("out", "features"), [(16, 32), (1, 1), (50, 100), (33, 64)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_multiples_of_a_scale_come_back(out: int, features: int, bits: int) -> None:
+    """Every number that can be stored, at every place: nothing is exchanged, and nothing is lost at the edges."""
+    least, most = (-8, 7) if bits == 4 else (-127, 127)
+    q = torch.randint(least, most + 1, (out, features)).float()
+    q[:, ::32] = least  # the largest of its group
+    scale = 2.0 ** torch.randint(-6, 3, (out, 1))
+    assert torch.equal(unpacked(q * scale, bits), q * scale)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 1 / 13), (8, 1 / 250)])
+def test_rounding_is_half_a_step_at_most(bits: int, most: float) -> None:
+    """Of the group's largest; with 4 bits a little more, for the scale is fitted to all of the group."""
+    torch.manual_seed(0)
+    rows = torch.randn(64, 320) * torch.rand(64, 1)
+    groups = rows.unflatten(1, (-1, 32))
+    off = (unpacked(rows, bits) - rows).unflatten(1, (-1, 32)).abs().amax(-1) / groups.abs().amax(-1)
+    assert off.max() < most * 2
+    assert off.mean() < most
+
+
+def test_four_bits_are_fitted_better_than_by_the_largest_alone() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(256, 512)
+    groups = rows.unflatten(1, (-1, 32))
+    scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
+    plain = (whole(groups, scale, 4) * scale - groups).square().mean()
+    assert (unpacked(rows, 4) - rows).square().mean() < 0.97 * plain
+
+
+def test_groups_of_noughts_and_of_almost_nothing() -> None:
+    rows = torch.zeros(16, 96)
+    rows[:, 32:64] = 1e-9  # below what a scale in float16 can say
+    rows[3, 64] = 2.0
+    for bits in (4, 8):
+        right = torch.zeros_like(rows)
+        right[3, 64] = 2.0
+        torch.testing.assert_close(unpacked(rows, bits), right, rtol=1e-3, atol=1e-8)
+
+
+def test_which_tensors_are_quantised(folder: Path) -> None:
+    network = weights.load(folder)
+    assert {name for name, module in network.named_modules() if isinstance(module, nn.Linear)} == planned(network, "int4").keys()
+    bits = planned(network, "int4")
+    assert bits["language_model.layers.1.mlp.down_proj"] == 4
+    assert bits["lm_head"] == bits["vision_tower.encoder.layers.0.mlp.fc1"] == bits["multi_modal_projector.linear_1"] == 8
+    assert set(planned(network, "int8").values()) == {8}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_loading_quantises_a_few_rows_at_a_time(
+    precision: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", tiny_config(text={"tie_word_embeddings": tied}), dtype=torch.bfloat16)
+    floats = weights.load(source)
+    monkeypatch.setattr(tensors, "_CHUNK", 5000)  # 16 rows and a little
+    ours = weights.load(source, precision=precision)
+    assert quantised(ours) == precision and quantised(floats) is None
+    state = ours.state_dict()
+    for name, bits in planned(floats, precision).items():
+        weight, scale = pack(floats.get_submodule(name).weight, bits)
+        assert torch.equal(state.pop(f"{name}.weight"), weight), name
+        assert torch.equal(state.pop(f"{name}.scale"), scale), name
+    others = floats.state_dict()
+    assert all(torch.equal(value, others[name]) for name, value in state.items())
+    assert weights.size(ours.config, torch.bfloat16, precision) == sum(v.nbytes for v in ours.state_dict().values())
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 30_000])
+def test_a_folder_is_mapped_as_it_is(folder: Path, max_shard_bytes: int, tmp_path: Path) -> None:
+    network = weights.load(folder, precision="int4")
+    weights.save(network, tmp_path / "out", processor_from=folder, max_shard_bytes=max_shard_bytes)
+    again = weights.load(tmp_path / "out")
+    assert quantised(again) == "int4"
+    right = network.state_dict()
+    assert {name: value.shape for name, value in again.state_dict().items()} == {n: v.shape for n, v in right.items()}
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, right[name]), name
+    files = {path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    packed = again.language_model.layers[0].mlp.up_proj.weight
+    assert packed.untyped_storage().nbytes() in files  # the file itself
+    assert packed.data_ptr() % 64 == 0
+
+
+def logits(network: Llava) -> torch.Tensor:
+    ids = torch.arange(40)
+    with torch.inference_mode():
+        return network.logits(network(network.embed(ids), torch.arange(40), Packed([40])))
+
+
+def test_the_network_computes_nearly_the_same(folder: Path) -> None:
+    right = logits(weights.load(folder))
+    off = {p: float((logits(weights.load(folder, precision=p)) - right).norm() / right.norm()) for p in ("int8", "int4")}
+    assert off["int8"] < 0.02 < off["int4"] < 0.2
+
+
+def test_with_and_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = weights.load(folder, precision="int4")
+    if kernels.why_not():
+        pytest.skip(str(kernels.why_not()))
+    compiled = logits(network)
+    monkeypatch.setattr(kernels, "_library", lambda: "none for this test")
+    assert float((logits(network) - compiled).norm() / compiled.norm()) < 3e-3  # a last bit can decide how an input is rounded
+    with pytest.warns(UserWarning, match=r"no compiled kernels for int4 \(none for this test\): it is many times slower"):
+        load(folder, precision="int4")
+
+
+def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'int3' is no precision; there are auto, float32, bfloat16, float16, int8, int4"):
+        load(folder, precision="int3")
+    for precision in ("int8", "bfloat16"):
+        with pytest.raises(OptionError, match=f"holds int4 weights; for {precision} name the checkpoint"):
+            load(int4, precision=precision)
+    with pytest.raises(OptionError, match="holds int4 weights"):
+        weights.load(int4, precision="int8")
+    config = json.loads((int4 / "config.json").read_text("utf-8"))
+    config["quantization_config"]["version"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantised by another release"):
+        weights.load(tmp_path)
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(int4 / "model.safetensors")
+    with pytest.raises(CheckpointError, match="do not fit"):
+        weights.load(tmp_path)
+
+
+def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("llava_interleave.weights.load"), "_device", torch.device)
+    with pytest.raises(Unsupported, match="weights of 4 and 8 bits are for a CPU, not for cuda"):
+        weights.load(folder, precision="int8", device="cuda")
+
+
+def test_adapters_stand_beside_quantised_linears(folder: Path) -> None:
+    network, floats = weights.load(folder, precision="int4"), weights.load(folder)
+    assert linears(network).keys() == linears(floats).keys()
+    before = logits(network)
+    adapter = attach(floats, Lora(rank=2, targets=("*.q_proj",)))
+    for part in adapter.parts.values():
+        nn.init.ones_(part.b)
+    adapters = Adapters(network)
+    adapters.add("mine", adapter)
+    assert torch.equal(logits(network), before) and quantised(network) == "int4"
+    with adapters.whole("mine"):
+        assert not torch.allclose(logits(network), before, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def bot() -> Chatbot:
+    return load(precision="int8")
+
+
+def test_answers_of_the_built_in_model(bot: Chatbot) -> None:
+    """With 8 bits it says what it says in float32."""
+    floats = load()
+    for number in range(20_000, 20_006):
+        episode, _, text = exam("single", number, held_out=False)
+        turn = bot.turn(text, pictures(episode, 96))
+        assert bot.chat(turn, max_new_tokens=24).text == floats.chat(turn, max_new_tokens=24).text
+    assert bot.info()["precision"] == "int8"
+    assert bot.info()["parameters"] == floats.info()["parameters"]
+
+
+def test_estimates_count_the_weights(bot: Chatbot) -> None:
+    counted = bot.estimate([{"role": "user", "content": "Hello"}])
+    assert counted.weight_bytes == sum(value.nbytes for value in bot.model.state_dict().values())
+    assert estimate("Hello", precision="int8") == counted
+    assert estimate("Hello").weight_bytes > 2.5 * counted.weight_bytes
+
+
+def test_command(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small"
+    done = CliRunner().invoke(app, ["quantize", str(folder), str(target), "--precision", "int8"])
+    assert (done.exit_code, done.stdout) == (0, f"{target}\n")
+    right = weights.load(folder, precision="int8").state_dict()
+    assert all(torch.equal(value, right[name]) for name, value in weights.load(target).state_dict().items())
