@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from test_cli import llava
-from test_evals import BROKEN, WHOLE, bench, picture
-from test_offline import openai
+from test_evals import BROKEN, WHOLE, bench, embedded, made, parquet, picture
+from test_offline import openai, shard
 
 from llava_interleave import load
 from llava_interleave.cli import show
@@ -114,6 +114,40 @@ def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
         else:
             files = [tmp_path / name for name in sample.get("images", [])]
             assert row["answer"] == bot.ask(sample["question"], files, max_new_tokens=6).text
+
+
+def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> None:
+    """A picture within a shard or a Parquet file is the picture in a file beside it."""
+    picture(tmp_path / "a.png", "red")
+    picture(tmp_path / "b.png", "blue")
+    data = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
+    shard(tmp_path / "in.tar", ("1.left.png", data[0]), ("1.right.png", data[1]), ("2.png", b"no picture"))
+    words = ("-m", tiny, "--max-new-tokens", 6, "--question", "Same?")
+    assert llava("batch", tmp_path / "in.tar", tmp_path / "out.jsonl", *words).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    alone = load(tiny).ask("Same?", [tmp_path / "a.png", tmp_path / "b.png"], max_new_tokens=6)
+    assert (rows[0]["answer"], rows[0]["usage"]["prompt"]) == (alone.text, alone.usage.prompt)
+    assert (rows[1]["id"], "picture" in rows[1]["error"]) == ("2", True)
+    parquet(tmp_path / "in.parquet", [{"id": "1", "image_1": embedded("red"), "image_2": embedded("blue")}])
+    assert llava("batch", tmp_path / "in.parquet", tmp_path / "table.jsonl", *words).code == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert row["usage"] == rows[0]["usage"]
+
+
+def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
+    """Embedded pictures reach the model and the report; figures stand beside the means."""
+    for name in ("blink", "pope"):
+        made(tmp_path, name)
+    picture(tmp_path / "pope/val2014/COCO_val2014_000000310196.jpg")
+    out = tmp_path / "out"
+    done = llava("eval", "blink", "pope", "-m", tiny, "--data", tmp_path, "-o", out, "--html", "--json", "--max-new-tokens", 2)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert [line["name"] for line in told["blink"]["lines"]] == ["Counting", "Jigsaw", "average", "all examples"]
+    names = [line["name"] for line in told["pope"]["lines"]]
+    assert {"random", "popular: F1", "all examples: share of yes"} <= set(names)
+    assert all(line["failed"] == 0 for task in told.values() for line in task["lines"])
+    assert (out / "blink.html").read_text().count("<img") == 4
 
 
 def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:

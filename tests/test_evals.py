@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_interleave.cli import evaluate
 from llava_interleave.errors import DataError, LlavaError, PromptError
-from llava_interleave.evals import choices, interleave, report, stats, world
+from llava_interleave.evals import choices, interleave, published, report, stats, world
 from llava_interleave.evals.run import BEFORE, about, run
 from llava_interleave.evals.task import Example, Messages, Task
 from llava_interleave.journal import Journal, Row, read
@@ -168,9 +170,9 @@ def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
 def test_a_missing_file_says_what_to_fetch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"multi_view_in_domain\.json.*LLaVA-NeXT-Interleave-Bench.*Split1"):
         interleave.load("interleave-views", tmp_path)
-    for name in choices.READERS:
-        with pytest.raises(DataError, match="fetch"):
-            choices.load(name, tmp_path)
+    for name in published.TASKS:
+        with pytest.raises(DataError, match=f"{name}.*fetch"):
+            published.load(name, tmp_path)
 
 
 def test_what_cannot_be_answered_scores_nought(tmp_path: Path) -> None:
@@ -363,6 +365,28 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
     assert (tmp_path / "w.html").read_text().count("<img") == views + report.FRAMES
 
 
+def pixels(colour: str) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (20, 10), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A file as Hugging Face's `datasets` writes it, pictures embedded as bytes and path; a row group a row."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as file
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    types = dict.fromkeys(("image", "image_1", "image_2", "image_3", "image_4"), image) | {"image_list": pa.list_(image)}
+    columns = {name: pa.array([row[name] for row in rows], types.get(name)) for name in rows[0]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.write_table(pa.table(columns), path, row_group_size=1)
+
+
+def embedded(colour: str) -> dict[str, Any]:
+    return {"bytes": pixels(colour), "path": None}
+
+
 def made(root: Path, name: str) -> None:
     """A few samples of a data set in the form that its authors publish."""
     folder = root / name
@@ -392,6 +416,55 @@ def made(root: Path, name: str) -> None:
             row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?"}
             rows = [row | {"label": "yes"}, row | {"label": "no", "question_id": 2}]
             (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    elif name == "raven":
+        for kind in ("center_single", "distribute_nine"):
+            (folder / "RAVEN-10000" / kind).mkdir(parents=True)
+            image = np.arange(16, dtype=np.uint8)[:, None, None].repeat(160, 1).repeat(160, 2)
+            about = {
+                "image": image,
+                "target": 3,
+                "predict": 1,
+                "meta_matrix": np.zeros((8, 9)),
+                "structure": np.array(["Scene", "/"]),
+            }
+            np.savez_compressed(folder / "RAVEN-10000" / kind / "RAVEN_8_test.npz", **about)
+    elif name == "scanqa":
+        row = {"scene_id": "scene0011_00", "object_ids": [8], "object_names": ["cabinet"], "question_id": "val-scene0011-0"}
+        rows = [row | {"question": "What is in the corner?", "answers": ["brown cabinet", "cabinet"]}]
+        (folder / "ScanQA_v1.0_val.json").write_text(json.dumps(rows))
+        for i in range(40):
+            picture(folder / f"scannet_frames_25k/scene0011_00/color/{i * 100:06}.jpg")
+    elif name == "blink":
+        row = {"question": "How many?", "sub_task": "Counting", "choices": ["0", "2", "3"], "answer": "(B)", "explanation": ""}
+        row |= {"prompt": "How many dogs are there?\nSelect from the following choices.\n(A) 0\n(B) 2\n(C) 3"}
+        rows = [
+            row | {"idx": f"val_Counting_{i}", "image_1": embedded("red"), "image_2": embedded("blue") if i else None}
+            | {"image_3": None, "image_4": None} for i in range(2)
+        ]  # fmt: skip
+        parquet(folder / "Counting/val-00000-of-00001.parquet", rows)
+        jigsaw = [rows[0] | {"idx": "val_Jigsaw_1", "sub_task": "Jigsaw"}]
+        parquet(folder / "Jigsaw/val-00000-of-00001.parquet", jigsaw)
+    elif name == "muirbench":
+        row = {"task": "Counting", "image_relation": "Independent", "image_type": "Photography", "counterpart_idx": ""}
+        row |= {"question": "Between <image> and <image>, which has dogs?", "options": ["<image>", "None of them"], "answer": "A"}
+        for part in range(2):
+            images = [embedded(colour) for colour in ("red", "blue", "green")]
+            parquet(folder / f"data/test-0000{part}-of-00002.parquet", [row | {"idx": str(part), "image_list": images}])
+    elif name == "ai2d":
+        row = {"question": "What is E?", "options": ["a worm", "a bird", "a leaf"], "answer": "1", "image": embedded("red")}
+        parquet(folder / "data/test-00000-of-00001-2ce340398c113b79.parquet", [row, row])
+    elif name == "docvqa":
+        row = {"questionId": "49153", "question": "What is the date?", "question_types": ["form"], "docId": 14465}
+        row |= {"answers": ["8 May 1988", "May 8, 1988"], "image": embedded("red"), "data_split": "val"}
+        parquet(folder / "DocVQA/validation-00000-of-00001.parquet", [row])
+    elif name == "vqav2":
+        questions = [{"image_id": 262148, "question": "Where is he looking?", "question_id": 262148000}]
+        people = ["down"] * 6 + ["at table"] * 2 + ["skateboard", "the table."]
+        about = {"question_type": "none of the above", "multiple_choice_answer": "down", "answer_type": "other"}
+        answers = [{"answer": said, "answer_confidence": "yes", "answer_id": i} for i, said in enumerate(people, 1)]
+        (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
+        annotations = [about | {"answers": answers, "image_id": 262148, "question_id": 262148000}]
+        (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
     else:
         for task in choices.VIDEOS:
             row = {"video": "a.mp4", "question": "What next?", "candidates": ["Ran", "Sat", "Fell"], "answer": "Sat"}
@@ -402,35 +475,110 @@ def made(root: Path, name: str) -> None:
 
 
 CASES = {
-    "nlvr2": (2, "A", "Two dogs.", "nlvr2/images/test1-0-1-img0.png"),
-    "qbench": (1, "B", "A. Blurry\nB. Clear\n", "qbench/images/00051.jpg"),
-    "nextqa": (1, "C", "play?\nA. roll\nB. tap, feet\n", "nextqa/NExTVideo/1164/4010069381.mp4"),
-    "pope": (6, "yes", "snowboard", "pope/val2014/COCO_val2014_000000310196.jpg"),
-    "mvbench": (20, "B", "A. Ran\nB. Sat\nC. Fell\n", "mvbench/video/star/Charades_v1_480/a.mp4"),
-}
+    "nlvr2": (2, "A", "Two dogs.", ["nlvr2/images/test1-0-1-img0.png", "nlvr2/images/test1-0-1-img1.png"]),
+    "qbench": (1, "B", "A. Blurry\nB. Clear\n", ["qbench/images/00051.jpg"]),
+    "nextqa": (1, "C", "play?\nA. roll\nB. tap, feet\n", ["nextqa/NExTVideo/1164/4010069381.mp4"]),
+    "pope": (6, "yes", "snowboard", ["pope/val2014/COCO_val2014_000000310196.jpg"]),
+    "mvbench": (20, "B", "A. Ran\nB. Sat\nC. Fell\n", ["mvbench/video/star/Charades_v1_480/a.mp4"]),
+    "raven": (2, "D", "C. <image>\nD. <image>\n", [f"center_single-RAVEN_8_test-{i}.png" for i in range(16)]),
+    "scanqa": (1, "brown cabinet | cabinet", "corner?\n", [
+        f"scanqa/scannet_frames_25k/scene0011_00/color/{i * 40 // 16 * 100:06}.jpg" for i in range(16)
+    ]),
+    "blink": (3, "B", "(B) 2\n(C) 3\nAnswer with", ["val-00000-of-00001-0-0.png"]),
+    "muirbench": (2, "A", "A. <image>\nB. None", [f"test-00000-of-00002-0-{i}.png" for i in range(3)]),
+    "ai2d": (2, "B", "What is E?\nA. a worm\n", ["test-00000-of-00001-2ce340398c113b79-0-0.png"]),
+    "docvqa": (1, "8 May 1988 | May 8, 1988", "date?\n", ["validation-00000-of-00001-0-0.png"]),
+    "vqav2": (1, "down | at table | skateboard | the table.", "looking?\n", ["vqav2/val2014/COCO_val2014_000000262148.jpg"]),
+}  # fmt: skip
+"""Of a task: examples, and of the first one the truth, some of the text, and the files."""
 
 
-@pytest.mark.parametrize("name", choices.READERS)
-def test_choices(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", published.TASKS)
+def test_published_forms(name: str, tmp_path: Path) -> None:
     made(tmp_path, name)
-    count, truth, asks, file = CASES[name]
-    task = choices.load(name, tmp_path)
+    count, truth, asks, files = CASES[name]
+    task = published.load(name, tmp_path)
     assert len(task.examples) == len({e.id for e in task.examples}) == count
     first = task.examples[0]
     (message,) = first.ask(tmp_path)
-    assert message["content"][0]["path"] == str(tmp_path / file)
-    assert asks in message["content"][-1]["text"] == first.question
-    assert (first.truth, first.judge(truth), first.judge(""), first.judge("Q")) == (
-        truth,
+    media = [part for part in message["content"] if part["type"] != "text"]
+    assert [part["path"] for part in media] == [str(tmp_path / file) for file in files]
+    text = "".join(part.get("text", "<image>") for part in message["content"])
+    assert asks in first.question
+    assert text.replace("<image>", "") == first.question.replace("<image>", "")
+    assert first.truth == truth
+    assert (first.judge(truth.split(" | ")[0]), first.judge(""), first.judge("Q")) == (
         1,
         float(name == "pope"),
         float(name == "pope"),
     )
+    assert set(CASES) == set(published.TASKS) == set(evaluate.PUBLISHED)
+
+
+def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
+    """MuirBench's and RAVEN's in place, the right ones; BLINK's before; what a row lacks is left out."""
+    for name in ("muirbench", "raven", "blink"):
+        made(tmp_path, name)
+    (message,) = published.load("muirbench", tmp_path).examples[1].ask(tmp_path)
+    assert [part["type"] for part in message["content"]] == ["text", "image", "text", "image", "text", "image", "text"]
+    shown = [Image.open(part["path"]).getpixel((0, 0)) for part in message["content"] if part["type"] == "image"]
+    assert shown == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+    (message,) = published.load("raven", tmp_path).examples[0].ask(tmp_path)
+    panels = [part["path"] for part in message["content"] if part["type"] == "image"]
+    assert [Image.open(path).getpixel((5, 5)) for path in panels] == list(range(16))
+    assert [[part["type"] for part in e.ask(tmp_path)[0]["content"]] for e in published.load("blink", tmp_path).examples] == [
+        ["image", "text"], ["image", "image", "text"], ["image", "text"],
+    ]  # fmt: skip
+
+
+def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
+    made(tmp_path, "muirbench")
+    (tmp_path / "muirbench/data/test-00001-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match=r"of the 2 parts of .*test-\*-of-00002.* some are missing: fetch"):
+        published.load("muirbench", tmp_path)
+    made(tmp_path, "ai2d")
+    path = next((tmp_path / "ai2d/data").iterdir())
+    parquet(path, [{"question": "?", "options": ["a"], "answer": "0"}])
+    assert len(published.load("ai2d", tmp_path).examples) == 1
+    parquet(path, [{"question": "?", "options": ["a"]}])
+    with pytest.raises(DataError, match="has no column answer; it has question, options"):
+        published.load("ai2d", tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        published.load("ai2d", tmp_path)
+
+
+def test_figures(tmp_path: Path) -> None:
+    """POPE by hand: 3 yes of which 2 are right, 3 no of which 2 are right in one split; nothing but no in the others."""
+    made(tmp_path, "pope")
+    (row,) = [{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}]
+    rows = [row | {"question_id": i, "text": str(i), "label": "yes" if i < 3 else "no"} for i in range(6)]
+    (tmp_path / "pope/coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)))
+    task = published.load("pope", tmp_path)
+    asked = said({f"<image>{i}\n{choices.ONE_WORD}": "Yes" if i in (0, 1, 5) else "No" for i in range(6)})
+
+    def answer(batch: Sequence[Messages]) -> list[str | LlavaError]:
+        return [one or "No" for one in asked(batch)]
+
+    lines = {line.name: line for line in stats.summary(task, rows_of(task, answer, tmp_path))}
+    found = {name: lines[f"random: {name}"].mean for name in task.figures.of}  # type: ignore[union-attr]
+    assert found == {"precision": 2 / 3, "recall": 2 / 3, "F1": 2 / 3, "share of yes": 0.5}
+    assert lines["random"].mean == 4 / 6
+    assert lines["popular: precision"].mean == lines["popular: F1"].mean == 0  # no yes at all
+    assert (lines["all examples: recall"].mean, lines["all examples: recall"].asked) == (2 / 5, 10)
+    assert lines["all examples"].mean == 6 / 10
+    assert lines["average"].mean == pytest.approx((4 / 6 + 1 / 2 + 1 / 2) / 3)
+    assert lines["random: recall"].low < 2 / 3 < lines["random: recall"].high
+    made(tmp_path, "scanqa")
+    task = published.load("scanqa", tmp_path)
+    lines = {line.name: line for line in stats.summary(task, rows_of(task, lambda _: ["a Cabinet."], tmp_path / "scanqa"))}
+    assert lines["ScanQA"].mean == 0
+    assert lines["ScanQA: ROUGE-L"].mean == pytest.approx(2 / 3)
 
 
 def test_pope_counts_a_no(tmp_path: Path) -> None:
     made(tmp_path, "pope")
-    yes, no = choices.load("pope", tmp_path).examples[:2]
+    yes, no = published.load("pope", tmp_path).examples[:2]
     assert [no.judge(s) for s in ("No", "There is no dog.", "no, none", "Yes. But not here.", "None")] == [1, 1, 1, 0, 0]
     assert yes.judge("Yes, it is.") == 1
 
@@ -438,7 +586,7 @@ def test_pope_counts_a_no(tmp_path: Path) -> None:
 def test_mvbench_asks_about_a_part(tmp_path: Path) -> None:
     """Seconds 1 to 2 of a video; of frames at three a second, 00003 to 00006."""
     made(tmp_path, "mvbench")
-    examples = choices.load("mvbench", tmp_path).examples
+    examples = published.load("mvbench", tmp_path).examples
     parts = {e.group: e.ask(tmp_path)[0]["content"][0] for e in examples}
     assert (parts["action_sequence"]["start"], parts["action_sequence"]["end"]) == (1.0, 2.0)
     assert "start" not in parts["action_antonym"]
@@ -453,5 +601,5 @@ def test_another_form_is_said(tmp_path: Path) -> None:
     (tmp_path / "qbench/llvisionqa_dev.json").write_text(
         '[{"img_path": "a", "question": "?", "candidates": ["x"], "correct_ans": "y"}]'
     )
-    with pytest.raises(DataError, match=re.escape("after its first 0 samples: not of the published form")):
-        choices.load("qbench", tmp_path)
+    with pytest.raises(DataError, match=re.escape("after 0 samples: not of the published form")):
+        published.load("qbench", tmp_path)

@@ -1,14 +1,19 @@
 """Many samples from files: every form read, order kept, failures in their place, kills survived."""
 
+import gzip
 import json
 import os
 import random
+import sys
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletion
 from test_evals import kill_and_resume, picture
 
 from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, Unsupported
@@ -98,18 +103,102 @@ def test_tables_and_folders(tmp_path: Path) -> None:
     assert len(Source(folder)) == 3
 
 
-def test_parquet_is_read_or_refused_by_name(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path) -> None:
+    """Paths in it are paths; pictures in it are theirs as they are, and the order stays the file's."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
     path = tmp_path / "in.parquet"
-    path.write_bytes(b"")
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        with pytest.raises(Unsupported, match="pyarrow"):
-            Source(path)
-        return
-    parquet.write_table(pyarrow.table({"question": ["one"], "images": [["a.png"]]}), path)
-    assert len(Source(path).sample(0).messages[0]["content"]) == 2
+    parquet.write_table(pyarrow.table({"question": ["one", "two"], "images": [["a.png"], ["b.mp4", "a.png"]]}), path)
+    source = Source(path)
+    assert [[p["path"] for p in source.sample(i).messages[0]["content"][:-1]] for i in range(2)] == [
+        [str(tmp_path / "a.png")], [str(tmp_path / "b.mp4"), str(tmp_path / "a.png")],
+    ]  # fmt: skip
+    assert set(source.media(0)) < set(source.media(1))
+    cells = [{"bytes": b"picture", "path": None}, {"bytes": b"film", "path": "x.MP4"}]
+    parquet.write_table(pyarrow.table({"image": cells, "id": [7, 8]}), path, row_group_size=1)
+    other = Source(path, "What?")
+    assert [other.sample(i).messages[0]["content"][0] for i in range(2)] == [
+        {"type": "image", "image": b"picture"}, {"type": "video", "video": b"film"},
+    ]  # fmt: skip
+    assert (other.sample(1).id, other.media(1)) == ("8", [])
+    assert other.digest != source.digest
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="Parquet"):
+        Source(path)
+
+
+def test_parquet_is_refused_by_name_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "in.parquet").write_bytes(b"")
+    with pytest.raises(Unsupported, match=r"pyarrow.*llava-interleave\[parquet\]"):
+        Source(tmp_path / "in.parquet")
+
+
+def shard(path: Path, *members: tuple[str, bytes], **more: Any) -> None:
+    with tarfile.open(path, "w", **more) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
+    """Neighbours with what stands before the first dot of the last part of the name; across shards nothing is joined."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    shard(folder / "x-10.tar", ("b/1.jpg", b"last"), ("b/1.txt", b"not read"))
+    shard(
+        folder / "x-9.tar",
+        ("a.v1/1.left.JPG", b"l"), ("a.v1/1.json", b'{"question": "Same?"}'), ("a.v1/1.right.jpg", b"r"),
+        ("a.v1/2.mp4", b"film"), ("a.v1/2.json", b'{"id": 5, "url": "https://x", "image_path": "/etc/passwd"}'),
+        ("a.v1/.hidden", b"-"), ("noext", b"-"), ("__meta__/a.jpg", b"-"), ("a.v1/1.png", b"again"), ("b/1.jpg", b"first"),
+    )  # fmt: skip
+    source = Source(folder, "What?")
+    samples = [source.sample(i) for i in range(len(source))]
+    assert [s.id for s in samples] == ["a.v1/1", "5", "a.v1/1", "b/1", "b/1"]
+    assert [s.messages[0]["content"] for s in samples] == [
+        [{"type": "image", "image": b"l"}, {"type": "image", "image": b"r"}, {"type": "text", "text": "Same?"}],
+        [{"type": "video", "video": b"film"}, {"type": "text", "text": "What?"}],
+        [{"type": "image", "image": b"again"}, {"type": "text", "text": "What?"}],
+        [{"type": "image", "image": b"first"}, {"type": "text", "text": "What?"}],
+        [{"type": "image", "image": b"last"}, {"type": "text", "text": "What?"}],
+    ]
+    assert [row["id"] for row in done(folder, Echo(), "What?")] == ["a.v1/1", "5", "a.v1/1", "b/1", "b/1"]
+    one = Source(folder / "x-9.tar", "What?")
+    assert (len(one), one.digest == source.digest) == (4, False)
+
+
+def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links and devices are nobody's file, names lead nowhere, a member that is too large is its sample's error alone."""
+    path = tmp_path / "in.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name, data in (("../../d.jpg", b"d"), ("e.jpg", b"e" * 9), ("f.json", b"[1]"), ("g.json", b"{"), ("h.jpg", b"h")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    monkeypatch.setattr("llava_interleave.offline.shards.MOST", 8)
+    before = set(tmp_path.parent.rglob("*"))
+    rows = done(path, Echo(), "What?")
+    assert [row["id"] for row in rows] == ["../../d", "e", "f", "g", "h"]
+    assert [row.get("answer") for row in rows] == ["What?", None, None, None, "What?"]
+    for row, wanted in zip(rows[1:4], ("has 9 bytes, the most is 8", "is no object", "no JSON"), strict=True):
+        assert wanted in row["error"]
+    assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "out.jsonl"}
+    whole = path.read_bytes()
+    for broken in (b"no tar at all", whole[: whole.index(b"e" * 9) - 600]):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=r"in\.tar (cannot be read as an uncompressed tar file|has no samples)"):
+            Source(path, "What?")
+    shard(path, ("a.jpg", b"a"))
+    packed = gzip.compress(path.read_bytes())
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match="uncompressed"):
+        Source(path)
 
 
 @pytest.mark.parametrize(
@@ -143,17 +232,21 @@ def test_openai_batches(tmp_path: Path) -> None:
         {"seed": "s"},
         {"n": 2},
     ]
-    samples = [openai(i, **body) for i, body in enumerate(bodies)] + [openai(9) | {"url": "/v1/embeddings"}]
+    samples = [openai(i, **body) for i, body in enumerate(bodies)] + [
+        openai(9) | {"url": "/v1/embeddings"},
+        openai(8) | {"method": "GET"},
+    ]
     samples.append(
         {"custom_id": "r-10", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "bad"}]}}
     )
     source.write_text("\n".join(map(json.dumps, samples)))
     echo = Echo()
     rows = done(source, echo)
-    assert [row["custom_id"] for row in rows] == ["r-0", "r-1", "r-2", "r-3", "r-4", "r-5", "r-9", "r-10"]
-    assert [row["response"]["status_code"] for row in rows] == [200, 200, 400, 200, 400, 400, 400, 400]
+    assert [row["custom_id"] for row in rows] == ["r-0", "r-1", "r-2", "r-3", "r-4", "r-5", "r-9", "r-8", "r-10"]
+    assert [row["response"]["status_code"] for row in rows] == [200, 200, 400, 200, 400, 400, 400, 400, 400]
     body = rows[1]["response"]["body"]
-    assert body["choices"][0] == {"index": 0, "message": {"role": "assistant", "content": "1"}, "finish_reason": "stop"}
+    parsed = ChatCompletion.model_validate(body, strict=True)  # OpenAI's own type
+    assert (parsed.choices[0].message.content, parsed.choices[0].finish_reason, parsed.model) == ("1", "stop", "m")
     assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
     assert "tools" in rows[2]["response"]["body"]["error"]["message"]
     assert [(o.max_new_tokens, o.temperature, o.stop) for texts, o in echo.calls if texts == ["1"]] == [(3, 0.5, ("x",))]

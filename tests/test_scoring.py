@@ -6,7 +6,18 @@ from random import Random
 import pytest
 from rouge import Rouge
 
-from llava_interleave.evals.scoring import interleave_choice, interleave_open, letter, normalise, rouge_l
+from llava_interleave.evals.scoring import (
+    CONTRACTIONS,
+    anls,
+    exact,
+    interleave_choice,
+    interleave_open,
+    letter,
+    normalise,
+    rouge_l,
+    vqa_accuracy,
+    vqa_normalise,
+)  # fmt: skip
 
 MARKS = list(";/[]\"{}()=+\\_-><@`,?!.':")
 WORDS = 'The cat, sat on 3.14 a 1,000 mat A: B b. (c) Answer option d e-f g/h [x] "quoted" it\'s . .. ... 12 \n \t é ß ,'
@@ -162,3 +173,82 @@ def test_choices_as_published() -> None:
 )  # fmt: skip
 def test_letters(said: str, choices: int, wanted: str) -> None:
     assert letter(said, choices) == wanted
+
+
+def vqa_published(answer: str, people: list[str]) -> float:
+    """The steps of vqaEval.py one by one, with its regular expressions as they stand there."""
+
+    def punctuation(text: str) -> str:
+        out = text
+        for mark in MARKS[:-3]:
+            if (mark + " " in text or " " + mark in text) or (re.search(r"(\d)(\,)(\d)", text) is not None):
+                out = out.replace(mark, "")
+            else:
+                out = out.replace(mark, " ")
+        return re.compile(r"(?!<=\d)(\.)(?!\d)").sub("", out, int(re.UNICODE))
+
+    def words(text: str) -> str:
+        numbers = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        digits = dict(zip(numbers, ["0", *map(str, range(11))], strict=True))
+        kept = [word for word in (digits.get(word, word) for word in text.lower().split()) if word not in ("a", "an", "the")]
+        return " ".join(CONTRACTIONS.get(word, word) for word in kept)
+
+    said = words(punctuation(answer.replace("\n", " ").replace("\t", " ").strip()))
+    truths = list(map(punctuation, people)) if len(set(people)) > 1 else people
+    scores = []
+    for i in range(len(truths)):
+        others = truths[:i] + truths[i + 1 :]
+        scores.append(min(1, float(sum(other == said for other in others)) / 3))
+    return float(sum(scores)) / len(scores)
+
+
+def test_vqa_accuracy() -> None:
+    """By hand: of ten people k others said the same. Then thousands of rows against the published steps."""
+    for same, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        assert vqa_accuracy("Two", ["2"] * same + [f"x{i}" for i in range(10 - same)]) == pytest.approx(wanted)
+    # Three said `dogs`: each has two others who did. `dogs?` becomes `dogs `, with the space.
+    assert vqa_accuracy("The, dogs,", ["dogs", "dogs.", "dogs?", "dogs", "cat"]) == pytest.approx((3 * 2 / 3 + 2 * 1) / 5)
+    assert vqa_accuracy("dogs.", ["dogs."] * 10) == 0  # where all say the same their marks stay
+    assert vqa_normalise("It's none\nof a dont, 1,000") == "it's 0 of don't 1000"
+    seen = {0: 0, "between": 0, 1: 0}
+    for i, (answer, other) in enumerate(ROWS):
+        chance = Random(i)
+        near = answer if i % 2 else " ".join(answer.split()[:2])
+        pool = [vqa_normalise(near), f"{vqa_normalise(near)}.", other, answer, "the Cat"]
+        people = [chance.choice(pool) for _ in range(10)] if i % 7 else [pool[0]] * 10
+        score = vqa_accuracy(near, people)
+        assert score == pytest.approx(vqa_published(near, people), abs=1e-12), (near, people)
+        seen[score if score in (0, 1) else "between"] += 1
+    assert min(seen.values()) >= 50, seen
+
+
+def test_contractions() -> None:
+    """VQA's table has 114 of them that can match; a few of each form, and its one that is the wrong way round."""
+    assert len(CONTRACTIONS) == 114
+    some = {
+        "dont": "don't",
+        "hed've": "he'd've",
+        "he'dve": "he'd've",
+        "twas": "'twas",
+        "ow's'at": "'ow's'at",
+        "somebody'd": "somebodyd",
+    }
+    assert some.items() <= CONTRACTIONS.items()
+    assert not {"hell", "were", "its", "lets"} & CONTRACTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("said", "truths", "wanted"),
+    [
+        ("8 May 1988", ["8 may  1988"], 1), ("8 May 1989", ["8 May 1988"], 1 - 1 / 10), ("cat", ["dog", "cats"], 1 - 1 / 4),
+        ("abcd", ["abxy"], 0.5), ("abc", ["axy"], 0), ("", ["x"], 0), ("", [""], 1), ("ab", ["a   b"], 1 - 1 / 5),
+    ],
+)  # fmt: skip
+def test_anls(said: str, truths: list[str], wanted: float) -> None:
+    """Edits by hand; spaces that were collapsed count in the length alone."""
+    assert anls(said, truths) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("said", "wanted"), [("A  Red chair.", 1), ("red chair", 0), ("a red chair..", 0), ("", 0)])
+def test_exact(said: str, wanted: float) -> None:
+    assert exact(said, ["the chair", "a red Chair"]) == wanted

@@ -21,7 +21,10 @@ def register(app: typer.Typer) -> None:
 
 
 def batch(
-    source: Annotated[Path, typer.Argument(help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, or a folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, WebDataset's .tar, or a folder."),
+    ],
     out: Annotated[
         Path, typer.Argument(help="The answers, .jsonl: a line a sample, in their order; it appears when all are there.")
     ],
@@ -43,7 +46,7 @@ def batch(
     from .answering import Model, answers
 
     samples = Source(source, question)
-    named = Model(model, revision, precision, device)
+    named = Model(model, revision, precision, device, options.adapter)
     bot = named.ready(options)
 
     def answer(asked: Sequence[Sequence[Mapping[str, Any]]], chosen: Options) -> list[Reply | LlavaError]:

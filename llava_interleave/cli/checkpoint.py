@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from .. import __version__
 from . import show
 
 Layout = Literal["hub", "original", "transformers-4.52", "transformers-5"]
@@ -24,50 +26,62 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; without it as it is.")] = None,
     layout: Annotated[Layout, typer.Option(help="Whose names the tensors have.")] = "hub",
+    adapter: Annotated[
+        str | None, typer.Option(help="Merge this adapter into the weights: a folder in PEFT's format or a Hugging Face name.")
+    ] = None,
     revision: show.Revision = None,
 ) -> None:
     """Write a checkpoint in another layout or number type, with its tokenizer and processor files."""
     with show.busy(f"converting {source}"):
+        import torch
+
         from ..chatbot import named_dtype
-        from ..weights import load, resolve, save
+        from ..model.lora import merge
+        from ..weights import load, read_adapter, resolve, save
 
         folder = resolve(source, revision)
         wanted = named_dtype(dtype) if dtype else None
-        save(load(folder, dtype=wanted), target, processor_from=folder, dtype=wanted, layout=layout)
+        network = load(folder, dtype=wanted)
+        if adapter:
+            merge(network, read_adapter(resolve(adapter), network, dtype=torch.float32))
+        save(network, target, processor_from=folder, dtype=wanted, layout=layout)
     print(target)
 
 
 def verify(
     model: Annotated[str | None, typer.Argument(help="A folder or a Hugging Face name; without it the built-in model.")] = None,
     revision: show.Revision = None,
-    tokens: Annotated[int, typer.Option(help="How many greedy tokens are compared.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="How many greedy tokens are compared.")] = 32,
+    why: Annotated[
+        bool, typer.Option("--why", help="Also switch preset, geometry, precision and layer, each alone, and tell what it does.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write everything to this file, one page.")] = None,
     as_json: show.Json = False,
 ) -> None:
-    """Compare ids, pixels, logits and greedy tokens with transformers here, in float32. Exit code 1 if they differ."""
+    """Compare ids, pixels, layers, logits and greedy tokens with transformers here, in float32. Exit code 1 if they differ."""
     with show.busy("comparing with transformers"):
-        from ..verify import verify as compare
+        from .. import verify as parity
+        from ..verify import page
 
-        cases = compare(model, revision=revision, tokens=tokens)
+        cases = parity.verify(model, revision=revision, tokens=tokens)
+    effects: list[parity.Effect] = []
+    if why:
+        with show.busy("switching one thing at a time") as progress:
+            effects = parity.why(model, revision=revision, tokens=tokens, say=progress)
+    versions = {"llava-interleave": __version__, "torch": version("torch"), "transformers": version("transformers")}
+    about = {"model": model or "the built-in model", **versions}
+    if html:
+        page.write(html, f"llava verify: {about['model']}", cases, effects, about)
     if as_json:
-        print(json.dumps([dataclasses.asdict(case) | {"passed": case.passed} for case in cases]))
+        print(
+            json.dumps(
+                about | {"cases": [case.told() for case in cases], "why": [dataclasses.asdict(effect) for effect in effects]}
+            )
+        )
     else:
-        rows = [
-            [
-                case.name,
-                str(case.prompt),
-                yes(case.ids),
-                f"{case.pixels:.1e}",
-                f"{case.logits:.1e}",
-                f"{case.same}/{case.tokens}",
-                yes(case.passed),
-            ]
-            for case in cases
-        ]
-        columns = ["case", "prompt tokens", "same ids", "max pixel diff", "max logit diff", "same tokens", "passed"]
-        show.table("ours against transformers, float32", columns, rows)
+        show.table("ours against transformers, float32", list(page.CASES), page.case_rows(cases))
+        show.table("stage by stage: the prompt in which each differs most", list(page.STAGES), page.stage_rows(cases))
+        if effects:
+            show.table(f"one thing switched; baseline: {parity.BASELINE}", list(page.EFFECTS), page.effect_rows(effects))
     if not all(case.passed for case in cases):
         raise typer.Exit(1)
-
-
-def yes(true: bool) -> str:
-    return "yes" if true else "NO"

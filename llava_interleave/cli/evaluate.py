@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 SCENARIOS = ("single", "multi", "video", "views")
 INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
-CHOICES = ("mvbench", "nextqa", "nlvr2", "pope", "qbench")
-TASKS = ("world", *INTERLEAVE, *CHOICES)
+PUBLISHED = (
+    "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa", "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
+)  # fmt: skip
+TASKS = ("world", *INTERLEAVE, *PUBLISHED)
 WORLD_QUESTIONS = 500
 
 
@@ -65,6 +67,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer; without it the task's.")] = None,
     anyres: Annotated[bool, typer.Option("--anyres", help="Cut single images into tiles.")] = False,
     frames: Annotated[int | None, typer.Option(min=1, help="At most this many frames of a video.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Answer through this adapter: its folder or Hugging Face name.")] = None,
     together: Annotated[int, typer.Option("--batch", min=1, help="Questions that are computed together.")] = 50,
     revision: show.Revision = None,
     precision: show.Precision = "auto",
@@ -91,7 +94,7 @@ def evaluate(
     if html and not out:
         raise OptionError("--html writes beside the results: name their folder with --out")
     if url:
-        its = {"preset", "anyres", "frames", "revision", "precision", "device"}
+        its = {"preset", "anyres", "frames", "adapter", "revision", "precision", "device"}
         _only_given(given, ctx.params.keys() - its, "with --url these are the server's")
     elif key_file:
         raise OptionError("--key-file is for --url")
@@ -107,10 +110,14 @@ def evaluate(
     from ..journal import Journal
 
     told: dict[str, Any] = {}
-    answerers = _Answerers(model, url, key_file, revision, precision, device)
+    answerers = _Answerers(model, url, key_file, revision, precision, device, adapter)
     for task in loaded:
         options = Options(
-            preset=preset or task.preset, max_new_tokens=max_new_tokens or task.max_new_tokens, anyres=anyres, frames=frames
+            preset=preset or task.preset,
+            max_new_tokens=max_new_tokens or task.max_new_tokens,
+            anyres=anyres,
+            frames=frames,
+            adapter=adapter,
         )
         answer, how = answerers.of(options)
         about = run.about(task, how | ({"as_published": as_published} if task.name in INTERLEAVE else {}))
@@ -175,12 +182,12 @@ def _remarks(task: Task) -> None:
 
 def _task(name: str, data: Path, as_published: bool, questions: int | None, scenario: list[str] | None, held_out: bool) -> Task:
     """A task, of each data set only the first `questions` conversations if that is given."""
-    from ..evals import choices, interleave, world
+    from ..evals import interleave, published, world
 
     if name == "world":
         return world.load(questions or WORLD_QUESTIONS, scenarios=list(dict.fromkeys(scenario or SCENARIOS)), held_out=held_out)
     with show.busy(f"reading {name}"):
-        task = interleave.load(name, data, as_published=as_published) if name in INTERLEAVE else choices.load(name, data)
+        task = interleave.load(name, data, as_published=as_published) if name in INTERLEAVE else published.load(name, data)
     if not task.examples:
         raise DataError(f"{name} has no sample that can be asked; --check says why")
     if questions is None:
@@ -198,7 +205,14 @@ class _Answerers:
     """What answers, by options: the model on this machine or a server; with how it answers, for the results file."""
 
     def __init__(
-        self, model: str | None, url: str | None, key_file: Path | None, revision: str | None, precision: str, device: str
+        self,
+        model: str | None,
+        url: str | None,
+        key_file: Path | None,
+        revision: str | None,
+        precision: str,
+        device: str,
+        adapter: str | None,
     ) -> None:
         self.url, self.key = url, key_file.read_text().strip() if key_file else None
         if url:
@@ -208,7 +222,7 @@ class _Answerers:
         else:
             from .answering import Model
 
-            self.local = Model(model, revision, precision, device)
+            self.local = Model(model, revision, precision, device, adapter)
             self.title = self.local.folder.name
 
     def of(self, options: Options) -> tuple[Answerer, dict[str, Any]]:

@@ -6,28 +6,34 @@ Questions are put in LLaVA's form for choices (docs/Evaluation.md of LLaVA): opt
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from .scoring import Judge, letter
-from .task import Example, Task, digest, find, read_json, read_lines
+import numpy as np
+from PIL import Image
+
+from ..tables import Parquet
+from .scoring import letter
+from .task import Example, Figures, Media, Part, embedded, example, read_json, read_lines
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHOOSE = "Answer with the option's letter from the given choices directly."
 ONE_WORD = "Answer the question using a single word or phrase."
-Part = dict[str, Any]
 
 
-def choice(
-    name: str, group: str, media: Sequence[Part], question: str, options: Sequence[str], right: int, kind: str = ""
-) -> Example:
+def choice(name: str, group: str, media: Media, question: str, options: Sequence[str], right: int, kind: str = "") -> Example:
     """A question with lettered options, one of them right."""
     listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
-    truth = LETTERS[right]
-    return _example(name, group, media, f"{question}\n{listed}\n{CHOOSE}", truth, partial(_letter, len(options), truth), kind)
+    return lettered(name, group, media, f"{question}\n{listed}\n{CHOOSE}", len(options), LETTERS[right], kind)
+
+
+def lettered(name: str, group: str, media: Media, text: str, options: int, truth: str, kind: str = "") -> Example:
+    """A question that has its options in its text already."""
+    if truth not in LETTERS[:options]:
+        raise ValueError(f"the answer of {name} is {truth!r}, but it has {options} options")
+    return example(name, group, media, text, truth, partial(_letter, options, truth), kind)
 
 
 def _letter(options: int, truth: str, said: str) -> float:
@@ -38,11 +44,6 @@ def _no(truth: str, said: str) -> float:
     """POPE's rule (LLaVA, llava/eval/eval_pope.py): an answer whose first sentence has no, No or not is no, any other is yes."""
     words = said.split(".")[0].replace(",", "").split(" ")
     return float(("no" if {"No", "not", "no"} & set(words) else "yes") == truth)
-
-
-def _example(name: str, group: str, media: Sequence[Part], text: str, truth: str, judge: Judge, kind: str = "") -> Example:
-    messages = [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
-    return Example(id=name, group=group, kind=kind, ask=lambda _: messages, question=text, truth=truth, judge=judge)
 
 
 def nlvr2(folder: Path, path: Path) -> Iterator[Example]:
@@ -65,7 +66,7 @@ def qbench(folder: Path, path: Path) -> Iterator[Example]:
 
 def nextqa(folder: Path, path: Path) -> Iterator[Example]:
     """NExT-QA, multiple choice (Xiao et al., 2021): why, how and when in a video. Kinds are the types of its files."""
-    videos = read_json(find(folder / "map_vid_vidorID.json", FETCH["nextqa"]))
+    videos = read_json(folder / "map_vid_vidorID.json")
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             media = [{"type": "video", "path": str(folder / "NExTVideo" / f"{videos[row['video']]}.mp4")}]
@@ -82,7 +83,26 @@ def pope(folder: Path, path: Path) -> Iterator[Example]:
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"a label is {row['label']!r}")
         text = f"{row['text']}\n{ONE_WORD}"
-        yield _example(f"{split}/{row['question_id']}", split, media, text, row["label"], partial(_no, row["label"]))
+        yield example(f"{split}/{row['question_id']}", split, media, text, row["label"], partial(_no, row["label"]))
+
+
+def _outcome(row: dict[str, Any]) -> tuple[float, ...]:
+    """Of a row of POPE: true and false positives, true and false negatives; positive is a yes."""
+    right = row["score"] == 1
+    said = (row["truth"] == "yes") == right
+    return float(said and right), float(said and not right), float(not said and right), float(not said and not right)
+
+
+POPE = Figures(
+    _outcome,
+    {
+        "precision": lambda n: n[0] / (n[0] + n[1]),
+        "recall": lambda n: n[0] / (n[0] + n[3]),
+        "F1": lambda n: 2 * n[0] / (2 * n[0] + n[1] + n[3]),
+        "share of yes": lambda n: (n[0] + n[1]) / n.sum(axis=0),
+    },
+)
+"""What POPE reports beside the share that is right."""
 
 
 def mvbench(folder: Path, path: Path) -> Iterator[Example]:
@@ -119,34 +139,65 @@ VIDEOS = {
 BOUND = ("action_sequence", "action_prediction", "object_interaction", "action_localization")
 """MVBench: the files whose questions are about a part of the video."""
 
-Reader = Callable[[Path, Path], Iterator[Example]]
-READERS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
-    "nlvr2": (nlvr2, ("test1.json",)),
-    "qbench": (qbench, ("llvisionqa_dev.json",)),
-    "nextqa": (nextqa, ("test.csv",)),
-    "pope": (pope, ("coco_pope_random.json", "coco_pope_popular.json", "coco_pope_adversarial.json")),
-    "mvbench": (mvbench, tuple(f"json/{name}.json" for name in VIDEOS)),
-}
-"""Task -> reader and files, all below a folder of the task's name."""
-FETCH = {
-    "nlvr2": "fetch nlvr2/data/test1.json of github.com/lil-lab/nlvr, and its pictures (see its README) into images/ beside it",
-    "qbench": "fetch llvisionqa_dev.json of Q-Bench (github.com/Q-Future/Q-Bench), and its pictures into images/ beside it",
-    "nextqa": "fetch test.csv and map_vid_vidorID.json of github.com/doc-doc/NExT-QA, and its videos into NExTVideo/ beside them",
-    "pope": "fetch output/coco/*.json of github.com/RUCAIBox/POPE, and COCO's val2014 pictures into val2014/ beside them",
-    "mvbench": "fetch json/ and video/ of the data set OpenGVLab/MVBench on Hugging Face, and unzip what is in video/ there",
-}
+
+def raven(_: Path, path: Path) -> Iterator[Example]:
+    """RAVEN (Zhang et al., 2019): which panel completes the matrix? Groups are its seven configurations.
+
+    A file is `CONFIGURATION/RAVEN_NUMBER_test.npz` with `image` [16, 160, 160], eight panels of the matrix and eight to choose
+    from, and `target` (RAVEN, src/model/utility/dataset_utility.py). The wording is ours.
+    """
+    with np.load(path) as file:  # without pickle: the other arrays of the file are never opened
+        target = int(file["target"])
+
+    def panels(to: Path) -> list[Part]:
+        with np.load(path) as file:
+            drawn = file["image"].reshape(16, 160, 160).astype(np.uint8)
+        names = [to / f"{path.parent.name}-{path.stem}-{i}.png" for i in range(16)]
+        for name, panel in zip(names, drawn, strict=True):
+            Image.fromarray(panel).save(name)
+        return [{"type": "image", "path": str(name)} for name in names]
+
+    question = (
+        "Here is a Raven's Progressive Matrix of three rows and three columns, row by row, without its last panel: "
+        f"{'<image>' * 8}\n"
+        "Which of these completes it?"
+    )
+    yield choice(f"{path.parent.name}/{path.stem}", path.parent.name, panels, question, ["<image>"] * 8, target)
 
 
-def load(name: str, root: Path) -> Task:
-    """A task of `READERS` from its files below `root`. Raises `DataError` for a file that is missing or of another form."""
-    reader, files = READERS[name]
-    paths = [find(root / name / file, FETCH[name]) for file in files]
-    examples: list[Example] = []
-    for path in paths:
-        try:
-            examples += reader(root / name, path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}, after its first {len(examples)} samples: not of the published form ({error!r})") from error
-    return Task(name=name, examples=examples, max_new_tokens=16, data=digest(*paths))
+def blink(_: Path, path: Path) -> Iterator[Example]:
+    """BLINK (Fu et al., 2024): what people see within a blink; groups are its fourteen tasks.
+
+    Parquet of the data set BLINK-Benchmark/BLINK: idx, sub_task, prompt with its options as `(A) ...`, choices, answer `(A)`, and
+    image_1 to image_4. The prompt is the authors'; the closing instruction is LLaVA's.
+    """
+    table = Parquet(path)
+    pictures = [f"image_{i}" for i in range(1, 5)]
+    for number, row in enumerate(table.rows(("idx", "sub_task", "prompt", "choices", "answer"))):
+        text = f"{row['prompt']}\n{CHOOSE}"
+        media = embedded(table, number, *pictures)
+        yield lettered(row["idx"], row["sub_task"], media, text, len(row["choices"]), row["answer"].strip("()"))
+
+
+def muirbench(_: Path, path: Path) -> Iterator[Example]:
+    """MuirBench (Wang et al., 2024): twelve tasks over several pictures; kinds are the relations between the pictures.
+
+    Parquet of the data set MUIRBENCH/MUIRBENCH: idx, task, image_relation, question and options with `<image>` where the pictures
+    of image_list stand, answer (a letter).
+    """
+    table = Parquet(path)
+    for number, row in enumerate(table.rows(("idx", "task", "image_relation", "question", "options", "answer"))):
+        right = LETTERS.index(row["answer"])
+        media = embedded(table, number, "image_list")
+        yield choice(row["idx"], row["task"], media, row["question"], row["options"], right, row["image_relation"])
+
+
+def ai2d(_: Path, path: Path) -> Iterator[Example]:
+    """AI2D (Kembhavi et al., 2016), its test set: questions about diagrams of school books.
+
+    Parquet of the data set lmms-lab/ai2d: question, options, answer (the number of the right option, as text), image.
+    """
+    table = Parquet(path)
+    for number, row in enumerate(table.rows(("question", "options", "answer"))):
+        media = embedded(table, number, "image")
+        yield choice(f"{path.stem}/{number}", "AI2D", media, row["question"], row["options"], int(row["answer"]))

@@ -48,14 +48,14 @@ def write(path: Path, task: Task, rows: Sequence[Row], lines: Sequence[Line], ab
 
 
 def _head(task: Task, lines: Sequence[Line], about: dict[str, Any]) -> Iterator[str]:
-    yield _table(("made with", ""), [(key, str(value)) for key, value in about.items()])
+    yield table(("made with", ""), [(key, str(value)) for key, value in about.items()])
     papers = list(task.paper)
     cells = [
         (line.name, f"{line.mean:.2%}", f"{line.low:.1%} to {line.high:.1%}", str(line.asked), str(line.failed)) for line in lines
     ]
     published = [[f"{task.paper[m][line.name]:.1f}" if line.name in task.paper[m] else "" for m in papers] for line in lines]
     columns = ("", "mean", "95 % interval", "examples", "not answered", *papers)
-    yield _table(columns, [(*cell, *figures) for cell, figures in zip(cells, published, strict=True)])
+    yield table(columns, [(*cell, *figures) for cell, figures in zip(cells, published, strict=True)])
     if task.paper:
         yield f"<p>{escape(', '.join(papers))}: published figures in percent, made with {escape(task.pipeline)}.</p>"
     if task.faults:
@@ -64,7 +64,8 @@ def _head(task: Task, lines: Sequence[Line], about: dict[str, Any]) -> Iterator[
     yield '<input type="checkbox" id="wrong"><label for="wrong"> hide what is right</label>\n'
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in HTML."""
     head = "".join(f"<th>{escape(name)}" for name in columns)
     return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{escape(c)}" for c in row) for row in rows) + "</table>\n"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Judge = Callable[[str], float | None]
 """The score of an answer, 0 to 1; None if the example does not count."""
@@ -12,7 +12,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CUT = 512
 """Characters of an open answer that are scored (LLaVA-NeXT, llava/eval/evaluate_interleave.py)."""
 DOTS = int(re.UNICODE)
-"""32: the published scorer hands the flag to `re.sub` as the count, so later full stops stay."""
+"""32: the published scorers of this and of VQA hand the flag to `re.sub` as the count, so later full stops stay."""
 
 
 def normalise(text: str, as_published: bool = False) -> str:
@@ -21,14 +21,18 @@ def normalise(text: str, as_published: bool = False) -> str:
     A mark is dropped where it stands beside a space anywhere in the text, or where any number in it has a comma; else it
     becomes a space. The rule is that of VQA's scorer and makes `red/blue` two words, `red/blue / 2` one. A colon stays.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out = _unpunctuated(text.replace("\n", " ").replace("\t", " ").strip(), DOTS if as_published else 0)
+    return out.strip("'").strip('"').strip(")").strip("(").strip().lower()
+
+
+def _unpunctuated(text: str, dots: int) -> str:
+    """A text without its marks and its first `dots` full stops that no digit follows; 0 for all."""
     number = re.search(r"\d,\d", text)
     out = text
     for mark in PUNCTUATION:
         beside = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside or number else " ")
-    out = re.sub(r"\.(?!\d)", "", out, count=DOTS if as_published else 0)
-    return out.strip("'").strip('"').strip(")").strip("(").strip().lower()
+    return re.sub(r"\.(?!\d)", "", out, count=dots)
 
 
 def interleave_open(answer: str, truth: str, as_published: bool = False) -> float | None:
@@ -88,3 +92,69 @@ def letter(answer: str, choices: int) -> str:
         rf"\s*(?:(?:the\s+)?(?:best\s+)?(?:answer|option)(?:\s+is)?\s*:?\s*)?\(?([{offered}])(?:[).:,\s]|$)", answer, re.I
     )
     return found[1].upper() if found else ""
+
+
+def exact(answer: str, truths: Sequence[str]) -> float:
+    """1 where the answer is one of the truths, but for case, spaces and a full stop at the end."""
+    said, *right = (" ".join(text.lower().split()).removesuffix(".") for text in (answer, *truths))
+    return float(said in right)
+
+
+def anls(answer: str, truths: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one question (Biten et al., 2019), as DocVQA scores it.
+
+    1 less the edits to the nearest truth, each as a share of the longer text; nought below a half. Case and spaces do not
+    count as edits, but spaces do for the lengths.
+    """
+
+    def distance(truth: str) -> float:
+        said, right = (" ".join(text.lower().split()) for text in (answer, truth))
+        return _edits(said, right) / (max(len(answer), len(truth)) or 1)
+
+    near = 1.0 - min(map(distance, truths))
+    return near if near >= 0.5 else 0.0
+
+
+def _edits(x: str, y: str) -> int:
+    """Levenshtein's distance."""
+    row = list(range(len(y) + 1))
+    for i, a in enumerate(x, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(y, 1):
+            before, row[j] = row[j], min(before + (a != b), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """VQA's score against ten people (Antol et al., 2015), as GT-Vision-Lab/VQA's vqaEval.py has it: the mean over the people of
+    min(1, others who said the same / 3). Their answers lose their marks only where they are not all the same."""
+    said = vqa_normalise(answer)
+    people = [_unpunctuated(truth, DOTS) for truth in truths] if len(set(truths)) > 1 else truths
+    same = [truth == said for truth in people]
+    return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
+
+
+def vqa_normalise(text: str) -> str:
+    """An answer as VQA compares it: no marks, lower case, numbers up to ten as digits, no articles, apostrophes put back."""
+    text = _unpunctuated(text.replace("\n", " ").replace("\t", " ").strip(), DOTS)
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+NUMBERS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+_FORMS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
+how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't
+'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
+you've
+"""
+CONTRACTIONS = {
+    form[:i] + form[i + 1 :]: form for form in _FORMS.split() for i, mark in enumerate(form) if mark == "'"
+} | {"somebody'd": "somebodyd"}  # fmt: skip
+"""VQA's: a form that lacks one of its apostrophes -> the form. The last is the wrong way round there, too."""

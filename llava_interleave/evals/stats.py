@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from ..journal import Row
 from .run import counted
-from .task import Task
+from .task import Figures, Task
 
 RESAMPLES = 1000
 Scores = dict[str, NDArray[np.float64]]
@@ -22,7 +22,7 @@ class Line:
     """A mean with its 95 % interval (percentile bootstrap over examples, Efron 1979); failed: examples without an answer."""
 
     name: str
-    kind: str  # group, category or average
+    kind: str  # group, category, average, all or figure
     mean: float
     low: float
     high: float
@@ -31,7 +31,7 @@ class Line:
 
 
 def summary(task: Task, rows: Sequence[Row]) -> list[Line]:
-    """The mean of every group, every category and the average, in the task's order."""
+    """The mean of every group, every category, the average and all examples, and the task's figures, in the task's order."""
     scores = _by_group(rows)
     failed: dict[str, int] = {}
     for row in rows:
@@ -50,7 +50,14 @@ def summary(task: Task, rows: Sequence[Row]) -> list[Line]:
         lines.append(_line("average", "average", groups, scores, failed, mean))
     elif not task.categories and len(scores) > 1:
         lines.append(_line("average", "average", list(scores), scores, failed, _mean_of_groups))
-    return lines
+        sizes = {name: len(values) for name, values in scores.items()}
+        total = sum(sizes.values())
+
+        def mean_of_all(drawn: Mapping[str, float]) -> float:
+            return sum(drawn[name] * sizes[name] for name in sizes) / total
+
+        lines.append(_line("all examples", "all", list(scores), scores, failed, mean_of_all))
+    return lines + (list(_figures(task.figures, rows, failed)) if task.figures else [])
 
 
 def _by_group(rows: Sequence[Row]) -> Scores:
@@ -78,6 +85,26 @@ def _line(
     value = mean({g: float(np.mean(scores[g])) for g in groups})
     asked = sum(len(scores[g]) for g in groups)
     return Line(name, kind, value, float(low), float(high), asked, sum(failed[g] for g in groups))
+
+
+def _figures(figures: Figures, rows: Sequence[Row], failed: Mapping[str, int]) -> Iterator[Line]:
+    """The figures of every group and of all examples; one that has no number, as the precision of never a yes, is 0."""
+    groups: dict[str, list[Row]] = {}
+    for row in counted(rows):
+        groups.setdefault(row["group"], []).append(row)
+    if len(groups) > 1:
+        groups["all examples"] = counted(rows)
+    for name, members in groups.items():
+        counts = np.array([figures.count(row) for row in members], dtype=np.float64)
+        chance = np.random.default_rng(0)
+        draws = [counts[chance.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(RESAMPLES)]
+        sums = np.array([counts.sum(axis=0), *draws]).T
+        lost = failed.get(name, sum(failed.values()))
+        for figure, of in figures.of.items():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                value, *drawn = np.nan_to_num(of(sums)).tolist()
+            low, high = np.percentile(drawn, (2.5, 97.5))
+            yield Line(f"{name}: {figure}", "figure", value, float(low), float(high), len(members), lost)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import DataError, LlavaError
+from ..journal import Row
+from ..tables import Parquet
 from .scoring import Judge
 
-Messages = list[dict[str, Any]]
+Part = dict[str, Any]
+Messages = list[Part]
+Media = Sequence[Part] | Callable[[Path], Sequence[Part]]
+"""The pictures and videos of a question, or what writes them into a folder when it is asked."""
 Answerer = Callable[[Sequence[Messages]], Sequence[str | LlavaError]]
 """Answers several conversations; one that cannot be answered gets the reason."""
 
@@ -35,13 +43,22 @@ class Example:
     kind: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a benchmark reports beside means. count: what a row adds to its sums. of: shares computed from the sums, by name."""
+
+    count: Callable[[Row], Sequence[float]]
+    of: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A benchmark.
 
     categories: means of the means of groups. average: the categories (without any: the groups) whose mean is the last line.
     paper: published figures in percent, by model and then by category or group; pipeline: how those were made.
-    faults: samples that are broken and left out, with reasons. data: a hash of the files that were read.
+    faults: samples that are broken and left out, with reasons. data: a hash of the files that were read. figures: of every
+    group, and of all examples where there are several groups.
     """
 
     name: str
@@ -54,6 +71,7 @@ class Task:
     pipeline: str = ""
     faults: Sequence[str] = ()
     data: str = ""
+    figures: Figures | None = None
 
 
 def find(path: Path, fetch: str) -> Path:
@@ -90,12 +108,43 @@ def digest(*paths: Path) -> str:
     return state.hexdigest()
 
 
-def asked(text: str, pictures: Sequence[Path]) -> list[dict[str, Any]]:
+def asked(text: str, pictures: Sequence[Path]) -> list[Part]:
     """The content of a turn: `<image>` in the text becomes the pictures in order; as many as there are (else an assert)."""
+    assert text.count("<image>") == len(pictures)
+    return placed(text, [{"type": "image", "path": str(path)} for path in pictures])
+
+
+def placed(text: str, media: Sequence[Part]) -> list[Part]:
+    """Text with media where it says `<image>`; before it where it says so never, or another number of times."""
     pieces = text.split("<image>")
-    assert len(pieces) == len(pictures) + 1
-    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-    for path, piece in zip(pictures, pieces[1:], strict=True):
-        parts.append({"type": "image", "path": str(path)})
-        parts += [{"type": "text", "text": piece}] if piece else []
+    if len(pieces) != len(media) + 1:
+        return [*media, {"type": "text", "text": text}]
+    parts: list[Part] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+    for one, piece in zip(media, pieces[1:], strict=True):
+        parts += [one, {"type": "text", "text": piece}] if piece else [one]
     return parts
+
+
+def example(name: str, group: str, media: Media, text: str, truth: str, judge: Judge, kind: str = "") -> Example:
+    """One question in one turn."""
+
+    def ask(folder: Path) -> Messages:
+        return [{"role": "user", "content": placed(text, media(folder) if callable(media) else media)}]
+
+    return Example(id=name, group=group, kind=kind, ask=ask, question=text, truth=truth, judge=judge)
+
+
+def embedded(table: Parquet, number: int, *columns: str) -> Callable[[Path], list[Part]]:
+    """The pictures in columns of a row, or in lists of them, as files; those that are not there are left out."""
+
+    def write(folder: Path) -> list[Part]:
+        row = table.row(number, columns)
+        cells = [cell for name in columns for cell in (row[name] if isinstance(row[name], list) else [row[name]]) if cell]
+        paths = []
+        for index, cell in enumerate(cells):
+            suffix = ".png" if cell["bytes"].startswith(b"\x89PNG") else ".jpg"
+            paths.append(folder / f"{table.path.stem}-{number}-{index}{suffix}")
+            paths[-1].write_bytes(cell["bytes"])
+        return [{"type": "image", "path": str(path)} for path in paths]
+
+    return write
