@@ -1,5 +1,7 @@
 """The page in a real browser against a real server: the whole flow, and what must never happen."""
 
+import base64
+import contextlib
 import json
 import re
 import shutil
@@ -7,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,7 +19,8 @@ pytest.importorskip("fastapi")
 sync_api = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, Request, expect  # noqa: E402
 
-from llava_interleave.chatbot import load  # noqa: E402
+from llava_interleave.chatbot import Look, load  # noqa: E402
+from llava_interleave.engine import Engine  # noqa: E402
 from llava_interleave.server.app import create_app  # noqa: E402
 from llava_interleave.server.run import Server  # noqa: E402
 from llava_interleave.server.settings import Settings  # noqa: E402
@@ -23,6 +28,7 @@ from llava_interleave.testing import tiny_checkpoint  # noqa: E402
 from llava_interleave.world.draw import write_video  # noqa: E402
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+expect.set_options(timeout=20_000)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt install chromium")
 
 
@@ -45,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    yield from serve(folder)
+    yield from serve(folder, max_tokens=100)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
+    with opened(browser, address) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, address: str) -> Iterator[Page]:
     """A fresh profile; the test fails on any error of a script and on any request to another host."""
     context = browser.new_context()
     page = context.new_page()
@@ -133,6 +145,121 @@ def test_the_parts_sent_are_the_ones_composed(page: Page, files: list[Path]) -> 
     assert [part.get("text") for part in parts] == [None, "Is ", None, " new?"]
 
 
+def test_files_are_dropped_pasted_picked_by_folder_and_dragged_into_order(page: Page, files: list[Path], tmp_path: Path) -> None:
+    def names() -> list[str | None]:
+        return [img.get_attribute("alt") for img in page.locator(".chip img").all()]
+
+    (tmp_path / "shots" / "more").mkdir(parents=True)
+    for name in ("2.png", "10.png", "more/1.png", "notes.txt"):
+        (tmp_path / "shots" / name).write_bytes(files[0].read_bytes() if name.endswith("png") else b"text")
+    page.set_input_files("#pick-folder", tmp_path / "shots")
+    expect(page.locator(".chip")).to_have_count(3)
+    assert names() == ["2.png", "10.png", "1.png"]
+    (tmp_path / "shots" / "notes.txt").unlink()
+    drop(page, [tmp_path / "shots", files[2]])
+    expect(page.locator(".chip")).to_have_count(7)
+    expect(page.locator("#drop")).to_be_hidden()
+    assert names()[3:] == ["2.png", "10.png", "1.png", "blue.png"]
+    page.evaluate(
+        """(data) => {
+            const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
+            document.getElementById("text").dispatchEvent(new ClipboardEvent("paste", { clipboardData, cancelable: true }));
+        }""",
+        base64.b64encode(files[1].read_bytes()).decode(),
+    )
+    expect(page.locator(".chip")).to_have_count(8)
+    page.fill("#text", "See [image 2] and [image 1]")
+    page.locator(".chip img").nth(0).drag_to(page.locator(".chip img").nth(2))
+    expect(page.locator("#text")).to_have_value("See [image 1] and [image 3]")
+    assert names()[:3] == ["10.png", "1.png", "2.png"]
+
+
+def drop(page: Page, paths: list[Path]) -> None:
+    """As from a file manager. Chromium takes nothing that is let go before it knows that the page would take it."""
+    devtools = page.context.new_cdp_session(page)
+    page.evaluate("() => addEventListener('drop', () => (window.taken = true), true)")
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    while not page.evaluate("() => window.taken"):
+        for step in ("dragEnter", "dragOver", "dragOver", "drop"):
+            devtools.send("Input.dispatchDragEvent", {"type": step, "x": 400, "y": 200, "data": data})
+            page.wait_for_timeout(100)
+
+
+def test_which_image_an_answer_leaned_on(browser: Browser, folder: Path, files: list[Path], tmp_path: Path) -> None:
+    """Shares, maps and frames are the library's; shown at the press of a button, hidden at the next."""
+    rng = np.random.default_rng(0)
+    write_video([rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(16)], tmp_path / "v.mp4")
+    for address in serve(folder, max_tokens=12):
+        with opened(browser, address) as page:
+            page.set_input_files("#pick-files", [*files[:2], tmp_path / "v.mp4"])
+            page.locator("#frames").fill("3")
+            ask(page, "Which one?")
+            page.locator("#frames").evaluate("(slider) => { slider.value = 5; }")  # the answer was given with 3
+            button = page.get_by_role("button", name="Which image this answer leaned on")
+            with page.expect_request("**/v1/messages/explain") as sent:
+                button.click()
+            told = page.locator(".leaned li")
+            expect(told).to_have_count(3)
+            expect(page.locator(".leaned .frame")).to_have_count(2 + 3)
+            expect(button).to_have_attribute("aria-expanded", "true")
+            asked = json.loads(sent.value.post_data)
+            known = explained(folder, asked, [*files[:2], tmp_path / "v.mp4"])
+            shares = page.locator(".leaned strong + meter + strong").all_inner_texts()
+            assert [share.strip() for share in shares] == [f"{round(100 * look.share)} %" for look in known]
+            for item, look in zip(told.all(), known, strict=True):
+                assert f"{abs(look.change):.2f} nats {'likelier' if look.change < 0 else 'less likely'}" in item.inner_text()
+                assert f"{round(100 * look.attention)} % of the attention" in item.inner_text()
+            most = max(look.heat.max() for look in known)
+            veils = page.locator(".veil").evaluate_all("""(all) => all.map((veil) => {
+                const { data } = veil.getContext("2d").getImageData(0, 0, veil.width, veil.height);
+                return [...data].filter((_, i) => i % 4 === 3);
+            })""")
+            for veil, heat in zip(veils, np.concatenate([look.heat for look in known]), strict=True):
+                assert np.allclose(veil, 255 * 0.85 * (1 - np.sqrt(heat.ravel() / most)), atol=2)
+            page.get_by_label("pictures without maps").check()
+            expect(page.locator(".veil").first).to_be_hidden()
+            button.press("Enter")
+            expect(page.locator(".leaned")).to_have_count(0)
+            expect(button).to_have_attribute("aria-expanded", "false")
+
+
+def explained(folder: Path, asked: dict[str, Any], sources: list[Path]) -> tuple[Look, ...]:
+    *messages, answer = asked["messages"]
+    parts, given = messages[0]["content"], iter(sources)
+    content = [p if p["type"] == "text" else {"type": p["type"].removesuffix("_url"), "path": next(given)} for p in parts]
+    bot = load(folder, device="cpu")
+    return bot.explain([{"role": "user", "content": content}], answer["content"], frames=asked["frames"]).images
+
+
+def test_without_a_mouse(page: Page, files: list[Path]) -> None:
+    def focused(name: str) -> bool:
+        return page.evaluate("(name) => document.activeElement.ariaLabel === name", name)
+
+    page.set_input_files("#pick-files", files[:2])
+    expect(page.locator(".chip")).to_have_count(2)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+    page.keyboard.type("What of ")
+    for name in ("Move image 2, green.png to the left", "Put image 1, green.png into the text"):
+        for _ in range(20):
+            if focused(name):
+                break
+            page.keyboard.press("Shift+Tab")
+        assert focused(name)
+        page.keyboard.press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+    page.keyboard.type("?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#messages > li.user .said")).to_contain_text("What of ?")
+    assert page.locator("#messages > li.user img").evaluate_all("(all) => all.map((i) => i.alt)") == ["red.png", "green.png"]
+    expect(page.locator("#messages > li.assistant .meta")).to_contain_text("tokens read", timeout=20_000)
+
+
 def test_a_mark_without_a_file_is_told_before_anything_is_sent(page: Page, files: list[Path]) -> None:
     page.set_input_files("#pick-files", files[:2])
     page.fill("#text", "What of [image 3]?")
@@ -143,8 +270,6 @@ def test_a_mark_without_a_file_is_told_before_anything_is_sent(page: Page, files
 
 
 def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, tmp_path: Path) -> None:
-    import numpy as np
-
     write_video([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], tmp_path / "v.mp4")
     page.set_input_files("#pick-files", tmp_path / "v.mp4")
     expect(page.locator(".strip canvas")).to_have_count(16)
@@ -195,11 +320,16 @@ def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -
     expect(page.locator("#problem")).to_be_hidden()
 
 
-def test_stop_keeps_what_was_written(page: Page) -> None:
+def test_stop_keeps_what_was_written(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: time.sleep(0.2) or step(engine))  # or it is over before it is stopped
     page.fill("#text", "Tell me a long story.")
     page.click("#send")
+    expect(page.locator("#messages")).to_have_attribute("aria-busy", "true")  # not read out word by word
     page.click("#stop", timeout=10_000)
+    expect(page.locator("#messages")).to_have_attribute("aria-busy", "false")
     expect(page.locator("#messages > li.assistant .meta")).to_contain_text("stopped")
+    monkeypatch.undo()
     ask(page, "Go on.")
 
 
@@ -268,4 +398,6 @@ def test_nothing_overflows_on_a_phone_and_everything_has_a_name(browser: Browser
     nameless = page.evaluate("""() => [...document.querySelectorAll("button, input:not([type=file]), select, textarea")]
         .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)""")
     assert nameless == []
+    page.goto(f"{address}/docs")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.close()

@@ -1,10 +1,10 @@
 """The server: its answers against the chatbot's, its limits against a hostile corpus, its manners under load and faults."""
 
 import asyncio
-import base64
 import contextlib
 import dataclasses
-import io
+import gc
+import itertools
 import json
 import logging
 import re
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +21,8 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi.exceptions import RequestValidationError
+from hostile import BLUE, HOSTILE, RED, STILLS, WHAT, data_url, picture, png, sent, user
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 from starlette.testclient import TestClient
@@ -30,10 +31,12 @@ from typer.testing import CliRunner
 
 from llava_interleave import cli
 from llava_interleave.chatbot import Answer, Chatbot, Options, load
-from llava_interleave.errors import MediaRefused, OptionError
+from llava_interleave.chatbot.explain import Trial
+from llava_interleave.errors import LlavaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address
-from llava_interleave.server import guard
+from llava_interleave.server import files, guard
+from llava_interleave.server import service as service_module
 from llava_interleave.server.app import create_app
 from llava_interleave.server.guard import Keys, Rate
 from llava_interleave.server.metrics import Metrics
@@ -46,31 +49,6 @@ from llava_interleave.testing import tiny_checkpoint
 LOCAL = "http://127.0.0.1:8000"
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).parent.parent
-
-
-def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def data_url(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-RED, BLUE, GREEN = (data_url(png(colour)) for colour in ("red", "blue", "green"))
-
-
-def user(*content: dict[str, Any] | str) -> list[dict[str, Any]]:
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    return [{"role": "user", "content": parts}]
-
-
-def picture(url: str, **more: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url, **more}}
-
-
-WHAT = user(picture(RED), "What is this?")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +115,6 @@ def folded(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 # Answers.
 
-STILLS = {"type": "video", "video": [RED, BLUE, GREEN]}
 QUESTIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
     "text": ([{"role": "user", "content": "Hello"}], {}, {}),
     "interleaved": (user(picture(RED), "is the first,", picture(BLUE), "the second"), {"seed": 3, "temperature": 1.5}, {}),
@@ -194,6 +171,7 @@ def test_the_answer_is_the_chatbots_and_a_stream_folds_to_it(client: TestClient,
     usage = whole["usage"]
     assert usage["prompt_tokens"] == answers[0].usage.prompt
     assert usage["completion_tokens"] == sum(answer.usage.generated for answer in answers)
+    assert "explanations" not in whole
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert {**chunks[-1]["usage"], "prompt_tokens_details": 0} == {**usage, "prompt_tokens_details": 0}
     assert chunks[-1]["choices"] == [] and all(chunk["usage"] is None for chunk in chunks[:-1])
@@ -397,6 +375,24 @@ def test_null_and_the_values_that_mean_nothing_are_taken(client: TestClient) -> 
         assert ask(client, **fields).status_code == 200, fields
 
 
+def test_what_is_counted_is_named_by_texts(client: TestClient) -> None:
+    """A number or an object in the place of a picture was counted as one, because nothing is opened to count."""
+    for part in (
+        {"type": "image", "image": {}},
+        {"type": "video", "video": [RED, 5]},
+        {"type": "views", "views": {"front": [RED]}},
+        {"type": "views", "views": [RED, {"name": "back", "image": {}}]},
+    ):
+        refused = client.post("/v1/messages/count", json={"messages": user(part)})
+        assert refused.status_code == 400 and "named by a text" in refused.text, part
+
+
+def test_a_405_tells_all_that_is_allowed(client: TestClient) -> None:
+    for path, allowed in (("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET"), (CHAT, "POST")):
+        refused = client.options(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
+
+
 def test_another_model_is_not_found(client: TestClient) -> None:
     assert ask(client, model="gpt").status_code == client.get("/v1/models/gpt").status_code == 404
     assert client.get("/v1/models").json()["data"] == [client.get("/v1/models/tiny").json()]
@@ -416,9 +412,13 @@ def upload(client: TestClient, data: bytes, **headers: str) -> Any:
     return client.post("/v1/files", files={"file": ("a.png", data)}, data={"purpose": "vision"}, headers=headers)
 
 
-def test_a_file_is_named_by_its_content_and_stands_for_it(client: TestClient) -> None:
+def test_a_file_is_named_by_its_content_and_stands_for_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same content again is the same file to the last field, however much later it is sent."""
+    ticks = itertools.count(1000)
+    monkeypatch.setattr(files.time, "time", lambda: next(ticks))
     stored = upload(client, png("purple")).json()
-    assert upload(client, png("purple")).json()["id"] == stored["id"] != upload(client, png("pink")).json()["id"]
+    assert upload(client, png("purple")).json() == stored
+    assert upload(client, png("pink")).json()["id"] != stored["id"]
     assert client.get(f"/v1/files/{stored['id']}").json() == stored
     direct = ask(client, messages=user(picture(data_url(png("purple")), detail="high"), "What?"), temperature=1.0, seed=1)
     named = ask(client, messages=user(picture(stored["id"], detail="high"), "What?"), temperature=1.0, seed=1)
@@ -452,6 +452,92 @@ def test_files_are_bounded(tiny: Path) -> None:
         assert upload(client, b"#!/bin/sh").status_code == 422
 
 
+# Which image an answer leaned on.
+
+LOOK = user("Compare", picture(RED, detail="high"), "with", {"type": "views", "views": {"front": BLUE}}, "and", STILLS, "now?")
+
+
+def told(bot: Chatbot, answer: Answer | str, leave_out: bool, **changes: Any) -> dict[str, Any]:
+    """What the library tells of an answer, as JSON has it."""
+    found = bot.explain(LOOK, answer, leave_out=leave_out, **changes)
+    names = ("image 1", "view front", "video 3")
+    images = [
+        {
+            "name": name,
+            "share": look.share if look.share is None else pytest.approx(look.share, abs=1e-4),
+            "change": look.change if look.change is None else pytest.approx(look.change, abs=1e-4),
+            "attention": pytest.approx(look.attention, abs=1e-4),
+            "heat": [[pytest.approx(row, abs=1e-4) for row in rows] for rows in look.heat.tolist()],
+        }
+        for name, look in zip(names, found.images, strict=True)
+    ]
+    return {"layers": list(found.layers), "logprob": pytest.approx(found.logprob, abs=1e-3), "images": images}
+
+
+@pytest.mark.parametrize("how", [True, "attention"])
+def test_an_explanation_is_the_librarys_whole_or_streamed(client: TestClient, oracle: Chatbot, how: bool | str) -> None:
+    fields: dict[str, Any] = {"messages": LOOK, "temperature": 1.5, "seed": 3, "n": 2, "frames": 2}
+    answers = oracle.choices(LOOK, temperature=1.5, seed=3, n=2, frames=2, max_new_tokens=4)
+    known = [{"index": i, **told(oracle, answer, how is True, frames=2)} for i, answer in enumerate(answers)]
+    whole = ask(client, explain=how, **fields).json()
+    assert whole["explanations"] == known
+    assert len(known[0]["images"][2]["heat"]) == 2
+    assert whole["timings"]["total"] > 0
+    chunks = events(ask(client, explain=how, **fields, stream=True, stream_options={"include_usage": True}).text)
+    assert {index: choice["text"] for index, choice in folded(chunks).items()} == {i: a.text for i, a in enumerate(answers)}
+    assert chunks[-2]["explanations"] == known and chunks[-2]["choices"] == [] and chunks[-1]["usage"]
+    for index, answer in enumerate(answers):
+        asked = {"messages": [*LOOK, {"role": "assistant", "content": answer.text}], "frames": 2, "explain": how}
+        later = client.post("/v1/messages/explain", json=asked)
+        assert later.json() == told(oracle, answer.text, how is True, frames=2), index
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"messages": [{"role": "user", "content": "Hello"}]}, "no"),
+        ({"max_tokens": 1025}, "1024"),
+        ({"messages": user(*[picture(RED)] * 20, "Which?"), "max_tokens": 2}, "'attention'"),
+        ({"n": 8, "max_tokens": 300, "explain": "attention"}, "the limit is 5,000"),
+        ({"explain": "shares"}, "explain"),
+    ],
+)
+def test_what_is_not_explained_is_told_before_it_is_answered(tiny: Path, changes: dict[str, Any], named: str) -> None:
+    with running(tiny, explain_tokens=5_000) as client:
+        refused = ask(client, **{"explain": True} | changes)
+        assert refused.status_code == 400 and named in refused.json()["error"]["message"]
+        assert client.app.state.service.metrics.registry.get_sample_value("llava_tokens_total", {"kind": "generated"}) is None  # type: ignore[attr-defined]
+
+
+def test_an_answer_to_explain_is_the_last_message(client: TestClient) -> None:
+    said = {"role": "assistant", "content": "Red."}
+    in_parts = said | {"content": [{"type": "text", "text": "Red."}]}
+    for messages in (WHAT, [said], [*WHAT, in_parts], [*WHAT, said, *WHAT]):
+        refused = client.post("/v1/messages/explain", json={"messages": messages})
+        assert refused.status_code == 400 and "assistant's answer" in refused.text
+    for content in ("", "word " * 1100):
+        refused = client.post("/v1/messages/explain", json={"messages": [*WHAT, {"role": "assistant", "content": content}]})
+        assert refused.status_code == 400 and "tokens" in refused.text
+    unlike = client.post("/v1/messages/explain", json={"messages": [*WHAT, said], "explain": False})
+    assert unlike.status_code == 400 and "explain" in unlike.text
+
+
+def test_others_are_answered_while_one_is_explained(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed in a thread of its own, and counts as an answer under way until it is told."""
+    service, go, seen = client.app.state.service, threading.Event(), []  # type: ignore[attr-defined]
+    real = service_module.explained
+    monkeypatch.setattr(
+        service_module, "explained", lambda *a: seen.append(threading.current_thread().name) or (go.wait(60) and real(*a))
+    )
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, explain=True)
+        until(lambda: seen)
+        assert ask(client).status_code == 200
+        assert (service.under_way, seen[0].startswith("explain")) == (1, True)
+        go.set()
+        assert waiting.result().status_code == 200
+
+
 # Keys and limits.
 
 KEYS = ["first-key-of-the-test", "second-key-of-the-test"]
@@ -473,7 +559,7 @@ def test_every_route_but_health_and_the_page_asks_for_a_key(tiny: Path, key_file
         routes = [(route.path, method) for route in client.app.routes for method in route.methods]  # type: ignore[attr-defined]
         assert len(routes) >= 12 and ("/health", "GET") in routes
         for path, method in [*routes, ("/nowhere", "GET"), (CHAT, "OPTIONS"), ("/Health", "GET"), ("/health/", "GET")]:
-            if (path in ("/health", *guard.PAGE)) and method == "GET":
+            if (path in ("/health", "/docs", *guard.PAGE)) and method == "GET":
                 assert client.get(path).status_code == 200
                 continue
             for headers in ({}, bearer("wrong")):
@@ -636,83 +722,14 @@ def test_a_redirect_leads_to_allowed_hosts_only() -> None:
             http.shutdown()
 
 
-def bomb() -> bytes:
-    """A PNG of 60 KB whose header promises 20,000 x 20,000 pixels."""
-
-    def block(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    size = (20_000).to_bytes(4, "big")
-    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", size + size + b"\x08\x02\0\0\0") + block(b"IDAT", zlib.compress(bytes(10**7)))
-
-
-def nested(depth: int) -> str:
-    return '{"model": "tiny", "messages": ' + "[" * depth + "]" * depth + "}"
-
-
-HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
-    "nothing": b"",
-    "no JSON": b"\x00\xff\xfe garbage",
-    "half": b'{"model": "tiny", "messages": [{"role": "us',
-    "a number": b"5",
-    "a list": b"[]",
-    "null": b"null",
-    "twice": b"{}{}",
-    "not UTF-8": b'{"model": "\xff\xff"}',
-    "deep": nested(50),
-    "deeper": nested(100_000),
-    "deepest": nested(2_000_000),
-    "wide": '{"model": "tiny", "messages": [' + "[]," * 200_000 + "[]]}",
-    "long list": '{"model": "tiny", "messages": [' + "5," * 80_000 + "5]}",
-    "long object": json.dumps({"model": "tiny", "messages": WHAT, "logit_bias": {f"x{i}": "y" for i in range(80_000)}}),
-    "many fields": json.dumps({"model": "tiny", "messages": WHAT} | {f"x{i}": 1 for i in range(4000)}),
-    "long number": '{"model": "tiny", "n": ' + "9" * 10_000 + "}",
-    "NaN": '{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
-    "infinity": '{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 1e999}',
-    "surrogate": '{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
-    "surrogate field": '{"model": "tiny", "\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}',
-    "surrogate model": '{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
-    "long text": {"messages": [{"role": "user", "content": "x" * 600_000}]},
-    "long role": {"messages": [{"role": "x" * 2_000_000, "content": "x"}]},
-    "long name": {"messages": user({"type": "views", "views": {"x" * 600_000: RED}})},
-    "deep view": {"messages": user({"type": "views", "views": [[[[[RED]]]]]})},
-    "times": {"messages": user({**STILLS, "times": [float(i) for i in range(1000)]})},
-    "no speed": {"messages": user({**STILLS, "fps": 1e-300})},
-    "late": {"messages": user({**STILLS, "start": 1e300})},
-    "bomb": {"messages": user(picture(data_url(bomb())))},
-    "cut": {"messages": user(picture(data_url(png("red")[:60])))},
-    "thin": {"messages": user(picture(data_url(png("red", (3000, 1)))))},
-    "no base64": {"messages": user(picture("data:image/png;base64,%%%"))},
-    "not base64": {"messages": user(picture("data:text/html,<b>"))},
-    "svg": {"messages": user(picture(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")))},
-    "polyglot": {"messages": user(picture(data_url(b"GIF89a/*" + b"\0" * 100 + b"*/=1;")))},
-    "tiff": {"messages": user(picture(data_url(b"II*\0" + bytes(100))))},
-    "film": {"messages": user({"type": "video_url", "video_url": {"url": data_url(b"\0\0\0\x18ftypisom" + bytes(3000))}})},
-    "playlist": {"messages": user({"type": "video_url", "video_url": {"url": data_url(b"#EXTM3U\nhttp://127.0.0.1/\n")}})},
-    "number": {"messages": user({"type": "image", "image": 5})},
-    "numbers": {"messages": user({"type": "image", "image": [[1, 2], [3, 4]]})},
-    "empty video": {"messages": user({"type": "video", "video": []})},
-    "many images": {"messages": user(*[picture(RED)] * 33)},
-    "many frames": {"messages": user(*[{**STILLS, "video": [RED] * 64, "frames": 64}] * 5)},
-    "metadata": {"messages": user(picture("http://169.254.169.254/latest/meta-data/"))},
-    "gopher": {"messages": user(picture("gopher://127.0.0.1:25/"))},
-    "backslash": {"messages": user(picture("http:\\\\127.0.0.1\\a.png"))},
-    "placeholder": {"messages": user("look: <image>")},
-    "passwd": {"messages": user({"type": "image", "path": "/etc/passwd"})},
-    "path in path": {"messages": user({"type": "image", "path": {"path": 5}})},
-}
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_requests_get_a_4xx_and_the_server_goes_on(
     client: TestClient, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    case = HOSTILE[name]
-    body = json.dumps({"model": "tiny", "max_tokens": 2} | case) if isinstance(case, dict) else case
     began = time.monotonic()
-    for path in (CHAT, "/v1/messages/count"):
-        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
-        if path == CHAT or answer.status_code != 200:  # what is too much to decode can still be counted
+    for path in (CHAT, "/v1/messages/count", "/v1/messages/explain"):
+        answer = client.post(path, content=sent(HOSTILE[name], path), headers={"Content-Type": "application/json"})
+        if not path.endswith("count") or answer.status_code != 200:  # what is too much to decode can still be counted
             assert 400 <= answer.status_code < 500, answer.text
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
             assert len(answer.text) < 2000
@@ -720,6 +737,23 @@ def test_hostile_requests_get_a_4xx_and_the_server_goes_on(
     assert time.monotonic() - began < 30
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert ask(client, max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_refused_is_let_go_of_at_once(client: TestClient, stream: bool) -> None:
+    """Refused requests of 2 MB lay about by the hundred till the garbage collector came: errors held frames, frames errors."""
+
+    kept = (ChatRequest, RequestValidationError, LlavaError, Refusal, guard._Body)
+    gc.collect()
+    before = sum(issubclass(type(thing), kept) for thing in gc.get_objects())
+    gc.disable()
+    try:
+        for name in ("long role", "long object", "many fields", "cut", "half", "wide", "deepest"):
+            assert client.post(CHAT, content=sent(HOSTILE[name]), headers={"Content-Type": "application/json"}).status_code < 500
+        assert ask(client, max_tokens=5000, stream=stream).status_code == 400
+        assert [thing for thing in gc.get_objects() if issubclass(type(thing), kept)][before:] == []
+    finally:
+        gc.enable()
 
 
 def test_a_body_over_the_limit_is_not_read(tiny: Path) -> None:
@@ -883,6 +917,37 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
             api.chat.completions.create(**how | {"messages": user(picture("https://example.com/a.png"))})
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages/explain"])
+def test_who_leaves_is_not_explained_to(server: Server, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Given up before the next pass through the network; the image's share would have taken two more."""
+    passes, go, first = [], threading.Event(), threading.Event()
+    real = Trial.logprobs
+    monkeypatch.setattr(Trial, "logprobs", lambda *a: passes.append(first.set()) or (go.wait(60) and real(*a)))
+    asked = WHAT if path == CHAT else [*WHAT, {"role": "assistant", "content": "Red."}]
+    body = {"messages": asked, "explain": True, **({"model": "tiny", "max_tokens": 3} if path == CHAT else {})}
+    with connect(server) as leaving:
+        leaving.sendall(request(path, json.dumps(body).encode()))
+        assert first.wait(60)
+    until(lambda: not server.service.under_way)
+    go.set()
+    server.service.explainer.submit(int).result(60)
+    assert len(passes) == 1
+
+
+def test_an_explanation_that_does_not_end_in_time_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, first = threading.Event(), threading.Event()
+    real = Trial.logprobs
+    monkeypatch.setattr(Trial, "logprobs", lambda *a: first.set() or (go.wait(60) and real(*a)))
+    with listening(tiny, grace=0.1) as going, connect(going) as reading:
+        reading.sendall(request(CHAT, chat_body(max_tokens=3, explain=True)))
+        assert first.wait(60)
+        going.should_exit = True
+        until(lambda: going.service.late)
+        go.set()
+        answer = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
+        assert answer.startswith("HTTP/1.1 503") and '"code":"stopping"' in answer
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("half", [False, True])
 def test_who_leaves_frees_their_memory_at_once(server: Server, stream: bool, half: bool) -> None:
@@ -934,14 +999,14 @@ def test_a_body_that_does_not_come_is_a_408(impatient: Server) -> None:
 
 
 def test_garbage_on_the_wire(server: Server) -> None:
-    for sent in (
+    for garbage in (
         b"\x16\x03\x01\x02\x00\x01",
         b"GET /nowhere HTTP/9.9\r\n\r\n",
         b"G" * 200_000,
         request(CHAT, b"{", **{"Content-Length": "-1"}),
     ):
         with connect(server) as hostile, contextlib.suppress(ConnectionError):
-            hostile.sendall(sent)
+            hostile.sendall(garbage)
             assert hostile.recv(65536)[:10] in (b"", b"HTTP/1.1 4")
     with connect(server) as fine:
         fine.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -972,8 +1037,10 @@ def test_who_takes_nothing_is_left() -> None:
     assert left and guarded.held == 0
 
 
-def test_what_runs_is_finished_before_the_server_goes(tiny: Path) -> None:
+def test_what_runs_is_finished_before_the_server_goes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(tiny, grace=20) as going, connect(going) as reading:
+        step = going.service.bot.engine.step
+        monkeypatch.setattr(going.service.bot.engine, "step", lambda: time.sleep(0.005) or step())  # or it is over unseen
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=100)))
         until(lambda: going.service.worker.load.running)
         going.should_exit = True
@@ -1015,6 +1082,7 @@ def test_metrics_count(client: TestClient) -> None:
     assert more(f'llava_requests_total{{route="{CHAT}",status="400"}}') == more('llava_refusals_total{code="invalid_value"}') == 1
     assert more('llava_requests_total{route="other",status="404"}') == 1
     assert more("llava_first_token_seconds_count") == more("llava_prepare_seconds_count") == more("llava_crops_total") == 1
+    assert more("llava_explain_seconds_count") == 0
     assert after["llava_kv_total"] == 8192 and after["llava_running"] == after["llava_under_way"] == 0
 
 
@@ -1028,7 +1096,21 @@ def test_the_log_has_the_user_and_no_text(client: TestClient, caplog: pytest.Log
 def test_the_document_of_the_api_is_whole(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert set(document["components"]["schemas"]["ChatRequest"]["properties"]) == set(ChatRequest.model_fields)
-    assert client.get("/docs").status_code == 404  # its scripts would come from a foreign host
+
+
+def test_the_document_can_be_read_without_a_script(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text and not re.search(r"(src|href)=\"(?!#|style.css|openapi.json|data:,)", page.text)
+    document = client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"<h2>{method.upper()} {path}</h2>" in page.text
+    for name, schema in document["components"]["schemas"].items():
+        assert f'<h3 id="{name}">' in page.text
+        for field in schema["properties"]:
+            assert f"<th>{field}<td>" in page.text
+    assert set(re.findall(r'href="#([^"]+)"', page.text)) <= set(document["components"]["schemas"])
 
 
 def test_the_guide_has_every_flag_and_no_other() -> None:

@@ -21,11 +21,19 @@ def serve(
     revision: show.Revision = None,
     precision: show.Precision = "auto",
     device: show.Device = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Serve this adapter as a model of its own; several times."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error; the log goes to stderr.")] = "info",
     *,
     settings: Settings,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does, to this machine alone unless --host and --api-keys say more."""
+    named = [(name, folder) for name, _, folder in (word.partition("=") for word in adapter or ())]
+    for name, folder in named:
+        if not name or not folder:
+            raise typer.BadParameter(f"an adapter is given as NAME=FOLDER, not {name or '='}{folder}")
     if not isinstance(level := logging.getLevelName(log_level.upper()), int):
         raise typer.BadParameter(f"{log_level!r} is not one of debug, info, warning, error")
     with show.busy("starting"):
@@ -40,4 +48,6 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("llava_interleave").setLevel(level)
     bot = show.load(model, revision, precision, device)
+    for name, folder in named:
+        bot.add_adapter(name, folder)
     Server(create_app(bot, settings), settings).run()

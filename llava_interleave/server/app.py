@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +11,18 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match, Route
 
 from .. import __version__
 from ..chatbot import Chatbot
-from .chat import respond
-from .guard import PAGE, Guard, Keys
+from ..processing import Estimate
+from . import document
+from .chat import respond, respond_explained
+from .guard import DOCS, PAGE, Guard, Keys
+from .reference import reference
 from .refusals import explain, response
-from .schema import ChatRequest, Question, check_model
+from .schema import ChatRequest, ExplainRequest, Question, adapter_of
 from .service import Service
 from .settings import Settings
 
@@ -48,85 +52,108 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         finally:
             service.close()
 
-    # The usual pages of documentation load scripts from a foreign host; /openapi.json is the whole of it.
-    app = FastAPI(title="LLaVA-Interleave", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # The usual pages of documentation load scripts from a foreign host: /docs is our own.
+    app = FastAPI(
+        title="LLaVA-Interleave",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=document.REFUSED,
+    )
     app.state.service = service
     app.add_middleware(Guard, settings=settings, keys=keys, metrics=service.metrics)
 
     @app.exception_handler(HTTPException)
     @app.exception_handler(RequestValidationError)
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        return response(service.metrics.refused(explain(error)))
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        told = response(service.metrics.refused(explain(error)))
+        if told.status_code == 405:
+            there = [route for route in app.routes if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE]
+            told.headers["Allow"] = ", ".join(sorted({method for route in there for method in route.methods or ()}))
+        return told
 
-    model = {
-        "id": service.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "llava-interleave",
-        "context_length": bot.model.config.text.context,
-        "tokens_per_image": bot.model.config.vision.grid**2,
-        "video_frames": bot.processor.num_frames,
-    }
+    def model(adapter: str | None) -> dict[str, Any]:
+        return {
+            "id": adapter or service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "llava-interleave",
+            "parent": adapter and service.name,
+            "context_length": bot.model.config.text.context,
+            "tokens_per_image": bot.model.config.vision.grid**2,
+            "video_frames": bot.processor.num_frames,
+        }
 
     for path, name in PAGE.items():
         app.add_api_route(path, _page(name), include_in_schema=False)
 
-    @app.get("/health")
+    written = functools.cache(lambda: reference(app.openapi()))
+
+    @app.get(DOCS, include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(written(), headers=PAGE_HEADERS)
+
+    @app.get("/health", response_model=document.State)
     async def health() -> JSONResponse:
         """Whether the process is worth keeping: 503 once the engine has given up."""
         failed = service.worker.failed
         return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=document.State)
     async def ready() -> dict[str, str]:
         """Whether another request would be taken now: 503 while the queue is full, and during a shutdown."""
         if service.trouble:
             raise service.trouble
         return {"status": "ready"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=document.Models)
     async def models() -> dict[str, Any]:
-        """The model that is served, with its context and what an image takes of it."""
-        return {"object": "list", "data": [model]}
+        """The model that is served and its adapters, with the context and what an image takes of it."""
+        return {"object": "list", "data": [model(adapter) for adapter in (None, *bot.adapters)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=document.Model)
     async def one_model(name: str) -> dict[str, Any]:
-        """The model by its name."""
-        check_model(name, service.name)
-        return model
+        """The model or an adapter by its name."""
+        return model(adapter_of(name, service.name, bot.adapters))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=document.ANSWERS)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer messages with images, videos and views; with `stream` a piece at a time."""
         return respond(service, asked, request.state.key)
 
     @app.post("/v1/messages/count")
-    async def count(asked: Question, request: Request) -> dict[str, Any]:
+    async def count(asked: Question, request: Request) -> Estimate:
         """Tokens of each part, the context that is left and the memory needed, before anything is computed."""
-        return dataclasses.asdict(await service.count(asked, request.state.key))
+        return await service.count(asked, request.state.key)
 
-    @app.post("/v1/files")
+    @app.post("/v1/messages/explain", responses={200: {"model": document.Explanation}})
+    async def explain_answer(asked: ExplainRequest, request: Request) -> Response:
+        """Which image an answer leaned on: shares, what its absence changes, maps of what was attended to."""
+        return respond_explained(service, asked, request.state.key)
+
+    @app.post("/v1/files", response_model=document.File)
     async def upload(file: UploadFile, purpose: Annotated[str, Form()], request: Request) -> dict[str, Any]:
         """Keep an image or a video for several questions, which name it by its id."""
         data, key = await file.read(), request.state.key
         return await service.aside(lambda: service.files.put(key, data, file.filename or "", purpose))
 
-    @app.get("/v1/files")
+    @app.get("/v1/files", response_model=document.Files)
     async def files(request: Request) -> dict[str, Any]:
         """The files of this API key."""
         return {"object": "list", "data": service.files.list(request.state.key), "has_more": False}
 
-    @app.get("/v1/files/{name}")
+    @app.get("/v1/files/{name}", response_model=document.File)
     async def one_file(name: str, request: Request) -> dict[str, Any]:
         """What is known of a file."""
         return service.files.get(request.state.key, name).told(name)
 
-    @app.delete("/v1/files/{name}")
+    @app.delete("/v1/files/{name}", response_model=document.Deleted)
     async def delete(name: str, request: Request) -> dict[str, Any]:
         """Forget a file."""
         service.files.delete(request.state.key, name)

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ..chatbot import Answer, TokenLogprob
 from ..processing import Tokenizer
 from .refusals import Gone, body, explain
-from .schema import ChatRequest
+from .schema import ChatRequest, ExplainRequest
 from .service import Asked, Service
 from .worker import Piece
 
@@ -62,6 +62,15 @@ def respond(service: Service, request: ChatRequest, key: str) -> Response:
                 return
             whole = await chat.fold()
         await JSONResponse(whole)(scope, receive, send)
+
+    return WhileThere(work)
+
+
+def respond_explained(service: Service, request: ExplainRequest, key: str) -> Response:
+    """The response to a request to explain an answer that was given before."""
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse(await service.explaining(request, key))(scope, receive, send)
 
     return WhileThere(work)
 
@@ -126,14 +135,25 @@ class Chat:
                 self.service.metrics.finished(piece.answer)
                 choice["finish_reason"] = piece.answer.finish_reason
             yield self._chunk([choice]) | more | ({"timings": self.timings(piece.answer)} if len(self.answers) == n else {})
+        if how := self.request.explain:
+            job = self.asked.job
+            told = [
+                {
+                    "index": index,
+                    **await self.service.explain(job.prompt, self.asked.names, answer.tokens, how, job.options.adapter),
+                }
+                for index, answer in sorted(self.answers.items())
+            ]
+            yield self._chunk([]) | more | {"explanations": told}
         if usage:
             yield self._chunk([]) | {"usage": self.usage()}
 
     async def fold(self) -> dict[str, Any]:
         """The whole answer, made of the chunks."""
+        whole: dict[str, Any] = {}
         choices: list[dict[str, Any]] = []
         async for chunk in self:
-            whole = chunk
+            whole |= chunk
             for choice in chunk["choices"]:
                 delta = choice["delta"]
                 if "role" in delta:
@@ -170,7 +190,7 @@ class Chat:
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self.asked.created,
-            "model": self.service.name,
+            "model": self.request.model,
             "choices": choices,
         }
 

@@ -44,16 +44,17 @@ class Files:
         self._of: dict[str, dict[str, Stored]] = {}
 
     def put(self, key: str, data: bytes, filename: str, purpose: str) -> dict[str, Any]:
-        """Keep an image or a video; the same content again is the same file. Raises MediaError or Refusal."""
+        """Keep an image or a video. The same content again is the file that is there, as it is. Raises MediaError or Refusal."""
         if image_format(data[:512]) is None and film_format(data[:512]) is None:
             raise MediaError(f"the file is neither an image ({IMAGES}) nor a video ({FILMS})")
         name = "file-" + hashlib.sha256(data).hexdigest()
         files = self._of.setdefault(key, {})
-        used = sum(len(file.data) for known, file in files.items() if known != name)
-        if used + len(data) > self.most:
-            full = f"the file has {len(data):,} bytes, but {used:,} of {self.most:,} are taken already: delete some"
-            raise Refusal(413, "files_full", full)
-        files[name] = Stored(data, filename[:255], purpose[:64], int(time.time()))
+        if name not in files:
+            used = sum(len(file.data) for file in files.values())
+            if used + len(data) > self.most:
+                full = f"the file has {len(data):,} bytes, but {used:,} of {self.most:,} are taken already: delete some"
+                raise Refusal(413, "files_full", full)
+            files[name] = Stored(data, filename[:255], purpose[:64], int(time.time()))
         return files[name].told(name)
 
     def get(self, key: str, name: str) -> Stored:

@@ -16,12 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import OptionError
 from .metrics import Metrics
-from .refusals import Gone, Refusal, explain, response
+from .refusals import Gone, Refusal, explain, forget, response
 from .settings import MB, Settings
 
-PAGE = {"/": "index.html"} | {f"/{name}": name for name in ("style.css", "app.js", "api.js", "store.js", "markdown.js")}
+SCRIPTS = ("app.js", "api.js", "dom.js", "leaned.js", "store.js", "markdown.js")
+PAGE = {"/": "index.html"} | {f"/{name}": name for name in ("style.css", *SCRIPTS)}
 """The files of the page by path; they hold nothing of anybody."""
-OPEN = ("/health", *PAGE)
+DOCS = "/docs"
+"""The API in words; it is the same for everybody."""
+OPEN = ("/health", DOCS, *PAGE)
 """Paths that need no key. Whatever else is added is closed."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 BODIES = 4
@@ -107,8 +110,8 @@ class Guard:
             scope.setdefault("state", {})["key"] = self.admit(scope)
             await self._read(held, Headers(scope=scope), receive)
             await self.app(scope, held.replay(receive), watched)
-        except Gone:
-            pass
+        except Gone as gone:
+            forget(gone)
         except Exception as error:  # noqa: BLE001  the outermost place; with the status sent, all that is left is to break off
             refusal = self.metrics.refused(explain(error))
             if not status:

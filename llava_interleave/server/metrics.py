@@ -26,6 +26,7 @@ class Metrics:
         self.crops = Counter("llava_crops", "Crops of images and video frames asked about", registry=made)
         self.aborted = Counter("llava_aborted", "Requests whose client left before the end", registry=made)
         self.prepare = Histogram("llava_prepare_seconds", "Fetching, decoding and laying out", buckets=SECONDS, registry=made)
+        self.explain = Histogram("llava_explain_seconds", "Explaining an answer, with its wait", buckets=SECONDS, registry=made)
         self.first = Histogram("llava_first_token_seconds", "From the queue to the first token", buckets=SECONDS, registry=made)
         self.token = Histogram("llava_token_seconds", "Each token after the first", buckets=TOKEN_SECONDS, registry=made)
 

@@ -32,7 +32,27 @@ class Gone(Exception):
 
 
 def explain(error: Exception) -> Refusal:
-    """The refusal for any exception; what is no mistake of the client goes to the log under an id."""
+    """The refusal for any exception, of which nothing is kept; what is no mistake of the client goes to the log under an id."""
+    refusal = _refusal(error)
+    forget(error)
+    if isinstance(error, RequestValidationError):
+        for found in error.errors():
+            if isinstance(cause := found.get("ctx", {}).get("error"), Exception):
+                forget(cause)
+    return refusal
+
+
+def forget(error: BaseException | None) -> None:
+    """Take its traceback from an exception that nobody reads any more, and from those behind it.
+
+    Its frames hold the request, and some of them the exception: megabytes would stay until the next full garbage collection.
+    """
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _refusal(error: Exception) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ContextError):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..chatbot.attach import is_video
 from ..errors import OptionError, PromptError
 from ..options import Options
+from .document import MESSAGES, nullable
+from .explaining import How
 from .files import FILE_ID
 from .refusals import Refusal
 from .settings import Settings
@@ -37,7 +39,9 @@ class Question(Strict):
     Beyond OpenAI's fields: anyres, frames, fps, start, end and frame_times, as in `llava ask`.
     """
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    model_config = ConfigDict(json_schema_extra=nullable)
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES)]
     model: str | None = None
     anyres: bool = False
     frames: Annotated[int, Field(ge=1)] | None = None
@@ -130,14 +134,27 @@ class Choice(Strict):
     choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)]
 
 
+class ExplainRequest(Question):
+    """POST /v1/messages/explain: messages of which the last is the answer that is explained, with what it was asked with."""
+
+    explain: How = True
+
+    @model_validator(mode="after")
+    def _answered(self) -> ExplainRequest:
+        last = self.messages[-1]
+        if last.get("role") != "assistant" or not isinstance(last.get("content"), str) or len(self.messages) < 2:
+            raise ValueError("messages: the last must be the assistant's answer, a text, after the question")
+        return self
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class ChatRequest(Question):
     """POST /v1/chat/completions. Fields with one allowed value are OpenAI's, for what this server does not do.
 
-    Beyond OpenAI's: top_k, min_p, repetition_penalty, and response_format by `regex` and `choice`. Without a temperature
-    the likeliest token is taken.
+    Beyond OpenAI's: top_k, min_p, repetition_penalty, explain (which image an answer leaned on: true, or "attention" for the
+    cheap variant), and response_format by `regex` and `choice`. Without a temperature the likeliest token is taken.
     """
 
     model: str
@@ -158,6 +175,7 @@ class ChatRequest(Question):
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
     ] = {}
+    explain: bool | Literal["attention"] = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: Annotated[str, Field(max_length=128)] | None = None
@@ -194,10 +212,14 @@ class ChatRequest(Question):
         )
 
 
-def check_model(asked: str | None, name: str) -> None:
-    """Raises Refusal for a model that is not the one served."""
-    if asked not in (None, name):
-        raise Refusal(404, "model_not_found", f"there is no model {asked[:200]!r} here; this server has {name!r}", param="model")
+def adapter_of(asked: str | None, name: str, adapters: Sequence[str]) -> str | None:
+    """The adapter that a request's model stands for; None is the model served. Raises Refusal for one that is not here."""
+    if asked in (None, name):
+        return None
+    if asked not in adapters:
+        here = ", ".join(map(repr, (name, *adapters)))
+        raise Refusal(404, "model_not_found", f"there is no model {asked[:200]!r} here; this server has {here}", param="model")
+    return asked
 
 
 def _part(part: Any, stored: Callable[[str], bytes]) -> Any:
@@ -211,7 +233,21 @@ def _part(part: Any, stored: Callable[[str], bytes]) -> Any:
         data = stored(str(file["file_id"]))
         kind = "video" if is_video(data[:512]) else "image"
         return {"type": kind, kind: data}
+    for source in _sources(part):
+        if not isinstance(source, str | None):
+            raise PromptError(f"an image or a video is named by a text, not by something of type {type(source).__name__}")
     return {name: _filled(value, stored) if name in SOURCES else value for name, value in part.items()}
+
+
+def _sources(part: dict[str, Any]) -> Iterator[Any]:
+    """What a part names that `processing.chat` takes as it is, for callers that have pictures in memory."""
+    video, views = part.get("video"), part.get("views")
+    yield part.get("image")
+    yield from video if isinstance(video, list) else [video]
+    if isinstance(views, dict):
+        yield from views.values()
+    elif isinstance(views, list):
+        yield from (view.get("image") if isinstance(view, dict) else view for view in views)
 
 
 def _filled(value: Any, stored: Callable[[str], bytes]) -> Any:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..chatbot import Chatbot
-from ..options import MAX_NEW_TOKENS
+from ..errors import OptionError
+from ..options import MAX_NEW_TOKENS, Options
 from ..processing import Estimate, Loader
+from ..prompt import Prompt
+from .explaining import How, affordable, explained, names
 from .files import Files
 from .grammar import Grammars
 from .metrics import Metrics
-from .refusals import Refusal, log
-from .schema import ChatRequest, Question, check_model
+from .refusals import Gone, Refusal, log
+from .schema import ChatRequest, ExplainRequest, Question, adapter_of
 from .settings import MB, Settings
 from .worker import Job, Worker
 
@@ -26,13 +30,14 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Asked:
-    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt."""
+    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt. names: of its media, if told."""
 
     request: ChatRequest
     job: Job
     created: int
     prepared: float
     image_tokens: int
+    names: list[str]
 
 
 class Service:
@@ -42,6 +47,8 @@ class Service:
         self.bot, self.settings = bot, settings
         bot.processor.loader = Loader(settings.limits(bot.model.config))  # however it was loaded
         self.name = settings.name or bot.source.name
+        if self.name in bot.adapters:
+            raise OptionError(f"the model and an adapter are both called {self.name!r}: give the adapter another name")
         self.created = int(time.time())
         self.worker = Worker(bot)
         self.grammars = Grammars(bot.processor.tokenizer)
@@ -49,8 +56,10 @@ class Service:
         self.metrics = Metrics()
         self.metrics.watch(lambda: self.worker.load, lambda: self.under_way)
         self.pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="media")
+        self.explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")  # one at a time: each holds a prompt's activations
         self.under_way = 0
         self.stopping = False
+        self.late: Refusal | None = None  # what is told to whatever is still under way
 
     @property
     def trouble(self) -> Refusal | None:
@@ -76,6 +85,10 @@ class Service:
         finally:
             self.under_way -= n
 
+    def options(self, question: Question) -> Options:
+        """What a request asks for, its adapter by the name of its model. Raises Refusal or OptionError."""
+        return question.options(self.settings).but({"adapter": adapter_of(question.model, self.name, self.bot.adapters)})
+
     async def aside(self, work: Callable[[], T]) -> T:
         """The result of work that takes time, done in the pool."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
@@ -83,21 +96,25 @@ class Service:
     @contextlib.asynccontextmanager
     async def answering(self, request: ChatRequest, key: str) -> AsyncIterator[Asked]:
         """A request in the engine's queue. Leaving ends it, and gives its memory back."""
-        check_model(request.model, self.name)
-        options = request.options(self.settings)
+        options = self.options(request)
         began = time.perf_counter()
         with self.place(options.n):
             form = request.response_format.model_dump(by_alias=True)
             guides = [] if form["type"] == "text" else await self.aside(lambda: self.grammars.guides(form, options.n))
-            prompt = await self._prepare(request, key, lambda turns: self.bot.prompt(turns, options))
+            prompt, called = await self._prepare(
+                request, key, lambda turns: (self.bot.prompt(turns, options), names(turns) if request.explain else [])
+            )
             prepared = time.perf_counter() - began
             self.metrics.prepare.observe(prepared)
             self.metrics.crops.inc(sum(media.layout.crops for media in prompt.media))
             if options.max_new_tokens is None:
                 left = self.bot.model.config.text.context - len(prompt)
                 options = options.but({"max_new_tokens": max(1, min(MAX_NEW_TOKENS, self.settings.max_tokens, left))})
+            if request.explain:
+                most, how = self.settings.explain_tokens, request.explain
+                affordable(prompt, options.n, options.max_new_tokens or 1, how, most)
             job = Job(prompt, options, key.encode(), asyncio.get_running_loop(), guides)
-            asked = Asked(request, job, int(time.time()), prepared, sum(media.layout.length for media in prompt.media))
+            asked = Asked(request, job, int(time.time()), prepared, sum(media.layout.length for media in prompt.media), called)
             self.worker.submit(job)
             outcome = "left"
             try:
@@ -123,10 +140,46 @@ class Service:
 
     async def count(self, question: Question, key: str) -> Estimate:
         """What a question would take, nothing decoded."""
-        check_model(question.model, self.name)
+        options = self.options(question)
         with self.place(1):
-            options = question.options(self.settings)
             return await self._prepare(question, key, lambda turns: self.bot.estimate(turns, options))
+
+    async def explaining(self, request: ExplainRequest, key: str) -> dict[str, Any]:
+        """Which image the answer that ends the messages leaned on."""
+        options = self.options(request)
+
+        def work(turns: list[dict[str, Any]]) -> tuple[Prompt, list[str], list[int]]:
+            *asked, answer = turns
+            prompt = self.bot.prompt(asked, options)
+            tokens = self.bot.processor.tokenizer.encode(answer["content"], special=False)
+            affordable(prompt, 1, len(tokens), request.explain, self.settings.explain_tokens)
+            return prompt, names(asked), tokens
+
+        with self.place(1):
+            return await self.explain(*await self._prepare(request, key, work), request.explain, options.adapter)
+
+    async def explain(
+        self, prompt: Prompt, names: list[str], answer: Sequence[int], how: How, adapter: str | None
+    ) -> dict[str, Any]:
+        """Which image an answer leaned on, computed beside the engine. Leaving gives it up before its next pass."""
+        left, began = threading.Event(), time.perf_counter()
+
+        def wanted() -> None:
+            if self.late:
+                raise self.late
+            if left.is_set():
+                raise Gone
+
+        def work() -> dict[str, Any]:
+            with self.bot.engine.adapters.whole(adapter):
+                return explained(self.bot, prompt, names, answer, how, wanted)
+
+        try:
+            told = await asyncio.wrap_future(self.explainer.submit(work))
+        finally:
+            left.set()
+        self.metrics.explain.observe(time.perf_counter() - began)
+        return told
 
     async def _prepare(self, question: Question, key: str, work: Callable[[list[dict[str, Any]]], T]) -> T:
         turns = question.turns(lambda name: self.files.get(key, name).data, self.settings)
@@ -135,10 +188,15 @@ class Service:
     def drain(self) -> None:
         """Take nothing more; what is under way has the time of grace, then it is told."""
         self.stopping = True
-        late = Refusal(503, "stopping", "the server was stopped before the answer was complete", retry=10)
-        asyncio.get_running_loop().call_later(self.settings.grace, self.worker.fail, late)
+        asyncio.get_running_loop().call_later(self.settings.grace, self._end)
+
+    def _end(self) -> None:
+        self.late = Refusal(503, "stopping", "the server was stopped before the answer was complete", retry=10)
+        self.worker.fail(self.late)
 
     def close(self) -> None:
         """Stop all threads."""
+        self._end()
         self.worker.close()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self.explainer):
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,7 @@ class Settings:
     host: str = _setting("127.0.0.1", "Address to listen on; any but this machine's own needs --api-keys.")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.")
     api_keys: Path | None = _setting(  # noqa: RUF009  a field
-        None, "File of API keys, one a line; with it all but /health and the page's files asks for one."
+        None, "File of API keys, one a line; with it all but /health, /docs and the page's files ask for one."
     )
     name: str | None = _setting(None, "What the model is called in requests; without it the name of its folder.")
     preset: str = _setting("interleave", "How messages become tokens: interleave, hf or official.")
@@ -54,6 +54,7 @@ class Settings:
     video_seconds: float = _setting(3600.0, "Length of a video in seconds.")
     media_seconds: float = _setting(30.0, "Seconds that one download may take, and reading one video.")
     max_tokens: int = _setting(4096, "Tokens of an answer.")
+    explain_tokens: int = _setting(65_536, "Tokens that go through the network once more to explain the answers to a request.")
     max_choices: int = _setting(8, "Answers to one request (n).")
     files_mb: int = _setting(256, "Megabytes of uploaded files kept in memory for one API key.")
     keep_alive: float = _setting(15.0, "Seconds of silence after which a stream says that it is alive.")

@@ -116,7 +116,8 @@ class Worker:
         try:
             for index in range(job.options.n):
                 guide = job.guides[index] if job.guides else None
-                request = self.engine.add(job.prompt, sampling(job.options, index, room), salt=job.salt, guide=guide)
+                how = sampling(job.options, index, room)
+                request = self.engine.add(job.prompt, how, salt=job.salt, guide=guide, adapter=job.options.adapter)
                 job.requests.append(request)
                 self._writing[request] = (job, Writer(self.bot.processor, job.options, index))
         except Exception as error:  # noqa: BLE001  the client's mistake or ours: its own request fails, the thread goes on

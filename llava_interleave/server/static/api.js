@@ -61,6 +61,11 @@ export async function count(body, signal) {
   return (await post("v1/messages/count", body, signal)).json();
 }
 
+/** Which image the answer that ends the messages leaned on. */
+export async function explain(body, signal) {
+  return (await post("v1/messages/explain", body, signal)).json();
+}
+
 /** The chunks of a streamed answer. */
 export async function* stream(body, signal) {
   const response = await post("v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, signal);

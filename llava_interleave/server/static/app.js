@@ -1,4 +1,6 @@
 import * as api from "./api.js";
+import { frames, make } from "./dom.js";
+import { leanedOn } from "./leaned.js";
 import { markdown } from "./markdown.js";
 import * as store from "./store.js";
 
@@ -9,12 +11,7 @@ let chat = store.create();
 let attached = []; // {key, kind, name, label, blob, url, duration}
 let parent = null; // the message that the next one follows; another than the leaf while one is edited
 let running = null; // AbortController of the answer being written
-
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
+const leaned = new WeakMap(); // message -> what its answer leaned on, or the AbortController of the question
 
 function problem(text) {
   $("problem").textContent = text ?? "";
@@ -168,25 +165,9 @@ function insert(text) {
 /** The frames of a video that will be looked at: evenly spread, first and last included. */
 function strip(item) {
   const box = make("div", { className: "strip", role: "img", ariaLabel: `Frames of ${item.name}` });
-  const film = make("video", { src: item.url, muted: true, preload: "auto" });
-  const wanted = +$("frames").value;
-  const seek = (time) =>
-    new Promise((resolve) => {
-      film.onseeked = resolve;
-      film.currentTime = time;
-    });
-  film.onloadeddata = async () => {
-    for (let i = 0; i < wanted && Number.isFinite(film.duration); i += 1) {
-      if (!box.isConnected) return;
-      const last = Math.max(0, film.duration - 0.05);
-      await seek(wanted === 1 ? 0 : (i / (wanted - 1)) * last);
-      const canvas = make("canvas", { height: 72, width: Math.max(1, Math.round((72 * film.videoWidth) / film.videoHeight)) });
-      canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
-      canvas.title = `${film.currentTime.toFixed(2)} s`;
-      box.append(canvas);
-    }
-  };
-  film.onerror = () => box.replaceChildren(make("span", { textContent: `${item.name} (this browser cannot show it)` }));
+  frames(item.url, +$("frames").value, () => box.isConnected, (canvas) => box.append(canvas)).catch(() =>
+    box.replaceChildren(make("span", { textContent: `${item.name} (this browser cannot show it)` })),
+  );
   return box;
 }
 
@@ -303,6 +284,7 @@ async function answer(question) {
   await attempt(() => store.save(chat)); // the question is not lost if the page is closed now
   try {
     await withFiles(path, async (asked) => {
+      node.frames = asked.frames;
       for await (const chunk of api.stream(asked, running.signal)) {
         const choice = chunk.choices?.[0];
         if (choice?.delta?.content) node.parts[0].text += choice.delta.content;
@@ -337,6 +319,38 @@ async function send() {
   chat.title ||= text.replace(MARK, "").trim().slice(0, 60);
   clear();
   await answer(question);
+}
+
+const media = (node) => store.branch(chat, node.id).flatMap((one) => one.parts.filter((part) => part.key));
+
+/** Ask which image an answer leaned on, and show it; or hide it, or ask no more. */
+async function explain(node) {
+  problem();
+  const known = leaned.get(node);
+  leaned.delete(node);
+  known?.abort?.();
+  if (!known) {
+    const asking = new AbortController();
+    leaned.set(node, asking);
+    drawLeaned(node);
+    const found = await attempt(() =>
+      withFiles(store.branch(chat, node.id), (asked) => api.explain({ ...asked, frames: node.frames ?? asked.frames }, asking.signal)),
+    );
+    if (leaned.get(node) !== asking) return;
+    if (found) leaned.set(node, found);
+    else leaned.delete(node);
+  }
+  drawLeaned(node);
+}
+
+function drawLeaned(node, item = $(`m-${node.id}`)) {
+  const button = item?.querySelector(".look");
+  if (!button) return;
+  const known = leaned.get(node);
+  button.ariaExpanded = Boolean(known?.images);
+  button.textContent = known && !known.images ? "Looking…" : "Which image?";
+  item.querySelector(".leaned")?.remove();
+  if (known?.images) item.append(leanedOn(known, media(node)));
 }
 
 function clear() {
@@ -402,6 +416,11 @@ function meta(node) {
   if (!running) {
     if (node.role === "user") line.append(link("Edit", "Edit this message as a new branch", () => edit(node)));
     else line.append(link("Retry", "Answer again as a new branch", () => answer(chat.nodes[node.parent])));
+    if (node.role === "assistant" && node.parts[0].text && media(node).length) {
+      const look = link("Which image?", "Which image this answer leaned on", () => explain(node));
+      look.classList.add("look");
+      line.append(look);
+    }
   }
   return line;
 }
@@ -432,6 +451,7 @@ function message(node) {
   }
   if (!said.textContent && !said.children.length && running) said.append("…");
   item.append(said, meta(node));
+  drawLeaned(node, item);
   return item;
 }
 
@@ -446,6 +466,7 @@ function drawOne(node) {
 function draw() {
   $("messages").replaceChildren(...store.branch(chat).map(message));
   $("messages").scrollTop = $("messages").scrollHeight;
+  $("messages").ariaBusy = Boolean(running); // a screen reader reads an answer when it is whole
   $("title").textContent = chat.title || "New chat";
   $("stop").hidden = !running;
   $("send").hidden = Boolean(running);

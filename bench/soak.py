@@ -1,0 +1,259 @@
+"""Good and hostile traffic against one server for minutes: does its memory grow, does a good request fail?
+
+    python bench/soak.py [-m FOLDER] [--minutes 30] [--out soak.json] [--quick]
+
+Good clients ask about the same and about new images, whole and streamed, several answers, in a form, explained, about uploads;
+what is asked again must be answered the same. Hostile ones send the corpus of the tests, break off in the middle, send slowly or
+nothing, send what is no HTTP, and leave while they are answered. Prints one JSON object and ends with 1 if a good request failed,
+a hostile one got anything but a 4xx, or something still runs at the end. --quick: a tiny network, one minute.
+
+memory       MiB resident in the server at its start, after the warm-up (a sixth of the time) and at the end; `course` in tenths
+slope        MiB a minute from the warm-up on, by least squares; `caches` is what its image features and prefixes took meanwhile,
+             which are bounded
+statuses     of hostile requests; 0: the connection was closed without an answer
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+from serve import BIN, START, free_port
+
+from llava_interleave.testing import tiny_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from hostile import BLUE, GREEN, HOSTILE, RED, STILLS, data_url, picture, png, sent, user
+
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+class Soak:
+    """One server's traffic; every thread counts what it saw."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.over = threading.Event()
+        self.lock = threading.Lock()
+        self.good: Counter[str] = Counter()
+        self.hostile: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.answers: dict[str, Any] = {}
+
+    def client(self) -> httpx.Client:
+        """One that leaves idle connections before the server does, which would look like a failure."""
+        return httpx.Client(base_url=self.address, timeout=300, limits=httpx.Limits(keepalive_expiry=2))
+
+    def count(self, where: Counter[str], what: object) -> None:
+        with self.lock:
+            where[str(what)] += 1
+
+    def fail(self, what: str) -> None:
+        with self.lock:
+            self.failures.append(what[:500])
+
+    def repeat(self, number: int, work: Callable[["Soak", httpx.Client, random.Random], None]) -> None:
+        """Do some work again and again until it is over."""
+        chance = random.Random(number)
+        with self.client() as client:
+            while not self.over.is_set():
+                try:
+                    work(self, client, chance)
+                except Exception as error:  # noqa: BLE001  it goes into the report, whatever it was
+                    self.fail(f"{work.__name__}: {error!r}")
+
+
+def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
+    """A request that must be answered, and as it was before where it is asked again."""
+    colour = f"#{chance.randrange(1 << 24):06x}"
+    same, new = chance.choice([RED, BLUE, GREEN]), data_url(png(colour))
+    name, messages, fields = chance.choice(
+        [
+            (f"image {same[-30:]}", user(picture(same), "What is this?"), {"seed": 1, "temperature": 1.0}),
+            (f"text {same[-30:]}", user(f"Say {same[-9:]}"), {"n": 2, "seed": 1, "temperature": 1.0}),
+            ("video", user(STILLS, "What moves?"), {"frames": 2}),
+            ("views", user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"), {"logprobs": True}),
+            ("form", user(picture(RED), "Which?"), {"response_format": {"type": "choice", "choice": ["red", "blue"]}}),
+            ("explained", user(picture(RED), "or", picture(BLUE), "?"), {"explain": True}),
+            ("", user(picture(new), "and", picture(same), "?"), {"stop": ["."]}),
+            ("", user(picture(upload(client, colour)), "What is this?"), {}),
+        ]
+    )
+    stream = chance.random() < 0.5
+    body = {"model": "tiny", "messages": messages, "max_tokens": 12, "stream": stream, **fields}
+    answer = client.post(CHAT, json=body)
+    soak.count(soak.good, answer.status_code)
+    if answer.status_code != 200:
+        return soak.fail(f"{name}: {answer.status_code} {answer.text}")
+    texts = streamed(answer.text) if stream else [choice["message"]["content"] for choice in answer.json()["choices"]]
+    if name and soak.answers.setdefault(name, texts) != texts:
+        soak.fail(f"{name}: {texts} instead of {soak.answers[name]}")
+    return None
+
+
+def streamed(text: str) -> list[str]:
+    """The texts of all answers of a stream; fails if it does not end well."""
+    *events, done, _ = text.split("\n\n")
+    assert done == "data: [DONE]", text[-300:]
+    texts: dict[int, str] = {}
+    for event in events:
+        for choice in () if event.startswith(":") else json.loads(event.removeprefix("data: "))["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["delta"].get("content", "")
+    return [texts[index] for index in sorted(texts)]
+
+
+def upload(client: httpx.Client, colour: str) -> str:
+    """The id of an upload; the one before it is deleted, so that they do not pile up."""
+    for file in client.get("/v1/files").json()["data"][:-8]:
+        client.delete(f"/v1/files/{file['id']}")
+    stored = client.post("/v1/files", files={"file": ("a.png", png(colour, (60, 60)))}, data={"purpose": "vision"})
+    return str(stored.json()["id"])
+
+
+def hostile(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
+    """One of the corpus."""
+    name = chance.choice(list(HOSTILE))
+    status = client.post(CHAT, content=sent(HOSTILE[name]), headers=JSON).status_code
+    soak.count(soak.hostile, status)
+    if not 400 <= status < 500:
+        soak.fail(f"hostile {name}: {status}")
+
+
+def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
+    """Below HTTP: cut off, half closed, slow, silent, garbage, gone while it is answered."""
+    body = json.dumps({"model": "tiny", "messages": user(picture(RED), "?"), "max_tokens": 2000, "stream": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    whole = head.encode() + body
+    kind = chance.choice(["cut", "half", "slow", "silent", "garbage", "leaves", "leaves"])
+    at = urlsplit(soak.address)
+    with socket.create_connection((at.hostname, at.port), timeout=10) as wire, contextlib.suppress(OSError):
+        if kind == "cut":
+            wire.sendall(whole[: chance.randrange(len(whole))])
+        elif kind == "half":
+            wire.sendall(whole)
+            wire.shutdown(socket.SHUT_WR)
+        elif kind == "slow":
+            for byte in whole[: chance.randrange(1, 60)]:
+                wire.sendall(bytes([byte]))
+                time.sleep(0.02)
+        elif kind == "silent":
+            time.sleep(1)
+        elif kind == "garbage":
+            wire.sendall(chance.randbytes(chance.randrange(1, 5000)) + b"\r\n\r\n")
+            line = wire.recv(4096).split(b" ", 2)
+            soak.count(soak.hostile, int(line[1]) if line[0].startswith(b"HTTP") else 0)
+        else:
+            wire.sendall(whole)
+            wire.recv(chance.randrange(1, 2000))
+    soak.count(soak.hostile, kind)
+
+
+def resident(pid: int) -> float:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def gauges(client: httpx.Client) -> dict[str, float]:
+    lines = (line.split() for line in client.get("/metrics").text.splitlines() if line[0] != "#" and "{" not in line)
+    return {name.removeprefix("llava_"): float(value) for name, value in lines}
+
+
+def watch(soak: Soak, process: "subprocess.Popen[bytes]", client: httpx.Client, seconds: float) -> dict[str, Any]:
+    """Memory once a second until the time is over or the server is."""
+    began, rows = time.monotonic(), []
+    while (at := time.monotonic() - began) < seconds and process.poll() is None:
+        rows.append((at, resident(process.pid), gauges(client)["feature_bytes"] / 2**20))
+        time.sleep(1)
+    if process.poll() is not None:
+        soak.fail(f"the server ended with {process.returncode}")
+    times, memory, features = np.array(rows).T
+    warm = times >= seconds / 6
+    per_minute = [60 * float(np.polyfit(times[warm], values[warm], 1)[0]) for values in (memory, features)]
+    at_warm = int(warm.argmax())
+    return {
+        "memory": {"start": memory[0], "warm": memory[at_warm], "end": memory[-1], "most": memory.max()},
+        "course": [round(float(one), 1) for one in np.interp(np.linspace(0, times[-1], 11), times, memory)],
+        "slope": {"memory": per_minute[0], "caches": per_minute[1]},
+    }
+
+
+def settled(client: httpx.Client) -> bool:
+    """Whether nothing runs any more, seconds after the last client has left."""
+    for _ in range(100):
+        now = gauges(client)
+        if not (now["under_way"] or now["running"] or now["waiting"] or now["kv_running"]):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
+    """Start a server, let everybody at it, and tell."""
+    port = free_port()
+    soak = Soak(f"http://127.0.0.1:{port}")
+    command = [BIN / "llava", "serve", *(["-m", folder] if folder else []), "--port", str(port), "--name", "tiny"]
+    limits = ["--requests-per-minute", "1000000", "--max-requests", "256", "--body-seconds", "5", "--log-level", "error"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen([*command, *limits], stdout=log, stderr=log) as process:
+        try:
+            with soak.client() as client:
+                end = time.monotonic() + START
+                while time.monotonic() < end and process.poll() is None:
+                    with contextlib.suppress(httpx.TransportError):
+                        client.get("/health")
+                        break
+                    time.sleep(0.1)
+                works = [good] * threads + [hostile, rude, rude]
+                workers = [threading.Thread(target=soak.repeat, args=(i, work)) for i, work in enumerate(works)]
+                for worker in workers:
+                    worker.start()
+                try:
+                    told = watch(soak, process, client, 60 * minutes)
+                finally:
+                    soak.over.set()
+                    for worker in workers:
+                        worker.join()
+                if process.poll() is None and not settled(client):
+                    soak.fail(f"still under way at the end: {gauges(client)}")
+        finally:
+            process.terminate()
+        process.wait(60)
+        log.seek(0)
+        errors = log.read().decode().count(" ERROR ")
+    done = {"good": dict(soak.good), "failures": soak.failures[:20], "failed": len(soak.failures), "logged_errors": errors}
+    return {"minutes": minutes, **done, "statuses": dict(sorted(soak.hostile.items())), **told}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", help="a checkpoint folder; without it the built-in model")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--threads", type=int, default=4, help="good clients")
+    parser.add_argument("--out", type=Path, help="write it here, too")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.quick:
+            given.model, given.minutes = str(tiny_checkpoint(scratch)), 1
+        told = soaked(given.model, given.minutes, given.threads)
+    print(json.dumps(told, indent=1))
+    if given.out:
+        given.out.write_text(json.dumps(told) + "\n")
+    raise SystemExit(1 if told["failed"] or told["logged_errors"] else 0)
+
+
+if __name__ == "__main__":
+    main()
