@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,10 +19,10 @@ from llava_interleave.cli import app
 from llava_interleave.errors import DataError
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import data, sources
+from llava_interleave.train import data, recipe, sources
 from llava_interleave.train.check import KINDS, check
-from llava_interleave.train.finetune import finetune
-from llava_interleave.train.loop import TrainConfig
+from llava_interleave.train.recipe import Recipe
+from llava_interleave.train.run import run
 from llava_interleave.world.draw import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +175,9 @@ def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path)
         raise llava("data", "check", path, "--seed", 1).exception or AssertionError
 
 
-CONFIG = TrainConfig(steps=2, lr=1e-3, warmup=1, save_every=1, log_every=1)
+def tune(model: Path, source: Path, out: Path, media: Path, say: Callable[[str], None] = print, **more: Any) -> None:
+    settings = {"steps": 2, "lr": 1e-3, "save_every": 1, "log_every": 1, "workers": 0, **more}
+    run(Recipe(model=str(model), source=source, media=media, **settings), out, say=say)
 
 
 def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media: Path, tmp_path: Path) -> None:
@@ -182,17 +185,17 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media:
     wrong = [sample["id"] for sample, kinds, _ in FAULTS if kinds]
     path = write(tmp_path / "some.json", samples)
 
-    def run(out: str, **more: Any) -> list[str]:
+    def told(out: str, **more: Any) -> list[str]:
         said: list[str] = []
-        finetune(model, path, tmp_path / out, CONFIG, media=media, workers=0, say=said.append, **more)
+        tune(model, path, tmp_path / out, media, said.append, **more)
         return said
 
     with pytest.raises(
         DataError, match=rf"^{len(wrong)} of {len(samples)} samples have errors: .*sample no turns.*; and \d+ more"
     ):
-        run("refused")
+        told("refused")
     assert not (tmp_path / "refused").exists()
-    said = run("skipped", skip_errors=True)
+    said = told("skipped", skip_errors=True)
     left = [line for line in said if line.startswith("left out: ")]
     assert len(left) == len(wrong)
     for name, line in zip(wrong, left, strict=True):
@@ -200,20 +203,20 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media:
     assert f"{len(wrong)} of {len(samples)} samples were left out" in said
     write(path, [sample for sample in samples if sample["id"] in wrong])
     with pytest.raises(DataError, match="nothing is left to train on"):
-        run("nothing", skip_errors=True)
+        told("nothing", skip_errors=True)
     write(path, [GOOD])
     with pytest.raises(DataError, match=r"1 of 1 samples have errors: sample good has \d+ tokens, more than the 20 of a batch"):
-        run("long", tokens=20)
+        told("long", tokens=20)
 
 
 def test_a_run_goes_on_with_its_own_data_only(model: Path, media: Path, tmp_path: Path) -> None:
     """A sample that was broken at the first start and is whole at the second would move all others."""
     path = write(tmp_path / "some.json", [GOOD])
-    finetune(model, path, tmp_path / "out", CONFIG, media=media, workers=0, say=lambda _: None)
-    finetune(model, path, tmp_path / "out", CONFIG, media=media, workers=0, say=lambda _: None)
+    tune(model, path, tmp_path / "out", media)
+    tune(model, path, tmp_path / "out", media)
     write(path, [GOOD, FAULTS[1][0]])
     with pytest.raises(DataError, match=r"run with other data \(1 samples there, 2 here"):
-        finetune(model, path, tmp_path / "out", CONFIG, media=media, workers=0, say=lambda _: None)
+        tune(model, path, tmp_path / "out", media)
 
 
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
@@ -421,15 +424,15 @@ def test_a_split_is_of_every_class_and_the_same_again() -> None:
 def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: Path) -> None:
     """The loss of the held-out part is that of the checkpoint before and of the result after; `llava batch` asks its file."""
     pets = tree(tmp_path, *(f"pets/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)))
-    words = ("train", pets, "-o", tmp_path / "out", "-m", model, "--steps", 12, "--lr", 0.003, "--warmup", 1, "--held-out", 0.25)
+    words = ("train", pets, "-o", tmp_path / "out", "-m", model, "--steps", 12, "--lr", 0.003, "--held-out", 0.25)
     done = llava(*words)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "6 samples to train on, 2 held out" in done.output
-    before, after = (float(loss) for loss in re.findall(r"held out, \w+: +loss ([\d.]+)", done.output))
+    before, after = (float(loss) for loss in re.findall(r"step \d+ held out: +loss ([\d.]+)", done.output))
     assert after < before
     lines = [json.loads(line) for line in (tmp_path / "out" / "held-out.jsonl").read_text().splitlines()]
     assert [line["truth"] for line in lines] == ["cat", "dog"]
-    assert re.findall(r"held out, after: .*", llava(*words).output) == re.findall(r"held out, after: .*", done.output)
+    assert llava(*words).exit_code == 0  # finished: nothing is trained again
     asked = llava("batch", tmp_path / "out" / "held-out.jsonl", tmp_path / "a.jsonl", "-m", model, "--max-new-tokens", 2)
     assert asked.exit_code == 0, asked.output
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
@@ -440,9 +443,9 @@ def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("a.json", "--held-out", 0.1), "leave out --held-out"),
-        (("a.json", "--question", "Who?"), "leave out --question"),
-        (("pets", "--media", "."), "leave out --media"),
+        (("a.json", "--question", "Who?"), "leave out question"),
+        (("pets", "--media", "."), "leave out media"),
+        (("a.json", "--evaluate-every", 2), "nothing is: give held_out"),
         (("pets", "--held-out", 0.9), "hold out less"),
     ],
 )
@@ -462,7 +465,7 @@ def test_the_documentation_runs_and_its_forms_are_read(
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     files = re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(files) == 4
+    assert len(files) == 6
     for name, text in files:
         (tmp_path / name).write_text(text)
         for picture in re.findall(r'"(\w+\.png)"', text):
@@ -470,14 +473,17 @@ def test_the_documentation_runs_and_its_forms_are_read(
     (tmp_path / "clip.mp4").write_bytes((media / "film.mp4").read_bytes())
     folders = [tree(tmp_path, *block.split()) for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
     assert len(folders) == 3
-    for source in [*(tmp_path / name for name, _ in files), *folders]:
+    for source in [*(tmp_path / name for name, _ in files if not name.endswith(".toml")), *folders]:
         done = llava("data", "check", source)
         assert done.exit_code == 0, (source, done.output, done.exception)
     tree(tmp_path, *(f"photos/cat/{number}.jpg" for number in range(3, 12)))  # of fewer than six a tenth is none
     (tmp_path / "model").symlink_to(model)
-    (commands,) = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    commands = "".join(re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    assert all(f" -r {name} " in commands for name in recipe.SHIPPED)
     for command in [*commands.splitlines(), re.sub(r"\s+", " ", re.findall(r"`(llava batch[^`]*)`", page)[0])]:
-        done = llava(*shlex.split(command)[1:])
+        words = shlex.split(command)[1:]
+        trains = words[0] == "train" and words[1] != "report"
+        done = llava(*words, *(("--workers", 0) if trains else ()))  # a process more for each would take most of the time
         assert done.exit_code == 0, (command, done.output, done.exception)
     kinds = re.findall(r"^\| (\w+) \| [a-z]", page, re.MULTILINE)
     assert kinds[1:] == list(KINDS)

@@ -1,14 +1,18 @@
-"""`llava train` and `llava data check`: supervised fine-tuning, and what it would be trained on."""
+"""`llava train`, `llava train report` and `llava data check`: a run by a recipe, a page about it, what it would be trained on."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import OptionError
+from ..train import recipe
 from . import show
 
 SOURCE = "Samples: .json or .jsonl, a .yaml mixture of those, or a folder of pictures; docs/training.md has the forms."
@@ -16,67 +20,108 @@ Media = Annotated[
     Path | None,
     typer.Option(exists=True, file_okay=False, help="Folder where relative paths of media begin; without it beside the file."),
 ]
+SPECIAL = ("model", "source", "media", *recipe.TABLES)
+"""Settings that are no plain flags."""
+
+
+class TwoWords(TyperGroup):
+    """Knows commands of two words: `train report` beside `train`. Training on a folder called report is `train ./report`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
 
 def register(app: typer.Typer) -> None:
-    app.command("train")(train)
+    app.info.cls = TwoWords
+    app.command("train")(with_settings(train))
+    app.command("train report")(report)
     data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
     data.callback()(lambda: None)  # so that its one command keeps its name
     data.command("check")(check)
     app.add_typer(data, name="data")
 
 
+def with_settings(command: Any) -> Any:
+    """Give a command that takes `given` a flag for every setting of a recipe; `given` has those that were used."""
+    made = {parameter.name: (key, parameter) for key, parameter in _flags()}
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+
+    def run(**words: Any) -> None:
+        used = {key: words.pop(name) for name, (key, _) in made.items()}
+        lists = {key: tuple(value) for key, value in used.items() if isinstance(value, list) and value}
+        single = {key: value for key, value in used.items() if value is not None and not isinstance(value, list)}
+        command(**words, given=single | lists)
+
+    parameters = [*own, *(parameter for _, parameter in made.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = command.__doc__
+    return run
+
+
+def _flags() -> Iterator[tuple[str, inspect.Parameter]]:
+    """For each setting its name in a recipe, and its flag, which is nothing where it is not used."""
+    tables: list[tuple[str, type[Any]]] = [("", recipe.Recipe), *((f"{name}.", table) for name, table in recipe.TABLES.items())]
+    for table, record in tables:
+        for field, hint in recipe.fields(record):
+            if not table and field.name in SPECIAL:
+                continue
+            name = f"{table}{field.name}".replace(".", "-").replace("_", "-")
+            kind = list[str] if "tuple" in str(hint) else hint
+            default = field.default
+            told = " ".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else default
+            sentence = field.metadata["help"] + (f"  [default: {told}]" if told is not None and hint is not bool else "")
+            option = typer.Option(f"--{name}/--no-{name}" if hint is bool else f"--{name}", help=sentence)
+            flag = Annotated[kind | None, option]  # type: ignore[valid-type]
+            where = inspect.Parameter.KEYWORD_ONLY
+            yield f"{table}{field.name}", inspect.Parameter(name.replace("-", "_"), where, default=None, annotation=flag)
+
+
 def train(
-    source: Annotated[Path, typer.Argument(help=SOURCE)],
+    given: dict[str, Any],
+    source: Annotated[Path | None, typer.Argument(help=SOURCE + " Without it the recipe's.")] = None,
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of log, checkpoints and the finished `model`.")],
-    steps: Annotated[int, typer.Option(min=1, help="How many times the weights change.")],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help=f"A .toml file, or {', '.join(recipe.SHIPPED)}; flags change it.",
+        ),
+    ] = None,
     model: show.ModelName = None,
     media: Media = None,
-    question: Annotated[str | None, typer.Option(help="What is asked about the pictures of a folder.")] = None,
-    held_out: Annotated[
-        float | None, typer.Option(min=0, max=0.9, help="Share of a folder that is not trained on; without it 0.1.")
-    ] = None,
-    skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Leave out samples with errors and list them, instead of refusing to start.")
-    ] = False,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of a cosine with warm-up.")] = 1e-5,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps over which the learning rate rises.")] = 100,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a batch; samples are packed, never cut.")] = 8192,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
-    tower: Annotated[float, typer.Option(min=0, help="Factor on the learning rate of the vision tower; 0 freezes it.")] = 0.0,
-    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Multiply matrices in bfloat16; weights stay float32.")] = False,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    seed: Annotated[int, typer.Option(help="Order of the samples, and what is drawn or held out.")] = 0,
 ) -> None:
-    """Fine-tune a model on conversations about images and videos, all read first. Called again, it goes on where it stopped."""
+    """Train a model on conversations about images and videos, all read first. Called again, it goes on where it stopped."""
+    chosen = recipe.read(recipe.find(name)) if name else recipe.Recipe()
+    if source:
+        given["source"] = source.absolute()
+    if media:
+        given["media"] = media.absolute()
+    chosen = chosen.but(given)
+    if chosen.source is None:
+        raise OptionError("there is nothing to train on: name samples, or a recipe that has a source")
     with show.busy("starting"):
         from ..chatbot import locate
-        from ..train.finetune import finetune
-        from ..train.loop import TrainConfig
+        from ..train.run import run
 
-    config = TrainConfig(
-        steps=steps,
-        lr=lr,
-        warmup=warmup,
-        scales=(("vision_tower.", tower),),
-        decay=0.0,
-        accumulate=accumulate,
-        bfloat16=bfloat16,
-        save_every=save_every,
-    )
-    done = finetune(
-        locate(model, None),
-        source,
-        out,
-        config,
-        media=media,
-        question=question,
-        held_out=held_out,
-        skip_errors=skip_errors,
-        tokens=tokens,
-        seed=seed,
-    )
-    print(done)
+    folder = locate(model or chosen.model, None)
+    print(run(chosen.but({"model": str(folder.absolute())}), out))
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The folder of a run, finished or not.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; without it report.html in the folder.")] = None,
+) -> None:
+    """Write a page about a run, one HTML file: curves, settings, and what it answered over time."""
+    from ..train import report as reporting
+
+    page = out or folder / "report.html"
+    reporting.write(folder, page)
+    print(page)
 
 
 def check(

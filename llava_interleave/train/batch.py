@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +35,59 @@ class Batch:
     @property
     def positions(self) -> Tensor:
         """`[T]`, counted anew in each sample."""
-        return torch.cat([torch.arange(n) for n in self.lengths])
+        return positions(self.lengths)
+
+
+def positions(lengths: Sequence[int]) -> Tensor:
+    """Of the tokens of samples that lie one after another, counted anew in each."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A conversation with two last answers, which alone carry loss, and their log-probabilities under the reference."""
+
+    chosen: Prompt
+    rejected: Prompt
+    reference: tuple[float, float]
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Several pairs: chosen, rejected, chosen, rejected ... one after another. As `Batch`, but pictures are there once a pair.
+
+    media: (first placeholder in chosen, first placeholder in rejected, layout). reference: `[P, 2]`.
+    """
+
+    tokens: Tensor
+    learn: Tensor
+    lengths: list[int]
+    pixels: Tensor
+    media: list[tuple[int, int, Layout]]
+    reference: Tensor
+
+
+def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
+    """Lay pairs one after another."""
+    whole = collate([prompt for pair in pairs for prompt in (replace(pair.chosen, media=()), replace(pair.rejected, media=()))])
+    media: list[tuple[int, int, Layout]] = []
+    begin = 0
+    for pair in pairs:
+        second = begin + len(pair.chosen)
+        media += [(begin + m.start, second + m.start, m.layout) for m in pair.chosen.media]
+        begin += len(pair)
+    pixels = [m.pixels for pair in pairs for m in pair.chosen.media]
+    return Pairs(
+        whole.tokens,
+        whole.learn,
+        whole.lengths,
+        torch.cat(pixels) if pixels else whole.pixels,
+        media,
+        torch.tensor([pair.reference for pair in pairs]),
+    )
 
 
 def collate(prompts: Sequence[Prompt]) -> Batch:
@@ -86,24 +141,40 @@ class Position:
     batch: int = 0
 
 
-class Windows(Dataset[list[Batch]]):
-    """Window k: the samples k * size … (k + 1) * size - 1, packed into batches in an order that `seed` and k decide."""
+class Windows(Dataset[list[Any]]):
+    """Window k: the samples k * size … (k + 1) * size - 1, packed into batches in an order that `seed` and k decide.
 
-    def __init__(self, example: Callable[[int], Prompt], count: int, *, size: int, tokens: int, seed: int) -> None:
+    Prompts become a `Batch`, pairs become `Pairs`.
+    """
+
+    def __init__(self, example: Callable[[int], Prompt | Pair], count: int, *, size: int, tokens: int, seed: int) -> None:
         self.example, self.count, self.size, self.tokens, self.seed = example, count, size, tokens, seed
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
-    def __getitem__(self, window: int) -> list[Batch]:
+    def __getitem__(self, window: int) -> list[Batch | Pairs]:
         first = window * self.size
-        prompts = [self.example(i) for i in range(first, min(first + self.size, self.count))]
-        groups = pack([len(p) for p in prompts], self.tokens)
+        samples = [self.example(i) for i in range(first, min(first + self.size, self.count))]
+        groups = pack([len(sample) for sample in samples], self.tokens)
         Random(f"{self.seed}/{window}").shuffle(groups)
-        return [collate([prompts[i] for i in group]) for group in groups]
+        return [join([samples[i] for i in group]) for group in groups]
 
 
-def batches(windows: Windows, start: Position, *, workers: int) -> Iterator[tuple[Batch, Position]]:
+def join(samples: Sequence[Prompt | Pair]) -> Batch | Pairs:
+    """Lay samples of one kind one after another."""
+    pairs = [sample for sample in samples if isinstance(sample, Pair)]
+    return collate_pairs(pairs) if pairs else collate([sample for sample in samples if isinstance(sample, Prompt)])
+
+
+def obey(_: int) -> None:
+    """A terminal sends Ctrl-C, and many a batch system SIGTERM, to workers too: whoever trains decides what the first means, and
+    the second ends them without an error, which would be raised there in the middle of a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def batches(windows: Windows, start: Position, *, workers: int) -> Iterator[tuple[Any, Position]]:
     """Batches from `start` on, each with the position after it; prepared ahead in worker processes."""
     loader = DataLoader(
         Subset(windows, range(start.window, len(windows))),
@@ -111,6 +182,7 @@ def batches(windows: Windows, start: Position, *, workers: int) -> Iterator[tupl
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=obey,
     )
     for window, group in enumerate(loader, start.window):
         for index, batch in enumerate(group):

@@ -16,6 +16,7 @@ from ..errors import LlavaError, MediaError
 from ..processing import FrameSampling, Loader, Processor
 from ..processing.loader import name_of
 from .data import Fault, Reading, reading
+from .examples import Form
 from .sources import Row
 
 KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate")
@@ -26,11 +27,15 @@ BLANK = Image.new("RGB", (1, 1))
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A sample that was read. tokens: as a checkpoint counts them, None where none was given or the sample has errors."""
+    """A sample that was read. tokens: as a checkpoint counts them, None where none was given or the sample has errors.
+
+    front: tokens with the images in front, where the form has that.
+    """
 
     row: Row
     faults: tuple[Fault, ...]
-    tokens: int | None
+    tokens: int | None = None
+    front: int | None = None
 
     @property
     def error(self) -> bool:
@@ -42,20 +47,26 @@ def check(
     processor: Processor | None = None,
     tokens: int = 8192,
     say: Callable[[int, int], None] | None = None,
+    form: Form = Form(),  # noqa: B008  frozen
 ) -> list[Checked]:
-    """Read every sample whole. With a processor also lengths are checked: against `tokens` of a batch and the context."""
-    look = _Look(processor, tokens)
+    """Read every sample whole. With a processor also its length in `form` is checked: against `tokens` and the context."""
+    look = _Look(processor, tokens, form)
     seen: dict[str, Checked] = {}
     done: list[Checked] = []
+    last = ""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(rows), CHUNK):
             if say:
                 say(first, len(rows))
             for checked, key in pool.map(look, rows[first : first + CHUNK]):
+                if done and checked.row.pair and (done[-1].row.pair, last) == (checked.row.pair, key):
+                    fault = Fault("duplicate", f"pair {checked.row.pair} has one answer twice: there is nothing to prefer")
+                    checked = replace(checked, faults=(*checked.faults, fault))
+                last = key
                 if not checked.error and (twin := seen.setdefault(key, checked)) is not checked:
                     text = f"sample {checked.row.name} says the same about the same pictures as sample {twin.row.name}"
                     remark = Fault("duplicate", text, error=False)
-                    checked = Checked(checked.row, (*checked.faults, remark), checked.tokens)
+                    checked = replace(checked, faults=(*checked.faults, remark))
                 done.append(checked)
     if say:
         say(len(rows), len(rows))
@@ -75,8 +86,8 @@ def table(checked: Sequence[Checked]) -> dict[str, dict[str, int]]:
 class _Look:
     """Reads one sample; what it learns of a file it remembers."""
 
-    def __init__(self, processor: Processor | None, tokens: int) -> None:
-        self.processor, self.tokens = processor, tokens
+    def __init__(self, processor: Processor | None, tokens: int, form: Form) -> None:
+        self.processor, self.tokens, self.form = processor, tokens, form
         self.loader = processor.loader if processor else Loader()
         self.known: dict[tuple[object, ...] | None, str | LlavaError] = {}
 
@@ -93,12 +104,12 @@ class _Look:
                 faults.append(Fault("media", f"sample {row.name}: {seen}"))
             else:
                 shown.append(seen)
-        tokens = None
+        counts: list[int] = []
         if self.processor and not any(fault.error for fault in faults):
-            tokens = self._count(self.processor, found, row.name, faults)
+            counts = self._count(self.processor, found, row.name, faults)
         words = [(turn["role"], _words(turn["content"])) for turn in found.said]
         key = hashlib.blake2b(json.dumps([words, shown]).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
-        return Checked(row, tuple(faults), tokens), key
+        return Checked(row, tuple(faults), *counts), key
 
     def _seen(self, kind: str | None, source: Any, sampling: FrameSampling | None) -> str | LlavaError:
         """A hash of the pixels that are looked at, or why there are none."""
@@ -129,21 +140,23 @@ class _Look:
             self.known[key] = found
         return found
 
-    def _count(self, processor: Processor, found: Reading, name: str, faults: list[Fault]) -> int | None:
-        """How many tokens the sample has; what is wrong with that goes to `faults`."""
+    def _count(self, processor: Processor, found: Reading, name: str, faults: list[Fault]) -> list[int]:
+        """How many tokens the sample has, as it is and with its images in front; what is wrong with that goes to `faults`."""
         try:
-            count = processor.estimate(found.said, found.media, generation=False).total
+            fronts = (False, True) if self.form.front else (False,)
+            counts = [self.form.count(processor, found.said, found.media, front=front) for front in fronts]
         except LlavaError as error:
             faults.append(Fault("form", f"sample {name}: {error}"))
-            return None
+            return []
         for limit, what, way in (
             (processor.config.text.context, "the context", "shorten it, or show less in it"),
             (self.tokens, "a batch", "raise --tokens, or shorten it"),
         ):
-            if count > limit:
-                faults.append(Fault("long", f"sample {name} has {count:,} tokens, more than the {limit:,} of {what}: {way}"))
+            if max(counts) > limit:
+                text = f"sample {name} has {max(counts):,} tokens, more than the {limit:,} of {what}: {way}"
+                faults.append(Fault("long", text))
                 break
-        return count
+        return counts
 
 
 def _words(content: Any) -> Any:

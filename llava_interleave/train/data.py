@@ -17,6 +17,8 @@ from ..processing.chat import Slot, parse
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 UNLEARNT = ("weight", "tool_calls", "function_call")
 """Keys of OpenAI's turns that change what is learnt, and that nothing stands behind here."""
+PAIR = ("prompt", "question", "chosen", "rejected", "text", "answer", "messages", "conversations", "image_path")
+"""Keys of a preference pair that its two conversations stand for."""
 ANIMATED = (".gif", ".webp")
 """What is a picture unless a content part says that it is a video."""
 URL = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
@@ -157,6 +159,44 @@ def _place(found: Reading, images: list[object], videos: list[object], name: str
     if placed and all(role == "assistant" for role, _ in placed):
         text = f"sample {name} has its images in answers alone: its roles may be swapped"
         found.faults.append(Fault("roles", text, error=False))
+
+
+def sides(sample: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The two conversations of a preference pair; None for what is none.
+
+    `chosen` and `rejected` are texts that answer `prompt` (TRL, LLaVA-Hound) or `question` (RLHF-V, RLAIF-V), the messages
+    that follow it, or whole conversations (TRL without a prompt). Images that no text places stand before the first question.
+    """
+    if isinstance(text := sample.get("text"), str) and "chosen" not in sample:  # RLHF-V keeps the pair as JSON in a column
+        try:
+            inner = json.loads(text)
+        except ValueError:
+            return None
+        sample = {**sample, **(inner if isinstance(inner, dict) else {})}
+    if sample.get("chosen") is None or sample.get("rejected") is None:
+        return None
+    asked = first(sample, "prompt", "question") or []
+    before = [{"role": "user", "content": asked}] if isinstance(asked, str) else [dict(turn) for turn in asked]
+    rest = {key: value for key, value in sample.items() if key not in PAIR}
+    if "image" not in rest and "images" not in rest and isinstance(sample.get("image_path"), str):
+        rest["image"] = sample["image_path"]
+    made = []
+    for answer in (sample["chosen"], sample["rejected"]):
+        after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else [dict(turn) for turn in answer]
+        made.append({**rest, "messages": _shown([*before, *after], rest)})
+    return made[0], made[1]
+
+
+def _shown(said: list[dict[str, Any]], rest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages with `<image>` for `<video>` in texts; if no message has a place, the first question gets one for each media."""
+    texts = [turn for turn in said if isinstance(turn.get("content"), str)]
+    for turn in texts:
+        turn["content"] = turn["content"].replace("<video>", "<image>")
+    if len(texts) == len(said) and not any("<image>" in turn["content"] for turn in texts):
+        count = sum(len(_listed(rest.get(key))) for key in ("image", "images", "videos")) + bool(_listed(rest.get("video")))
+        if asked := next((turn for turn in said if turn.get("role") == "user"), None):
+            asked["content"] = "<image>\n" * count + asked["content"]
+    return said
 
 
 def first(row: Mapping[str, Any], one: str, other: str, default: object = None) -> Any:

@@ -1,22 +1,27 @@
-"""One training loop: AdamW and Muon, warm-up and cosine, JSONL log, checkpoints from which a run goes on bit for bit."""
+"""One training loop: AdamW and Muon, warm-up and decay, a log, checkpoints from which a run goes on bit for bit."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from types import FrameType, MappingProxyType
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import DataError
+from . import checkpoints
 from .batch import Position
+from .checkpoints import State
 from .loss import Loss
 
 
@@ -25,8 +30,9 @@ class TrainConfig:
     """How to train.
 
     steps: how many times the weights change.
-    lr: peak learning rate; it rises over `warmup` steps and falls along a cosine to `final` times the peak.
-    scales: factor on the learning rate of parameters whose name starts with the key; 0 freezes them.
+    lr: peak learning rate; it rises over `warmup` steps and falls to `final` times the peak, along a cosine or, `linear`, a line.
+    scales: factor on the learning rate of parameters whose name starts with the key; 0 freezes them. only: freezes all
+        parameters in whose name it is not.
     decay: weight decay of matrices (vectors have none).
     beta2: decay of AdamW's second moment; the first is 0.9.
     muon: factor on the learning rate of matrices but embeddings, which are stepped by Muon then, its step as large as AdamW's
@@ -34,7 +40,8 @@ class TrainConfig:
     clip: largest norm of a step's gradient.
     accumulate: batches a step; their losses are summed and divided by the step's count.
     bfloat16: multiply matrices in bfloat16; weights, sums and the optimiser stay float32.
-    save_every: steps between checkpoints.
+    save_every: steps between checkpoints; save_minutes: minutes between them, too, if not 0; keep: how many of the last are kept.
+    evaluate_every: steps between measurements; with 0 there is one before and one after.
     log_every: steps between log lines.
     """
 
@@ -43,21 +50,27 @@ class TrainConfig:
     warmup: int = 100
     final: float = 0.02
     scales: tuple[tuple[str, float], ...] = ()
+    only: str = ""
     decay: float = 0.05
     beta2: float = 0.98
     muon: float = 0.0
     clip: float = 1.0
     accumulate: int = 1
     bfloat16: bool = False
+    linear: bool = False
     save_every: int = 500
+    save_minutes: float = 0.0
+    keep: int = 1
+    evaluate_every: int = 0
     log_every: int = 10
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        left = 1 - done if self.linear else 0.5 * (1 + math.cos(math.pi * done))
+        return self.final + (1 - self.final) * left
 
 
 B = TypeVar("B")
@@ -79,67 +92,192 @@ def train(
     config: TrainConfig,
     folder: Path,
     *,
+    measure: Callable[[M, int], Mapping[str, float]] | None = None,
+    watch: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    about: Mapping[str, Any] = MappingProxyType({}),
     say: Callable[[str], None] = print,
 ) -> M:
-    """Train `model` in place and return it; goes on from the checkpoint in `folder` if there is one.
+    """Train `model` in place and return it; goes on from the newest checkpoint in `folder` if there is one.
 
-    Raises DataError if the data end early or the loss is not a number; the last checkpoint stays as it is.
+    measure: told the step, what it finds in data that are held out, `loss` among it; the best by that is kept. watch: handed
+    every line of the log. about: stored with every checkpoint.
+    SIGTERM and Ctrl-C end the step, save, and then end the program (SystemExit 143, KeyboardInterrupt).
+    Raises DataError if the data end early, the loss is not a number or a checkpoint cannot be written; the last one stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimisers = make(model, config)
-    step, position = restore(folder, model, optimisers, config)
-    model.train()
-    source = data(position)
-    began, tokens = time.perf_counter(), 0
-    with (folder / "log.jsonl").open("a") as log:
-        while step < config.steps:
-            for optimiser in optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = config.lr * group["scale"] * config.rate(step)
-            taken = []
-            for _ in range(config.accumulate):
-                try:
-                    batch, position = next(source)
-                except StopIteration:
-                    raise DataError(
-                        f"the data ended after {step:,} of {config.steps:,} steps: give more, or fewer steps"
-                    ) from None
-                taken.append(batch)
-            parts = []
-            for batch in taken:
-                with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=config.bfloat16):
-                    part = loss(model, batch)
-                part.total.backward()
-                parts.append(part)
-            count = sum(part.count for part in parts)
-            value = sum(part.total.item() for part in parts) / count
-            if not math.isfinite(value):
-                raise DataError(f"the loss is {value} at step {step:,}: lower the learning rate, or look at the data")
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.grad /= count
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
-            step, tokens = step + 1, tokens + count
-            if step % config.log_every == 0 or step == config.steps:
-                rate = tokens / (time.perf_counter() - began)
-                right = sum(part.right for part in parts) / count
-                line = {
-                    "step": step,
-                    "loss": value,
-                    "right": right,
-                    "norm": norm,
-                    "lr": config.lr * config.rate(step - 1),
-                    "rate": rate,
-                }
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                say(f"step {step:,} of {config.steps:,}  loss {value:.4f}  right {right:.1%}  {rate:,.0f} learnt tokens/s")
-            if step % config.save_every == 0 or step == config.steps:
-                checkpoint(folder, model, optimisers, step, position, config)
+    state = checkpoints.restore(folder, model, optimisers, config)
+    source = data(state.position)
+    pace, saved = Pace(), time.monotonic()
+    with appending(folder / "log.jsonl") as file, _stopping() as stop:
+
+        def log(step: int, **more: Any) -> None:
+            line = {"step": step, **more}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            watch(line)
+
+        def look(state: State) -> State:
+            """Measure, and take note of the best."""
+            if measure is None:
+                return state
+            model.eval()
+            found = measure(model, state.step)
+            model.train()
+            log(state.step, held_out=dict(found))
+            say(f"step {state.step:,} held out: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            better = found["loss"] < (math.inf if state.best is None else state.best[0])
+            return replace(state, best=(found["loss"], state.step)) if better else state
+
+        model.train()
+        if state.step == 0:
+            state = look(state)
+        while state.step < config.steps:
+            last, before = state.step + 1 == config.steps, state.best
+            with pace:
+                taken = _take(source, config.accumulate, stop)
+                whole = len(taken) >= (1 if last else config.accumulate)
+                if whole:
+                    told = step(model, loss, [batch for batch, _ in taken], optimisers, config, state.step)
+                    pace.add(told)
+            if whole:
+                state = replace(state, step=state.step + 1, position=taken[-1][1])
+                if state.step % config.log_every == 0 or last:
+                    rates = pace.rates()
+                    log(state.step, loss=told.loss, right=told.right, norm=told.norm, lr=told.lr, **rates)
+                    say(f"step {state.step:,} of {config.steps:,}  loss {told.loss:.4f}  right {told.right:.1%}  {_told(rates)}")
+                if last or (config.evaluate_every and state.step % config.evaluate_every == 0):
+                    state = look(state)
+            elif not stop:
+                raise DataError(f"the data ended after {state.step:,} of {config.steps:,} steps: give more, or fewer steps")
+            due = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
+            if due or last or stop or state.best != before or state.step % config.save_every == 0:
+                where = checkpoints.save(folder, model, optimisers, state, config, dict(about))
+                saved = time.monotonic()
+                if stop and state.step < config.steps:
+                    say(f"stopped by {stop[0].name} after step {state.step:,}: {where}; the same call goes on from there")
+                    raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
     return model.eval()
+
+
+def _take(source: Iterator[tuple[B, Position]], count: int, stop: Sequence[object]) -> list[tuple[B, Position]]:
+    """The next batches; none where SIGTERM has ended the workers, too."""
+    try:
+        return list(islice(source, count))
+    except RuntimeError:
+        if not stop:
+            raise
+        return []
+
+
+def appending(path: Path) -> TextIO:
+    """A file of lines, to write more; what a kill left of a last one is taken off."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step was like: loss and share right of what it counted, norm of its gradient, peak rate, and how much it was."""
+
+    loss: float
+    right: float
+    norm: float
+    lr: float
+    count: int
+    tokens: int
+    crops: int
+
+
+def step(
+    model: M,
+    loss: LossFunction[M, B],
+    taken: Sequence[B],
+    optimisers: list[torch.optim.Optimizer],
+    config: TrainConfig,
+    number: int,
+) -> Step:
+    """Change the weights once, by the gradient of the summed losses divided by their common count.
+
+    What is left out at random (an adapter's dropout) is decided by the step's number, so that a resumed run leaves out the same.
+    """
+    torch.manual_seed(number)
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * group["scale"] * config.rate(number)
+    parts: list[Loss] = []
+    for batch in taken:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=config.bfloat16):
+            part = loss(model, batch)
+        part.total.backward()
+        parts.append(part)
+    count = sum(part.count for part in parts)
+    value = sum(part.total.item() for part in parts) / count
+    if not math.isfinite(value):
+        raise DataError(f"the loss is {value} at step {number:,}: lower the learning rate, or look at the data")
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= count
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad()
+    right = sum(part.right for part in parts) / count
+    tokens, crops = sum(part.tokens for part in parts), sum(part.crops for part in parts)
+    return Step(value, right, norm, config.lr * config.rate(number), count, tokens, crops)
+
+
+class Pace:
+    """How much is done in a second, of the time spent in steps (waiting for data included) since it was last asked."""
+
+    def __init__(self) -> None:
+        self.seconds, self.done = 0.0, [0, 0, 0]
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.began
+
+    def add(self, told: Step) -> None:
+        self.done = [a + b for a, b in zip(self.done, (told.count, told.tokens, told.crops), strict=True)]
+
+    def rates(self) -> dict[str, float]:
+        """Counted, tokens and crops a second; begins anew. What a loss does not tell is left out."""
+        found = {name: n / self.seconds for name, n in zip(("rate", "tokens", "crops"), self.done, strict=True) if n}
+        self.seconds, self.done = 0.0, [0, 0, 0]
+        return found
+
+
+def _told(rates: Mapping[str, float]) -> str:
+    return f"{rates['tokens']:,.0f} tokens/s" if "tokens" in rates else f"{rates['rate']:,.0f} a second"
+
+
+@contextmanager
+def _stopping() -> Iterator[list[signal.Signals]]:
+    """A list that gets the first SIGTERM or SIGINT; a second one does what it always does. In a thread it stays empty."""
+    stop: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: FrameType | None) -> None:
+        stop.append(signal.Signals(number))
+        back()
+
+    def back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        back()
 
 
 def make(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -151,11 +289,28 @@ def make(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     return made
 
 
+PARTS = (("tower", ("vision_tower.",)), ("projector", ("multi_modal_projector.",)), ("decoder", ("language_model.", "lm_head.")))
+
+
+def parts(model: nn.Module, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Freeze what is not trained, and tell of each part how many parameters are trained and frozen, and at which peak rate."""
+    made = [group for some in groups(model, config) for group in some]
+    scale = {id(p): group["scale"] for group in made for p in group["params"]}
+    say(f"{'':<10}{'trained':>16}{'frozen':>16}  learning rate")
+    for part, prefixes in PARTS:
+        mine = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
+        trained = [p for p in mine if id(p) in scale]
+        rates = " and ".join(f"{config.lr * one:g}" for one in sorted({scale[id(p)] for p in trained})) or "frozen"
+        count, rest = (sum(p.numel() for p in some) for some in (trained, [p for p in mine if id(p) not in scale]))
+        say(f"{part:<10}{count:>16,}{rest:>16,}  {rates}")
+
+
 def groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Parameters of AdamW and of Muon, by learning-rate scale and weight decay; those with scale 0 are frozen."""
     found: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         scale = next((s for prefix, s in config.scales if name.startswith(prefix)), 1.0)
+        scale = scale if config.only in name else 0.0
         parameter.requires_grad_(scale > 0)
         muon = config.muon > 0 and parameter.dim() == 2 and "embed" not in name and not name.startswith("lm_head")
         if scale > 0:
@@ -164,59 +319,3 @@ def groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[str, Any]],
     for (muon, scale, matrix), params in found.items():
         made[muon].append({"params": params, "scale": scale, "weight_decay": config.decay if matrix else 0.0})
     return made
-
-
-def checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimisers: list[torch.optim.Optimizer],
-    step: int,
-    position: Position,
-    config: TrainConfig,
-) -> None:
-    """Write weights, optimisers and position beside the last checkpoint, then put them in its place."""
-    new, old, gone = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
-    for path in (new, gone):
-        shutil.rmtree(path, ignore_errors=True)
-    new.mkdir()
-    moments = {
-        f"{number}.{index}.{name}": value
-        for number, optimiser in enumerate(optimisers)
-        for index, values in optimiser.state_dict()["state"].items()
-        for name, value in values.items()
-    }
-    save_file(dict(model.named_parameters()), new / "model.safetensors")
-    save_file(moments, new / "optimiser.safetensors")
-    facts = {"step": step, "position": asdict(position), "config": asdict(config)}
-    (new / "state.json").write_text(json.dumps(facts, indent=1))
-    if old.exists():
-        old.replace(gone)
-    new.replace(old)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def restore(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], config: TrainConfig) -> tuple[int, Position]:
-    """Take up the checkpoint in `folder`, if there is one: (step, position). Raises DataError if it is of another config."""
-    last = next((p for p in (folder / "checkpoint", folder / "checkpoint.old") if (p / "state.json").exists()), None)
-    if last is None:
-        return 0, Position()
-    facts = json.loads((last / "state.json").read_text())
-    want = json.loads(json.dumps(asdict(replace(config, save_every=0, log_every=0))))
-    have = facts["config"] | {"save_every": 0, "log_every": 0}
-    if want != have:
-        other = ", ".join(f"{k}: {have.get(k)!r} there, {want[k]!r} here" for k in want if want[k] != have.get(k))
-        raise DataError(f"{last} is of a run with another config ({other}); take another folder, or delete it")
-    weights = load_file(last / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    moments = load_file(last / "optimiser.safetensors")
-    for number, optimiser in enumerate(optimisers):
-        fresh = optimiser.state_dict()
-        fresh["state"] = {}
-        for key, value in moments.items():
-            whose, index, name = key.split(".", 2)
-            if int(whose) == number:
-                fresh["state"].setdefault(int(index), {})[name] = value
-        optimiser.load_state_dict(fresh)
-    return facts["step"], Position(**facts["position"])

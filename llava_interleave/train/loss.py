@@ -2,43 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.checkpoint import checkpoint
 
+from ..layout import Layout
 from ..model import Llava, Packed, arrange
-from .batch import Batch
+from .batch import Batch, Pairs, positions
 
 CHUNK = 2048  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Summed loss, what it is summed over, and how many of those were right."""
+    """Summed loss, what it is summed over, how many of those were right; tokens and crops that were computed for it."""
 
     total: Tensor
     count: int
     right: int
+    tokens: int = 0
+    crops: int = 0
 
 
 def answers(model: Llava, batch: Batch) -> Loss:
     """Cross-entropy of the tokens marked `learn`, each predicted from the tokens before it in its sample."""
-    features = []
-    if batch.media:
-        crops = model.encode(batch.pixels).split([layout.crops for _, layout in batch.media])
-        features = [(start, arrange(f, layout)) for (start, layout), f in zip(batch.media, crops, strict=True)]
-    hidden = model(model.embed(batch.tokens, features), batch.positions.to(batch.tokens.device), Packed(batch.lengths))
-    where = batch.learn.nonzero()[:, 0]
+    features = _features(model, batch.pixels, [layout for _, layout in batch.media])
+    spans = [(start, f) for (start, _), f in zip(batch.media, features, strict=True)]
+    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
+    where = batch.learn.nonzero()[:, 0].to(hidden.device)
     total, right = hidden.new_zeros((), dtype=torch.float32), 0
     for rows in where.split(CHUNK):
-        loss, hits = checkpoint(_chunk, model, hidden[rows - 1], batch.tokens[rows], use_reentrant=False)
-        total, right = total + loss, right + int(hits)
-    return Loss(total, len(where), right)
+        losses, hits = checkpoint(_chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False)
+        total, right = total + losses.sum(), right + int(hits)
+    return Loss(total, len(where), right, len(tokens), len(batch.pixels))
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """The loss of pairs of answers; right are those whose chosen answer has gained more than the rejected one."""
+
+    beta: float = 0.1
+    smoothing: float = 0.0
+    ipo: bool = False
+
+    def __call__(self, model: Llava, batch: Pairs) -> Loss:
+        gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
+        margin = gained[:, 0] - gained[:, 1]
+        losses = preference(margin, beta=self.beta, smoothing=self.smoothing, ipo=self.ipo)
+        return Loss(losses.sum(), len(margin), int((margin > 0).sum()), len(batch.tokens), len(batch.pixels))
+
+
+def preference(margin: Tensor, *, beta: float, smoothing: float, ipo: bool) -> Tensor:
+    """The loss of each pair, from how much more the chosen answer's log-probability has gained on the reference's.
+
+    DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with `smoothing`, the chance that a label is wrong, both ways
+    round are weighed. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17, on sums over tokens as there (TRL takes means).
+    """
+    if ipo:
+        return (margin - 1 / (2 * beta)).square()
+    return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
+
+
+def logprobs(model: Llava, batch: Pairs) -> Tensor:
+    """Log-probabilities `[P, 2]` of the chosen and the rejected answers. Each picture goes through the tower once a pair."""
+    features = _features(model, batch.pixels, [layout for *_, layout in batch.media])
+    places = [(start, f) for (*starts, _), f in zip(batch.media, features, strict=True) for start in starts]
+    hidden, tokens = _hidden(model, batch.tokens, places, batch.lengths)
+    where = batch.learn.nonzero()[:, 0].to(hidden.device)
+    ends = torch.tensor(list(accumulate(batch.lengths)), device=hidden.device)
+    sums = hidden.new_zeros(len(ends), dtype=torch.float32)
+    for rows in where.split(CHUNK):
+        losses, _ = checkpoint(_chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False)
+        sums = sums.index_add(0, torch.searchsorted(ends, rows, right=True), -losses)
+    return sums.view(-1, 2)
+
+
+def _features(model: Llava, pixels: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+    """Rows for the decoder of each media, in the order of its tokens."""
+    if not layouts:
+        return []
+    crops = model.encode(pixels.to(model.lm_head.weight.device)).split([layout.crops for layout in layouts])
+    return [arrange(f, layout) for f, layout in zip(crops, layouts, strict=True)]
+
+
+def _hidden(model: Llava, tokens: Tensor, spans: Sequence[tuple[int, Tensor]], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Hidden states of samples that lie one after another, and their tokens, where the network is."""
+    tokens = tokens.to(model.lm_head.weight.device)
+    return model(model.embed(tokens, spans), positions(lengths).to(tokens.device), Packed(lengths)), tokens
 
 
 def _chunk(model: Llava, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, and how many are right."""
     logits = model.logits(hidden).float()
-    return cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+    return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).sum()

@@ -26,13 +26,17 @@ LAYOUTS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A sample as it was written, where its relative paths begin, its name for people, its data set, and its place in a file."""
+    """A sample as it was written, where its relative paths begin, its name for people, its data set, and its place in a file.
+
+    pair: the name of the preference pair of which it is the chosen or the rejected side.
+    """
 
     sample: Mapping[str, Any]
     root: Path
     name: str
     group: str
     place: str = ""
+    pair: str = ""
 
     def messages(self) -> tuple[list[dict[str, Any]], list[object]]:
         """Raises DataError naming the sample."""
@@ -43,18 +47,26 @@ def rows(source: Path, *, media: Path | None = None, question: str | None = None
     """All samples of `source`: a .json or .jsonl file, a .yaml mixture of those, or a folder.
 
     media: where relative paths begin; without it beside the file that has them. question: what is asked about a folder's
-    pictures. seed: of what a mixture draws at random. Raises DataError.
+    pictures. seed: of what a mixture draws at random. A preference pair becomes two, chosen and rejected. Raises DataError.
     """
     if source.is_dir():
         if media:
-            raise OptionError(f"{source} is a folder and holds its pictures itself: leave out --media")
+            raise OptionError(f"{source} is a folder and holds its pictures itself: leave out media")
         return _folder(source, question)
     if question:
-        raise OptionError(f"{source} is a file and asks its own questions: leave out --question")
+        raise OptionError(f"{source} is a file and asks its own questions: leave out question")
     found = _mixture(source, media, seed) if source.suffix in (".yaml", ".yml") else _file(source, media)
     # M4-Instruct counts the samples of each of its data sets from 0 on.
     times = Counter(row.name for row in found)
-    return [replace(row, name=f"{row.name} ({row.place})") if times[row.name] > 1 else row for row in found]
+    named = [replace(row, name=f"{row.name} ({row.place})") if times[row.name] > 1 else row for row in found]
+    return [side for row in named for side in _sides(row)]
+
+
+def _sides(row: Row) -> list[Row]:
+    if (pair := data.sides(row.sample)) is None:
+        return [row]
+    names = (f"{row.name}, chosen", f"{row.name}, rejected")
+    return [replace(row, sample=sample, name=name, pair=row.name) for sample, name in zip(pair, names, strict=True)]
 
 
 def split(found: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

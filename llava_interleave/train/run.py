@@ -1,0 +1,304 @@
+"""A whole training run by a recipe: read all data, train, measure, write the tuned checkpoint. Called again it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import weights
+from ..errors import DataError, OptionError, Unsupported
+from ..journal import Journal
+from ..model import Llava
+from ..model.lora import Lora, attach
+from ..weights.adapters import write_adapter
+from ..weights.load import _device as device_named
+from . import checkpoints, data, sources
+from .answers import Answers
+from .batch import Pairs, Windows, batches, join, pack
+from .check import Checked, check
+from .examples import Form, Samples, Unit
+from .loop import LossFunction, TrainConfig, parts, train
+from .loss import Preferences, answers, logprobs
+from .recipe import HARMLESS, Recipe
+from .sources import Row
+
+TOLD = 5
+"""How many faulty samples a refusal names."""
+WINDOW = 128
+"""Samples that are packed together."""
+DATA = "samples.json"
+LOW = ".low."
+"""In the name of every parameter of an adapter, and in no other."""
+
+
+def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Path:
+    """Train as the recipe says, in the folder `out`. -> the tuned checkpoint, `out/model`, or the adapter, `out/adapter`.
+
+    All samples are read first, and what is wrong with them ends it or, with `skip_errors`, is listed. Beside it the folder
+    gets the resolved recipe, log, checkpoints, `held-out.jsonl` for `llava batch` of a folder's held-out pictures, and
+    `best`, a checkpoint, if an earlier measurement was better than the last. Called again, it goes on from the newest
+    checkpoint. Raises CheckpointError, DataError, OptionError, Unsupported.
+    """
+    if recipe.source is None or recipe.model is None:
+        raise OptionError("say what to train with: source, the samples, and model, the checkpoint to begin with")
+    if not recipe.steps and not recipe.epochs:
+        raise OptionError("say how long to train: steps, or epochs, passes over all samples")
+    device = device_named(("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device)
+    folder, form = weights.resolve(recipe.model), Form(recipe.template, recipe.anyres, recipe.front)
+    found = sources.rows(recipe.source, media=recipe.media, question=recipe.question, seed=recipe.seed)
+    units = _sound(found, folder, recipe, form, say)
+    share = (0.1 if recipe.source.is_dir() else 0.0) if recipe.held_out is None else recipe.held_out
+    chosen = {row.name for row in sources.split([unit.rows[0] for unit in units], share, recipe.seed)[1]}
+    kept = [unit for unit in units if unit.rows[0].name in chosen]
+    units = [unit for unit in units if unit.rows[0].name not in chosen]
+    say(f"{len(units):,} samples to train on, {len(kept):,} held out")
+    if not units:
+        raise DataError(f"nothing of {recipe.source} is left to train on: hold out less")
+    if recipe.evaluate_every and not kept:
+        raise OptionError("evaluate_every measures what is held out, and nothing is: give held_out, or leave it out")
+    _same_as_before(recipe, [*units, *kept], out)
+    (out / "config.toml").write_text(recipe.toml(), "utf-8")
+    if kept and recipe.source.is_dir():
+        (out / "held-out.jsonl").write_text("".join(json.dumps(_question(unit.rows[0])) + "\n" for unit in kept), "utf-8")
+
+    network = weights.load(folder)
+    stored = network.lm_head.weight.dtype
+    network = network.to(device)
+    # A frozen network may stay in the numbers it is stored in; what is trained is float32.
+    network = network if recipe.adapter and recipe.bfloat16 else network.float()
+    adapter = attach(network, Lora(**dataclasses.asdict(recipe.adapter)), recipe.seed) if recipe.adapter else None
+    samples = Samples(units, folder, recipe.seed, form)
+    count = 2**40 if recipe.steps else math.ceil(len(units) * (recipe.epochs or 0))
+    windows = Windows(samples, count, size=min(WINDOW, len(units)), tokens=recipe.tokens, seed=recipe.seed)
+    config = _config(recipe, recipe.steps or _steps(windows, samples, recipe.accumulate))
+    parts(network, config, say)
+    if idle := next((name for name, p in network.named_parameters() if LOW in name and not p.requires_grad), None):
+        raise OptionError(f"adapter.targets reaches {idle.split(LOW)[0]}, where the factor is 0: raise that, or leave it out")
+    loss: LossFunction[Llava, Any] = answers
+    if recipe.dpo:
+        loss = Preferences(recipe.dpo.beta, recipe.dpo.smoothing, recipe.dpo.ipo)
+        references = _references(network, recipe, [*units, *kept], folder, out, say)
+        windows.example = samples = Samples(units, folder, recipe.seed, form, references)
+    groups = [[kept[i] for i in group] for group in pack([unit.tokens for unit in kept], recipe.tokens)]
+    spread = kept[:: max(1, len(kept) // max(1, recipe.answers))][: recipe.answers]
+    told = Answers([unit.rows[0] for unit in spread], folder, form, out)
+
+    def measure(model: Llava, step: int) -> Mapping[str, float]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            found = _measure(model, loss, samples, groups)
+        told(model, step, say)
+        return found
+
+    with _board(out, recipe.tensorboard) as watch:
+        train(
+            network,
+            loss,
+            partial(batches, windows, workers=recipe.workers),
+            config,
+            out,
+            measure=measure if kept else None,
+            watch=watch,
+            about=recipe.stored(),
+            say=say,
+        )
+
+    def write(done: Path) -> None:
+        if adapter:
+            write_adapter(done, adapter, base=recipe.model)
+        else:
+            weights.save(network, done, processor_from=folder, dtype=stored)
+
+    return _write(network, out, "adapter" if adapter else "model", write, say)
+
+
+def _config(recipe: Recipe, steps: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        lr=recipe.lr,
+        warmup=max(1, math.ceil(recipe.warmup * steps)),
+        final=recipe.final,
+        linear=recipe.schedule == "linear",
+        only=LOW if recipe.adapter else "",
+        scales=(
+            ("vision_tower.", recipe.tower),
+            ("multi_modal_projector.", recipe.projector),
+            ("language_model.", recipe.decoder),
+            ("lm_head.", recipe.decoder),
+        ),
+        decay=recipe.decay,
+        beta2=recipe.beta2,
+        clip=recipe.clip,
+        accumulate=recipe.accumulate,
+        bfloat16=recipe.bfloat16,
+        save_every=recipe.save_every,
+        save_minutes=recipe.save_minutes,
+        keep=recipe.keep,
+        evaluate_every=recipe.evaluate_every,
+        log_every=recipe.log_every,
+    )
+
+
+def _steps(windows: Windows, samples: Samples, accumulate: int) -> int:
+    """How many steps all samples of `windows` are; the last may have fewer batches."""
+    firsts = range(0, windows.count, windows.size)
+    lengths = ([samples.length(i) for i in range(first, min(first + windows.size, windows.count))] for first in firsts)
+    return math.ceil(sum(len(pack(window, windows.tokens)) for window in lengths) / accumulate)
+
+
+def _sound(rows: list[Row], model: Path, recipe: Recipe, form: Form, say: Callable[[str], None]) -> list[Unit]:
+    """The samples, or pairs, without errors; those left out are listed. DataError where nothing may be, or all would be."""
+    if wrong := next((row for row in rows if bool(row.pair) != bool(recipe.dpo)), None):
+        raise DataError(
+            f"sample {wrong.pair} has a chosen and a rejected answer, and pairs are learnt with dpo: take the recipe dpo"
+            if wrong.pair
+            else f"sample {wrong.name} is no pair of a chosen and a rejected answer, and dpo learns from nothing else"
+        )
+    say(f"reading {len(rows):,} samples of {recipe.source}")
+    checked = check(rows, data.processor(model), recipe.tokens, form=form)
+    sides = 2 if recipe.dpo else 1
+    whole = list(zip(*(checked[side::sides] for side in range(sides)), strict=True))
+    faults = [fault for one in whole if (fault := _fault(one, recipe.tokens))]
+    if faults and not recipe.skip_errors:
+        more = f"; and {len(faults) - TOLD:,} more" if len(faults) > TOLD else ""
+        raise DataError(
+            f"{len(faults):,} of {len(whole):,} samples have errors: {'; '.join(faults[:TOLD])}{more}. `llava data check` lists "
+            "all; with --skip-errors they are left out"
+        )
+    for text in faults:
+        say(f"left out: {text}")
+    if len(faults) == len(whole):
+        raise DataError(f"all {len(whole):,} samples of {recipe.source} have errors: nothing is left to train on")
+    if faults:
+        say(f"{len(faults):,} of {len(whole):,} samples were left out")
+    if twins := sum(fault.kind == "duplicate" and not fault.error for one in checked for fault in one.faults):
+        say(f"{twins:,} samples say and show the same as another one; `llava data check` lists them")
+    return [
+        Unit(tuple(c.row for c in one), sum(c.tokens or 0 for c in one), sum(c.front or 0 for c in one))
+        for one in whole
+        if not _fault(one, recipe.tokens)
+    ]
+
+
+def _fault(one: Sequence[Checked], tokens: int) -> str | None:
+    """The first error of a sample, or of a pair."""
+    if found := next((fault.text for side in one for fault in side.faults if fault.error), None):
+        return found
+    if len(one) > 1 and (total := sum(side.tokens or 0 for side in one)) > tokens:
+        return f"pair {one[0].row.pair} has {total:,} tokens, more than the {tokens:,} of a batch: raise --tokens, or shorten it"
+    return None
+
+
+def _question(row: Row) -> dict[str, object]:
+    """A folder's sample as `llava batch` asks it, with its true answer beside."""
+    asked, answer = (turn["value"] for turn in row.sample["conversations"])
+    images = [str((row.root / name).absolute()) for name in row.sample["image"]]
+    return {"id": row.name, "question": asked, "images": images, "truth": answer}
+
+
+@torch.no_grad()
+def _measure(
+    network: Llava, loss: LossFunction[Llava, Any], samples: Samples, groups: Sequence[Sequence[Unit]]
+) -> dict[str, float]:
+    """Loss on units that come in batches."""
+    found = [loss(network, join([samples.make(unit) for unit in group])) for group in groups]
+    count = max(1, sum(part.count for part in found))
+    return {"loss": sum(part.total.item() for part in found) / count, "right": sum(part.right for part in found) / count}
+
+
+@torch.no_grad()
+def _references(
+    network: Llava, recipe: Recipe, units: Sequence[Unit], folder: Path, out: Path, say: Callable[[str], None]
+) -> dict[str, tuple[float, float]]:
+    """What the model thinks of all answers before it is trained, from `reference.jsonl`; what is missing there is computed."""
+    network.eval()
+    with Journal(out / "reference.jsonl", {"model": str(folder), "digest": _digest(units)}) as journal:
+        left = [unit for unit in units if unit.name not in journal.done]
+        if left:
+            say(f"computing the reference of {len(left):,} pairs")
+        make = Samples(left, folder, recipe.seed, Form(recipe.template, recipe.anyres)).make
+        for group in pack([unit.tokens for unit in left], recipe.tokens):
+            members = [left[i] for i in group]
+            with torch.autocast(network.lm_head.weight.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                batch = join([make(unit) for unit in members])
+                assert isinstance(batch, Pairs)
+                found = logprobs(network, batch).tolist()
+            journal.add({"id": unit.name, "chosen": a, "rejected": b} for unit, (a, b) in zip(members, found, strict=True))
+        rows = [journal.row(unit.name) for unit in units]
+    return {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
+
+
+def _digest(units: Sequence[Unit]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for unit in units:
+        for row in unit.rows:
+            state.update(json.dumps([row.name, row.sample], default=repr).encode("utf-8", "backslashreplace"))
+    return state.hexdigest()
+
+
+def _same_as_before(recipe: Recipe, units: Sequence[Unit], out: Path) -> None:
+    """A run goes on only as it began: with the same settings, and the same samples in the same order."""
+    now = {"samples": len(units), "digest": _digest(units)}
+    path = out / DATA
+    if path.exists() and (there := checkpoints.every(out)):
+        before = json.loads(path.read_text("utf-8"))
+        if before != now:
+            raise DataError(
+                f"{out} is of a run with other data ({before['samples']:,} samples there, {now['samples']:,} here, or as many "
+                "others); take another folder, or delete it"
+            )
+        have, want = json.loads((there[-1] / "state.json").read_text())["about"], json.loads(json.dumps(recipe.stored()))
+        names = sorted(name for name in (have.keys() | want.keys()) - HARMLESS if have.get(name) != want.get(name))
+        if names:
+            other = ", ".join(f"{name}: {have.get(name)!r} there, {want.get(name)!r} here" for name in names)
+            raise DataError(f"{out} is of a run with other settings ({other}); take another folder, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now) + "\n", "utf-8")
+
+
+@contextmanager
+def _board(out: Path, wanted: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What is handed every line of the log: TensorBoard's files in `out`, or nothing. Raises Unsupported without it."""
+    if not wanted:
+        yield lambda _: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise Unsupported("tensorboard is not installed: pip install 'llava-interleave[tensorboard]', or leave it out") from error
+
+    def watch(line: Mapping[str, Any]) -> None:
+        flat = {f"held out/{name}": value for name, value in line.get("held_out", {}).items()}
+        flat |= {f"train/{name}": value for name, value in line.items() if name not in ("step", "held_out")}
+        for name, value in flat.items():
+            board.add_scalar(name, value, line["step"])
+
+    with SummaryWriter(str(out / "tensorboard")) as board:
+        yield watch
+
+
+def _write(network: Llava, out: Path, name: str, write: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+    """Write what was tuned, and as `best` what it was at the best measurement, if that was not the last. -> its folder."""
+    done = out / name
+    if not done.exists():
+        write(done)
+    last = checkpoints.every(out)[-1]
+    best = json.loads((last / "state.json").read_text())["best"]
+    if best is None or best[1] == int(last.name[11:]):
+        return done
+    if best[1] == 0:
+        say(f"no measurement was better than the one before training, a held-out loss of {best[0]:.4f}")
+        return done
+    if not (out / "best").exists():
+        checkpoints.weights(checkpoints.named(out, best[1]), network)
+        write(out / "best")
+    say(f"the held-out loss was lowest after step {best[1]:,}, {best[0]:.4f}: {out / 'best'}")
+    return done

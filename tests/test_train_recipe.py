@@ -1,0 +1,143 @@
+"""Recipes: files and flags become one record, everything unknown or contradictory is refused by name, what is stored is read."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_interleave.cli import app
+from llava_interleave.cli import train as command
+from llava_interleave.errors import OptionError
+from llava_interleave.model.lora import Lora
+from llava_interleave.train import recipe, run
+from llava_interleave.train.recipe import Adapter, Dpo, Recipe
+
+
+@pytest.mark.parametrize("name", recipe.SHIPPED)
+def test_a_shipped_recipe_is_whole_and_comes_back_from_its_own_file(name: str, tmp_path: Path) -> None:
+    found = recipe.read(recipe.find(name))
+    assert found.epochs
+    (tmp_path / "again.toml").write_text(found.toml())
+    assert recipe.read(tmp_path / "again.toml") == found
+
+
+def test_shipped_recipes_have_what_was_published() -> None:
+    """Of LLaVA-NeXT: scripts pretrain_siglip.sh, direct_finetune_siglip_a4.sh and dpo.sh; config.json of the checkpoints."""
+    align, dpo, instruct, interleave = (recipe.read(recipe.find(name)) for name in recipe.SHIPPED)
+    assert (align.tower, align.projector, align.decoder, align.lr, align.template) == (0, 1, 0, 1e-3, "plain")
+    assert instruct.lr * instruct.tower == pytest.approx(2e-6)
+    assert (instruct.lr, instruct.anyres, instruct.tokens) == (1e-5, True, 32768)
+    assert (interleave.tower, interleave.projector, interleave.decoder, interleave.tokens) == (0, 1, 1, 32768)
+    assert (dpo.dpo, dpo.lr, dpo.schedule, dpo.warmup, dpo.epochs) == (Dpo(beta=0.1), 5e-7, "linear", 0.1, 3)
+    assert {one.warmup for one in (align, instruct, interleave)} == {0.03}
+    for one in (align, dpo, instruct, interleave):
+        assert (one.decay, one.final, one.beta2, one.clip) == (0, 0, 0.999, 1)
+
+
+def test_every_value_that_can_be_set_is_stored_and_read(tmp_path: Path) -> None:
+    """Also texts with quotes, line ends, control characters and letters beyond ASCII."""
+    odd = 'a "b" \\ \n\t\x7f\x00 ü 🦙'
+    full = Recipe(
+        model=odd, source=tmp_path / "ü.json", media=tmp_path, question=odd, steps=3, held_out=0.5, dpo=Dpo(smoothing=0.1),
+        adapter=Adapter(targets=("*.q_proj", odd)),
+    )  # fmt: skip
+    (tmp_path / "full.toml").write_text(full.toml(), "utf-8")
+    assert recipe.read(tmp_path / "full.toml") == full
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("stesp = 3", "unknown key 'stesp'; did you mean 'steps'?"),
+        ("[dpo]\nbeat = 0.1", "unknown key 'dpo.beat'; did you mean 'dpo.beta'?"),
+        ("[lora]\nrank = 8", "unknown key 'lora'"),
+        ("lr = '1e-3'", "lr must be a number, not '1e-3'"),
+        ("steps = 3.0", "steps must be a whole number, not 3.0"),
+        ("steps = true", "steps must be a whole number, not True"),
+        ("skip_errors = 1", "skip_errors must be true or false, not 1"),
+        ("lr = -1.0", "lr must be a number from 0 on, and is -1.0"),
+        ("lr = nan", "lr must be a number from 0 on, and is nan"),
+        ("lr = 0.0", "lr must be above 0"),
+        ("keep = 0", "keep must be above 0"),
+        ("dpo = true", r"dpo must be a table, \[dpo\]"),
+        ("[adapter]\ntargets = []", "targets must be a list of texts"),
+        ("steps = 3\nepochs = 1", r"steps \(3\) and epochs \(1\) both say how long"),
+        ("steps = 0", "steps and epochs must be above 0"),
+        ("front = 1.5", "front must be at most 1.0, and is 1.5"),
+        ("schedule = 'cosin'", "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ("projector = 0\ndecoder = 0", "nothing is left to train"),
+        ("template = 'plain'\nfront = 0.5", "leave out front"),
+        ("front = 0.5\n[dpo]", "front is for answers"),
+        ("[dpo]\nipo = true\nsmoothing = 0.1", "ipo has no smoothing"),
+        ("[dpo]\nsmoothing = 0.5", "smoothing must be below 0.5"),
+        ("[dpo]\nbeta = 0", "beta must be above 0"),
+        ("steps = ", "cannot be read as TOML"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_name_of_file_and_field(text: str, error: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(OptionError, match=rf"mine\.toml.*{error}"):
+        recipe.read(tmp_path / "mine.toml")
+
+
+def test_a_missing_file_and_an_unknown_name() -> None:
+    with pytest.raises(OptionError, match=r"none\.toml cannot be read"):
+        recipe.read(recipe.find("none.toml"))
+    with pytest.raises(OptionError, match=r"unknown recipe 'aling'; did you mean 'align'\?"):
+        recipe.find("aling")
+
+
+def test_relative_paths_begin_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "mine.toml").write_text('model = "start"\nsource = "a/b.json"\nmedia = "m"')
+    found = recipe.read(tmp_path / "mine.toml")
+    assert (found.model, found.source, found.media) == (str(tmp_path / "start"), tmp_path / "a" / "b.json", tmp_path / "m")
+    (tmp_path / "mine.toml").write_text('model = "org/name"')
+    assert recipe.read(tmp_path / "mine.toml").model == "org/name"
+
+
+def test_flags_change_single_settings_and_the_result_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting has a flag; one that is not used leaves the file's value."""
+    seen: list[Any] = []
+    monkeypatch.setattr(run, "run", lambda chosen, out: seen.append((chosen, out)))
+    monkeypatch.setattr("llava_interleave.chatbot.locate", lambda name, _: Path(name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        'model = "org/x"\nsource = "s.json"\nepochs = 2\nlr = 1.0\nbfloat16 = true\n[dpo]\nipo = true'
+    )
+
+    def told(*words: str) -> Recipe:
+        done = CliRunner().invoke(app, ["train", *words, "-o", "out"])
+        if done.exception:
+            raise done.exception
+        return seen[-1][0]
+
+    stored = recipe.read(tmp_path / "mine.toml")
+    model = str(tmp_path / "org" / "x")
+    assert told("-r", "mine.toml") == dataclasses.replace(stored, model=model)
+    assert told("other", "-r", "mine.toml", "--steps", "5", "--no-bfloat16", "--dpo-beta", "0.3") == dataclasses.replace(
+        stored, model=model, source=tmp_path / "other", steps=5, epochs=None, bfloat16=False, dpo=Dpo(beta=0.3, ipo=True)
+    )
+    again = told("x.json", "-m", "m", "--adapter-targets", "a*", "--adapter-targets", "b", "--epochs", "1.5", "--lr", "1")
+    assert again == Recipe(
+        model=str(tmp_path / "m"), source=tmp_path / "x.json", epochs=1.5, lr=1.0, adapter=Adapter(targets=("a*", "b"))
+    )
+    with pytest.raises(OptionError, match="name samples, or a recipe"):
+        told("-r", "align")
+    with pytest.raises(OptionError, match="ipo has no smoothing"):
+        told("-r", "mine.toml", "--dpo-smoothing", "0.1")
+    keys = {key for key, _ in command._flags()}
+    fields = {f.name for f in dataclasses.fields(Recipe)} - set(command.SPECIAL)
+    assert keys == fields | {f"{name}.{f.name}" for name, table in recipe.TABLES.items() for f in dataclasses.fields(table)}
+
+
+def test_an_adapter_has_the_settings_of_the_network_s_adapters() -> None:
+    """`Recipe` must be imported without torch, so it repeats the fields."""
+    assert dataclasses.asdict(Lora()) == dataclasses.asdict(Adapter())
+
+
+def test_every_setting_has_a_sentence() -> None:
+    for record in (Recipe, Dpo, Adapter):
+        assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(record))

@@ -1,0 +1,530 @@
+"""Whole runs: stages train what they should, a run that is stopped or killed anywhere loses nothing, what it learnt is shown."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_interleave import weights
+from llava_interleave.cli import app
+from llava_interleave.errors import DataError, OptionError, Unsupported
+from llava_interleave.model import Llava
+from llava_interleave.model.lora import linears
+from llava_interleave.processing import Processor
+from llava_interleave.prompt import Prompt
+from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.train import checkpoints, loop, recipe, run, sources
+from llava_interleave.train.batch import Batch, Windows, batches
+from llava_interleave.train.check import check
+from llava_interleave.train.examples import Form, Samples, Unit, in_front
+from llava_interleave.train.loop import TrainConfig, train
+from llava_interleave.train.loss import Loss, answers
+from llava_interleave.train.recipe import Adapter, Recipe
+from llava_interleave.weights.adapters import read_adapter
+from llava_interleave.world.data import write
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captions of noise: one image, two in the text, three before it."""
+    place = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(9):
+        names = [f"{number}-{i}.png" for i in range(1 + number % 3)]
+        for name in names:
+            Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
+        asked = ("<image>\nWhat?", "Is <image> like <image> here?", "<image>\n<image>\n<image>\nWhich?")[number % 3]
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"Noise, number {number}." + " Yes." * number}]
+        rows.append({"id": f"s{number}", "image": names, "conversations": turns})
+    (place / "some.json").write_text(json.dumps(rows))
+    return place / "some.json"
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    return dict(weights.load(path).named_parameters())
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+PARTS = {"tower": "vision_tower.", "projector": "multi_modal_projector.", "decoder": "language_model."}
+
+
+@pytest.mark.parametrize(("stage", "trained"), [("align", ["projector"]), ("instruct", [*PARTS]), ("interleave", [*PARTS][1:])])
+def test_a_stage_trains_its_parts_and_leaves_all_others_bit_equal(
+    stage: str, trained: list[str], folder: Path, source: Path, tmp_path: Path
+) -> None:
+    """And says so before it starts."""
+    words = ["train", str(source), "-r", stage, "-m", str(folder), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(
+        app, [*words, "--steps", "2", "--tokens", "2000", "--workers", "0", "--lr", "0.01", "--no-bfloat16"]
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    before, after = state(folder), state(tmp_path / "out" / "model")
+    for name, p in before.items():
+        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+        assert torch.equal(p, after[name]) != (part in trained), name
+    rates = {"align": "", "instruct": "0.002"}
+    for part, prefix in PARTS.items():
+        count = sum(p.numel() for name, p in before.items() if name.startswith(prefix))
+        pair = (count, 0) if part in trained else (0, count)
+        rate = (rates.get(stage) if part == "tower" else "0.01") if part in trained else "frozen"
+        assert re.search(rf"^{part} +{pair[0]:,} +{pair[1]:,}  {rate}$", done.output, re.MULTILINE), done.output
+    assert recipe.read(tmp_path / "out" / "config.toml").lr == 0.01
+    about = json.loads((checkpoints.every(tmp_path / "out")[-1] / "state.json").read_text())["about"]
+    assert about == recipe.read(tmp_path / "out" / "config.toml").stored()
+
+
+def units(source: Path, folder: Path, form: Form) -> list[Unit]:
+    checked = check(sources.rows(source), Processor.from_folder(folder), form=form)
+    return [Unit((one.row,), one.tokens or 0, one.front or 0) for one in checked]
+
+
+@pytest.mark.parametrize("form", [Form(), Form("plain"), Form(anyres=True), Form(front=0.5)])
+def test_what_is_counted_is_what_is_trained_on(form: Form, folder: Path, source: Path) -> None:
+    samples = Samples(units(source, folder, form), folder, 3, form)
+    for index in range(30):
+        assert samples.length(index) == len(samples(index)), index
+
+
+def test_plain_is_images_then_the_answer(folder: Path, source: Path) -> None:
+    processor = Processor.from_folder(folder)
+    row = sources.rows(source)[1]
+    said, media = row.messages()
+    made = Form("plain").example(processor, said, media)
+    assert made.learn is not None
+    image = processor.tokenizer.image_id
+    assert made.tokens[:32] == [image] * 32
+    assert made.learn == [token != image for token in made.tokens]
+    assert processor.tokenizer.decode(made.tokens[32:]) == "Noise, number 1. Yes.\n"
+    more = [*said, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
+    with pytest.raises(DataError, match="takes one question and its answer"):
+        Form("plain").example(processor, more, media)
+
+
+def test_tiles_are_for_a_sample_with_one_image(folder: Path, source: Path) -> None:
+    processor = Processor.from_folder(folder)
+    crops = []
+    for row in sources.rows(source)[:3]:
+        crops += [media.layout.crops for media in Form(anyres=True).example(processor, *row.messages()).media]
+    assert crops[0] > 1
+    assert crops[1:] == [1] * 5
+
+
+def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(folder: Path, source: Path) -> None:
+    rows = sources.rows(source)
+    first, second, third = (row.messages()[0] for row in rows[:3])
+    assert in_front(first) is first
+    assert in_front(third) is third  # they are in front
+    mark = {"type": "text", "text": "<image>"}
+    assert in_front(second)[0]["content"] == [mark, mark, {"type": "text", "text": "Is [image 1] like [image 2] here?"}]
+    processor = Processor.from_folder(folder)
+    said, media = rows[1].messages()
+    made, plain = (Form().example(processor, said, media, front=front) for front in (True, False))
+    assert [m.key for m in made.media] == [m.key for m in plain.media]
+    learnt = [[t for t, learn in zip(p.tokens, p.learn or [], strict=True) if learn] for p in (made, plain)]
+    assert learnt[0] == learnt[1]
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "Old"}, {"type": "image", "path": "a.png"}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [{"type": "text", "text": "New"}, {"type": "image", "path": "b.png"}]},
+    ]
+    assert in_front(chat) == [
+        {"role": "user", "content": [chat[0]["content"][1], chat[2]["content"][1], {"type": "text", "text": "Old[image 1]"}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "New[image 2]"},
+    ]
+    views = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "views", "views": ["a.png", "b.png"]}]}]
+    assert in_front(views) is views
+
+
+def test_as_many_are_in_front_as_was_said_and_others_in_the_next_pass(folder: Path, source: Path) -> None:
+    form = Form(front=0.3)
+    samples = Samples(units(source, folder, form)[1:2], folder, 0, form)
+    drawn = [samples._drawn(index)[1] for index in range(2000)]
+    assert 0.27 < sum(drawn) / 2000 < 0.33
+
+
+def test_epochs_show_every_sample_as_often(folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step has the batches that are left; with the seed another order."""
+    seen: list[tuple[str, ...]] = []
+    make = Samples.make
+    monkeypatch.setattr(Samples, "make", lambda self, unit, front=False: seen.append(unit.name) or make(self, unit, front))
+    given = Recipe(model=str(folder), source=source, epochs=3, tokens=200, accumulate=4, workers=0, lr=1e-3, front=0.5)
+    run.run(given, tmp_path / "out", say=quiet)
+    assert sorted(seen) == sorted([f"s{i}" for i in range(9)] * 3)
+    assert {frozenset(seen[i : i + 9]) for i in (0, 9, 18)} == {frozenset(f"s{i}" for i in range(9))}
+
+
+CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path, source: Path) -> list[Prompt]:
+    processor = Processor.from_folder(folder)
+    return [processor.example(*row.messages()) for row in sources.rows(source)]
+
+
+class Killed(BaseException):
+    pass
+
+
+def go(
+    folder: Path, prompts: list[Prompt], out: Path, config: TrainConfig = CONFIG, at: int = 0, what: Any = None, **more: Any
+) -> Llava:
+    """A small run; before batch number `at` of this call `what` happens."""
+    network = weights.load(folder).requires_grad_(True)
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=300, seed=1)
+    done = 0
+
+    def loss(model: Llava, batch: Batch) -> Loss:
+        nonlocal done
+        done += 1
+        if done == at:
+            what()
+        return answers(model, batch)
+
+    return train(network, loss, lambda start: batches(windows, start, workers=0), config, out, **{"say": quiet, **more})
+
+
+def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
+    number: signal.Signals, end: type[BaseException], folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """At the tenth batch, the second of step 5; checkpoints are due at 3 and 6."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    whole = go(folder, prompts, tmp_path / "whole")
+    said: list[str] = []
+    with pytest.raises(end) as ended:
+        go(folder, prompts, tmp_path / "out", at=10, what=lambda: os.kill(os.getpid(), number), say=said.append)
+    assert number == signal.SIGINT or ended.value.code == 128 + signal.SIGTERM
+    assert said[-1].startswith(f"stopped by {number.name} after step 5: ")
+    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-5"]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert equal(whole, go(folder, prompts, tmp_path / "out"))
+    assert [line["step"] for line in log(tmp_path / "out")] == list(range(1, 9))
+
+
+def test_a_second_ctrl_c_does_not_wait(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    def twice() -> None:
+        for _ in range(2):  # two that come before the first was taken are one
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(folder, prompts, tmp_path / "out", at=10, what=twice)
+    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("point", range(5))
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(
+    point: int, folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at each of the places where the second save changes the disk: at half a file, before and after it is named ..."""
+    out = tmp_path / "out"
+    whole = go(folder, prompts, tmp_path / "whole")
+    save_file, replace, rmtree = checkpoints.save_file, Path.replace, checkpoints.shutil.rmtree
+    saves = 0
+
+    def half(tensors: Any, path: Path) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 3 + point and point < 2:  # of the second save: the weights, the optimisers
+            path.write_bytes(b"half")
+            raise Killed
+        save_file(tensors, path)
+
+    def named(self: Path, target: Path) -> Path:
+        if point == 2 and target.name == "checkpoint-6":
+            raise Killed
+        done = replace(self, target)
+        if point == 3 and target.name == "checkpoint-6":
+            raise Killed
+        return done
+
+    def removed(path: Path, **more: Any) -> None:
+        if point == 4 and path.name == "checkpoint-3":
+            (path / "optimiser.safetensors").unlink()
+            raise Killed
+        rmtree(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", half)
+        patch.setattr(Path, "replace", named)
+        patch.setattr(checkpoints.shutil, "rmtree", removed)
+        with pytest.raises(Killed):
+            go(folder, prompts, out)
+    assert checkpoints.every(out)[-1].name == ("checkpoint-6" if point > 2 else "checkpoint-3")
+    assert equal(whole, go(folder, prompts, out))
+    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-8"]
+
+
+def test_a_checkpoint_under_its_earlier_name_is_gone_on_from(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """As runs had it that began when there was one checkpoint, called `checkpoint`."""
+    whole = go(folder, prompts, tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(folder, prompts, tmp_path / "out", at=10, what=killed)
+    there = checkpoints.every(tmp_path / "out")[-1].rename(tmp_path / "out" / "checkpoint")
+    facts = json.loads((there / "state.json").read_text())
+    facts = {name: facts[name] for name in ("step", "position", "config")}
+    for name in ("linear", "only", "save_minutes", "keep", "evaluate_every"):
+        del facts["config"][name]
+    (there / "state.json").write_text(json.dumps(facts))
+    assert equal(whole, go(folder, prompts, tmp_path / "out"))
+
+
+def killed() -> None:
+    raise Killed
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
+    folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = go(folder, prompts, tmp_path / "whole")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match=r"cannot write .*checkpoint-6.*No space.*before it are as"),
+    ):
+        go(folder, prompts, tmp_path / "out", at=8, what=lambda: patch.setattr(checkpoints, "save_file", full))
+    assert equal(whole, go(folder, prompts, tmp_path / "out"))
+
+
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_line_that_a_kill_cut_short_is_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for before, after in ((b'{"step": 1}\n{"st', b'{"step": 1}\nx\n'), (b'{"st', b"x\n"), (b"a\n", b"a\nx\n")):
+        path.write_bytes(before)
+        with loop.appending(path) as file:
+            file.write("x\n")
+        assert path.read_bytes() == after
+
+
+def test_the_last_few_and_the_best_are_kept(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """Held-out losses are made up: lowest after step 4, which is saved although it is not due."""
+    losses = {0: 3.0, 2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
+    config = TrainConfig(steps=8, warmup=1, save_every=3, keep=2, evaluate_every=2, log_every=1)
+    seen: list[int] = []
+
+    def measure(_: Llava, step: int) -> dict[str, float]:
+        seen.append(step)
+        return {"loss": losses[step]}
+
+    go(folder, prompts, tmp_path / "out", config, measure=measure)
+    assert seen == [0, 2, 4, 6, 8]
+    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert json.loads((tmp_path / "out" / "checkpoint-8" / "state.json").read_text())["best"] == [1.0, 4]
+    assert [line["held_out"]["loss"] for line in log(tmp_path / "out") if "held_out" in line] == list(losses.values())
+
+
+def test_checkpoints_come_by_time_too(
+    folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on half a minute at every look: each step is looked at once, and a save looks once."""
+    now = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    go(folder, prompts, tmp_path / "out", TrainConfig(steps=6, warmup=1, save_every=100, save_minutes=1, keep=9))
+    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_straight_decay_is_straight() -> None:
+    config = TrainConfig(steps=110, warmup=10, linear=True, final=0.5)
+    rates = [config.rate(step) for step in range(110)]
+    assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
+    assert [config.rate(10 + i) for i in (0, 50, 100)] == [1, 0.75, 0.5]
+
+
+def test_signals_to_a_whole_group_of_processes_end_a_run_in_order(folder: Path, source: Path, tmp_path: Path) -> None:
+    """As a terminal's Ctrl-C, and as batch systems stop jobs: the workers get them as well."""
+    words = ["train", str(source), "-m", str(folder), "-o", str(tmp_path / "out"), "--steps", "100000", "--log-every", "1"]
+    code = "import sys; from llava_interleave.cli import main; sys.argv[0] = 'llava'; main()"
+    for number, left in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"if __name__ == '__main__':\n    {code}", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        steps = (line for line in process.stdout if re.match(r"step [\d,]+ of", line))
+        for _ in range(3):
+            next(steps)
+        os.killpg(process.pid, number)
+        rest, error = process.communicate(timeout=60)
+        assert process.returncode == left, error
+        assert f"stopped by {number.name} after step" in rest
+        assert "Traceback" not in error
+    steps_ = [line["step"] for line in log(tmp_path / "out")]
+    assert steps_ == list(range(1, len(steps_) + 1))
+
+
+def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which a resumed run must repeat."""
+    given = Recipe(
+        model=str(folder), source=source, steps=6, lr=0.01, tokens=400, workers=0, save_every=2,
+        adapter=Adapter(rank=4, dropout=0.3, targets=("language_model.*_proj",)),
+    )  # fmt: skip
+    said: list[str] = []
+    whole = run.run(given, tmp_path / "whole", say=said.append)
+    assert whole == tmp_path / "whole" / "adapter"
+    network = weights.load(folder)
+    adapter = read_adapter(whole, network)
+    assert set(adapter.parts) == {name for name in linears(network) if name.startswith("language_model.")}
+    assert all(part.b.abs().max() > 0 for part in adapter.parts.values())
+    count = sum(part.a.numel() + part.b.numel() for part in adapter.parts.values())
+    base = sum(p.numel() for name, p in network.named_parameters() if name.startswith("language_model."))
+    assert any(re.fullmatch(rf"decoder +{count:,} +{base:,}  0.01", line) for line in said), said
+    stored = checkpoints.load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == count
+    step = loop.step
+
+    def deadly(*words: Any) -> loop.Step:
+        if words[-1] == 5:
+            raise Killed
+        return step(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step", deadly)
+        with pytest.raises(Killed):
+            run.run(given, tmp_path / "killed", say=quiet)
+    resumed = read_adapter(run.run(given, tmp_path / "killed", say=quiet), network)
+    for name, part in adapter.parts.items():
+        assert torch.equal(part.a, resumed.parts[name].a), name
+        assert torch.equal(part.b, resumed.parts[name].b), name
+    with pytest.raises(OptionError, match=r"reaches vision_tower\.\S+, where the factor is 0"):
+        run.run(given.but({"adapter.targets": ("vision_tower.*",)}), tmp_path / "tower", say=quiet)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run on every scenario of the world, with a third held out, whose loss is told to be lowest after step 2."""
+    place = tmp_path_factory.mktemp("finished")
+    annotations = write(place / "data", 12, size=30)
+    given = Recipe(
+        model=str(folder), source=annotations, steps=6, lr=1e-3, tokens=2000, workers=0, held_out=0.34, evaluate_every=2,
+        answers=3, log_every=1,
+    )  # fmt: skip
+    said: list[str] = []
+    measure, losses = run._measure, iter((3.0, 1.0, 2.0, 2.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_measure", lambda *words: measure(*words) | {"loss": next(losses)})
+        run.run(given, place / "out", say=said.append)
+    return place / "out", said
+
+
+def test_what_is_held_out_is_measured_and_answered(finished: tuple[Path, list[str]]) -> None:
+    out, said = finished
+    assert [line["step"] for line in log(out) if "held_out" in line] == [0, 2, 4, 6]
+    asked = json.loads((out / "questions.json").read_text())
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert all(len(line["answers"]) == len(asked) == 3 for line in lines)
+    assert all(one["truth"] and one["question"] and one["pictures"] for one in asked)
+    for line in lines:
+        for one, answer in zip(asked, line["answers"], strict=True):
+            assert f"step {line['step']} {one['name']}: {answer}" in said
+
+
+def test_the_best_measurement_is_a_checkpoint_of_its_own(finished: tuple[Path, list[str]]) -> None:
+    out, said = finished
+    assert said[-1] == f"the held-out loss was lowest after step 2, 1.0000: {out / 'best'}"
+    assert not torch.equal(state(out / "best")["language_model.norm.weight"], state(out / "model")["language_model.norm.weight"])
+    stored = checkpoints.load_file(out / "checkpoint-2" / "model.safetensors")
+    for name, p in state(out / "best").items():
+        if name in stored:
+            assert torch.equal(p, stored[name]), name
+
+
+def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]) -> None:
+    out, _ = finished
+    done = CliRunner().invoke(app, ["train", "report", str(out)])
+    assert done.exit_code == 0, done.exception
+    assert done.output.strip() == str(out / "report.html")
+    page = (out / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|url\(|@import", page)
+    assert "default-src 'none'" in page
+    assert set(re.findall(r'src="([^:"]*)', page)) == {"data"}
+    for title in ("Loss", "Right", "Learning rate", "Tokens a second"):
+        (curve,) = re.findall(rf'<svg [^>]*aria-label="{title} by step">(.*?)</svg>', page)
+        (way,) = re.findall(r'<path class="train" d="M([^"]*)"', curve)
+        assert len(way.split("L")) == 6
+        assert curve.count("<circle") == (4 if title in ("Loss", "Right") else 0)
+        for x, y in (point.split() for point in way.split("L")):
+            assert 0 <= float(x) <= 640
+            assert 0 <= float(y) <= 200
+    assert page.count("<article>") == 3
+    assert page.count("held_out = 0.34") == 1
+    with pytest.raises(DataError, match="holds no run"):
+        raise CliRunner().invoke(app, ["train", "report", str(out.parent)]).exception or AssertionError
+
+
+def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: Path) -> None:
+    """Steps that were done again count once, as they were done last; many points are thinned."""
+    lines = [{"step": s, "loss": float(s), "right": 0.0, "lr": 1.0, "norm": 1.0, "rate": 1.0} for s in [*range(1, 1001), 1000]]
+    lines[-1]["loss"] = 7.0
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 100')
+    (tmp_path / "config.toml").write_text('question = "<script>"\n')
+    assert CliRunner().invoke(app, ["train", "report", str(tmp_path), "-o", str(tmp_path / "x.html")]).exit_code == 0
+    page = (tmp_path / "x.html").read_text()
+    assert "1,000 steps, loss 7.0000" in page
+    assert "&lt;script&gt;" in page
+    assert "<script>" not in page
+    (way,) = re.findall(r'aria-label="Loss by step">.*?<path class="train" d="M([^"]*)"', page)
+    assert len(way.split("L")) == 334
+
+
+def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Recipe(model=str(folder), source=source, steps=1, workers=0, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(Unsupported, match=r"pip install 'llava-interleave\[tensorboard\]'"):
+        run.run(given, tmp_path / "out", say=quiet)
+    seen: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, where: str) -> None:
+            assert where == str(tmp_path / "out" / "tensorboard")
+
+        def __enter__(self) -> "Writer":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer}))
+    run.run(given.but({"held_out": 0.3}), tmp_path / "out", say=quiet)
+    written = {(f"train/{k}", v, 1) for line in log(tmp_path / "out") if "loss" in line for k, v in line.items() if k != "step"}
+    measured = {(f"held out/{k}", v, line["step"]) for line in log(tmp_path / "out") for k, v in line.get("held_out", {}).items()}
+    assert set(seen) == written | measured
+    assert len(measured) == 4
