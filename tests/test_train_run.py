@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -212,6 +213,15 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C as a program has it in front of a terminal, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
     number: signal.Signals, end: type[BaseException], folder: Path, prompts: list[Prompt], tmp_path: Path
@@ -230,6 +240,18 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
     assert [line["step"] for line in log(tmp_path / "out")] == list(range(1, 9))
 
 
+def test_ctrl_c_that_was_ignored_stays_so(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """A run in the background of a shell was stopped by a Ctrl-C meant for something else."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        go(folder, prompts, tmp_path / "out", at=10, what=lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-8"]
+
+
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_does_not_wait(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     def twice() -> None:
         for _ in range(2):  # two that come before the first was taken are one
@@ -361,6 +383,7 @@ def test_a_straight_decay_is_straight() -> None:
     assert [config.rate(10 + i) for i in (0, 50, 100)] == [1, 0.75, 0.5]
 
 
+@pytest.mark.usefixtures("foreground")
 def test_signals_to_a_whole_group_of_processes_end_a_run_in_order(folder: Path, source: Path, tmp_path: Path) -> None:
     """As a terminal's Ctrl-C, and as batch systems stop jobs: the workers get them as well."""
     words = ["train", str(source), "-m", str(folder), "-o", str(tmp_path / "out"), "--steps", "100000", "--log-every", "1"]

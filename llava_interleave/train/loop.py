@@ -257,12 +257,16 @@ def _told(rates: Mapping[str, float]) -> str:
 
 @contextmanager
 def _stopping() -> Iterator[list[signal.Signals]]:
-    """A list that gets the first SIGTERM or SIGINT; a second one does what it always does. In a thread it stays empty."""
+    """A list that gets the first SIGTERM or SIGINT; a second one does what it always does. In a thread it stays empty.
+
+    What was ignored before stays so: a shell has its background jobs ignore Ctrl-C.
+    """
     stop: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(number: int, _: FrameType | None) -> None:
         stop.append(signal.Signals(number))
