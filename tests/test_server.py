@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import itertools
@@ -1124,6 +1125,29 @@ def test_the_guide_has_every_flag_and_no_other() -> None:
         row = next(line for line in guide.splitlines() if line.startswith(f"| `--{field.name.replace('_', '-')}` |"))
         default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
         assert field.default in (None, ()) or f"| {default} |" in row, row
+
+
+HEAPS = """
+import ctypes, threading
+from llava_interleave.server.run import one_heap
+libc, text, size = ctypes.CDLL(None), ctypes.c_char_p(), ctypes.c_size_t()
+libc.open_memstream.restype = ctypes.c_void_p
+switched = one_heap()
+threads = [threading.Thread(target=libc.malloc, args=(1000,)) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+file = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+libc.malloc_info(0, file)
+libc.fclose(file)
+print(switched, text.value.count(b"<heap nr"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="another C library than glibc")
+def test_threads_of_a_server_share_one_heap() -> None:
+    """Memory grew by megabytes a minute of traffic: what one thread's heap had free no other could use."""
+    done = subprocess.run([sys.executable, "-c", HEAPS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "1"]
 
 
 def test_the_command_serves_what_its_flags_say(tiny: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def serve(
         raise typer.BadParameter(f"{log_level!r} is not one of debug, info, warning, error")
     with show.busy("starting"):
         try:
-            from ..server.run import Server
+            from ..server.run import Server, one_heap
         except ModuleNotFoundError as error:
             raise Unsupported(f"{error.name} is missing; serving needs: pip install 'llava-interleave[serve]'") from error
         from ..server.app import create_app
@@ -47,6 +47,7 @@ def serve(
         Keys.read(settings.api_keys)  # a mistake in it is told before the model is loaded
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("llava_interleave").setLevel(level)
+    one_heap()
     bot = show.load(model, revision, precision, device)
     for name, folder in named:
         bot.add_adapter(name, folder)

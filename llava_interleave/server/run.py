@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import socket
 
 import uvicorn
@@ -16,6 +17,22 @@ KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
 AFTERWARDS = 5
 """Seconds after the time of grace in which clients take what they are told."""
+
+
+M_ARENA_MAX = -8
+"""glibc's malloc.h: how many heaps there may be."""
+
+
+def one_heap() -> bool:
+    """Have this process's threads share one heap, before they have any; -> whether the C library has a switch for that.
+
+    glibc gives threads heaps of their own. What requests of all sizes leave free in one no other can use, so that memory
+    grows for as long as there is traffic; docs/decisions.md has the figures.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
+    except (AttributeError, OSError, TypeError):  # another C library; Windows
+        return False
 
 
 class Protocol(H11Protocol):
