@@ -164,7 +164,7 @@ def _take(source: Iterator[tuple[B, Position]], count: int, stop: Sequence[objec
     """The next batches; none where SIGTERM has ended the workers, too."""
     try:
         return list(islice(source, count))
-    except RuntimeError:
+    except (RuntimeError, EOFError, OSError):  # the worker is gone; or it is while its tensors are handed over
         if not stop:
             raise
         return []
