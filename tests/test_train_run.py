@@ -543,6 +543,13 @@ def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: P
     assert len(way.split("L")) == 334
 
 
+def test_a_quantised_checkpoint_is_refused(folder: Path, source: Path, tmp_path: Path) -> None:
+    weights.save(weights.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder)
+    with pytest.raises(Unsupported, match="holds int8 weights, which no gradient goes through: train the checkpoint it was made"):
+        run.run(Recipe(model=str(tmp_path / "int8"), source=source, steps=1), tmp_path / "out", say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
     folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,8 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
         raise OptionError("say how long to train: steps, or epochs, passes over all samples")
     device = device_named(("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device)
     folder, form = weights.resolve(recipe.model), Form(recipe.template, recipe.anyres, recipe.front)
+    if held := weights.stored_precision(folder):
+        raise Unsupported(f"{folder} holds {held} weights, which no gradient goes through: train the checkpoint it was made from")
     found = sources.rows(recipe.source, media=recipe.media, question=recipe.question, seed=recipe.seed)
     units = _sound(found, folder, recipe, form, say)
     share = (0.1 if recipe.source.is_dir() else 0.0) if recipe.held_out is None else recipe.held_out

@@ -1,7 +1,7 @@
 """Checkpoints in and out: safetensors in every layout of the family, strict; local folders and the hub. Knows no engines."""
 
 from .adapters import adapter_fingerprint, read_adapter, write_adapter
-from .files import fingerprint, read_config, read_json
+from .files import fingerprint, read_config, read_json, stored_precision
 from .hub import resolve
 from .layouts import LAYOUTS, CheckpointLayout
 from .load import load, shapes, size, skeleton
@@ -21,6 +21,7 @@ __all__ = [
     "shapes",
     "size",
     "skeleton",
+    "stored_precision",
     "write_adapter",
     "write_checkpoint",
 ]
