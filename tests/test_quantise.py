@@ -170,7 +170,7 @@ def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
 
 
 def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("llava_interleave.weights.load"), "_device", torch.device)
+    monkeypatch.setattr(import_module("llava_interleave.weights.load"), "device_named", torch.device)
     with pytest.raises(Unsupported, match="weights of 4 and 8 bits are for a CPU, not for cuda"):
         weights.load(folder, precision="int8", device="cuda")
 

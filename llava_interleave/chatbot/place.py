@@ -15,7 +15,7 @@ from ..model import Llava
 from ..model.quantise import RECIPES
 from ..weights import skeleton
 from ..weights.files import read_config, read_headers, stored_precision
-from ..weights.load import _device
+from ..weights.load import device_named
 from ..weights.tensors import FLOATS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +54,7 @@ def warn_if_slow(precision: str | None) -> None:
 def pick_device(name: str) -> str:
     """`auto` is the first CUDA GPU where there is one, else the CPU. Raises `Unsupported` for a device that is not here."""
     if name != "auto":
-        return str(_device(name))
+        return str(device_named(name))
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -20,7 +20,7 @@ from ..journal import Journal
 from ..model import Llava
 from ..model.lora import Lora, attach
 from ..weights.adapters import write_adapter
-from ..weights.load import _device as device_named
+from ..weights.load import device_named
 from . import checkpoints, data, sources
 from .answers import Answers
 from .batch import Pairs, Windows, batches, join, pack

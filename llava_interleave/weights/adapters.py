@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
 from ..model.lora import Adapter, Lora, LowRank, linears
-from .files import read_json
+from .files import new_folder, read_json
 from .layouts import ours, theirs
 from .tensors import FLOATS, Reader, Stored, read_header, write
 
@@ -125,9 +123,7 @@ def write_adapter(folder: str | Path, adapter: Adapter, *, base: str | None = No
 
     base: the folder or hub name of the network it is for, as a note. The folder must not exist or be empty.
     """
-    folder, lora = Path(folder).absolute(), adapter.lora
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; give a new folder")
+    lora = adapter.lora
     names = {name: theirs(f"{name}.weight", "transformers-5").removesuffix(".weight") for name in adapter.parts}
     tensors = {
         f"base_model.model.{names[name]}.lora_{side}.weight": tensor
@@ -151,19 +147,10 @@ def write_adapter(folder: str | Path, adapter: Adapter, *, base: str | None = No
         "task_type": None,
         "use_rslora": lora.rslora,
     }
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(Path(folder)) as partial:
         dtype = next(iter(tensors.values())).dtype
         write(partial / TENSORS, {name: tuple(t.shape) for name, t in tensors.items()}, dtype, tensors.__getitem__)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def adapter_fingerprint(folder: str | Path) -> str:

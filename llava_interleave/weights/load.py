@@ -42,7 +42,7 @@ def load(
     Missing, surplus and misshapen tensors are listed together in one `CheckpointError`.
     """
     folder = Path(folder)
-    place = _device(device)
+    place = device_named(device)
     held = stored_precision(folder)
     if held and precision not in (None, held):
         raise OptionError(f"{folder} holds {held} weights; for {precision} quantise the checkpoint that it was made from")
@@ -164,7 +164,7 @@ def _list(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind}: {', '.join(names[:8])}{rest}"
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:

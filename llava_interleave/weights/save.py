@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..config import METHOD, QUANTISATION, LlavaConfig
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
 from ..model.quantise import quantised
-from .files import INDEX, SINGLE, VERSION
+from .files import INDEX, SINGLE, VERSION, new_folder
 from .layouts import LAYOUTS, CheckpointLayout, theirs
 from .load import DTYPES, blank, shapes
 from .tensors import shards, write
@@ -89,12 +88,7 @@ def write_checkpoint(
     if max_shard_bytes < 1:
         raise OptionError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
     companions = _companions(None if processor_from is None else Path(processor_from))
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; give a new folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(Path(folder)) as partial:
         _write_tensors(partial, blank(config, precision), tensor, dtype, layout, max_shard_bytes)
         values = config.to_dict(original=layout == "original") | {"torch_dtype": str(dtype).removeprefix("torch.")}
         if precision:
@@ -102,13 +96,6 @@ def write_checkpoint(
         _write_json(partial / "config.json", values)
         for path in companions:
             shutil.copyfile(path, partial / path.name)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _companions(source: Path | None) -> list[Path]:
