@@ -1,15 +1,39 @@
-"""Frozen shapes of vision, text and model, from and to a checkpoint's config.json. Knows no torch and no files."""
+"""Frozen shapes of vision, text and model, from and to a checkpoint's config.json. Knows no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
 
 QUANTISATION, METHOD = "quantization_config", "llava-interleave"
 """Where config.json tells that weights are quantised, and that this package did it."""
+_MAX_JSON = 64 << 20
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; {} for an `optional` file that is not there. Else `CheckpointError`."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        if optional:
+            return {}
+        raise CheckpointError(f"there is no {path.name} in {path.parent}; a checkpoint is a folder that holds one") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

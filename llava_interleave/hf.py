@@ -6,11 +6,10 @@ be honoured raises `Unsupported` or `OptionError` with the way out, it is never 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import inspect
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from . import notice, weights
 from .chatbot import kv_memory, named_dtype, pick_device
+from .config import read_json
 from .engine import Engine, Sampling
 from .errors import OptionError, PromptError, Unsupported
 from .layout import Layout
@@ -75,6 +75,7 @@ class AutoProcessor:
     def __init__(self, processor: Processor, tokenizer: _Tokens) -> None:
         self.inner = processor
         self.tokenizer = tokenizer
+        self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
 
     @classmethod
     def from_pretrained(
@@ -86,7 +87,7 @@ class AutoProcessor:
                 "use_fast=True resizes with torchvision, whose pixels differ; leave it out for the exact PIL resize"
             )
         folder = weights.resolve(name, revision)
-        written = _json(folder / "tokenizer_config.json")
+        written = read_json(folder / "tokenizer_config.json", optional=True)
         processor = Processor.from_folder(folder)
         pad = written.get("pad_token") or "<|endoftext|>"
         pad_id = processor.tokenizer.encode(pad["content"] if isinstance(pad, dict) else pad)[0]
@@ -124,12 +125,13 @@ class AutoProcessor:
                 raise OptionError(f"texts of {sorted({len(row) for row in rows})} tokens make no tensor; pass padding=True")
             longest = 0
         side = padding_side or self.tokenizer.padding_side
-        pads = [[self.tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
-        ids = [pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)]
-        seen = [
-            [0] * len(pad) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(pad)
-            for row, pad in zip(rows, pads, strict=True)
-        ]
+
+        def filled(row: list[int], filler: int) -> list[int]:
+            gap = [filler] * (longest - len(row))
+            return gap + row if side == "left" else row + gap
+
+        ids = [filled(row, self.tokenizer.pad_token_id) for row in rows]
+        seen = [filled([1] * len(row), 0) for row in rows]
         made = BatchFeature(input_ids=ids, attention_mask=seen)
         pixels = [media.pixels for prompt in prompts for media in prompt.media]
         if pixels:
@@ -154,10 +156,12 @@ class AutoProcessor:
         conversation names by URL, path or as objects. A list of conversations gives a list."""
         batched = isinstance(conversation[0], Sequence)
         conversations: list[Messages] = list(conversation) if batched else [conversation]  # type: ignore[arg-type, list-item]
-        texts = [self._render(one, add_generation_prompt, continue_final_message) for one in conversations]
+        rendered = [self._render(one, add_generation_prompt, continue_final_message) for one in conversations]
+        texts, images = [text for text, _ in rendered], [sources for _, sources in rendered]
         if not tokenize:
             return texts if batched else texts[0]
-        images = [[_source(part) for part in _pictures(one)] for one in conversations]
+        if any(source is None for sources in images for source in sources):
+            raise PromptError("an image part of a tokenised conversation needs 'image', 'url', 'path' or 'base64'")
         made = self(
             images if any(images) else None,
             texts if batched else texts[0],
@@ -167,20 +171,13 @@ class AutoProcessor:
         )
         return made if return_dict else made["input_ids"]
 
-    def decode(self, ids: Tensor | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of one sequence of ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens)
-
-    def batch_decode(self, rows: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
-        """The texts of several sequences of ids."""
-        return self.tokenizer.batch_decode(rows, skip_special_tokens)
-
-    def _render(self, conversation: Messages, generation: bool, continued: bool) -> str:
+    def _render(self, conversation: Messages, generation: bool, continued: bool) -> tuple[str, list[object]]:
+        """The text, and what its image parts name, in order; None of one that names nothing."""
         if generation and continued:
             raise OptionError("add_generation_prompt and continue_final_message contradict each other")
-        bare = [message | {"content": _without_sources(message["content"])} for message in map(dict, conversation)]
-        rendered = hf_text(parse(bare, FrameSampling()), generation)[0]
-        return rendered.removesuffix(TURN_END) if continued else rendered
+        messages = [{**message, "content": _content(message["content"])} for message in conversation]
+        text, _, slots = hf_text(parse(messages, FrameSampling()), generation)
+        return text.removesuffix(TURN_END) if continued else text, [slot.source for slot in slots if slot.kind == "image"]
 
 
 class LlavaForConditionalGeneration:
@@ -216,20 +213,25 @@ class LlavaForConditionalGeneration:
         if not low_cpu_mem_usage:
             raise OptionError("low_cpu_mem_usage=False: weights are always read straight to their place; leave it out")
         if load_in_4bit or load_in_8bit:
-            raise _quantised(4 if load_in_4bit else 8)
+            reason = "is not offered yet" if torch.cuda.is_available() else "needs a CUDA GPU, which this machine lacks"
+            raise Unsupported(
+                f"load_in_{4 if load_in_4bit else 8}bit {reason}; leave it out and pass torch_dtype=torch.bfloat16, "
+                "half the memory of float32"
+            )
         if use_flash_attention_2 or attn_implementation == "flash_attention_2":
-            _flash_attention()
+            if not torch.cuda.is_available():
+                raise Unsupported(
+                    "FlashAttention 2 needs a CUDA GPU, which this machine lacks; leave it out: attention is PyTorch's fused SDPA"
+                )
         elif attn_implementation not in (None, "sdpa"):
             raise Unsupported(f"attn_implementation={attn_implementation!r}: attention is PyTorch's SDPA here; leave it out")
         wanted = dtype if dtype is not None else torch_dtype
+        if isinstance(wanted, str):
+            wanted = None if wanted == "auto" else named_dtype(wanted)
         folder = weights.resolve(name, revision)
-        model = weights.load(
-            folder,
-            dtype=None if wanted in (None, "auto") else _dtype(wanted),
-            device=_device("cpu" if device_map is None else device_map),
-        )
+        model = weights.load(folder, dtype=wanted, device=_device("cpu" if device_map is None else device_map))
         notice.show_once(str(name), folder)
-        return cls(model, Tokenizer.from_folder(folder), _json(folder / "generation_config.json"))
+        return cls(model, Tokenizer.from_folder(folder), read_json(folder / "generation_config.json", optional=True))
 
     @property
     def device(self) -> torch.device:
@@ -279,20 +281,16 @@ class LlavaForConditionalGeneration:
             raise unknown("keyword of generate", next(iter(other)), known)
         if num_beams != 1 or not use_cache:
             raise Unsupported("beam search and use_cache=False do not exist here; leave them out")
-        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        if not do_sample and (
-            vain := [name for name, value in drawn.items() if value is not None and (name, value) != ("temperature", 0)]
-        ):
-            raise OptionError(f"{vain[0]} does nothing without do_sample=True; leave it out or pass do_sample=True")
         if do_sample and temperature == 0:
             raise OptionError("temperature=0 is greedy; pass do_sample=False instead")
+        given = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        drawn = {name: value for name, value in given.items() if value is not None}
+        if drawn and not do_sample:
+            raise OptionError(f"{next(iter(drawn))} does nothing without do_sample=True; leave it out or pass do_sample=True")
         eos = self._eos(eos_token_id)
         shared: dict[str, Any] = {
             "max_new_tokens": 20 if max_new_tokens is None else max_new_tokens,
-            "temperature": (1.0 if temperature is None else temperature) if do_sample else 0.0,
-            "top_k": (50 if top_k is None else top_k) if do_sample else 0,
-            "top_p": 1.0 if top_p is None else top_p,
-            "min_p": 0.0 if min_p is None else min_p,
+            **({"temperature": 1.0, "top_k": 50} | drawn if do_sample else {}),
             "repetition_penalty": repetition_penalty,
             "ignore_eos": True,
             "stop_ids": tuple(eos),
@@ -396,27 +394,25 @@ class pipeline:  # noqa: N801  (transformers' name)
             images, text = images["images"], images["text"]
         if text is None:
             images, text = None, images
+        answered = partial(
+            self._answered,
+            chosen=chosen,
+            full=return_full_text is not False,
+            tensors=bool(return_tensors),
+            skip=skip_special_tokens,
+        )
         if _is_chat(text):
             if images is not None:
                 raise PromptError("images of a chat stand inside its content: {'type': 'image', 'url': ...}")
-            if not isinstance(text[0], Mapping):
-                return [
-                    self._chat(chat, continue_final_message, chosen, return_full_text, return_tensors, skip_special_tokens)
-                    for chat in text
-                ]
-            return self._chat(text, continue_final_message, chosen, return_full_text, return_tensors, skip_special_tokens)
+            if isinstance(text[0], Mapping):
+                return self._chat(text, continue_final_message, answered)
+            return [self._chat(chat, continue_final_message, answered) for chat in text]
         if images is None and not isinstance(text, str):
-            return [
-                self(text=one, generate_kwargs=chosen, return_full_text=return_full_text, return_tensors=return_tensors)
-                for one in text
-            ]
-        inputs = self.processor(images, text, return_tensors="pt", padding=True)
-        asked = [text] if isinstance(text, str) else list(text)
-        return self._records(inputs, asked, chosen, return_full_text, return_tensors, skip_special_tokens)
+            return [answered([one], self.processor(text=one, return_tensors="pt")) for one in text]
+        texts = [text] if isinstance(text, str) else list(text)
+        return answered(texts, self.processor(images, texts, return_tensors="pt", padding=True))
 
-    def _chat(
-        self, chat: Messages, continued: bool | None, chosen: dict[str, Any], full: bool | None, tensors: bool | None, skip: bool
-    ) -> list[dict[str, Any]]:
+    def _chat(self, chat: Messages, continued: bool | None, answered: Callable[..., list[Any]]) -> list[Any]:
         continued = chat[-1]["role"] == "assistant" if continued is None else continued
         inputs = self.processor.apply_chat_template(
             chat,
@@ -426,38 +422,39 @@ class pipeline:  # noqa: N801  (transformers' name)
             return_dict=True,
             return_tensors="pt",
         )
-        records = self._records(inputs, [chat], chosen, False, tensors, skip)
-        if not tensors and full is not False:
-            for record in records:
-                record["generated_text"] = _with_answer(chat, record["generated_text"], continued)
-        return records
+        return answered([chat], inputs, continued)
 
-    def _records(
+    def _answered(
         self,
+        asked: Sequence[str | Messages],
         inputs: BatchFeature,
-        asked: Sequence[Any],
-        chosen: dict[str, Any],
-        full: bool | None,
-        tensors: bool | None,
+        continued: bool = False,
+        *,
+        chosen: Mapping[str, Any],
+        full: bool,
+        tensors: bool,
         skip: bool,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Any]:
         ids = self.model.generate(**inputs.to(self.model.device), **chosen)
         asked = [one for one in asked for _ in range(len(ids) // len(asked))]
         if tensors:
             return [{"input_text": one, "generated_token_ids": row} for one, row in zip(asked, ids, strict=True)]
         new = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=skip)
         return [
-            {"input_text": one, "generated_text": one + text if full is not False else text}
+            {"input_text": one, "generated_text": _with_answer(one, text, continued) if full else text}
             for one, text in zip(asked, new, strict=True)
         ]
 
 
-def _with_answer(chat: Messages, text: str, continued: bool) -> list[Any]:
-    """The chat with the answer as a new turn, or at the end of its last one."""
+def _with_answer(asked: str | Messages, text: str, continued: bool) -> str | list[Any]:
+    """A text with its continuation; a chat with the answer as a new turn, or at the end of its last one."""
+    if isinstance(asked, str):
+        return asked + text
     if not continued:
-        return [*chat, {"role": "assistant", "content": text}]
-    *parts, last = chat[-1]["content"]
-    return [*chat[:-1], {"role": chat[-1]["role"], "content": [*parts, {**last, "text": last["text"] + text}]}]
+        return [*asked, {"role": "assistant", "content": text}]
+    content = asked[-1]["content"]
+    whole = content + text if isinstance(content, str) else [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
+    return [*asked[:-1], {**asked[-1], "content": whole}]
 
 
 def _is_chat(given: object) -> bool:
@@ -470,33 +467,20 @@ def _is_chat(given: object) -> bool:
     )
 
 
-def _pictures(conversation: Messages) -> Iterable[Mapping[str, Any]]:
-    for message in conversation:
-        if not isinstance(message["content"], str):
-            yield from (part for part in message["content"] if part["type"] != "text")
+def _content(content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+    """The parts with what an image names under one key, whichever of transformers' it had."""
+    return content if isinstance(content, str) else [part if part["type"] == "text" else _image(part) for part in content]
 
 
-def _without_sources(content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
-    """The parts as the template sees them."""
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part["type"] not in ("text", "image", "image_url"):
-            raise Unsupported(f"the checkpoint's template has no {part['type']!r} part; pass its frames as images")
-    return [part if part["type"] == "text" else {"type": "image"} for part in content]
-
-
-def _source(part: Mapping[str, Any]) -> object:
-    """What an image part names: an object, URL or path."""
-    if part["type"] == "image_url":
-        named = part["image_url"]
-        return named["url"] if isinstance(named, Mapping) else named
-    if "base64" in part:
-        return base64.b64decode(part["base64"], validate=True)
-    for key in ("image", "url", "path"):
-        if key in part:
-            return part[key]
-    raise PromptError("an image part of a tokenised conversation needs 'image', 'url', 'path' or 'base64'")
+def _image(part: Mapping[str, Any]) -> dict[str, Any]:
+    if part["type"] not in ("image", "image_url"):
+        raise Unsupported(f"the checkpoint's template has no {part['type']!r} part; pass its frames as images")
+    named = part.get("image_url", part)
+    if not isinstance(named, Mapping):
+        named = {"url": named}
+    if "base64" in named:
+        return {"type": "image", "base64": named["base64"]}
+    return {"type": "image", "image": next((named[key] for key in ("image", "url", "path") if key in named), None)}
 
 
 def _share(texts: Sequence[str], images: Any) -> list[list[object]]:
@@ -538,27 +522,3 @@ def _device(named: str | int | torch.device | Mapping[str, Any]) -> str:
             raise Unsupported("a device_map that splits the network is not offered; give one device, such as device_map='cuda'")
         named = named[""]
     return pick_device(f"cuda:{named}" if isinstance(named, int) else str(named))
-
-
-def _dtype(named: torch.dtype | str) -> torch.dtype:
-    return named if isinstance(named, torch.dtype) else named_dtype(named)
-
-
-def _quantised(bits: int) -> Unsupported:
-    reason = "needs a CUDA GPU, which this machine lacks" if not torch.cuda.is_available() else "is not offered yet"
-    return Unsupported(
-        f"load_in_{bits}bit {reason}; leave it out and pass torch_dtype=torch.bfloat16, half the memory of float32"
-    )
-
-
-def _flash_attention() -> None:
-    if not torch.cuda.is_available():
-        raise Unsupported(
-            "FlashAttention 2 needs a CUDA GPU, which this machine lacks; leave it out: attention is PyTorch's fused SDPA"
-        )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    read = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    assert isinstance(read, dict)
-    return read

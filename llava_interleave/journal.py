@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from .errors import DataError
@@ -44,13 +43,11 @@ class Journal:
                 self._write(header)
                 return
             _same(path, _header(path, first), json.loads(header)["run"])
-            at = len(first)
-            for number, line in enumerate(iter(self._file.readline, b""), 2):
-                if not line.endswith(b"\n"):
-                    self._file.truncate(at)
-                    break
-                self.done[_id(path, number, line, self.done)] = at
-                at += len(line)
+            end = len(first)
+            for row, size in _rows(path, self._file):
+                self.done[row["id"]] = end
+                end += size
+            self._file.truncate(end)
         except BaseException:
             self._file.close()
             raise
@@ -75,7 +72,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def _write(self, data: bytes) -> None:
@@ -87,16 +84,11 @@ class Journal:
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """How a file's rows were made, and the rows; a last line that was cut short is left out. Raises `DataError`."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        with path.open("rb") as file:
+            run = _header(path, file.readline())
+            return run, [row for row, _ in _rows(path, file)]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    run = _header(path, lines[0] if lines else b"")
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines[1:], 2):
-        seen[_id(path, number, line, seen)] = number
-    return run, [json.loads(line) for line in lines[1:]]
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
@@ -106,21 +98,28 @@ def _line(value: Mapping[str, Any]) -> bytes:
 def _header(path: Path, line: bytes) -> dict[str, Any]:
     try:
         run = json.loads(line)["run"]
-        if isinstance(run, dict):
+        if isinstance(run, dict) and line.endswith(b"\n"):
             return run
     except (ValueError, TypeError, KeyError):
         pass
     raise DataError(f"{path} is not a results file of this program; name another file")
 
 
-def _id(path: Path, number: int, line: bytes, known: Mapping[str, int]) -> str:
-    try:
-        name = json.loads(line)["id"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"line {number} of {path} is damaged; take it out and its sample is answered again") from error
-    if not isinstance(name, str) or name in known:
-        raise DataError(f"line {number} of {path} has the id {name!r}, which is no text or was there before")
-    return name
+def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[Row, int]]:
+    """The rows behind the first line, which has been read, and how many bytes each has; one that was cut short is left out."""
+    known: set[str] = set()
+    for number, line in enumerate(file, 2):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = json.loads(line)
+            name = row["id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"line {number} of {path} is damaged; take it out and its sample is answered again") from error
+        if not isinstance(name, str) or name in known:
+            raise DataError(f"line {number} of {path} has the id {name!r}, which is no text or was there before")
+        known.add(name)
+        yield row, len(line)
 
 
 def _same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

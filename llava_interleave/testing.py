@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from .config import LlavaConfig, TextConfig, VisionConfig
-from .processing.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, SPLIT
+from .processing.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, qwen2_tokenizer
 from .weights import CheckpointLayout, shapes, skeleton, write_checkpoint
 
 SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
@@ -126,20 +126,6 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return tokenizer
-
-
-def qwen2_tokenizer(model: models.Model) -> Tokenizer:
-    """`model` between Qwen2's normaliser, pre-tokenizer and decoder."""
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 

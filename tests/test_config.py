@@ -1,12 +1,13 @@
 """config.json in every form of the family, held against transformers' own reading of it."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig, read_json
 from llava_interleave.errors import CheckpointError
 from llava_interleave.testing import tiny_config
 
@@ -323,3 +324,16 @@ def test_harmless_keys_change_nothing(path: str, value: object) -> None:
 def test_plain_language_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="model_type is 'qwen2'"):
         LlavaConfig.from_dict(HALF_B["text_config"])
+
+
+def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    assert read_json(file, optional=True) == {}
+    with pytest.raises(CheckpointError, match="there is no config"):
+        read_json(file)
+    for written, says in (("{", "no valid JSON"), ("[" * 100_000, "no valid JSON"), ("[]", "must hold a JSON object")):
+        file.write_text(written)
+        with pytest.raises(CheckpointError, match=says):
+            read_json(file, optional=True)
+    file.write_text('{"a": 1}')
+    assert read_json(file) == {"a": 1}

@@ -1,5 +1,6 @@
 """The model card's snippets, here and in transformers: same inputs, same ids, same shapes of output."""
 
+import base64
 import functools
 import http.server
 import threading
@@ -193,6 +194,35 @@ def test_pipeline_outputs(pipes: Any, pictures: list[Path], flags: dict[str, boo
     for call in calls:
         ours, theirs = (pipe(**call, **flags, max_new_tokens=8) for pipe in pipes)
         records_equal(ours, theirs)
+
+
+def test_several_texts_are_answered_each_alone(pipes: Any) -> None:
+    """Also with the marks between turns shown, where they are asked for."""
+    texts = [processor_text("Hm?", 0), "Hello there"]
+    made = pipes[0](text=texts, max_new_tokens=8, skip_special_tokens=False)
+    records_equal(made, [pipes[0](text=text, max_new_tokens=8, skip_special_tokens=False) for text in texts])
+    records_equal(pipes[0](text=texts, max_new_tokens=8), [pipes[1](text=text, max_new_tokens=8) for text in texts])
+
+
+def test_an_answer_begun_as_a_plain_text_goes_on(pipes: Any) -> None:
+    """As one begun in parts; transformers has no answer for it."""
+    asked = {"role": "user", "content": "Hm?"}
+    plain, parts = ([asked, {"role": "assistant", "content": begun}] for begun in ("It", [{"type": "text", "text": "It"}]))
+    (of_plain,), (of_parts,) = (pipes[0](text=begun, max_new_tokens=8) for begun in (plain, parts))
+    assert of_plain["generated_text"][-1]["content"] == of_parts["generated_text"][-1]["content"][0]["text"]
+
+
+def test_an_image_part_under_each_of_its_names(ours: Any, pictures: list[Path]) -> None:
+    embedded = base64.b64encode(pictures[0].read_bytes()).decode()
+    named = [{"type": "image", key: str(pictures[0])} for key in ("image", "path", "url")]
+    named += [{"type": "image_url", "image_url": url} for url in (f"data:image/png;base64,{embedded}", {"url": str(pictures[0])})]
+    named += [{"type": "image", "base64": embedded}]
+    flags = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    made = [ours[1].apply_chat_template([{"role": "user", "content": [part]}], **flags) for part in named]
+    for one in made[1:]:
+        same(one, made[0])
+    with pytest.raises(PromptError, match="needs 'image'"):
+        ours[1].apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], **flags)
 
 
 def test_sampling_is_repeatable_from_torchs_seed(ours: Any) -> None:

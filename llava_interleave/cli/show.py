@@ -39,11 +39,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `options: Options` a flag for every field of it."""
-    return with_flags(Options, "options")(command)
-
-
 def with_flags(record: type[Any], name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command that takes `name: record`, a dataclass whose fields have a help, a flag for every field of it."""
     hints = typing.get_type_hints(record)
@@ -85,6 +80,10 @@ def _flag_type(hint: Any) -> Any:
     if "tuple" not in str(hint):
         return hint
     return list[int] | None if hint == tuple[int, ...] else list[str] | None
+
+
+with_options = with_flags(Options, "options")
+"""Gives a command that takes `options: Options` a flag for every field of it."""
 
 
 def attachments(words: list[str] | None, views: list[str] | None) -> list[object]:

@@ -45,12 +45,18 @@ class Slot:
     name: str | None = None
 
 
+Text = list[str | Slot]
+"""A text with the placeholders that are spelled in it."""
+Parts = list[Slot | Text]
+"""What a message holds, in order: images or videos, and texts."""
+
+
 @dataclass(slots=True)
 class Turn:
-    """One message: its parts in order, an image or video (`Slot`) or a text with the placeholders that are spelled in it."""
+    """One message."""
 
     role: str
-    parts: list[Slot | list[str | Slot]]
+    parts: Parts
 
 
 @dataclass(slots=True)
@@ -94,7 +100,7 @@ def _turn(message: Mapping[str, Any], where: str, frames: FrameSampling) -> Turn
     return turn
 
 
-def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> list[Slot | list[str | Slot]]:
+def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> Parts:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         _check_keys(part, where, needed=("type", "text"))
@@ -124,19 +130,19 @@ def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> list[Sl
     raise PromptError(f"{where} has the type {kind!r}; the types are text, image, image_url, video, video_url, views")
 
 
-def _text(text: str) -> list[str | Slot]:
-    pieces: list[str | Slot] = []
+def _text(text: str) -> Text:
+    pieces: Text = []
     for i, piece in enumerate(text.split(IMAGE)):
         pieces += [Slot(), piece] if i else [piece]
     return [piece for piece in pieces if piece != ""]
 
 
-def _views(views: Any, where: str) -> list[Slot | list[str | Slot]]:
+def _views(views: Any, where: str) -> Parts:
     if isinstance(views, Mapping):
         views = [{"name": name, "image": image} for name, image in views.items()]
     if not isinstance(views, Sequence) or isinstance(views, str | bytes) or not views:
         raise PromptError(f"the views of {where} must be a list of images, of {{'name', 'image'}}, or {{name: image}}")
-    parts: list[Slot | list[str | Slot]] = []
+    parts: Parts = []
     for i, view in enumerate(views):
         name = None
         if isinstance(view, Mapping):
@@ -281,14 +287,14 @@ def _hf(tokenizer: Tokenizer, turns: list[Turn], generation: bool) -> Rendered:
     return Rendered(tokens, learn, slots)
 
 
-def _noted(parts: list[Slot | list[str | Slot]], notes: Mapping[Slot, str]) -> list[Slot | list[str | Slot]]:
+def _noted(parts: Parts, notes: Mapping[Slot, str]) -> Parts:
     """Parts with notes put behind the media they belong to."""
-    out: list[Slot | list[str | Slot]] = []
+    out: Parts = []
     for part in parts:
         if isinstance(part, Slot):
             out += [part, [notes[part]]] if part in notes else [part]
             continue
-        pieces: list[str | Slot] = []
+        pieces: Text = []
         for piece, following in zip(part, [*part[1:], " "], strict=True):
             pieces.append(piece)
             if isinstance(piece, Slot) and piece in notes:
@@ -299,7 +305,7 @@ def _noted(parts: list[Slot | list[str | Slot]], notes: Mapping[Slot, str]) -> l
     return out
 
 
-def _flat(parts: list[Slot | list[str | Slot]], after_media: str) -> list[str | Slot]:
+def _flat(parts: Parts, after_media: str) -> list[str | Slot]:
     """Parts one after the other, with what separates them; neighbouring texts stay apart pieces."""
     out: list[str | Slot] = []
     for part in parts:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..config import read_json
 from ..errors import CheckpointError, MediaError
 from ..layout import Layout, best_pinpoint
-from .tokenizer import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held; from 5 on the sides are swapped."""
-ACTIONS = ("resize", "rescale", "normalize", "center_crop", "pad")
+ACTIONS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "do_pad": False}
+KNOWN = {"size", "image_mean", "image_std", "resample", "rescale_factor", *ACTIONS}
 PLAIN = ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")
 
 
@@ -91,18 +92,15 @@ class ImageSettings:
         """
         given: dict[str, Any] = {}
         for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-            if (folder / name).is_file():
-                found = read_json(folder / name)
-                found = (found.get(key) or {}) if key else found
-                if clash := sorted(k for k in KNOWN & found.keys() & given.keys() if found[k] != given[k]):
-                    raise CheckpointError(f"{name} and preprocessor_config.json disagree about {', '.join(clash)}")
-                given |= found
+            found = read_json(folder / name, optional=True)
+            found = (found.get(key) or {}) if key else found
+            if clash := sorted(k for k in KNOWN & found.keys() & given.keys() if found[k] != given[k]):
+                raise CheckpointError(f"{name} and preprocessor_config.json disagree about {', '.join(clash)}")
+            given |= found
         kind = given.get("image_processor_type", "SiglipImageProcessor")
         if not kind.startswith("Siglip"):
             raise CheckpointError(f"the checkpoint's pictures are prepared by {kind}, this family's by SiglipImageProcessor")
-        wrong = [k for k in ("do_resize", "do_rescale", "do_normalize") if given.get(k) is False]
-        wrong += [k for k in ("do_center_crop", "do_pad") if given.get(k)]
-        if wrong:
+        if wrong := [k for k, ours in ACTIONS.items() if given.get(k) is not None and bool(given[k]) != ours]:
             raise CheckpointError(f"preprocessing with {', '.join(f'{k}={given[k]}' for k in wrong)} is not of this family")
         sides = given.get("size", size)
         sides = set(sides.values()) if isinstance(sides, dict) else {sides}
@@ -173,9 +171,6 @@ class ImageSettings:
             for channel in range(3):
                 np.take(self.table[channel], values[..., channel], out=out[index, channel], mode="clip")
         return torch.from_numpy(out), digest.digest()
-
-
-KNOWN = {"size", "image_mean", "image_std", "resample", "rescale_factor"} | {f"do_{a}" for a in ACTIONS}
 
 
 def _triple(value: float | list[float]) -> tuple[float, float, float]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from io import BytesIO
@@ -23,7 +22,7 @@ from ..errors import LlavaError, MediaError, MediaRefused
 from .fetch import fetch
 from .images import ORIENTATION, from_array, to_rgb
 from .limits import Deadline, Limits, PixelBudget
-from .video import Clip, Clock, FrameSampling, read_film
+from .video import Clip, Clock, Each, FrameSampling, read_film
 
 IMAGES = "JPEG, PNG, WEBP, GIF or BMP"
 FILMS = "MP4/MOV, WEBM/MKV, AVI, MPEG-TS, animated GIF or WEBP"
@@ -65,12 +64,9 @@ class Loader:
         source: object,
         sampling: FrameSampling = FrameSampling(),  # noqa: B008  frozen
         budget: PixelBudget | None = None,
-        each: Callable[[Image.Image], Image.Image] | None = None,
+        each: Each | None = None,
     ) -> Clip:
-        """Frames as RGB, of a film, an animated GIF or WEBP, a folder of pictures or a list of them.
-
-        `each` is applied to a frame as soon as it is decoded, so that large frames need not be kept.
-        """
+        """Frames as RGB, of a film, an animated GIF or WEBP, a folder of pictures or a list of them."""
 
         def keep(frame: Image.Image) -> Image.Image:
             if budget:
@@ -119,7 +115,7 @@ class Loader:
                         self.limits.check_size(*picture.size)
                         yield picture
 
-    def _video(self, source: object, sampling: FrameSampling, each: Callable[[Image.Image], Image.Image] | None) -> Clip:
+    def _video(self, source: object, sampling: FrameSampling, each: Each | None) -> Clip:
         with _naming(source):
             if getattr(source, "ndim", 0) == 4:
                 source = list(source)  # type: ignore[call-overload]
@@ -132,16 +128,14 @@ class Loader:
             with self._open(source, self.limits.video_bytes) as file:
                 head = file.read(512)
                 file.seek(0)
-                if image_format(head) in ("GIF", "WEBP"):
+                if (still := image_format(head)) in ("GIF", "WEBP"):
                     with _guarding("the animation is damaged or cut short"):
-                        return self._animation(file, image_format(head), sampling, each)
+                        return self._animation(file, still, sampling, each)
                 if (kind := film_format(head)) is None:
                     raise MediaError(f"not a video in a known format ({FILMS})")
                 return read_film(file, kind, sampling, self.limits, each)
 
-    def _stills(
-        self, sources: Sequence[object], sampling: FrameSampling, each: Callable[[Image.Image], Image.Image] | None
-    ) -> Clip:
+    def _stills(self, sources: Sequence[object], sampling: FrameSampling, each: Each | None) -> Clip:
         if not sources:
             raise MediaError("a video needs at least one frame")
         clock = Clock(range(len(sources)), Fraction(1, STILLS_RATE))
@@ -159,11 +153,9 @@ class Loader:
             files = [p.relative_to(self.limits.media_root.resolve()) for p in files]
         return sorted(files, key=lambda p: _natural(p.name))
 
-    def _animation(
-        self, file: BinaryIO, kind: str | None, sampling: FrameSampling, each: Callable[[Image.Image], Image.Image] | None
-    ) -> Clip:
+    def _animation(self, file: BinaryIO, kind: str, sampling: FrameSampling, each: Each | None) -> Clip:
         deadline = Deadline(self.limits.video_work_seconds, "reading the animation")
-        with Image.open(file, formats=[str(kind)]) as picture:
+        with Image.open(file, formats=[kind]) as picture:
             self.limits.check_size(*picture.size)
             stamps = [0]
             for _ in _frames(picture):
@@ -315,11 +307,10 @@ def _data_url(url: str, most: int) -> bytes:
     if len(data) * 3 // 4 > most + 3:
         raise MediaError(f"about {len(data) * 3 // 4:,} bytes are more than the limit of {most:,} bytes")
     try:
-        return _at_most(base64.b64decode(data, validate=True), most)
-    except (binascii.Error, ValueError) as error:
-        if isinstance(error, LlavaError):
-            raise
+        decoded = base64.b64decode(data, validate=True)
+    except ValueError as error:
         raise MediaError("the base64 of the data is damaged") from error
+    return _at_most(decoded, most)
 
 
 def _at_most(data: bytes, most: int) -> bytes:

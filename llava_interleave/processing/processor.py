@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ..config import LlavaConfig
+from ..config import LlavaConfig, read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
 from ..layout import Layout, anyres
 from ..prompt import Media, Prompt
@@ -20,7 +20,7 @@ from .chat import PRESETS, SYSTEM, Rendered, Slot, Turn, parse, render
 from .images import ImageSettings
 from .limits import Limits, PixelBudget
 from .loader import Loader, name_of
-from .tokenizer import IMAGE, Tokenizer, read_json
+from .tokenizer import IMAGE, Tokenizer
 from .video import UNIFORM, Clip, FrameSampling
 
 THREADS = 8
@@ -32,10 +32,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a prompt and how many tokens it takes."""
+    """A part of a prompt and how many tokens it takes; of a video the seconds of the frames that are looked at."""
 
     name: str
     tokens: int
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Processor:
         tokenizer = Tokenizer.from_folder(folder, config.image_token_id)
         images = ImageSettings.from_folder(folder, config.vision.image_size)
         video = folder / "video_preprocessor_config.json"
-        num_frames = read_json(video).get("num_frames", UNIFORM) if video.exists() else UNIFORM
+        num_frames = read_json(video, optional=True).get("num_frames", UNIFORM)
         if type(num_frames) is not int or num_frames < 1:
             raise CheckpointError(f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}")
         return cls(tokenizer, config, images, limits or Limits(), num_frames)
@@ -197,13 +198,11 @@ class Processor:
             rendered = rendering(_notes(rendered.slots, [clip for _, clip in sizes]))
         lengths = [layout.length for layout, _ in sizes]
         text = len(rendered.tokens) - len(jobs)
-        names = [
-            f"{job.name} ({len(clip.times)} frames)" if clip else job.name for job, (_, clip) in zip(jobs, sizes, strict=True)
-        ]
+        parts = [_part(job.name, layout, clip) for job, (layout, clip) in zip(jobs, sizes, strict=True)]
         decoder = self.config.text
         total = text + sum(lengths)
         return Estimate(
-            (Part("text", text), *(Part(name, length) for name, length in zip(names, lengths, strict=True))),
+            (Part("text", text), *parts),
             total,
             decoder.context,
             decoder.context - total,
@@ -356,6 +355,12 @@ def _each(work: Callable[[_Job], T], jobs: list[_Job]) -> list[T]:
             return [later[i].result() if i in later else work(job) for i, job in enumerate(jobs)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _part(name: str, layout: Layout, clip: Clip | None) -> Part:
+    if clip is None:
+        return Part(name, layout.length)
+    return Part(f"{name} ({len(clip.times)} frames)", layout.length, tuple(clip.times))
 
 
 def _notes(slots: list[Slot], clips: Sequence[Clip | None]) -> dict[Slot, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Model
 
+from ..config import read_json
 from ..errors import CheckpointError, PromptError
 
 IMAGE = "<image>"
@@ -54,14 +54,17 @@ class Tokenizer:
         Original checkpoints have no `<image>` token: it gets the next free id. Raises CheckpointError.
         """
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        settings = read_json(folder / "tokenizer_config.json", optional=True)
         if (folder / "tokenizer.json").is_file():
             try:
                 backend = Backend.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # the library raises nothing narrower
                 raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer that can be read") from error
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = _qwen2(folder)
+            try:
+                backend = qwen2_tokenizer(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+            except Exception as error:  # the library raises nothing narrower
+                raise CheckpointError(f"vocab.json and merges.txt in {folder} do not make a tokenizer") from error
         else:
             raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
         known = settings.get("added_tokens_decoder") or {}
@@ -161,11 +164,9 @@ def _alphabet() -> Iterator[str]:
             unprintable += 1
 
 
-def _qwen2(folder: Path) -> Backend:
-    try:
-        backend = Backend(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"vocab.json and merges.txt in {folder} do not make a tokenizer") from error
+def qwen2_tokenizer(model: Model) -> Backend:
+    """`model` between Qwen2's normaliser, pre-tokenizer and decoder."""
+    backend = Backend(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -175,13 +176,3 @@ def _qwen2(folder: Path) -> Backend:
     )
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
-    return value

@@ -16,6 +16,8 @@ from ..errors import MediaError, OptionError
 from .limits import Deadline, Limits
 
 UNIFORM, MOST_AT_RATE = 16, 32
+Each = Callable[[Image.Image], Image.Image]
+"""Applied to a frame as soon as it is decoded, so that large frames need not be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +135,8 @@ class Clip:
         )
 
 
-def read_film(
-    file: BinaryIO,
-    container: str,
-    sampling: FrameSampling,
-    limits: Limits,
-    each: Callable[[Image.Image], Image.Image] | None,
-) -> Clip:
-    """Sample a film in FFmpeg's `container` format; `each` is applied to a frame as it is decoded; None decodes nothing.
+def read_film(file: BinaryIO, container: str, sampling: FrameSampling, limits: Limits, each: Each | None) -> Clip:
+    """Sample a film in FFmpeg's `container` format; without `each` nothing is decoded.
 
     The time stamps of all packets are read first: they tell the frames, also of variable rate and without a duration in
     the header, and where the keyframes are. Then the decoder jumps to the last keyframe before a wanted frame, or simply goes
