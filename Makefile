@@ -4,13 +4,14 @@ SHAPE ?= 0.5b
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help demo test check bench tiny
+.PHONY: help demo test test-ray check bench tiny
 
 help:
 	@echo "make demo    draw pictures, a video and views, and let the built-in model answer"
 	@echo "make test    the test suite; ARGS=tests/test_layout.py runs a part"
+	@echo "make test-ray  the tests of Ray (330 MB more) and of deploy/, which the suite skips without it"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   import time, load time and peak memory of the real shape; SHAPE=7b or tiny"
+	@echo "make bench   speed beside transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
@@ -19,15 +20,19 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
+test-ray: .venv/installed-dev
+	$(INSTALL) -e '.[dev,ray]' kubernetes-validate
+	$(BIN)/python -m pytest tests/test_cluster.py tests/test_deploy.py
+
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed
-	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
-	$(BIN)/python bench/make_checkpoint.py "$$folder/checkpoint" --shape $(SHAPE) && \
-	$(BIN)/python bench/load.py "$$folder/checkpoint"
+bench: .venv/installed-dev
+	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
+	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --out bench/latest.json
+	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
 
 tiny: .venv/installed
 	$(BIN)/python -m llava_interleave.train.tiny runs/tiny

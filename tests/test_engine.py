@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -514,6 +516,45 @@ def test_usage_and_timings() -> None:
     assert event is not None
     assert event.timings is not None
     assert (event.timings.first_token, event.timings.tokens_per_second) == (None, None)
+
+
+class Costly(Slow):
+    """Takes two seconds for a crop, one for a call of the decoder and a twentieth for each of its tokens."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.clock.now += 2 * len(pixels) - 3
+        return super().encode(pixels)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Any) -> Tensor:
+        self.clock.now += len(x) / 20
+        return super().forward(x, positions, attend)
+
+
+def waits(patience: float) -> tuple[list[float], float]:
+    """Seconds between the tokens of an answer beside which others are asked for; and until all have their first token."""
+    clock, new = Clock(), replace(GREEDY, max_new_tokens=80)
+    e = Engine(Costly(clock), eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN, clock=clock)
+    asked = [prompt(text(20, 5), (20, 1)), prompt((21, 4), (22, 4)), prompt(text(21, 300)), prompt(text(22, 200), (23, 1))]
+    requests = [e.add(asked[0], new)]
+    times = []
+    while requests[0].finish_reason is None:
+        events = e.step(patience)
+        times += [clock.now for event in events if event.request is requests[0]]
+        if len(times) == 3 and len(requests) == 1:
+            requests += [e.add(p, GREEDY) for p in asked[1:]]
+    finish(e)
+    assert answers(requests) == [naive(asked[0], 80), *(naive(p, 12) for p in asked[1:])]
+    return [b - a for a, b in pairwise(times)], max(r.first_token or 0.0 for r in requests) - 100.0
+
+
+def test_answers_wait_for_prompts_no_longer_than_they_have_patience() -> None:
+    eager, early = waits(math.inf)
+    patient, late = waits(4.0)
+    assert max(eager) > 40, "all prompts in one step"
+    assert max(patient) < 1.5 + 2 * 4.0, "two crops or eighty tokens at a time, or both"
+    assert early < late < 2.5 * early
+    waited = [(index, gap - 1.05) for index, gap in enumerate(patient) if gap > 1.5]
+    assert all(sum(gap for _, gap in waited[:n]) < 1.2 * index for n, (index, _) in enumerate(waited)), "as much time for itself"
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_interleave import kernels
 from llava_interleave.config import TextConfig
 from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span
+from llava_interleave.engine.memory import Slabs, Span, eight_bits
 from llava_interleave.model.quantise import QuantisedLinear, pack
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -155,6 +155,54 @@ def test_attention_of_one_token(heads: int, kv_heads: int, d: int, capacity: int
     torch.testing.assert_close(out.double(), right, rtol=5e-3, atol=1e-4)
 
 
+def memory_in_8_bits(heads: int, d: int, capacity: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    (keys, by_key), (values, by_value) = (eight_bits(torch.randn(capacity, heads, d)) for _ in range(2))
+    scales = by_key.t().contiguous(), by_value.t().contiguous()
+    return keys.permute(1, 2, 0).contiguous(), values.transpose(0, 1).contiguous(), scales
+
+
+@needs_kernels
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "capacity", "at"),
+    [(1, 1, 16, 2, 0), (4, 2, 80, 40, 15), (8, 8, 128, 100, 98), (6, 1, 64, 777, 700)],
+)
+def test_attention_in_8_bits(heads: int, kv_heads: int, d: int, capacity: int, at: int) -> None:
+    """What is written is `eight_bits` to the bit; what is read are those numbers."""
+    torch.manual_seed(1)
+    keys, values, scales = memory_in_8_bits(kv_heads, d, capacity)
+    q, k, v = (torch.randn(2, n, d).to(BF16) * 2 for n in (heads, kv_heads, kv_heads))
+    k[0, 0] = 0
+    right = keys.clone(), values.clone(), scales[0].clone(), scales[1].clone()
+    (new_keys, by_key), (new_values, by_value) = eight_bits(k), eight_bits(v)
+    right[0][:, :, at : at + 2], right[1][:, at : at + 2] = new_keys.permute(1, 2, 0), new_values.transpose(0, 1)
+    right[2][:, at : at + 2], right[3][:, at : at + 2] = by_key.t(), by_value.t()
+    out = kernels.attend(q, k, v, keys, values, at, scales)
+    for ours, expected in zip((keys, values, *scales), right, strict=True):
+        assert torch.equal(ours, expected)
+    for token in range(2):
+        stop = at + token + 1
+        wide = (keys.double() * scales[0][:, None])[..., :stop], (values.double() * scales[1][..., None])[:, :stop]
+        scores = q[token].double().view(kv_heads, -1, d) @ wide[0] * d**-0.5
+        torch.testing.assert_close(out[token].double(), (scores.softmax(-1) @ wide[1]).view(heads, d), rtol=5e-3, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_attention_of_several_tokens_is_that_of_each_alone(in_8_bits: bool) -> None:
+    """To the last bit, which guessed tokens live by."""
+    torch.manual_seed(1)
+    made = memory_in_8_bits(2, 48, 90) if in_8_bits else (*memory(2, 48, 90), None)
+    q, k, v = (torch.randn(9, n, 48).to(BF16) for n in (6, 2, 2))
+    copy = [tuple(map(Tensor.clone, one)) if isinstance(one, tuple) else one if one is None else one.clone() for one in made]
+    together = kernels.attend(q, k, v, *made[:2], 70, made[2])
+    for token in range(9):
+        alone = kernels.attend(*(x[token : token + 1] for x in (q, k, v)), *copy[:2], 70 + token, copy[2])
+        assert torch.equal(alone[0], together[token])
+    assert torch.equal(copy[0], made[0]) and torch.equal(copy[1], made[1])
+
+
 @needs_kernels
 def test_attention_with_scores_far_apart() -> None:
     """Of which all but one vanish."""
@@ -180,7 +228,7 @@ def test_the_engines_memory_uses_it_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
 
     calls: list[int] = []
     attend = kernels.attend
-    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(args[-1]) or attend(*args))
+    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(args[5]) or attend(*args))
     compiled = step()
     assert calls == [19]
     monkeypatch.setattr(kernels, "_library", lambda: "none for this test")
@@ -257,10 +305,17 @@ int main() {
         for (int64_t out : {1, 16, 37}) product<float>(bits, tokens, in, out), product<uint16_t>(bits, tokens, in, out);
   for (int64_t d : {16, 64, 80})
     for (int64_t capacity : {1, 16, 33}) {
-      auto q = exactly<uint16_t>(4 * d), k = exactly<uint16_t>(2 * d), v = exactly<uint16_t>(2 * d), o = exactly<uint16_t>(4 * d);
+      int64_t n = capacity > 1 ? 2 : 1;  // tokens
+      auto q = exactly<uint16_t>(n * 4 * d), k = exactly<uint16_t>(n * 2 * d), v = exactly<uint16_t>(n * 2 * d);
+      auto o = exactly<uint16_t>(n * 4 * d);
       auto keys = exactly<uint16_t>(2 * d * capacity), values = exactly<uint16_t>(2 * d * capacity);
-      for (int64_t at = 0; at < capacity; at++) llava_attend(serial, q, k, v, keys, values, o, 4, 2, d, capacity, at);
-      free(q), free(k), free(v), free(o), free(keys), free(values);
+      auto keys8 = exactly<int8_t>(2 * d * capacity), values8 = exactly<int8_t>(2 * d * capacity);
+      auto a = exactly<uint16_t>(2 * capacity), b = exactly<uint16_t>(2 * capacity);
+      for (int64_t at = 0; at + n <= capacity; at++) {
+        llava_attend(serial, q, k, v, keys, values, nullptr, nullptr, o, n, 4, 2, d, capacity, at);
+        llava_attend(serial, q, k, v, keys8, values8, a, b, o, n, 4, 2, d, capacity, at);
+      }
+      free(q), free(k), free(v), free(o), free(keys), free(values), free(keys8), free(values8), free(a), free(b);
     }
 }
 """

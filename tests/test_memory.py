@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine import MIXED, VOCAB, answers, engine, expected, network
 
 from llava_interleave.config import TextConfig
 from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span, bytes_per_token
-from llava_interleave.model import Packed
+from llava_interleave.engine.memory import FEW, Slabs, Span, bytes_per_token, eight_bits
+from llava_interleave.engine.sampling import Sampling
+from llava_interleave.errors import OptionError
+from llava_interleave.model import Packed, arrange
+from llava_interleave.prompt import Prompt
 
 CPU = torch.device("cpu")
 
@@ -23,20 +27,29 @@ def room(capacity: int) -> KV:
     return KV(Keys.of([]), 0, capacity)
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values as they count when they are kept in 8 bits."""
+    q, scale = eight_bits(x)
+    return q * scale.float()[..., None]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    cuts=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=3),
+    cuts=st.lists(st.lists(st.sampled_from([1, 2, 5, 9, FEW, FEW + 1]), min_size=1, max_size=5), min_size=1, max_size=3),
     kv_heads=st.sampled_from([1, 2, 4]),
+    in_eight_bits=st.booleans(),
 )
-def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int) -> None:
-    """Each sequence arrives in its own chunks, several sequences a step, while the slabs grow."""
+def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, in_eight_bits: bool) -> None:
+    """Each sequence arrives in its own chunks, several sequences a step, while the slabs grow. In 8 bits all of it is rounded
+    alike, wherever it is cut."""
     torch.manual_seed(0)
     c = config(kv_heads=kv_heads)
-    slabs = Slabs(c, torch.float32, CPU)
+    slabs = Slabs(c, torch.float32, CPU, in_eight_bits=in_eight_bits)
     lengths = [sum(cut) for cut in cuts]
     q = [torch.randn(n, 4, 8) for n in lengths]
     k, v = ([torch.randn(n, kv_heads, 8) for n in lengths] for _ in range(2))
-    whole = Packed(lengths)(0, torch.cat(q), torch.cat(k), torch.cat(v)).split(lengths)
+    kept = rounded if in_eight_bits else torch.Tensor.clone
+    whole = Packed(lengths)(0, torch.cat(q), kept(torch.cat(k)), kept(torch.cat(v))).split(lengths)
     kvs = [room(0) for _ in lengths]
     for step in range(max(map(len, cuts))):
         spans, parts = [], []
@@ -54,10 +67,54 @@ def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int) -> No
             torch.testing.assert_close(out, torch.cat([whole[i][a:b] for i, a, b in parts]))
 
 
-def test_a_copied_prefix_goes_on_alone() -> None:
+@torch.inference_mode()
+def test_answers_from_keys_and_values_in_8_bits() -> None:
+    """Against whole forwards in which every key and value is rounded: in pieces, several at once, from a cached prefix."""
+
+    def slow(p: Prompt) -> list[int]:
+        model, tokens = network(), list(p.tokens)
+        features = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in p.media]
+        for _ in range(12):
+            whole = Packed([len(tokens)])
+            x = model.embed(torch.tensor(tokens), features)
+            hidden = model(x, torch.arange(len(tokens)), lambda i, q, k, v, whole=whole: whole(i, q, rounded(k), rounded(v)))
+            tokens.append(int(model.logits(hidden)[-1, :VOCAB].argmax()))
+        return tokens[len(p.tokens) :]
+
+    right, how = [slow(p) for p in MIXED], Sampling(max_new_tokens=12, ignore_eos=True)
+    assert right != expected()  # so that it is seen
+    for options in ({}, {"max_step_tokens": 7, "max_running": 3}):
+        e = engine(kv_precision="int8", **options)
+        assert e.bytes_per_token == 2 * 2 * 2 * (8 + 2)
+        for _ in range(2):
+            assert answers(e.generate(MIXED, how)) == right
+            e.check()
+
+
+def test_a_precision_of_keys_and_values_that_is_not_there() -> None:
+    with pytest.raises(OptionError, match="'int4' is no precision of keys and values; there are auto, int8"):
+        engine(kv_precision="int4")
+
+
+def test_eight_bits_are_within_half_a_step() -> None:
+    """Of the largest number of a token's head; noughts stay noughts, and the scale is rounded before it is used."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 3, 24) * 10.0 ** torch.randint(-2, 3, (50, 3, 1))
+    x[7, 1] = 0
+    x[8, 1] = 1e-12  # the scale is none in float16
+    off = (rounded(x) - x).abs().amax(-1) / x.abs().amax(-1)
+    assert off[8, 1] == 1 and off[7, 1].isnan()
+    off[7:9, 1] = 0
+    assert float(off.max()) <= 0.5 / 127 * 1.05
+
+
+@pytest.mark.parametrize("in_eight_bits", [False, True])
+def test_a_copied_prefix_goes_on_alone(in_eight_bits: bool) -> None:
     c = config()
-    slabs = Slabs(c, torch.float32, CPU)
+    slabs = Slabs(c, torch.float32, CPU, in_eight_bits=in_eight_bits)
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    if in_eight_bits:
+        k, v = rounded(k), rounded(v)  # which rounds to itself
     source, target = room(6), room(12)
     slabs.prepare(source)
     slabs.prepare(target)
@@ -74,14 +131,15 @@ def test_a_copied_prefix_goes_on_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_slab_takes_the_bytes_it_is_charged(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("in_eight_bits", [False, True])
+def test_a_slab_takes_the_bytes_it_is_charged(dtype: torch.dtype, in_eight_bits: bool) -> None:
     c = config(layers=3)
     kv = room(10)
-    slabs = Slabs(c, dtype, CPU)
+    slabs = Slabs(c, dtype, CPU, in_eight_bits=in_eight_bits)
     slabs.prepare(kv)
     assert kv.slab is not None
-    held = sum(t.untyped_storage().nbytes() for t in [*kv.slab.keys, *kv.slab.values])
-    assert held == 10 * bytes_per_token(c, dtype) == 10 * slabs.bytes_per_token
+    held = sum(t.untyped_storage().nbytes() for tensors, _ in kv.slab.parts() for t in tensors)
+    assert held == 10 * bytes_per_token(c, dtype, in_eight_bits=in_eight_bits) == 10 * slabs.bytes_per_token
 
 
 def test_bfloat16_is_within_its_error() -> None:

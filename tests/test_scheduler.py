@@ -41,7 +41,7 @@ def step(s: Scheduler, token: int = 5) -> tuple[Plan, list[tuple[int, int, int]]
     for key in plan.encode:
         s.features.put(key, torch.zeros(GRID**2, 2))
     done = [(w.request.id, w.start, w.stop) for w in plan.work]
-    s.commit(plan, [Pick(token) for w in plan.work if w.sample], EOS, 1.0)
+    s.commit(plan, [[Pick(token)] for w in plan.work if w.sample], EOS, 1.0)
     s.prefixes.check()
     return plan, done
 

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import LlavaError
-from . import ask, batch, chat, checkpoint, demo, evaluate, plan, quantize, serve, train
+from . import ask, batch, bench, chat, checkpoint, demo, evaluate, plan, quantize, serve, train
 
 app = typer.Typer(
     name="llava",
@@ -34,7 +34,7 @@ def root(
     """Many images, videos and views in, text out."""
 
 
-for module in (ask, chat, serve, batch, plan, demo, evaluate, train, checkpoint, quantize):
+for module in (ask, chat, serve, batch, plan, demo, evaluate, train, checkpoint, quantize, bench):
     module.register(app)
 
 

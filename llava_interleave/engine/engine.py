@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,10 +18,13 @@ from ..model.lora import Adapters
 from ..prompt import Prompt
 from .cache import Features, Identity, Keys, Prefixes, salted
 from .events import Event
+from .lookup import Lookup
 from .request import Request
 from .runner import Runner
 from .sampling import Guide, Sampling
 from .scheduler import Plan, Scheduler
+
+KV_PRECISIONS = ("auto", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Engine:
     kv_bytes: all keys and values, running and cached. feature_bytes: image features kept beside those in use.
     max_step_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
     max_step_crops: in a call of the tower. max_running: requests at a time. clock: seconds.
+    kv_precision: of keys and values, "auto" as the network computes or "int8", which takes half the memory of bfloat16.
 
     adapters: those that a request can choose from, by name; none at first.
 
@@ -63,6 +68,7 @@ class Engine:
         max_step_tokens: int = 1024,
         max_step_crops: int = 8,
         max_running: int = 64,
+        kv_precision: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         text = model.config.text
@@ -73,10 +79,20 @@ class Engine:
                 f"max_running ({max_running}) and max_step_crops ({max_step_crops}) must be at least 1, "
                 f"and max_step_tokens ({max_step_tokens}) at least max_running"
             )
+        if kv_precision not in KV_PRECISIONS:
+            raise OptionError(f"{kv_precision!r} is no precision of keys and values; there are {', '.join(KV_PRECISIONS)}")
         self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
         self.adapters = Adapters(model)
         self._features = Features(feature_bytes)
-        self._runner = Runner(model, self._features, self.adapters.route, vocab=vocab, max_step_crops=max_step_crops, clock=clock)
+        self._runner = Runner(
+            model,
+            self._features,
+            self.adapters.route,
+            vocab=vocab,
+            max_step_crops=max_step_crops,
+            kv_in_eight_bits=kv_precision == "int8",
+            clock=clock,
+        )
         self.bytes_per_token = self._runner.memory.bytes_per_token
         self._prefixes = Prefixes(kv_bytes // self.bytes_per_token)
         self._scheduler = Scheduler(
@@ -108,17 +124,20 @@ class Engine:
         """
         request = self._request(prompt, sampling or Sampling(), salt, adapter)
         if guide is not None:
-            request.guide, request.plain = guide, False
+            request.guide, request.plain, request.lookup = guide, False, None
         self._scheduler.add(request)
         return request
 
-    def step(self) -> list[Event]:
+    def step(self, patience: float = math.inf) -> list[Event]:
         """Compute one step and return the events since the last call, of all requests but streamed ones.
+
+        patience: seconds that answers under way should wait for prompts and images in a step, as far as these can be cut. With
+        it answers also get as much time for themselves as prompts had, so that they go on at half their pace at least.
 
         Out of memory, or another RuntimeError, ends the requests of the step with finish_reason "error"; any other exception
         does so too and is raised. The engine goes on with the rest.
         """
-        self._advance()
+        self._advance(patience)
         events = list(self._events)
         self._events.clear()
         return events
@@ -202,18 +221,20 @@ class Engine:
         if self._streams.pop(request, None) is not None:
             self.abort(request)
 
-    def _advance(self) -> None:
+    def _advance(self, patience: float = math.inf) -> None:
         plan, error = Plan(), None
         try:
-            plan = self._scheduler.schedule()
+            plan = self._scheduler.schedule(patience)
             if not plan.work:
                 return
-            now = self.clock()
+            began, encoding = self.clock(), self._runner.encoding
             for work in plan.work:
                 if work.request.started is None:
-                    work.request.started = now
+                    work.request.started = began
             picks = self._runner.run(plan)
-            events = self._scheduler.commit(plan, picks, self.eos_ids, self.clock())
+            ended = self.clock()
+            self._scheduler.pace.learn(plan, ended - began, self._runner.encoding - encoding)
+            events = self._scheduler.commit(plan, picks, self.eos_ids, ended)
         except BaseException as caught:
             error = (
                 caught if isinstance(caught, (RuntimeError, MemoryError)) else RuntimeError(f"the step was cut off: {caught!r}")
@@ -263,6 +284,7 @@ class Engine:
                 f"{length} tokens and {wanted} more need {need * self.bytes_per_token:,} bytes of KV memory, but there are "
                 f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
             )
+        guessed = sampling.prompt_lookup_num_tokens
         images = [(media.start, media.layout.length, self._identity(media.key)) for media in prompt.media]
         through, encoder = self.adapters.keys(adapter)
         return Request(
@@ -275,6 +297,7 @@ class Engine:
             adapter=through,
             encoder=encoder,
             salt=salted(salt, encoder),
+            lookup=Lookup(guessed, config.image_token_id) if guessed else None,
         )
 
     def _identity(self, key: bytes) -> Identity:

@@ -13,11 +13,16 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Numbers of tokens: of the prompt, of those taken from the prefix cache, and generated (a final stop token counts)."""
+    """Numbers of tokens: of the prompt, of those taken from the prefix cache, and generated (a final stop token counts).
+
+    drafted: guessed by prompt lookup. accepted: of these, what the network chose itself.
+    """
 
     prompt: int
     cached: int
     generated: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

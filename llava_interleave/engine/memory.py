@@ -4,6 +4,9 @@ Keys lie as `[Hkv, d, capacity]`, values as `[Hkv, capacity, d]`: so one new que
 matrix products. With 1,500 bfloat16 tokens on two cores that took 0.53 ms a layer; keys as `[Hkv, capacity, d]` 1.2 ms,
 scaled_dot_product_attention 1.8 ms; float32 is the same either way. A kernel does the same in bfloat16 on a CPU. Another memory
 (paged, for one) needs `prepare`, `copy`, `attend` and `bytes_per_token` of `Slabs`.
+
+In 8 bits a key or value is scale * q, q from -127 to 127, with a scale in float16 for each token and head. What a token sees of
+itself and of others in its step is rounded alike, so that it does not matter how a prompt was cut.
 """
 
 from __future__ import annotations
@@ -21,20 +24,28 @@ from ..model import Attend
 from ..model.attend import causal
 from .cache import KV
 
+FEW = 16
+"""New tokens of a sequence that are attended as a single one is, without a copy of what they see; more are part of a prompt."""
+
 
 class Slab:
-    """Keys and values of one sequence, a tensor a layer."""
+    """Keys and values of one sequence, a tensor a layer; in 8 bits also their scales `[Hkv, capacity]`."""
 
-    __slots__ = ("capacity", "keys", "values")
+    __slots__ = ("capacity", "key_scales", "keys", "value_scales", "values")
 
     def __init__(self, layers: int, empty: Tensor) -> None:
         self.capacity = 0
-        self.keys = [empty] * layers
-        self.values = [empty.transpose(1, 2)] * layers
+        scales = [empty.new_empty((len(empty), 0), dtype=torch.float16)] * layers if empty.dtype == torch.int8 else []
+        self.keys, self.key_scales = [empty] * layers, scales
+        self.values, self.value_scales = [empty.transpose(1, 2)] * layers, list(scales)
+
+    def parts(self) -> tuple[tuple[list[Tensor], int], ...]:
+        """All tensors, by layer, and which of their dimensions is that of tokens."""
+        return (self.keys, 2), (self.values, 1), (self.key_scales, 1), (self.value_scales, 1)
 
     def resize(self, capacity: int, length: int) -> None:
         """Make room for `capacity` tokens and keep the first `length`; while it copies, one layer is there twice."""
-        for layers, dim in ((self.keys, 2), (self.values, 1)):
+        for layers, dim in self.parts():
             for index, old in enumerate(layers):
                 shape = list(old.shape)
                 shape[dim] = capacity
@@ -42,10 +53,43 @@ class Slab:
                 new.narrow(dim, 0, length).copy_(old.narrow(dim, 0, length))
         self.capacity = capacity
 
+    def put(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Write the keys and values `[T, Hkv, d]` of the tokens from `start` on."""
+        new = len(k)
+        if self.key_scales:
+            k, by_key = eight_bits(k)
+            v, by_value = eight_bits(v)
+            self.key_scales[layer].narrow(1, start, new).copy_(by_key.t())
+            self.value_scales[layer].narrow(1, start, new).copy_(by_value.t())
+        self.keys[layer].narrow(2, start, new).copy_(k.permute(1, 2, 0))
+        self.values[layer].narrow(1, start, new).copy_(v.transpose(0, 1))
 
-def bytes_per_token(c: TextConfig, dtype: torch.dtype) -> int:
+    def read(self, layer: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys `[Hkv, d, stop]` and values `[Hkv, stop, d]` of the first `stop` tokens."""
+        keys, values = self.keys[layer].narrow(2, 0, stop), self.values[layer].narrow(1, 0, stop)
+        if self.key_scales:
+            keys = (keys * self.key_scales[layer][:, None, :stop].float()).to(dtype)
+            values = (values * self.value_scales[layer][:, :stop, None].float()).to(dtype)
+        return keys, values
+
+
+def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values `[T, Hkv, d]` as int8, and their scales `[T, Hkv]`."""
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / 127).half()
+    q = (wide / scale.float()[..., None]).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def bytes_per_token(c: TextConfig, dtype: torch.dtype, *, in_eight_bits: bool = False) -> int:
     """Bytes that the keys and values of one token take."""
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
+    head = c.head_dim + torch.float16.itemsize if in_eight_bits else c.head_dim * dtype.itemsize
+    return 2 * c.num_layers * c.num_kv_heads * head
+
+
+def compiled(c: TextConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel computes the attention of new tokens here."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and c.head_dim % kernels.PANEL == 0 and kernels.why_not() is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +102,14 @@ class Span:
 
 
 class Slabs:
-    """The memory of all sequences of one model on one device."""
+    """The memory of all sequences of one model on one device. dtype: of what is computed."""
 
-    def __init__(self, c: TextConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: TextConfig, dtype: torch.dtype, device: torch.device, *, in_eight_bits: bool = False) -> None:
         self.layers = c.num_layers
-        compiled = device.type == "cpu" and dtype == torch.bfloat16 and c.head_dim % kernels.PANEL == 0
-        self._one: type[_One] = _OneCompiled if compiled and kernels.why_not() is None else _One
-        self.bytes_per_token = bytes_per_token(c, dtype)
-        self._empty = torch.empty(c.num_kv_heads, c.head_dim, 0, dtype=dtype, device=device)
-        self._zero = self._empty.new_zeros(())
+        self._few: type[_Few] = _FewCompiled if compiled(c, dtype, device) else _Few
+        self.bytes_per_token = bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
+        self._empty = torch.empty((c.num_kv_heads, c.head_dim, 0), dtype=torch.int8 if in_eight_bits else dtype, device=device)
+        self._zero = torch.zeros((), dtype=dtype, device=device)
 
     def prepare(self, kv: KV) -> None:
         """Make the memory of `kv` what its capacity says."""
@@ -79,16 +122,19 @@ class Slabs:
         """Copy the first `length` tokens from one sequence to another."""
         assert source.slab is not None
         assert target.slab is not None
-        for name, dim in (("keys", 2), ("values", 1)):
-            for old, new in zip(getattr(source.slab, name), getattr(target.slab, name), strict=True):
-                new.narrow(dim, 0, length).copy_(old.narrow(dim, 0, length))
+        for (old, dim), (new, _) in zip(source.slab.parts(), target.slab.parts(), strict=True):
+            for a, b in zip(old, new, strict=True):
+                b.narrow(dim, 0, length).copy_(a.narrow(dim, 0, length))
 
     def attend(self, spans: Sequence[Span]) -> Attend:
         """What the network asks in a step whose flat batch is these spans one after another."""
-        parts: list[_One | _Chunk] = [
-            self._one(s, self._zero) if s.stop - s.start == 1 else _Chunk(s, self._empty) for s in spans
-        ]
+        parts: list[_Few | _Chunk] = [(self._few if few(span) else _Chunk)(span, self._zero) for span in spans]
         return parts[0] if len(parts) == 1 else _Several(parts, [s.stop - s.start for s in spans])
+
+
+def few(span: Span) -> bool:
+    """Whether tokens are attended as single ones are."""
+    return span.stop - span.start <= (FEW if span.start else 1)
 
 
 class _Several:
@@ -100,30 +146,34 @@ class _Several:
         return torch.cat([part(layer, *piece) for part, *piece in pieces])
 
 
-class _One:
-    """One new token against all of its sequence: two matrix products, no copy."""
+class _Few:
+    """A few new tokens against all of their sequence up to each, one by one, so that none is rounded otherwise than alone: two
+    matrix products, no copy."""
 
     def __init__(self, span: Span, zero: Tensor) -> None:
         assert span.kv.slab is not None
-        self.zero = zero
-        self.keys, self.values = span.kv.slab.keys, span.kv.slab.values
-        self.at, self.stop = span.start, span.stop
+        self.slab, self.start, self.stop, self.zero = span.kv.slab, span.start, span.stop, zero
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        keys.select(2, self.at).copy_(k[0])
-        values.select(1, self.at).copy_(v[0])
-        heads, d = keys.shape[0], keys.shape[1]
-        grouped = q.view(heads, -1, d)
-        scores = torch.baddbmm(self.zero, grouped, keys.narrow(2, 0, self.stop), beta=0, alpha=d**-0.5)
-        return torch.bmm(scores.softmax(-1), values.narrow(1, 0, self.stop)).view(q.shape)
+        self.slab.put(layer, self.start, k, v)
+        keys, values = self.slab.read(layer, self.stop, q.dtype)
+        seen = range(self.start + 1, self.stop + 1)
+        found = [self._one(one, keys[..., :stop], values[:, :stop]) for one, stop in zip(q, seen, strict=True)]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+
+    def _one(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        grouped = q.view(len(keys), -1, q.shape[-1])
+        scores = torch.baddbmm(self.zero, grouped, keys, beta=0, alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(-1), values).view(q.shape)
 
 
-class _OneCompiled(_One):
-    """`_One` in bfloat16 by a kernel."""
+class _FewCompiled(_Few):
+    """`_Few` in bfloat16 by a kernel."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernels.attend(q, k, v, self.keys[layer], self.values[layer], self.at)
+        slab = self.slab
+        scales = (slab.key_scales[layer], slab.value_scales[layer]) if slab.key_scales else None
+        return kernels.attend(q, k, v, slab.keys[layer], slab.values[layer], self.start, scales)
 
 
 class _Chunk:
@@ -131,24 +181,22 @@ class _Chunk:
 
     def __init__(self, span: Span, like: Tensor) -> None:
         assert span.kv.slab is not None
-        self.keys, self.values = span.kv.slab.keys, span.kv.slab.values
-        self.start, self.stop = span.start, span.stop
+        self.slab, self.start, self.stop = span.kv.slab, span.start, span.stop
         self.mask: Tensor | None = None
         if span.start:
-            shape = (span.stop - span.start, span.stop)
-            self.mask = torch.full(shape, float("-inf"), dtype=like.dtype, device=like.device).triu_(span.start + 1)
+            self.mask = like.new_full((span.stop - span.start, span.stop), float("-inf")).triu_(span.start + 1)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values, new = self.keys[layer], self.values[layer], self.stop - self.start
-        keys.narrow(2, self.start, new).copy_(k.permute(1, 2, 0))
-        values.narrow(1, self.start, new).copy_(v.transpose(0, 1))
-        if self.mask is None:
+        self.slab.put(layer, self.start, k, v)
+        if self.mask is None and not self.slab.key_scales:
             return causal(q[None], k[None], v[None])[0]
+        keys, values = self.slab.read(layer, self.stop, q.dtype)
         out = scaled_dot_product_attention(
             q.transpose(0, 1)[None],
-            keys.narrow(2, 0, self.stop).transpose(1, 2).contiguous()[None],
-            values.narrow(1, 0, self.stop)[None],
+            keys.transpose(1, 2).contiguous()[None],
+            values[None],
             attn_mask=self.mask,
+            is_causal=self.mask is None,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out[0].transpose(0, 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..layout import Layout
 from ..prompt import Media, Prompt
 from .events import FinishReason, Timings, Usage
+from .lookup import Lookup
 from .sampling import Guide, Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class Request:
     kv: KV | None = None  # while running
     sampler: Sampler | None = None
     guide: Guide | None = field(default=None, repr=False)
+    lookup: Lookup | None = field(default=None, repr=False)
+    drafted: int = 0  # tokens guessed
+    accepted: int = 0  # of them right
     cached: int | None = None
     finish_reason: FinishReason | None = None
     started: float | None = None
@@ -89,7 +93,8 @@ class Request:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt.tokens), self.cached or 0, len(self.tokens) - len(self.prompt.tokens))
+        written = len(self.tokens) - len(self.prompt.tokens)
+        return Usage(len(self.prompt.tokens), self.cached or 0, written, self.drafted, self.accepted)
 
     def timings(self, now: float) -> Timings:
         """As of the time `now`, or of its end if it has ended."""

@@ -21,18 +21,26 @@ class Runner:
     """One network on one device with its KV memory."""
 
     def __init__(
-        self, model: Llava, features: Features, route: Route, *, vocab: int, max_step_crops: int, clock: Callable[[], float]
+        self,
+        model: Llava,
+        features: Features,
+        route: Route,
+        *,
+        vocab: int,
+        max_step_crops: int,
+        kv_in_eight_bits: bool,
+        clock: Callable[[], float],
     ) -> None:
         weight = model.language_model.norm.weight  # of the type computed in, also when the linears are quantised
         self.model, self.features, self.route, self.clock = model, features, route, clock
         self.dtype, self.device = weight.dtype, weight.device
-        self.memory = Slabs(model.config.text, self.dtype, self.device)
+        self.memory = Slabs(model.config.text, self.dtype, self.device, in_eight_bits=kv_in_eight_bits)
         self.vocab, self.max_step_crops = vocab, max_step_crops
-        self.crops_encoded = 0
+        self.crops_encoded, self.encoding = 0, 0.0  # and the seconds that it took
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Pick]:
-        """Compute a step; the tokens chosen, one for each work that samples, in order."""
+    def run(self, plan: Plan) -> list[list[Pick]]:
+        """Compute a step; the tokens chosen for each work that samples: as long as its guesses are right, and one more."""
         if plan.encode:
             self._encode(plan)
         work = plan.work
@@ -40,17 +48,18 @@ class Runner:
             self.memory.prepare(w.kv)
             if w.source is not None:
                 self.memory.copy(w.source, w.kv, w.copied)
-        tokens = [token for w in work for token in islice(w.request.tokens, w.start, w.stop)]
+        tokens = [token for w in work for token in (*islice(w.request.tokens, w.start, w.stop), *w.guesses)]
         positions = [position for w in work for position in range(w.start, w.stop)]
         x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
         attend = self.memory.attend([Span(w.kv, w.start, w.stop) for w in work if w.start < w.stop])
         with self.route.through(_routes(work)):
             hidden = self.model.forward(x, torch.tensor(positions, device=self.device), attend)
-        rows, end = [], 0
+        rows: list[int] = []
+        end = 0
         for w in work:
             end += w.stop - w.start
             if w.sample:
-                rows.append(end - 1)
+                rows += range(end - 1 - len(w.guesses), end)
         if not rows:
             return []
         if len(rows) < len(tokens):
@@ -60,13 +69,18 @@ class Runner:
             logits[:, image] = float("-inf")
         return self._pick([w for w in work if w.sample], logits)
 
-    def _pick(self, work: list[Work], logits: Tensor) -> list[Pick]:
-        plain = [w.request.plain for w in work]
-        best = logits.argmax(-1).tolist() if any(plain) else plain
-        return [
-            Pick(token) if w.request.plain else self._sampler(w).pick(row)
-            for w, token, row in zip(work, best, logits, strict=True)
-        ]
+    def _pick(self, work: list[Work], logits: Tensor) -> list[list[Pick]]:
+        best = logits.argmax(-1).tolist() if any(w.request.plain for w in work) else []
+        found, start = [], 0
+        for w in work:
+            picks: list[Pick] = []
+            for row, guess in enumerate((*w.guesses, None), start):
+                picks.append(Pick(best[row]) if w.request.plain else self._sampler(w).pick(logits[row]))
+                if picks[-1].token != guess:
+                    break
+            found.append(picks)
+            start += len(w.guesses) + 1
+        return found
 
     def _sampler(self, w: Work) -> Sampler:
         request = w.request
@@ -95,6 +109,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or the clock would stop before the tower has
         took = self.clock() - began
+        self.encoding += took
         for w in plan.work:
             if w.encodes:
                 w.request.vision += took

@@ -14,6 +14,9 @@ from torch.nn.functional import threshold
 
 from ..errors import OptionError
 
+MOST_GUESSED = 15
+"""Tokens that can be guessed at a time: with the one before them they are attended without a copy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -36,6 +39,9 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "added to the logits, by token id"})
     logprobs: int | None = field(default=None, metadata={"help": "report log probabilities, with so many of the likeliest, 0-20"})
     ignore_eos: bool = field(default=False, metadata={"help": "go on after end-of-text, to measure speed"})
+    prompt_lookup_num_tokens: int = field(
+        default=0, metadata={"help": "guess up to so many tokens at a time where the answer repeats what was said; 0: none"}
+    )
 
     def __post_init__(self) -> None:
         whole, real = (int,), (int, float)
@@ -53,6 +59,7 @@ class Sampling:
         self._within("frequency_penalty", self.frequency_penalty, real, -2, 2)
         if self.seed is not None:
             self._within("seed", self.seed, whole, -(2**63), 2**63 - 1)
+        self._within("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, whole, 0, MOST_GUESSED)
         for token in self.stop_ids:
             self._within("a token id in stop_ids", token, whole, 0, 2**31)
         for token, bias in self.logit_bias.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ ROOM = 256
 WORTH_WAITING = 4 * BLOCK
 """A request waits while another one computes a prefix of so many tokens that both have; a system prompt alone is shorter."""
 
+SHARED = 16
+"""Tokens that answers compute in a step, guesses included: up to about so many share the reading of the weights."""
+
+LEAST_PIECE = 64
+"""Tokens of a prompt that are read at a time beside answers, however slow the network is."""
+
 
 @dataclass(slots=True, eq=False)
 class Work:
@@ -26,6 +33,7 @@ class Work:
     No tokens: the copy is all.
 
     sample: its last token is the last there is, so that the next one is to be chosen. encodes: waits for the step's tower call.
+    guesses: the last tokens up to `stop`, which the request does not have yet.
     """
 
     request: Request
@@ -36,15 +44,51 @@ class Work:
     encodes: bool = False
     source: KV | None = None
     copied: int = 0
+    guesses: Sequence[int] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """One step: `encode` these units, then run `work` as one flat batch."""
+    """One step: `encode` these units, then run `work` as one flat batch. decodes: tokens of works that write on an answer."""
 
     work: list[Work] = field(default_factory=list)
     encode: dict[tuple[bytes, int], Unit] = field(default_factory=dict)
     crops: int = 0
+    decodes: int = 0
+
+
+@dataclass(slots=True)
+class Pace:
+    """Seconds that the parts of a step took last, so that prompts can be read in pieces for which answers do not wait long.
+
+    decode: of a step without prompts. token, crop: what each of a prompt added to one. owed: what answers have waited for
+    prompts and not yet had for themselves.
+    """
+
+    decode: float = 0.0
+    token: float = 0.0
+    crop: float = 0.0
+    owed: float = 0.0
+
+    def learn(self, plan: Plan, seconds: float, tower: float) -> None:
+        """From what a step took, and the tower's part of it."""
+        tokens = sum(work.stop - work.start for work in plan.work) - plan.decodes
+        if not tokens:
+            self.decode, self.owed = seconds, max(0.0, self.owed - seconds)
+            return
+        reading = max(0.0, seconds - tower - self.decode)
+        self.token = reading / tokens
+        if plan.crops:
+            self.crop = tower / plan.crops
+        self.owed = tower + reading if plan.decodes else 0.0
+
+    def most(self, patience: float, tokens: int, crops: int) -> tuple[int, int]:
+        """Tokens of prompts and crops for a step beside answers that wait for `patience` seconds; at least some, or none now."""
+        if self.owed:
+            return 0, 0
+        piece = max(LEAST_PIECE, int(patience / self.token)) if self.token else LEAST_PIECE
+        several = max(1, int(patience / self.crop)) if self.crop else 1
+        return min(tokens, piece), min(crops, several)
 
 
 class Scheduler:
@@ -62,12 +106,13 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.full = False
+        self.pace = Pace()
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self) -> Plan:
-        """The next step; empty only if there is nothing to do."""
+    def schedule(self, patience: float = math.inf) -> Plan:
+        """The next step; empty only if there is nothing to do. patience: as `Engine.step`."""
         plan, running, index = Plan(), self.running, 0
         self.prefixes.pinned.clear()
         while index < len(running):
@@ -80,16 +125,29 @@ class Scheduler:
             if decodes and (stop <= kv.capacity or self._grow(request, kv)):
                 plan.work.append(Work(request, kv, start, stop, True))
         planned = {id(work.request) for work in plan.work} if len(plan.work) < len(running) else None
-        budget = self.max_step_tokens - len(plan.work)
+        self._guess(plan)
+        plan.decodes = sum(work.stop - work.start for work in plan.work)
+        budget, most_crops = self.max_step_tokens - plan.decodes, self.max_step_crops
+        if plan.decodes and patience < math.inf:
+            budget, most_crops = self.pace.most(patience, budget, most_crops)
         if planned is not None:
             for request in running:
                 if id(request) not in planned and budget:
-                    budget -= self._prefill(request, plan, budget)
+                    budget -= self._prefill(request, plan, budget, most_crops)
         if self.waiting and budget:
-            self._admit(plan, budget)
+            self._admit(plan, budget, most_crops)
         assert plan.work or not (running or self.waiting)
         plan.work.sort(key=lambda work: work.request.adapter)  # so that each adapter's rows lie together
         return plan
+
+    def _guess(self, plan: Plan) -> None:
+        """Let answers be written several tokens at a time where they repeat what was said, as long as they are few."""
+        most = min(SHARED, self.max_step_tokens) // max(1, len(plan.work)) - 1
+        for work in plan.work if most else ():
+            if (lookup := work.request.lookup) is not None:
+                room = min(most, work.kv.capacity - work.stop, work.request.most - work.stop)
+                work.guesses = lookup.guess(work.request.tokens, room)
+                work.stop += len(work.guesses)
 
     def _grow(self, request: Request, kv: KV) -> bool:
         """More room for a sequence that decodes; others are pre-empted for it, or else it is itself."""
@@ -122,7 +180,7 @@ class Scheduler:
             self.features.release(unit.key)
         request.first_unit = request.held_unit = 0
 
-    def _prefill(self, request: Request, plan: Plan, budget: int) -> int:
+    def _prefill(self, request: Request, plan: Plan, budget: int, most_crops: int) -> int:
         """Plan the next tokens of a prompt, as far as images are encoded or can be in this step; how many it were."""
         kv = request.kv
         assert kv is not None
@@ -134,7 +192,7 @@ class Scheduler:
                 break
             if unit.key not in self.features and unit.key not in plan.encode:
                 crops = len(unit.pixels)
-                if plan.crops and plan.crops + crops > self.max_step_crops:
+                if plan.crops and plan.crops + crops > most_crops:
                     stop = unit.start
                     break
                 plan.encode[unit.key] = unit
@@ -148,7 +206,7 @@ class Scheduler:
         plan.work.append(Work(request, kv, start, stop, stop == len(request.tokens), encodes))
         return stop - start
 
-    def _admit(self, plan: Plan, budget: int) -> None:
+    def _admit(self, plan: Plan, budget: int, most_crops: int) -> None:
         """Start waiting requests in order of arrival, while there is room and something left of the step.
 
         Only a request whose prefix another one is about to compute steps aside: it starts when it can copy it.
@@ -173,7 +231,7 @@ class Scheduler:
             request.held_unit = request.first_unit
             if request.cached is None:
                 request.cached = copied
-            used = self._prefill(request, plan, budget)
+            used = self._prefill(request, plan, budget, most_crops)
             if source is not None and source is not kv:
                 if not used:
                     plan.work.append(Work(request, kv, copied, copied, False))
@@ -206,8 +264,8 @@ class Scheduler:
                     return idle
         return None
 
-    def commit(self, plan: Plan, picks: Sequence[Pick], eos_ids: frozenset[int], now: float) -> list[Event]:
-        """Write down what a step computed; its events."""
+    def commit(self, plan: Plan, picks: Sequence[Sequence[Pick]], eos_ids: frozenset[int], now: float) -> list[Event]:
+        """Write down what a step computed; its events. picks: of each work that samples, its right guesses and one token more."""
         events, chosen = [], iter(picks)
         for work in plan.work:
             request = work.request
@@ -217,20 +275,21 @@ class Scheduler:
                 request.first_unit += 1
             if not work.sample:
                 continue
-            pick = next(chosen)
-            request.tokens.append(pick.token)
+            found = next(chosen)
+            work.kv.length -= len(work.guesses)
             if request.first_token is None:
                 request.first_token = now
-            sampling = request.sampling
-            reason: FinishReason | None = None
-            if pick.token in sampling.stop_ids or (pick.token in eos_ids and not sampling.ignore_eos):
-                reason = "stop"
-            elif len(request.tokens) > request.most:
-                reason = "length"
-            if reason is None:
+            if request.lookup is not None and work.guesses:
+                request.lookup.learn(len(work.guesses), len(found) - 1)
+                request.drafted += len(work.guesses)
+            for number, pick in enumerate(found):
+                work.kv.length += number > 0
+                request.accepted += number > 0
+                request.tokens.append(pick.token)
+                if (reason := _reason(request, pick.token, eos_ids)) is not None:
+                    events.append(self.end(request, reason, now, pick))
+                    break
                 events.append(Event(request, pick.token, pick.logprob, pick.top))
-            else:
-                events.append(self.end(request, reason, now, pick))
         return events
 
     def end(
@@ -251,3 +310,11 @@ class Scheduler:
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top = pick or (None, None, ())
         return Event(request, token, logprob, top, reason, request.usage, request.timings(now), error)
+
+
+def _reason(request: Request, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
+    """Why a request ends with this token, its last so far; None if it does not."""
+    sampling = request.sampling
+    if token in sampling.stop_ids or (token in eos_ids and not sampling.ignore_eos):
+        return "stop"
+    return "length" if len(request.tokens) > request.most else None

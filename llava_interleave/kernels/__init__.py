@@ -1,4 +1,4 @@
-"""Compiled kernels for a CPU: products with quantised weights, attention of one new token. Compiled when first asked for.
+"""Compiled kernels for a CPU: products with quantised weights, attention of a few new tokens. Compiled when first asked for.
 
 The source is one C++ file that includes nothing of PyTorch: it compiles in two seconds, and the result serves every release that
 lends its threads (`torch_parallel_for`), so that no two pools of threads fight. It lies in the user's cache under a name made of
@@ -71,22 +71,27 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: i
     return y
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: int) -> Tensor:
-    """What q `[1, H, d]` of one token sees of the tokens up to its own, `[1, H, d]`, in bfloat16; d is a multiple of 16.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: int, scales: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """What each q `[T, H, d]` of new tokens sees of the tokens up to its own, `[T, H, d]`, in bfloat16; d is a multiple of 16.
 
-    Its k and v `[1, Hkv, d]` are put to place `at` of keys `[Hkv, d, capacity]` and values `[Hkv, capacity, d]` first.
+    Their k and v `[T, Hkv, d]` are put to the places from `at` on of keys `[Hkv, d, capacity]` and values `[Hkv, capacity, d]`
+    first: bfloat16, or int8 with float16 scales `[Hkv, capacity]` for both. A token's result is the same in any company.
     """
-    (_, heads, d), (kv_heads, capacity, _) = q.shape, values.shape
-    assert d % PANEL == 0 and heads % kv_heads == 0 and 0 <= at < capacity, (q.shape, values.shape, at)
-    assert k.shape == v.shape == (1, kv_heads, d) and keys.shape == (kv_heads, d, capacity), (k.shape, keys.shape)
-    assert {(t.dtype, t.is_cpu) for t in (q, k, v, keys, values)} == {(torch.bfloat16, True)}, (q.dtype, keys.dtype, q.device)
+    (tokens, heads, d), (kv_heads, capacity, _) = q.shape, values.shape
+    assert d % PANEL == 0 and heads % kv_heads == 0 and 0 <= at <= capacity - tokens, (q.shape, values.shape, at)
+    assert k.shape == v.shape == (tokens, kv_heads, d) and keys.shape == (kv_heads, d, capacity), (k.shape, keys.shape)
+    assert {(t.dtype, t.is_cpu) for t in (q, k, v)} == {(torch.bfloat16, True)}, (q.dtype, q.device)
+    assert keys.dtype == values.dtype == (torch.int8 if scales else torch.bfloat16) and keys.is_cpu, (keys.dtype, keys.device)
+    assert all(t.shape == (kv_heads, capacity) and t.dtype == torch.float16 and t.is_contiguous() for t in scales or ())
     assert keys.is_contiguous() and values.is_contiguous()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    pointers = (t.data_ptr() for t in (q, k, v, keys, values, out))
+    pointers = (None if t is None else t.data_ptr() for t in (q, k, v, keys, values, *(scales or (None, None)), out))
     functions = _library()
     assert not isinstance(functions, str), functions
-    functions[1](*pointers, heads, kv_heads, d, capacity, at)
+    functions[1](*pointers, tokens, heads, kv_heads, d, capacity, at)
     return out
 
 
@@ -108,7 +113,7 @@ def functions(path: Path) -> tuple[Callable[..., None], Callable[..., None]]:
     library, lent = ctypes.CDLL(str(path)), ctypes.cast(threads, _POINTER)
     multiply, look = library.llava_linear, library.llava_attend
     multiply.argtypes = [_POINTER, _INT, _INT, *[_POINTER] * 5, *[_LONG] * 3]
-    look.argtypes = [*[_POINTER] * 7, *[_LONG] * 5]
+    look.argtypes = [*[_POINTER] * 9, *[_LONG] * 6]
     multiply.restype = look.restype = None
     return partial(multiply, lent), partial(look, lent)
 

@@ -1,4 +1,4 @@
-// Products with quantised weights and attention of single queries, for x86 with AVX-512 VNNI or AVX2: the flags say.
+// Products with quantised weights and attention of a few new tokens, for x86 with AVX-512 VNNI or AVX2: the flags say.
 // A plain C interface without PyTorch's headers; the threads are PyTorch's own, handed in as its torch_parallel_for.
 //
 // A weight [out, in] lies in panels of 16 outputs and groups of 32 inputs, in the order in which it is read:
@@ -46,6 +46,9 @@ inline Floats load(const uint16_t* p) {  // bfloat16
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline Floats load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -90,7 +93,11 @@ inline Floats halves(const uint16_t* p) {
 inline __m256 load8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
+inline __m256 load8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats load(const int8_t* p) { return {load8(p), load8(p + 8)}; }
 inline Floats load(const uint16_t* p) { return {load8(p), load8(p + 8)}; }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
@@ -114,6 +121,8 @@ inline float to_float(uint16_t x) {  // bfloat16
   std::memcpy(&y, &bits, 4);
   return y;
 }
+inline float to_float(int8_t x) { return x; }
+inline float half(uint16_t x) { return _cvtsh_ss(x); }
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) {  // bfloat16, to nearest, ties to even
   uint32_t bits;
@@ -286,33 +295,66 @@ inline Floats exponential(Floats x) {
   return shift(y, n);
 }
 
-// Attention of one new token of a sequence. Keys lie as [kv heads][d][capacity], values as [kv heads][capacity][d], bfloat16.
+// Attention of a few new tokens of a sequence. Keys lie as [kv heads][d][capacity], values as [kv heads][capacity][d], in
+// bfloat16, or in 8 bits with a scale for each head and token. Each token is computed as it would be alone; a head's keys and
+// values come from memory for the first, and lie near for the others.
+template <class S>
 struct Attention {
-  const uint16_t *q, *k, *v;  // [heads][d] and twice [kv heads][d]
-  uint16_t *keys, *values, *out;
-  int64_t heads, kv_heads, d, capacity, at;
+  const uint16_t *q, *k, *v;  // [tokens][heads][d] and twice [tokens][kv heads][d]
+  S *keys, *values;
+  uint16_t *key_scales, *value_scales;  // [kv heads][capacity], float16; with 8 bits
+  uint16_t* out;
+  int64_t tokens, heads, kv_heads, d, capacity, at;
+  static constexpr bool SCALED = sizeof(S) == 1;
 
   static void some(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const Attention*>(context);
-    std::unique_ptr<float[]> scores(new float[self.at + PANEL]);
+    std::unique_ptr<float[]> scores(new float[self.at + self.tokens + PANEL]);
     for (int64_t head = begin; head < end; head++) {
-      uint16_t* keys = self.keys + head * self.d * self.capacity;
-      uint16_t* values = self.values + head * self.d * self.capacity;
-      for (int64_t i = 0; i < self.d; i++) keys[i * self.capacity + self.at] = self.k[head * self.d + i];
-      std::memcpy(values + self.at * self.d, self.v + head * self.d, self.d * sizeof(uint16_t));
       const int64_t group = self.heads / self.kv_heads;
-      for (int64_t h = head * group; h < (head + 1) * group; h++) self.one(h, keys, values, scores.get());
+      for (int64_t token = 0; token < self.tokens; token++) {
+        self.keep(token, head);
+        for (int64_t h = head * group; h < (head + 1) * group; h++) self.one(token, h, head, scores.get());
+      }
     }
   }
 
-  void one(int64_t head, const uint16_t* keys, const uint16_t* values, float* scores) const {
-    const int64_t length = at + 1, whole = length / PANEL * PANEL;
+  // Puts a token's key and value to their place.
+  void keep(int64_t token, int64_t head) const {
+    const uint16_t *key = k + (token * kv_heads + head) * d, *value = v + (token * kv_heads + head) * d;
+    const int64_t to = at + token;
+    if constexpr (SCALED) {
+      const float by_key = scale(key, &key_scales[head * capacity + to]);
+      const float by_value = scale(value, &value_scales[head * capacity + to]);
+      for (int64_t i = 0; i < d; i++) keys[(head * d + i) * capacity + to] = whole(to_float(key[i]), by_key);
+      for (int64_t i = 0; i < d; i++) values[(head * capacity + to) * d + i] = whole(to_float(value[i]), by_value);
+    } else {
+      for (int64_t i = 0; i < d; i++) keys[(head * d + i) * capacity + to] = key[i];
+      std::memcpy(values + (head * capacity + to) * d, value, d * sizeof(uint16_t));
+    }
+  }
+
+  float scale(const uint16_t* x, uint16_t* to) const {
+    float largest = 0;
+    for (int64_t i = 0; i < d; i++) largest = std::max(largest, std::abs(to_float(x[i])));
+    *to = _cvtss_sh(largest / 127, _MM_FROUND_TO_NEAREST_INT);
+    return half(*to);
+  }
+
+  static int8_t whole(float x, float scale) {
+    return scale == 0 ? 0 : int8_t(std::min(127.0f, std::max(-127.0f, std::nearbyint(x / scale))));
+  }
+
+  void one(int64_t token, int64_t h, int64_t head, float* scores) const {
+    const S *keys = this->keys + head * d * capacity, *values = this->values + head * capacity * d;
+    const uint16_t* q = this->q + (token * heads + h) * d;
+    const int64_t length = at + token + 1, whole = length / PANEL * PANEL;
     const float root = 1 / std::sqrt(float(d));
     std::memset(scores, 0, length * sizeof(float));
     for (int64_t i = 0; i < d; i += 8) {  // eight rows of keys at a time, each read from its beginning to its end
-      const uint16_t* row = keys + i * capacity;
+      const S* row = keys + i * capacity;
       float by[8];
-      for (int64_t j = 0; j < 8; j++) by[j] = to_float(q[head * d + i + j]) * root;
+      for (int64_t j = 0; j < 8; j++) by[j] = to_float(q[i + j]) * root;
       for (int64_t t = 0; t < whole; t += PANEL) {
         Floats sum = load(scores + t);
         for (int64_t j = 0; j < 8; j++) sum = fma(load(row + j * capacity + t), splat(by[j]), sum);
@@ -322,6 +364,7 @@ struct Attention {
         for (int64_t j = 0; j < 8; j++) scores[t] += to_float(row[j * capacity + t]) * by[j];
       }
     }
+    times(scores, key_scales + head * capacity, length);
     const float largest = *std::max_element(scores, scores + length);
     const int64_t padded = (length + PANEL - 1) / PANEL * PANEL;
     std::fill(scores + length, scores + padded, -std::numeric_limits<float>::infinity());
@@ -334,13 +377,24 @@ struct Attention {
     float parts[PANEL], total = 0;
     store(parts, sum);
     for (float part : parts) total += part;
+    times(scores, value_scales + head * capacity, length);
+    uint16_t* to = out + (token * heads + h) * d;
     int64_t i = 0;
-    for (; i + 4 * PANEL <= d; i += 4 * PANEL) mix<4>(scores, values + i, length, 1 / total, out + head * d + i);
-    for (; i < d; i += PANEL) mix<1>(scores, values + i, length, 1 / total, out + head * d + i);
+    for (; i + 4 * PANEL <= d; i += 4 * PANEL) mix<4>(scores, values + i, length, 1 / total, to + i);
+    for (; i < d; i += PANEL) mix<1>(scores, values + i, length, 1 / total, to + i);
+  }
+
+  // Of 8 bits, a token's score or share by its scale.
+  static void times(float* x, const uint16_t* scales, int64_t length) {
+    if constexpr (SCALED) {
+      int64_t t = 0;
+      for (; t + PANEL <= length; t += PANEL) store(x + t, mul(load(x + t), halves(scales + t)));
+      for (; t < length; t++) x[t] *= half(scales[t]);
+    }
   }
 
   template <int N>
-  void mix(const float* p, const uint16_t* values, int64_t length, float factor, uint16_t* to) const {
+  void mix(const float* p, const S* values, int64_t length, float factor, uint16_t* to) const {
     Floats sum[N];
     for (int n = 0; n < N; n++) sum[n] = splat(0);
     for (int64_t t = 0; t < length; t++, values += d) {
@@ -354,6 +408,16 @@ struct Attention {
   }
 };
 
+template <class S>
+void attend(ParallelFor parallel_for, const uint16_t* q, const uint16_t* k, const uint16_t* v, void* keys, void* values,
+            uint16_t* key_scales, uint16_t* value_scales, uint16_t* out, int64_t tokens, int64_t heads, int64_t kv_heads,
+            int64_t d, int64_t capacity, int64_t at) {
+  Attention<S> self{q, k, v, static_cast<S*>(keys), static_cast<S*>(values), key_scales, value_scales, out, tokens, heads,
+                    kv_heads, d, capacity, at};
+  const int64_t work = 2 * tokens * heads / kv_heads * d * (at + tokens);
+  parallel_for(0, kv_heads, std::max<int64_t>(1, SERIAL / 4 / work), Attention<S>::some, &self);
+}
+
 }  // namespace
 
 // y [tokens, out] = x [tokens, in] by the packed weight, plus the bias where there is one; x, bias and y are float32 or bfloat16.
@@ -362,10 +426,11 @@ extern "C" void llava_linear(ParallelFor parallel_for, int32_t bits, int32_t bfl
   (bfloat16 ? linear<uint16_t> : linear<float>)(parallel_for, bits, x, weight, scale, bias, y, tokens, in, out);
 }
 
-// Puts k and v to place `at` of a sequence's memory; out = what q sees of the tokens up to it. d is a multiple of 16.
-extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* keys,
-                             uint16_t* values, uint16_t* out, int64_t heads, int64_t kv_heads, int64_t d, int64_t capacity,
-                             int64_t at) {
-  Attention self{q, k, v, keys, values, out, heads, kv_heads, d, capacity, at};
-  parallel_for(0, kv_heads, std::max<int64_t>(1, SERIAL / (8 * d * (at + 1))), Attention::some, &self);
+// Puts k and v of some tokens to the places from `at` on of a sequence's memory; out = what each q sees of the tokens up to its
+// own. d is a multiple of 16. Without scales the memory is bfloat16, with them it has 8 bits.
+extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const uint16_t* k, const uint16_t* v, void* keys,
+                             void* values, uint16_t* key_scales, uint16_t* value_scales, uint16_t* out, int64_t tokens,
+                             int64_t heads, int64_t kv_heads, int64_t d, int64_t capacity, int64_t at) {
+  (key_scales ? attend<int8_t> : attend<uint16_t>)(parallel_for, q, k, v, keys, values, key_scales, value_scales, out, tokens,
+                                                   heads, kv_heads, d, capacity, at);
 }

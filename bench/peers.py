@@ -1,0 +1,329 @@
+"""One workload on this machine in one run, systems taking turns: this package at each precision, transformers, and others.
+
+    python bench/make_checkpoint.py /tmp/half --shape 0.5b
+    python bench/peers.py /tmp/half [--minutes 7.5] [--systems "llava int4" "transformers bfloat16"] [--out bench/latest.json]
+    python bench/page.py bench/latest.json docs/bench/index.html
+
+All work is done once, whatever it takes; then again, a piece at a time, while --minutes last. Every question has new pictures
+but where it says that they are the same; all systems get the same ones. Systems in float32 take several times as long, and by
+default answer about one image only. --also NAME=COMMAND: another system, a command that speaks as bench/systems.py does.
+
+--out: system -> figure -> median, least, most, how often, and the share of the machine's ceiling, measured in the same run: for
+pictures and prompts the fastest matrix product of any number type, for decoding the memory's reading speed by what the system
+must read. Linux only.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava_interleave import weights
+from llava_interleave.bench import prefill_work, product_speed, reading_speed, vision_work
+from llava_interleave.cli import show
+from llava_interleave.config import LlavaConfig
+from llava_interleave.weights.files import read_config
+
+HERE = Path(__file__).parent
+SYSTEMS = [
+    "llava int4",
+    "llava int8",
+    "llava bfloat16",
+    "llava float32",
+    "transformers bfloat16",
+    "transformers float32",
+]
+BRIEF = ["llava float32", "transformers float32"]
+QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
+SIZE = (1024, 768)  # pixels of a picture
+SHORT, LONG = 32, 64  # tokens of an answer, and of each of several at once
+
+Found = dict[str, tuple[float, float | None]]
+"""By figure its value, and the share of the ceiling where there is one."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Ceilings: bytes a second from memory, operations a second in products by number type."""
+
+    config: LlavaConfig
+    read: float
+    products: dict[str, float]
+
+    def least(self, images: int, prompt: int = 0) -> float:
+        """Seconds that these images and a prompt take at best."""
+        work = images * vision_work(self.config) + (prefill_work(self.config, prompt) if prompt else 0)
+        return work / max(self.products.values())
+
+    def tokens(self, about: dict[str, int], context: float) -> float:
+        """Tokens a second after so many, at best."""
+        return self.read / (about["weights"] + about["kv"] * context)
+
+
+class System:
+    """A process of bench/systems.py, or one that speaks as it does."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        self.about = self.read()
+
+    def read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{shlex.join(self.process.args)} ended with {self.process.wait()}; run it by hand to see why")
+        return json.loads(line)
+
+    def answer(self, *chats: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+        """Timings, as bench/systems.py tells them."""
+        print(json.dumps({"chats": chats, "tokens": tokens}), file=self.process.stdin, flush=True)
+        return self.read()
+
+    def peak(self) -> int:
+        """Most resident bytes so far, of weights in mapped files too."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Pictures:
+    """Files of new pictures; a turn's are the same for every system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.turn, self.made = folder, 0, 0
+
+    def __call__(self, count: int) -> list[str]:
+        paths = [self.folder / f"{self.turn}-{self.made + index}.jpg" for index in range(count)]
+        self.made += count
+        for path in paths:
+            if not path.exists():
+                pixels = np.random.default_rng(list(path.name.encode())).integers(0, 256, (24, 32, 3), np.uint8)
+                Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC).save(path)
+        return [str(path) for path in paths]
+
+
+def user(pictures: list[str], question: str) -> dict[str, Any]:
+    return {
+        "role": "user",
+        "content": [*({"type": "image", "path": path} for path in pictures), {"type": "text", "text": question}],
+    }
+
+
+def one_image(system: System, machine: Machine, new: Pictures) -> Found:
+    took = system.answer([user(new(1), QUESTIONS[0])], tokens=SHORT)
+    return first_token(took, machine, 1) | vision(took, machine, 1)
+
+
+def conversation(system: System, machine: Machine, new: Pictures) -> Found:
+    pictures = new(2)
+    turn = user(pictures, QUESTIONS[0])
+    took = system.answer([turn], tokens=SHORT)
+    again = system.answer([user(pictures, QUESTIONS[1])], tokens=1)
+    said = {"role": "assistant", "content": [{"type": "text", "text": "They differ in colour."}]}
+    more = system.answer([turn, said, user(new(1), QUESTIONS[2])], tokens=1)
+    found = first_token(took, machine, 2) | vision(took, machine, 2) | decode(took, machine, system.about, "2 images")
+    if took["prefill"] is not None:
+        share = (machine.least(2, took["prompt"]) - machine.least(2)) / took["prefill"]
+        found["prefill of 2 images, tokens/s"] = took["prompt"] / took["prefill"], share
+    return found | {
+        "second question about the same 2 images, s to first token": (again["first"], None),
+        "one more image in the conversation, s to first token": (more["first"], None),
+        "peak memory after all that, MiB": (system.peak() / 2**20, None),
+    }
+
+
+def many_images(system: System, machine: Machine, new: Pictures) -> Found:
+    took = system.answer([user(new(8), QUESTIONS[0])], tokens=SHORT)
+    return first_token(took, machine, 8) | decode(took, machine, system.about, "8 images")
+
+
+def many_requests(system: System, _: Machine, new: Pictures) -> Found:
+    took = system.answer(*([user(new(1), f"{index}: {QUESTIONS[0]}")] for index in range(8)), tokens=LONG)
+    return {"8 requests with an image each, tokens/s from question to last answer": (8 * LONG / took["total"], None)}
+
+
+def first_token(took: dict[str, Any], machine: Machine, images: int) -> Found:
+    share = machine.least(images, took["prompt"]) / took["first"]
+    return {f"first token, {images} image{'s' * (images > 1)}, s": (took["first"], share)}
+
+
+def vision(took: dict[str, Any], machine: Machine, images: int) -> Found:
+    return {"vision, s an image": (took["vision"] / images, machine.least(images) / took["vision"])} if took["vision"] else {}
+
+
+def decode(took: dict[str, Any], machine: Machine, about: dict[str, int], after: str) -> Found:
+    rate = (SHORT - 1) / (took["total"] - took["first"])
+    return {f"decode after {after}, tokens/s": (rate, rate / machine.tokens(about, took["prompt"] + SHORT / 2))}
+
+
+Work = Callable[[System, Machine, Pictures], Found]
+WORK: dict[str, Work] = {
+    "one": one_image,
+    "conversation": conversation,
+    "images": many_images,
+    "requests": many_requests,
+}
+
+
+class Bench:
+    """All systems, kept running; and what has been found."""
+
+    def __init__(self, commands: dict[str, list[str]], brief: list[str], machine: Machine, scratch: Path) -> None:
+        self.commands, self.brief, self.machine, self.pictures = commands, brief, machine, Pictures(scratch)
+        self.running: dict[str, System] = {}
+        self.found: dict[str, dict[str, list[tuple[float, float | None]]]] = {name: {} for name in commands}
+        self.written: dict[str, list[int]] = {}
+
+    def do(self, work: str) -> float:
+        """One piece of work by each system in turn; -> the seconds it took."""
+        began = time.perf_counter()
+        self.pictures.turn += 1
+        for name in self.commands:
+            if name in self.brief and work != "one":
+                continue
+            self.pictures.made = 0
+            for figure, value in (self.cold(name) if work == "cold" else self.ask(name, WORK[work])).items():
+                self.found[name].setdefault(figure, []).append(value)
+                print(f"{name}: {figure}: {value[0]:.4g}", file=sys.stderr, flush=True)
+        return time.perf_counter() - began
+
+    def ask(self, name: str, work: Work) -> Found:
+        if name not in self.running:
+            system = self.running[name] = System(self.commands[name])
+            warm = system.answer([user(self.pictures(1), QUESTIONS[0])], tokens=8)
+            self.written[name] = warm["written"]
+            self.pictures.made = 0
+            self.pictures.turn += 1
+        return work(self.running[name], self.machine, self.pictures)
+
+    def cold(self, name: str) -> Found:
+        began = time.perf_counter()
+        system = System(self.commands[name])
+        system.answer([user(self.pictures(1), QUESTIONS[0])], tokens=1)
+        seconds = time.perf_counter() - began
+        system.close()
+        return {"cold process to first token, 1 image, s": (seconds, None)}
+
+    def close(self) -> None:
+        for system in self.running.values():
+            system.close()
+
+
+def measured(bench: Bench, work: list[str], minutes: float) -> None:
+    """All work once; then again what still fits into the time, in turn."""
+    end, took = time.perf_counter() + 60 * minutes, {}
+    for name in work:
+        took[name] = bench.do(name)
+    while fitting := [name for name in work if time.perf_counter() + took[name] <= end]:
+        for name in fitting:
+            if time.perf_counter() + took[name] <= end:
+                took[name] = bench.do(name)
+
+
+def summary(bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By system and figure."""
+    return {name: {figure: told(values) for figure, values in found.items()} for name, found in bench.found.items()}
+
+
+def told(values: list[tuple[float, float | None]]) -> dict[str, float | None]:
+    numbers, shares = zip(*values, strict=True)
+    return {
+        "median": statistics.median(numbers),
+        "least": min(numbers),
+        "most": max(numbers),
+        "times": len(numbers),
+        "share": None if shares[0] is None else statistics.median(shares),
+    }
+
+
+def agreement(written: dict[str, list[int]]) -> dict[str, int]:
+    """How many of a first answer's tokens each has in common with the last system, before the first that differs."""
+    last = list(written.values())[-1]
+    return {name: sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(ids, last, strict=True))) for name, ids in written.items()}
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    for name in ("llava-interleave", "torch", "transformers"):
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            yield name, "not installed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--systems", nargs="*", default=SYSTEMS, metavar="NAME", help=f"of {SYSTEMS}")
+    parser.add_argument("--brief", nargs="*", default=BRIEF, metavar="NAME", help="those that answer about one image only")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--work", nargs="*", default=["cold", *WORK], choices=["cold", *WORK])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    end = time.perf_counter() + 60 * given.minutes
+    config = read_config(given.folder)
+    device, kinds = torch.device("cpu"), ("float32", "bfloat16", "int8")
+    machine = Machine(config, reading_speed(device), {kind: product_speed(kind, device) for kind in kinds})
+    with tempfile.TemporaryDirectory() as scratch:
+        commands = {}
+        for name in given.systems:
+            kind, precision = name.split()
+            folder = given.folder
+            if precision in ("int4", "int8"):
+                folder = Path(scratch) / precision
+                weights.save(weights.load(given.folder, precision=precision), folder, processor_from=given.folder)
+            commands[name] = [sys.executable, str(HERE / "systems.py"), kind, str(folder), precision]
+        for name, _, command in (also.partition("=") for also in given.also):
+            commands[name] = shlex.split(command)
+        bench = Bench(commands, given.brief, machine, Path(scratch))
+        try:
+            measured(bench, given.work, (end - time.perf_counter()) / 60)
+        finally:
+            bench.close()
+    result = {
+        "about": dict(versions()) | {"processor": cpu(), "threads": torch.get_num_threads()},
+        "ceilings": {"memory, GB/s": machine.read / 1e9} | {f"{k}, GOP/s": v / 1e9 for k, v in machine.products.items()},
+        "network": asdict(config),
+        "first tokens as the last system": agreement(bench.written),
+        "systems": summary(bench),
+    }
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    columns = list(result["systems"])
+    figures = dict.fromkeys(figure for found in result["systems"].values() for figure in found)
+    cells = {(name, figure): f"{one['median']:.4g}" for name, found in result["systems"].items() for figure, one in found.items()}
+    show.table("medians", ["", *columns], [[figure, *(cells.get((name, figure), "") for name in columns)] for figure in figures])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Milliseconds of a decode step in which one sequence computes 1 to 9 tokens, by precision: what guessed tokens cost.
+
+    python bench/steps.py FOLDER [--precision int4 int8 bfloat16] [--kv auto int8] [--context 1474] [--repeat 20]
+
+A JSON line for each precision, type of keys and values, and number of tokens: median and spread (the middle half), and the time
+as a multiple of that of a single token. All take turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llava_interleave import weights
+from llava_interleave.engine.cache import KV, Keys
+from llava_interleave.engine.memory import Slabs, Span
+from llava_interleave.model import Llava
+
+COUNTS = (1, 2, 3, 5, 9)
+
+
+def step(model: Llava, context: int, in_eight_bits: bool) -> Callable[[int], float]:
+    """A function that computes so many tokens after `context` others, and returns the seconds."""
+    weight = model.language_model.norm.weight
+    slabs = Slabs(model.config.text, weight.dtype, weight.device, in_eight_bits=in_eight_bits)
+    kv = KV(Keys.of([]), context, context + max(COUNTS))
+    slabs.prepare(kv)
+    assert kv.slab is not None
+    for tensor in (tensor for tensors, _ in kv.slab.parts() for tensor in tensors):
+        tensor.random_(-3, 4)
+
+    def run(tokens: int) -> float:
+        began = time.perf_counter()
+        x, positions = model.embed(torch.arange(tokens)), torch.arange(context, context + tokens)
+        model.logits(model(x, positions, slabs.attend([Span(kv, context, context + tokens)]))).argmax(-1).tolist()
+        return time.perf_counter() - began
+
+    return run
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", nargs="+", default=["int4", "int8", "bfloat16"])
+    parser.add_argument("--kv", nargs="+", default=["auto", "int8"], choices=["auto", "int8"])
+    parser.add_argument("--context", type=int, default=1474)
+    parser.add_argument("--repeat", type=int, default=20)
+    given = parser.parse_args()
+    systems = {}
+    for precision in given.precision:
+        plain = getattr(torch, precision, None) if precision not in ("int4", "int8") else torch.bfloat16
+        model = weights.load(given.folder, dtype=plain, precision=precision if precision in ("int4", "int8") else None)
+        for kv in given.kv:
+            systems[precision, kv] = step(model, given.context, kv == "int8")
+    took: dict[tuple[str, str, int], list[float]] = {}
+    for turn in range(given.repeat + 1):
+        for (precision, kv), run in systems.items():
+            for tokens in COUNTS:
+                seconds = run(tokens)
+                if turn:
+                    took.setdefault((precision, kv, tokens), []).append(seconds)
+    for (precision, kv, tokens), values in took.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        row = {"precision": precision, "kv": kv, "tokens": tokens, "ms": round(middle * 1e3, 2)}
+        times = middle / statistics.median(took[precision, kv, 1])
+        print(json.dumps(row | {"spread": [round(low * 1e3, 2), round(high * 1e3, 2)], "times": round(times, 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
