@@ -1,24 +1,31 @@
-"""Speed under load: this server and `transformers serve`, in one run, alternating, asked the same at the same moments.
+"""Speed under load: this server, `transformers serve` and vLLM's, in one run, in turns, asked the same at the same moments.
 
     python bench/make_checkpoint.py /tmp/half --shape 0.5b
-    python bench/serve.py -m builtin -m /tmp/half [--clients 1 4 16] [--rounds 3] [--out serve.json] [--quick]
-    python bench/serve.py -m /tmp/half --also vllm=http://127.0.0.1:8001/v1      # whatever else answers as OpenAI does
+    python bench/serve.py -m builtin -m /tmp/half [--clients 1 4 16] [--rounds 3] [--vllm COMMAND] [--out serve.json] [--quick]
+    python bench/serve.py -m /tmp/half --also other=http://127.0.0.1:8001/v1      # whatever else answers as OpenAI does
 
 The load is open: each client asks at moments drawn beforehand (Poisson, fixed seed), whether it has its answers or not, and times
-count from those moments. On average a client asks every two times that a lone answer of ours takes, or --rate times a second.
-`shared` images are those of all requests of a round, `fresh` ones new in each. Both servers lay prompts out as the checkpoint's
-template does. --quick: a tiny network, few requests, to see that everything works. --out has every request and the medians.
+count from those moments. On average a client asks every two times that a lone answer of ours takes, or --rate times a second; 16
+clients ask for more than a server can answer that takes one request after another. `shared` images are those of all requests of a
+round, `fresh` ones new in each. All servers lay prompts out as the checkpoint's template does; those that are not being asked are
+stopped meanwhile (SIGSTOP). --vllm: the command of a vLLM in an environment of its own. --quick: a tiny network, few requests, to
+see that everything works. --out has every request and the medians.
 
 tokens/s     written, from the first moment to the end of the last answer
 first        seconds to the first text, median and 95th percentile
-token        milliseconds a token after the first, median
+whole        seconds to the whole answer, median and 95th percentile: whoever waits for a turn waits here
+token        milliseconds a token from the first text to the end, median: low where requests wait and are answered one by one;
+             where they are answered together, all share the machine
+pause        milliseconds of the longest silence between two texts of an answer, median
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -30,6 +37,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +61,7 @@ class Timed:
     tokens: int = 0
     first: float = 0.0
     total: float = 0.0
+    pause: float = 0.0
     failed: str = ""
 
 
@@ -68,13 +77,13 @@ def picture(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def load(clients: int, shared: bool, round_: int, given: argparse.Namespace, rate: float) -> list[tuple[float, list[Any]]]:
-    """The moments of all requests, and their contents; the same for every server."""
+    """The moments of all requests, the first one's 0, and their contents; the same for every server."""
     rng = np.random.default_rng([clients, shared, round_, given.seed])
     same = [picture(rng) for _ in range(given.images)]
-    moments = np.cumsum(rng.exponential(1 / rate, (clients, given.requests)), axis=1).ravel()
+    moments = np.sort(np.cumsum(rng.exponential(1 / rate, (clients, given.requests)), axis=1).ravel())
     return [
-        (float(moment), [*(same if shared else [picture(rng) for _ in range(given.images)]), question(number)])
-        for number, moment in enumerate(sorted(moments))
+        (float(moment - moments[0]), [*(same if shared else [picture(rng) for _ in range(given.images)]), question(number)])
+        for number, moment in enumerate(moments)
     ]
 
 
@@ -86,7 +95,7 @@ async def ask(api: openai.AsyncOpenAI, model: str, moment: float, content: list[
     """Ask at `moment` of the event loop's clock."""
     clock = asyncio.get_running_loop().time
     await asyncio.sleep(moment - clock())
-    first, usage = 0.0, None
+    texts, usage = [], None
     try:
         stream = await api.chat.completions.create(
             model=model,
@@ -98,12 +107,14 @@ async def ask(api: openai.AsyncOpenAI, model: str, moment: float, content: list[
         )
         async for chunk in stream:
             usage = chunk.usage or usage
-            if not first and chunk.choices and chunk.choices[0].delta.content:
-                first = clock() - moment
+            if chunk.choices and chunk.choices[0].delta.content:
+                texts.append(clock() - moment)
     except openai.OpenAIError as error:
         return Timed(failed=str(error)[:200])
-    total = clock() - moment
-    return Timed(usage.prompt_tokens, usage.completion_tokens, first or total, total) if usage else Timed(failed="no usage")
+    if not usage or not texts:
+        return Timed(failed="no usage" if texts else "no text")
+    pause = max((b - a for a, b in pairwise(texts)), default=0.0)
+    return Timed(usage.prompt_tokens, usage.completion_tokens, texts[0], clock() - moment, pause)
 
 
 async def run(url: str, model: str, requests: list[tuple[float, list[Any]]], tokens: int) -> tuple[list[Timed], float]:
@@ -111,18 +122,21 @@ async def run(url: str, model: str, requests: list[tuple[float, list[Any]]], tok
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as api:
         start = asyncio.get_running_loop().time() + 0.1
         timed = await asyncio.gather(*(ask(api, model, start + at, content, tokens) for at, content in requests))
-        return list(timed), asyncio.get_running_loop().time() - start - requests[0][0]
+        return list(timed), asyncio.get_running_loop().time() - start
 
 
 def figures(timed: list[Timed], seconds: float) -> dict[str, float]:
     good = [t for t in timed if not t.failed]
-    firsts = [t.first for t in good] or [float("nan")]
+    firsts, wholes = ([getattr(t, name) for t in good] or [float("nan")] for name in ("first", "total"))
     each = [(t.total - t.first) / (t.tokens - 1) for t in good if t.tokens > 1] or [float("nan")]
     return {
         "tokens/s": sum(t.tokens for t in good) / seconds,
         "first": statistics.median(firsts),
         "first95": float(np.percentile(firsts, 95)),
+        "whole": statistics.median(wholes),
+        "whole95": float(np.percentile(wholes, 95)),
         "token": 1000 * statistics.median(each),
+        "pause": 1000 * statistics.median([t.pause for t in good] or [float("nan")]),
         "failed": len(timed) - len(good),
     }
 
@@ -133,11 +147,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class System:
+    """A server: its address, the model's name there, and its process where it is ours to stop."""
+
+    url: str
+    model: str
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Runs within, and is stopped after it."""
+        self.signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGSTOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+
 @contextlib.contextmanager
-def serving(command: list[str | Path], port: int, log: Path) -> Iterator[str]:
-    """A server in a process of its own; its address once it is well."""
+def serving(command: list[str | Path], port: int, model: str, log: Path, **env: str) -> Iterator[System]:
+    """A server in processes of its own, once it is well."""
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | env
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+        system = System(f"http://127.0.0.1:{port}/v1", model, process)
         try:
             for _ in range(START * 4):
                 if process.poll() is not None:
@@ -147,59 +185,74 @@ def serving(command: list[str | Path], port: int, log: Path) -> Iterator[str]:
                 time.sleep(0.25)
             else:
                 raise SystemExit(f"{command[0]} did not start in {START} s:\n{log.read_text()[-2000:]}")
-            yield f"http://127.0.0.1:{port}/v1"
+            with system.awake():
+                pass
+            yield system
         finally:
+            system.signal(signal.SIGCONT)
             process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
-                process.kill()
+                system.signal(signal.SIGKILL)
                 process.wait()
 
 
 @contextlib.contextmanager
-def servers(folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dict[str, tuple[str, str]]]:
-    """Name -> address and the model's name there."""
+def servers(folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dict[str, System]]:
+    """All that are measured, by name."""
     with contextlib.ExitStack() as stack:
-        ours, theirs = free_port(), free_port()
-        mine = ["serve", "-m", folder, "--port", str(ours), "--name", "model", "--preset", "hf"]
+        port = free_port()
+        mine: list[str | Path] = [BIN / "llava", "serve", "-m", folder, "--port", str(port), "--name", "model", "--preset", "hf"]
         most = ["--max-requests", "1000", "--connections", "2000", "--requests-per-minute", "1000000"]
-        found = {"llava": (stack.enter_context(serving([BIN / "llava", *mine, *most], ours, logs / "llava")), "model")}
+        found = {"llava": stack.enter_context(serving([*mine, *most], port, "model", logs / "llava"))}
         if not given.alone:
-            command = [BIN / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(theirs)]
-            found["transformers"] = (stack.enter_context(serving(command, theirs, logs / "transformers")), str(folder))
+            port = free_port()
+            command = [BIN / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
+            found["transformers"] = stack.enter_context(serving(command, port, str(folder), logs / "transformers"))
+        if given.vllm:
+            port = free_port()
+            command = [given.vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+            command += ["--limit-mm-per-prompt", json.dumps({"image": given.images})]
+            memory = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}  # GiB; and it tells nobody
+            found["vllm"] = stack.enter_context(serving(command, port, "model", logs / "vllm", **memory))
         for name, url in (pair.split("=", 1) for pair in given.also):
             with openai.OpenAI(base_url=url, api_key="none") as api:
-                found[name] = (url, api.models.list().data[0].id)
+                found[name] = System(url, api.models.list().data[0].id)
         yield found
 
 
+def asked(system: System, requests: list[tuple[float, list[Any]]], tokens: int) -> tuple[list[Timed], float]:
+    """As `run`, with this server alone awake."""
+    with system.awake():
+        return asyncio.run(run(system.url, system.model, requests, tokens))
+
+
 def measure(name: str, folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dict[str, Any]]:
-    """A row for each server, number of clients, kind of images and round; servers alternate within a round."""
+    """A row for each server, number of clients, kind of images and round; servers take turns."""
     with servers(folder, given, logs) as found:
         lone = {}
-        for server, (url, model) in found.items():  # once to warm up, once for the time
+        for server, system in found.items():  # once to warm up, once for the time
             for number in range(2):
                 rng = np.random.default_rng([given.seed, number])
                 content = [*(picture(rng) for _ in range(given.images)), question(number)]
-                (timed,), lone[server] = asyncio.run(run(url, model, [(0.0, content)], given.tokens))
+                (timed,), lone[server] = asked(system, [(0.0, content)], given.tokens)
                 if timed.failed:
                     raise SystemExit(f"{server} does not answer: {timed.failed}")
         rate = given.rate or 0.5 / lone["llava"]
-        for round_ in range(given.rounds):
-            for clients in given.clients:
-                for images in ("shared", "fresh"):
-                    requests = load(clients, images == "shared", round_, given, rate)
-                    order = list(found) if round_ % 2 == 0 else list(found)[::-1]
-                    for server in order:
-                        timed, seconds = asyncio.run(run(*found[server], requests, given.tokens))
-                        row = {"model": name, "server": server, "clients": clients, "images": images, "round": round_}
-                        yield (
-                            row
-                            | {"rate": rate, "lone": lone[server]}
-                            | figures(timed, seconds)
-                            | {"requests": [asdict(one) for one in timed]}
-                        )
+        cells = itertools.product(range(given.rounds), given.clients, ("shared", "fresh"))
+        for number, (round_, clients, images) in enumerate(cells):
+            requests = load(clients, images == "shared", round_, given, rate)
+            for server in rotated(list(found), number):
+                timed, seconds = asked(found[server], requests, given.tokens)
+                row = {"model": name, "server": server, "clients": clients, "images": images, "round": round_, "rate": rate}
+                row |= {"lone": lone[server]} | figures(timed, seconds)
+                yield row | {"requests": [asdict(one) for one in timed]}
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Each is first as often as the others."""
+    return names[by % len(names) :] + names[: by % len(names)]
 
 
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -207,7 +260,7 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault(tuple(row[key] for key in ("model", "clients", "images", "server")), []).append(row)
-    names = ("tokens/s", "first", "first95", "token")
+    names = ("tokens/s", "first", "first95", "whole", "whole95", "token", "pause")
     return [
         dict(zip(("model", "clients", "images", "server"), cell, strict=True))
         | {name: statistics.median(row[name] for row in same) for name in names}
@@ -216,7 +269,9 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-COLUMNS = {"model": 12, "clients": 7, "images": 6, "server": 12, "tokens/s": 9, "first": 8, "first95": 8, "token": 8, "failed": 6}
+COLUMNS = {"model": 12, "clients": 7, "images": 6, "server": 12, "tokens/s": 8} | dict.fromkeys(
+    ("first", "first95", "whole", "whole95", "token", "pause", "failed"), 7
+)
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -238,6 +293,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="requests a second of each client")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", action="store_true", help="leave out transformers")
+    parser.add_argument("--vllm", type=Path, metavar="COMMAND", help="also measure the server of this vLLM")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=URL", help="measure this server, too")
     parser.add_argument("--out", type=Path, help="write everything here as JSON")
     parser.add_argument("--quick", action="store_true")
@@ -255,9 +311,7 @@ def main() -> None:
     summary = medians(rows)
     print(*table(summary), sep="\n")
     if given.out:
-        given.out.write_text(
-            json.dumps({"arguments": vars(given) | {"out": str(given.out)}, "medians": summary, "rows": rows}) + "\n"
-        )
+        given.out.write_text(json.dumps({"arguments": vars(given), "medians": summary, "rows": rows}, default=str) + "\n")
     if any(row["failed"] for row in rows):
         raise SystemExit("some requests failed; --out has why")
 

@@ -154,13 +154,22 @@ def test_shares() -> None:
     assert shares([0.0]) == [1.0]
 
 
-def test_views_videos_and_tiles(bot: Chatbot, files: list[Path]) -> None:
-    """A view is an image with its name, a video one look with a map a frame, tiles lie on the whole image."""
+def test_views_videos_and_tiles(bot: Chatbot, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view is an image with its name, a video one look with a map a frame, tiles lie on the whole image. All is read once."""
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 90, 3), dtype=np.uint8))
     views = {"type": "views", "views": {"front": str(files[0]), "left": str(files[1])}}
     turn = bot.turn("Hm?", [views, [str(file) for file in files], wide])
     options: Mapping[str, object] = {"anyres": True, "frames": 3}
-    told = bot.explain(turn, bot.chat(turn, max_new_tokens=3, **options), **options)
+    estimate, answer = bot.estimate(turn, **options), bot.chat(turn, max_new_tokens=3, **options)
+    read: list[str] = []
+    for name in ("image", "video", "image_size", "video_times"):
+        real = getattr(bot.processor.loader, name)
+        monkeypatch.setattr(bot.processor.loader, name, lambda *a, real=real, name=name: read.append(name) or real(*a))
+    bot.prompt(turn, **options)
+    once = sorted(read)
+    told = bot.explain(turn, answer, **options)
+    assert sorted(read) == sorted(once * 2)
+    assert [look.name for look in told.images] == [part.name for part in estimate.parts[1:]]
     assert [look.heat.shape for look in told.images] == [(1, 4, 4), (1, 4, 4), (3, 4, 4), (1, 4, 4)]
     assert [look.pictures.shape for look in told.images] == [(1, 30, 30, 3), (1, 30, 30, 3), (3, 30, 30, 3), (1, 30, 30, 3)]
     assert [look.name.split(":")[0] for look in told.images] == ["view front", "view left", "video 3", "image 4"]

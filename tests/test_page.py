@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Page, Request, expect  # noqa: E402
 
 from llava_interleave.chatbot import Look, load  # noqa: E402
 from llava_interleave.engine import Engine  # noqa: E402
+from llava_interleave.processing import FrameSampling, Loader  # noqa: E402
 from llava_interleave.server.app import create_app  # noqa: E402
 from llava_interleave.server.run import Server  # noqa: E402
 from llava_interleave.server.settings import Settings  # noqa: E402
@@ -270,12 +271,20 @@ def test_a_mark_without_a_file_is_told_before_anything_is_sent(page: Page, files
 
 
 def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, tmp_path: Path) -> None:
+    """The very ones that the server looks at, by their times and by what is in them."""
     write_video([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], tmp_path / "v.mp4")
     page.set_input_files("#pick-files", tmp_path / "v.mp4")
     expect(page.locator(".strip canvas")).to_have_count(16)
     page.locator("#frames").fill("3")
     page.locator("#frames").dispatch_event("change")
     expect(page.locator(".strip canvas")).to_have_count(3)
+    clip = Loader().video((tmp_path / "v.mp4").read_bytes(), FrameSampling(frames=3))
+    shown = page.locator(".strip canvas")
+    assert [shown.nth(i).get_attribute("title") for i in range(3)] == [f"{time:.2f} s" for time in clip.times]
+    grey = "(canvas) => canvas.getContext('2d').getImageData(9, 9, 1, 1).data[0]"
+    assert [shown.nth(i).evaluate(grey) for i in range(3)] == pytest.approx(
+        [frame.getpixel((9, 9))[0] for frame in clip.frames], abs=4
+    )
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "What happens?")
     assert json.loads(sent.value.post_data)["frames"] == 3
@@ -322,7 +331,8 @@ def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -
 
 def test_stop_keeps_what_was_written(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda engine: time.sleep(0.2) or step(engine))  # or it is over before it is stopped
+    # Slower, or it is over before it is stopped.
+    monkeypatch.setattr(Engine, "step", lambda engine, patience: time.sleep(0.2) or step(engine, patience))
     page.fill("#text", "Tell me a long story.")
     page.click("#send")
     expect(page.locator("#messages")).to_have_attribute("aria-busy", "true")  # not read out word by word

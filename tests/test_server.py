@@ -36,6 +36,7 @@ from llava_interleave.chatbot.explain import Trial
 from llava_interleave.errors import LlavaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address
+from llava_interleave.prompt import Prompt
 from llava_interleave.server import files, guard
 from llava_interleave.server import service as service_module
 from llava_interleave.server.app import create_app
@@ -45,6 +46,7 @@ from llava_interleave.server.refusals import Refusal
 from llava_interleave.server.run import Server
 from llava_interleave.server.schema import ChatRequest
 from llava_interleave.server.settings import Settings
+from llava_interleave.server.worker import Job, Piece, Worker
 from llava_interleave.testing import tiny_checkpoint
 
 LOCAL = "http://127.0.0.1:8000"
@@ -211,6 +213,7 @@ def test_counting_is_the_librarys_estimate(client: TestClient, oracle: Chatbot) 
     counted = client.post("/v1/messages/count", json={"messages": messages, "frames": 2}).json()
     estimate = dataclasses.asdict(oracle.estimate(messages, frames=2))
     assert counted == json.loads(json.dumps(estimate))
+    assert [len(part["times"]) for part in counted["parts"]] == [0, 0, 2, 0]
     assert counted["total"] == ask(client, messages=messages, frames=2).json()["usage"]["prompt_tokens"]
 
 
@@ -808,7 +811,7 @@ def test_an_engine_that_fails_for_good_says_so(tiny: Path, monkeypatch: pytest.M
     with running(tiny) as client:
         engine = client.app.state.service.bot.engine  # type: ignore[attr-defined]
 
-        def broken() -> None:
+        def broken(_: float) -> None:
             raise ValueError("no way on")
 
         monkeypatch.setattr(engine, "step", broken)
@@ -968,7 +971,7 @@ def test_who_leaves_frees_their_memory_at_once(server: Server, stream: bool, hal
 def test_a_stream_says_that_it_is_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = server.service.bot.engine
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.12) or step())
+    monkeypatch.setattr(engine, "step", lambda patience: time.sleep(0.12) or step(patience))
     with connect(server) as reading:
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=2), Connection="close"))
         text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
@@ -1041,7 +1044,8 @@ def test_who_takes_nothing_is_left() -> None:
 def test_what_runs_is_finished_before_the_server_goes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(tiny, grace=20) as going, connect(going) as reading:
         step = going.service.bot.engine.step
-        monkeypatch.setattr(going.service.bot.engine, "step", lambda: time.sleep(0.005) or step())  # or it is over unseen
+        # Slower, or it is over unseen.
+        monkeypatch.setattr(going.service.bot.engine, "step", lambda patience: time.sleep(0.005) or step(patience))
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=100)))
         until(lambda: going.service.worker.load.running)
         going.should_exit = True
@@ -1164,6 +1168,8 @@ def test_the_command_serves_what_its_flags_say(tiny: Path, key_file: Path, monke
     assert limits.remote_hosts == settings.allow_host and limits.allow_remote and not limits.allow_local_files
     refused = CliRunner().invoke(cli.app, ["serve", "--host", "0.0.0.0"])
     assert isinstance(refused.exception, OptionError) and len(made) == 1
+    assert gc.isenabled() and gc.get_freeze_count()
+    gc.unfreeze()
 
 
 def test_nothing_of_it_is_imported_without_need() -> None:
@@ -1172,10 +1178,49 @@ def test_nothing_of_it_is_imported_without_need() -> None:
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_a_reader_that_is_late_finds_one_piece_of_each_answer() -> None:
+    async def read() -> None:
+        job = Job(Prompt([1]), Options(), b"", asyncio.get_running_loop())
+        job.hear(None)
+        await job.taken()
+        for index, text in ((0, "a"), (1, "x"), (0, "b")):
+            job.hear(Piece(index, text))
+        assert await job.next(60) == [Piece(0, "ab"), Piece(1, "x")]
+        assert await job.next(0.01) == []
+        job.hear(Piece(1, "y"))
+        job.hear(MediaRefused("too late"))
+        assert await job.next(60) == [Piece(1, "y")]
+        with pytest.raises(MediaRefused):
+            await job.next(60)
+
+    asyncio.run(read())
+
+
+def test_a_step_wakes_the_event_loop_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(load(tiny, device="cpu"))
+    prompt, how = worker.bot.prompt(WHAT, max_new_tokens=9), Options(max_new_tokens=9, ignore_eos=True)
+    calls, steps, step = [], [], worker.engine.step
+    monkeypatch.setattr(worker.engine, "step", lambda patience: steps.append(patience) or step(patience))
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: calls.append(a) or wake(*a))
+        jobs = [Job(prompt, how, b"", loop) for _ in range(6)]
+        for job in jobs:
+            worker.submit(job)
+        worker.start()
+        for job in jobs:
+            while not any(piece.answer for piece in await job.next(60)):
+                pass
+
+    asyncio.run(ask())
+    worker.close()
+    assert len(steps) < 6 + 9 + 6 and len(calls) <= 6 + len(steps)
+
+
 def test_a_loop_that_is_gone_does_not_stop_the_thread(tiny: Path) -> None:
     """A client's event loop may end before its job: the thread goes on for the others."""
-    from llava_interleave.server.worker import Job, Worker
-
     bot = load(tiny, device="cpu")
     worker = Worker(bot)
     prompt = bot.prompt(WHAT, max_new_tokens=5)
@@ -1188,9 +1233,9 @@ def test_a_loop_that_is_gone_does_not_stop_the_thread(tiny: Path) -> None:
         job = Job(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
         worker.submit(job)
         while True:
-            piece = await job.next()
-            if piece and piece.answer:
-                return len(piece.answer.tokens)
+            for piece in await job.next(60):
+                if piece.answer:
+                    return len(piece.answer.tokens)
 
     asyncio.run(leave())
     assert asyncio.run(stay()) == 5

@@ -20,7 +20,7 @@ from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
 from ..prompt import Prompt
 from .attach import content
 from .conversation import Conversation
-from .explain import Explanation, Trial, asked, check, chosen, looks
+from .explain import Explanation, Trial, asked, called, check, chosen, looks
 from .place import kv_memory, pick_device, pick_precision, warn_if_slow
 from .stops import StopStrings
 
@@ -177,11 +177,10 @@ class Chatbot:
             )
         tokens = answer.tokens if isinstance(answer, Answer) else tokenizer.encode(answer, special=False)
         check(prompt, tokens, text.context)
-        names = [part.name for part in self.estimate(messages, options, **changes).parts[1:]]
         layers = chosen(layers, text.num_layers)
         with self.engine.adapters.whole(options.but(changes).adapter):
             trial = Trial(self.model, prompt, tokens, tokenizer.size)
-            found = looks(trial, names, self.processor.images, layers, leave_out)
+            found = looks(trial, called(messages, prompt), self.processor.images, layers, leave_out)
         return Explanation(asked(messages), str(answer), layers, *found)
 
     def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
@@ -260,6 +259,7 @@ def load(
     revision: str | None = None,
     limits: Limits = Limits(),  # noqa: B008  frozen
     kv_bytes: int | None = None,
+    kv_precision: str = "auto",
     adapters: Mapping[str, str | os.PathLike[str]] = {},
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
@@ -270,7 +270,8 @@ def load(
     rest as auto does; a folder that `llava quantize` wrote is taken as it is.
     device: cpu, cuda, cuda:1, or auto: the GPU where there is one; `Chatbot.info()` tells.
     limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
-    of the memory. adapters: name and folder of each that a question can choose by the option `adapter`.
+    of the memory. kv_precision: int8 keeps them in half the bytes of bfloat16; auto in the numbers that are computed in.
+    adapters: name and folder of each that a question can choose by the option `adapter`.
     progress: called with the bytes of weights read so far and in all.
     """
     folder = locate(name_or_folder, revision)
@@ -282,8 +283,8 @@ def load(
     model = weights.load(folder, dtype=dtype, device=place, precision=bits, progress=progress)
     if name_or_folder is not None:
         notice.show_once(str(name_or_folder), folder)
-    tokenizer, kv = processor.tokenizer, kv_memory(model) if kv_bytes is None else kv_bytes
-    engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=kv)
+    tokenizer, kv = processor.tokenizer, kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes
+    engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=kv, kv_precision=kv_precision)
     bot = Chatbot(folder, processor, engine, model)
     for name, adapter in beside.items():
         bot.add_adapter(name, adapter)
@@ -375,7 +376,8 @@ class Writer:
         reason = "stop" if self.stops.stopped else str(event.finish_reason)
         logprobs = None if self.logprobs is None else tuple(self.logprobs)
         request = event.request
-        answer = Answer(self.text, tuple(self.tokens), reason, request.usage, request.timings(0.0), logprobs)
+        used = dataclasses.replace(request.usage, generated=len(self.tokens))  # none after a stop string
+        answer = Answer(self.text, tuple(self.tokens), reason, used, request.timings(0.0), logprobs)
         return Chunk(text, self.index, answer)
 
     def _show(self, text: str) -> str:

@@ -15,6 +15,9 @@ from torch import Tensor
 from ..errors import DataError, OptionError, PromptError
 from ..layout import Layout
 from ..model import Attend, Llava, Packed, Recorded, arrange
+from ..processing.chat import Slot, parse
+from ..processing.loader import name_of
+from ..processing.video import FrameSampling
 from ..prompt import Media, Prompt
 from .page import page
 
@@ -189,6 +192,20 @@ def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
         raise PromptError(
             f"the prompt has {len(prompt)} tokens and the answer {len(answer)}, but the context is {context}: shorten the answer"
         )
+
+
+def places(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Slot]]:
+    """Where images, views and videos stand, in order, each with what it is called: image 1, view front, video 3."""
+    slots = [part for turn in parse(messages, FrameSampling()) for part in turn.parts if isinstance(part, Slot)]
+    return [(f"view {slot.name}" if slot.name else f"{slot.kind} {number}", slot) for number, slot in enumerate(slots, 1)]
+
+
+def called(messages: Sequence[Mapping[str, Any]], prompt: Prompt) -> list[str]:
+    """The names that `Processor.estimate` gives to images, views and videos, without reading anything again."""
+    return [
+        f"{name}: {name_of(slot.source)}" + (f" ({media.layout.crops} frames)" if slot.kind == "video" else "")
+        for (name, slot), media in zip(places(messages), prompt.media, strict=True)
+    ]
 
 
 def asked(messages: Sequence[Mapping[str, Any]]) -> str:

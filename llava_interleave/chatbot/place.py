@@ -75,10 +75,11 @@ def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
     return torch.float32 if FLOATS.get(stored) == torch.float32 else torch.bfloat16
 
 
-def kv_memory(model: Llava) -> int:
+def kv_memory(model: Llava, precision: str = "auto") -> int:
     """Bytes for keys and values: two full contexts, one to keep while the other runs; at most a quarter of the memory."""
     weight = model.language_model.norm.weight
-    wanted = 2 * model.config.text.context * bytes_per_token(model.config.text, weight.dtype)
+    text = model.config.text
+    wanted = 2 * text.context * bytes_per_token(text, weight.dtype, in_eight_bits=precision == "int8")
     if weight.is_cuda:
         return min(wanted, torch.cuda.mem_get_info(weight.device)[0] // 2)
     known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})

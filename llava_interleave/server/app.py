@@ -63,7 +63,12 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(Guard, settings=settings, keys=keys, metrics=service.metrics)
+    for routes in (_refusals, _pages, _state, _models, _answers, _files):
+        routes(app, service)
+    return app
 
+
+def _refusals(app: FastAPI, service: Service) -> None:
     @app.exception_handler(HTTPException)
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -73,18 +78,8 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
             told.headers["Allow"] = ", ".join(sorted({method for route in there for method in route.methods or ()}))
         return told
 
-    def model(adapter: str | None) -> dict[str, Any]:
-        return {
-            "id": adapter or service.name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "llava-interleave",
-            "parent": adapter and service.name,
-            "context_length": bot.model.config.text.context,
-            "tokens_per_image": bot.model.config.vision.grid**2,
-            "video_frames": bot.processor.num_frames,
-        }
 
+def _pages(app: FastAPI, _: Service) -> None:
     for path, name in PAGE.items():
         app.add_api_route(path, _page(name), include_in_schema=False)
 
@@ -94,6 +89,8 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     async def docs() -> Response:
         return HTMLResponse(written(), headers=PAGE_HEADERS)
 
+
+def _state(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=document.State)
     async def health() -> JSONResponse:
         """Whether the process is worth keeping: 503 once the engine has given up."""
@@ -112,6 +109,22 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         """Counters for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+
+def _models(app: FastAPI, service: Service) -> None:
+    bot = service.bot
+
+    def model(adapter: str | None) -> dict[str, Any]:
+        return {
+            "id": adapter or service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "llava-interleave",
+            "parent": adapter and service.name,
+            "context_length": bot.model.config.text.context,
+            "tokens_per_image": bot.model.config.vision.grid**2,
+            "video_frames": bot.processor.num_frames,
+        }
+
     @app.get("/v1/models", response_model=document.Models)
     async def models() -> dict[str, Any]:
         """The model that is served and its adapters, with the context and what an image takes of it."""
@@ -122,6 +135,8 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         """The model or an adapter by its name."""
         return model(adapter_of(name, service.name, bot.adapters))
 
+
+def _answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=document.ANSWERS)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer messages with images, videos and views; with `stream` a piece at a time."""
@@ -137,6 +152,8 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         """Which image an answer leaned on: shares, what its absence changes, maps of what was attended to."""
         return respond_explained(service, asked, request.state.key)
 
+
+def _files(app: FastAPI, service: Service) -> None:
     @app.post("/v1/files", response_model=document.File)
     async def upload(file: UploadFile, purpose: Annotated[str, Form()], request: Request) -> dict[str, Any]:
         """Keep an image or a video for several questions, which name it by its id."""
@@ -158,8 +175,6 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         """Forget a file."""
         service.files.delete(request.state.key, name)
         return {"id": name, "object": "file", "deleted": True}
-
-    return app
 
 
 def _page(name: str) -> Callable[[], Awaitable[Response]]:

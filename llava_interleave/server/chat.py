@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..chatbot import Answer, TokenLogprob
 from ..processing import Tokenizer
+from .explaining import How
 from .refusals import Gone, body, explain
 from .schema import ChatRequest, ExplainRequest
 from .service import Asked, Service
@@ -23,6 +24,7 @@ LEAST_LOGPROB = -9999.0
 """In the place of minus infinity, which JSON has not; OpenAI's number."""
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 ALIVE = b": still here\n\n"
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class WhileThere(Response):
@@ -82,32 +84,19 @@ async def _stream(service: Service, chat: Chat, send: Send) -> None:
     async def event(data: bytes, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
-    chunks = aiter(chat)
-    upcoming = asyncio.ensure_future(anext(chunks))
     try:
-        while True:
-            done, _ = await asyncio.wait((upcoming,), timeout=service.settings.keep_alive)
-            if not done:
-                await event(ALIVE)
-                continue
-            try:
-                chunk = upcoming.result()
-            except StopAsyncIteration:
-                break
-            await event(_event(chunk))
-            upcoming = asyncio.ensure_future(anext(chunks))
+        async for chunks in chat:
+            await event(b"".join(map(_event, chunks)) or ALIVE)
     except Gone:
         raise
     except Exception as error:  # noqa: BLE001  the status has been sent: the client is told here
         await event(_event(body(service.metrics.refused(explain(error)))), more=False)
     else:
         await event(b"data: [DONE]\n\n", more=False)
-    finally:
-        upcoming.cancel()
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode("utf-8", "replace")
+    return f"data: {JSON.encode(data)}\n\n".encode("utf-8", "replace")
 
 
 class Chat:
@@ -119,55 +108,66 @@ class Chat:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.answers: dict[int, Answer] = {}
 
-    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        n = self.asked.job.options.n
+    async def __aiter__(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Those that are ready, together; none after `keep_alive` seconds of silence."""
+        job, silence, n = self.asked.job, self.service.settings.keep_alive, self.asked.job.options.n
         usage = self.request.stream_options is not None and self.request.stream_options.include_usage
         more: dict[str, Any] = {"usage": None} if usage else {}
-        for index in range(n):
-            yield self._chunk([_choice(index, {"role": "assistant", "content": ""})]) | more
+        yield [self._chunk([_choice(index, {"role": "assistant", "content": ""})]) | more for index in range(n)]
         while len(self.answers) < n:
-            piece = await self.asked.job.next()
-            assert piece is not None
-            delta = {"content": piece.text} if piece.text else {}
-            choice = _choice(piece.index, delta, self._logprobs(piece))
-            if piece.answer is not None:
-                self.answers[piece.index] = piece.answer
-                self.service.metrics.finished(piece.answer)
-                choice["finish_reason"] = piece.answer.finish_reason
-            yield self._chunk([choice]) | more | ({"timings": self.timings(piece.answer)} if len(self.answers) == n else {})
+            yield [self._said(piece) | more for piece in await job.next(silence)]
         if how := self.request.explain:
-            job = self.asked.job
-            told = [
-                {
-                    "index": index,
-                    **await self.service.explain(job.prompt, self.asked.names, answer.tokens, how, job.options.adapter),
-                }
-                for index, answer in sorted(self.answers.items())
-            ]
-            yield self._chunk([]) | more | {"explanations": told}
+            explaining = asyncio.ensure_future(self._explained(how))
+            try:
+                while not (await asyncio.wait((explaining,), timeout=silence))[0]:
+                    yield []
+            finally:
+                explaining.cancel()
+            yield [self._chunk([]) | more | {"explanations": explaining.result()}]
         if usage:
-            yield self._chunk([]) | {"usage": self.usage()}
+            yield [self._chunk([]) | {"usage": self.usage()}]
+
+    def _said(self, piece: Piece) -> dict[str, Any]:
+        """The chunk of a piece; with the last one come the timings."""
+        choice = _choice(piece.index, {"content": piece.text} if piece.text else {}, self._logprobs(piece))
+        if piece.answer is None:
+            return self._chunk([choice])
+        self.answers[piece.index] = piece.answer
+        self.service.metrics.finished(piece.answer)
+        choice["finish_reason"] = piece.answer.finish_reason
+        last = len(self.answers) == self.asked.job.options.n
+        return self._chunk([choice]) | ({"timings": self.timings(piece.answer)} if last else {})
+
+    async def _explained(self, how: How) -> list[dict[str, Any]]:
+        job, names = self.asked.job, self.asked.names
+        return [
+            {"index": index, **await self.service.explain(job.prompt, names, answer.tokens, how, job.options.adapter)}
+            for index, answer in sorted(self.answers.items())
+        ]
 
     async def fold(self) -> dict[str, Any]:
         """The whole answer, made of the chunks."""
         whole: dict[str, Any] = {}
         choices: list[dict[str, Any]] = []
-        async for chunk in self:
-            whole |= chunk
-            for choice in chunk["choices"]:
-                delta = choice["delta"]
-                if "role" in delta:
-                    message = {"role": "assistant", "content": "", "refusal": None}
-                    choices.append({"index": choice["index"], "message": message, "logprobs": None, "finish_reason": None})
-                    if self.request.logprobs:
-                        choices[-1]["logprobs"] = {"content": [], "refusal": None}
-                    continue
-                into = choices[choice["index"]]
-                into["message"]["content"] += delta.get("content", "")
-                into["finish_reason"] = choice["finish_reason"]
-                if choice["logprobs"]:
-                    into["logprobs"]["content"] += choice["logprobs"]["content"]
+        async for chunks in self:
+            for chunk in chunks:
+                whole |= chunk
+                for choice in chunk["choices"]:
+                    self._fold(choice, choices)
         return whole | {"object": "chat.completion", "choices": choices, "usage": self.usage()}
+
+    def _fold(self, choice: dict[str, Any], choices: list[dict[str, Any]]) -> None:
+        delta = choice["delta"]
+        if "role" in delta:
+            message = {"role": "assistant", "content": "", "refusal": None}
+            logprobs: dict[str, Any] | None = {"content": [], "refusal": None} if self.request.logprobs else None
+            choices.append({"index": choice["index"], "message": message, "logprobs": logprobs, "finish_reason": None})
+            return
+        into = choices[choice["index"]]
+        into["message"]["content"] += delta.get("content", "")
+        into["finish_reason"] = choice["finish_reason"]
+        if choice["logprobs"]:
+            into["logprobs"]["content"] += choice["logprobs"]["content"]
 
     def usage(self) -> dict[str, Any]:
         """Tokens of the prompt, counted once for all answers, and of all answers."""

@@ -10,8 +10,6 @@ from torch import Tensor
 from ..chatbot import Chatbot, Look
 from ..chatbot.explain import Trial, check, chosen, looks
 from ..errors import OptionError, PromptError
-from ..processing.chat import Slot, parse
-from ..processing.video import FrameSampling
 from ..prompt import Prompt
 
 How = Literal[True, "attention"]
@@ -31,12 +29,6 @@ class Abandonable(Trial):
     def logprobs(self, *args: Any) -> Tensor:
         self.wanted()
         return super().logprobs(*args)
-
-
-def names(turns: list[dict[str, Any]]) -> list[str]:
-    """What the images, views and videos of messages are called, in order."""
-    slots = [part for turn in parse(turns, FrameSampling()) for part in turn.parts if isinstance(part, Slot)]
-    return [f"view {slot.name}" if slot.name else f"{slot.kind} {number}" for number, slot in enumerate(slots, 1)]
 
 
 def affordable(prompt: Prompt, answers: int, tokens: int, how: How, most: int) -> None:

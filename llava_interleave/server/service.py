@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..chatbot import Chatbot
+from ..chatbot.explain import places
 from ..errors import OptionError
 from ..options import MAX_NEW_TOKENS, Options
 from ..processing import Estimate, Loader
 from ..prompt import Prompt
-from .explaining import How, affordable, explained, names
+from .explaining import How, affordable, explained
 from .files import Files
 from .grammar import Grammars
 from .metrics import Metrics
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Asked:
-    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt. names: of its media, if told."""
+    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt. names: of its media."""
 
     request: ChatRequest
     job: Job
@@ -102,7 +103,7 @@ class Service:
             form = request.response_format.model_dump(by_alias=True)
             guides = [] if form["type"] == "text" else await self.aside(lambda: self.grammars.guides(form, options.n))
             prompt, called = await self._prepare(
-                request, key, lambda turns: (self.bot.prompt(turns, options), names(turns) if request.explain else [])
+                request, key, lambda turns: (self.bot.prompt(turns, options), [name for name, _ in places(turns)])
             )
             prepared = time.perf_counter() - began
             self.metrics.prepare.observe(prepared)
@@ -118,7 +119,7 @@ class Service:
             self.worker.submit(job)
             outcome = "left"
             try:
-                await job.next()  # it has been taken, or is refused here
+                await job.taken()
                 yield asked
                 outcome = "answered"
             except Exception:
@@ -153,7 +154,7 @@ class Service:
             prompt = self.bot.prompt(asked, options)
             tokens = self.bot.processor.tokenizer.encode(answer["content"], special=False)
             affordable(prompt, 1, len(tokens), request.explain, self.settings.explain_tokens)
-            return prompt, names(asked), tokens
+            return prompt, [name for name, _ in places(asked)], tokens
 
         with self.place(1):
             return await self.explain(*await self._prepare(request, key, work), request.explain, options.adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from .grammar import Guided
 log = logging.getLogger("llava_interleave.server")
 FAULTS = 3
 """So many steps that fail one after the other, and the engine is given up."""
+PATIENCE = 0.2
+"""Seconds that answers under way wait for the prompts of others, as `Engine.step`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,10 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     answer: Answer | None = None
 
+    def __add__(self, later: Piece) -> Piece:
+        """Both as one, of the same answer."""
+        return Piece(self.index, self.text + later.text, self.logprobs + later.logprobs, later.answer)
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -41,20 +48,47 @@ class Job:
     salt: bytes
     loop: asyncio.AbstractEventLoop
     guides: list[Guided] = field(default_factory=list)  # one an answer, where their form is given
-    pieces: asyncio.Queue[Piece | Exception | None] = field(default_factory=asyncio.Queue)  # None: it is in the engine's queue
     requests: list[Request] = field(default_factory=list)  # the thread's own
+    _taken: asyncio.Event = field(default_factory=asyncio.Event)
+    _told: asyncio.Event = field(default_factory=asyncio.Event)
+    _pieces: dict[int, Piece] = field(default_factory=dict)  # by answer: a reader that is late finds one of each
+    _refused: Exception | None = None
+    _error: Exception | None = None
 
-    async def next(self) -> Piece | None:
-        """The next piece; raises what ended the job. Nothing comes after every answer has ended."""
-        item = await self.pieces.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+    async def taken(self) -> None:
+        """Until it is in the engine's queue; raises what kept it out."""
+        await self._taken.wait()
+        if self._refused:
+            raise self._refused
 
-    def tell(self, item: Piece | Exception | None) -> None:
-        """From any thread. A loop that is closed has nobody left to tell."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+    async def next(self, seconds: float) -> list[Piece]:
+        """What has come since, one piece an answer; nothing after so many seconds of silence. Raises what ended the job.
+
+        Nothing comes after every answer has ended.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._told.wait()
+        pieces = list(self._pieces.values())
+        self._pieces.clear()
+        if self._error and not pieces:
+            raise self._error
+        if not self._error:
+            self._told.clear()
+        return pieces
+
+    def hear(self, item: Piece | Exception | None) -> None:
+        """First None, or what kept it out; then pieces, or what ended it. On the event loop."""
+        if not self._taken.is_set():
+            self._refused = item if isinstance(item, Exception) else None
+            self._taken.set()
+            return
+        if isinstance(item, Piece):
+            before = self._pieces.get(item.index)
+            self._pieces[item.index] = before + item if before else item
+        else:
+            self._error = item
+        self._told.set()
 
 
 class Worker:
@@ -66,6 +100,7 @@ class Worker:
         self.failed = False
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._writing: dict[Request, tuple[Job, Writer]] = {}
+        self._news: list[tuple[Job, Piece | Exception | None]] = []
         self._faults = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -103,8 +138,20 @@ class Worker:
                     self._give_up(error)
                 if self.failed:
                     self._fail(RuntimeError("the engine has failed"))
+                self._post()
             self._step()
+            self._post()
             self.load = self.engine.load()
+
+    def _tell(self, job: Job, item: Piece | Exception | None) -> None:
+        self._news.append((job, item))
+
+    def _post(self) -> None:
+        """Hand over all that was told, by one call for each event loop: a call wakes it, and takes the interpreter from here."""
+        news, self._news = self._news, []
+        for loop, told in itertools.groupby(news, lambda pair: pair[0].loop):
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody left to tell
+                loop.call_soon_threadsafe(_hear, list(told))
 
     def _give_up(self, error: Exception) -> None:
         log.critical("the engine has failed for good", exc_info=error)
@@ -123,7 +170,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001  the client's mistake or ours: its own request fails, the thread goes on
             self._end(job, error)
         else:
-            job.tell(None)
+            self._tell(job, None)
 
     def _drop(self, job: Job) -> None:
         for request in job.requests:
@@ -133,11 +180,11 @@ class Worker:
 
     def _end(self, job: Job, error: Exception) -> None:
         self._drop(job)
-        job.tell(error)
+        self._tell(job, error)
 
     def _fail(self, error: Exception) -> None:
         for job in {id(job): job for job, _ in self._writing.values()}.values():
-            job.tell(error)
+            self._tell(job, error)
             with contextlib.suppress(Exception):  # an engine that has failed may not even be able to let go
                 self._drop(job)
         self._writing.clear()
@@ -145,7 +192,7 @@ class Worker:
     def _step(self) -> None:
         """A fault ends the requests of its step, of which the engine tells in the next; one that comes again and again, all."""
         try:
-            events = self.engine.step()
+            events = self.engine.step(PATIENCE)
             self._faults = 0
         except Exception as error:
             log.exception("a step of the engine failed")
@@ -172,6 +219,11 @@ class Worker:
             self.engine.abort(event.request)
             del self._writing[event.request]
             last = writer.last(text, event)
-            job.tell(Piece(last.index, last.text, logprobs, last.answer))
+            self._tell(job, Piece(last.index, last.text, logprobs, last.answer))
         elif text or logprobs:
-            job.tell(Piece(writer.index, text, logprobs))
+            self._tell(job, Piece(writer.index, text, logprobs))
+
+
+def _hear(news: list[tuple[Job, Piece | Exception | None]]) -> None:
+    for job, item in news:
+        job.hear(item)

@@ -162,13 +162,29 @@ function insert(text) {
   refreshBudget();
 }
 
-/** The frames of a video that will be looked at: evenly spread, first and last included. */
+/** The frames of a video that will be looked at, once the server has told when they are. */
 function strip(item) {
   const box = make("div", { className: "strip", role: "img", ariaLabel: `Frames of ${item.name}` });
-  frames(item.url, +$("frames").value, () => box.isConnected, (canvas) => box.append(canvas)).catch(() =>
+  frames(item.url, item.times ?? [], () => box.isConnected, (canvas) => box.append(canvas)).catch(() =>
     box.replaceChildren(make("span", { textContent: `${item.name} (this browser cannot show it)` })),
   );
   return box;
+}
+
+/** The attachments as they will be sent: those without a mark in the text first, then as the marks stand. */
+function inOrder(text) {
+  const marked = [...text.matchAll(MARK)].map((match) => attached[+match[1] - 1]);
+  return [...attached.filter((item) => !marked.includes(item)), ...marked];
+}
+
+/** Draw the strips of videos of which the server tells other frames than are shown. */
+function tellTimes(items, parts) {
+  items.forEach((item, index) => {
+    const { times } = parts.at(index - items.length);
+    if (item.kind !== "video" || String(times) === String(item.times)) return;
+    item.times = times;
+    $("attached").children[attached.indexOf(item)]?.querySelector(".strip")?.replaceWith(strip(item));
+  });
 }
 
 /** Text and attachments as the parts of a message: where a mark stands, or before the text. Throws if a mark has no file. */
@@ -254,6 +270,7 @@ function refreshBudget() {
       const pending = { role: "user", parts: compose($("text").value) };
       const found = await withFiles([...store.branch(chat, parent), pending], (asked) => api.count(asked, signal));
       if (signal.aborted) return false;
+      tellTimes(inOrder($("text").value), found.parts);
       const memory = (found.kv_bytes + found.feature_bytes) / 1e6;
       $("budget").hidden = false;
       $("budget").classList.toggle("over", found.left < 1);
@@ -334,7 +351,12 @@ async function explain(node) {
     leaned.set(node, asking);
     drawLeaned(node);
     const found = await attempt(() =>
-      withFiles(store.branch(chat, node.id), (asked) => api.explain({ ...asked, frames: node.frames ?? asked.frames }, asking.signal)),
+      withFiles(store.branch(chat, node.id), async (said) => {
+        const asked = { ...said, frames: node.frames ?? said.frames };
+        const question = { ...asked, messages: asked.messages.slice(0, -1) };
+        const [told, { parts }] = await Promise.all([api.explain(asked, asking.signal), api.count(question, asking.signal)]);
+        return { images: told.images.map((image, index) => ({ ...image, times: parts[index + 1].times })) };
+      }),
     );
     if (leaned.get(node) !== asking) return;
     if (found) leaned.set(node, found);

@@ -32,7 +32,7 @@ const total = (map) => map.flat().reduce((sum, heat) => sum + heat, 0);
 const sum = (maps) => maps[0].map((row, y) => row.map((_, x) => maps.reduce((all, map) => all + map[y][x], 0)));
 
 /** The pictures of an image or a video with their maps. One that moves and cannot be stopped has the sum of its maps. */
-function pictures(part, heat, most) {
+function pictures(part, { heat, times }, most) {
   const box = make("div", { className: "strip" });
   const put = (picture, map) => box.append(make("span", { className: "frame" }, picture, veil(map, most)));
   store.file(part.key).then(async (blob) => {
@@ -40,7 +40,7 @@ function pictures(part, heat, most) {
     const url = URL.createObjectURL(blob);
     try {
       if (part.type === "video" && blob.type !== "image/gif") {
-        await frames(url, heat.length, () => box.isConnected, (canvas, i) => put(canvas, heat[i]));
+        await frames(url, times, () => box.isConnected, (canvas, i) => put(canvas, heat[i]));
       } else {
         const picture = make("img", { src: url, alt: part.label || part.name });
         await picture.decode();
@@ -75,7 +75,7 @@ export function leanedOn({ images }, parts) {
   const needed = Math.max(...images.map(({ change }) => change));
   const list = make("ol", {});
   images.forEach((image, i) => {
-    const item = make("li", {}, told(image, parts[i]), pictures(parts[i], image.heat, most));
+    const item = make("li", {}, told(image, parts[i]), pictures(parts[i], image, most));
     if (needed > 0 && image.change === needed) item.className = "most";
     list.append(item);
   });
