@@ -157,7 +157,7 @@ def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
     model = Model(str(tiny), None, "auto", "auto")
     questions = [[{"role": "user", "content": text}] for text in ("ok", "<image>", "fine", "<image>")]
-    said = answers(model.ready(Options()), questions, Options(max_new_tokens=2))
+    said = answers(model.ready(Options()).batch, questions, Options(max_new_tokens=2))
     assert [isinstance(one, LlavaError) for one in said] == [False, True, False, True]
     with pytest.raises(OptionError):
         model.ready(Options(preset="none"))

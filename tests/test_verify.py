@@ -9,11 +9,43 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from llava_interleave import load, weights
+from llava_interleave import kernels, load, weights
+from llava_interleave.cli import app
 from llava_interleave.errors import Unsupported
+from llava_interleave.model.lora import Lora, attach
+from llava_interleave.model.quantise import QuantisedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.verify import parity, switches, why
+from llava_interleave.verify import ours, parity, switches, why
+
+WHOLE = Lora(
+    rank=3, alpha=5.0, dropout=0.0, targets=("vision_tower.*", "multi_modal_projector.linear_1", "*.q_proj", "*.down_proj")
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a head of its own, so that greedy tokens of random weights are not one token again and again."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False}))
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> Path:
+    """An adapter as training leaves it, beside linears of tower, projector and decoder."""
+    made = attach(weights.load(folder), WHOLE, 1)
+    for part in made.parts.values():
+        part.b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+    weights.write_adapter(folder.parent / "adapter", made)
+    return folder.parent / "adapter"
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def packed(folder: Path, request: pytest.FixtureRequest) -> Path:
+    """The same weights quantised."""
+    target = folder.parent / request.param
+    weights.save(weights.load(folder, precision=request.param), target, processor_from=folder)
+    return target
 
 
 @pytest.mark.parametrize("layout", ["hub", "original", "transformers-5"])
@@ -27,6 +59,7 @@ def test_our_networks_agree_with_transformers(tmp_path: Path, layout: weights.Ch
         assert (case.ids, case.same, case.tokens, case.ours == case.theirs) == (True, 12, 12, True)
         assert [stage.name for stage in case.stages] == [*(["pixels", "tower", "projector"] if case.images else []), *layers]
         assert all(stage.relative <= parity.TOLERANCE and stage.largest > 0 for stage in case.stages)
+        assert case.kl is not None and 0 <= case.kl < 1e-9
     assert [case.images for case in cases] == [False, True, True, True]
     assert all(case.stage("pixels").error == 0 for case in cases[1:])
 
@@ -45,7 +78,7 @@ def test_a_wrong_network_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monke
             model.get_submodule(where).weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(parity.weights, "load", slightly_off)
+    monkeypatch.setattr(weights, "load", slightly_off)
     cases = parity.verify(folder, tokens=2)
     for case in cases:
         wrong = [stage.name for stage in case.stages if stage.relative > parity.TOLERANCE]
@@ -70,7 +103,7 @@ def test_switches() -> None:
     """The baseline is transformers' answer; what is switched changes prompts and distributions as it must."""
     said: list[tuple[int, int]] = []
     effects = why(tokens=6, say=lambda done, total: said.append((done, total)))
-    names = ["baseline", *switches.PROMPTS, "layer before the last", "bfloat16", "float16"]
+    names = ["baseline", *switches.PROMPTS, "layer before the last", "bfloat16", "float16", "int8", "int4"]
     assert [(e.switch, e.case) for e in effects] == [(name, case) for name in names for case in switches.CASES]
     assert said[-1] == (len(effects), len(effects))
     found = {(e.switch, e.case): e for e in effects}
@@ -81,6 +114,7 @@ def test_switches() -> None:
         assert found["layer before the last", case].kl > 1e-6
         assert 0 < found["float16", case].kl < 0.1
         assert 0 < found["bfloat16", case].kl < 0.1
+        assert 0 < found["int8", case].kl < found["int4", case].kl < 0.1
         assert found["preset official", case].prompt != base.prompt != found["preset interleave", case].prompt
     assert found["geometry anyres", "one image"].prompt > found["baseline", "one image"].prompt
     chat = parity.conversations()["one image"]
@@ -108,11 +142,29 @@ def test_command(tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert [case["passed"] for case in told["cases"]] == [True] * 4
     assert told["cases"][1]["stages"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
-    assert len(told["why"]) == 16
+    assert len(told["why"]) == 20
     tags = Tags()
     tags.feed(page.read_text())
     assert (tags.found.count("table"), tags.sources, "script" in tags.found) == (6, [], False)
     for shown in ("layer 2", "geometry anyres", "two turns", switches.BASELINE):
+        assert shown in page.read_text()
+
+
+def test_command_with_everything(packed: Path, folder: Path, adapter: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    given = [str(packed), "--against", str(folder), "--adapter", str(adapter), "--tokens", "2", "--html", str(page)]
+    done = CliRunner().invoke(app, ["verify", *given, "--why", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["adapter"], told["against"]) == (str(adapter), str(folder))
+    assert [effect["switch"] for effect in told["why"]][::2] == [
+        "baseline",
+        *switches.PROMPTS,
+        "layer before the last",
+        "bfloat16",
+    ]
+    assert told["cases"][0]["standard"].startswith("equal ids, equal pixels, every quantised linear")
+    for shown in (ours.LINEARS, str(adapter), parity.COST.told):
         assert shown in page.read_text()
 
 
@@ -122,17 +174,57 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         parity.verify(tiny_checkpoint(tmp_path / "tiny"))
 
 
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path / "tiny")
-    network = weights.load(folder, dtype=torch.float32, precision="int8")
-    weights.save(network, tmp_path / "int8", processor_from=folder)
-    with pytest.raises(Unsupported, match="int8 weights"):
-        parity.verify(tmp_path / "int8")
+def test_an_adapter_agrees_with_peft(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, through = parity.verify(folder, tokens=8), parity.verify(folder, adapter=adapter, tokens=8)
+    for case, other in zip(through, plain, strict=True):
+        assert case.passed, case
+        assert all(stage.relative <= parity.TOLERANCE for stage in case.stages)
+        assert abs(case.stage("logits").largest - other.stage("logits").largest) > 1e-3  # it is there, on both sides
+    assert [case.theirs for case in through] != [case.theirs for case in plain]
+    monkeypatch.setattr(Lora, "scale", lambda self, rank: 1.01 * self.alpha / rank)
+    assert not any(case.passed for case in parity.verify(folder, adapter=adapter, tokens=1))
+
+
+def test_quantised_weights_are_computed_right(packed: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same weights as floats; also with an adapter beside them. What a kernel gets wrong by a thousandth is told."""
+    for beside in (None, adapter):
+        for case in parity.verify(packed, adapter=beside, tokens=8):
+            assert case.passed, case
+            assert (case.standard, case.stages[-1].name) == (parity.ROUNDED, ours.LINEARS)
+            assert case.stages[-1].largest > 0
+            assert case.stage("layer 1").relative < 0.05
+    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    monkeypatch.setattr(QuantisedLinear, "forward", lambda self, x: self.plain(x) * 1.001)
+    cases = parity.verify(packed, tokens=1)
+    assert not any(case.passed for case in cases)
+    assert all(case.stage(ours.LINEARS).relative == pytest.approx(1e-3, rel=0.01) for case in cases)
+    assert all(case.stage("logits").relative < parity.ROUNDED.within for case in cases)
+
+
+def test_what_quantising_costs(packed: Path, folder: Path) -> None:
+    """Against the checkpoint it was made from every stage is off, a little; nothing is asked of it."""
+    other = tiny_checkpoint(packed.parent / f"beside-{packed.name}", weights.read_config(folder), seed=1)
+    own, against, foreign = (parity.verify(packed, against=source, tokens=2) for source in (None, folder, other))
+    lost = [sum(case.kl or 0.0 for case in cases) for cases in (own, against, foreign)]
+    assert 0 < 2 * lost[0] < lost[1] < 0.1 * lost[2]
+    for case, right in zip(against, own, strict=True):
+        assert case.passed
+        assert case.standard is parity.COST
+        assert 1e-3 < case.stage("layer 1").relative < 0.2
+        assert case.stage(ours.LINEARS) == right.stage(ours.LINEARS)
+        assert json.dumps(case.told(), allow_nan=False)
+    assert not any(case.passed for case in parity.verify(folder, against=other, tokens=1))
+
+
+def test_without_peft(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(Unsupported, match=r"peft is not installed; pip install 'llava-interleave\[verify\]'"):
+        parity.verify(folder, adapter=adapter)
 
 
 def test_measured() -> None:
-    assert parity.measured("x", torch.zeros(2), torch.tensor([0.0, -3.0])) == parity.Stage("x", 3.0, 3.0)
-    assert parity.measured("x", torch.zeros(0), torch.zeros(0)).relative == 0
-    assert math.isinf(parity.measured("x", torch.zeros(2), torch.zeros(3)).error)
+    assert ours.measured("x", torch.zeros(2), torch.tensor([0.0, -3.0])) == ours.Stage("x", 3.0, 3.0)
+    assert ours.measured("x", torch.zeros(0), torch.zeros(0)).relative == 0
+    assert math.isinf(ours.measured("x", torch.zeros(2), torch.zeros(3)).error)
     assert parity.agreeing([1, 2, 3], [1, 2]) == 2
     assert parity.agreeing([1, 2, 3], [1, 5, 3]) == 1

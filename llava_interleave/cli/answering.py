@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlavaError
+from ..offline import Answerer, Reply
 from ..options import Options
 from . import show
 
 if TYPE_CHECKING:
     from ..chatbot import Answer, Chatbot
+    from ..prompt import Prompt
+
+    Batch = Callable[[Sequence[Any], Options], list[Answer]]
 
 
 class Model:
@@ -46,14 +51,82 @@ class Model:
         return self._bot
 
 
-def answers(bot: Chatbot, asked: Sequence[Sequence[Mapping[str, Any]]], options: Options) -> list[Answer | LlavaError]:
-    """The answers, computed together; in the place of one that cannot be made stands the reason."""
+def answers(batch: Batch, asked: Sequence[Any], options: Options) -> list[Answer | LlavaError]:
+    """The answers that `batch` computes together; in the place of one that cannot be made stands the reason."""
     if not asked:
         return []
     try:
-        return list(bot.batch(asked, options))
+        return list(batch(asked, options))
     except LlavaError as error:
         if len(asked) == 1:
             return [error]
     half = len(asked) // 2
-    return answers(bot, asked[:half], options) + answers(bot, asked[half:], options)
+    return answers(batch, asked[:half], options) + answers(batch, asked[half:], options)
+
+
+def replies(batch: Batch) -> Answerer:
+    """`answers` as `llava batch` writes them."""
+
+    def answer(asked: Sequence[Any], options: Options) -> list[Reply | LlavaError]:
+        return [
+            said
+            if isinstance(said, LlavaError)
+            else Reply(said.text, said.finish_reason, said.usage.prompt, said.usage.generated)
+            for said in answers(batch, asked, options)
+        ]
+
+    return answer
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A model by its flags, for a cluster's processes: some make prompts of conversations, others answer prompts."""
+
+    name: str | None
+    revision: str | None
+    precision: str
+    device: str
+    adapter: str | None
+
+    def about(self, options: Options) -> dict[str, Any]:
+        model = self._model()
+        model.ready(options)
+        return model.about
+
+    def preparer(self) -> Callable[[Any, Options], Prompt]:
+        from ..chatbot import locate
+        from ..chatbot.bot import processing
+        from ..processing import Processor
+
+        processor = Processor.from_folder(locate(self.name, self.revision, tensors=False))
+        return lambda messages, options: processor.prompt(
+            messages, **processing(options), max_new_tokens=options.max_new_tokens or 1
+        )
+
+    def answerer(self) -> Answerer:
+        bot = self._model().ready(Options(adapter=self.adapter))
+        return replies(lambda prompts, options: prompts_answered(bot, prompts, options))
+
+    def _model(self) -> Model:
+        return Model(self.name, self.revision, self.precision, self.device, self.adapter)
+
+
+def prompts_answered(bot: Chatbot, prompts: Sequence[Prompt], options: Options) -> list[Answer]:
+    """As `Chatbot.batch`, for prompts that were made elsewhere."""
+    from ..chatbot.bot import Writer, sampling
+
+    streams = {}
+    for index, prompt in enumerate(prompts):
+        how = sampling(options, 0, bot.model.config.text.context - len(prompt))
+        events = bot.engine.stream(prompt, how, adapter=options.adapter)
+        assert isinstance(events, Generator)
+        streams[Writer(bot.processor, options, index)] = events
+    found: dict[int, Answer | None] = {}
+    while len(found) < len(prompts):
+        for writer, events in list(streams.items()):
+            event = next(events)
+            text = writer.write(event)
+            if event.finish_reason or writer.stops.stopped:
+                streams.pop(writer).close()
+                found[writer.index] = writer.last(text, event).answer
+    return [answer for _, answer in sorted(found.items()) if answer]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import LlavaError, OptionError
+from ..errors import OptionError
 from ..options import Options
 from . import show
 
@@ -34,6 +33,17 @@ def batch(
     revision: show.Revision = None,
     precision: show.Precision = "auto",
     device: show.Device = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Answer on a Ray cluster: auto (this machine's), HOST:PORT, or local. Its machines must have the samples and "
+            "the model.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        int, typer.Option(min=1, help="CPUs of each model on the cluster; there is one a GPU, else one a CPU slot.")
+    ] = 1,
     *,
     options: Options,
 ) -> None:
@@ -42,29 +52,28 @@ def batch(
         raise OptionError(f"the answers are JSON lines: name {out} .jsonl")
     if options.n != 1 or options.logprobs is not None:
         raise OptionError("batch writes one answer to each sample, without log-probabilities")
-    from ..offline import Reply, Source, run
-    from .answering import Model, answers
+    from ..offline import Source, cluster, run
+    from .answering import Elsewhere, Model, replies
 
     samples = Source(source, question)
-    named = Model(model, revision, precision, device, options.adapter)
-    bot = named.ready(options)
-
-    def answer(asked: Sequence[Sequence[Mapping[str, Any]]], chosen: Options) -> list[Reply | LlavaError]:
-        return [
-            said
-            if isinstance(said, LlavaError)
-            else Reply(said.text, said.finish_reason, said.usage.prompt, said.usage.generated)
-            for said in answers(bot, asked, chosen)
-        ]
-
+    about = {"options": dataclasses.asdict(options)}
     started = time.monotonic()
-    with show.counting("answering") as progress:
-        about = {**named.about, "options": {name: _plain(value) for name, value in dataclasses.asdict(options).items()}}
-        count, failed = run(samples, out, answer, options, about, batch=together, say=progress)
+    if ray:
+        with show.counting("answering") as progress:
+            options = options.but({"adapter": _absolute(options.adapter)})
+            worker = Elsewhere(_absolute(model), revision, precision, device, options.adapter)
+            count, failed = cluster.run(
+                samples, out, worker, options, about, address=ray, cpus=ray_cpus, batch=together, say=progress
+            )
+    else:
+        named = Model(model, revision, precision, device, options.adapter)
+        answer = replies(named.ready(options).batch)
+        with show.counting("answering") as progress:
+            count, failed = run(samples, out, answer, options, {**named.about, **about}, batch=together, say=progress)
     seconds = time.monotonic() - started
     print(f"{out}: {count} samples, {failed} with an error, in {seconds:.0f} s", file=sys.stderr)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back, so that a resumed run compares equal."""
-    return list(value) if isinstance(value, tuple) else value
+def _absolute(name: str | None) -> str | None:
+    """A folder as processes name it that began in other ones; a name on the hub, or none, as it is."""
+    return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name

@@ -51,6 +51,15 @@ def convert(
 def verify(
     model: Annotated[str | None, typer.Argument(help="A folder or a Hugging Face name; without it the built-in model.")] = None,
     revision: show.Revision = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="With this adapter beside the weights, there by PEFT: a folder or a Hugging Face name.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="What transformers reads instead: of quantised weights the checkpoint they were made from."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many greedy tokens are compared.")] = 32,
     why: Annotated[
         bool, typer.Option("--why", help="Also switch preset, geometry, precision and layer, each alone, and tell what it does.")
@@ -58,18 +67,22 @@ def verify(
     html: Annotated[Path | None, typer.Option(help="Also write everything to this file, one page.")] = None,
     as_json: show.Json = False,
 ) -> None:
-    """Compare ids, pixels, layers, logits and greedy tokens with transformers here, in float32. Exit code 1 if they differ."""
+    """Compare ids, pixels, layers, logits and greedy tokens with transformers here, in float32. Exit code 1 if they differ.
+
+    Quantised weights are compared with themselves as floats, inputs rounded alike, or with --against.
+    """
     with show.busy("comparing with transformers"):
         from .. import verify as parity
         from ..verify import page
 
-        cases = parity.verify(model, revision=revision, tokens=tokens)
+        cases = parity.verify(model, revision=revision, adapter=adapter, against=against, tokens=tokens)
     effects: list[parity.Effect] = []
     if why:
         with show.busy("switching one thing at a time") as progress:
-            effects = parity.why(model, revision=revision, tokens=tokens, say=progress)
+            effects = parity.why(model, revision=revision, adapter=adapter, tokens=tokens, say=progress)
     versions = {"llava-interleave": __version__, "torch": version("torch"), "transformers": version("transformers")}
-    about = {"model": model or "the built-in model", **versions}
+    given = {name: value for name, value in (("adapter", adapter), ("against", against)) if value}
+    about = {"model": model or "the built-in model", **given, **versions}
     if html:
         page.write(html, f"llava verify: {about['model']}", cases, effects, about)
     if as_json:
@@ -79,7 +92,7 @@ def verify(
             )
         )
     else:
-        show.table("ours against transformers, float32", list(page.CASES), page.case_rows(cases))
+        show.table(f"ours against {cases[0].standard.told}", list(page.CASES), page.case_rows(cases))
         show.table("stage by stage: the prompt in which each differs most", list(page.STAGES), page.stage_rows(cases))
         if effects:
             show.table(f"one thing switched; baseline: {parity.BASELINE}", list(page.EFFECTS), page.effect_rows(effects))

@@ -238,7 +238,7 @@ class _Answerers:
 
         def here(asked: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
             bot = self.local.ready(options)  # loaded only when something is left to ask
-            return [said if isinstance(said, LlavaError) else said.text for said in answers(bot, asked, options)]
+            return [said if isinstance(said, LlavaError) else said.text for said in answers(bot.batch, asked, options)]
 
         geometry = "anyres" if options.anyres else "squash"
         sampling |= {"frames": options.frames}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,12 @@ class Reply:
     generated: int
 
 
-Answerer = Callable[[Sequence[Sequence[Mapping[str, Any]]], Options], Sequence[Reply | LlavaError]]
+Answerer = Callable[[Sequence[Any], Options], Sequence[Reply | LlavaError]]
+"""Conversations, or what was made of them elsewhere -> a reply to each, or why there is none."""
+Groups = Sequence[Sequence[int]]
+"""Samples that belong together, by number."""
+Computed = Iterable[tuple[Sequence[int], Sequence[Row]]]
+"""A group, and the row of each of its samples."""
 
 
 def order(media: Sequence[Sequence[str]]) -> list[int]:
@@ -61,20 +66,36 @@ def run(
     say: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
     """Answer all samples into `out`, a row each, in their order; how many there are, and how many have an error."""
+
+    def compute(groups: Groups) -> Computed:
+        for group in groups:
+            yield group, rows([source.sample(i) for i in group], answer, options)
+
+    return write(source, out, compute, about, batch=batch, say=say)
+
+
+def write(
+    source: Source,
+    out: Path,
+    compute: Callable[[Groups], Computed],
+    about: Mapping[str, Any],
+    *,
+    batch: int,
+    say: Callable[[int, int], None] | None = None,
+) -> tuple[int, int]:
+    """As `run`, for whoever computes: `compute` is given groups of at most `batch` samples and gives their rows, in any order."""
     if out.exists():
         raise DataError(f"{out} is there already; take it away or name another file")
     journal_path = out.with_name(out.name + ".part")
     with Journal(journal_path, {"input": source.digest, **about}) as journal:
         ranked = order([source.media(i) for i in range(len(source))])
         todo = [i for i in ranked if str(i) not in journal.done]
-        for first in range(0, len(todo), batch):
-            if say:
-                say(len(source) - len(todo) + first, len(source))
-            group = todo[first : first + batch]
-            samples = [source.sample(i) for i in group]
-            journal.add({"id": str(i), "row": row} for i, row in zip(group, _rows(samples, answer, options), strict=True))
         if say:
-            say(len(source), len(source))
+            say(len(journal.done), len(source))
+        for group, made in compute([todo[first : first + batch] for first in range(0, len(todo), batch)]):
+            journal.add({"id": str(i), "row": row} for i, row in zip(group, made, strict=True))
+            if say:
+                say(len(journal.done), len(source))
         failed = 0
         draft = out.with_name(f".{out.name}.draft")
         with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -87,8 +108,9 @@ def run(
     return len(source), failed
 
 
-def _rows(samples: Sequence[Sample], answer: Answerer, options: Options) -> Iterator[Row]:
+def rows(samples: Sequence[Sample], answer: Answerer, options: Options) -> list[Row]:
     """The rows of samples; neighbours with equal options are computed together."""
+    made: list[Row] = []
     for own, same in groupby(samples, key=lambda sample: (sample.error is None, dict(sample.options))):
         members = list(same)
         said: Sequence[Reply | LlavaError]
@@ -99,9 +121,9 @@ def _rows(samples: Sequence[Sample], answer: Answerer, options: Options) -> Iter
         else:
             said = answer([sample.messages for sample in members], chosen) if own[0] else []
         replies = iter(said)
-        for sample in members:
-            yield _row(sample, sample.error or next(replies))
+        made += [_row(sample, sample.error or next(replies)) for sample in members]
         assert next(replies, None) is None, "one answer to each sample"
+    return made
 
 
 def _row(sample: Sample, said: Reply | LlavaError) -> Row:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,11 +32,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What to ask. options: what its row says of them. openai: its row is in OpenAI's batch format, and so is its answer's;
-    model: the one that it names."""
+    """What to ask.
+
+    messages: a conversation, or what was made of it elsewhere. options: what its row says of them. openai: its row is in OpenAI's
+    batch format, and so is its answer's; model: the one that it names.
+    """
 
     id: str
-    messages: Sequence[Mapping[str, Any]] = ()
+    messages: Any = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     openai: bool = False
     model: str = ""

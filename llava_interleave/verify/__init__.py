@@ -1,6 +1,7 @@
 """This package against transformers, and against itself made otherwise: why two numbers differ."""
 
-from .parity import Case, Stage, verify
+from .ours import Stage
+from .parity import Case, Standard, verify
 from .switches import BASELINE, Effect, why
 
-__all__ = ["BASELINE", "Case", "Effect", "Stage", "verify", "why"]
+__all__ = ["BASELINE", "Case", "Effect", "Stage", "Standard", "verify", "why"]

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 
 from ..evals.report import PAGE, table
-from .parity import TOLERANCE, Case
+from .parity import Case
 from .switches import BASELINE, Effect
 
-CASES = ("prompt", "tokens", "same ids", "pixels", "logits", "same greedy tokens", "passed")
+CASES = ("prompt", "tokens", "same ids", "pixels", "logits", "divergence, nats", "same greedy tokens", "passed")
 EFFECTS = ("switch", "prompt", "tokens", "divergence, nats", "same likeliest token", "same greedy tokens")
 STAGES = ("stage", "largest difference", "relative", "in")
 
@@ -24,9 +24,9 @@ def _parts(cases: Sequence[Case], effects: Sequence[Effect], about: dict[str, st
     written = [(case.name, who, text) for case in cases for who, text in (("ours", case.ours), ("transformers", case.theirs))]
     parts = [
         table(("made with", ""), list(about.items())),
-        "<h2>Against transformers, float32</h2>",
+        f"<h2>Against {escape(cases[0].standard.told)}</h2>",
         table(CASES, case_rows(cases)),
-        f"<p>Passed: equal ids, equal pixels, equal greedy tokens, logits within {TOLERANCE:g} of the largest one.</p>",
+        f"<p>Passed: {escape(str(cases[0].standard))}.</p>",
         "<h2>Stage by stage</h2><p>Of each stage the prompt in which it differs most; relative to the largest value there.</p>",
         table(STAGES, stage_rows(cases)),
         "<h2>Greedy answers</h2>",
@@ -49,6 +49,7 @@ def case_rows(cases: Sequence[Case]) -> list[list[str]]:
             _yes(case.ids),
             f"{case.stage('pixels').error:.1e}" if case.images else "",
             f"{case.stage('logits').error:.1e}",
+            "" if case.kl is None else f"{case.kl:.2g}",
             f"{case.same}/{case.tokens}",
             _yes(case.passed),
         ]

@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import gc
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import weights
-from ..chatbot import kv_memory, locate
-from ..engine import Engine, Sampling
-from ..errors import Unsupported
-from ..model import Llava, Packed, arrange
+from ..chatbot import locate
 from ..processing import Processor
 from ..prompt import Prompt
-from ..weights.files import stored_precision
+from ..weights import stored_precision
+from . import ours, theirs
+from .ours import LINEARS, Stage, Stages, measured
 
 TOLERANCE = 1e-4
-"""How far a logit may be off, relative to the largest one where that is above 1."""
-
-Stages = dict[str, Tensor]
-"""What a network computes on its way, by name: pixels, tower, projector, layer 1 ..., norm, logits."""
-Answered = tuple[list[int], Stages, list[int]]
-"""Token ids of the prompt, the stages, and the tokens written."""
+"""What rounding in float32 explains, relative to the largest value."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """Two tensors at one place of the way. error: the largest difference, infinite for two shapes. largest: transformers' own."""
+class Standard:
+    """What is asked of two sides besides equal ids and pixels.
 
-    name: str
-    error: float
-    largest: float
+    within: how far a logit may be off, relative to the largest one where that is above 1. greedy: whether all greedy tokens must
+    be equal. told: what the other side is, in words.
+    """
 
-    @property
-    def relative(self) -> float:
-        return self.error / self.largest if self.largest else self.error
+    within: float
+    greedy: bool
+    told: str
+
+    def __str__(self) -> str:
+        logits = f", logits within {self.within:g} of the largest one" if isfinite(self.within) else ""
+        own = (
+            ", equal greedy tokens" if self.greedy else f", every quantised linear within {TOLERANCE:g} of what its integers say"
+        )
+        return f"equal ids, equal pixels{logits}{own}"
+
+
+EXACT = Standard(TOLERANCE, True, "transformers, float32")
+# Where a float's last digit makes the two sides round an input apart, it is off by a step, 1/127 of its group's largest, and what
+# follows is not near any more; so each linear is also asked alone, given what the other way of computing it is given.
+ROUNDED = Standard(0.1, False, "transformers, float32, with these weights as floats and inputs rounded to 8 bits")
+COST = Standard(inf, False, "transformers, float32, with other weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +56,17 @@ class Case:
     """One prompt on both sides.
 
     prompt: its length in tokens. ids: whether both made the same token ids of it: template and tokenizer. stages: from pixels to
-    logits; none beyond the pixels where ids differ. same: how many of the `tokens` greedy tokens agree before the first that
-    differs. ours, theirs: those tokens as text.
+    logits, none beyond the pixels where ids differ; then `LINEARS`, of quantised weights. kl: divergence of the first answer
+    token's distribution, in nats; None where ids or vocabularies differ. same: how many of the `tokens` greedy tokens agree
+    before the first that differs. ours, theirs: those tokens as text.
     """
 
     name: str
+    standard: Standard
     prompt: int
     ids: bool
     stages: tuple[Stage, ...]
+    kl: float | None
     same: int
     tokens: int
     ours: str
@@ -81,7 +89,7 @@ class Case:
             }
             for s in self.stages
         ]
-        return {**asdict(self), "stages": stages, "passed": self.passed}
+        return {**asdict(self), "standard": str(self.standard), "stages": stages, "passed": self.passed}
 
     @property
     def images(self) -> bool:
@@ -90,46 +98,41 @@ class Case:
     @property
     def passed(self) -> bool:
         logits, pixels = self.stage("logits"), self.stage("pixels").error if self.images else 0.0
-        return self.ids and pixels == 0 and logits.error <= TOLERANCE * max(1.0, logits.largest) and self.same == self.tokens
+        near = logits.error <= self.standard.within * max(1.0, logits.largest)
+        linears = not self.has(LINEARS) or self.stage(LINEARS).relative <= TOLERANCE
+        return self.ids and pixels == 0 and near and linears and (self.same == self.tokens or not self.standard.greedy)
 
 
-def verify(name: str | Path | None = None, *, revision: str | None = None, tokens: int = 32) -> list[Case]:
+def verify(
+    name: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    against: str | Path | None = None,
+    tokens: int = 32,
+) -> list[Case]:
     """Compare a checkpoint folder or Hugging Face name, or the built-in model, with transformers on text, images, several turns.
 
-    Both networks are held in float32, one after the other. Raises `Unsupported` if transformers is not installed, or
-    the weights are quantised.
+    adapter: beside the network, there by PEFT. A quantised folder is compared with its own weights as floats and with the same
+    rounding of inputs, which asks whether it is computed right. against: the checkpoint that transformers reads instead; the one
+    that a quantised folder was made from tells what its rounding costs, of which nothing is asked.
+    Both networks are held in float32, one after the other. Raises `Unsupported` if transformers, or PEFT, is not installed.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise Unsupported("transformers is not installed; pip install 'llava-interleave[verify]'") from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    folder = locate(name, revision)
-    if held := stored_precision(folder):
-        raise Unsupported(
-            f"{folder} holds {held} weights, which transformers does not read; compare the checkpoint it was made from"
-        )
+    folder, beside = locate(name, revision), locate(adapter, None) if adapter else None
+    theirs.library(beside)
     processor = Processor.from_folder(folder)
     chats = conversations()
     prompts = {case: processor.prompt(chat, preset="hf") for case, chat in chats.items()}
-    model = weights.load(folder, dtype=torch.float32)
-    ours = {case: (stages_of(model, prompt), greedy(model, processor, prompt, tokens)) for case, prompt in prompts.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        if "mm_projector_type" in weights.read_json(
-            folder / "config.json"
-        ):  # the original form, which transformers does not read
-            weights.save(model, Path(scratch) / "hub", processor_from=folder)
-            folder = Path(scratch) / "hub"
-        del model
-        gc.collect()
-        theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        theirs.generation_config.eos_token_id = None  # as ours, it goes on past the end of the turn
-        prepare = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    network = ours.load(folder, processor, beside)
+    made = {case: (network.stages(prompt), network.greedy(prompt, tokens)) for case, prompt in prompts.items()}
+    alone = {case: network.linears(prompt) for case, prompt in prompts.items()}
+    del network
+    gc.collect()
+    other = folder if against is None else locate(against, None)
+    standard = EXACT if not stored_precision(folder) else ROUNDED if against is None else COST
+    reference = theirs.load(other, processor, beside, eight_bits=standard is ROUNDED)
     return [
-        compare(
-            case, processor, prompts[case], ours[case], answer(theirs, prepare, chats[case], tokens, processor.tokenizer.size)
-        )
+        compare(case, standard, processor, prompts[case], made[case], reference.answer(chats[case], tokens), alone[case])
         for case in chats
     ]
 
@@ -160,91 +163,39 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(((waves + 1) * 127.5).to(torch.uint8).numpy())
 
 
-def forward(model: Llava, prompt: Prompt) -> Tensor:
-    """Logits `[T, vocabulary]` at every position of a prompt, in one forward pass."""
-    with torch.inference_mode():
-        dtype = model.lm_head.weight.dtype
-        spans = [(media.start, arrange(model.encode(media.pixels.to(dtype)), media.layout)) for media in prompt.media]
-        x = model.embed(torch.tensor(prompt.tokens), spans)
-        return model.logits(model(x, torch.arange(len(prompt)), Packed([len(prompt)])))
-
-
-def stages_of(model: Llava, prompt: Prompt) -> Stages:
-    """What our network computes of a prompt."""
-    with recorded(model.multi_modal_projector, model.language_model) as seen:
-        logits = forward(model, prompt)
-    pixels = {"pixels": torch.cat([media.pixels for media in prompt.media])} if prompt.media else {}
-    return pixels | {name: torch.cat(parts) for name, parts in seen.items()} | {"logits": logits}
-
-
-@contextmanager
-def recorded(projector: nn.Module, decoder: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What goes into a projector and comes out, and what comes out of a decoder's layers and norm, while the context lasts."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def keep(name: str, value: Any) -> None:
-        value = value[0] if isinstance(value, tuple) else value
-        seen.setdefault(name, []).append(value.detach().reshape(-1, value.shape[-1]).clone())
-
-    with ExitStack() as hooks:
-        hooks.enter_context(projector.register_forward_pre_hook(lambda _, given: keep("tower", given[0])))
-        hooks.enter_context(projector.register_forward_hook(lambda _, __, out: keep("projector", out)))
-        places = {f"layer {i}": layer for i, layer in enumerate(decoder.get_submodule("layers").children(), 1)}
-        for name, module in {**places, "norm": decoder.get_submodule("norm")}.items():
-            hooks.enter_context(module.register_forward_hook(lambda _, __, out, name=name: keep(name, out)))
-        yield seen
-
-
-def greedy(model: Llava, processor: Processor, prompt: Prompt, tokens: int) -> list[int]:
-    """The likeliest continuation, by the engine; it does not stop at the end of the turn."""
-    engine = Engine(model, eos_ids=processor.tokenizer.eos_ids, vocab=processor.tokenizer.size, kv_bytes=kv_memory(model))
-    events = engine.stream(prompt, Sampling(max_new_tokens=tokens, ignore_eos=True))
-    return [event.token for event in events if event.token is not None]
-
-
-def answer(model: Any, prepare: Any, chat: Sequence[dict[str, Any]], tokens: int, vocab: int) -> Answered:
-    """Transformers' ids, stages and greedy continuation, without the ids that have no meaning."""
-    inputs = prepare.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    with torch.inference_mode():
-        with recorded(model.model.multi_modal_projector, model.model.language_model) as seen:
-            logits = model(**inputs).logits[0]
-        written = model.generate(
-            **inputs,
-            max_new_tokens=tokens,
-            do_sample=False,
-            suppress_tokens=list(range(vocab, logits.shape[-1])) or None,
-        )
-    ids = inputs["input_ids"][0].tolist()
-    pixels = {"pixels": inputs["pixel_values"]} if "pixel_values" in inputs else {}
-    stages = pixels | {name: torch.cat(parts) for name, parts in seen.items()} | {"logits": logits}
-    return ids, stages, written[0, len(ids) :].tolist()
-
-
-def compare(name: str, processor: Processor, prompt: Prompt, ours: tuple[Stages, list[int]], theirs: Answered) -> Case:
+def compare(
+    name: str,
+    standard: Standard,
+    processor: Processor,
+    prompt: Prompt,
+    ours: tuple[Stages, list[int]],
+    theirs: tuple[list[int], Stages, list[int]],
+    alone: tuple[Stage, ...] = (),
+) -> Case:
     (our_stages, our_tokens), (ids, stages, tokens) = ours, theirs
     same_ids = prompt.tokens == ids
     names = [stage for stage in our_stages | stages if same_ids or stage == "pixels"]
-    nothing = torch.zeros(0)
+    nothing, size = torch.zeros(0), processor.tokenizer.size
+    alike = same_ids and our_stages["logits"].shape == stages["logits"].shape
     return Case(
         name,
+        standard,
         len(prompt),
         same_ids,
-        tuple(measured(stage, our_stages.get(stage, nothing), stages.get(stage, nothing)) for stage in names),
+        (*(measured(stage, our_stages.get(stage, nothing), stages.get(stage, nothing)) for stage in names), *alone),
+        divergence(stages["logits"][-1, :size], our_stages["logits"][-1, :size]) if alike else None,
         agreeing(our_tokens, tokens),
         max(len(our_tokens), len(tokens)),
         *(processor.tokenizer.decode(written) for written in (our_tokens, tokens)),
     )
 
 
+def divergence(theirs: Tensor, ours: Tensor) -> float:
+    """Kullback-Leibler divergence, in nats, of the distribution with our logits from that with theirs."""
+    p, q = theirs.double().log_softmax(dim=-1), ours.double().log_softmax(dim=-1)
+    return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
 def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens agree before the first that differs."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def measured(name: str, ours: Tensor, theirs: Tensor) -> Stage:
-    error = _most(ours - theirs) if ours.shape == theirs.shape else float("inf")
-    return Stage(name, error, _most(theirs))
-
-
-def _most(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0

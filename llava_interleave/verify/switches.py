@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import weights
 from ..chatbot import locate
-from ..model import Llava
 from ..processing import Processor
-from .parity import agreeing, conversations, forward, greedy
+from ..weights import stored_precision
+from .ours import Ours, load
+from .parity import agreeing, conversations, divergence
 
-BASELINE = "preset hf, pictures squashed, float32, all layers of the tower"
+BASELINE = "preset hf, pictures squashed, float32 (quantised weights as they are), all layers of the tower"
 CASES = ("one image", "three images")
 PROMPTS: dict[str, dict[str, Any]] = {
     "preset interleave": {"preset": "interleave"},
@@ -26,6 +26,13 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "geometry anyres": {"anyres": True},
 }
 """What is switched in the making of a prompt."""
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "int8": {"precision": "int8"},
+    "int4": {"precision": "int4"},
+}
+"""What is switched in the reading of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,57 +55,67 @@ class Effect:
 
 
 Answered = tuple[int, Tensor, list[int]]
-"""Length of the prompt, log-probabilities of the first answer token in float64, greedy tokens."""
+"""Length of the prompt, logits of the first answer token, greedy tokens."""
 
 
 def why(
     name: str | Path | None = None,
     *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     tokens: int = 32,
     say: Callable[[int, int], None] | None = None,
 ) -> list[Effect]:
     """The effects of every switch on one picture and on several; the first rows are the baseline itself. Needs no transformers.
 
-    say: told how many of the answers are there, and of how many.
+    adapter: beside the network throughout. say: told how many of the answers are there, and of how many.
     """
     folder = locate(name, revision)
+    beside = locate(adapter, None) if adapter else None
     processor = Processor.from_folder(folder)
+    kinds = ["bfloat16"] if stored_precision(folder) else list(PRECISIONS)  # no kernel computes in float16
     baseline: dict[str, Answered] = {}
     effects: list[Effect] = []
-    for switch, case, answered in _answers(folder, processor, tokens):
+    for switch, case, answered in _answers(folder, processor, beside, kinds, tokens):
         base = baseline.setdefault(case, answered)
         effects.append(_effect(switch, case, base, answered, processor))
         if say:
-            say(len(effects), len(CASES) * (len(PROMPTS) + 4))
+            say(len(effects), len(CASES) * (len(PROMPTS) + len(kinds) + 2))
     return effects
 
 
-def _answers(folder: Path, processor: Processor, tokens: int) -> Iterator[tuple[str, str, Answered]]:
+def _answers(
+    folder: Path, processor: Processor, adapter: Path | None, kinds: list[str], tokens: int
+) -> Iterator[tuple[str, str, Answered]]:
     chats = {case: chat for case, chat in conversations().items() if case in CASES}
 
-    def answers(model: Llava, switch: str, **given: Any) -> Iterator[tuple[str, str, Answered]]:
+    def answers(network: Ours, switch: str, **given: Any) -> Iterator[tuple[str, str, Answered]]:
         for case, chat in chats.items():
             prompt = processor.prompt(chat, **{"preset": "hf", **given})
-            first = forward(model, prompt)[-1, : processor.tokenizer.size].double().log_softmax(dim=-1)
-            yield switch, case, (len(prompt), first, greedy(model, processor, prompt, tokens))
+            first = network.logits(prompt)[-1, : processor.tokenizer.size]
+            yield switch, case, (len(prompt), first, network.greedy(prompt, tokens))
 
-    model = weights.load(folder, dtype=torch.float32)
-    yield from answers(model, "baseline")
+    network = load(folder, processor, adapter)
+    yield from answers(network, "baseline")
     for switch, given in PROMPTS.items():
-        yield from answers(model, switch, **given)
-    model.vision_tower.encoder.layers = model.vision_tower.encoder.layers[:-1]
-    yield from answers(model, "layer before the last")
-    for dtype in (torch.bfloat16, torch.float16):
-        del model
+        yield from answers(network, switch, **given)
+    _drop_layer(network)
+    yield from answers(network, "layer before the last")
+    for switch in kinds:
+        del network
         gc.collect()
-        model = weights.load(folder, dtype=dtype)
-        yield from answers(model, str(dtype).removeprefix("torch."))
+        network = load(folder, processor, adapter, **PRECISIONS[switch])
+        yield from answers(network, switch)
+
+
+def _drop_layer(network: Ours) -> None:
+    encoder = network.engine.model.vision_tower.encoder
+    encoder.layers = encoder.layers[:-1]
+    network.engine.clear()  # what it keeps of pictures is made by all layers
 
 
 def _effect(switch: str, case: str, base: Answered, answered: Answered, processor: Processor) -> Effect:
     (_, before, theirs), (length, first, written) = base, answered
-    kl = float((before.exp() * (before - first)).sum())
     same = bool(before.argmax() == first.argmax())
     text = processor.tokenizer.decode(written)
-    return Effect(switch, case, length, max(0.0, kl), same, agreeing(theirs, written), len(written), text)
+    return Effect(switch, case, length, divergence(before, first), same, agreeing(theirs, written), len(written), text)
