@@ -26,11 +26,12 @@ from llava_interleave.chatbot import Chatbot
 from llava_interleave.cli import app
 from llava_interleave.cli.answering import Model
 from llava_interleave.engine import Engine, Sampling
-from llava_interleave.errors import CheckpointError, OptionError, Unsupported
+from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.evals import world
 from llava_interleave.layout import Layout
 from llava_interleave.model import Llava, Packed
 from llava_interleave.model.lora import Adapter, Adapters, Lora, attach, linears, merge
+from llava_interleave.model.quantise import QuantisedLinear
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
@@ -287,8 +288,51 @@ def test_beside_quantised_weights(folder: Path, precision: str) -> None:
     assert len({tuple(answer) for answer in alone}) == len(alone)
     with pytest.raises(OptionError, match="merged into float weights only"):
         merge(weights.load(folder, precision=precision), adapter)
-    with pytest.raises(Unsupported, match="trained on float weights"):
-        attach(weights.load(folder, precision=precision), DECODER)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_training_beside_quantised_weights_is_training_beside_what_they_stand_for(
+    folder: Path, precision: str, bfloat16: bool
+) -> None:
+    """Equal losses and adapters, but for bfloat16's rounding; the same bytes of weights; afterwards the kernels answer again."""
+    packed, whole = weights.load(folder, precision=precision), weights.load(folder)
+    before = {name: value.clone() for name, value in packed.named_buffers()}
+    for name, module in packed.named_modules():
+        if isinstance(module, QuantisedLinear):
+            linear = whole.get_submodule(name)
+            assert isinstance(linear, torch.nn.Linear)
+            linear.weight.data = module.unpacked()
+    asked = prompt(0, 50, image=1)
+    trained = []
+    for network in (packed, whole):
+        adapter = attach(network, WHOLE, 5)
+        optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.01)
+        network.train()
+        losses = []
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
+                x = network.embed(torch.tensor(asked.tokens), features)
+                said = network.logits(network.forward(x, torch.arange(len(x)), Packed([len(x)])))
+                loss = torch.nn.functional.cross_entropy(said[40 + GRID**2 : -1], torch.tensor(asked.tokens[41 + GRID**2 :]))
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+        assert losses[2] < losses[0]
+        trained.append((losses, {name: (part.a.detach(), part.b.detach()) for name, part in adapter.parts.items()}))
+    (losses, parts), (wanted, others) = trained
+    assert losses == pytest.approx(wanted, rel=1e-3 if bfloat16 else 1e-5)
+    for name, pair in parts.items() if not bfloat16 else ():
+        for ours, theirs in zip(pair, others[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(value, before[name.replace(".base.", ".")]) for name, value in packed.named_buffers())
+    x = torch.randn(3, 64)
+    linear = packed.eval().lm_head
+    assert isinstance(linear, QuantisedLinear)
+    torch.testing.assert_close(linear(x), linear.plain(x))
+    assert not torch.allclose(linear(x), linear.train()(x))  # in training inputs are not rounded
 
 
 def test_names(folder: Path) -> None:

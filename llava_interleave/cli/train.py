@@ -106,10 +106,13 @@ def train(
         raise OptionError("there is nothing to train on: name samples, or a recipe that has a source")
     with show.busy("starting"):
         from ..chatbot import locate
+        from ..train.ranks import place
         from ..train.run import run
 
     folder = locate(model or chosen.model, None)
-    print(run(chosen.but({"model": str(folder.absolute())}), out))
+    done = run(chosen.but({"model": str(folder.absolute())}), out)
+    if place()[0] == 0:
+        print(done)
 
 
 def report(

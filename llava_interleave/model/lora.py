@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from ..errors import OptionError, Unsupported
+from ..errors import OptionError
 from .llava import Llava
 
 Spans = Sequence[tuple[str, slice]]
@@ -123,12 +123,10 @@ def linears(network: Llava) -> dict[str, nn.Module]:
 def attach(network: Llava, lora: Lora, seed: int = 0) -> Adapter:
     """Put a fresh adapter, float32, beside the linears that `lora` targets. Every row goes through it, and it alone trains.
 
-    A is uniform within 1 / sqrt(in), B nought: the network computes what it did until B has been changed. Raises `OptionError`
-    for a pattern that no linear has, `Unsupported` for a quantised network, through which no gradients go.
+    A is uniform within 1 / sqrt(in), B nought: the network computes what it did until B has been changed. The weights may be
+    quantised (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Raises `OptionError` for a pattern that no linear has.
     """
     found = linears(network)
-    if not all(isinstance(module, nn.Linear) for module in found.values()):
-        raise Unsupported("an adapter is trained on float weights: load the network without int8 or int4; they take it then")
     for pattern in lora.targets or ("",):
         if not any(fnmatchcase(name, pattern) for name in found):
             kinds = ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in found))

@@ -3,11 +3,14 @@
 A weight of a group is scale * q: q from -8 to 7 (4 bits) or from -127 to 127 (8 bits), scale in float16. An input x of a group is
 largest / 127 * round(x * 127 / largest). `kernels.linear` computes with the integers; without it the same numbers are multiplied
 as floats. Results of the two differ by rounding in float32 only.
+
+In training mode inputs are not rounded, and gradients go through to what stands before or beside; the weights stay as they are.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +46,11 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("weight", torch.empty(panels, groups, PANEL * GROUP * bits // 8, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(panels, groups, PANEL, dtype=torch.float16))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return _Through.apply(x.flatten(0, -2), self).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
         if kernels.why_not() is None:
             return kernels.linear(x, self.weight, self.scale, self.bias, self.out_features)
         return self.plain(x)
@@ -62,6 +68,23 @@ class QuantisedLinear(nn.Module):
         q = packed.permute(0, 3, 1, 2, 4).flatten(3).float() - (8 if self.bits == 4 else 128)
         w = q * self.scale.transpose(1, 2)[..., None].float()
         return w.flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
+
+
+class _Through(torch.autograd.Function):
+    """Products of `[T, in]` with the weight as it counts, in the type that autocast asks for. It is unpacked anew for the input's
+    gradient and gets none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: QuantisedLinear) -> Tensor:
+        wanted = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        ctx.module, ctx.dtype, ctx.wanted = module, x.dtype, wanted
+        bias = None if module.bias is None else module.bias.to(wanted)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.to(wanted), module.unpacked().to(wanted), bias)
+
+    @staticmethod
+    def backward(ctx: Any, y: Tensor) -> tuple[Tensor, None]:
+        return (y.to(ctx.wanted) @ ctx.module.unpacked().to(ctx.wanted)).to(ctx.dtype), None
 
 
 def pack(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,12 @@ SIDE, FRAMES = 200, 4
 
 
 class Answers:
-    """Asks the last question of each row, and writes `questions.json` once and a line of `answers.jsonl` at each call."""
+    """Asks the last question of each row, and writes `questions.json` once and a line of `answers.jsonl` at each call.
 
-    def __init__(self, rows: Sequence[Row], model: Path, form: Form, out: Path) -> None:
+    Without `out` nothing is written: by the ranks that only compute with the one that does.
+    """
+
+    def __init__(self, rows: Sequence[Row], model: Path, form: Form, out: Path | None) -> None:
         self.processor, self.out = data.processor(model), out
         self.names = [row.name for row in rows]
         self.prompts: list[Prompt] = []
@@ -47,7 +50,7 @@ class Answers:
                     "pictures": _pictures(self.prompts[-1], self.processor),
                 }
             )
-        if rows:
+        if rows and out:
             (out / "questions.json").write_text(json.dumps(shown), "utf-8")
 
     def __call__(self, model: Llava, step: int, say: Callable[[str], None]) -> None:
@@ -61,8 +64,9 @@ class Answers:
         engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=memory, feature_bytes=0)
         requests = engine.generate(self.prompts, [Sampling(max_new_tokens=n) for n in room])
         said = [tokenizer.decode(request.generated).strip() for request in requests]
-        with appending(self.out / "answers.jsonl") as file:
-            file.write(json.dumps({"step": step, "answers": said}) + "\n")
+        if self.out:
+            with appending(self.out / "answers.jsonl") as file:
+                file.write(json.dumps({"step": step, "answers": said}) + "\n")
         for name, answer in zip(self.names, said, strict=True):
             say(f"step {step:,} {name}: {answer}")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..errors import DataError
 from ..layout import Layout
 from ..prompt import Prompt
+from .ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,13 @@ class Pairs:
     reference: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A batch that a rank computes so that the others need not wait for it, and that counts nothing."""
+
+    batch: Batch | Pairs
+
+
 def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
     """Lay pairs one after another."""
     whole = collate([prompt for pair in pairs for prompt in (replace(pair.chosen, media=()), replace(pair.rejected, media=()))])
@@ -110,26 +119,33 @@ def collate(prompts: Sequence[Prompt]) -> Batch:
     )
 
 
-def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], limit: int, images: Sequence[int] = (), most: int = 0) -> list[list[int]]:
     """Indices of samples grouped so that no group is longer than `limit` tokens: best fit, longest first.
 
-    Raises DataError for a sample that is longer than `limit` by itself.
+    With `most`, none has more than so many of the samples' `images` either. Raises DataError for a sample that is over a limit by
+    itself.
     """
     groups: list[list[int]] = []
     room: list[int] = []
+    shown: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] > limit:
+        length, pictures = lengths[index], images[index] if most else 0
+        if length > limit:
             raise DataError(
-                f"sample {index} has {lengths[index]:,} tokens, more than the {limit:,} of a batch: raise `tokens` or shorten it"
+                f"sample {index} has {length:,} tokens, more than the {limit:,} of a batch: raise `tokens` or shorten it"
             )
-        fits = [g for g in range(len(groups)) if room[g] >= lengths[index]]
+        if pictures > most:
+            raise DataError(f"sample {index} has {pictures:,} images, more than the {most:,} of a batch: raise `images`")
+        fits = [g for g in range(len(groups)) if room[g] >= length and shown[g] + pictures <= most]
         if fits:
             best = min(fits, key=lambda g: room[g])
             groups[best].append(index)
-            room[best] -= lengths[index]
+            room[best] -= length
+            shown[best] += pictures
         else:
             groups.append([index])
-            room.append(limit - lengths[index])
+            room.append(limit - length)
+            shown.append(pictures)
     return groups
 
 
@@ -141,30 +157,84 @@ class Position:
     batch: int = 0
 
 
+def join(samples: Sequence[Prompt | Pair]) -> Batch | Pairs:
+    """Lay samples of one kind one after another: prompts become a `Batch`, pairs `Pairs`."""
+    pairs = [sample for sample in samples if isinstance(sample, Pair)]
+    return collate_pairs(pairs) if pairs else collate([sample for sample in samples if isinstance(sample, Prompt)])
+
+
 class Windows(Dataset[list[Any]]):
     """Window k: the samples k * size … (k + 1) * size - 1, packed into batches in an order that `seed` and k decide.
 
-    Prompts become a `Batch`, pairs become `Pairs`.
+    For samples whose lengths are not known before they are made. join: makes a batch of some.
     """
 
-    def __init__(self, example: Callable[[int], Prompt | Pair], count: int, *, size: int, tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        example: Callable[[int], Sized],
+        count: int,
+        *,
+        size: int,
+        tokens: int,
+        seed: int,
+        join: Callable[[Sequence[Any]], Any] = join,
+    ) -> None:
         self.example, self.count, self.size, self.tokens, self.seed = example, count, size, tokens, seed
+        self.join = join
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
-    def __getitem__(self, window: int) -> list[Batch | Pairs]:
+    def __getitem__(self, window: int) -> list[Any]:
         first = window * self.size
-        samples = [self.example(i) for i in range(first, min(first + self.size, self.count))]
+        samples: list[Any] = [self.example(i) for i in range(first, min(first + self.size, self.count))]
         groups = pack([len(sample) for sample in samples], self.tokens)
         Random(f"{self.seed}/{window}").shuffle(groups)
-        return [join([samples[i] for i in group]) for group in groups]
+        return [self.join([samples[i] for i in group]) for group in groups]
 
 
-def join(samples: Sequence[Prompt | Pair]) -> Batch | Pairs:
-    """Lay samples of one kind one after another."""
-    pairs = [sample for sample in samples if isinstance(sample, Pair)]
-    return collate_pairs(pairs) if pairs else collate([sample for sample in samples if isinstance(sample, Prompt)])
+class Measured(Protocol):
+    """Samples, by number, and how many tokens and images (frames too) each will have, told without making it."""
+
+    def __call__(self, index: int, /) -> Prompt | Pair: ...
+
+    def length(self, index: int, /) -> int: ...
+
+    def images(self, index: int, /) -> int: ...
+
+
+class Plan(Dataset[Any]):
+    """As `Windows`, of samples whose lengths are known: a batch is decided before it is made, and is made alone."""
+
+    def __init__(self, samples: Measured, count: int, *, size: int, tokens: int, seed: int, images: int = 0) -> None:
+        self.samples, self.count, self.size, self.tokens, self.seed, self.images = samples, count, size, tokens, seed, images
+
+    def __getitem__(self, numbers: list[int]) -> Batch | Pairs:
+        return join([self.samples(i) for i in numbers])
+
+    def steps(self, each: int) -> int:
+        """How many steps of `each` batches all samples are; the last may have fewer."""
+        return -(-sum(len(self._window(first)) for first in range(0, self.count, self.size)) // each)
+
+    def read(self, start: Position) -> Iterator[tuple[list[int], Position]]:
+        """The numbers of the samples of every batch from `start` on, with the position after it."""
+        for first in range(start.window * self.size, self.count, self.size):
+            window, groups = first // self.size, self._window(first)
+            for index, group in enumerate(groups):
+                if window > start.window or index >= start.batch:
+                    last = index + 1 == len(groups)
+                    yield group, Position(window + 1, 0) if last else Position(window, index + 1)
+
+    def length(self, numbers: list[int]) -> int:
+        """Tokens of a batch."""
+        return sum(self.samples.length(i) for i in numbers)
+
+    def _window(self, first: int) -> list[list[int]]:
+        numbers = range(first, min(first + self.size, self.count))
+        images = [self.samples.images(i) for i in numbers] if self.images else []
+        groups = pack([self.samples.length(i) for i in numbers], self.tokens, images, self.images)
+        Random(f"{self.seed}/{first // self.size}").shuffle(groups)
+        return [[first + i for i in group] for group in groups]
 
 
 def obey(_: int) -> None:
@@ -176,16 +246,42 @@ def obey(_: int) -> None:
 
 def batches(windows: Windows, start: Position, *, workers: int) -> Iterator[tuple[Any, Position]]:
     """Batches from `start` on, each with the position after it; prepared ahead in worker processes."""
-    loader = DataLoader(
-        Subset(windows, range(start.window, len(windows))),
+    for window, group in enumerate(_ahead(Subset(windows, range(start.window, len(windows))), None, workers), start.window):
+        for index, batch in enumerate(group):
+            if window > start.window or index >= start.batch:
+                last = index + 1 == len(group)
+                yield batch, Position(window + 1, 0) if last else Position(window, index + 1)
+
+
+def dealt(plan: Plan, start: Position, *, workers: int, each: int, ranks: Ranks) -> Iterator[tuple[Any, Position]]:
+    """A rank's batches of every step of `each` from `start` on, with the position after the step; made in worker processes.
+
+    A step's batches go to the ranks longest first, so that what they compute at the same time is as long; where too few are
+    left for all, one is `Idle`.
+    """
+
+    def mine() -> Iterator[tuple[list[int], bool, Position]]:
+        rest = plan.read(start)
+        while step := list(islice(rest, each)):
+            longest = sorted((numbers for numbers, _ in step), key=plan.length, reverse=True)
+            for first in range(0, len(longest), ranks.count):
+                at = first + ranks.rank
+                idle = at >= len(longest)
+                yield longest[first if idle else at], idle, step[-1][1]
+
+    made = _ahead(plan, (numbers for numbers, *_ in mine()), workers)
+    for batch, (_, idle, after) in zip(made, mine(), strict=True):
+        yield Idle(batch) if idle else batch, after
+
+
+def _ahead(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) -> DataLoader[Any]:
+    """Items prepared ahead in worker processes."""
+    return DataLoader(
+        items,
         batch_size=None,
+        sampler=order,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=obey,
     )
-    for window, group in enumerate(loader, start.window):
-        for index, batch in enumerate(group):
-            if window > start.window or index >= start.batch:
-                last = index + 1 == len(group)
-                yield batch, Position(window + 1, 0) if last else Position(window, index + 1)

@@ -29,12 +29,13 @@ BLANK = Image.new("RGB", (1, 1))
 class Checked:
     """A sample that was read. tokens: as a checkpoint counts them, None where none was given or the sample has errors.
 
-    front: tokens with the images in front, where the form has that.
+    images: with frames of videos. front: tokens with the images in front, where the form has that.
     """
 
     row: Row
     faults: tuple[Fault, ...]
     tokens: int | None = None
+    images: int | None = None
     front: int | None = None
 
     @property
@@ -141,13 +142,14 @@ class _Look:
         return found
 
     def _count(self, processor: Processor, found: Reading, name: str, faults: list[Fault]) -> list[int]:
-        """How many tokens the sample has, as it is and with its images in front; what is wrong with that goes to `faults`."""
+        """Tokens and images of the sample, and its tokens with the images in front; what is wrong with that goes to `faults`."""
         try:
             fronts = (False, True) if self.form.front else (False,)
-            counts = [self.form.count(processor, found.said, found.media, front=front) for front in fronts]
+            sizes = [self.form.count(processor, found.said, found.media, front=front) for front in fronts]
         except LlavaError as error:
             faults.append(Fault("form", f"sample {name}: {error}"))
             return []
+        counts = [tokens for tokens, _ in sizes]
         for limit, what, way in (
             (processor.config.text.context, "the context", "shorten it, or show less in it"),
             (self.tokens, "a batch", "raise --tokens, or shorten it"),
@@ -156,7 +158,7 @@ class _Look:
                 text = f"sample {name} has {max(counts):,} tokens, more than the {limit:,} of {what}: {way}"
                 faults.append(Fault("long", text))
                 break
-        return counts
+        return [counts[0], sizes[0][1], *counts[1:]]
 
 
 def _words(content: Any) -> Any:

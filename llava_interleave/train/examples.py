@@ -52,13 +52,13 @@ class Form:
         sources = [next(rest) if slot.source is None else slot.source for slot in _slots(said)]
         return processor.raw(IMAGE * len(sources), sources)
 
-    def count(self, processor: Processor, said: Said, media: Sequence[object], *, front: bool = False) -> int:
-        """Tokens of `example`; nothing is decoded."""
+    def count(self, processor: Processor, said: Said, media: Sequence[object], *, front: bool = False) -> tuple[int, int]:
+        """Tokens of `example`, and images with frames of videos; nothing is decoded. One in tiles is one."""
         shown = in_front(said) if front else said
         found = processor.estimate(shown, media, anyres=self._tiled(said), generation=False)
-        if self.template == "chat":
-            return found.total
-        return sum(part.tokens for part in found.parts[1:]) + len(_words(processor, said))
+        pictures = sum(part.tokens for part in found.parts[1:])
+        images = 1 if self._tiled(said) else pictures // processor.config.vision.grid**2
+        return found.total if self.template == "chat" else pictures + len(_words(processor, said)), images
 
     def _tiled(self, said: Said) -> bool:
         return self.anyres and len(_slots(said)) == 1
@@ -126,11 +126,15 @@ def _pieces(content: Any) -> Iterator[Mapping[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is packed as one: a sample, or the two of a pair. tokens: of it; front: of it with the images in front."""
+    """What is packed as one: a sample, or the two of a pair. tokens: of it; front: of it with the images in front.
+
+    images: of it, with frames of videos; those of a pair are there once.
+    """
 
     rows: tuple[Row, ...]
     tokens: int
     front: int
+    images: int
 
     @property
     def name(self) -> str:
@@ -157,6 +161,10 @@ class Samples:
         """Tokens of example i."""
         unit, front = self._drawn(index)
         return unit.front if front else unit.tokens
+
+    def images(self, index: int) -> int:
+        """Images and frames of example i."""
+        return self._drawn(index)[0].images
 
     def make(self, unit: Unit, front: bool = False) -> Prompt | Pair:
         """Raises DataError naming the sample."""

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,15 @@ from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from ..errors import DataError
+from ..errors import DataError, OptionError, Unsupported
 from . import checkpoints
 from .batch import Position
 from .checkpoints import State
+from .flops import memory
 from .loss import Loss
+from .ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class TrainConfig:
     muon: factor on the learning rate of matrices but embeddings, which are stepped by Muon then, its step as large as AdamW's
         would be (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982); 0 leaves all to AdamW.
     clip: largest norm of a step's gradient.
-    accumulate: batches a step; their losses are summed and divided by the step's count.
+    accumulate: batches a step, of all ranks together; their losses are summed and divided by the step's count.
     bfloat16: multiply matrices in bfloat16; weights, sums and the optimiser stay float32.
     save_every: steps between checkpoints; save_minutes: minutes between them, too, if not 0; keep: how many of the last are kept.
     evaluate_every: steps between measurements; with 0 there is one before and one after.
@@ -96,26 +99,40 @@ def train(
     watch: Callable[[Mapping[str, Any]], None] = lambda _: None,
     about: Mapping[str, Any] = MappingProxyType({}),
     say: Callable[[str], None] = print,
+    ranks: Ranks = Ranks(),  # noqa: B008  frozen
+    fastest: float = 0.0,
 ) -> M:
     """Train `model` in place and return it; goes on from the newest checkpoint in `folder` if there is one.
 
     measure: told the step, what it finds in data that are held out, `loss` among it; the best by that is kept. watch: handed
-    every line of the log. about: stored with every checkpoint.
-    SIGTERM and Ctrl-C end the step, save, and then end the program (SystemExit 143, KeyboardInterrupt).
+    every line of the log. about: stored with every checkpoint. ranks: of several, each calls this with its shards of the model
+    and its share of every step's data; rank 0 writes, and `measure` finds the same on all. fastest: operations a second of which
+    the log tells the share that steps had (MFU), if it is given.
+    SIGTERM and Ctrl-C, to any rank, end the step of all, save, and then end the program (SystemExit 143, KeyboardInterrupt).
     Raises DataError if the data end early, the loss is not a number or a checkpoint cannot be written; the last one stays.
     """
+    if config.accumulate % ranks.count:
+        more = -(-config.accumulate // ranks.count) * ranks.count
+        uneven = f"{ranks.count} processes cannot share {config.accumulate} batches a step evenly"
+        raise ranks.common(OptionError(f"{uneven}: give accumulate {more}, or another number of processes"))
+    if config.muon and ranks.count > 1:
+        raise ranks.common(
+            Unsupported(f"Muon needs whole matrices, and {ranks.count} processes have shards: take muon=0, or one")
+        )
+    share = config.accumulate // ranks.count
     folder.mkdir(parents=True, exist_ok=True)
     optimisers = make(model, config)
-    state = checkpoints.restore(folder, model, optimisers, config)
+    state = checkpoints.restore(folder, model, optimisers, config, ranks)
     source = data(state.position)
     pace, saved = Pace(), time.monotonic()
-    with appending(folder / "log.jsonl") as file, _stopping() as stop:
+    with appending(folder / "log.jsonl") if ranks.rank == 0 else nullcontext() as file, _stopping() as stop:
 
         def log(step: int, **more: Any) -> None:
-            line = {"step": step, **more}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            watch(line)
+            if file:
+                line = {"step": step, **more}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                watch(line)
 
         def look(state: State) -> State:
             """Measure, and take note of the best."""
@@ -135,28 +152,34 @@ def train(
         while state.step < config.steps:
             last, before = state.step + 1 == config.steps, state.best
             with pace:
-                taken = _take(source, config.accumulate, stop)
-                whole = len(taken) >= (1 if last else config.accumulate)
+                taken = _take(source, share, stop)
+                (short,) = ranks.most(len(taken) < (1 if last else share))
+                whole = not short
                 if whole:
-                    told = step(model, loss, [batch for batch, _ in taken], optimisers, config, state.step)
+                    told = step(model, loss, [batch for batch, _ in taken], optimisers, config, state.step, ranks)
                     pace.add(told)
             if whole:
                 state = replace(state, step=state.step + 1, position=taken[-1][1])
                 if state.step % config.log_every == 0 or last:
-                    rates = pace.rates()
+                    rates = pace.rates(fastest)
+                    if took := ranks.most(memory(next(model.parameters()).device))[0]:
+                        rates["memory"] = took / 2**30
                     log(state.step, loss=told.loss, right=told.right, norm=told.norm, lr=told.lr, **rates)
                     say(f"step {state.step:,} of {config.steps:,}  loss {told.loss:.4f}  right {told.right:.1%}  {_told(rates)}")
                 if last or (config.evaluate_every and state.step % config.evaluate_every == 0):
                     state = look(state)
-            elif not stop:
-                raise DataError(f"the data ended after {state.step:,} of {config.steps:,} steps: give more, or fewer steps")
-            due = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
-            if due or last or stop or state.best != before or state.step % config.save_every == 0:
-                where = checkpoints.save(folder, model, optimisers, state, config, dict(about))
+            timely = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
+            due, number = ranks.most(bool(timely), stop[0] if stop else 0)
+            if not whole and not number:
+                ended = f"the data ended after {state.step:,} of {config.steps:,} steps: give more, or fewer steps"
+                raise ranks.common(DataError(ended))
+            if due or last or number or state.best != before or state.step % config.save_every == 0:
+                where = checkpoints.save(folder, model, optimisers, state, config, dict(about), ranks)
                 saved = time.monotonic()
-                if stop and state.step < config.steps:
-                    say(f"stopped by {stop[0].name} after step {state.step:,}: {where}; the same call goes on from there")
-                    raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+                if number and state.step < config.steps:
+                    name = signal.Signals(number).name
+                    say(f"stopped by {name} after step {state.step:,}: {where}; the same call goes on from there")
+                    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
     return model.eval()
 
 
@@ -189,6 +212,7 @@ class Step:
     count: int
     tokens: int
     crops: int
+    flops: float
 
 
 def step(
@@ -198,42 +222,45 @@ def step(
     optimisers: list[torch.optim.Optimizer],
     config: TrainConfig,
     number: int,
+    ranks: Ranks = Ranks(),  # noqa: B008  frozen
 ) -> Step:
-    """Change the weights once, by the gradient of the summed losses divided by their common count.
+    """Change the weights once, by the gradient of the summed losses of all ranks divided by their common count.
 
-    What is left out at random (an adapter's dropout) is decided by the step's number, so that a resumed run leaves out the same.
+    What is left out at random (an adapter's dropout) is decided by the batch's number, so that a resumed run leaves out the same,
+    on however many ranks.
     """
-    torch.manual_seed(number)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = config.lr * group["scale"] * config.rate(number)
     parts: list[Loss] = []
-    for batch in taken:
+    for index, batch in enumerate(taken):
+        torch.manual_seed(number * config.accumulate + index * ranks.count + ranks.rank)
         with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=config.bfloat16):
             part = loss(model, batch)
         part.total.backward()
         parts.append(part)
-    count = sum(part.count for part in parts)
-    value = sum(part.total.item() for part in parts) / count
+    columns = [(part.total.item(), part.count, part.right, part.tokens, part.crops, part.flops) for part in parts]
+    total, count, right, tokens, crops, flops = ranks.total(*(sum(column) for column in zip(*columns, strict=True)))
+    value = total / count
     if not math.isfinite(value):
-        raise DataError(f"the loss is {value} at step {number:,}: lower the learning rate, or look at the data")
+        raise ranks.common(DataError(f"the loss is {value} at step {number:,}: lower the learning rate, or look at the data"))
     for p in model.parameters():
         if p.grad is not None:
             p.grad /= count
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     for optimiser in optimisers:
         optimiser.step()
         optimiser.zero_grad()
-    right = sum(part.right for part in parts) / count
-    tokens, crops = sum(part.tokens for part in parts), sum(part.crops for part in parts)
-    return Step(value, right, norm, config.lr * config.rate(number), count, tokens, crops)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    rate = config.lr * config.rate(number)
+    return Step(value, right / count, float(norm), rate, int(count), int(tokens), int(crops), flops)
 
 
 class Pace:
     """How much is done in a second, of the time spent in steps (waiting for data included) since it was last asked."""
 
     def __init__(self) -> None:
-        self.seconds, self.done = 0.0, [0, 0, 0]
+        self.seconds, self.done = 0.0, [0.0] * 4
 
     def __enter__(self) -> None:
         self.began = time.perf_counter()
@@ -242,17 +269,22 @@ class Pace:
         self.seconds += time.perf_counter() - self.began
 
     def add(self, told: Step) -> None:
-        self.done = [a + b for a, b in zip(self.done, (told.count, told.tokens, told.crops), strict=True)]
+        self.done = [a + b for a, b in zip(self.done, (told.count, told.tokens, told.crops, told.flops), strict=True)]
 
-    def rates(self) -> dict[str, float]:
-        """Counted, tokens and crops a second; begins anew. What a loss does not tell is left out."""
-        found = {name: n / self.seconds for name, n in zip(("rate", "tokens", "crops"), self.done, strict=True) if n}
-        self.seconds, self.done = 0.0, [0, 0, 0]
+    def rates(self, fastest: float) -> dict[str, float]:
+        """Counted, tokens and crops a second, and operations as a share of `fastest`, so far as they are known; begins anew."""
+        names = ("rate", "tokens", "crops", "mfu")
+        scales = (1.0, 1.0, 1.0, 1 / fastest if fastest else 0.0)
+        found = {name: n * by / self.seconds for name, n, by in zip(names, self.done, scales, strict=True) if n * by}
+        self.seconds, self.done = 0.0, [0.0] * 4
         return found
 
 
 def _told(rates: Mapping[str, float]) -> str:
-    return f"{rates['tokens']:,.0f} tokens/s" if "tokens" in rates else f"{rates['rate']:,.0f} a second"
+    if "tokens" not in rates:
+        return f"{rates['rate']:,.0f} a second"
+    forms = {"tokens": "{:,.0f} tokens/s", "crops": "{:,.1f} images/s", "mfu": "MFU {:.0%}", "memory": "{:.1f} GiB"}
+    return "  ".join(form.format(rates[name]) for name, form in forms.items() if name in rates)
 
 
 @contextmanager

@@ -14,32 +14,37 @@ from torch.utils.checkpoint import checkpoint
 from ..layout import Layout
 from ..model import Llava, Packed, arrange
 from .batch import Batch, Pairs, positions
+from .flops import needed
 
 CHUNK = 2048  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Summed loss, what it is summed over, how many of those were right; tokens and crops that were computed for it."""
+    """Summed loss, what it is summed over, how many of those were right; tokens, crops and operations that it took."""
 
     total: Tensor
     count: int
     right: int
     tokens: int = 0
     crops: int = 0
+    flops: float = 0.0
 
 
-def answers(model: Llava, batch: Batch) -> Loss:
-    """Cross-entropy of the tokens marked `learn`, each predicted from the tokens before it in its sample."""
-    features = _features(model, batch.pixels, [layout for _, layout in batch.media])
-    spans = [(start, f) for (start, _), f in zip(batch.media, features, strict=True)]
-    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
+def answers(model: Llava, batch: Batch, attend: Packed | None = None) -> Loss:
+    """Cross-entropy of the tokens marked `learn`, each predicted from the tokens before it in its sample.
+
+    attend: stands in for `Packed(batch.lengths)`.
+    """
+    spans = _spans(model, batch.pixels, [((start,), layout) for start, layout in batch.media])
+    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths, attend)
     where = batch.learn.nonzero()[:, 0].to(hidden.device)
     total, right = hidden.new_zeros((), dtype=torch.float32), 0
     for rows in where.split(CHUNK):
         losses, hits = checkpoint(_chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False)
         total, right = total + losses.sum(), right + int(hits)
-    return Loss(total, len(where), right, len(tokens), len(batch.pixels))
+    took = needed(model, batch.lengths, len(batch.pixels), len(where))
+    return Loss(total, len(where), right, len(tokens), len(batch.pixels), took)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,8 @@ class Preferences:
         gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
         margin = gained[:, 0] - gained[:, 1]
         losses = preference(margin, beta=self.beta, smoothing=self.smoothing, ipo=self.ipo)
-        return Loss(losses.sum(), len(margin), int((margin > 0).sum()), len(batch.tokens), len(batch.pixels))
+        took = needed(model, batch.lengths, len(batch.pixels), int(batch.learn.sum()))
+        return Loss(losses.sum(), len(margin), int((margin > 0).sum()), len(batch.tokens), len(batch.pixels), took)
 
 
 def preference(margin: Tensor, *, beta: float, smoothing: float, ipo: bool) -> Tensor:
@@ -70,9 +76,8 @@ def preference(margin: Tensor, *, beta: float, smoothing: float, ipo: bool) -> T
 
 def logprobs(model: Llava, batch: Pairs) -> Tensor:
     """Log-probabilities `[P, 2]` of the chosen and the rejected answers. Each picture goes through the tower once a pair."""
-    features = _features(model, batch.pixels, [layout for *_, layout in batch.media])
-    places = [(start, f) for (*starts, _), f in zip(batch.media, features, strict=True) for start in starts]
-    hidden, tokens = _hidden(model, batch.tokens, places, batch.lengths)
+    spans = _spans(model, batch.pixels, [(starts, layout) for *starts, layout in batch.media])
+    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
     where = batch.learn.nonzero()[:, 0].to(hidden.device)
     ends = torch.tensor(list(accumulate(batch.lengths)), device=hidden.device)
     sums = hidden.new_zeros(len(ends), dtype=torch.float32)
@@ -82,18 +87,24 @@ def logprobs(model: Llava, batch: Pairs) -> Tensor:
     return sums.view(-1, 2)
 
 
-def _features(model: Llava, pixels: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
-    """Rows for the decoder of each media, in the order of its tokens."""
-    if not layouts:
+def _spans(model: Llava, pixels: Tensor, media: Sequence[tuple[Sequence[int], Layout]]) -> list[tuple[int, Tensor]]:
+    """(First token, rows for the decoder) wherever a media stands. A blank crop that is no media's has no rows there."""
+    if not len(pixels):
         return []
-    crops = model.encode(pixels.to(model.lm_head.weight.device)).split([layout.crops for layout in layouts])
-    return [arrange(f, layout) for f, layout in zip(crops, layouts, strict=True)]
+    crops = model.encode(pixels.to(model.lm_head.weight.device))
+    if not media:
+        return [(0, crops[0, :0])]
+    parts = crops.split([layout.crops for _, layout in media])
+    rows = [arrange(f, layout) for f, (_, layout) in zip(parts, media, strict=True)]
+    return [(start, f) for f, (starts, _) in zip(rows, media, strict=True) for start in starts]
 
 
-def _hidden(model: Llava, tokens: Tensor, spans: Sequence[tuple[int, Tensor]], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _hidden(
+    model: Llava, tokens: Tensor, spans: Sequence[tuple[int, Tensor]], lengths: Sequence[int], attend: Packed | None = None
+) -> tuple[Tensor, Tensor]:
     """Hidden states of samples that lie one after another, and their tokens, where the network is."""
     tokens = tokens.to(model.lm_head.weight.device)
-    return model(model.embed(tokens, spans), positions(lengths).to(tokens.device), Packed(lengths)), tokens
+    return model(model.embed(tokens, spans), positions(lengths).to(tokens.device), attend or Packed(lengths)), tokens
 
 
 def _chunk(model: Llava, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

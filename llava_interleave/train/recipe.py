@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "recipes"
 SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 HARMLESS = frozenset(
     {
-        *("source", "media", "skip_errors", "device", "workers"),
+        *("source", "media", "skip_errors", "device", "workers", "recompute"),
         *("save_every", "save_minutes", "keep", "evaluate_every", "answers", "log_every", "tensorboard"),
     }
 )
@@ -110,7 +110,9 @@ class Recipe(_Table):
     beta2: float = _setting(0.999, "Decay of AdamW's second moment.")
     clip: float = _setting(1.0, "Largest norm of a step's gradient.")
     tokens: int = _setting(8192, "Most tokens of a batch; samples are packed, never cut.")
-    accumulate: int = _setting(1, "Batches a step.")
+    images: int = _setting(0, "Most images and frames of a batch, whatever its tokens; 0 for no such bound.")
+    accumulate: int = _setting(1, "Batches a step, of all processes together.")
+    recompute: bool = _setting(False, "Keep what goes into layers only and compute the rest again: slower, in less memory.")
     bfloat16: bool = _setting(False, "Multiply matrices in bfloat16; weights stay float32.")
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
     workers: int = _setting(1, "Processes that read samples ahead; 0 reads them in between.")

@@ -17,7 +17,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 200, 64, 24, 10
 MOST = 400
 """Points of a curve; more are averaged."""
 CURVES = (
-    ("Loss", "loss"), ("Right", "right"), ("Learning rate", "lr"), ("Tokens a second", "tokens"), ("Norm of the gradient", "norm")
+    ("Loss", "loss"), ("Right", "right"), ("Learning rate", "lr"), ("Norm of the gradient", "norm"),
+    ("Tokens a second", "tokens"), ("Images a second", "crops"), ("MFU", "mfu"), ("Peak memory, GiB", "memory"),
 )  # fmt: skip
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">

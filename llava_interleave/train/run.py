@@ -1,4 +1,7 @@
-"""A whole training run by a recipe: read all data, train, measure, write the tuned checkpoint. Called again it goes on."""
+"""A whole training run by a recipe: read all data, train, measure, write the tuned checkpoint. Called again it goes on.
+
+Started by torchrun it is one of several that do this together: each reads and computes its share, rank 0 tells and writes.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,19 +21,22 @@ from .. import weights
 from ..errors import DataError, OptionError, Unsupported
 from ..journal import Journal
 from ..model import Llava
-from ..model.lora import Lora, attach
+from ..model.lora import Adapter, Lora, attach
 from ..weights.adapters import write_adapter
-from ..weights.load import device_named
 from . import checkpoints, data, sources
 from .answers import Answers
-from .batch import Pairs, Windows, batches, join, pack
+from .batch import Idle, Pairs, Plan, dealt, join, pack
 from .check import Checked, check
 from .examples import Form, Samples, Unit
+from .flops import rate
 from .loop import LossFunction, TrainConfig, parts, train
 from .loss import Preferences, answers, logprobs
+from .ranks import Ranks, joined
 from .recipe import HARMLESS, Recipe
+from .shards import Within, recompute, spread, together
 from .sources import Row
 
+T = TypeVar("T")
 TOLD = 5
 """How many faulty samples a refusal names."""
 WINDOW = 128
@@ -46,16 +52,104 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
     All samples are read first, and what is wrong with them ends it or, with `skip_errors`, is listed. Beside it the folder
     gets the resolved recipe, log, checkpoints, `held-out.jsonl` for `llava batch` of a folder's held-out pictures, and
     `best`, a checkpoint, if an earlier measurement was better than the last. Called again, it goes on from the newest
-    checkpoint. Raises CheckpointError, DataError, OptionError, Unsupported.
+    checkpoint, also with another number of processes. Raises CheckpointError, DataError, OptionError, Unsupported.
     """
     if recipe.source is None or recipe.model is None:
         raise OptionError("say what to train with: source, the samples, and model, the checkpoint to begin with")
     if not recipe.steps and not recipe.epochs:
         raise OptionError("say how long to train: steps, or epochs, passes over all samples")
-    device = device_named(("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device)
-    folder, form = weights.resolve(recipe.model), Form(recipe.template, recipe.anyres, recipe.front)
+    folder = weights.resolve(recipe.model)
+    ranks, device = joined(recipe.device)
+    say = say if ranks.rank == 0 else _nothing
+    network, adapter, stored, config = _train(recipe, folder, out, ranks, device, say)
+    name = "adapter" if adapter else "model"
+    if ranks.rank:
+        return out / name
+    if ranks.count > 1:  # whole, from what all ranks have saved
+        network, adapter, _ = _network(recipe, folder)
+        parts(network, config, _nothing)
+        spread(network, Ranks(), torch.device("cpu"), wide=_wide(recipe))
+        checkpoints.weights(checkpoints.every(out)[-1], network)
+
+    def write(done: Path) -> None:
+        if adapter:
+            write_adapter(done, adapter, base=recipe.model)
+        else:
+            weights.save(network, done, processor_from=folder, dtype=stored)
+
+    return _write(network, out, name, write, say)
+
+
+def _train(
+    recipe: Recipe, folder: Path, out: Path, ranks: Ranks, device: torch.device, say: Callable[[str], None]
+) -> tuple[Llava, Adapter | None, torch.dtype, TrainConfig]:
+    """What ranks do together. -> network and adapter as they lie here, the type they were stored in, the loop's config."""
+    form = Form(recipe.template, recipe.anyres, recipe.front)
     if held := weights.stored_precision(folder):
-        raise Unsupported(f"{folder} holds {held} weights, which no gradient goes through: train the checkpoint it was made from")
+        if not recipe.adapter:
+            other = "train an adapter (--adapter-rank), or the checkpoint it was made from"
+            raise ranks.common(Unsupported(f"{folder} holds {held} weights, which stay as they are: {other}"))
+        if device.type != "cpu":
+            raise ranks.common(Unsupported(f"weights of 4 and 8 bits are for a CPU, not for {device}: say --device cpu"))
+    units, kept = ranks.once(lambda: _samples(recipe, folder, form, out, say))
+    network, adapter, stored = _network(recipe, folder)
+    within = spread(network, ranks, device, wide=_wide(recipe))
+    if recipe.recompute:
+        recompute(network)
+    samples = Samples(units, folder, recipe.seed, form)
+    count = 2**40 if recipe.steps else math.ceil(len(units) * (recipe.epochs or 0))
+    plan = Plan(samples, count, size=min(WINDOW, len(units)), tokens=recipe.tokens, seed=recipe.seed, images=recipe.images)
+    config = _config(recipe, recipe.steps or plan.steps(recipe.accumulate))
+    parts(network, config, say)
+    if idle := next((name for name, p in network.named_parameters() if LOW in name and not p.requires_grad), None):
+        reached = f"adapter.targets reaches {idle.split(LOW)[0]}, where the factor is 0: raise that, or leave it out"
+        raise ranks.common(OptionError(reached))
+    loss: LossFunction[Llava, Any] = answers
+    if recipe.dpo:
+        loss = Preferences(recipe.dpo.beta, recipe.dpo.smoothing, recipe.dpo.ipo)
+        references = _references(network, within, recipe, [*units, *kept], folder, out, ranks, say)
+        plan.samples = samples = Samples(units, folder, recipe.seed, form, references)
+    loss = loss if ranks.count == 1 else together(loss, within)
+    groups = _packed(kept, recipe)
+    spaced = kept[:: max(1, len(kept) // max(1, recipe.answers))][: recipe.answers]
+    told = Answers([unit.rows[0] for unit in spaced], folder, form, out if ranks.rank == 0 else None)
+
+    def measure(model: Llava, step: int) -> Mapping[str, float]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            found = _measure(model, loss, samples, groups, ranks)
+        with torch.no_grad():
+            within(told, step, say)
+        return found
+
+    with _board(out, recipe.tensorboard and ranks.rank == 0) as watch:
+        train(
+            network,
+            loss,
+            partial(dealt, plan, workers=recipe.workers, each=recipe.accumulate, ranks=ranks),
+            config,
+            out,
+            measure=measure if kept else None,
+            watch=watch,
+            about=recipe.stored(),
+            say=say,
+            ranks=ranks,
+            fastest=ranks.total(rate(device, torch.bfloat16 if recipe.bfloat16 else torch.float32))[0],
+        )
+    return network, adapter, stored, config
+
+
+def _wide(recipe: Recipe) -> bool:
+    """What is trained is float32; a frozen network may stay in the numbers it is stored in."""
+    return not (recipe.adapter and recipe.bfloat16)
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
+def _samples(recipe: Recipe, folder: Path, form: Form, out: Path, say: Callable[[str], None]) -> tuple[list[Unit], list[Unit]]:
+    """Read and check all samples, and begin the run's folder. -> those to train on, and those held out."""
+    assert recipe.source is not None
     found = sources.rows(recipe.source, media=recipe.media, question=recipe.question, seed=recipe.seed)
     units = _sound(found, folder, recipe, form, say)
     share = (0.1 if recipe.source.is_dir() else 0.0) if recipe.held_out is None else recipe.held_out
@@ -71,55 +165,14 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
     (out / "config.toml").write_text(recipe.toml(), "utf-8")
     if kept and recipe.source.is_dir():
         (out / "held-out.jsonl").write_text("".join(json.dumps(_question(unit.rows[0])) + "\n" for unit in kept), "utf-8")
+    return units, kept
 
+
+def _network(recipe: Recipe, folder: Path) -> tuple[Llava, Adapter | None, torch.dtype]:
+    """The network as it is stored, with a fresh adapter if one is trained, and the type it is stored in."""
     network = weights.load(folder)
-    stored = network.lm_head.weight.dtype
-    network = network.to(device)
-    # A frozen network may stay in the numbers it is stored in; what is trained is float32.
-    network = network if recipe.adapter and recipe.bfloat16 else network.float()
     adapter = attach(network, Lora(**dataclasses.asdict(recipe.adapter)), recipe.seed) if recipe.adapter else None
-    samples = Samples(units, folder, recipe.seed, form)
-    count = 2**40 if recipe.steps else math.ceil(len(units) * (recipe.epochs or 0))
-    windows = Windows(samples, count, size=min(WINDOW, len(units)), tokens=recipe.tokens, seed=recipe.seed)
-    config = _config(recipe, recipe.steps or _steps(windows, samples, recipe.accumulate))
-    parts(network, config, say)
-    if idle := next((name for name, p in network.named_parameters() if LOW in name and not p.requires_grad), None):
-        raise OptionError(f"adapter.targets reaches {idle.split(LOW)[0]}, where the factor is 0: raise that, or leave it out")
-    loss: LossFunction[Llava, Any] = answers
-    if recipe.dpo:
-        loss = Preferences(recipe.dpo.beta, recipe.dpo.smoothing, recipe.dpo.ipo)
-        references = _references(network, recipe, [*units, *kept], folder, out, say)
-        windows.example = samples = Samples(units, folder, recipe.seed, form, references)
-    groups = [[kept[i] for i in group] for group in pack([unit.tokens for unit in kept], recipe.tokens)]
-    spread = kept[:: max(1, len(kept) // max(1, recipe.answers))][: recipe.answers]
-    told = Answers([unit.rows[0] for unit in spread], folder, form, out)
-
-    def measure(model: Llava, step: int) -> Mapping[str, float]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            found = _measure(model, loss, samples, groups)
-        told(model, step, say)
-        return found
-
-    with _board(out, recipe.tensorboard) as watch:
-        train(
-            network,
-            loss,
-            partial(batches, windows, workers=recipe.workers),
-            config,
-            out,
-            measure=measure if kept else None,
-            watch=watch,
-            about=recipe.stored(),
-            say=say,
-        )
-
-    def write(done: Path) -> None:
-        if adapter:
-            write_adapter(done, adapter, base=recipe.model)
-        else:
-            weights.save(network, done, processor_from=folder, dtype=stored)
-
-    return _write(network, out, "adapter" if adapter else "model", write, say)
+    return network, adapter, network.lm_head.weight.dtype
 
 
 def _config(recipe: Recipe, steps: int) -> TrainConfig:
@@ -149,13 +202,6 @@ def _config(recipe: Recipe, steps: int) -> TrainConfig:
     )
 
 
-def _steps(windows: Windows, samples: Samples, accumulate: int) -> int:
-    """How many steps all samples of `windows` are; the last may have fewer batches."""
-    firsts = range(0, windows.count, windows.size)
-    lengths = ([samples.length(i) for i in range(first, min(first + windows.size, windows.count))] for first in firsts)
-    return math.ceil(sum(len(pack(window, windows.tokens)) for window in lengths) / accumulate)
-
-
 def _sound(rows: list[Row], model: Path, recipe: Recipe, form: Form, say: Callable[[str], None]) -> list[Unit]:
     """The samples, or pairs, without errors; those left out are listed. DataError where nothing may be, or all would be."""
     if wrong := next((row for row in rows if bool(row.pair) != bool(recipe.dpo)), None):
@@ -168,7 +214,7 @@ def _sound(rows: list[Row], model: Path, recipe: Recipe, form: Form, say: Callab
     checked = check(rows, data.processor(model), recipe.tokens, form=form)
     sides = 2 if recipe.dpo else 1
     whole = list(zip(*(checked[side::sides] for side in range(sides)), strict=True))
-    faults = [fault for one in whole if (fault := _fault(one, recipe.tokens))]
+    faults = [fault for one in whole if (fault := _fault(one, recipe))]
     if faults and not recipe.skip_errors:
         more = f"; and {len(faults) - TOLD:,} more" if len(faults) > TOLD else ""
         raise DataError(
@@ -184,18 +230,22 @@ def _sound(rows: list[Row], model: Path, recipe: Recipe, form: Form, say: Callab
     if twins := sum(fault.kind == "duplicate" and not fault.error for one in checked for fault in one.faults):
         say(f"{twins:,} samples say and show the same as another one; `llava data check` lists them")
     return [
-        Unit(tuple(c.row for c in one), sum(c.tokens or 0 for c in one), sum(c.front or 0 for c in one))
+        Unit(tuple(c.row for c in one), sum(c.tokens or 0 for c in one), sum(c.front or 0 for c in one), one[0].images or 0)
         for one in whole
-        if not _fault(one, recipe.tokens)
+        if not _fault(one, recipe)
     ]
 
 
-def _fault(one: Sequence[Checked], tokens: int) -> str | None:
+def _fault(one: Sequence[Checked], recipe: Recipe) -> str | None:
     """The first error of a sample, or of a pair."""
     if found := next((fault.text for side in one for fault in side.faults if fault.error), None):
         return found
-    if len(one) > 1 and (total := sum(side.tokens or 0 for side in one)) > tokens:
-        return f"pair {one[0].row.pair} has {total:,} tokens, more than the {tokens:,} of a batch: raise --tokens, or shorten it"
+    name, total, images = one[0].row.pair, sum(side.tokens or 0 for side in one), one[0].images or 0
+    if name and total > recipe.tokens:
+        return f"pair {name} has {total:,} tokens, more than the {recipe.tokens:,} of a batch: raise --tokens, or shorten it"
+    if 0 < recipe.images < images:
+        what = f"{name or one[0].row.name} has {images:,} images and frames"
+        return f"sample {what}, more than the {recipe.images:,} of a batch: raise --images, or show less in it"
     return None
 
 
@@ -208,34 +258,65 @@ def _question(row: Row) -> dict[str, object]:
 
 @torch.no_grad()
 def _measure(
-    network: Llava, loss: LossFunction[Llava, Any], samples: Samples, groups: Sequence[Sequence[Unit]]
+    network: Llava, loss: LossFunction[Llava, Any], samples: Samples, groups: Sequence[Sequence[Unit]], ranks: Ranks
 ) -> dict[str, float]:
-    """Loss on units that come in batches."""
-    found = [loss(network, join([samples.make(unit) for unit in group])) for group in groups]
-    count = max(1, sum(part.count for part in found))
-    return {"loss": sum(part.total.item() for part in found) / count, "right": sum(part.right for part in found) / count}
+    """Loss on units that come in batches, each computed by one rank."""
+    found = []
+    for first in range(0, len(groups), ranks.count):
+        group, idle = _mine(groups, first, ranks)
+        batch = join([samples.make(unit) for unit in group])
+        part = loss(network, Idle(batch) if idle else batch)
+        found.append((part.total.item(), part.count, part.right))
+    total, count, right = ranks.total(*(sum(column) for column in zip(*found, strict=True)))
+    return {"loss": total / max(1, count), "right": right / max(1, count)}
+
+
+def _packed(units: Sequence[Unit], recipe: Recipe) -> list[list[Unit]]:
+    """Units that come in batches."""
+    found = pack([unit.tokens for unit in units], recipe.tokens, [unit.images for unit in units], recipe.images)
+    return [[units[i] for i in group] for group in found]
+
+
+def _mine(groups: Sequence[T], first: int, ranks: Ranks) -> tuple[T, bool]:
+    """Of the groups that all ranks take at once, from number `first` on, this rank's; or, where there are too few, the first, to
+    be idle with."""
+    idle = first + ranks.rank >= len(groups)
+    return groups[first if idle else first + ranks.rank], idle
 
 
 @torch.no_grad()
 def _references(
-    network: Llava, recipe: Recipe, units: Sequence[Unit], folder: Path, out: Path, say: Callable[[str], None]
+    network: Llava,
+    within: Within,
+    recipe: Recipe,
+    units: Sequence[Unit],
+    folder: Path,
+    out: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> dict[str, tuple[float, float]]:
     """What the model thinks of all answers before it is trained, from `reference.jsonl`; what is missing there is computed."""
     network.eval()
-    with Journal(out / "reference.jsonl", {"model": str(folder), "digest": _digest(units)}) as journal:
-        left = [unit for unit in units if unit.name not in journal.done]
+    about = {"model": str(folder), "digest": _digest(units)}
+    with Journal(out / "reference.jsonl", about) if ranks.rank == 0 else nullcontext() as journal:
+        rows = ranks.once(lambda: {name: journal.row(name) for name in journal.done} if journal else {})
+        left = [unit for unit in units if unit.name not in rows]
         if left:
             say(f"computing the reference of {len(left):,} pairs")
         make = Samples(left, folder, recipe.seed, Form(recipe.template, recipe.anyres)).make
-        for group in pack([unit.tokens for unit in left], recipe.tokens):
-            members = [left[i] for i in group]
+        groups = _packed(left, recipe)
+        for first in range(0, len(groups), ranks.count):
+            group, idle = _mine(groups, first, ranks)
+            batch = join([make(unit) for unit in group])
+            assert isinstance(batch, Pairs)
             with torch.autocast(network.lm_head.weight.device.type, torch.bfloat16, enabled=recipe.bfloat16):
-                batch = join([make(unit) for unit in members])
-                assert isinstance(batch, Pairs)
-                found = logprobs(network, batch).tolist()
-            journal.add({"id": unit.name, "chosen": a, "rejected": b} for unit, (a, b) in zip(members, found, strict=True))
-        rows = [journal.row(unit.name) for unit in units]
-    return {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
+                found = within(logprobs, batch).tolist()
+            mine = [{"id": unit.name, "chosen": a, "rejected": b} for unit, (a, b) in zip(group, found, strict=True)]
+            told = [row for one in ranks.each([] if idle else mine) for row in one]
+            rows |= {row["id"]: row for row in told}
+            if journal:
+                journal.add(told)
+    return {unit.name: (rows[unit.name]["chosen"], rows[unit.name]["rejected"]) for unit in units}
 
 
 def _digest(units: Sequence[Unit]) -> str:

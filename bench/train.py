@@ -1,0 +1,196 @@
+"""Training: tokens a second and peak memory of our loop beside a plain one over transformers, and how full packed batches are.
+
+    python bench/train.py [--rounds 3] [--bfloat16] [--json FILE]
+
+Both train the same network of middle size (tower frozen, as in the stage with many images) on the same samples, with the same
+optimiser, each in a process of its own; a turn is one pass over all samples, and turns alternate. The plain loop takes 8 samples
+a step and pads them to the longest, as trainers do whose batches are samples; ours packs as many tokens as those have on average.
+Samples lie in memory: this measures steps, not how pictures are read. Peak memory is that of the process less what it had with
+the network loaded. Needs transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_interleave.layout import Layout
+from llava_interleave.prompt import Media, Prompt
+from llava_interleave.testing import tiny_checkpoint, tiny_config
+from llava_interleave.train.batch import collate, pack
+from llava_interleave.train.loop import TrainConfig, make, step
+from llava_interleave.train.loss import answers
+from llava_interleave.weights import load
+
+CONFIG = tiny_config(
+    vision={"hidden_size": 192, "intermediate_size": 768, "num_layers": 4, "num_heads": 3, "image_size": 128, "patch_size": 16},
+    text={"hidden_size": 256, "intermediate_size": 704, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 32000},
+)
+GRID = CONFIG.vision.grid
+IMAGES = (1, 2, 2, 4, 8, 10)  # of a sample; as often in M4-Instruct there are two
+SAMPLES, EACH = 48, 8
+TRAINING = TrainConfig(steps=10**6, lr=1e-4, warmup=1, scales=(("vision_tower.", 0.0),), decay=0.0, beta2=0.999)
+SYSTEMS = ("plain", "ours")
+
+
+def samples() -> list[Prompt]:
+    """Images, then text, of which the end is learnt."""
+    rng, random, made = Random(0), torch.Generator().manual_seed(0), []
+    for number in range(SAMPLES):
+        images, text, learnt = rng.choice(IMAGES), rng.randint(16, 96), rng.randint(4, 16)
+        tokens = [CONFIG.image_token_id] * (images * GRID**2) + [rng.randrange(300) for _ in range(text)]
+        side = CONFIG.vision.image_size
+        pixels = [torch.randn(1, 3, side, side, generator=random) for _ in range(images)]
+        media = tuple(Media(p, Layout(GRID), bytes([number, i]), i * GRID**2) for i, p in enumerate(pixels))
+        made.append(Prompt(tokens, media, [i >= len(tokens) - learnt for i in range(len(tokens))]))
+    return made
+
+
+def ours(folder: Path, config: TrainConfig) -> Callable[[list[Prompt], int], None]:
+    """A pass of our loop's steps."""
+    network = load(folder).float().train()
+    optimisers = make(network, config)
+    number = 0
+
+    def turn(given: list[Prompt], seed: int) -> None:
+        nonlocal number
+        lengths = [len(prompt) for prompt in given]
+        batches = pack(lengths, sum(lengths) * EACH // len(given))
+        for group in Random(seed).sample(batches, len(batches)):
+            step(network, answers, [collate([given[i] for i in group])], optimisers, config, number)
+            number += 1
+
+    return turn
+
+
+def plain(folder: Path, config: TrainConfig) -> Callable[[list[Prompt], int], None]:
+    """A pass of steps as a trainer makes them: batches of samples, padded to the longest."""
+    from transformers import LlavaForConditionalGeneration
+
+    network = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    for name, p in network.named_parameters():
+        p.requires_grad_("vision_tower" not in name)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
+
+    def turn(given: list[Prompt], seed: int) -> None:
+        order = Random(seed).sample(given, len(given))
+        for first in range(0, len(order), EACH):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+                network(**padded(order[first : first + EACH])).loss.backward()
+            nn.utils.clip_grad_norm_(trained, config.clip)
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return turn
+
+
+def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    def rows(of: Callable[[Prompt], list[int]], fill: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(of(p)) for p in prompts], batch_first=True, padding_value=fill)
+
+    def labels(prompt: Prompt) -> list[int]:
+        return [token if learn else -100 for token, learn in zip(prompt.tokens, prompt.learn or [], strict=True)]
+
+    return {
+        "input_ids": rows(lambda p: p.tokens, 0),
+        "attention_mask": rows(lambda p: [1] * len(p), 0),
+        "labels": rows(labels, -100),
+        "pixel_values": torch.cat([media.pixels for p in prompts for media in p.media]),
+    }
+
+
+def work(system: str, folder: Path, bfloat16: bool, threads: int, pipe: Connection) -> None:
+    """A system's process: seconds of a turn and peak bytes, for each seed that comes."""
+    torch.set_num_threads(threads)
+    given, config = samples(), replace(TRAINING, bfloat16=bfloat16)
+    turn = {"ours": ours, "plain": plain}[system](folder, config)
+    loaded = peak()
+    while (seed := pipe.recv()) is not None:
+        began = time.perf_counter()
+        turn(given, seed)
+        pipe.send((time.perf_counter() - began, peak() - loaded))
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
+    given = samples()
+    tokens, learnt = sum(len(p) for p in given), sum(sum(p.learn or []) for p in given)
+    with tempfile.TemporaryDirectory() as place:
+        folder = tiny_checkpoint(Path(place) / "model", CONFIG)
+        context, pipes, processes = get_context("spawn"), {}, []
+        for system in SYSTEMS:
+            pipes[system], there = context.Pipe()
+            process = context.Process(target=work, args=(system, folder, bfloat16, torch.get_num_threads(), there), daemon=True)
+            process.start()
+            there.close()
+            processes.append(process)
+        found: dict[str, list[tuple[float, int]]] = {system: [] for system in SYSTEMS}
+        for seed in range(rounds + 1):  # the first warms up
+            for system in SYSTEMS:
+                pipes[system].send(seed)
+                found[system].append(pipes[system].recv())
+        for system, process in zip(SYSTEMS, processes, strict=True):
+            pipes[system].send(None)
+            process.join()
+    result: dict[str, Any] = {"samples": SAMPLES, "tokens": tokens, "learnt": learnt, "threads": torch.get_num_threads()}
+    for system, turns in found.items():
+        seconds = [s for s, _ in turns[1:]]
+        result[system] = {
+            "tokens_per_s": tokens / median(seconds), "learnt_per_s": learnt / median(seconds),
+            "seconds": seconds, "peak_bytes": turns[-1][1],
+        }  # fmt: skip
+    result["speed"] = median(a / b for (a, _), (b, _) in zip(found["plain"][1:], found["ours"][1:], strict=True))
+    result["memory"] = found["ours"][-1][1] / found["plain"][-1][1]
+    return result
+
+
+def filling() -> dict[str, float]:
+    """How much of batches is samples, of lengths as in M4-Instruct (729 tokens an image): packed, and padded by fours."""
+    rng = Random(0)
+    lengths = [rng.choice(IMAGES) * 729 + rng.randint(40, 400) for _ in range(12_800)]
+    windows = [lengths[i : i + 128] for i in range(0, len(lengths), 128)]
+    batches = sum(len(pack(window, 32_768)) for window in windows)
+    fours = sum(4 * max(lengths[i : i + 4]) for i in range(0, len(lengths), 4))
+    return {"packed": sum(lengths) / (batches * 32_768), "padded": sum(lengths) / fours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after one that warms up")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    given = parser.parse_args()
+    found = measure(given.rounds, given.bfloat16) | {"filling": filling(), "bfloat16": given.bfloat16}
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'':<8}{'tokens/s':>10}{'learnt/s':>10}{'peak MiB':>10}   seconds a pass")
+    for system in SYSTEMS:
+        one = found[system]
+        turns = " ".join(f"{s:.1f}" for s in one["seconds"])
+        print(
+            f"{system:<8}{one['tokens_per_s']:>10,.0f}{one['learnt_per_s']:>10,.0f}{one['peak_bytes'] / 2**20:>10,.0f}   {turns}"
+        )
+    print(f"ours has {found['speed']:.2f} times the speed and {found['memory']:.2f} of the memory")
+    print(f"filled: packed {found['filling']['packed']:.1%}, padded {found['filling']['padded']:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""How much arithmetic a batch needs, and how fast a device multiplies matrices: by both the MFU. How much memory was taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import nn
+
+from ..model import Llava
+from ..model.lora import LowRank
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+def needed(model: Llava, lengths: Sequence[int], crops: int, rows: int) -> float:
+    """Floating-point operations of the products and the attention of a batch, forwards and backwards; a multiply-add is two.
+
+    lengths: tokens of each sample; rows: how many have their logits computed. Backwards counts from the first part on of which
+    something is trained: once for inputs, once for weights that are. What is computed again to save memory counts once.
+    """
+    vision, text = model.config.vision, model.config.text
+    patches = crops * vision.grid**2
+    seen = 4 * patches * vision.grid**2 * vision.hidden_size * vision.num_layers
+    read = 2 * sum(n * n for n in lengths) * text.num_heads * text.head_dim * text.num_layers  # half of them are in the future
+    total, flows = 0.0, False
+    for part, units, attention in (
+        (model.vision_tower, patches, seen),
+        (model.multi_modal_projector, patches, 0),
+        (model.language_model, sum(lengths), read),
+        (model.lm_head, rows, 0),
+    ):
+        flows |= any(p.requires_grad for p in part.parameters())
+        total += attention * (1 + 2 * flows)
+        for module in part.modules():
+            size, trained = _product(module)
+            total += 2 * units * size * (1 + flows + trained)
+    return total
+
+
+def _product(module: nn.Module) -> tuple[int, bool]:
+    """Multiply-adds of a module, without those within it, for a token or a patch, and whether its weights are trained."""
+    if isinstance(module, LowRank):
+        return module.a.numel() + module.b.numel(), module.a.requires_grad
+    if isinstance(module, nn.Conv2d):
+        return module.weight.numel(), module.weight.requires_grad
+    if isinstance(inputs := getattr(module, "in_features", None), int):  # of floats or quantised
+        outputs, weight = module.out_features, module.weight
+        assert isinstance(outputs, int) and isinstance(weight, torch.Tensor)
+        return inputs * outputs, weight.requires_grad
+    return 0, False
+
+
+@cache
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one product of large square matrices: the fastest of five."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()
+        taken.append(time.perf_counter() - began)
+    return 2 * side**3 / min(taken)
+
+
+def memory(device: torch.device) -> int:
+    """Most bytes so far: on a GPU of tensors, else of the whole process; 0 where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0

@@ -1,0 +1,228 @@
+"""Several processes, started by torchrun over gloo, compute what one does, and go on from what any number of them has saved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava_interleave import cli, weights
+from llava_interleave.errors import OptionError, Unsupported
+from llava_interleave.prompt import Prompt
+from llava_interleave.testing import tiny_checkpoint, tiny_config
+from llava_interleave.train import checkpoints, loop, recipe
+from llava_interleave.train.batch import Idle, Plan, Position, dealt
+from llava_interleave.train.loop import TrainConfig, train
+from llava_interleave.train.loss import answers
+from llava_interleave.train.ranks import Ranks
+from llava_interleave.train.recipe import Adapter, Dpo, Recipe
+from llava_interleave.train.run import run
+
+pytestmark = pytest.mark.timeout(900)  # three processes begin, on however busy a machine
+LR = 1e-4
+STAGES: dict[str, dict[str, Any]] = {
+    "all": {"tower": 0.2, "held_out": 0.2, "evaluate_every": 2, "answers": 2},
+    "decoder": {"projector": 0.0, "epochs": 1.3},  # and a last step without enough batches for all
+    "adapter": {"bfloat16": True, "recompute": True, "adapter": Adapter(rank=4, dropout=0.2)},
+    "dpo": {"dpo": Dpo()},
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def dying(number: int, how: Any) -> Any:
+    """A step of the loop, before whose `number` something happens."""
+    step = loop.step
+
+    def taken(*words: Any) -> loop.Step:
+        if words[5] == number:
+            how()
+        return step(*words)
+
+    return taken
+
+
+def killed() -> None:
+    raise Killed
+
+
+def prepare(place: Path) -> None:
+    """Model, samples, a recipe a stage; what one process makes of each, and one that was killed after two steps."""
+    # With sizes that two cannot halve, and samples of which every third has no picture: their rank still goes through the tower.
+    model = tiny_checkpoint(place / "tiny", tiny_config(text={"intermediate_size": 95}))
+    samples, pairs = [], []
+    for number in range(14):
+        names = [f"{number}-{i}.png" for i in range(number % 3)]
+        for name in names:
+            Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
+        asked, said = "<image>\n" * len(names) + "What?", f"Number {number}." * (1 + number % 4)
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+        samples.append({"id": f"s{number}", "image": names, "conversations": turns})
+        pairs.append({"id": f"s{number}", "images": names, "prompt": asked, "chosen": said, "rejected": "No!"})
+    (place / "samples.json").write_text(json.dumps(samples))
+    (place / "pairs.json").write_text(json.dumps(pairs))
+    for stage, more in STAGES.items():
+        source = place / ("pairs.json" if stage == "dpo" else "samples.json")
+        settings = {"lr": LR, "tokens": 250, "accumulate": 4, "workers": 0, "save_every": 2, "log_every": 1, "warmup": 0.5}
+        if "epochs" not in more:
+            settings["steps"] = 4
+        made = Recipe(model=str(model), source=source, **{**settings, **more})
+        (place / f"{stage}.toml").write_text(made.toml())
+        run(made, place / stage / "one", say=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "step", dying(2, killed))
+        with pytest.raises(Killed):
+            run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one", say=lambda _: None)
+
+
+def together(place: Path) -> None:
+    """What two processes do: every stage, the rest of what one began, and at last, by the command, what a signal to one ends."""
+    for stage in STAGES:
+        run(recipe.read(place / f"{stage}.toml"), place / stage / "two")
+    run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one")
+    if os.environ["RANK"] == "1":
+        loop.step = dying(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    sys.argv = ["llava", "train", "-r", str(place / "all.toml"), "-o", str(place / "all" / "begun by two")]
+    try:
+        cli.main()
+    except SystemExit as end:
+        (place / f"code-{os.environ['RANK']}").write_text(str(end.code))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    prepare(place)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(place)]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (place / "said").write_text(done.stdout)
+    return place
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    if path.name == "adapter":
+        return load_file(path / "adapter_model.safetensors")
+    return dict(weights.load(path).named_parameters())
+
+
+def alike(one: Path, other: Path) -> None:
+    """Losses to 0.001 %, weights to 2 % of their change: sums have another order, and AdamW magnifies what is nearly nought."""
+    mine, theirs = lines(one), lines(other)
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        a, b = a.get("held_out", a), b.get("held_out", b)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["right"] == pytest.approx(b["right"])
+    name = "adapter" if (one / "adapter").exists() else "model"
+    a, b = tensors(one / name), tensors(other / name)
+    before = tensors(one.parent.parent / "tiny") if name == "model" else {key: torch.zeros(()) for key in a}
+    assert a.keys() == b.keys()
+    apart, moved = (sum(float((a[k] - x[k]).square().sum()) for k in a) ** 0.5 for x in (b, before))
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_train_as_one_does(stage: str, place: Path) -> None:
+    alike(place / stage / "one", place / stage / "two")
+
+
+def test_what_is_frozen_stays_bit_equal(place: Path) -> None:
+    before, after = tensors(place / "tiny"), tensors(place / "decoder" / "two" / "model")
+    for name, p in before.items():
+        assert torch.equal(p, after[name]) == (not name.startswith("language_model.")), name
+
+
+def test_two_go_on_with_what_one_has_saved(place: Path) -> None:
+    alike(place / "adapter" / "one", place / "adapter" / "begun by one")
+
+
+def test_a_signal_to_one_ends_all_and_one_goes_on_with_what_two_have_saved(place: Path) -> None:
+    """At the third step, after which nothing was due to be saved."""
+    begun = place / "all" / "begun by two"
+    assert [(place / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]
+    assert checkpoints.every(begun)[-1].name == "checkpoint-3"
+    assert len(list((begun / "checkpoint-3").glob("*.safetensors"))) == 2
+    run(recipe.read(place / "all.toml"), begun, say=lambda _: None)
+    alike(place / "all" / "one", begun)
+
+
+def test_rank_0_alone_tells(place: Path) -> None:
+    said = (place / "said").read_text()
+    assert said.count("step 1 of 4  loss") == 4  # three stages and the command; one has other steps
+    assert said.count("step 4 held out") == 1
+    assert said.count("stopped by SIGTERM after step 3") == 1
+    assert said.count("computing the reference of 14 pairs") == 1
+
+
+class Numbers:
+    """Samples whose tokens tell which they are; their lengths go from 3 to 9."""
+
+    def __call__(self, index: int) -> Prompt:
+        return Prompt([index] * self.length(index), learn=[True] * self.length(index))
+
+    def length(self, index: int) -> int:
+        return 3 + index * 5 % 7
+
+    def images(self, index: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_batch_of_a_step_has_one_rank_and_those_of_the_same_time_are_alike(count: int) -> None:
+    plan, each = Plan(Numbers(), 60, size=16, tokens=20, seed=3), 6
+
+    def read(rank: int, start: Position = Position()) -> list[tuple[Any, Position]]:  # noqa: B008  frozen
+        return list(dealt(plan, start, workers=0, each=each, ranks=Ranks(rank, count)))
+
+    found = [read(rank) for rank in range(count)]
+    assert len({len(one) for one in found}) == 1
+    assert all(len({after for _, after in turn}) == 1 for turn in zip(*found, strict=True))
+    batches = [batch for one in found for batch, _ in one if not isinstance(batch, Idle)]
+    assert sorted({int(token) for batch in batches for token in batch.tokens}) == list(range(60))
+    assert sum(len(batch.lengths) for batch in batches) == 60
+    share = each // count
+    assert len(found[0]) == -(-len(batches) // count)
+    assert plan.steps(each) == -(-len(batches) // each) == -(-len(found[0]) // share)
+    times = [[len(b.tokens) for b, _ in turn if not isinstance(b, Idle)] for turn in zip(*found, strict=True)]
+    for number, (turn, after) in enumerate(pairwise(times), 1):
+        assert number % share == 0 or min(turn) >= max(after)  # of another step, or as long as what comes next
+    for rank in range(count):  # from the end of any step
+        for cut in range(share, len(found[rank]), share):
+            rest = read(rank, found[rank][cut - 1][1])
+            assert [after for _, after in rest] == [after for _, after in found[rank][cut:]]
+            assert [b.tokens.tolist() for b, _ in rest if not isinstance(b, Idle)] == [
+                b.tokens.tolist() for b, _ in found[rank][cut:] if not isinstance(b, Idle)
+            ]
+
+
+def test_what_cannot_be_shared_is_refused(place: Path, tmp_path: Path) -> None:
+    model = weights.load(place / "tiny").requires_grad_(True)
+
+    def go(config: TrainConfig, count: int) -> None:
+        train(model, answers, lambda _: iter(()), config, tmp_path, ranks=Ranks(0, count))
+
+    with pytest.raises(OptionError, match="3 processes cannot share 4 batches a step evenly: give accumulate 6"):
+        go(TrainConfig(steps=1, accumulate=4), 3)
+    with pytest.raises(Unsupported, match="Muon needs whole matrices, and 2 processes have shards"):
+        go(TrainConfig(steps=1, accumulate=4, muon=1.0), 2)
+
+
+if __name__ == "__main__":
+    together(Path(sys.argv[1]))
