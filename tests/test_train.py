@@ -25,7 +25,7 @@ from llava_interleave.train.loss import Loss, answers
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
 from llava_interleave.world import SCENARIOS, episode
-from llava_interleave.world.data import conversation, pictures, write
+from llava_interleave.world.data import conversation, pictures, talk, write
 from llava_interleave.world.episodes import FRAMES
 
 
@@ -47,7 +47,7 @@ def prompts(folder: Path) -> list[Prompt]:
     for index in range(8):
         rng = Random(index)
         ep = episode(SCENARIOS[index % 4], rng)
-        turns, shown = conversation(ep, rng, questions=2, caption=0.5), pictures(ep, 30)
+        turns, shown = conversation(ep, talk(ep, rng, questions=2, caption=0.5)), pictures(ep, 30)
         said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
         made.append(processor.example(said, media))
     return made
@@ -136,7 +136,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     folder: Path, prompts: list[Prompt], tmp_path: Path, muon: float
 ) -> None:
     """Killed after step 5, whose last checkpoint is of step 3."""
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
 
     class Killed(Exception):
         pass
@@ -170,7 +170,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
 
 def test_frozen_parts_stay_bit_equal(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
     config = replace(CONFIG, steps=2, scales=(("vision_tower.", 0.0), ("multi_modal_projector.", 0.5)))
     train(model, answers, lambda at: batches(windows, at, workers=0), config, tmp_path, say=lambda _: None)
     for name, p in model.named_parameters():
@@ -201,7 +201,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(model: Llava, 
         part = answers(model, batch)
         return replace(part, total=part.total * float("nan"))
 
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=500, seed=1)
+    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
     with pytest.raises(DataError, match="the loss is nan at step 0"):
         train(model, broken, lambda at: batches(windows, at, workers=0), CONFIG, tmp_path, say=lambda _: None)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

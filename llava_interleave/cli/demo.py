@@ -34,12 +34,11 @@ class Exhibit:
 
         # Seeds that neither training nor the evaluation has.
         drawn = (episode(self.scenario, Random(f"demo {self.files[0]} {number}")) for number in range(10_000))
-        return next(
-            e for e in drawn if self._pictures(e) == len(self.files) and {q.about for q in e.questions} >= set(self.about)
-        )
+        return next(e for e in drawn if self._is_about(e))
 
-    def _pictures(self, episode: Episode) -> int:
-        return 1 if episode.clip else len(episode.scenes)
+    def _is_about(self, episode: Episode) -> bool:
+        pictures = 1 if episode.clip else len(episode.scenes)
+        return pictures == len(self.files) and {q.about for q in episode.questions} >= set(self.about)
 
     def questions(self, episode: Episode) -> Iterator[tuple[str, Question]]:
         """Each question in words, and with its truth."""
@@ -79,14 +78,14 @@ def demo(
     bot = show.load(model, revision, precision, device)
     named = f" -m {model}" if model else ""
     options = Options(max_new_tokens=64)
-    right = asked = 0
+    right = []
     for exhibit, episode in zip(EXHIBITS, episodes, strict=False):
         print(f"\n{exhibit.title}")
         words, views = sources(exhibit, folder)
         for text, question in exhibit.questions(episode):
             print(f'$ llava ask{named}{flags(words, views)} "{text}"')
             answer = bot.ask(text, show.attachments(words, views), options)
-            right, asked = right + tell(answer, question), asked + 1
+            right.append(tell(answer, question))
 
     print(f"\n{TALK.title}")
     words, views = sources(TALK, folder)
@@ -97,11 +96,11 @@ def demo(
     for text, question in TALK.questions(episodes[-1]):
         print(f"> {text}")
         answer = talk.ask(text, options)
-        right, asked = right + tell(answer, question), asked + 1
+        right.append(tell(answer, question))
         times.append(answer.timings.first_token)
     kept = f"{answer.usage.cached} of {answer.usage.prompt} tokens were kept from before"
     print(f"  {kept}: first token after {milliseconds(times[-1])} instead of {milliseconds(times[0])}")
-    print(f"\n{right} of {asked} right; the files are in {folder}")
+    print(f"\n{sum(right)} of {len(right)} right; the files are in {folder}")
 
 
 def write(exhibit: Exhibit, folder: Path) -> Episode:
@@ -136,7 +135,7 @@ def tell(answer: Answer, question: Question) -> bool:
     """Print an answer with its truth and times; -> whether it is right."""
     text, used, took = answer.text.strip(), answer.usage, answer.timings
     right = question.is_answered(text)
-    print(f"  {text}   ({'right' if right else f'WRONG: {question.answer}'})")
+    print(f"  {text}   ({'right' if right else f'WRONG: {question.told}'})")
     print(
         f"  {milliseconds(took.total)}: pictures {milliseconds(took.vision)}, first token {milliseconds(took.first_token)}; "
         f"{used.prompt} tokens, {used.cached} of them kept from before"

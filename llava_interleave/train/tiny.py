@@ -17,16 +17,15 @@ from torch import nn
 
 from ..config import LlavaConfig, TextConfig, VisionConfig
 from ..model import Llava
-from ..prompt import Prompt
 from ..testing import processor_files, train_tokenizer
 from ..weights import save
-from ..world.data import conversation, pictures
+from ..world.data import conversation, pictures, talk
 from ..world.episodes import FRAMES, SCENARIOS, episode
 from ..world.questions import ask
 from . import data, tower
 from .batch import Windows, batches
+from .looking import Looked, Looks, join, look, looking
 from .loop import TrainConfig, train
-from .loss import answers
 
 SEED = 1
 PIECES = 960
@@ -39,13 +38,13 @@ TEXT = TextConfig(
 )  # fmt: skip
 
 SEE = TrainConfig(
-    steps=1500, lr=2e-3, warmup=60, scales=(("language_model.", 0.0),), muon=1.0, bfloat16=True, save_every=250, log_every=25
+    steps=2400, lr=2e-3, warmup=60, scales=(("language_model.", 0.0),), muon=1.0, bfloat16=True, save_every=250, log_every=25
 )
 FROZEN = (("vision_tower.", 0.0), ("multi_modal_projector.", 0.0), ("language_model.embed_tokens.", 0.3))
 DESCRIBE = TrainConfig(
-    steps=1500, lr=1.5e-3, final=0.89, warmup=100, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25
+    steps=300, lr=1.5e-3, final=0.87, warmup=60, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25
 )
-PRACTISE = TrainConfig(steps=4200, lr=1e-3, warmup=50, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25)
+PRACTISE = TrainConfig(steps=6500, lr=1.3e-3, warmup=50, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25)
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples packed together
 
@@ -60,13 +59,13 @@ class Lesson:
     caption: float
 
 
-DESCRIBING = (Lesson(3000, ("single",), 1, 1.0), Lesson(7000, SCENARIOS, 3, 1.0), Lesson(math.inf, SCENARIOS, 6, 0.15))
+DESCRIBING = (Lesson(2000, ("single",), 1, 1.0), Lesson(math.inf, SCENARIOS, 3, 1.0))
 # What is asked of one picture is asked of several, and of the frames of a video: all mixed from the start is learnt far slower.
 PRACTISING = (
-    Lesson(9000, ("single",), 6, 0.1),
-    Lesson(12000, ("single", "multi", "multi"), 6, 0.1),
-    Lesson(12000, ("single", "multi", "video", "video"), 6, 0.1),
-    Lesson(math.inf, ("single", *("multi", "video", "views") * 3), 6, 0.1),
+    Lesson(6000, ("single",), 6, 0.1),
+    Lesson(7000, ("single", "multi", "multi"), 6, 0.1),
+    Lesson(8000, ("single", "multi", "video", "video"), 6, 0.1),
+    Lesson(math.inf, ("single", *("multi", "video") * 2, *("views",) * 3), 6, 0.1),
 )
 
 
@@ -78,17 +77,19 @@ class WorldExamples:
     seed: int
     lessons: tuple[Lesson, ...]
 
-    def __call__(self, index: int) -> Prompt:
+    def __call__(self, index: int) -> Looked:
         rng = Random(f"train/{self.seed}/{index}")
         for lesson in self.lessons:
             if index < lesson.samples:
                 break
             index -= int(lesson.samples)
         ep = episode(lesson.scenarios[0] if len(lesson.scenarios) == 1 else rng.choice(lesson.scenarios), rng)
-        turns = conversation(ep, rng, questions=lesson.questions, caption=lesson.caption)
+        turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
         shown = pictures(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))  # some are shrunk, as pictures from files are
-        said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
-        return data.processor(self.folder).example(said, media)
+        sample = {"conversations": conversation(ep, turns), "video" if ep.clip else "image": shown}
+        processor = data.processor(self.folder)
+        prompt = processor.example(*data.messages(sample, Path()))
+        return look(prompt, processor.tokenizer, Looks(ep, VISION.image_size, VISION.patch_size), turns)
 
 
 def world_texts(count: int) -> Iterator[str]:
@@ -98,7 +99,7 @@ def world_texts(count: int) -> Iterator[str]:
         ep = episode(SCENARIOS[index % len(SCENARIOS)], rng)
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n" + ep.caption
         for question in ep.questions:
-            yield f"{ask(question, rng)}\n{question.answer}"
+            yield f"{ask(question, rng)}\n{question.told}"
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -143,8 +144,10 @@ def main(
     naming.calibrate(model, tower.Pictures(VISION, SEED, 1)[0])
     stages = (("describe", describe, DESCRIBING), ("practise", practise, PRACTISING))
     for number, (name, stage, lessons) in enumerate(stages, SEED):
-        windows = Windows(WorldExamples(source, number, lessons), stage.steps * 40, size=WINDOW, tokens=TOKENS, seed=number)
-        train(model, answers, partial(batches, windows, workers=1), stage, folder / name)
+        windows = Windows(
+            WorldExamples(source, number, lessons), stage.steps * 40, size=WINDOW, tokens=TOKENS, seed=number, join=join
+        )
+        train(model, looking, partial(batches, windows, workers=1), stage, folder / name)
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)
     save(model.to(torch.bfloat16), done, processor_from=source)

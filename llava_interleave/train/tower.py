@@ -11,33 +11,43 @@ from random import Random
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config import VisionConfig
 from ..model import Llava
 from ..model.vision import Layer
 from ..processing.tokenizer import Tokenizer
-from ..world.draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Scene, Thing, draw, patches
-from ..world.episodes import PLACES, SCENARIOS, episode
+from ..world.draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Background, Scene, Thing, draw, patches
+from ..world.episodes import COLUMNS, DEPTHS, ROWS, SCENARIOS, episode, reading, stands
 from .batch import Position
 from .loss import Loss
 
-NAMES = (("nothing", *SHAPES, *SOLIDS, *DIGITS, *LETTERS), tuple(COLOURS), ("small", "large"), PLACES)
+NAMES = (("nothing", *SHAPES, *SOLIDS, *DIGITS, *LETTERS), tuple(COLOURS), ("small", "large"), ROWS, COLUMNS, DEPTHS)
 PICTURES = 128
-LOUD = 3.0  # size of a calibrated feature, in sums of the vectors that it stands for
+DIRECTION = 3.0  # weight of the cosine beside the cross-entropies
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """pixels `[N, 3, S, S]`; labels `[N * patches, 4]`: kind (0 is nothing), colour, size and place, numbered as in `NAMES`."""
+    """pixels `[N, 3, S, S]`; labels `[N * patches, 6]`: kind (0 is nothing), colour, size, row, column and depth,
+    numbered as in `NAMES`; -1 where there is none."""
 
     pixels: Tensor
     labels: Tensor
 
+    @property
+    def known(self) -> Tensor:
+        """Which of the labels say something."""
+        return self.labels >= 0
+
 
 class Naming:
-    """The loss of naming. A name's vector is the mean of the embeddings of its tokens, as a first word and after a space."""
+    """The loss of naming. A name's vector is the mean of the embeddings of its tokens, as a first word and after a space.
+
+    A feature is to name, and to point along the sum of its names' vectors: with the names alone a circle is told from a ball by
+    little, and a question that asks for the circle finds both.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         names = [name for group in NAMES for name in group]
@@ -53,20 +63,23 @@ class Naming:
         return list((self.words.to(table) @ table[: self.words.shape[1]]).split([len(group) for group in NAMES]))
 
     def __call__(self, model: Llava, batch: Named) -> Loss:
-        """Cross-entropy of kind and place of every patch, and of colour and size where there is something."""
-        features = model.encode(batch.pixels).flatten(0, 1)
-        total, right = features.new_zeros((), dtype=torch.float32), torch.ones(len(features), dtype=torch.bool)
-        there = batch.labels[:, 0] > 0
-        for vectors, labels, everywhere in zip(self.vectors(model), batch.labels.T, (True, False, False, True), strict=True):
-            scores = (features @ vectors.T).float()
-            counts = torch.ones_like(there) if everywhere else there
+        """Cross-entropy of each name that a patch has, and the cosine."""
+        features, vectors = model.encode(batch.pixels).flatten(0, 1), self.vectors(model)
+        total = (1 - cosine_similarity(features.float(), self.meant(vectors, batch))).sum() * DIRECTION
+        right = torch.ones(len(features), dtype=torch.bool)
+        for names, labels, counts in zip(vectors, batch.labels.T, batch.known.T, strict=True):
+            scores = (features @ names.T).float()
             total = total + cross_entropy(scores[counts], labels[counts], reduction="sum")
             right &= (scores.argmax(-1) == labels) | ~counts
         return Loss(total, len(features), int(right.sum()))
 
+    def meant(self, vectors: list[Tensor], batch: Named) -> Tensor:
+        """`[N * patches, D]`: the sums of the vectors that features stand for."""
+        return sum((v[at] * n[:, None] for v, at, n in zip(vectors, batch.labels.T, batch.known.T, strict=True)), torch.zeros(()))
+
     @torch.no_grad()
     def calibrate(self, model: Llava, batch: Named) -> None:
-        """Scale tower and projector so that features are `LOUD` times the sums of vectors they stand for; what they say stays.
+        """Scale tower and projector so that features of things are as large as the sums they stand for; what they say stays.
 
         Each layer normalises what it reads, so a trained tower's residual stream and features may have any size. Unscaled they
         are hundreds of times as large as embeddings and drown what the decoder adds to them.
@@ -81,18 +94,21 @@ class Naming:
             for p in writer.parameters():
                 p.div_(size)
         model.multi_modal_projector.linear_1.weight.mul_(size)
-        features = model.encode(batch.pixels).flatten(0, 1)
-        there = batch.labels[:, :1] > 0
-        known = torch.cat([there | True, there, there, there | True], 1)
-        meant = sum(v[at] * n[:, None] for v, at, n in zip(self.vectors(model), batch.labels.T, known.T, strict=True))
+        there = batch.labels[:, 0] > 0
+        features, meant = model.encode(batch.pixels).flatten(0, 1)[there], self.meant(self.vectors(model), batch)[there]
         for p in model.multi_modal_projector.linear_2.parameters():
-            p.mul_(LOUD * (features * meant).sum() / features.square().sum())
+            p.mul_((features * meant).sum() / features.square().sum())
 
 
-def label(place: int, thing: Thing | None) -> tuple[int, int, int, int]:
+def label(place: int, thing: Thing | None) -> tuple[int, ...]:
+    """The names of a patch; of a solid thing the column is that where it stands."""
+    row, column = divmod(place, len(COLUMNS))
     if thing is None:
-        return 0, 0, 0, place
-    return NAMES[0].index(thing.kind), NAMES[1].index(thing.colour), int(thing.large), place
+        return 0, -1, -1, row, column, -1
+    depth = -1
+    if thing.kind in SOLIDS:
+        column, depth = stands(thing)
+    return NAMES[0].index(thing.kind), NAMES[1].index(thing.colour), int(thing.large), row, column, depth
 
 
 class Pictures(Dataset[Named]):
@@ -108,7 +124,8 @@ class Pictures(Dataset[Named]):
         rng, size = Random(f"see/{self.seed}/{index}"), self.vision.image_size
         scenes: list[Scene] = []
         while len(scenes) < PICTURES:
-            found = episode(rng.choice(SCENARIOS), rng).scenes
+            kind = rng.choice((*SCENARIOS, "reading", "reading"))  # characters are many and rare
+            found = (reading(rng, Background.sample(rng)) if kind == "reading" else episode(kind, rng)).scenes
             scenes += rng.sample(found, min(3, len(found)))
         scenes = scenes[:PICTURES]
         pixels = torch.stack([torch.from_numpy(draw(scene, size)) for scene in scenes]).permute(0, 3, 1, 2)

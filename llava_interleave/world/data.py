@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,14 +28,27 @@ def placeholders(ep: Episode) -> str:
     return "\n".join(["<image>"] * len(ep.scenes))
 
 
-def conversation(ep: Episode, rng: Random, *, questions: int, caption: float, held_out: bool = False) -> list[dict[str, str]]:
-    """Turns {"from", "value"} about an episode: up to `questions` questions, and a description with probability `caption`."""
-    asked = rng.sample(ep.questions, min(questions, len(ep.questions)))
-    turns = [(ask(q, rng, held_out=held_out), q.answer) for q in asked]
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is asked and answered in words; asked: None for a description."""
+
+    question: str
+    answer: str
+    asked: Question | None
+
+
+def talk(ep: Episode, rng: Random, *, questions: int, caption: float) -> list[Turn]:
+    """Up to `questions` questions about an episode, and a description with probability `caption`, before or after them."""
+    turns = [Turn(ask(q, rng), q.told, q) for q in rng.sample(ep.questions, min(questions, len(ep.questions)))]
     if not turns or rng.random() < caption:
         wording = re.sub(r"\[([^][]*)\]", lambda m: rng.choice(m[1].split("|")), rng.choice(DESCRIBE))
-        turns.insert(0 if rng.random() < 0.6 else len(turns), (wording, ep.caption))
-    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+        turns.insert(0 if rng.random() < 0.6 else len(turns), Turn(wording, ep.caption, None))
+    return turns
+
+
+def conversation(ep: Episode, turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """The same as {"from", "value"}, the episode's pictures before the first question."""
+    said = [{"from": who, "value": text} for t in turns for who, text in (("human", t.question), ("gpt", t.answer))]
     said[0]["value"] = f"{placeholders(ep)}\n{said[0]['value']}"
     return said
 
@@ -44,7 +59,7 @@ def pictures(ep: Episode, size: int) -> list[Image.Image]:
 
 def exam(scenario: str, index: int, *, held_out: bool) -> tuple[Episode, Question, str]:
     """Question `index` of the world's benchmark in a scenario: episode, question, wording. Training never sees its seed."""
-    rng = Random(f"exam/{scenario}/{index}")
+    rng = Random(f"exam 2/{scenario}/{index}")
     ep = episode(scenario, rng)
     question = rng.choice(ep.questions)
     return ep, question, ask(question, rng, held_out=held_out)
@@ -69,7 +84,7 @@ def write(folder: Path, count: int, *, size: int = 384, seed: int = 0) -> Path:
             for file, image in zip(files, pictures(ep, size), strict=True):
                 image.save(folder / file)
             sample["image"] = files
-        sample["conversations"] = conversation(ep, rng, questions=4, caption=0.5)
+        sample["conversations"] = conversation(ep, talk(ep, rng, questions=4, caption=0.5))
         sample["metadata"] = {"dataset": f"world-{scenario}", "question_type": "open-ended", "split": "train"}
         samples.append(sample)
     path = folder / "annotations.json"

@@ -172,14 +172,17 @@ def visible(scene: Scene, size: int = 96) -> list[float]:
 
 
 def patches(scene: Scene, size: int, patch: int) -> list[Thing | None]:
-    """For each patch of a picture, row by row, the thing that covers most of it, if it covers a tenth."""
+    """For each patch of a picture, row by row, the thing that covers most of it, if it covers three hundredths.
+
+    A small star covers six.
+    """
     grid = size // patch
     owner = owners(scene, size).reshape(grid, patch, grid, patch).swapaxes(1, 2).reshape(grid * grid, -1)
     found: list[Thing | None] = []
     for pixels in owner:
         counts = np.bincount(pixels + 1, minlength=2)[1:]
         best = int(counts.argmax())
-        found.append(scene.things[best] if counts[best] > 0.1 * patch**2 else None)
+        found.append(scene.things[best] if counts[best] > 0.03 * patch**2 else None)
     return found
 
 

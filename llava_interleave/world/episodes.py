@@ -10,7 +10,8 @@ from .draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Background, Scene, T
 from .questions import Question
 
 SCENARIOS = ("single", "multi", "video", "views")
-PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+ROWS, COLUMNS, DEPTHS = ("top", "middle", "bottom"), ("left", "centre", "right"), ("near", "halfway", "far")
+PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 SIDES = ("front", "right", "back", "left")
 FRAMES = 4
 
@@ -141,9 +142,9 @@ def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
         asked.append(Question("at", "nothing", place=rng.choice(empty), where=where))
     asked.append(Question("count", str(len(things)), where=where))
     colour = rng.choice([t.colour for t in things]) if things and rng.random() < 0.7 else rng.choice(list(COLOURS))
-    asked.append(Question("count_colour", str(sum(t.colour == colour for t in things)), colour=colour, where=where))
+    asked.append(counted("count_colour", [t for t in things if t.colour == colour], colour=colour, where=where))
     kind = rng.choice([t.kind for t in things]) if things and rng.random() < 0.7 else rng.choice(SHAPES)
-    asked.append(Question("count_shape", str(sum(t.kind == kind for t in things)), kind=kind, where=where))
+    asked.append(counted("count_shape", [t for t in things if t.kind == kind], kind=kind, where=where))
     if things and rng.random() < 0.5:
         asked.append(Question("exists", "yes", thing=rng.choice(things).short, where=where))
     else:
@@ -155,10 +156,15 @@ def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
         before = cell_of(a) // axis % 3 < cell_of(b) // axis % 3
         word, opposite = ("left of", "right of") if axis == 1 else ("above", "below")
         claim = rng.choice([word, opposite])
-        asked.append(
-            Question("relation", "yes" if (claim == word) == before else "no", a=a.short, b=b.short, relation=claim, where=where)
-        )
+        because = f"{place_of(a)} and {place_of(b)}, {word if before else opposite}"
+        answer = "yes" if (claim == word) == before else "no"
+        asked.append(Question("relation", answer, because, a=a.short, b=b.short, relation=claim, where=where))
     return asked
+
+
+def counted(about: str, found: list[Thing], **slots: str) -> Question:
+    """How many there are, after their places."""
+    return Question(about, str(len(found)), ", ".join(place_of(t) for t in reading_order(found)), **slots)
 
 
 # --- several images ---
@@ -175,21 +181,21 @@ def change(rng: Random, things: list[Thing]) -> tuple[list[Thing], str]:
     if what == "added" or not things:
         pair = next(p for p in iter(lambda: lots(rng, 1)[0], None) if all((t.kind, t.colour) != p for t in things))
         new = in_cell(rng, rng.choice(free), *pair, rng.random() < 0.5)
-        return [*things, new], f"a {new.name} was added at the {place_of(new)}"
+        return [*things, new], f"at the {place_of(new)} a {new.name} was added"
     t = rng.choice(things)
     rest = [o for o in things if o is not t]
     if what == "removed" and len(things) > 1:
-        return rest, f"the {t.name} was removed"
+        return rest, f"at the {place_of(t)} the {t.name} was removed"
     if what == "moved":
         new = in_cell(rng, rng.choice(free), t.kind, t.colour, t.large)
-        return [*rest, new], f"the {t.name} moved from the {place_of(t)} to the {place_of(new)}"
+        return [*rest, new], f"from the {place_of(t)} to the {place_of(new)} the {t.name} moved"
     if what == "coloured":
         taken = [o.colour for o in rest if o.kind == t.kind]
         new = replace(t, colour=other(rng, list(COLOURS), t.colour, *taken))
-        return [*rest, new], f"the {t.name} turned {new.colour}"
+        return [*rest, new], f"at the {place_of(t)} the {t.name} turned {new.colour}"
     if what == "sized":
         new = in_cell(rng, cell_of(t), t.kind, t.colour, not t.large)
-        return [*rest, new], f"the {t.short} became {'larger' if new.large else 'smaller'}"
+        return [*rest, new], f"at the {place_of(t)} the {t.short} became {'larger' if new.large else 'smaller'}"
     return list(things), "nothing changed"
 
 
@@ -199,9 +205,19 @@ def changed(rng: Random) -> Episode:
     after, told = change(rng, before)
     asked = [Question("changed", told)] * 2
     pictures = [before, reading_order(after)]
-    asked += between(rng, pictures)
+    asked += [same_at(rng, *pictures), same_at(rng, *pictures), *between(rng, pictures)]
     scenes = tuple(Scene(tuple(things), background) for things in pictures)
     return Episode("multi", scenes, caption_of(pictures) + f" {told}.", tuple(asked))
+
+
+def same_at(rng: Random, before: list[Thing], after: list[Thing]) -> Question:
+    """Whether a place looks the same in two pictures: half the time, if anything changed, one that does not."""
+    here, there = ({place_of(t): t.name for t in things} for things in (before, after))
+    differ = [p for p in PLACES if here.get(p) != there.get(p)]
+    same = [p for p in PLACES if p in here and p not in differ] or [p for p in PLACES if p not in differ]
+    place = rng.choice(differ if differ and rng.random() < 0.5 else same)
+    because = f"{here.get(place, 'nothing')} and {there.get(place, 'nothing')}"
+    return Question("same_at", "no" if place in differ else "yes", because, place=place)
 
 
 def album(rng: Random) -> Episode:
@@ -212,9 +228,9 @@ def album(rng: Random) -> Episode:
     if len(set(counts)) == n:
         order = sorted(range(n), key=lambda i: counts[i])
         if rng.random() < 0.5:
-            asked.append(Question("order_up", ", ".join(str(i + 1) for i in order)))
+            asked.append(Question("order_up", ", ".join(str(i + 1) for i in order), ", ".join(map(str, counts))))
         else:
-            asked.append(Question("order_down", ", ".join(str(i + 1) for i in reversed(order))))
+            asked.append(Question("order_down", ", ".join(str(i + 1) for i in reversed(order)), ", ".join(map(str, counts))))
     scenes = tuple(Scene(tuple(things), Background.sample(rng)) for things in pictures)
     return Episode("multi", scenes, caption_of(pictures), tuple(asked))
 
@@ -232,12 +248,13 @@ def between(rng: Random, pictures: list[list[Thing]]) -> list[Question]:
         index = next(i for i, things in enumerate(pictures) if any(t.short == name for t in things))
         asked.append(Question("which", f"image {index + 1}", thing=name))
     counts = [len(things) for things in pictures]
+    tally = ", ".join(map(str, counts))
     if counts.count(max(counts)) == 1:
-        asked.append(Question("most", f"image {counts.index(max(counts)) + 1}"))
+        asked.append(Question("most", f"image {counts.index(max(counts)) + 1}", tally))
     if counts.count(min(counts)) == 1:
-        asked.append(Question("fewest", f"image {counts.index(min(counts)) + 1}"))
+        asked.append(Question("fewest", f"image {counts.index(min(counts)) + 1}", tally))
     if len(pictures) == 2:
-        asked.append(Question("same_count", "yes" if counts[0] == counts[1] else "no"))
+        asked.append(Question("same_count", "yes" if counts[0] == counts[1] else "no", f"{counts[0]} and {counts[1]}"))
     asked.append(Question("images", str(len(pictures))))
     index = rng.randrange(len(pictures))
     asked += rng.sample(about(rng, pictures[index], where=f"image {index + 1}"), 2)
@@ -276,10 +293,10 @@ def video(rng: Random) -> Episode:
 
     asked: list[Question] = []
     for a in actors:
-        asked.append(Question("event", a.event, thing=a.thing.short))
+        asked.append(Question("event", a.event, a.course, thing=a.thing.short))
         if a.act in ("fast", "slow"):
-            asked.append(Question("direction", a.direction, thing=a.thing.short))
-            asked.append(Question("speed", "fast" if a.act == "fast" else "slowly", thing=a.thing.short))
+            asked.append(Question("direction", a.direction, a.course, thing=a.thing.short))
+            asked.append(Question("speed", "fast" if a.act == "fast" else "slowly", a.course, thing=a.thing.short))
     movers = {a.act: a for a in actors if a.act in ("fast", "slow")}
     if len(movers) == 2 and sum(a.act in movers for a in actors) == 2:
         pair = rng.sample([movers["fast"], movers["slow"]], 2)
@@ -288,21 +305,21 @@ def video(rng: Random) -> Episode:
     for act in ("appears", "disappears"):
         who = [a for a in actors if a.act == act]
         if len(who) == 1:
-            asked.append(Question(act, f"the {who[0].thing.short}"))
+            asked.append(Question(act, f"the {who[0].thing.short}", place_of(who[0].thing)))
         if len(who) == 2:
             first_, second = sorted(who, key=lambda a: a.time)
-            asked.append(Question(f"first_{act}", f"the {first_.thing.short}"))
-            asked.append(Question(f"last_{act}", f"the {second.thing.short}"))
+            asked.append(Question(f"first_{act}", f"the {first_.thing.short}", place_of(first_.thing)))
+            asked.append(Question(f"last_{act}", f"the {second.thing.short}", place_of(second.thing)))
     happenings = sorted((a for a in actors if a.act in ("appears", "disappears", "turns")), key=lambda a: a.time)
     if len(happenings) >= 2:
-        asked.append(Question("order_events", ", then ".join(f"the {a.thing.short}" for a in happenings)))
-    moving = sum(a.act in ("fast", "slow") for a in actors)
-    asked.append(Question("moving", str(moving)))
+        asked += [Question("order_events", ", then ".join(f"the {a.thing.short}" for a in happenings))] * 2
+    moving = reading_order([a.thing for a in actors if a.act in ("fast", "slow")])
+    asked.append(Question("moving", str(len(moving)), ", ".join(t.short for t in moving)))
     still = [a for a in actors if a.act == "still"]
     if len(still) == 1:
-        asked.append(Question("still", f"the {still[0].thing.short}"))
+        asked.append(Question("still", f"the {still[0].thing.short}", place_of(still[0].thing)))
     scenes = tuple(clip(i / (FRAMES - 1)) for i in range(FRAMES))
-    told = " ".join(f"the {a.thing.short} {a.event}." for a in actors)
+    told = " ".join(f"{a.thing.short}: {a.course}: {a.event}." for a in actors)
     ends = f"first: {listing(list(scenes[0].things))} last: {listing(list(scenes[-1].things))}"
     return Episode("video", scenes, f"{ends} {told}", tuple(asked), clip=clip)
 
@@ -333,6 +350,12 @@ class Actor:
         return "down" if self.dy > 0 else "up"
 
     @property
+    def course(self) -> str:
+        """Its place in the first frame, then in the last."""
+        ends = (self.at(0), self.at(1))
+        return ", then ".join(place_of(t) if t else "nothing" for t in ends)
+
+    @property
     def event(self) -> str:
         if self.act in ("fast", "slow"):
             return f"moves {self.direction} {'fast' if self.act == 'fast' else 'slowly'}"
@@ -347,12 +370,21 @@ def seen_from(side: str, i: int, j: int) -> tuple[int, int]:
     return {"front": (i, j), "right": (j, 2 - i), "back": (2 - i, 2 - j), "left": (2 - j, i)}[side]
 
 
+SCALES, BASES = (1.0, 0.82, 0.67), (0.92, 0.78, 0.67)  # of what is near, halfway and far
+
+
+def stands(thing: Thing) -> tuple[int, int]:
+    """Column and depth of a solid thing in a picture."""
+    depth = min(range(3), key=lambda d: abs(thing.y + thing.radius - BASES[d]))
+    return round((thing.x - 0.5) / 0.33 / SCALES[depth]) + 1, depth
+
+
 def look(side: str, floor: list[tuple[int, int, Thing]], background: Background) -> Scene:
     """The picture from one side: what is farther is smaller, higher and painted first."""
     placed = []
     for i, j, thing in floor:
         column, depth = seen_from(side, i, j)
-        scale, base = (1.0, 0.82, 0.67)[depth], (0.92, 0.78, 0.67)[depth]
+        scale, base = SCALES[depth], BASES[depth]
         radius = thing.radius * scale
         placed.append((depth, replace(thing, x=0.5 + (column - 1) * 0.33 * scale, y=base - radius, radius=radius)))
     return Scene(tuple(thing for _, thing in sorted(placed, key=lambda p: -p[0])), background)
@@ -379,33 +411,34 @@ def views(rng: Random) -> Episode:
         for (i, j), colour, large in zip(spots, colours, larges, strict=True)
     ]
     scenes = tuple(look(side, floor, background) for side in SIDES)
-    asked = [Question("total", str(n)), Question("total", str(n))]
-    shown: dict[str, list[Thing]] = {}
+    everything = ", ".join(t.short for _, _, t in sorted(floor, key=lambda p: p[:2]))
+    asked = [Question("total", str(n), everything)] * 2
+    shown: dict[str, str] = {}
     for side, scene in zip(SIDES, scenes, strict=True):
         shares = visible(scene)
         hidden = [t for t, share in zip(scene.things, shares, strict=True) if share < 0.12]
         clear = [t for t, share in zip(scene.things, shares, strict=True) if share > 0.25]
-        shown[side] = sorted((t for t in scene.things if t not in hidden), key=lambda t: t.x)
+        gone = [t.short for t in hidden]
+        by_spot = dict(sorted(((seen_from(side, i, j), t) for i, j, t in floor), key=lambda p: p[0]))
+        clear_spots = {spot: t for spot, t in by_spot.items() if t.short not in gone}
+        shown[side] = " ".join(f"{DEPTHS[d]} {COLUMNS[c]}: {t.name}." for (c, d), t in clear_spots.items())
         if len(hidden) <= 1 and len(clear) + len(hidden) == n:
-            asked.append(Question("hidden", f"the {hidden[0].short}" if hidden else "nothing", side=side))
-            asked.append(Question("seen", str(n - len(hidden)), side=side))
-        by_spot = {seen_from(side, i, j): t for i, j, t in floor}
+            listed = ", ".join(t.short for t in clear_spots.values())
+            asked.append(Question("hidden", f"the {hidden[0].short}" if hidden else "nothing", listed, side=side))
+            asked.append(Question("seen", str(n - len(hidden)), listed, side=side))
         (column, depth), t = rng.choice(list(by_spot.items()))
+        lined = ", ".join(f"{DEPTHS[d]} {by_spot[c, d].short}" for c, d in by_spot if c == column)
         farther = [by_spot[column, d] for d in range(depth + 1, 3) if (column, d) in by_spot]
         nearer = [by_spot[column, d] for d in range(depth - 1, -1, -1) if (column, d) in by_spot]
-        asked.append(Question("behind", f"the {farther[0].short}" if farther else "nothing", thing=t.short, side=side))
-        asked.append(Question("in_front", f"the {nearer[0].short}" if nearer else "nothing", thing=t.short, side=side))
+        asked.append(Question("behind", f"the {farther[0].short}" if farther else "nothing", lined, thing=t.short, side=side))
+        asked.append(Question("in_front", f"the {nearer[0].short}" if nearer else "nothing", lined, thing=t.short, side=side))
         columns = {t.short: c for (c, _), t in by_spot.items()}
         a, b = rng.sample(list(columns), 2)
         if columns[a] != columns[b]:
-            asked.append(Question("side_of", "left" if columns[a] < columns[b] else "right", a=a, b=b, side=side))
+            because = " and ".join(f"{COLUMNS[columns[name]]} {name}" for name in (a, b))
+            asked.append(Question("side_of", "left" if columns[a] < columns[b] else "right", because, a=a, b=b, side=side))
     t = rng.choice(floor)[2]
     asked.append(Question("colour", t.colour, kind=t.kind)) if sum(o.kind == t.kind for _, _, o in floor) == 1 else None
     asked.append(Question("shape", t.kind, colour=t.colour))
     rng.shuffle(asked)
-    told = " ".join(f"{side}: {', '.join(t.name for t in shown[side])}." for side in SIDES)
-    rows = [
-        f"{('near', 'middle', 'far')[j]} {('left', 'centre', 'right')[i]}: {t.name}."
-        for j, i, t in sorted(((j, i, t) for i, j, t in floor), key=lambda p: p[:2])
-    ]
-    return Episode("views", scenes, f"{told} {' '.join(rows)}", tuple(asked), names=SIDES)
+    return Episode("views", scenes, " ".join(f"{side}: {shown[side]}" for side in SIDES), tuple(asked), names=SIDES)

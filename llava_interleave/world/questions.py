@@ -9,10 +9,15 @@ from random import Random
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about an episode with its exact answer; the other fields fill the wording's slots."""
+    """One question about an episode with its exact answer; the other fields fill the wording's slots.
+
+    because: what the answer follows from, told before it: a network that has written down what it looked up need not compare what
+        it has not (Wei et al. 2022, arXiv 2201.11903).
+    """
 
     about: str
     answer: str
+    because: str = ""
     kind: str = ""
     colour: str = ""
     thing: str = ""
@@ -23,9 +28,14 @@ class Question:
     b: str = ""
     where: str = ""
 
+    @property
+    def told(self) -> str:
+        """The answer, after what it follows from."""
+        return f"{self.because}: {self.answer}" if self.because else self.answer
+
     def is_answered(self, text: str) -> bool:
-        """Whether `text` is the answer: capitals, white space around it and a full stop do not matter."""
-        return text.strip().rstrip(".").lower() == self.answer.lower()
+        """Whether `text` gives the answer: what comes before its last colon, capitals and a full stop do not matter."""
+        return text.rpartition(":")[2].strip().rstrip(".").lower() == self.answer.lower()
 
 
 def ask(question: Question, rng: Random, *, held_out: bool = False) -> str:
@@ -191,6 +201,12 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Do [both|the two] [images|pictures] [have|show] the same number of [things|objects]?",
         "Is the number of [things|objects] the same in [both|the two] [images|pictures]?",
         "Are there [equally many|as many] [things|objects] in [both|the two] [images|pictures]?",
+    ),
+    "same_at": (
+        "Is the {place} the same in [both|the two] [images|pictures]?",
+        "Do [both|the two] [images|pictures] [show|have] the same [at|in] the {place}?",
+        "Compare the {place}: is it the same in [both|the two] [images|pictures]?",
+        "Is [the same thing|the same object|the same] [at|in] the {place} in [both|the two] [images|pictures]?",
     ),
     "images": (
         "How many [images|pictures] are there?",
@@ -371,6 +387,10 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     "same_count": (
         "Compare the two [images|pictures]: is the number of [things|objects] the same?",
         "Can you see the same number of [things|objects] in both [images|pictures]?",
+    ),
+    "same_at": (
+        "Can you see the same [at|in] the {place} of [both|the two] [images|pictures]?",
+        "Look at the {place} of the two [images|pictures]: is it the same?",
     ),
     "images": ("Can you count the [images|pictures]?", "Tell me how many [images|pictures] there are."),
     "order_up": ("Can you sort the [images|pictures] from the fewest to the most [things|objects]?",),
