@@ -131,7 +131,10 @@ class Chatbot:
         options = options.but(changes)
         if options.n != 1:
             raise OptionError(f"batch writes one answer to each conversation, but n is {options.n}")
-        prompts = [self.prompt(messages, options) for messages in conversations]
+        return self.answers([self.prompt(messages, options) for messages in conversations], options)
+
+    def answers(self, prompts: Sequence[Prompt], options: Options = DEFAULTS) -> list[Answer]:
+        """As `batch`, one answer to each, for prompts that are made already."""
         streams = {}
         for index, prompt in enumerate(prompts):
             how = sampling(options, 0, self.model.config.text.context - len(prompt))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,29 +104,7 @@ class Elsewhere:
         )
 
     def answerer(self) -> Answerer:
-        bot = self._model().ready(Options(adapter=self.adapter))
-        return replies(lambda prompts, options: prompts_answered(bot, prompts, options))
+        return replies(self._model().ready(Options(adapter=self.adapter)).answers)
 
     def _model(self) -> Model:
         return Model(self.name, self.revision, self.precision, self.device, self.adapter)
-
-
-def prompts_answered(bot: Chatbot, prompts: Sequence[Prompt], options: Options) -> list[Answer]:
-    """As `Chatbot.batch`, for prompts that were made elsewhere."""
-    from ..chatbot.bot import Writer, sampling
-
-    streams = {}
-    for index, prompt in enumerate(prompts):
-        how = sampling(options, 0, bot.model.config.text.context - len(prompt))
-        events = bot.engine.stream(prompt, how, adapter=options.adapter)
-        assert isinstance(events, Generator)
-        streams[Writer(bot.processor, options, index)] = events
-    found: dict[int, Answer | None] = {}
-    while len(found) < len(prompts):
-        for writer, events in list(streams.items()):
-            event = next(events)
-            text = writer.write(event)
-            if event.finish_reason or writer.stops.stopped:
-                streams.pop(writer).close()
-                found[writer.index] = writer.last(text, event).answer
-    return [answer for _, answer in sorted(found.items()) if answer]

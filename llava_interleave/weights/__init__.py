@@ -1,7 +1,8 @@
 """Checkpoints in and out: safetensors in every layout of the family, strict; local folders and the hub. Knows no engines."""
 
+from ..config import read_json
 from .adapters import adapter_fingerprint, read_adapter, write_adapter
-from .files import fingerprint, read_config, read_json, stored_precision
+from .files import fingerprint, read_config, stored_precision
 from .hub import resolve
 from .layouts import LAYOUTS, CheckpointLayout
 from .load import load, shapes, size, skeleton

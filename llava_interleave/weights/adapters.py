@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import read_json
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
 from ..model.lora import Adapter, Lora, LowRank, linears
-from .files import new_folder, read_json
+from .files import new_folder
 from .layouts import ours, theirs
 from .tensors import FLOATS, Reader, Stored, read_header, write
 

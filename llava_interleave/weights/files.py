@@ -10,9 +10,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ..config import METHOD, QUANTISATION, LlavaConfig
+from ..config import METHOD, QUANTISATION, LlavaConfig, read_json
 from ..errors import CheckpointError
 from ..model.quantise import RECIPES
 from .tensors import Stored, read_header
@@ -21,26 +20,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 VERSION = 1
 """Of the form in which quantised weights are packed and stored."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_MAX_JSON = 64 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint; missing, unreadable or another thing raises `CheckpointError`."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read")
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no {path.name} in {path.parent}; a checkpoint is a folder that holds one") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
 
 
 @contextmanager
