@@ -3,7 +3,7 @@
     python bench/steps.py FOLDER [--precision int4 int8 bfloat16] [--kv auto int8] [--context 1474] [--repeat 20]
 
 A JSON line for each precision, type of keys and values, and number of tokens: median and spread (the middle half), and the time
-as a multiple of that of a single token. All take turns.
+as a multiple of that of a single token. Quantised layers are computed in one call, and one by one ("by layer"). All take turns.
 """
 
 import argparse
@@ -17,13 +17,14 @@ import torch
 
 from llava_interleave import weights
 from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span
+from llava_interleave.engine.memory import Slabs, Span, fusible
 from llava_interleave.model import Llava
+from llava_interleave.model.fused import Fused, possible
 
 COUNTS = (1, 2, 3, 5, 9)
 
 
-def step(model: Llava, context: int, in_eight_bits: bool) -> Callable[[int], float]:
+def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -> Callable[[int], float]:
     """A function that computes so many tokens after `context` others, and returns the seconds."""
     weight = model.language_model.norm.weight
     slabs = Slabs(model.config.text, weight.dtype, weight.device, in_eight_bits=in_eight_bits)
@@ -36,7 +37,9 @@ def step(model: Llava, context: int, in_eight_bits: bool) -> Callable[[int], flo
     def run(tokens: int) -> float:
         began = time.perf_counter()
         x, positions = model.embed(torch.arange(tokens)), torch.arange(context, context + tokens)
-        model.logits(model(x, positions, slabs.attend([Span(kv, context, context + tokens)]))).argmax(-1).tolist()
+        span = Span(kv, context, context + tokens)
+        hidden = fused(x, positions, [fusible(span)]) if fused else model(x, positions, slabs.attend([span]))
+        model.logits(hidden).argmax(-1).tolist()
         return time.perf_counter() - began
 
     return run
@@ -56,18 +59,20 @@ def main() -> None:
         plain = getattr(torch, precision, None) if precision not in ("int4", "int8") else torch.bfloat16
         model = weights.load(given.folder, dtype=plain, precision=precision if precision in ("int4", "int8") else None)
         for kv in given.kv:
-            systems[precision, kv] = step(model, given.context, kv == "int8")
-    took: dict[tuple[str, str, int], list[float]] = {}
+            systems[precision, kv, "by layer"] = step(model, given.context, kv == "int8", None)
+            if possible(model.language_model):
+                systems[precision, kv, "one call"] = step(model, given.context, kv == "int8", Fused(model.language_model))
+    took: dict[tuple[str, str, str, int], list[float]] = {}
     for turn in range(given.repeat + 1):
-        for (precision, kv), run in systems.items():
+        for (precision, kv, how), run in systems.items():
             for tokens in COUNTS:
                 seconds = run(tokens)
                 if turn:
-                    took.setdefault((precision, kv, tokens), []).append(seconds)
-    for (precision, kv, tokens), values in took.items():
+                    took.setdefault((precision, kv, how, tokens), []).append(seconds)
+    for (precision, kv, how, tokens), values in took.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        row = {"precision": precision, "kv": kv, "tokens": tokens, "ms": round(middle * 1e3, 2)}
-        times = middle / statistics.median(took[precision, kv, 1])
+        row = {"precision": precision, "kv": kv, "layers": how, "tokens": tokens, "ms": round(middle * 1e3, 2)}
+        times = middle / statistics.median(took[precision, kv, how, 1])
         print(json.dumps(row | {"spread": [round(low * 1e3, 2), round(high * 1e3, 2)], "times": round(times, 2)}), flush=True)
 
 

@@ -18,6 +18,7 @@ from .chatbot import Chatbot, Options
 from .config import LlavaConfig
 from .engine.memory import compiled
 from .model import Llava
+from .model.fused import possible
 from .model.quantise import quantised
 
 QUESTIONS = ("Describe every image.", "What differs between them?")
@@ -85,6 +86,7 @@ def measure(
         "torch": torch.__version__,
         "linears": made_by(quantised(model) is not None),
         "attention of one token": made_by(compiled(model.config.text, weight.dtype, weight.device)),
+        "layers of a decode step": "one call" if possible(model.language_model) else "one by one",
         "images": images,
         "prompt": prompt,
         "tokens": tokens,

@@ -11,34 +11,60 @@ PINPOINTS = ((384, 768), (768, 384), (768, 768), (1152, 384), (384, 1152))
 
 
 @dataclass(frozen=True, slots=True)
+class Thin:
+    """How features of images and of video frames become fewer tokens. The names are those of `Options`; 1 leaves all.
+
+    pool: sides of the squares that are averaged. keep: shares of tokens that are kept.
+    """
+
+    pool_images: int = 1
+    pool_frames: int = 1
+    keep_images: float = 1.0
+    keep_frames: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Crops of `grid` x `grid` features and how they become tokens.
 
     Without `tiles` the crops follow each other (an image is one crop, a video one a frame). With `tiles` the first crop is
     the whole image, and the others, row by row, form one large grid of which the window `keep` remains (the
-    letterbox is cut away).
+    letterbox is cut away). The mean of each square of `pool` x `pool` features of a crop is a token, at its right and lower edge
+    that of what is left: 27 x 27 become 14 x 14, or 9 x 9. Of the tokens of each crop, or with `tiles` of all, the `share` that
+    differ most from each other are kept, in their order.
     """
 
     grid: int
     crops: int = 1
     tiles: tuple[int, int] | None = None  # rows, columns
-    keep: tuple[int, int, int, int] | None = None  # top, left, height, width in features of the tiled grid
+    keep: tuple[int, int, int, int] | None = None  # top, left, height, width in tokens of the tiled grid
+    pool: int = 1
+    share: float = 1.0
 
     def __post_init__(self) -> None:
-        assert self.grid > 0 and self.crops > 0 and (self.tiles is None) == (self.keep is None)
+        assert self.crops > 0 and 0 < self.pool <= self.grid and 0 < self.share <= 1
+        assert (self.tiles is None) == (self.keep is None)
         if self.tiles and self.keep:
             rows, columns = self.tiles
             top, left, height, width = self.keep
             assert self.crops == 1 + rows * columns
-            assert 0 <= top and top + height <= rows * self.grid and height > 0
-            assert 0 <= left and left + width <= columns * self.grid and width > 0
+            assert 0 <= top and top + height <= rows * self.side and height > 0
+            assert 0 <= left and left + width <= columns * self.side and width > 0
+
+    @property
+    def side(self) -> int:
+        """How many tokens a crop has on a side, before some are left out."""
+        return -(-self.grid // self.pool)
 
     @property
     def length(self) -> int:
         """How many tokens, which is how many `<image>` placeholders stand in the prompt."""
         if self.keep is None:
-            return self.crops * self.grid**2
-        return self.grid**2 + self.keep[2] * self.keep[3]
+            return self.crops * self._kept(self.side**2)
+        return self._kept(self.side**2 + self.keep[2] * self.keep[3])
+
+    def _kept(self, tokens: int) -> int:
+        return max(1, round(tokens * self.share))
 
 
 def best_pinpoint(width: int, height: int, crop: int) -> tuple[int, int]:
@@ -56,7 +82,7 @@ def best_pinpoint(width: int, height: int, crop: int) -> tuple[int, int]:
     return best
 
 
-def anyres(width: int, height: int, crop: int, grid: int) -> Layout:
+def anyres(width: int, height: int, crop: int, grid: int, pool: int = 1) -> Layout:
     """The layout of an image of `width` x `height` pixels cut into tiles of `crop` pixels, `grid` features a side.
 
     Source of the cut: LLaVA-NeXT `llava/model/llava_arch.py` unpad_image. The original's newline vector is not part of
@@ -65,11 +91,12 @@ def anyres(width: int, height: int, crop: int, grid: int) -> Layout:
     """
     pin_w, pin_h = best_pinpoint(width, height, crop)
     rows, columns = pin_h // crop, pin_w // crop
-    full_h, full_w = rows * grid, columns * grid
+    side = Layout(grid, pool=pool).side
+    full_h, full_w = rows * side, columns * side
     if width / height > full_w / full_h:
         padding = (full_h - max(1, int(height * (full_w / width)))) // 2
         keep = (padding, 0, full_h - 2 * padding, full_w)
     else:
         padding = (full_w - max(1, int(width * (full_h / height)))) // 2
         keep = (0, padding, full_h, full_w - 2 * padding)
-    return Layout(grid, 1 + rows * columns, (rows, columns), keep)
+    return Layout(grid, 1 + rows * columns, (rows, columns), keep, pool)

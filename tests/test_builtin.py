@@ -22,7 +22,7 @@ def bot() -> Chatbot:
 
 
 def answer(bot: Chatbot, asked: Sequence[list[dict[str, Any]]]) -> list[str]:
-    return [a.text for a in bot.batch(asked, max_new_tokens=64)]
+    return [a.text for a in bot.batch(asked, max_new_tokens=80)]
 
 
 def test_it_is_small_and_says_what_it_is() -> None:

@@ -27,6 +27,7 @@ GROUP = {"rayStartParams": TEXTS, "template": {"type": "object"}}
 CLUSTER = record(
     "headGroupSpec",
     rayVersion=TEXT,
+    authOptions=record("mode", mode={"enum": ["disabled", "token"]}, secretName=TEXT),
     headGroupSpec=record("template", serviceType=TEXT, **GROUP),
     workerGroupSpecs={
         "type": "array",
@@ -52,35 +53,46 @@ JOB = record(
 )
 
 
-@pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    return yaml.safe_load((DEPLOY / "batch.yaml").read_text("utf-8"))
+@pytest.fixture(params=["batch", "serve"])
+def resources(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """A job, and what it needs beside."""
+    return list(yaml.safe_load_all((DEPLOY / f"{request.param}.yaml").read_text("utf-8")))
 
 
-def check(job: dict[str, Any]) -> None:
+@pytest.fixture
+def job(resources: list[dict[str, Any]]) -> dict[str, Any]:
+    return resources[0]
+
+
+def check(resources: list[dict[str, Any]]) -> None:
+    job, *others = resources
     jsonschema.validate(job, JOB)
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
         kubernetes_validate.validate(pod, "1.34", strict=True)
+    for other in others:
+        kubernetes_validate.validate(other, "1.34", strict=True)
 
 
-def test_schemas(job: dict[str, Any]) -> None:
-    check(job)
+def test_schemas(resources: list[dict[str, Any]]) -> None:
+    check(resources)
+    job = resources[0]
     workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     for place, name, value in (
         (job["spec"], "shutdownAfterJobFinish", True),
         (workers, "replicas", "4"),
         (workers["template"]["spec"]["containers"][0], "imagePull", "Always"),
         (workers["template"]["spec"]["containers"][0]["env"][0], "value", 0),
+        (resources[-1], "spec", {"ports": "http"}),
     ):
         before = dict(place)
         place[name] = value
         with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
-            check(job)
+            check(resources)
         place.clear()
         place.update(before)
-    check(job)
+    check(resources)
 
 
 def test_one_image_and_what_it_says_of_itself(job: dict[str, Any]) -> None:
@@ -91,14 +103,29 @@ def test_one_image_and_what_it_says_of_itself(job: dict[str, Any]) -> None:
     assert len({container["image"] for container in containers}) == 1
     for pod, container in zip(pods, containers, strict=True):
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/data"}
+        assert "/data" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 def test_the_command_parses(job: dict[str, Any]) -> None:
-    program, *words = shlex.split(job["spec"]["entrypoint"])
-    assert (program, words[0]) == ("llava", "batch")
-    command = get_command(app).commands["batch"]  # type: ignore[attr-defined]
-    given = command.make_context("batch", words[1:]).params
-    assert (given["ray"], given["ray_cpus"], str(given["source"])) == ("auto", 4, "/data/shards")
+    program, name, *words = shlex.split(job["spec"]["entrypoint"])
+    assert program == "llava"
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    given = command.make_context(name, words).params
+    assert (given["ray"], given["ray_cpus"]) == ("auto", 4)
+    assert str(given[{"batch": "source", "serve": "model"}[name]]) == {"batch": "/data/shards", "serve": "/data/model"}[name]
     gpus = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["requests"]
     assert int(gpus["cpu"]) > given["ray_cpus"] * int(gpus["nvidia.com/gpu"])
+
+
+def test_what_is_served_is_reached_and_has_room() -> None:
+    """The service leads to the port of the one process in front; replicas are no more than the machines for them."""
+    job, service = yaml.safe_load_all((DEPLOY / "serve.yaml").read_text("utf-8"))
+    cluster = job["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]
+    ports = {port["name"]: port["containerPort"] for port in head["spec"]["containers"][0]["ports"]}
+    words = shlex.split(job["spec"]["entrypoint"])
+    given = get_command(app).commands["serve"].make_context("serve", words[2:]).params  # type: ignore[attr-defined]
+    assert service["spec"]["selector"].items() <= head["metadata"]["labels"].items()
+    assert ports[service["spec"]["ports"][0]["targetPort"]] == given["port"]
+    assert given["ray_replicas"] == f"{workers['minReplicas']}:{workers['maxReplicas']}"
+    assert given["host"] == "0.0.0.0" and str(given["api_keys"]).startswith("/keys/")

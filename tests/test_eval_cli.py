@@ -41,25 +41,39 @@ def test_world_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(early)
     bot, told = load(tiny), json.loads(second.out)
     for scenario in ("single", "views"):
-        score = world.evaluate(lambda a: [x.text for x in bot.batch(a, max_new_tokens=64)], scenario, 3, held_out=False)
+        score = world.evaluate(lambda a: [x.text for x in bot.batch(a, max_new_tokens=80)], scenario, 3, held_out=False)
         assert (told[scenario]["right"], told[scenario]["asked"], told[scenario]["share"]) == (score.right, 3, score.share)
+        assert told[scenario]["level"] == "normal"
         assert [tuple(row) for row in told[scenario]["wrong"]] == score.wrong
     assert len((tmp_path / "wrong.jsonl").read_text().splitlines()) == sum(len(t["wrong"]) for t in told.values())
     assert (tmp_path / "world.html").read_text().count("<article") == 6
     run, rows = read(path)
     assert len(rows) == 6
     assert len(run["fingerprint"]) == 32
-    assert run["sampling"] == {"temperature": 0.0, "max_new_tokens": 64, "frames": None}
+    assert run["sampling"] == {"temperature": 0.0, "max_new_tokens": 80, "frames": None}
     assert (run["precision"], run["preset"], run["geometry"], run["data"]) == (
         "float32",
         "interleave",
         "squash",
-        "training wordings",
+        "training wordings, level normal",
     )
     assert {"torch", "llava-interleave", "numpy"} <= run["versions"].keys()
-    other = llava(*words, "-n", 3, "-o", tmp_path, "--held-out")
-    assert (other.code, other.out) == (2, "")
-    assert "held-out" in other.err
+    for flags, says in ((("--held-out",), "held-out"), (("--level", "hard"), "level hard")):
+        other = llava(*words, "-n", 3, "-o", tmp_path, *flags)
+        assert (other.code, other.out) == (2, "")
+        assert says in other.err
+
+
+def test_levels_are_told_and_not_compared(tiny: Path, tmp_path: Path) -> None:
+    words = ("eval", "world", "-m", tiny, "-n", 1, "--scenario", "video", "--max-new-tokens", 4)
+    for level in ("easy", "hard"):
+        done = llava(*words, "--level", level, "-o", tmp_path / level, "--html")
+        assert done.code == 0, done.err
+        assert f"the world, training wordings, level {level}" in done.out
+        assert f"training wordings, level {level}" in (tmp_path / level / "world.html").read_text()
+    told = llava("eval", "diff", tmp_path / "easy/world.jsonl", tmp_path / "hard/world.jsonl")
+    assert (told.code, told.out) == (2, "")
+    assert "'training wordings, level easy' and 'training wordings, level hard'" in told.err
 
 
 def test_the_table_is_printed(tiny: Path) -> None:
@@ -261,11 +275,15 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (("eval", "wrold"), "did you mean 'world'"),
         (("eval", "world", "--scenario", "dance"), "single, multi"),
         (("eval", "pope", "--held-out"), "for world: leave out --held-out"),
+        (("eval", "pope", "--level", "hard"), "for world: leave out --level"),
+        (("eval", "world", "--level", "harder"), "easy, normal, hard"),
+        (("eval", "world", "--level", "hard", "--frames", "4"), "leave out --frames"),
         (("eval", "world", "--key-file", __file__), "--url"),
         (("eval", "pope", "--check", "-m", "x"), "--model"),
         (("eval", "world", "--as-published"), "interleave-in"),
         (("eval", "world", "--html"), "--out"),
         (("eval", "world", "--url", "http://x/v1", "--preset", "hf"), "the server's: leave out --preset"),
+        (("eval", "world", "--url", "http://x/v1", "--pool-frames", "2"), "the server's: leave out --pool-frames"),
         (("eval", "diff", "a.jsonl", "b.jsonl", "--html"), "leave out --html"),
         (("eval", "diff", "a.jsonl"), "two result files"),
         (("eval", "diff", "a.jsonl", "b.jsonl"), "a.jsonl"),

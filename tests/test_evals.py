@@ -22,7 +22,12 @@ from llava_interleave.evals import choices, interleave, published, report, stats
 from llava_interleave.evals.run import BEFORE, about, run
 from llava_interleave.evals.task import Example, Messages, Task
 from llava_interleave.journal import Journal, Row, read
-from llava_interleave.world.data import exam
+from llava_interleave.processing.chat import Slot, parse
+from llava_interleave.processing.loader import Loader
+from llava_interleave.processing.tokenizer import Tokenizer
+from llava_interleave.processing.video import FrameSampling
+from llava_interleave.world.data import exam, pictures
+from llava_interleave.world.episodes import FRAMES, LEVELS
 
 
 def picture(path: Path, colour: str = "red") -> None:
@@ -363,6 +368,32 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
     report.write(tmp_path / "w.html", task, rows, stats.summary(task, rows), {})
     views = len(exam("views", 0, held_out=False)[0].names)
     assert (tmp_path / "w.html").read_text().count("<img") == views + report.FRAMES
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(level: str, tmp_path: Path) -> None:
+    task = world.load(3, scenarios=["video"], held_out=False, level=level)
+    assert task.data == f"training wordings, level {level}"
+    for number, example in enumerate(task.examples):
+        ep, question, text = exam("video", number, held_out=False, level=LEVELS[level])
+        assert (example.question, example.truth) == (text, question.answer)
+        (asked,) = parse(example.ask(tmp_path), FrameSampling(frames=FRAMES))
+        slot = asked.parts[0]
+        assert isinstance(slot, Slot)
+        assert slot.sampling
+        frames = Loader().video(slot.source, slot.sampling).frames
+        for frame, drawn in zip(frames, pictures(ep, world.SIZE), strict=True):
+            assert np.abs(np.asarray(frame, float) - np.asarray(drawn, float)).mean() < 6
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
+    """In 64 tokens there was none for the order of three events, after what four frames show."""
+    tokenizer = Tokenizer.from_folder(Path(world.__file__).parent.parent / "builtin")
+    told = [exam(s, i, held_out=False, level=LEVELS[level])[1].told for s in ("multi", "video") for i in range(400)]
+    longest = max(told, key=len)
+    assert len(longest) > (100 if level == "easy" else 200)
+    assert len(tokenizer.encode(longest)) < world.load(1, scenarios=["video"], held_out=False, level=level).max_new_tokens
 
 
 def pixels(colour: str) -> bytes:

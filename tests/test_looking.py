@@ -55,6 +55,26 @@ SECOND = [(0, "star", "red", False), (4, "circle", "green", True)]
         (Question("exists", "no", thing="blue cross"), [{NOWHERE}]),
         (Question("which", "image 2", thing="green circle"), [{(1, 4)}]),
         (Question("changed", "nothing changed"), [{NOWHERE}]),
+        (
+            Question(
+                "changed",
+                "at the middle centre a large green circle was added",
+                "middle centre nothing and large green circle different",
+            ),
+            [{(1, 4)}, {(0, 4)}, {(1, 4)}, {(1, 4)}, {(1, 4)}, {NOWHERE}],
+        ),
+        (
+            Question("order_events", "the green circle", "frame 1: red star. frame 2: red star, green circle; green circle"),
+            [{(0, 0)}, {(1, 0)}, {(1, 4)}, {(1, 4)}, {(1, 4)}, {NOWHERE}],
+        ),
+        (
+            Question(
+                "appears",
+                "the green circle",
+                "top left red star, then top left red star; nothing, then middle centre green circle",
+            ),
+            [*[{(0, 0), (1, 0)}] * 4, {NOWHERE}, {(1, 4)}, {(1, 4)}, {(1, 4)}, {NOWHERE}],
+        ),
         (Question("count", "3", where="image 1"), []),
     ],
 )

@@ -107,6 +107,12 @@ def test_the_largest_random_number_takes_the_last_possible_token(monkeypatch: py
     assert draw(torch.tensor([0.0, 1.0, -math.inf, -math.inf]), torch.Generator()) == 1
 
 
+def test_what_is_no_number_draws_a_token_all_the_same() -> None:
+    """The index was one past the vocabulary: a broken checkpoint ended in an IndexError."""
+    for scores in ([math.nan] * 4, [math.inf, math.inf, 0.0, 0.0], [0.0, math.nan, 1.0, 2.0]):
+        assert 0 <= draw(torch.tensor(scores), torch.Generator()) < 4
+
+
 @pytest.mark.parametrize("share", [0.999, 0.3])
 def test_a_large_nucleus_equals_a_whole_sort(share: float) -> None:
     scores = torch.randn(5000)

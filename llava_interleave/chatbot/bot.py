@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 from .. import notice, weights
 from ..engine import Engine, Event, Sampling, Timings, Usage
-from ..errors import CheckpointError, OptionError, PromptError
+from ..engine.cache import Keys
+from ..errors import CheckpointError, DataError, LlavaError, OptionError, PromptError
+from ..layout import Thin
 from ..model import Llava
 from ..model.quantise import quantised
 from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
 from ..prompt import Prompt
+from . import saved
 from .attach import content
 from .conversation import Conversation
 from .explain import Explanation, Trial, asked, called, check, chosen, looks
@@ -115,7 +119,12 @@ class Chatbot:
         progress: until the first token it is called with the tokens of the prompt that have been read so far and in all.
         """
         options = options.but(changes)
-        prompt = self.prompt(messages, options)
+        return self.written(self.prompt(messages, options), options, progress)
+
+    def written(
+        self, prompt: Prompt, options: Options = DEFAULTS, progress: Callable[[int, int], None] | None = None
+    ) -> Generator[Chunk]:
+        """As `stream`, for a prompt that is made already."""
         room = self.model.config.text.context - len(prompt)
         how = [sampling(options, index, room) for index in range(options.n)]
         streams = {
@@ -194,9 +203,33 @@ class Chatbot:
         """A new conversation with this model."""
         return Conversation(self)
 
-    def resume(self, path: str | os.PathLike[str]) -> Conversation:
-        """Go on with a conversation that `Conversation.save` wrote."""
-        return Conversation.load(path, self)
+    def resume(self, path: str | os.PathLike[str], *, kv: bool = True) -> Conversation:
+        """Go on with a conversation that `Conversation.save` wrote, with the keys and values beside it unless `kv` is False.
+
+        Where these are of no use, a warning says why: the conversation is there, but will be read again.
+        """
+        talk = Conversation.load(path, self)
+        try:
+            if kv:
+                talk.recall(path)
+        except LlavaError as error:
+            warnings.warn(f"{error}; the conversation is there, but will be read again", stacklevel=2)
+        return talk
+
+    def save_kv(self, path: Path, keys: Keys) -> int:
+        """Write what is in memory of keys and values of a sequence to a file; its bytes, 0 if there is nothing. Others wait."""
+        with self._lock:
+            found = self.engine.save(keys)
+            return saved.write(path, found) if found else 0
+
+    def load_kv(self, path: Path) -> Keys:
+        """Take in what `save_kv` wrote; the sequence that it is of. `DataError` or `CheckpointError` if it is of no use here."""
+        found = saved.read(path, self.engine.load().kv_total * self.engine.bytes_per_token)
+        try:
+            with self._lock:
+                return self.engine.restore(found)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -263,6 +296,7 @@ def load(
     limits: Limits = Limits(),  # noqa: B008  frozen
     kv_bytes: int | None = None,
     kv_precision: str = "auto",
+    deterministic: bool = False,
     adapters: Mapping[str, str | os.PathLike[str]] = {},
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
@@ -274,6 +308,7 @@ def load(
     device: cpu, cuda, cuda:1, or auto: the GPU where there is one; `Chatbot.info()` tells.
     limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
     of the memory. kv_precision: int8 keeps them in half the bytes of bfloat16; auto in the numbers that are computed in.
+    deterministic: an answer is the same to the last bit whatever is asked beside it, on a CPU; several at once then take longer.
     adapters: name and folder of each that a question can choose by the option `adapter`.
     progress: called with the bytes of weights read so far and in all.
     """
@@ -287,7 +322,14 @@ def load(
     if name_or_folder is not None:
         notice.show_once(str(name_or_folder), folder)
     tokenizer, kv = processor.tokenizer, kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes
-    engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=kv, kv_precision=kv_precision)
+    engine = Engine(
+        model,
+        eos_ids=tokenizer.eos_ids,
+        vocab=tokenizer.size,
+        kv_bytes=kv,
+        kv_precision=kv_precision,
+        deterministic=deterministic,
+    )
     bot = Chatbot(folder, processor, engine, model)
     for name, adapter in beside.items():
         bot.add_adapter(name, adapter)
@@ -333,6 +375,7 @@ def processing(options: Options) -> dict[str, Any]:
         "system": ... if options.system == DEFAULT_SYSTEM else options.system or None,
         "anyres": options.anyres,
         "frames": FrameSampling(frames=options.frames, fps=options.fps, start=options.start, end=options.end),
+        "thin": Thin(options.pool_images, options.pool_frames, options.keep_images, options.keep_frames),
         "frame_times": options.frame_times,
     }
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Generator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.cache import Keys
 from ..errors import DataError
 from ..options import DEFAULTS, Options
 from ..processing.images import from_array
 from .attach import Part, content, is_video, part
+from .saved import beside, replacing
 
 if TYPE_CHECKING:
     from .bot import Answer, Chatbot, Chunk
@@ -35,6 +35,7 @@ class Conversation:
         self.bot = bot
         self.messages = list(messages or [])
         self.pending: list[Part] = []
+        self._read: list[Keys] = []  # what was read for each answer, and the answer, as far as known
 
     def attach(self, *sources: object) -> None:
         """Attach images, videos or folders of frames to the next question. Raises `MediaError` for a file that is missing."""
@@ -49,11 +50,13 @@ class Conversation:
         **changes: object,
     ) -> Generator[Chunk]:
         """Ask and yield the pieces of the answer. An answer that is broken off leaves the conversation as it was."""
-        asked = [*self.messages, {"role": "user", "content": content(question, self.pending)}]
-        for chunk in self.bot.stream(asked, options, progress=progress, **changes):
+        asked, options = [*self.messages, {"role": "user", "content": content(question, self.pending)}], options.but(changes)
+        prompt = self.bot.prompt(asked, options)
+        for chunk in self.bot.written(prompt, options, progress):
             if chunk.answer is not None and chunk.index == 0:
                 told = {"role": "assistant", "content": [{"type": "text", "text": chunk.answer.text}]}
                 self.messages, self.pending = [*asked, told], []
+                self._read.append(self.bot.engine.keys(prompt, chunk.answer.tokens, adapter=options.adapter))
             yield chunk
 
     def ask(self, question: str, options: Options = DEFAULTS, **changes: object) -> Answer:
@@ -68,11 +71,16 @@ class Conversation:
             return False
         turn = self.messages[asked]["content"]
         self.pending = [*(p for p in turn if isinstance(p, dict) and p["type"] != "text"), *self.pending]
-        del self.messages[asked:]
+        del self.messages[asked:], self._read[-1:]
         return True
 
-    def save(self, path: str | os.PathLike[str], *, embed: bool = False) -> None:
-        """Write the conversation as JSON, whole or not at all. Files are named by full path, or stored inside with `embed`."""
+    def save(self, path: str | os.PathLike[str], *, embed: bool = False, kv: bool = False) -> int:
+        """Write the conversation as JSON, whole or not at all. Files are named by full path, or stored inside with `embed`.
+
+        kv: beside it, in `path`.kv.safetensors, write also what is in memory of its keys and values, so that `Chatbot.resume`
+        need not read it again; `bytes_per_token` of the engine for each token. Without it such a file, which may tell of another
+        conversation, is deleted. Returns the bytes of that file, 0 where there is none.
+        """
         written = {
             "format": FORMAT,
             "version": VERSION,
@@ -81,17 +89,25 @@ class Conversation:
             "pending": _kept(self.pending, embed),
         }
         target = Path(path)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(written, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(name).unlink()
-            raise
+        with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
+            json.dump(written, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        size = self.bot.save_kv(beside(target), self._read[-1]) if kv and self._read else 0
+        if not size:
+            beside(target).unlink(missing_ok=True)
+        return size
+
+    def recall(self, path: str | os.PathLike[str]) -> int:
+        """Take in the keys and values beside a conversation saved at `path`; how many tokens they are of, 0 where there are none.
+
+        They serve every conversation that begins alike; take in none from somebody whom you would not let write your answers.
+        Raises `DataError` or `CheckpointError` where they are of no use here.
+        """
+        if not beside(path).is_file():
+            return 0
+        self._read.append(self.bot.load_kv(beside(path)))
+        return len(self._read[-1].numbers)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:

@@ -38,7 +38,8 @@ class Look:
     change: by how many nats the answer's log-probability falls when it is taken out of the prompt; None where this was left out.
     share: of the falls of all; what makes the answer likelier by its absence has 0; None as `change`.
     attention: of what the answer's tokens attend to in images, the share that is here; the cheap variant.
-    heat: `[pictures, grid, grid]` float32, where in it; over all images it sums to one. A video has a map a frame.
+    heat: `[pictures, side, side]` float32, where in it, `side` its tokens a side; over all images it sums to one. A video has a
+        map a frame.
     pictures: `[pictures, S, S, 3]` uint8, as the tower was given them; of an image cut into tiles the whole one.
     """
 
@@ -155,13 +156,13 @@ def shares(values: Sequence[float]) -> list[float]:
 
 
 def fold(weights: Tensor, layout: Layout) -> Tensor:
-    """Weights of a media's tokens `[layout.length]` as maps `[pictures, grid, grid]`: those of tiles go onto the whole image."""
-    grid = layout.grid
+    """Weights of a media's tokens `[layout.length]` as maps `[pictures, side, side]`: those of tiles go onto the whole image."""
+    side = layout.side
     if layout.keep is None:
-        return weights.unflatten(0, (layout.crops, grid, grid))
+        return weights.unflatten(0, (layout.crops, side, side))
     height, width = layout.keep[2:]
-    rows, columns = ((2 * torch.arange(n, device=weights.device) + 1) * grid // (2 * n) for n in (height, width))
-    whole, tiles = weights[: grid**2].unflatten(0, (grid, grid)), weights[grid**2 :].unflatten(0, (height, width))
+    rows, columns = ((2 * torch.arange(n, device=weights.device) + 1) * side // (2 * n) for n in (height, width))
+    whole, tiles = weights[: side**2].unflatten(0, (side, side)), weights[side**2 :].unflatten(0, (height, width))
     return whole.index_put((rows[:, None], columns), tiles, accumulate=True)[None]
 
 
@@ -186,6 +187,8 @@ def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
     """Raises `PromptError` or `OptionError` for what has no explanation."""
     if not prompt.media:
         raise PromptError(f"the prompt has {len(prompt)} tokens of text and no image: only answers about images are explained")
+    if any(media.layout.share < 1 for media in prompt.media):
+        raise OptionError("maps need every token of an image: ask and explain without keep_images and keep_frames")
     if not answer:
         raise PromptError("the answer has no tokens, so there is nothing to explain")
     if len(prompt) + len(answer) > context:

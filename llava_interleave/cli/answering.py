@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 class Model:
     """The model that the flags name, loaded when it is first asked; what it is can be told before."""
 
-    def __init__(self, name: str | None, revision: str | None, precision: str, device: str, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        revision: str | None,
+        precision: str,
+        device: str,
+        adapter: str | None = None,
+        deterministic: bool = False,
+    ) -> None:
         with show.busy("starting"):
             from ..chatbot import locate
             from ..chatbot.place import pick_device, pick_precision
             from ..weights import adapter_fingerprint, fingerprint, resolve
-        self._flags = (name, revision, precision, device, adapter)
+        self._flags = (name, revision, precision, device, adapter, deterministic)
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
         self.folder = locate(name, revision)
@@ -87,6 +95,7 @@ class Elsewhere:
     precision: str
     device: str
     adapter: str | None
+    deterministic: bool
 
     def about(self, options: Options) -> dict[str, Any]:
         model = self._model()
@@ -107,4 +116,4 @@ class Elsewhere:
         return replies(self._model().ready(Options(adapter=self.adapter)).answers)
 
     def _model(self) -> Model:
-        return Model(self.name, self.revision, self.precision, self.device, self.adapter)
+        return Model(self.name, self.revision, self.precision, self.device, self.adapter, self.deterministic)

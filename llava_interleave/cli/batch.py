@@ -33,6 +33,7 @@ def batch(
     revision: show.Revision = None,
     precision: show.Precision = "auto",
     device: show.Device = "auto",
+    deterministic: show.Deterministic = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -60,13 +61,13 @@ def batch(
     started = time.monotonic()
     if ray:
         with show.counting("answering") as progress:
-            options = options.but({"adapter": _absolute(options.adapter)})
-            worker = Elsewhere(_absolute(model), revision, precision, device, options.adapter)
+            options = options.but({"adapter": absolute(options.adapter)})
+            worker = Elsewhere(absolute(model), revision, precision, device, options.adapter, deterministic)
             count, failed = cluster.run(
                 samples, out, worker, options, about, address=ray, cpus=ray_cpus, batch=together, say=progress
             )
     else:
-        named = Model(model, revision, precision, device, options.adapter)
+        named = Model(model, revision, precision, device, options.adapter, deterministic)
         answer = replies(named.ready(options).batch)
         with show.counting("answering") as progress:
             count, failed = run(samples, out, answer, options, {**named.about, **about}, batch=together, say=progress)
@@ -74,6 +75,6 @@ def batch(
     print(f"{out}: {count} samples, {failed} with an error, in {seconds:.0f} s", file=sys.stderr)
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
     """A folder as processes name it that began in other ones; a name on the hub, or none, as it is."""
     return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name

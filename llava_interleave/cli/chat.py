@@ -22,7 +22,8 @@ HELP = """\
 /undo            take back the last question and answer; its pictures are attached again
 /info            the model and where it runs
 /new             begin a new conversation
-/save [FILE]     save the conversation; /embed [FILE] stores the pictures inside
+/save [FILE]     save the conversation, and beside it what was computed, to go on at once;
+                 /embed [FILE] stores the pictures inside
 /load FILE       go on with a saved conversation
 /quit            leave (or Ctrl-D)
 A line that ends in \\ goes on in the next one. Ctrl-C breaks an answer off."""
@@ -35,6 +36,9 @@ def register(app: typer.Typer) -> None:
 def chat(
     attach: show.Attach = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with a saved conversation; /save writes it there again.")] = None,
+    kv: Annotated[
+        bool, typer.Option(help="Keep keys and values beside a saved conversation, which then goes on without being read again.")
+    ] = True,
     model: show.ModelName = None,
     revision: show.Revision = None,
     precision: show.Precision = "auto",
@@ -50,18 +54,21 @@ def chat(
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
     bot = show.load(model, revision, precision, device, options.adapter)
-    talk = bot.resume(resume) if resume else bot.conversation()
-    talk.attach(*(attach or []))
-    Terminal(talk, options, resume).run()
+    terminal = Terminal(bot.conversation(), options, kv)
+    if resume:
+        terminal.load([str(resume)])
+    terminal.talk.attach(*(attach or []))
+    terminal.run()
 
 
 class Terminal:
     """Reads lines, does commands, prints answers on stdout and everything else on stderr."""
 
-    def __init__(self, talk: Conversation, options: Options, file: Path | None) -> None:
+    def __init__(self, talk: Conversation, options: Options, kv: bool) -> None:
         self.talk = talk
         self.options = options
-        self.file = file
+        self.kv = kv
+        self.file: Path | None = None
         self.commands = {
             "attach": self.attach,
             "files": self.files,
@@ -148,8 +155,9 @@ class Terminal:
         self.file = Path(words[0]) if words else self.file
         if self.file is None:
             raise OptionError("give a file name: /save chat.json")
-        self.talk.save(self.file, embed=embed)
-        self.tell(f"saved {self.file}")
+        with show.busy("saving"):
+            size = self.talk.save(self.file, embed=embed, kv=self.kv)
+        self.tell(f"saved {self.file}" + f", and {size / 1e6:,.1f} MB beside it to go on at once" * bool(size))
 
     def embed(self, words: list[str]) -> None:
         self.save(words, embed=True)
@@ -157,8 +165,16 @@ class Terminal:
     def load(self, words: list[str]) -> None:
         if len(words) != 1:
             raise OptionError("give one file name: /load chat.json")
-        self.talk, self.file = self.talk.bot.resume(words[0]), Path(words[0])
+        self.talk, self.file = self.talk.bot.resume(words[0], kv=False), Path(words[0])
         self.tell(f"{len(self.talk.messages)} messages")
+        try:
+            with show.busy("reading keys and values"):
+                known = self.talk.recall(self.file) if self.kv else 0
+        except LlavaError as error:
+            self.tell(f"llava: {error}; the conversation is there, but will be read again")
+        else:
+            if known:
+                self.tell(f"{known:,} tokens need not be read again")
 
     def help(self, _: list[str]) -> None:
         self.tell(HELP)

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from ..journal import Row
 
 SCENARIOS = ("single", "multi", "video", "views")
+LEVELS = ("easy", "normal", "hard")
 INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
 PUBLISHED = (
     "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa", "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
 )  # fmt: skip
 TASKS = ("world", *INTERLEAVE, *PUBLISHED)
 WORLD_QUESTIONS = 500
+THIN = ("pool_images", "pool_frames", "keep_images", "keep_frames")
 
 
 def register(app: typer.Typer) -> None:
@@ -61,12 +63,19 @@ def evaluate(
     scenario: Annotated[
         list[str] | None, typer.Option(help="Of the world: single, multi, video or views; several times.")
     ] = None,
+    level: Annotated[
+        str, typer.Option(help="Of the world: easy, normal (as in training) or hard (more pictures, things and frames).")
+    ] = "normal",
     held_out: Annotated[bool, typer.Option(help="The world in wordings that were kept out of training.")] = False,
     wrong: Annotated[Path | None, typer.Option(help="Write the world's wrongly answered questions here, as JSON lines.")] = None,
     preset: Annotated[str | None, typer.Option(help="How messages become tokens; without it as the task was published.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer; without it the task's.")] = None,
     anyres: Annotated[bool, typer.Option("--anyres", help="Cut single images into tiles.")] = False,
     frames: Annotated[int | None, typer.Option(min=1, help="At most this many frames of a video.")] = None,
+    pool_images: Annotated[int, typer.Option(min=1, help="Average each square of so many features a side of an image.")] = 1,
+    pool_frames: Annotated[int, typer.Option(min=1, help="The same of a video's frames.")] = 1,
+    keep_images: Annotated[float, typer.Option(help="Keep this share of an image's tokens, those that differ most.")] = 1.0,
+    keep_frames: Annotated[float, typer.Option(help="The same of each frame of a video.")] = 1.0,
     adapter: Annotated[str | None, typer.Option(help="Answer through this adapter: its folder or Hugging Face name.")] = None,
     together: Annotated[int, typer.Option("--batch", min=1, help="Questions that are computed together.")] = 50,
     revision: show.Revision = None,
@@ -87,20 +96,25 @@ def evaluate(
     for name in scenario or ():
         if name not in SCENARIOS:
             raise OptionError(f"there is no scenario {name!r}; there are {', '.join(SCENARIOS)}")
+    if level not in LEVELS:
+        raise OptionError(f"there is no level {level!r}; there are {', '.join(LEVELS)}")
     if "world" not in tasks:
-        _only_given(given, ctx.params.keys() - {"scenario", "held_out", "wrong"}, "--scenario, --held-out, --wrong are for world")
+        of_world = {"scenario", "level", "held_out", "wrong"}
+        _only_given(given, ctx.params.keys() - of_world, "--scenario, --level, --held-out, --wrong are for world")
+    if frames and level == "hard":
+        raise OptionError("the videos of --level hard say how many frames are looked at: leave out --frames")
     if as_published and not set(tasks) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
     if html and not out:
         raise OptionError("--html writes beside the results: name their folder with --out")
     if url:
-        its = {"preset", "anyres", "frames", "adapter", "revision", "precision", "device"}
+        its = {"preset", "anyres", "frames", *THIN, "adapter", "revision", "precision", "device"}
         _only_given(given, ctx.params.keys() - its, "with --url these are the server's")
     elif key_file:
         raise OptionError("--key-file is for --url")
     if check:
         _only_given(given, {"tasks", "data", "check"}, "--check asks nothing")
-    loaded = [_task(name, data, as_published, questions, scenario, held_out) for name in dict.fromkeys(tasks)]
+    loaded = [_task(name, data, as_published, questions, scenario, level, held_out) for name in dict.fromkeys(tasks)]
     if check:
         faults = [f"{task.name}: {fault}" for task in loaded for fault in task.faults]
         print("\n".join(faults) or "no broken samples")
@@ -117,6 +131,10 @@ def evaluate(
             max_new_tokens=max_new_tokens or task.max_new_tokens,
             anyres=anyres,
             frames=frames,
+            pool_images=pool_images,
+            pool_frames=pool_frames,
+            keep_images=keep_images,
+            keep_frames=keep_frames,
             adapter=adapter,
         )
         answer, how = answerers.of(options)
@@ -130,7 +148,7 @@ def evaluate(
             with show.busy("writing the report"):
                 report.write(folder / f"{task.name}.html", task, rows, lines, about)
         if task.name == "world":
-            told["world"], table = _world(rows, wrong)
+            told["world"], table = _world(rows, level, wrong)
             title = f"the world, {task.data}"
         else:
             told[task.name] = {"run": about, "lines": [dataclasses.asdict(line) for line in lines], "faults": list(task.faults)}
@@ -147,7 +165,7 @@ def _only_given(given: Collection[str], allowed: Collection[str], why: str) -> N
         raise OptionError(f"{why}: leave out {', '.join(others)}")
 
 
-def _world(rows: Sequence[Row], wrong: Path | None) -> tuple[dict[str, Any], tuple[list[str], list[list[str]]]]:
+def _world(rows: Sequence[Row], level: str, wrong: Path | None) -> tuple[dict[str, Any], tuple[list[str], list[list[str]]]]:
     """What --json prints of the world, and its table; what was answered wrongly goes to `wrong`."""
     from ..evals.world import scored
 
@@ -156,7 +174,9 @@ def _world(rows: Sequence[Row], wrong: Path | None) -> tuple[dict[str, Any], tup
         names = ("scenario", "number", "question", "truth", "answer")
         missed = [dict(zip(names, (name, *row), strict=True)) for name, score in scores.items() for row in score.wrong]
         wrong.write_text("".join(json.dumps(row) + "\n" for row in missed))
-    told = {name: dataclasses.asdict(s) | {"share": s.share, "interval": s.interval} for name, s in scores.items()}
+    told = {
+        name: {"level": level} | dataclasses.asdict(s) | {"share": s.share, "interval": s.interval} for name, s in scores.items()
+    }
     table = [
         [name, str(s.right), str(s.asked), f"{s.share:.1%}", "{:.1%} to {:.1%}".format(*s.interval)] for name, s in scores.items()
     ]
@@ -180,12 +200,15 @@ def _remarks(task: Task) -> None:
         print(f"{len(task.faults)} broken samples were left out (--check lists them).", file=sys.stderr)
 
 
-def _task(name: str, data: Path, as_published: bool, questions: int | None, scenario: list[str] | None, held_out: bool) -> Task:
+def _task(
+    name: str, data: Path, as_published: bool, questions: int | None, scenario: list[str] | None, level: str, held_out: bool
+) -> Task:
     """A task, of each data set only the first `questions` conversations if that is given."""
     from ..evals import interleave, published, world
 
     if name == "world":
-        return world.load(questions or WORLD_QUESTIONS, scenarios=list(dict.fromkeys(scenario or SCENARIOS)), held_out=held_out)
+        scenarios = list(dict.fromkeys(scenario or SCENARIOS))
+        return world.load(questions or WORLD_QUESTIONS, scenarios=scenarios, held_out=held_out, level=level)
     with show.busy(f"reading {name}"):
         task = interleave.load(name, data, as_published=as_published) if name in INTERLEAVE else published.load(name, data)
     if not task.examples:
@@ -241,6 +264,7 @@ class _Answerers:
             return [said if isinstance(said, LlavaError) else said.text for said in answers(bot.batch, asked, options)]
 
         geometry = "anyres" if options.anyres else "squash"
+        geometry += "".join(f", {name} {getattr(options, name)}" for name in THIN if getattr(options, name) != 1)
         sampling |= {"frames": options.frames}
         return here, {**self.local.about, "preset": options.preset, "geometry": geometry, "sampling": sampling}
 

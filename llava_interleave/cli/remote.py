@@ -98,7 +98,7 @@ def _portable(message: dict[str, Any]) -> dict[str, Any]:
         elif part["type"] == "video" and "video" in part:
             parts += [_media("image_url", Path(path)) for path in part["video"]]
         elif part["type"] == "video":
-            chosen = {key: part[key] for key in ("start", "end") if key in part}
+            chosen = {key: part[key] for key in ("frames", "start", "end") if key in part}
             parts.append(_media("video_url", Path(part["path"])) | chosen)
         else:
             parts.append(part)

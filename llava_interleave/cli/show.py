@@ -36,6 +36,9 @@ ModelName = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; on a CPU also int8 or int4.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same bytes whatever else is answered meanwhile; on a CPU, and slower.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -141,7 +144,14 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
-def load(model: str | None, revision: str | None, precision: str, device: str, adapter: str | None = None) -> Chatbot:
+def load(
+    model: str | None,
+    revision: str | None,
+    precision: str,
+    device: str,
+    adapter: str | None = None,
+    deterministic: bool = False,
+) -> Chatbot:
     """The chatbot that the flags name. A download draws its own bars; reading the weights shows how far it is.
 
     adapter: what the flag says, which is its folder or Hugging Face name, and the name that the option has for it, too.
@@ -152,7 +162,15 @@ def load(model: str | None, revision: str | None, precision: str, device: str, a
     locate(model, revision)
     with busy(f"loading {model or 'the built-in model'}") as progress:
         adapters = {adapter: adapter} if adapter else {}
-        return read(model, revision=revision, precision=precision, device=device, adapters=adapters, progress=progress)
+        return read(
+            model,
+            revision=revision,
+            precision=precision,
+            device=device,
+            deterministic=deterministic,
+            adapters=adapters,
+            progress=progress,
+        )
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

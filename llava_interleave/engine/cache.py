@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,6 +57,14 @@ class Keys:
         numbers = np.concatenate([self.numbers, np.array(tokens, dtype=np.int64)])[:length]
         return Keys(numbers, self.salt, self.images, _chain(numbers, self.salt))
 
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(index of the first placeholder, number of placeholders, number of the identity) of each image, in order."""
+        at = np.flatnonzero(self.numbers < 0)
+        whose, offsets = np.divmod(-1 - self.numbers[at], 1 << 24)
+        first = np.flatnonzero(offsets == 0)
+        lengths = np.diff(first, append=len(at))
+        yield from zip(at[first].tolist(), lengths.tolist(), whose[first].tolist(), strict=True)
+
     def common(self, other: Keys) -> int:
         """How many tokens both begin with."""
         n = min(len(self.numbers), len(other.numbers))
@@ -82,7 +90,8 @@ def _chain(numbers: NDArray[np.int64], salt: bytes) -> tuple[int, ...]:
 class KV:
     """Keys and values of one token sequence: what they stand for, how many are computed, how many have room.
 
-    running: some request writes to it; else it is kept as a cache. slab: where they lie, the runner's affair.
+    running: some request writes to it; else it is kept as a cache. slab: where they lie, the runner's affair. whole: how many of
+    the first were computed in whole pieces of a prompt, where a scheduler has such.
     """
 
     keys: Keys
@@ -90,6 +99,7 @@ class KV:
     capacity: int = 0
     running: bool = True
     slab: Slab | None = None
+    whole: int = 0
 
 
 class Match(NamedTuple):
@@ -175,6 +185,14 @@ class Prefixes:
         kv.running = False
         self.idle[kv] = None
         self.idle_tokens += kv.capacity
+
+    def insert(self, kv: KV) -> bool:
+        """Make a cache of a sequence that was computed elsewhere. False, and nothing happened: there is no room."""
+        if not self.reserve(kv, kv.length):
+            return False
+        self.start(kv)
+        self.retire(kv, kv.keys)
+        return True
 
     def drop(self, kv: KV) -> None:
         """Forget a sequence and free its memory."""

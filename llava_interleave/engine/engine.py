@@ -12,16 +12,17 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..errors import ContextError, OptionError, PromptError
+from ..errors import ContextError, DataError, OptionError, PromptError, Unsupported
 from ..model import Llava
 from ..model.lora import Adapters
-from ..prompt import Prompt
-from .cache import Features, Identity, Keys, Prefixes, salted
+from ..prompt import Media, Prompt
+from .cache import BLOCK, KV, Features, Identity, Keys, Prefixes, salted
 from .events import Event
 from .lookup import Lookup
 from .request import Request
 from .runner import Runner
 from .sampling import Guide, Sampling
+from .saved import Saved, adapter_hash, made_by, sequence, why_not
 from .scheduler import Plan, Scheduler
 
 KV_PRECISIONS = ("auto", "int8")
@@ -51,6 +52,8 @@ class Engine:
     max_step_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
     max_step_crops: in a call of the tower. max_running: requests at a time. clock: seconds.
     kv_precision: of keys and values, "auto" as the network computes or "int8", which takes half the memory of bfloat16.
+    deterministic: an answer and its log probabilities are the same to the last bit whatever else is running, cached or
+        pre-empted. On a CPU; several answers at once then cost more, least with quantised weights.
 
     adapters: those that a request can choose from, by name; none at first.
 
@@ -69,6 +72,7 @@ class Engine:
         max_step_crops: int = 8,
         max_running: int = 64,
         kv_precision: str = "auto",
+        deterministic: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         text = model.config.text
@@ -81,6 +85,8 @@ class Engine:
             )
         if kv_precision not in KV_PRECISIONS:
             raise OptionError(f"{kv_precision!r} is no precision of keys and values; there are {', '.join(KV_PRECISIONS)}")
+        if deterministic and model.lm_head.weight.device.type != "cpu":
+            raise Unsupported("deterministic answers are there on a CPU only; add device='cpu'")
         self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
         self.adapters = Adapters(model)
         self._features = Features(feature_bytes)
@@ -91,6 +97,7 @@ class Engine:
             vocab=vocab,
             max_step_crops=max_step_crops,
             kv_in_eight_bits=kv_precision == "int8",
+            alone=deterministic,
             clock=clock,
         )
         self.bytes_per_token = self._runner.memory.bytes_per_token
@@ -101,7 +108,9 @@ class Engine:
             max_step_tokens=max_step_tokens,
             max_step_crops=max_step_crops,
             max_running=max_running,
+            piece=max_step_tokens // 2 if deterministic else 0,
         )
+        self.deterministic = deterministic
         self._identities: WeakValueDictionary[bytes, Identity] = WeakValueDictionary()
         self._numbers, self._ids = count(), count()
         self._events: deque[Event] = deque()  # of requests that nobody streams
@@ -284,14 +293,15 @@ class Engine:
                 f"{length} tokens and {wanted} more need {need * self.bytes_per_token:,} bytes of KV memory, but there are "
                 f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
             )
-        guessed = sampling.prompt_lookup_num_tokens
-        images = [(media.start, media.layout.length, self._identity(media.key)) for media in prompt.media]
         through, encoder = self.adapters.keys(adapter)
+        guessed = sampling.prompt_lookup_num_tokens
+        if self.deterministic and (through or self._runner.fused is None):
+            guessed = 0  # several tokens of an answer would be rounded otherwise than one
         return Request(
             next(self._ids),
             prompt,
             sampling,
-            Keys.of(prompt.tokens, images, salted(salt, through)),
+            self._keys(prompt.tokens, prompt.media, salted(salt, through)),
             wanted,
             self.clock(),
             adapter=through,
@@ -300,11 +310,71 @@ class Engine:
             lookup=Lookup(guessed, config.image_token_id) if guessed else None,
         )
 
+    def _keys(self, tokens: Sequence[int], media: Sequence[Media], salt: bytes) -> Keys:
+        return Keys.of(tokens, [(m.start, m.layout.length, self._identity(m.key)) for m in media], salt)
+
     def _identity(self, key: bytes) -> Identity:
         identity = self._identities.get(key)
         if identity is None:
             identity = self._identities[key] = Identity(next(self._numbers))
         return identity
+
+    def keys(self, prompt: Prompt, answer: Sequence[int] = (), *, adapter: str | None = None) -> Keys:
+        """What the tokens of a prompt and of its answer stand for: `save` finds by it what was computed of them."""
+        salt = salted(b"", self.adapters.keys(adapter)[0])
+        return self._keys([*prompt.tokens, *answer], prompt.media, salt)
+
+    def save(self, keys: Keys) -> Saved | None:
+        """Keys and values of as much of the beginning of a sequence as is in memory; None where that is too little to be of use.
+
+        The tensors are this engine's memory and hold until its next step. OptionError for what was asked under a salt: it is for
+        requests of equal salt only.
+        """
+        adapter = next((key for key in self._adapters() if salted(b"", key) == keys.salt), None)
+        if adapter is None:
+            raise OptionError("what was computed under a salt is for requests of that salt only: it is not saved")
+        kv, length, _ = self._prefixes.find(keys, len(keys.numbers))
+        if kv is None or length < BLOCK:
+            return None
+        assert kv.slab is not None
+        keys = keys.through([], length)
+        media = {identity.number: key for key, identity in self._identities.items()}
+        about = made_by(self.model, self._runner.memory.dtype) | {
+            "adapter": adapter_hash(self.model, adapter),
+            "tokens": np.where(keys.numbers < 0, self.model.config.image_token_id, keys.numbers).tolist(),
+            "images": [[start, count, media[number].hex()] for start, count, number in keys.spans()],
+        }
+        return Saved(about, kv.slab.stored(length))
+
+    def restore(self, saved: Saved) -> Keys:
+        """Take in what `save` gave, of this engine or another, as a cached prefix; what it is of.
+
+        Requests without a salt find it. On a CPU the tensors given become this engine's memory. Raises DataError, in words, for
+        what was computed otherwise than it would be here, is damaged, or has no room, and where answers are deterministic.
+        """
+        if self.deterministic:
+            raise DataError("deterministic answers build on nothing that was computed elsewhere")
+        if reason := why_not(saved.about, made_by(self.model, self._runner.memory.dtype)):
+            raise DataError(reason)
+        adapter = next((key for key in self._adapters() if adapter_hash(self.model, key) == saved.about.get("adapter")), None)
+        if adapter is None:
+            raise DataError("these keys and values were computed through an adapter that is not loaded here")
+        text = self.model.config.text
+        tokens, images = sequence(saved.about, text.vocab_size, self.model.config.image_token_id)
+        found = [(start, count, self._identity(key)) for start, count, key in images]
+        kv = KV(Keys.of(tokens, found, salted(b"", adapter)), len(tokens))
+        kv.slab, keys = self._runner.memory.slab(saved.tensors, len(tokens)), kv.keys
+        if not self._prefixes.insert(kv):
+            load = self.load()
+            raise DataError(
+                f"{len(tokens)} tokens have no room: there is memory for the keys and values of {load.kv_total}, of which "
+                f"{load.kv_running} are in use: raise kv_bytes"
+            )
+        return keys
+
+    def _adapters(self) -> list[str]:
+        """Keys of all that a token can be computed through, first of the network alone."""
+        return [self.adapters.keys(name)[0] for name in (None, *self.adapters.names)]
 
     def load(self) -> Load:
         """How busy it is now."""

@@ -3,7 +3,7 @@
 Keys lie as `[Hkv, d, capacity]`, values as `[Hkv, capacity, d]`: so one new query reads both in storage order by two plain
 matrix products. With 1,500 bfloat16 tokens on two cores that took 0.53 ms a layer; keys as `[Hkv, capacity, d]` 1.2 ms,
 scaled_dot_product_attention 1.8 ms; float32 is the same either way. A kernel does the same in bfloat16 on a CPU. Another memory
-(paged, for one) needs `prepare`, `copy`, `attend` and `bytes_per_token` of `Slabs`.
+(paged, for one) needs `prepare`, `copy`, `attend`, `slab` and `bytes_per_token` of `Slabs`.
 
 In 8 bits a key or value is scale * q, q from -127 to 127, with a scale in float16 for each token and head. What a token sees of
 itself and of others in its step is rounded alike, so that it does not matter how a prompt was cut.
@@ -11,7 +11,7 @@ itself and of others in its step is rounded alike, so that it does not matter ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import kernels
 from ..config import TextConfig
+from ..errors import DataError
 from ..model import Attend
 from ..model.attend import causal
+from ..model.fused import Rows
 from .cache import KV
 
 FEW = 16
 """New tokens of a sequence that are attended as a single one is, without a copy of what they see; more are part of a prompt."""
+
+PARTS = ("keys", "values", "key_scales", "value_scales")
+"""Names of the parts of a slab, where it is stored."""
 
 
 class Slab:
@@ -52,6 +57,19 @@ class Slab:
                 layers[index] = new = old.new_empty(shape)
                 new.narrow(dim, 0, length).copy_(old.narrow(dim, 0, length))
         self.capacity = capacity
+
+    def stored(self, length: int) -> dict[str, Tensor]:
+        """The first `length` tokens of all tensors, by name: views of this memory, whole numbers as bytes."""
+        parts = zip(PARTS, self.parts(), strict=True)
+        found = {f"{name}.{i}": old.narrow(dim, 0, length) for name, (layers, dim) in parts for i, old in enumerate(layers)}
+        return {name: old.view(torch.uint8) if old.dtype == torch.int8 else old for name, old in found.items()}
+
+    def addresses(self) -> list[tuple[int, int, int, int]]:
+        """Of the keys, the values and their scales (0 without), by layer."""
+        keys, values = ([t.data_ptr() for t in layers] for layers in (self.keys, self.values))
+        none = [0] * len(keys)
+        by_key, by_value = ([t.data_ptr() for t in layers] or none for layers in (self.key_scales, self.value_scales))
+        return list(zip(keys, values, by_key, by_value, strict=True))
 
     def put(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Write the keys and values `[T, Hkv, d]` of the tokens from `start` on."""
@@ -108,7 +126,8 @@ class Slabs:
         self.layers = c.num_layers
         self._few: type[_Few] = _FewCompiled if compiled(c, dtype, device) else _Few
         self.bytes_per_token = bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
-        self._empty = torch.empty((c.num_kv_heads, c.head_dim, 0), dtype=torch.int8 if in_eight_bits else dtype, device=device)
+        self.dtype = torch.int8 if in_eight_bits else dtype  # that they are kept in
+        self._empty = torch.empty((c.num_kv_heads, c.head_dim, 0), dtype=self.dtype, device=device)
         self._zero = torch.zeros((), dtype=dtype, device=device)
 
     def prepare(self, kv: KV) -> None:
@@ -126,6 +145,22 @@ class Slabs:
             for a, b in zip(old, new, strict=True):
                 b.narrow(dim, 0, length).copy_(a.narrow(dim, 0, length))
 
+    def slab(self, tensors: Mapping[str, Tensor], length: int) -> Slab:
+        """A slab of `length` tokens made of what `Slab.stored` gave: those tensors themselves where they are on this device.
+
+        Raises `DataError` where names, shapes or types are others.
+        """
+        made = Slab(self.layers, self._empty.to("meta"))
+        made.resize(length, 0)
+        right, given = ({n: (tuple(t.shape), t.dtype) for n, t in each.items()} for each in (made.stored(length), tensors))
+        if odd := sorted(name for name in right.keys() | given.keys() if right.get(name) != given.get(name)):
+            raise DataError(
+                f"these are no keys and values of {length} tokens: {len(odd)} tensors are others, first {odd[0][:60]!r}"
+            )
+        for name, (layers, _) in zip(PARTS, made.parts(), strict=True):
+            layers[:] = [tensors[f"{name}.{i}"].view(old.dtype).to(self._empty.device) for i, old in enumerate(layers)]
+        return made
+
     def attend(self, spans: Sequence[Span]) -> Attend:
         """What the network asks in a step whose flat batch is these spans one after another."""
         parts: list[_Few | _Chunk] = [(self._few if few(span) else _Chunk)(span, self._zero) for span in spans]
@@ -135,6 +170,13 @@ class Slabs:
 def few(span: Span) -> bool:
     """Whether tokens are attended as single ones are."""
     return span.stop - span.start <= (FEW if span.start else 1)
+
+
+def fusible(span: Span) -> Rows:
+    """A span as the fused layers take it."""
+    slab = span.kv.slab
+    assert slab is not None
+    return Rows(span.stop - span.start, span.start, slab.capacity, slab.addresses())
 
 
 class _Several:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..layout import Layout
@@ -39,10 +39,10 @@ def units(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[Unit]:
     if layout.tiles is not None:
         yield Unit((key, -1), media.start, media.start + layout.length, media.pixels, layout, adapter)
         return
-    size, one = layout.grid**2, Layout(layout.grid)
+    one = replace(layout, crops=1)
     for crop in range(layout.crops):
-        start = media.start + crop * size
-        yield Unit((key, crop), start, start + size, media.pixels[crop : crop + 1], one, adapter)
+        start = media.start + crop * one.length
+        yield Unit((key, crop), start, start + one.length, media.pixels[crop : crop + 1], one, adapter)
 
 
 @dataclass(slots=True, eq=False)

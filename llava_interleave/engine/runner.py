@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from ..model import Llava, arrange
+from ..model.fused import Fused, possible
 from ..model.lora import Route
 from .cache import Features
-from .memory import Slabs, Span
+from .memory import Slabs, Span, few, fusible
 from .request import Unit
 from .sampling import Pick, Sampler
 from .scheduler import Plan, Work
 
 
 class Runner:
-    """One network on one device with its KV memory."""
+    """One network on one device with its KV memory. alone: nothing shares a product that would round by how much shares it."""
 
     def __init__(
         self,
@@ -29,13 +30,15 @@ class Runner:
         vocab: int,
         max_step_crops: int,
         kv_in_eight_bits: bool,
+        alone: bool,
         clock: Callable[[], float],
     ) -> None:
         weight = model.language_model.norm.weight  # of the type computed in, also when the linears are quantised
         self.model, self.features, self.route, self.clock = model, features, route, clock
         self.dtype, self.device = weight.dtype, weight.device
         self.memory = Slabs(model.config.text, self.dtype, self.device, in_eight_bits=kv_in_eight_bits)
-        self.vocab, self.max_step_crops = vocab, max_step_crops
+        self.fused = Fused(model.language_model) if possible(model.language_model) else None
+        self.vocab, self.max_step_crops, self.alone = vocab, max_step_crops, alone
         self.crops_encoded, self.encoding = 0, 0.0  # and the seconds that it took
 
     @torch.inference_mode()
@@ -48,26 +51,35 @@ class Runner:
             self.memory.prepare(w.kv)
             if w.source is not None:
                 self.memory.copy(w.source, w.kv, w.copied)
-        tokens = [token for w in work for token in (*islice(w.request.tokens, w.start, w.stop), *w.guesses)]
-        positions = [position for w in work for position in range(w.start, w.stop)]
-        x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
-        attend = self.memory.attend([Span(w.kv, w.start, w.stop) for w in work if w.start < w.stop])
-        with self.route.through(_routes(work)):
-            hidden = self.model.forward(x, torch.tensor(positions, device=self.device), attend)
-        rows: list[int] = []
-        end = 0
-        for w in work:
-            end += w.stop - w.start
-            if w.sample:
-                rows += range(end - 1 - len(w.guesses), end)
-        if not rows:
+        hidden: dict[int, Tensor] = {}
+        quick, others = [w for w in work if self._quick(w)], [w for w in work if not self._quick(w)]
+        for together in (quick, *([w] for w in others)) if self.alone else (quick, others):
+            if any(w.start < w.stop for w in together):
+                parts = self._forward(together).split([w.stop - w.start for w in together])
+                hidden |= zip(map(id, together), parts, strict=True)
+        last = [hidden[id(w)][-1 - len(w.guesses) :] for w in work if w.sample]
+        if not last:
             return []
-        if len(rows) < len(tokens):
-            hidden = hidden[rows]
-        logits = self.model.logits(hidden)[:, : self.vocab]
+        several = last if self.alone and self.fused is None else [torch.cat(last)]
+        logits = torch.cat([self.model.logits(rows) for rows in several])[:, : self.vocab]
         if (image := self.model.config.image_token_id) < self.vocab:
             logits[:, image] = float("-inf")
         return self._pick([w for w in work if w.sample], logits)
+
+    def _quick(self, w: Work) -> bool:
+        """Whether its tokens go through the fused layers, whatever else is in the step."""
+        return self.fused is not None and few(Span(w.kv, w.start, w.stop)) and not w.request.adapter
+
+    def _forward(self, work: list[Work]) -> Tensor:
+        """Hidden states of all tokens; of works that are all quick or all not."""
+        tokens = [token for w in work for token in (*islice(w.request.tokens, w.start, w.stop), *w.guesses)]
+        positions = torch.tensor([position for w in work for position in range(w.start, w.stop)], device=self.device)
+        x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
+        spans = [Span(w.kv, w.start, w.stop) for w in work if w.start < w.stop]
+        if self.fused is not None and self._quick(work[0]):
+            return self.fused(x, positions, [fusible(span) for span in spans])
+        with self.route.through(_routes(work)):
+            return self.model.forward(x, positions, self.memory.attend(spans))
 
     def _pick(self, work: list[Work], logits: Tensor) -> list[list[Pick]]:
         best = logits.argmax(-1).tolist() if any(w.request.plain for w in work) else []
@@ -96,7 +108,8 @@ class Runner:
             batch: list[Unit] = []
             crops = 0
             adapter = units[0].adapter
-            while units and units[0].adapter == adapter and (not batch or crops + len(units[0].pixels) <= self.max_step_crops):
+            most = 0 if self.alone else self.max_step_crops
+            while units and units[0].adapter == adapter and (not batch or crops + len(units[0].pixels) <= most):
                 crops += len(units[0].pixels)
                 batch.append(units.pop(0))
             self.crops_encoded += crops

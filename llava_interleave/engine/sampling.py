@@ -191,4 +191,5 @@ def draw(scores: Tensor, generator: torch.Generator) -> int:
     total = cumulative[-1:]
     at = torch.rand(1, generator=generator, dtype=torch.float64).to(total.device) * total
     index = torch.searchsorted(cumulative, at, right=True)
-    return int(torch.minimum(index, torch.searchsorted(cumulative, total)))  # rounding never reaches a token of probability 0
+    last = torch.searchsorted(cumulative, total)  # rounding never reaches a token of probability 0, nor what is no number the end
+    return int(torch.minimum(index, last).clamp_max(len(scores) - 1))

@@ -96,12 +96,23 @@ class Scheduler:
 
     KV memory is given as it is needed. Where none is left, caches go first; then the request that started last is pre-empted: it
     waits at the front, computes its tokens again, and nobody starts until some other has ended.
+
+    piece: with a number, prompts are computed in pieces of so many tokens from their beginning, of which a step has whole ones
+    only, a prefix is used as far as it was computed so, and what was written before a pre-emption is computed again one by one:
+    how a request's tokens are cut does not depend on others then. 0: they are cut as it fits.
     """
 
     def __init__(
-        self, prefixes: Prefixes, features: Features, *, max_step_tokens: int, max_step_crops: int, max_running: int
+        self,
+        prefixes: Prefixes,
+        features: Features,
+        *,
+        max_step_tokens: int,
+        max_step_crops: int,
+        max_running: int,
+        piece: int = 0,
     ) -> None:
-        self.prefixes, self.features = prefixes, features
+        self.prefixes, self.features, self.piece = prefixes, features, piece
         self.max_step_tokens, self.max_step_crops, self.max_running = max_step_tokens, max_step_crops, max_running
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -128,7 +139,7 @@ class Scheduler:
         self._guess(plan)
         plan.decodes = sum(work.stop - work.start for work in plan.work)
         budget, most_crops = self.max_step_tokens - plan.decodes, self.max_step_crops
-        if plan.decodes and patience < math.inf:
+        if plan.decodes and patience < math.inf and not self.piece:
             budget, most_crops = self.pace.most(patience, budget, most_crops)
         if planned is not None:
             for request in running:
@@ -185,14 +196,16 @@ class Scheduler:
         kv = request.kv
         assert kv is not None
         start = kv.length
-        stop = min(len(request.tokens), start + budget)
+        stop = self._cut(request, start) if self.piece else min(len(request.tokens), start + budget)
+        if stop - start > budget:
+            return 0
         encodes = False
         for unit in islice(request.units, request.first_unit, None):
             if unit.start >= stop:
                 break
             if unit.key not in self.features and unit.key not in plan.encode:
                 crops = len(unit.pixels)
-                if plan.crops and plan.crops + crops > most_crops:
+                if plan.crops and plan.crops + crops > most_crops and not self.piece:
                     stop = unit.start
                     break
                 plan.encode[unit.key] = unit
@@ -206,6 +219,11 @@ class Scheduler:
         plan.work.append(Work(request, kv, start, stop, stop == len(request.tokens), encodes))
         return stop - start
 
+    def _cut(self, request: Request, start: int) -> int:
+        """Where the piece that begins at `start` ends."""
+        prompt = len(request.prompt.tokens)
+        return min(prompt, (start // self.piece + 1) * self.piece) if start < prompt else start + 1
+
     def _admit(self, plan: Plan, budget: int, most_crops: int) -> None:
         """Start waiting requests in order of arrival, while there is room and something left of the step.
 
@@ -218,6 +236,8 @@ class Scheduler:
             if match.coming >= WORTH_WAITING and match.coming - match.usable >= BLOCK:
                 continue
             copied = match.usable if match.usable >= BLOCK else 0
+            if self.piece and match.source is not None:
+                copied = min(copied, match.source.whole) // self.piece * self.piece
             source = match.source if copied else None
             kv = self._room(request, source, copied)
             if kv is None:
@@ -225,7 +245,7 @@ class Scheduler:
             self.waiting.remove(request)
             self.running.append(request)
             self.full = False
-            request.kv = kv
+            request.kv, kv.whole = kv, copied
             while request.first_unit < len(request.units) and request.units[request.first_unit].stop <= copied:
                 request.first_unit += 1
             request.held_unit = request.first_unit
@@ -270,6 +290,8 @@ class Scheduler:
         for work in plan.work:
             request = work.request
             work.kv.length = work.stop
+            if self.piece and work.start == work.kv.whole and work.stop % self.piece == 0:
+                work.kv.whole = work.stop
             while request.first_unit < request.held_unit and request.units[request.first_unit].stop <= work.stop:
                 self.features.release(request.units[request.first_unit].key)
                 request.first_unit += 1

@@ -13,11 +13,12 @@ from typing import Any
 from ..journal import Journal, Row
 from ..world.data import VIDEO_FRAMES, exam, pictures
 from ..world.draw import draw, write_video
-from ..world.episodes import Episode
+from ..world.episodes import FRAMES, LEVELS, Episode
 from .run import run
 from .task import Answerer, Example, Task
 
 SIZE = 256  # pixels a side of the files
+ROOM = 20  # tokens of an answer for each frame: the longest tells what is in every one
 
 
 @dataclass(slots=True)
@@ -42,12 +43,15 @@ class Score:
 
 
 def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[str, Any]]:
-    """The question as a user asks it: PNG files in order, views with their names, a video as an H.264 file."""
+    """The question as a user asks it: PNG files in order, views with their names, a video as an H.264 file.
+
+    A video that tells more than the frames of training can show says how many are to be looked at.
+    """
     parts: list[dict[str, Any]]
     if ep.clip is not None:
         path = folder / f"{name}.mp4"
         write_video([draw(ep.clip(i / (VIDEO_FRAMES - 1)), SIZE) for i in range(VIDEO_FRAMES)], path)
-        parts = [{"type": "video", "path": str(path)}]
+        parts = [{"type": "video", "path": str(path)} | ({"frames": len(ep.scenes)} if len(ep.scenes) > FRAMES else {})]
     else:
         paths = [folder / f"{name}-{i}.png" for i in range(len(ep.scenes))]
         for path, image in zip(paths, pictures(ep, SIZE), strict=True):
@@ -60,11 +64,11 @@ def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[s
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def examples(scenario: str, count: int, *, held_out: bool) -> list[Example]:
+def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal") -> list[Example]:
     """`count` questions of a scenario, in the wordings of training or in those kept out of it. Files are drawn when asked."""
     out = []
     for number in range(count):
-        ep, question, text = exam(scenario, number, held_out=held_out)
+        ep, question, text = exam(scenario, number, held_out=held_out, level=LEVELS[level])
         out.append(
             Example(
                 id=f"{scenario}/{number}",
@@ -79,10 +83,11 @@ def examples(scenario: str, count: int, *, held_out: bool) -> list[Example]:
     return out
 
 
-def load(count: int, *, scenarios: Sequence[str], held_out: bool) -> Task:
+def load(count: int, *, scenarios: Sequence[str], held_out: bool, level: str = "normal") -> Task:
     """The benchmark as a task: `count` questions of each scenario."""
-    of_all = [example for name in scenarios for example in examples(name, count, held_out=held_out)]
-    return Task(name="world", examples=of_all, max_new_tokens=64, data="held-out wordings" if held_out else "training wordings")
+    of_all = [example for name in scenarios for example in examples(name, count, held_out=held_out, level=level)]
+    wordings = "held-out wordings" if held_out else "training wordings"
+    return Task(name="world", examples=of_all, max_new_tokens=ROOM * LEVELS[level].frames, data=f"{wordings}, level {level}")
 
 
 def scored(rows: Sequence[Row]) -> Score:

@@ -1,4 +1,5 @@
-"""Compiled kernels for a CPU: products with quantised weights, attention of a few new tokens. Compiled when first asked for.
+"""Compiled kernels for a CPU: products with quantised weights, attention of a few new tokens, a decoder's layers made of both.
+Compiled when first asked for.
 
 The source is one C++ file that includes nothing of PyTorch: it compiles in two seconds, and the result serves every release that
 lends its threads (`torch_parallel_for`), so that no two pools of threads fight. It lies in the user's cache under a name made of
@@ -95,27 +96,44 @@ def attend(
     return out
 
 
+def decode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float, sequences: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+    """What all layers of a decoder make of `[T, D]` hidden states in bfloat16, in place, in one call (see `model.fused`).
+
+    weights, shape, sequences: int64, the kernel's structures of these names: addresses, and numbers of things. rope: `[T, 1, d]`.
+    """
+    assert {t.dtype for t in (weights, shape, sequences)} == {torch.int64} and hidden.dtype == torch.bfloat16, hidden.dtype
+    assert all(t.is_contiguous() and t.is_cpu for t in (hidden, weights, shape, sequences, *rope)) and len(rope[0]) == len(hidden)
+    cos, sin = rope
+    assert cos.shape == sin.shape and cos.dtype == sin.dtype == torch.bfloat16, (cos.shape, cos.dtype)
+    functions = _library()
+    assert not isinstance(functions, str), functions
+    threads, pointers = torch.get_num_threads(), (t.data_ptr() for t in (cos, sin, hidden))
+    functions[2](threads, shape.data_ptr(), weights.data_ptr(), eps, sequences.data_ptr(), len(sequences), *pointers, len(hidden))
+
+
 @cache
-def _library() -> tuple[Callable[..., None], Callable[..., None]] | str:
-    """The functions `linear` and `attend` with PyTorch's threads bound, or why there are none."""
+def _library() -> tuple[Callable[..., None], ...] | str:
+    """The functions `linear`, `attend` and `decode` with PyTorch's threads bound, or why there are none."""
     try:
         return functions(compiled(instructions()))
     except NoKernels as reason:
         return str(reason)
 
 
-def functions(path: Path) -> tuple[Callable[..., None], Callable[..., None]]:
-    """`llava_linear` and `llava_attend` of a compiled file, computing on PyTorch's threads."""
+def functions(path: Path) -> tuple[Callable[..., None], ...]:
+    """`llava_linear`, `llava_attend` and `llava_decode` of a compiled file, computing on PyTorch's threads."""
     try:
         threads = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).torch_parallel_for
     except (OSError, AttributeError) as error:
         raise NoKernels(f"PyTorch {torch.__version__} does not lend its threads; 2.10 and later do") from error
     library, lent = ctypes.CDLL(str(path)), ctypes.cast(threads, _POINTER)
-    multiply, look = library.llava_linear, library.llava_attend
-    multiply.argtypes = [_POINTER, _INT, _INT, *[_POINTER] * 5, *[_LONG] * 3]
-    look.argtypes = [*[_POINTER] * 9, *[_LONG] * 6]
-    multiply.restype = look.restype = None
-    return partial(multiply, lent), partial(look, lent)
+    found = library.llava_linear, library.llava_attend, library.llava_decode
+    found[0].argtypes = [_POINTER, _INT, _INT, *[_POINTER] * 5, *[_LONG] * 3]
+    found[1].argtypes = [*[_POINTER] * 9, *[_LONG] * 6]
+    found[2].argtypes = [_POINTER, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _LONG, *[_POINTER] * 3, _LONG]
+    for function in found:
+        function.restype = None
+    return tuple(partial(function, lent) for function in found)
 
 
 def instructions() -> tuple[str, ...]:

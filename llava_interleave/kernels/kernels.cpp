@@ -1,5 +1,5 @@
-// Products with quantised weights and attention of a few new tokens, for x86 with AVX-512 VNNI or AVX2: the flags say.
-// A plain C interface without PyTorch's headers; the threads are PyTorch's own, handed in as its torch_parallel_for.
+// Products with quantised weights, attention of a few new tokens, and a decoder's layers made of both, for x86 with AVX-512 VNNI
+// or AVX2: the flags say. A plain C interface without PyTorch's headers; the threads are PyTorch's own, handed in as its torch_parallel_for.
 //
 // A weight [out, in] lies in panels of 16 outputs and groups of 32 inputs, in the order in which it is read:
 //   8 bits: [panels][groups][8 quads][16 outputs][4 inputs], each byte q + 128
@@ -9,8 +9,10 @@
 // groups are added in float32 in order: a token's result does not depend on how many others are computed with it.
 
 #include <immintrin.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -114,6 +116,8 @@ template <int BITS>
 constexpr int32_t OFFSET = BITS == 4 ? 8 : 0;
 #endif
 
+inline Floats plus(Floats a, Floats b) { return fma(a, splat(1), b); }
+
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) {  // bfloat16
   uint32_t bits = uint32_t(x) << 16;
@@ -141,6 +145,15 @@ struct Inputs {
       : tokens(tokens), groups(groups), tiles((tokens + TILE - 1) / TILE), values(new int8_t[tokens * groups * GROUP]),
         scales(new float[tokens * groups]), sums(new int32_t[tokens * groups]) {}
   int64_t first(int64_t tile) const { return tile * tokens / tiles; }  // tiles are as equal as they can be
+  int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
+  int64_t at(int64_t tile, int64_t m, int64_t group) const { return first(tile) * groups + group * size(tile) + m; }
+  int64_t at(int64_t token, int64_t group) const {
+    const int64_t tile = ((token + 1) * tiles - 1) / tokens;
+    return at(tile, token - first(tile), group);
+  }
+  // A group of some token, `have` of it there: `at` says where it belongs.
+  template <class T>
+  void put(int64_t at, const T* from, int64_t have = GROUP);
 };
 
 // 32 numbers to 8 bits: value = round(x * 127 / largest), scale = largest / 127.
@@ -173,20 +186,23 @@ inline void quantise(const float* x, int8_t* value, float* scale, int32_t* sum) 
 }
 
 template <class T>
+void Inputs::put(int64_t at, const T* from, int64_t have) {
+  float wide[GROUP];
+  if (have == GROUP) {
+    store(wide, load(from));
+    store(wide + PANEL, load(from + PANEL));
+  } else {
+    for (int64_t i = 0; i < GROUP; i++) wide[i] = i < have ? to_float(from[i]) : 0.0f;
+  }
+  quantise(wide, &values[at * GROUP], &scales[at], &sums[at]);
+}
+
+template <class T>
 void quantise_tile(const T* x, int64_t in, Inputs& inputs, int64_t tile) {
-  const int64_t first = inputs.first(tile), count = inputs.first(tile + 1) - first;
-  for (int64_t m = 0; m < count; m++) {
+  for (int64_t m = 0; m < inputs.size(tile); m++) {
+    const T* row = x + (inputs.first(tile) + m) * in;
     for (int64_t g = 0; g < inputs.groups; g++) {
-      const T* from = x + (first + m) * in + g * GROUP;
-      const int64_t at = first * inputs.groups + g * count + m;
-      float wide[GROUP];
-      if (const int64_t have = std::min(GROUP, in - g * GROUP); have == GROUP) {
-        store(wide, load(from));
-        store(wide + 16, load(from + 16));
-      } else {
-        for (int64_t i = 0; i < GROUP; i++) wide[i] = i < have ? to_float(from[i]) : 0.0f;
-      }
-      quantise(wide, &inputs.values[at * GROUP], &inputs.scales[at], &inputs.sums[at]);
+      inputs.put(inputs.at(tile, m, g), row + g * GROUP, std::min(GROUP, in - g * GROUP));
     }
   }
 }
@@ -233,6 +249,13 @@ void product(int64_t count, const uint8_t* w, const uint16_t* scale, const Input
   if constexpr (M > 1) product<BITS, M - 1>(count, w, scale, inputs, first, out);
 }
 
+// The same for the tokens of any tile -> [tokens of the tile][16].
+void product(int64_t bits, const uint8_t* weight, const uint16_t* scale, const Inputs& inputs, int64_t tile, int64_t panel,
+             float* out) {
+  const int64_t begin = panel * inputs.groups * PANEL, first = inputs.first(tile), count = inputs.size(tile);
+  (bits == 4 ? product<4> : product<8>)(count, weight + begin * GROUP * bits / 8, scale + begin, inputs, first, out);
+}
+
 template <class T>
 struct Linear {
   int32_t bits;
@@ -260,12 +283,11 @@ struct Linear {
   }
 
   void multiply(int64_t tile, int64_t panel) const {
-    const int64_t first = inputs.first(tile), count = inputs.first(tile + 1) - first, begin = panel * inputs.groups * PANEL;
     float rows[TILE * PANEL];
-    (bits == 4 ? product<4> : product<8>)(count, weight + begin * GROUP * bits / 8, scale + begin, inputs, first, rows);
+    product(bits, weight, scale, inputs, tile, panel, rows);
     const int64_t at = panel * PANEL, width = std::min(PANEL, out - at);
-    for (int64_t m = 0; m < count; m++) {
-      T* to = y + (first + m) * out + at;
+    for (int64_t m = 0; m < inputs.size(tile); m++) {
+      T* to = y + (inputs.first(tile) + m) * out + at;
       for (int64_t i = 0; i < width; i++) put(to + i, rows[m * PANEL + i] + (bias ? to_float(bias[at + i]) : 0));
     }
   }
@@ -418,6 +440,198 @@ void attend(ParallelFor parallel_for, const uint16_t* q, const uint16_t* k, cons
   parallel_for(0, kv_heads, std::max<int64_t>(1, SERIAL / 4 / work), Attention<S>::some, &self);
 }
 
+// The threads that compute one call together. They share each piece of work, and whoever is early waits for the others.
+class Team {
+ public:
+  Team(int64_t size, int64_t pieces) : size(size), begun(new std::atomic<int64_t>[pieces]) {
+    for (int64_t i = 0; i < pieces; i++) begun[i] = 0;
+  }
+
+  // A thread, or what stands for several where PyTorch has fewer to lend than were asked for.
+  class Member {
+   public:
+    Member(Team& team, int64_t weight) : team(team), weight(weight) {}
+
+    // Calls task(i) once for each i below `count`, some neighbours at a time, in any of the threads; returns when all are done.
+    template <class F>
+    void each(int64_t count, F&& task) {
+      std::atomic<int64_t>& begun = team.begun[piece++];
+      const int64_t grain = std::max<int64_t>(1, count / (4 * team.size));
+      for (int64_t i; (i = begun.fetch_add(grain)) < count;) {
+        for (const int64_t end = std::min(count, i + grain); i < end; i++) task(i);
+      }
+      team.arrived += weight;
+      for (int64_t turn = 0; team.arrived < team.size * piece; turn++) turn < PATIENCE ? _mm_pause() : void(sched_yield());
+    }
+
+   private:
+    static constexpr int64_t PATIENCE = 10000;  // turns, some hundred microseconds: then the other has lost its processor
+    Team& team;
+    const int64_t weight;
+    int64_t piece = 0;
+  };
+
+ private:
+  const int64_t size;
+  std::unique_ptr<std::atomic<int64_t>[]> begun;  // by piece of work, how much
+  std::atomic<int64_t> arrived{0};
+};
+
+// As the caller lays them out, in words of 64 bits.
+struct Weight {
+  int64_t bits;
+  const uint8_t* values;
+  const uint16_t *scales, *bias;
+};
+struct LayerWeights {
+  const uint16_t *before_attention, *before_mlp;
+  Weight q, k, v, o, gate, up, down;
+};
+struct Memory {  // of a sequence, in a layer
+  void *keys, *values;
+  uint16_t *key_scales, *value_scales;
+};
+struct Sequence {
+  int64_t first, count, at, capacity;  // its rows among the tokens, and their place in its memory
+  const Memory* memory;                // by layer
+};
+struct Shape {
+  int64_t layers, width, inner, heads, kv_heads, d;
+};
+
+// The layers of a Qwen2 decoder for a few new tokens of some sequences. Queries, keys, values and what attention gives are
+// bfloat16, everything else is float32 from the first layer to the last.
+struct Decoder : Shape {
+  const LayerWeights* weights;
+  const int64_t tokens;
+  const float eps;
+  const Sequence* sequences;
+  const int64_t sequence_count;
+  const uint16_t *cosines, *sines;  // [tokens][d]
+  Team team;
+  Inputs normed, attended, gated;
+  std::unique_ptr<float[]> x, projected;     // [tokens][width], [tokens][heads of q, k and v][d]
+  std::unique_ptr<uint16_t[]> q, k, v, seen;  // [tokens][heads or kv heads][d]
+
+  Decoder(const Shape& shape, int64_t threads, const LayerWeights* weights, int64_t tokens, float eps, const Sequence* sequences,
+          int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines)
+      : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences), sequence_count(sequence_count),
+        cosines(cosines), sines(sines), team(threads, 7 * layers), normed(tokens, width / GROUP),
+        attended(tokens, heads * d / GROUP), gated(tokens, inner / GROUP), x(new float[tokens * width]),
+        projected(new float[tokens * (heads + 2 * kv_heads) * d]), q(new uint16_t[tokens * heads * d]),
+        k(new uint16_t[tokens * kv_heads * d]), v(new uint16_t[tokens * kv_heads * d]), seen(new uint16_t[tokens * heads * d]) {}
+
+  static void some(int64_t begin, int64_t end, void* context) {
+    auto& self = *static_cast<Decoder*>(context);
+    Team::Member member(self.team, end - begin);
+    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer);
+  }
+
+  void one(Team::Member& team, int64_t layer) {
+    const LayerWeights& w = weights[layer];
+    const int64_t q_panels = heads * d / PANEL, kv_panels = kv_heads * d / PANEL, panels = q_panels + 2 * kv_panels;
+    auto add = [this](int64_t token, int64_t panel, Floats y) {
+      float* to = &x[token * width + panel * PANEL];
+      store(to, plus(y, load(to)));
+    };
+    team.each(tokens, [&](int64_t token) { norm(token, w.before_attention); });
+    team.each(panels, [&](int64_t panel) {
+      const Weight& part = panel < q_panels ? w.q : panel < q_panels + kv_panels ? w.k : w.v;
+      const int64_t first = panel < q_panels ? 0 : panel < q_panels + kv_panels ? q_panels : q_panels + kv_panels;
+      multiply(part, normed, panel - first, [&](int64_t token, int64_t, Floats y) {
+        store(&projected[(token * panels + panel) * PANEL], y);
+      });
+    });
+    team.each(sequence_count * kv_heads, [&](int64_t task) {
+      const Sequence& s = sequences[task / kv_heads];
+      s.memory[layer].key_scales ? attend<int8_t>(s, layer, task % kv_heads) : attend<uint16_t>(s, layer, task % kv_heads);
+    });
+    team.each(width / PANEL, [&](int64_t panel) { multiply(w.o, attended, panel, add); });
+    team.each(tokens, [&](int64_t token) { norm(token, w.before_mlp); });
+    team.each(inner / GROUP, [&](int64_t group) { gate(w, group); });
+    team.each(width / PANEL, [&](int64_t panel) { multiply(w.down, gated, panel, add); });
+  }
+
+  void norm(int64_t token, const uint16_t* weight) {
+    const float* row = &x[token * width];
+    Floats squares = splat(0);
+    for (int64_t i = 0; i < width; i += PANEL) squares = fma(load(row + i), load(row + i), squares);
+    float parts[PANEL], sum = 0, wide[GROUP];
+    store(parts, squares);
+    for (float part : parts) sum += part;
+    const Floats factor = splat(1 / std::sqrt(sum / width + eps));
+    for (int64_t g = 0; g < width / GROUP; g++) {
+      for (int64_t i = 0; i < GROUP; i += PANEL) {
+        store(wide + i, mul(mul(load(row + g * GROUP + i), factor), load(weight + g * GROUP + i)));
+      }
+      normed.put(normed.at(token, g), wide);
+    }
+  }
+
+  // put(token, panel, the panel's 16 outputs) for every token.
+  template <class F>
+  void multiply(const Weight& w, const Inputs& inputs, int64_t panel, F&& put) const {
+    const Floats bias = w.bias ? load(w.bias + panel * PANEL) : splat(0);
+    float rows[TILE * PANEL];
+    for (int64_t tile = 0; tile < inputs.tiles; tile++) {
+      product(w.bits, w.values, w.scales, inputs, tile, panel, rows);
+      for (int64_t m = 0; m < inputs.size(tile); m++) put(inputs.first(tile) + m, panel, plus(load(rows + m * PANEL), bias));
+    }
+  }
+
+  template <class S>
+  void attend(const Sequence& s, int64_t layer, int64_t head) {
+    const int64_t group = heads / kv_heads;
+    for (int64_t token = s.first; token < s.first + s.count; token++) {
+      const float* row = &projected[token * (heads + 2 * kv_heads) * d];
+      for (int64_t h = head * group; h < (head + 1) * group; h++) rotate(token, row + h * d, &q[(token * heads + h) * d]);
+      rotate(token, row + (heads + head) * d, &k[(token * kv_heads + head) * d]);
+      for (int64_t i = 0; i < d; i++) put(&v[(token * kv_heads + head) * d + i], row[(heads + kv_heads + head) * d + i]);
+    }
+    const Memory& m = s.memory[layer];
+    Attention<S> attention{&q[s.first * heads * d], &k[s.first * kv_heads * d], &v[s.first * kv_heads * d],
+                           static_cast<S*>(m.keys), static_cast<S*>(m.values), m.key_scales, m.value_scales,
+                           &seen[s.first * heads * d], s.count, heads, kv_heads, d, s.capacity, s.at};
+    Attention<S>::some(head, head + 1, &attention);
+    for (int64_t token = s.first; token < s.first + s.count; token++) {
+      for (int64_t g = head * group * d / GROUP; g < (head + 1) * group * d / GROUP; g++) {
+        attended.put(attended.at(token, g), &seen[token * heads * d + g * GROUP]);
+      }
+    }
+  }
+
+  // The two halves of a head against each other.
+  void rotate(int64_t token, const float* from, uint16_t* to) const {
+    const uint16_t *cosine = cosines + token * d, *sine = sines + token * d;
+    for (int64_t i = 0; i < d / 2; i++) {
+      const float a = from[i], b = from[i + d / 2];
+      put(to + i, a * to_float(cosine[i]) - b * to_float(sine[i]));
+      put(to + i + d / 2, b * to_float(cosine[i + d / 2]) + a * to_float(sine[i + d / 2]));
+    }
+  }
+
+  // silu(gate) * up for a group of 32, as the next product reads it.
+  void gate(const LayerWeights& w, int64_t group) {
+    float gates[2][TILE * PANEL], ups[2][TILE * PANEL], wide[GROUP];
+    for (int64_t tile = 0; tile < normed.tiles; tile++) {
+      for (int64_t half = 0; half < 2; half++) {
+        product(w.gate.bits, w.gate.values, w.gate.scales, normed, tile, 2 * group + half, gates[half]);
+        product(w.up.bits, w.up.values, w.up.scales, normed, tile, 2 * group + half, ups[half]);
+      }
+      for (int64_t m = 0; m < normed.size(tile); m++) {
+        for (int64_t half = 0; half < 2; half++) {
+          const float *g = &gates[half][m * PANEL], *u = &ups[half][m * PANEL];
+          float e[PANEL];
+          for (int64_t i = 0; i < PANEL; i++) e[i] = -std::abs(g[i]);
+          store(e, exponential(load(e)));
+          for (int64_t i = 0; i < PANEL; i++) wide[half * PANEL + i] = g[i] * u[i] * (g[i] < 0 ? e[i] : 1) / (1 + e[i]);
+        }
+        gated.put(gated.at(tile, m, group), wide);
+      }
+    }
+  }
+};
+
 }  // namespace
 
 // y [tokens, out] = x [tokens, in] by the packed weight, plus the bias where there is one; x, bias and y are float32 or bfloat16.
@@ -433,4 +647,15 @@ extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const 
                              int64_t heads, int64_t kv_heads, int64_t d, int64_t capacity, int64_t at) {
   (key_scales ? attend<int8_t> : attend<uint16_t>)(parallel_for, q, k, v, keys, values, key_scales, value_scales, out, tokens,
                                                    heads, kv_heads, d, capacity, at);
+}
+
+// What a decoder's layers make of the hidden states [tokens, width], in place, bfloat16. Biases are there for q, k and v alone;
+// width, inner and d are multiples of 32.
+extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const LayerWeights* weights, float eps,
+                             const Sequence* sequences, int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
+                             uint16_t* hidden, int64_t tokens) {
+  Decoder self(*shape, threads, weights, tokens, eps, sequences, sequence_count, cosines, sines);
+  for (int64_t i = 0; i < tokens * self.width; i++) self.x[i] = to_float(hidden[i]);
+  parallel_for(0, threads, 1, Decoder::some, &self);
+  for (int64_t i = 0; i < tokens * self.width; i++) put(hidden + i, self.x[i]);
 }

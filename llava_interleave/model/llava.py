@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import avg_pool2d, gelu, normalize
 
 from ..config import LlavaConfig
 from ..layout import Layout
@@ -71,10 +71,34 @@ class Llava(nn.Module):
 def arrange(features: Tensor, layout: Layout) -> Tensor:
     """Features of a media's crops `[crops, grid * grid, D]` in the order of its tokens, `[layout.length, D]`."""
     assert features.shape[:2] == (layout.crops, layout.grid**2)
+    side = layout.side
+    if layout.pool > 1:
+        squares = features.unflatten(1, (layout.grid, layout.grid)).permute(0, 3, 1, 2)
+        features = avg_pool2d(squares, layout.pool, ceil_mode=True).flatten(2).transpose(1, 2)
     if layout.tiles is None or layout.keep is None:
-        return features.flatten(0, 1)
-    (rows, columns), grid = layout.tiles, layout.grid
+        return diverse(features, layout.length // layout.crops).flatten(0, 1)
+    rows, columns = layout.tiles
     top, left, height, width = layout.keep
-    tiled = features[1:].unflatten(1, (grid, grid)).unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
-    tiled = tiled.reshape(rows * grid, columns * grid, -1)[top : top + height, left : left + width]
-    return torch.cat([features[0], tiled.flatten(0, 1)])
+    tiled = features[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
+    tiled = tiled.reshape(rows * side, columns * side, -1)[top : top + height, left : left + width]
+    return diverse(torch.cat([features[0], tiled.flatten(0, 1)])[None], layout.length)[0]
+
+
+def diverse(features: Tensor, count: int) -> Tensor:
+    """Of `[N, T, D]` the `count` of each T that differ most from each other, by angle, in their order: `[N, count, D]`.
+
+    First the one that is farthest from its nearest, then each time the one that is farthest from all that are chosen.
+    Source: DivPrune, Alvar et al. 2025, arXiv 2503.02175.
+    """
+    n, tokens = features.shape[:2]
+    if count == tokens:
+        return features
+    sight, each = normalize(features.detach().float(), dim=-1), torch.arange(n, device=features.device)
+    apart = 1 - sight @ sight.transpose(1, 2)
+    chosen = torch.zeros(n, tokens, dtype=torch.bool, device=features.device)
+    nearest = (apart + 4 * torch.eye(tokens, device=features.device)).amin(-1)
+    for number in range(count):
+        best = nearest.masked_fill(chosen, -1).argmax(-1)
+        chosen[each, best] = True
+        nearest = torch.minimum(nearest, apart[each, best]) if number else apart[each, best]
+    return features[chosen].unflatten(0, (n, count))

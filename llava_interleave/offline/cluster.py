@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ def run(
     is done is kept.
     """
     job = Job(source.path.absolute(), source.question, source.digest, worker, options)
-    with _connected(address) as ray:
+    with connected(address, "data") as ray, _moving(ray):
         fits = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
         model = ray.get(ray.remote(**fits.model)(type(worker).about).remote(worker, options))
 
@@ -173,34 +174,45 @@ def _computed(ray: Any, job: Job, groups: Groups, fits: Slots) -> Computed:
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """Ray, connected where this process is not yet, silent, and without its reports of use to its makers."""
+def connected(address: str, library: str) -> Iterator[Any]:
+    """Ray with its library (data, serve), connected where this process is not yet, silent, and without its reports of use."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
-        import ray.data
+
+        import_module(f"ray.{library}")
     except ImportError as error:
         raise Unsupported("ray is not installed; pip install 'llava-interleave[ray]', on every machine of the cluster") from error
     if "://" in address:
-        raise OptionError(f"{address} is for Ray's client, which runs no Ray Data: run the command on a node, with auto")
+        raise OptionError(
+            f"{address} is for Ray's client, which has no Ray {library.title()}: run the command on a node, with auto"
+        )
     begun = not ray.is_initialized()
     try:
         if begun:
             ray.init(None if address == "local" else address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RemoteError(f"there is no Ray cluster at {address!r} ({error}); `ray start --head` begins one") from error
+        begin = "`ray start --head` begins one; if it asks for a token, set RAY_AUTH_MODE=token here, too"
+        raise RemoteError(f"there is no Ray cluster at {address!r} ({error}); {begin}") from error
+    try:
+        yield ray
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+@contextmanager
+def _moving(ray: Any) -> Iterator[None]:
+    """Ray Data as a run needs it, and errors told as a user knows them."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else it stays on the machine that raised it
     context.execution_no_progress_timeout_s = STALLED
     try:
-        yield ray
+        yield
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
         raise told(error) from error
-    finally:
-        if begun:
-            ray.shutdown()
 
 
 def told(error: BaseException) -> LlavaError:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..config import LlavaConfig, read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
-from ..layout import Layout, anyres
+from ..layout import Layout, Thin, anyres
 from ..prompt import Media, Prompt
 from .chat import PRESETS, SYSTEM, Rendered, Slot, Turn, parse, render
 from .images import ImageSettings
@@ -74,6 +74,8 @@ class _Job:
     sampling: FrameSampling | None  # of a video; None for an image
     anyres: bool
     pad: bool
+    pool: int
+    share: float
 
 
 class Processor:
@@ -118,6 +120,7 @@ class Processor:
         anyres: bool = False,
         pad: bool = False,
         frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
+        thin: Thin = Thin(),  # noqa: B008  frozen
         frame_times: bool = False,
         generation: bool = True,
         max_new_tokens: int = 0,
@@ -127,13 +130,13 @@ class Processor:
         preset: interleave, hf or official (see `chat`). system: a system prompt, None for none. A
         system message among `messages` takes its place. anyres: images (not video frames) also as tiles, of the original's
         geometry. pad: images and frames are made square with grey bars instead of squashed. frames: how videos are sampled
-        that do not say it themselves. frame_times: after a video stands when its frames are. generation: end with the start
-        of the answer. max_new_tokens: room in the context that the answer needs.
+        that do not say it themselves. thin: how features become fewer tokens. frame_times: after a video stands when its frames
+        are. generation: end with the start of the answer. max_new_tokens: room in the context that the answer needs.
         Raises PromptError, OptionError, MediaError, MediaRefused, ContextError.
         """
         turns = parse(messages, frames)
         rendering = self._rendering(turns, preset, system, generation)
-        return self._prompt(rendering, media, anyres, pad, frames, frame_times, max_new_tokens)
+        return self._prompt(rendering, media, anyres, pad, frames, frame_times, max_new_tokens, thin=thin)
 
     def raw(
         self,
@@ -180,6 +183,7 @@ class Processor:
         anyres: bool = False,
         pad: bool = False,
         frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
+        thin: Thin = Thin(),  # noqa: B008  frozen
         frame_times: bool = False,
         generation: bool = True,
         number_bytes: int = 2,
@@ -192,7 +196,7 @@ class Processor:
         turns = parse(messages, frames)
         rendering = self._rendering(turns, preset, system, generation)
         rendered = rendering({})
-        jobs = self._jobs(rendered.slots, media, anyres, pad, frames)
+        jobs = self._jobs(rendered.slots, media, anyres, pad, frames, thin)
         sizes = _each(self._measure, jobs)
         if frame_times:
             rendered = rendering(_notes(rendered.slots, [clip for _, clip in sizes]))
@@ -231,11 +235,12 @@ class Processor:
         frame_times: bool,
         max_new_tokens: int,
         learn: bool = False,
+        thin: Thin = Thin(),  # noqa: B008  frozen
     ) -> Prompt:
         rendered = rendering({})
-        jobs = self._jobs(rendered.slots, media, anyres, pad, frames)
+        jobs = self._jobs(rendered.slots, media, anyres, pad, frames, thin)
         # An image takes at least one crop, a video one frame: far too many are refused before any is opened.
-        least = [Layout(self.config.vision.grid)] * len(jobs)
+        least = [self._crop(job) for job in jobs]
         self._check_context(len(rendered.tokens), jobs, least, max_new_tokens)
         budget = PixelBudget(self.loader.limits)
         loaded = _each(lambda job: self._load(job, budget), jobs)
@@ -262,10 +267,18 @@ class Processor:
         assert self.tokenizer.image_id not in rendered.tokens[begin:] and len(tokens) == len(flags)
         return Prompt(tokens, tuple(placed), flags if learn else None)
 
-    def _jobs(self, slots: list[Slot], media: Sequence[object], anyres: bool, pad: bool, frames: FrameSampling) -> list[_Job]:
+    def _jobs(
+        self, slots: list[Slot], media: Sequence[object], anyres: bool, pad: bool, frames: FrameSampling, thin: Thin
+    ) -> list[_Job]:
         """Give each slot its source. Raises PromptError where the counts differ."""
         if anyres and pad:
             raise OptionError("anyres and pad are two ways to keep the proportions of an image; give one of them")
+        grid = self.config.vision.grid
+        for name, side, share in (("images", thin.pool_images, thin.keep_images), ("frames", thin.pool_frames, thin.keep_frames)):
+            if type(side) is not int or not 1 <= side <= grid:
+                raise OptionError(f"pool_{name} must be a whole number from 1 to {grid}, the features on a side, not {side!r}")
+            if type(share) not in (int, float) or not 0 < share <= 1:
+                raise OptionError(f"keep_{name} is a share of the tokens, above 0 and at most 1, not {share!r}")
         if isinstance(media, str | bytes | os.PathLike) or not isinstance(media, Sequence):
             raise PromptError(f"media must be a list of images and videos, not {type(media).__name__}")
         open_slots = sum(slot.source is None for slot in slots)
@@ -287,32 +300,39 @@ class Processor:
             sampling = (slot.sampling or frames) if video else None
             if sampling and (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
                 sampling = replace(sampling, frames=self.num_frames)
-            jobs.append(_Job(f"{kind}: {name_of(source)}", source, sampling, tiles and not video, pad))
+            name = f"{kind}: {name_of(source)}"
+            pool, share = (thin.pool_frames, thin.keep_frames) if video else (thin.pool_images, thin.keep_images)
+            jobs.append(_Job(name, source, sampling, tiles and not video, pad, pool, share))
         return jobs
+
+    def _crop(self, job: _Job) -> Layout:
+        """The layout of one crop."""
+        return Layout(self.config.vision.grid, pool=job.pool, share=float(job.share))
+
+    def _tiles(self, job: _Job, width: int, height: int) -> Layout:
+        """The layout of an image of this size cut into tiles."""
+        one = self._crop(job)
+        return replace(anyres(width, height, self.config.vision.image_size, one.grid, one.pool), share=one.share)
 
     def _measure(self, job: _Job) -> tuple[Layout, Clip | None]:
         """Layout, and the times of a video, without decoding."""
-        vision = self.config.vision
         if job.sampling is not None:
             clip = self.loader.video_times(job.source, job.sampling)
-            return Layout(vision.grid, len(clip.times)), clip
-        if job.anyres:
-            return anyres(*self.loader.image_size(job.source), vision.image_size, vision.grid), None
-        return Layout(vision.grid), None
+            return replace(self._crop(job), crops=len(clip.times)), clip
+        return self._tiles(job, *self.loader.image_size(job.source)) if job.anyres else self._crop(job), None
 
     def _load(self, job: _Job, budget: PixelBudget) -> tuple[Media, Clip | None]:
         """An image or video ready for the tower; its place in the prompt is not known yet."""
-        vision = self.config.vision
         clip = None
         if job.sampling is not None:
             clip = self.loader.video(job.source, job.sampling, budget, lambda frame: self.images.fit(frame, job.pad))
-            layout, crops = Layout(vision.grid, len(clip.frames)), clip.frames
+            layout, crops = replace(self._crop(job), crops=len(clip.frames)), clip.frames
         else:
             image = self.loader.image(job.source, budget)
             if job.anyres:
-                layout, crops = anyres(*image.size, vision.image_size, vision.grid), self.images.tile(image)
+                layout, crops = self._tiles(job, *image.size), self.images.tile(image)
             else:
-                layout, crops = Layout(vision.grid), [self.images.fit(image, job.pad)]
+                layout, crops = self._crop(job), [self.images.fit(image, job.pad)]
         pixels, key = self.images.pixels(crops, layout)
         return Media(pixels, layout, key, 0), clip
 
@@ -323,19 +343,20 @@ class Processor:
         total = text + sum(lengths)
         if total + reserve <= context:
             return
-        one = self.config.vision.grid**2
+        ones = [self._crop(job).length for job in jobs]  # what a frame or a whole picture takes
         videos = sum(length for job, length in zip(jobs, lengths, strict=True) if job.sampling)
-        clips = sum(job.sampling is not None for job in jobs)
-        fit = (context - reserve - (total - videos)) // one // max(clips, 1)
-        pictures = (context - reserve - text) // one
+        frames = [one for job, one in zip(jobs, ones, strict=True) if job.sampling]
+        clips = len(frames)
+        fit = (context - reserve - (total - videos)) // sum(frames) if clips else 0
+        pictures = (context - reserve - text) // max(ones, default=1)
         if clips and fit > 0:
             way = (
                 f"at most {fit} frame{'s' * (fit != 1)} {'of each video ' * (clips > 1)}fit beside the rest; ask for fewer frames"
             )
-        elif any(layout.tiles for layout in layouts) and text + one * len(jobs) + reserve <= context:
-            way = f"without anyres it would be {text + one * len(jobs):,} tokens"
+        elif any(layout.tiles for layout in layouts) and text + sum(ones) + reserve <= context:
+            way = f"without anyres it would be {text + sum(ones):,} tokens"
         elif jobs and pictures > 0:
-            way = f"at most {pictures} image{'s' * (pictures != 1)} of {one} tokens fit beside the text"
+            way = f"at most {pictures} image{'s' * (pictures != 1)} of {max(ones)} tokens fit beside the text"
         else:
             way = "shorten the text" + " or ask for fewer new tokens" * (reserve > 0)
         raise ContextError(

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -19,13 +19,16 @@ from ..chatbot import Chatbot
 from ..processing import Estimate
 from . import document
 from .chat import respond, respond_explained
+from .files import Files
 from .guard import DOCS, PAGE, Guard, Keys
+from .metrics import PROMETHEUS, Metrics
 from .reference import reference
 from .refusals import explain, response
 from .schema import ChatRequest, ExplainRequest, Question, adapter_of
 from .service import Service
 from .settings import Settings
 
+T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src blob:; "
@@ -36,6 +39,15 @@ PAGE_HEADERS = {
 }
 
 
+class Shared(Protocol):
+    """What the routes of refusals and of files share."""
+
+    files: Files
+    metrics: Metrics
+
+    async def aside(self, work: Callable[[], T]) -> T: ...
+
+
 def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     """The server as an ASGI application. `bot` belongs to it from here on, and reads what `settings.limits` allow.
 
@@ -43,6 +55,13 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     """
     service = Service(bot, settings)
     keys = None if settings.api_keys is None else Keys.read(settings.api_keys)
+    app = application(service)
+    app.add_middleware(Guard, settings=settings, keys=keys, metrics=service.metrics)
+    return app
+
+
+def application(service: Service) -> FastAPI:
+    """The routes, with nothing before them: a guard has to be added."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,13 +81,14 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
         responses=document.REFUSED,
     )
     app.state.service = service
-    app.add_middleware(Guard, settings=settings, keys=keys, metrics=service.metrics)
-    for routes in (_refusals, _pages, _state, _models, _answers, _files):
+    for routes in (refusal_routes, _pages, _state, _models, _answers, file_routes):
         routes(app, service)
     return app
 
 
-def _refusals(app: FastAPI, service: Service) -> None:
+def refusal_routes(app: FastAPI, service: Shared) -> None:
+    """What FastAPI itself refuses, in our form."""
+
     @app.exception_handler(HTTPException)
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -107,7 +127,7 @@ def _state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=PROMETHEUS)
 
 
 def _models(app: FastAPI, service: Service) -> None:
@@ -153,7 +173,9 @@ def _answers(app: FastAPI, service: Service) -> None:
         return respond_explained(service, asked, request.state.key)
 
 
-def _files(app: FastAPI, service: Service) -> None:
+def file_routes(app: FastAPI, service: Shared) -> None:
+    """Uploads."""
+
     @app.post("/v1/files", response_model=document.File)
     async def upload(file: UploadFile, purpose: Annotated[str, Form()], request: Request) -> dict[str, Any]:
         """Keep an image or a video for several questions, which name it by its id."""

@@ -86,16 +86,17 @@ async def _stream(service: Service, chat: Chat, send: Send) -> None:
 
     try:
         async for chunks in chat:
-            await event(b"".join(map(_event, chunks)) or ALIVE)
+            await event(b"".join(map(server_sent, chunks)) or ALIVE)
     except Gone:
         raise
     except Exception as error:  # noqa: BLE001  the status has been sent: the client is told here
-        await event(_event(body(service.metrics.refused(explain(error)))), more=False)
+        await event(server_sent(body(service.metrics.refused(explain(error)))), more=False)
     else:
         await event(b"data: [DONE]\n\n", more=False)
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def server_sent(data: dict[str, Any]) -> bytes:
+    """An event of a stream."""
     return f"data: {JSON.encode(data)}\n\n".encode("utf-8", "replace")
 
 

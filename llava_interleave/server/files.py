@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +67,11 @@ class Files:
             raise Refusal(404, "file_not_found", f"there is no file {name[:80]!r}; upload it with POST /v1/files")
         return stored
 
+    def among(self, key: str, names: Iterable[str]) -> dict[str, Stored]:
+        """Those of these files that there are."""
+        files = self._of.get(key, {})
+        return {name: files[name] for name in names if name in files}
+
     def list(self, key: str) -> list[dict[str, Any]]:
         """All files of a key, oldest first."""
         return [stored.told(name) for name, stored in self._of.get(key, {}).items()]
@@ -72,3 +80,24 @@ class Files:
         """Raises Refusal as `get`."""
         self.get(key, name)
         del self._of[key][name]
+
+
+class Lent(Files):
+    """Files that requests bring along, there for as long as one of these is under way."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._holders: Counter[tuple[str, str]] = Counter()
+
+    @contextlib.contextmanager
+    def during(self, key: str, files: Mapping[str, Stored]) -> Iterator[None]:
+        """A request of this key and its files."""
+        self._of.setdefault(key, {}).update(files)
+        self._holders.update((key, name) for name in files)
+        try:
+            yield
+        finally:
+            for name in files:
+                self._holders[key, name] -= 1
+                if not self._holders[key, name]:
+                    del self._holders[key, name], self._of[key][name]

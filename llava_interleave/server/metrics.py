@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from ..chatbot import Answer
 from ..engine import Load
 from .refusals import Refusal
 
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -46,7 +49,9 @@ class Metrics:
         Gauge("llava_under_way", "Answers admitted, also those being prepared", registry=self.registry).set_function(under_way)
 
     def answered(self, scope: Any, status: int) -> None:
-        """A request is over; status 0: nothing was sent."""
+        """A request is over; status 0: nothing was sent. What a replica answered is counted there."""
+        if "replica" in scope.get("state", ()):
+            return
         route = getattr(scope.get("route"), "path", "other")
         self.requests.labels(route, str(status)).inc()
 
@@ -67,3 +72,13 @@ class Metrics:
     def text(self) -> bytes:
         """What Prometheus reads."""
         return generate_latest(self.registry)
+
+
+def merged(own: bytes, replicas: Mapping[str, bytes]) -> bytes:
+    """The metrics of several servers as one text, each sample of a replica with its name in a label."""
+    families: dict[str, Metric] = {}
+    for replica, text in {"": own, **replicas}.items():
+        for family in text_string_to_metric_families(text.decode()):
+            into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            into.samples += [sample._replace(labels=sample.labels | {"replica": replica}) for sample in family.samples]
+    return generate_latest(SimpleNamespace(collect=families.values))  # of a registry it asks no more

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import socket
+import typing
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .service import Service
 from .settings import Settings
 
 KEEP_ALIVE = 5
@@ -33,6 +34,12 @@ def one_heap() -> bool:
         return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
     except (AttributeError, OSError, TypeError):  # another C library; Windows
         return False
+
+
+def log_to_stderr(level: int) -> None:
+    """This package's log from a level on, of others what is a warning."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("llava_interleave").setLevel(level)
 
 
 class Protocol(H11Protocol):
@@ -65,6 +72,15 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
+class Served(typing.Protocol):
+    """What answers behind a port."""
+
+    name: str
+
+    def drain(self) -> None:
+        """Take nothing more, and let what is under way end within the time of grace."""
+
+
 class Server(uvicorn.Server):
     """A server that lets answers under way end before it goes."""
 
@@ -87,7 +103,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.grace) + AFTERWARDS,
             )
         )
-        self.service: Service = app.state.service
+        self.service: Served = app.state.service
 
     @property
     def address(self) -> str:

@@ -189,15 +189,16 @@ class Service:
     def drain(self) -> None:
         """Take nothing more; what is under way has the time of grace, then it is told."""
         self.stopping = True
-        asyncio.get_running_loop().call_later(self.settings.grace, self._end)
+        asyncio.get_running_loop().call_later(self.settings.grace, self.end)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Tell whoever is still answered that it was not in time."""
         self.late = Refusal(503, "stopping", "the server was stopped before the answer was complete", retry=10)
         self.worker.fail(self.late)
 
     def close(self) -> None:
         """Stop all threads."""
-        self._end()
+        self.end()
         self.worker.close()
         for pool in (self.pool, self.explainer):
             pool.shutdown(wait=False, cancel_futures=True)

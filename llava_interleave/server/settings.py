@@ -21,6 +21,19 @@ def _setting(default: Any, sentence: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": sentence})
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the machines of a cluster serve, under names that all of them know; log_level: of their logs."""
+
+    name: str | None
+    revision: str | None
+    precision: str
+    device: str
+    deterministic: bool
+    adapters: tuple[tuple[str, str], ...]
+    log_level: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How a server is reached and how much a request may take."""

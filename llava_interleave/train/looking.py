@@ -36,7 +36,7 @@ _kinds, _colours, _sizes, _rows, _columns, _depths = ("|".join(group) for group 
 _PLACE = rf"(?:{_rows}|{_depths}) (?:{_columns})"
 _THING = rf"(?:(?:{_columns}|{_depths}) )?(?:(?:{_sizes}) )?(?:(?:{_colours}) )?(?:{_kinds})"
 _PHRASE = re.compile(rf"\b(?:{_PLACE}|{_THING}|(?:(?:{_sizes}) )?(?:{_colours})|(?:{_sizes}))\b")
-_JOINT = re.compile(r"(?:, | and |, then |(?<=:) the )$")  # says that another phrase comes
+_JOINT = re.compile(r"(?:, | and |, then |; |(?<=:) the )$")  # says that another phrase comes
 _READING = ("read", "character_at", "character_of", "digit")
 
 
@@ -96,14 +96,16 @@ class Looks:
         slots = [question.kind, question.colour, question.thing, question.place, question.a, question.b] if question else []
         asked = set[Spot]().union(*(self.find(slot) for slot in slots if slot))
         found = [m for m in _PHRASE.finditer(text) if len(m[0]) > 1 or about in _READING]
+        here = set[Spot]()  # the place spoken of
         for m in found:
             joint = _JOINT.search(text, 0, m.start())
             spots = self.find(m[0], _pictures(text[: m.start()], question)) or self.find(m[0])
             if re.fullmatch(_PLACE, m[0]):
-                spots -= self.find("nothing")
+                here = spots
+                spots = spots - self.find("nothing")
             if m[0] == "nothing":
-                spots = spots & asked or {NOWHERE}
-            yield range(joint.start() if joint else m.start(), m.end()), spots & asked or spots
+                spots = spots & (asked or here) or {NOWHERE}
+            yield range(joint.start() if joint else m.start(), m.end()), spots & asked or spots & here or spots
         if question and question.because and found:
             yield range(len(question.because), len(question.because) + 1), {NOWHERE}
         elif question and question.thing and not found:
@@ -114,18 +116,16 @@ class Looks:
 
 def _pictures(before: str, question: Question | None) -> list[int] | None:
     """Which picture is spoken of, if not any."""
-    if question:
-        named = question.where or question.side
-    else:
-        headings = re.findall(rf"(?:^|\. )(image \d|first|last|{'|'.join(SIDES)}): ", before)
-        named = headings[-1] if headings else ""
+    headings = re.findall(rf"(?:^|\. )(image \d|frame \d|first|last|{'|'.join(SIDES)}): ", before)
+    named = (question.where or question.side) if question else ""
+    named = headings[-1] if headings else named
     if not named:
         return None
     return [{"first": 0, "last": FRAMES - 1}[named] if named in ("first", "last") else _number(named)]
 
 
 def _number(picture: str) -> int:
-    return SIDES.index(picture) if picture in SIDES else int(picture.removeprefix("image ")) - 1
+    return SIDES.index(picture) if picture in SIDES else int(picture.split()[-1]) - 1
 
 
 def look(prompt: Prompt, tokenizer: Tokenizer, looks: Looks, turns: Sequence[Turn]) -> Looked:

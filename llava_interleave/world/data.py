@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from .draw import draw, write_video
-from .episodes import SCENARIOS, Episode, episode
+from .episodes import NORMAL, SCENARIOS, Episode, Level, episode
 from .questions import DESCRIBE, Question, ask
 
-VIDEO_FRAMES = 25  # the four that are looked at lie at every eighth
+VIDEO_FRAMES = 25  # of those that are looked at four lie at every eighth, nine at every third
 
 
 def placeholders(ep: Episode) -> str:
@@ -57,10 +57,10 @@ def pictures(ep: Episode, size: int) -> list[Image.Image]:
     return [Image.fromarray(draw(scene, size)) for scene in ep.scenes]
 
 
-def exam(scenario: str, index: int, *, held_out: bool) -> tuple[Episode, Question, str]:
+def exam(scenario: str, index: int, *, held_out: bool, level: Level = NORMAL) -> tuple[Episode, Question, str]:
     """Question `index` of the world's benchmark in a scenario: episode, question, wording. Training never sees its seed."""
     rng = Random(f"exam 2/{scenario}/{index}")
-    ep = episode(scenario, rng)
+    ep = episode(scenario, rng, level)
     question = rng.choice(ep.questions)
     return ep, question, ask(question, rng, held_out=held_out)
 

@@ -172,18 +172,25 @@ def visible(scene: Scene, size: int = 96) -> list[float]:
 
 
 def patches(scene: Scene, size: int, patch: int) -> list[Thing | None]:
-    """For each patch of a picture, row by row, the thing that covers most of it, if it covers three hundredths.
+    """For each patch of a picture, row by row, the thing that it stands for.
 
-    A small star covers six.
+    That is the one that covers most of the patch, if it covers three hundredths (a small star covers six). What is hidden but for
+    a fifth is left out; what is not, and covers most of no patch, has one all the same: the nearest that is empty or one of many.
     """
     grid = size // patch
     owner = owners(scene, size).reshape(grid, patch, grid, patch).swapaxes(1, 2).reshape(grid * grid, -1)
-    found: list[Thing | None] = []
-    for pixels in owner:
-        counts = np.bincount(pixels + 1, minlength=2)[1:]
-        best = int(counts.argmax())
-        found.append(scene.things[best] if counts[best] > 0.03 * patch**2 else None)
-    return found
+    covers = np.stack([np.bincount(pixels + 1, minlength=len(scene.things) + 1)[1:] for pixels in owner])
+    seen = np.array(visible(scene, size)) > 0.2
+    large = covers * seen * (covers > 0.03 * patch**2)
+    found = [int(counts.argmax()) if counts.any() else -1 for counts in large]
+    for index in np.flatnonzero(seen):
+        if index not in found and covers[:, index].any():
+            at = int(covers[:, index].argmax())
+            spare = [p for p, thing in enumerate(found) if thing < 0 or found.count(thing) > 1]
+            steps = {p: (abs(p // grid - at // grid), abs(p % grid - at % grid)) for p in spare}
+            if spare:
+                found[max(spare, key=lambda p: (covers[p, index], -max(steps[p]), -steps[p][1], -p))] = int(index)
+    return [scene.things[index] if index >= 0 else None for index in found]
 
 
 def write_video(frames: list[Pixels], path: Path, fps: int = 8) -> None:

@@ -17,6 +17,39 @@ FRAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """How much there is to see: a number of an episode is one of those given, all equally likely.
+
+    things: of a single picture. characters: of a text. before: things of a picture, of which one then changes. pictures: of an
+    album. each: things of one of them, the last only where all have other numbers. actors: things of a video. frames: of a
+    video, looked at. solids: things seen from four sides.
+    """
+
+    things: tuple[int, ...]
+    characters: tuple[int, ...]
+    before: tuple[int, ...]
+    pictures: tuple[int, ...]
+    each: tuple[int, ...]
+    actors: tuple[int, ...]
+    frames: int
+    solids: tuple[int, ...]
+
+
+NORMAL = Level(
+    things=(1, 2, 2, 3, 3, 4), characters=(1, 2, 3), before=(1, 2, 3), pictures=(2, 3), each=(1, 2, 3, 4),
+    actors=(1, 2, 2, 3), frames=FRAMES, solids=(2, 3, 3, 4),
+)  # fmt: skip
+EASY = Level(things=(1, 2), characters=(1, 2), before=(1,), pictures=(2,), each=(1, 2), actors=(1,), frames=FRAMES, solids=(2,))
+HARD = Level(
+    things=(5, 6, 7, 8), characters=(4, 5, 6), before=(4, 5), pictures=(4, 5, 6), each=(1, 2, 3, 4, 5, 6, 7),
+    actors=(3,), frames=9, solids=(5, 6),
+)  # fmt: skip
+LEVELS = {"easy": EASY, "normal": NORMAL, "hard": HARD}
+"""Training draws the normal one. Easy is the least that it shows; hard more than it ever shows, but for the things of a video,
+which need a row or a column each."""
+
+
+@dataclass(frozen=True, slots=True)
 class Episode:
     """`scenes` are the pictures in order (for a video its frames); `names` are given for views only."""
 
@@ -28,9 +61,9 @@ class Episode:
     clip: Callable[[float], Scene] | None = None  # video: the scene at a time from 0 to 1
 
 
-def episode(scenario: str, rng: Random) -> Episode:
+def episode(scenario: str, rng: Random, level: Level = NORMAL) -> Episode:
     """Draw the lots of one episode; the same `rng` state gives the same episode."""
-    return {"single": single, "multi": multi, "video": video, "views": views}[scenario](rng)
+    return {"single": single, "multi": multi, "video": video, "views": views}[scenario](rng, level)
 
 
 # --- flat things in nine places ---
@@ -94,18 +127,19 @@ def other(rng: Random, options: list[str] | tuple[str, ...], *but: str) -> str:
     return rng.choice([o for o in options if o not in but])
 
 
-def single(rng: Random) -> Episode:
+def single(rng: Random, level: Level) -> Episode:
     background = Background.sample(rng)
     if rng.random() < 0.25:
-        return reading(rng, background)
-    things = scatter(rng, rng.choice([1, 2, 2, 3, 3, 4]))
+        return reading(rng, background, level)
+    things = scatter(rng, rng.choice(level.things))
     return Episode("single", (Scene(tuple(things), background),), listing(things), tuple(about(rng, things)))
 
 
-def reading(rng: Random, background: Background) -> Episode:
-    row, n = rng.randrange(3), rng.choice([1, 2, 3])
-    start = rng.randint(0, 3 - n)
-    things = [in_cell(rng, 3 * row + start + i, rng.choice(DIGITS + LETTERS), rng.choice(list(COLOURS)), True) for i in range(n)]
+def reading(rng: Random, background: Background, level: Level = NORMAL) -> Episode:
+    """Characters in a row, or in two where they are more than three."""
+    row, n = rng.randrange(3), rng.choice(level.characters)
+    first = 3 * min(row, 2 - (n - 1) // 3) + rng.randint(0, max(0, 3 - n))
+    things = [in_cell(rng, first + i, rng.choice(DIGITS + LETTERS), rng.choice(list(COLOURS)), True) for i in range(n)]
     asked = [Question("read", " ".join(t.kind for t in things))]
     one = rng.choice(things)
     asked.append(Question("character_at", one.kind, place=place_of(one)))
@@ -170,8 +204,8 @@ def counted(about: str, found: list[Thing], **slots: str) -> Question:
 # --- several images ---
 
 
-def multi(rng: Random) -> Episode:
-    return (changed if rng.random() < 0.5 else album)(rng)
+def multi(rng: Random, level: Level) -> Episode:
+    return (changed if rng.random() < 0.5 else album)(rng, level)
 
 
 def change(rng: Random, things: list[Thing]) -> tuple[list[Thing], str]:
@@ -199,11 +233,14 @@ def change(rng: Random, things: list[Thing]) -> tuple[list[Thing], str]:
     return list(things), "nothing changed"
 
 
-def changed(rng: Random) -> Episode:
+def changed(rng: Random, level: Level) -> Episode:
     background = Background.sample(rng)
-    before = scatter(rng, rng.randint(1, 3))
+    before = scatter(rng, rng.choice(level.before))
     after, told = change(rng, before)
-    asked = [Question("changed", told)] * 2
+    here, there = ({cell_of(t): t.name for t in things} for things in (before, after))
+    pairs = [(PLACES[c], here.get(c, "nothing"), there.get(c, "nothing")) for c in sorted(here.keys() | there.keys())]
+    both = (f"{place} {one} and {other} {'same' if one == other else 'different'}" for place, one, other in pairs)
+    asked = [Question("changed", told, ", ".join(both))] * 2
     pictures = [before, reading_order(after)]
     asked += [same_at(rng, *pictures), same_at(rng, *pictures), *between(rng, pictures)]
     scenes = tuple(Scene(tuple(things), background) for things in pictures)
@@ -220,9 +257,9 @@ def same_at(rng: Random, before: list[Thing], after: list[Thing]) -> Question:
     return Question("same_at", "no" if place in differ else "yes", because, place=place)
 
 
-def album(rng: Random) -> Episode:
-    n = rng.choice([2, 3])
-    counts = rng.sample(range(1, 5), n) if rng.random() < 0.6 else [rng.randint(1, 3) for _ in range(n)]
+def album(rng: Random, level: Level) -> Episode:
+    n = rng.choice(level.pictures)
+    counts = rng.sample(level.each, n) if rng.random() < 0.6 else [rng.choice(level.each[:-1]) for _ in range(n)]
     pictures = [scatter(rng, count) for count in counts]
     asked = between(rng, pictures)
     if len(set(counts)) == n:
@@ -264,10 +301,10 @@ def between(rng: Random, pictures: list[list[Thing]]) -> list[Question]:
 # --- video ---
 
 
-def video(rng: Random) -> Episode:
+def video(rng: Random, level: Level) -> Episode:
     """Things that move, appear, vanish or change colour, each in a row or a column of its own."""
     background = Background.sample(rng)
-    n = rng.choice([1, 2, 2, 3])
+    n = rng.choice(level.actors)
     lanes, upright = rng.sample(range(3), n), rng.random() < 0.5
     colours = rng.sample(list(COLOURS), n)
     kinds = [rng.choice(SHAPES) for _ in range(n)]
@@ -291,6 +328,15 @@ def video(rng: Random) -> Episode:
     def clip(t: float) -> Scene:
         return Scene(tuple(thing for a in actors if (thing := a.at(t))), background)
 
+    scenes = tuple(clip(i / (level.frames - 1)) for i in range(level.frames))
+    ordered = sorted(actors, key=lambda a: cell_of(a.thing))
+    courses = "; ".join(", then ".join(f"{place_of(t)} {t.short}" if t else "nothing" for t in a.ends) for a in ordered)
+    happenings = sorted((a for a in actors if a.act in ("appears", "disappears", "turns")), key=lambda a: a.time)
+    story = []
+    for i, scene in enumerate(scenes):
+        listed = ", ".join(t.short for t in reading_order(list(scene.things))) or "nothing"
+        now = next((a.thing.short for a in happenings if i - 1 < a.time * (level.frames - 1) <= i), "nothing")
+        story.append(f"frame {i + 1}: {listed}" + f"; {now}" * (i > 0))
     asked: list[Question] = []
     for a in actors:
         asked.append(Question("event", a.event, a.course, thing=a.thing.short))
@@ -300,28 +346,27 @@ def video(rng: Random) -> Episode:
     movers = {a.act: a for a in actors if a.act in ("fast", "slow")}
     if len(movers) == 2 and sum(a.act in movers for a in actors) == 2:
         pair = rng.sample([movers["fast"], movers["slow"]], 2)
-        asked.append(Question("faster", f"the {movers['fast'].thing.short}", a=pair[0].thing.short, b=pair[1].thing.short))
-        asked.append(Question("slower", f"the {movers['slow'].thing.short}", a=pair[0].thing.short, b=pair[1].thing.short))
+        because = "; ".join(f"{a.thing.short} {a.course}" for a in pair)
+        for about, act in (("faster", "fast"), ("slower", "slow")):
+            asked.append(Question(about, f"the {movers[act].thing.short}", because, a=pair[0].thing.short, b=pair[1].thing.short))
     for act in ("appears", "disappears"):
         who = [a for a in actors if a.act == act]
         if len(who) == 1:
-            asked.append(Question(act, f"the {who[0].thing.short}", place_of(who[0].thing)))
+            asked.append(Question(act, f"the {who[0].thing.short}", courses))
         if len(who) == 2:
             first_, second = sorted(who, key=lambda a: a.time)
-            asked.append(Question(f"first_{act}", f"the {first_.thing.short}", place_of(first_.thing)))
-            asked.append(Question(f"last_{act}", f"the {second.thing.short}", place_of(second.thing)))
-    happenings = sorted((a for a in actors if a.act in ("appears", "disappears", "turns")), key=lambda a: a.time)
+            asked.append(Question(f"first_{act}", f"the {first_.thing.short}", ". ".join(story)))
+            asked.append(Question(f"last_{act}", f"the {second.thing.short}", ". ".join(story)))
     if len(happenings) >= 2:
-        asked += [Question("order_events", ", then ".join(f"the {a.thing.short}" for a in happenings))] * 2
+        asked += [Question("order_events", ", then ".join(f"the {a.thing.short}" for a in happenings), ". ".join(story))] * 2
     moving = reading_order([a.thing for a in actors if a.act in ("fast", "slow")])
     asked.append(Question("moving", str(len(moving)), ", ".join(t.short for t in moving)))
     still = [a for a in actors if a.act == "still"]
     if len(still) == 1:
-        asked.append(Question("still", f"the {still[0].thing.short}", place_of(still[0].thing)))
-    scenes = tuple(clip(i / (FRAMES - 1)) for i in range(FRAMES))
+        asked.append(Question("still", f"the {still[0].thing.short}", courses))
     told = " ".join(f"{a.thing.short}: {a.course}: {a.event}." for a in actors)
-    ends = f"first: {listing(list(scenes[0].things))} last: {listing(list(scenes[-1].things))}"
-    return Episode("video", scenes, f"{ends} {told}", tuple(asked), clip=clip)
+    listed = f"first: {listing(list(scenes[0].things))} last: {listing(list(scenes[-1].things))}"
+    return Episode("video", scenes, f"{listed} {told}", tuple(asked), clip=clip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,10 +395,14 @@ class Actor:
         return "down" if self.dy > 0 else "up"
 
     @property
+    def ends(self) -> tuple[Thing | None, Thing | None]:
+        """What it is in the first frame, and in the last."""
+        return self.at(0), self.at(1)
+
+    @property
     def course(self) -> str:
         """Its place in the first frame, then in the last."""
-        ends = (self.at(0), self.at(1))
-        return ", then ".join(place_of(t) if t else "nothing" for t in ends)
+        return ", then ".join(place_of(t) if t else "nothing" for t in self.ends)
 
     @property
     def event(self) -> str:
@@ -370,6 +419,7 @@ def seen_from(side: str, i: int, j: int) -> tuple[int, int]:
     return {"front": (i, j), "right": (j, 2 - i), "back": (2 - i, 2 - j), "left": (2 - j, i)}[side]
 
 
+PLUS = {(1, 1), (1, 0), (0, 1), (2, 1), (1, 2)}  # things on all of these may hide the middle one from every side
 SCALES, BASES = (1.0, 0.82, 0.67), (0.92, 0.78, 0.67)  # of what is near, halfway and far
 
 
@@ -390,9 +440,9 @@ def look(side: str, floor: list[tuple[int, int, Thing]], background: Background)
     return Scene(tuple(thing for _, thing in sorted(placed, key=lambda p: -p[0])), background)
 
 
-def views(rng: Random) -> Episode:
+def views(rng: Random, level: Level) -> Episode:
     background = replace(Background.sample(rng), texture="plain")
-    n = rng.choice([2, 3, 3, 4])
+    n = rng.choice(level.solids)
     colours = rng.sample(list(COLOURS), n)
     spots: list[tuple[int, int]] = []
     larges: list[bool] = []
@@ -403,7 +453,7 @@ def views(rng: Random) -> Episode:
             spot, large = (i + di, j + dj), not larges[-1]
         else:
             spot, large = (rng.randrange(3), rng.randrange(3)), rng.random() < 0.6
-        if spot not in spots and all(0 <= c < 3 for c in spot):
+        if spot not in spots and all(0 <= c < 3 for c in spot) and not {*spots, spot} >= PLUS:
             spots.append(spot)
             larges.append(large)
     floor = [

@@ -1,0 +1,158 @@
+"""A decoder's layers in one call: the same as layer by layer, nearer to exact, and the same to the bit in any company."""
+
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava_interleave import kernels, weights
+from llava_interleave.config import TextConfig
+from llava_interleave.engine import Engine, Sampling
+from llava_interleave.engine.cache import KV, Keys
+from llava_interleave.engine.memory import Slabs, Span, fusible
+from llava_interleave.model.fused import Fused, possible
+from llava_interleave.model.quantise import QuantisedLinear, pack
+from llava_interleave.model.text import Qwen2
+from llava_interleave.prompt import Prompt
+from llava_interleave.testing import tiny_checkpoint, tiny_config
+
+pytestmark = pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}")
+SHAPES = {
+    "grouped": TextConfig(128, 160, 3, 4, 2, 32, 512, 4096, 1e4, 1e-6, True),
+    "wide heads": TextConfig(64, 96, 2, 3, 3, 64, 512, 4096, 1e6, 1e-6, True),
+}
+SPANS = [(37, 1), (5, 3), (700, 14), (1, 1), (0, 1)]  # place of the first new token, how many
+
+
+@pytest.fixture(params=["AVX2", "AVX-512 VNNI"], autouse=True)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = kernels._AVX2 if request.param == "AVX2" else kernels._AVX512
+    if len(kernels.instructions()) < len(flags):
+        pytest.skip(f"this CPU has no {request.param}")
+    found = kernels.functions(kernels.compiled(flags))
+    monkeypatch.setattr(kernels, "_library", lambda: found)
+
+
+def decoder(c: TextConfig, bits: int) -> Qwen2:
+    torch.manual_seed(0)
+    made = Qwen2(c).to(torch.bfloat16).eval().requires_grad_(False)
+    for name, p in made.named_parameters():
+        p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(0, 0.1 if p.dim() == 1 else 0.7 * p.shape[-1] ** -0.5)
+    for layer in made.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                q = QuantisedLinear(linear.in_features, linear.out_features, bits, bias=linear.bias is not None)
+                q.weight, q.scale = pack(linear.weight, bits)
+                q.bias = linear.bias
+                setattr(part, name, q)
+    return made
+
+
+def sequences(slabs: Slabs, spans: list[tuple[int, int]]) -> list[Span]:
+    """Memories with the same contents at every call."""
+    torch.manual_seed(1)
+    made = [Span(KV(Keys.of([]), at, at + new + 3), at, at + new) for at, new in spans]
+    for span in made:
+        slabs.prepare(span.kv)
+        assert span.kv.slab is not None
+        for tensor in (tensor for tensors, _ in span.kv.slab.parts() for tensor in tensors):
+            if tensor.dtype == torch.int8:
+                tensor.random_(-100, 101)
+            else:
+                tensor.copy_(torch.rand(tensor.shape) * 0.01 if tensor.dtype == torch.float16 else torch.randn(tensor.shape))
+    return made
+
+
+def contents(spans: list[Span]) -> list[Tensor]:
+    return [tensor for span in spans if span.kv.slab for tensors, _ in span.kv.slab.parts() for tensor in tensors]
+
+
+def step(c: TextConfig, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    positions = torch.cat([torch.arange(at, at + new) for at, new in spans])
+    return torch.randn(len(positions), c.hidden_size).bfloat16(), positions
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("in_8_bits", [False, True])
+@torch.inference_mode()
+def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits: bool) -> None:
+    """To bfloat16's rounding, with which the layers differ from themselves in float32 more than the call does."""
+    c = SHAPES[shape]
+    network, slabs = decoder(c, bits), Slabs(c, torch.bfloat16, torch.device("cpu"), in_eight_bits=in_8_bits)
+    x, positions = step(c, SPANS)
+    one, other = sequences(slabs, SPANS), sequences(slabs, SPANS)
+    by_layer = network(x, positions, slabs.attend(one))
+    fused = Fused(network)(x, positions, [fusible(span) for span in other])
+    assert float((fused - by_layer).norm() / by_layer.norm()) < 0.01
+    for ours, theirs in zip(contents(other), contents(one), strict=True):
+        assert float((ours.float() - theirs.float()).abs().max()) <= (4 if ours.dtype == torch.int8 else 0.05)
+    for p in network.parameters():  # what is quantised is a buffer and stays
+        p.data = p.float()
+    exact = sequences(Slabs(c, torch.float32, torch.device("cpu"), in_eight_bits=in_8_bits), SPANS)
+    for a, b in zip(contents(exact), contents(sequences(slabs, SPANS)), strict=True):
+        a.copy_(b)
+    right = network(x.float(), positions, Slabs(c, torch.float32, torch.device("cpu"), in_eight_bits=in_8_bits).attend(exact))
+    assert float((fused.float() - right).norm()) < float((by_layer.float() - right).norm())
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
+@torch.inference_mode()
+def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
+    c = SHAPES["grouped"]
+    fused, slabs = Fused(decoder(c, 4)), Slabs(c, torch.bfloat16, torch.device("cpu"), in_eight_bits=in_8_bits)
+    x, positions = step(c, SPANS)
+    threads = torch.get_num_threads()
+    found, memories = [], []
+    try:
+        for several in (1, 2, 5):
+            torch.set_num_threads(several)
+            spans = sequences(slabs, SPANS)
+            found.append(fused(x, positions, [fusible(span) for span in spans]))
+            memories.append(contents(spans))
+    finally:
+        torch.set_num_threads(threads)
+    alone = sequences(slabs, SPANS)
+    tokens = [Span(span.kv, at, at + 1) for span in alone for at in range(span.start, span.stop)]
+    found.append(torch.cat([fused(x[i : i + 1], positions[i : i + 1], [fusible(span)]) for i, span in enumerate(tokens)]))
+    memories.append(contents(alone))
+    for other, memory in zip(found[1:], memories[1:], strict=True):
+        assert torch.equal(found[0], other)
+        assert all(torch.equal(a, b) for a, b in zip(memories[0], memory, strict=True))
+
+
+def test_where_it_is_possible() -> None:
+    assert possible(decoder(SHAPES["grouped"], 8))
+    assert not possible(decoder(SHAPES["grouped"], 8).float())
+    assert not possible(Qwen2(SHAPES["grouped"]).to(torch.bfloat16))
+    assert not possible(decoder(TextConfig(64, 96, 2, 4, 4, 16, 512, 4096, 1e4, 1e-6, True), 8))
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_an_engines_answers_are_the_same_in_any_company(kv: str, tmp_path: Path) -> None:
+    """To the last bit of their log-probabilities: alone, with guesses, beside other answers, and beside prompts under way."""
+    shape = tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
+    model = weights.load(tiny_checkpoint(tmp_path / "tiny", shape), dtype=torch.bfloat16, precision="int4")
+    how = [Sampling(max_new_tokens=30, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most) for most in (0, 8)]
+    prompts = [Prompt([5, 6, 7, 8] * 9), Prompt([9, 8, 7] * 5), Prompt(list(range(3, 250)))]
+
+    def answers(asked: list[Prompt], sampling: Sampling, late: int = 0) -> list[list[tuple[object, ...]]]:
+        """`late`: steps before the last one is asked."""
+        e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, kv_precision=kv)
+        assert e._runner.fused is not None
+        added = [e.add(prompt, sampling) for prompt in asked[: len(asked) - bool(late)]]
+        told: dict[int, list[tuple[object, ...]]] = {}
+        for turn in count():
+            if turn == late > 0:
+                added.append(e.add(asked[-1], sampling))
+            for event in e.step():
+                told.setdefault(id(event.request), []).append((event.token, event.logprob, event.top_logprobs))
+            if not e.busy and turn >= late:
+                return [told[id(request)] for request in added]
+        raise AssertionError
+
+    alone = [answers([asked], how[0])[0] for asked in prompts]
+    assert answers(prompts, how[0]) == alone == answers(prompts, how[1], late=5)
