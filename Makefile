@@ -4,14 +4,15 @@ SHAPE ?= 0.5b
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help demo test test-ray check bench tiny
+.PHONY: help demo test test-ray check bench bench-peers tiny
 
 help:
 	@echo "make demo    draw pictures, a video and views, and let the built-in model answer"
 	@echo "make test    the test suite; ARGS=tests/test_layout.py runs a part"
-	@echo "make test-ray  the tests of Ray (330 MB more) and of deploy/, which the suite skips without it"
+	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   speed beside transformers at the real shape, nine minutes; SHAPE=7b or tiny"
+	@echo "make bench-peers  the same beside OpenVINO GenAI, which it installs apart (3 GB), twenty minutes"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
@@ -22,7 +23,7 @@ test: .venv/installed-dev
 
 test-ray: .venv/installed-dev
 	$(INSTALL) -e '.[dev,ray]' kubernetes-validate
-	$(BIN)/python -m pytest tests/test_cluster.py tests/test_deploy.py
+	$(BIN)/python -m pytest tests/test_cluster.py tests/test_serve_ray.py tests/test_deploy.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -32,6 +33,22 @@ check: .venv/installed-dev
 bench: .venv/installed-dev
 	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
 	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --out bench/latest.json
+	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
+
+build/peers/openvino: constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet -c constraints.txt torch optimum-intel[openvino]==2.2.0 openvino-genai==2026.4.1.0
+	$@/bin/pip uninstall --quiet -y torchvision
+	@touch $@
+
+build/bench/$(SHAPE)-openvino-%: build/peers/openvino
+	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
+	build/peers/openvino/bin/python bench/make_openvino.py build/bench/$(SHAPE) $@ $*
+
+OPENVINO = build/peers/openvino/bin/python bench/systems.py openvino build/bench/$(SHAPE)-openvino-
+bench-peers: .venv/installed-dev build/bench/$(SHAPE)-openvino-int8 build/bench/$(SHAPE)-openvino-int4
+	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --minutes 15 --systems "llava int4" "llava int8" "transformers bfloat16" \
+		--also "openvino int4=$(OPENVINO)int4 int4" "openvino int8=$(OPENVINO)int8 int8" --out bench/latest.json
 	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
 
 tiny: .venv/installed

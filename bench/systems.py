@@ -2,6 +2,7 @@
 
     python bench/systems.py llava FOLDER int4
     python bench/systems.py transformers FOLDER bfloat16
+    python bench/systems.py openvino EXPORTED int4
 
 The first line out tells that it is loaded, and how many bytes a token reads: `weights`, and `kv` for each token before it.
 In: {"chats": [messages, ...], "tokens": N}; all are answered together, with N tokens each. Out: seconds to the `first` token and
@@ -12,6 +13,8 @@ tokens, and the ids `written`; of several chats those of the first one.
 import json
 import sys
 import time
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 Chats = list[list[dict[str, Any]]]
@@ -92,7 +95,56 @@ class Transformers:
         }
 
 
-SYSTEMS = {"llava": Llava, "transformers": Transformers}
+class OpenVino:
+    """OpenVINO GenAI with a folder that optimum-intel exported: its continuous batching, which finds prefixes again."""
+
+    def __init__(self, folder: str, _: str) -> None:
+        import openvino_genai as genai
+
+        scheduler = genai.SchedulerConfig()
+        scheduler.enable_prefix_caching, scheduler.cache_size = True, 2  # GB
+        self.pipe = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU")
+        self.genai, self.tokenizer = genai, self.pipe.get_tokenizer()
+        text = json.loads((Path(folder) / "config.json").read_text())["text_config"]
+        width = text["hidden_size"] // text["num_attention_heads"] + 8  # bytes of a token: 8 bits, scale, zero
+        kv = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * width
+        self.about = {"weights": (Path(folder) / "openvino_language_model.bin").stat().st_size, "kv": kv}
+
+    def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
+        import numpy as np
+        import openvino
+        from PIL import Image
+
+        began = time.perf_counter()
+        prompts, pictures = [], []
+        for chat in chats:
+            paths = [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
+            pictures.append([openvino.Tensor(np.asarray(Image.open(path).convert("RGB"))[None]) for path in paths])
+            prompts.append(spelt(chat))
+        settings = self.genai.GenerationConfig(do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=tokens)
+        made = self.pipe.generate(prompts, images=pictures, generation_config=[settings] * len(chats))
+        total, metrics = time.perf_counter() - began, made[0].perf_metrics
+        return {
+            "first": metrics.get_ttft().mean / 1000,
+            "total": total,
+            "vision": None,
+            "prefill": None,
+            "prompt": metrics.get_num_input_tokens(),
+            "written": self.tokenizer.encode(made[0].texts[0]).input_ids.data[0].tolist(),
+        }
+
+
+def spelt(chat: list[dict[str, Any]]) -> str:
+    """A chat as the checkpoint's template lays it out, with numbered tags where images are, as OpenVINO GenAI takes it."""
+    text, images = "", count()
+    for turn in chat:
+        tags = "".join(f"<ov_genai_image_{next(images)}>" for part in turn["content"] if part["type"] == "image")
+        words = "".join(f"\n{part['text']}" for part in turn["content"] if part["type"] == "text")
+        text += f"<|im_start|>{turn['role']}\n{tags}{words}<|im_end|>\n"
+    return f"{text}<|im_start|>assistant\n"
+
+
+SYSTEMS = {"llava": Llava, "transformers": Transformers, "openvino": OpenVino}
 
 
 def main() -> None:
