@@ -36,7 +36,6 @@ _kinds, _colours, _sizes, _rows, _columns, _depths = ("|".join(group) for group 
 _PLACE = rf"(?:{_rows}|{_depths}) (?:{_columns})"
 _THING = rf"(?:(?:{_columns}|{_depths}) )?(?:(?:{_sizes}) )?(?:(?:{_colours}) )?(?:{_kinds})"
 _PHRASE = re.compile(rf"\b(?:{_PLACE}|{_THING}|(?:(?:{_sizes}) )?(?:{_colours})|(?:{_sizes}))\b")
-_PAIR = re.compile(rf"{_PHRASE.pattern}|\b(?:same|different)\b")  # of what changed
 _JOINT = re.compile(r"(?:, | and |, then |; |(?<=:) the )$")  # says that another phrase comes
 _READING = ("read", "character_at", "character_of", "digit")
 
@@ -96,15 +95,11 @@ class Looks:
         about = question.about if question else ""
         slots = [question.kind, question.colour, question.thing, question.place, question.a, question.b] if question else []
         asked = set[Spot]().union(*(self.find(slot) for slot in slots if slot))
-        said = (_PAIR if about == "changed" else _PHRASE).finditer(text)
-        found = [m for m in said if len(m[0]) > 1 or about in _READING]
-        last = max(picture for picture, _ in self.names)  # whose patches have looked at those before
+        found = [m for m in _PHRASE.finditer(text) if len(m[0]) > 1 or about in _READING]
         here = set[Spot]()  # the place spoken of
         for m in found:
             joint = _JOINT.search(text, 0, m.start())
             spots = self.find(m[0], _pictures(text[: m.start()], question)) or self.find(m[0])
-            if m[0] in ("same", "different"):
-                spots = {spot for spot in here if spot[0] == last}
             if re.fullmatch(_PLACE, m[0]):
                 here = spots
                 spots = spots - self.find("nothing")
@@ -113,8 +108,6 @@ class Looks:
             yield range(joint.start() if joint else m.start(), m.end()), spots & asked or spots & here or spots
         if question and question.because and found:
             yield range(len(question.because), len(question.because) + 1), {NOWHERE}
-            if about == "same_at":
-                yield range(len(question.because) + 2, len(text)), {spot for spot in asked if spot[0] == last}
         elif question and question.thing and not found:
             yield range(len(text)), self.find(question.thing, _pictures("", question)) or {NOWHERE}
         elif text == "0":

@@ -44,7 +44,8 @@ FROZEN = (("vision_tower.", 0.0), ("multi_modal_projector.", 0.0), ("language_mo
 DESCRIBE = TrainConfig(
     steps=300, lr=1.5e-3, final=0.87, warmup=60, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25
 )
-PRACTISE = TrainConfig(steps=6500, lr=1.3e-3, warmup=50, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25)
+PRACTISE = TrainConfig(steps=5000, lr=1.3e-3, warmup=50, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25)
+SHARPEN = replace(PRACTISE, steps=1200, lr=6e-4, warmup=30)
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples packed together
 
@@ -63,8 +64,8 @@ class Lesson:
 
 HARD = (
     "changed", "same_at", "order_up", "order_down", "order_events", "still", "moving", "appears", "disappears",
-    "first_appears", "last_appears", "first_disappears", "last_disappears", "faster", "slower", "seen", "hidden", "total",
-    "count_shape", "count_colour",
+    "first_appears", "last_appears", "first_disappears", "last_disappears", "faster", "slower", "seen", "hidden", "behind",
+    "in_front", "side_of", "total", "count_shape", "count_colour",
 )  # fmt: skip
 DESCRIBING = (Lesson(2000, ("single",), 1, 1.0), Lesson(math.inf, SCENARIOS, 3, 1.0))
 # What is asked of one picture is asked of several, and of the frames of a video: all mixed from the start is learnt far slower.
@@ -74,6 +75,7 @@ PRACTISING = (
     Lesson(8000, ("single", "multi", "video", "video"), 6, 0.1),
     Lesson(math.inf, ("single", *("multi", "video") * 2, *("views",) * 3), 6, 0.1, 0.3),
 )
+SHARPENING = (Lesson(math.inf, ("single", *("multi",) * 4, *("video",) * 3, "views"), 6, 0.03, 0.65),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,12 @@ def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
 
 
 def main(
-    folder: Path, see: TrainConfig = SEE, describe: TrainConfig = DESCRIBE, practise: TrainConfig = PRACTISE, texts: int = 12000
+    folder: Path,
+    see: TrainConfig = SEE,
+    describe: TrainConfig = DESCRIBE,
+    practise: TrainConfig = PRACTISE,
+    sharpen: TrainConfig = SHARPEN,
+    texts: int = 12000,
 ) -> Path:
     """The whole recipe in `folder`; called again it goes on where it stopped. -> the finished checkpoint's folder."""
     config, source = prepare(folder, texts)
@@ -151,7 +158,7 @@ def main(
     naming = tower.Naming(data.processor(source).tokenizer)
     train(model, naming, lambda at: tower.pictures(VISION, SEED, see.steps, at), see, folder / "see")
     naming.calibrate(model, tower.Pictures(VISION, SEED, 1)[0])
-    stages = (("describe", describe, DESCRIBING), ("practise", practise, PRACTISING))
+    stages = (("describe", describe, DESCRIBING), ("practise", practise, PRACTISING), ("sharpen", sharpen, SHARPENING))
     for number, (name, stage, lessons) in enumerate(stages, SEED):
         windows = Windows(
             WorldExamples(source, number, lessons), stage.steps * 40, size=WINDOW, tokens=TOKENS, seed=number, join=join
