@@ -37,7 +37,7 @@ bench: .venv/installed-dev
 
 build/peers/openvino: constraints.txt
 	$(PYTHON) -m venv $@
-	$@/bin/pip install --quiet -c constraints.txt torch optimum-intel[openvino]==2.2.0 openvino-genai==2026.4.1.0
+	$@/bin/pip install --quiet $(shell grep '^torch==' constraints.txt) 'optimum-intel[openvino]==2.2.0' openvino-genai==2026.4.1.0
 	$@/bin/pip uninstall --quiet -y torchvision
 	@touch $@
 
