@@ -18,21 +18,15 @@ from llava_interleave.model.text import Qwen2
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
-pytestmark = pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}"),
+    pytest.mark.usefixtures("instructions"),
+]
 SHAPES = {
     "grouped": TextConfig(128, 160, 3, 4, 2, 32, 512, 4096, 1e4, 1e-6, True),
     "wide heads": TextConfig(64, 96, 2, 3, 3, 64, 512, 4096, 1e6, 1e-6, True),
 }
 SPANS = [(37, 1), (5, 3), (700, 14), (1, 1), (0, 1)]  # place of the first new token, how many
-
-
-@pytest.fixture(params=["AVX2", "AVX-512 VNNI"], autouse=True)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = kernels._AVX2 if request.param == "AVX2" else kernels._AVX512
-    if len(kernels.instructions()) < len(flags):
-        pytest.skip(f"this CPU has no {request.param}")
-    found = kernels.functions(kernels.compiled(flags))
-    monkeypatch.setattr(kernels, "_library", lambda: found)
 
 
 def decoder(c: TextConfig, bits: int) -> Qwen2:

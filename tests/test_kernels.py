@@ -20,16 +20,6 @@ BF16, F32 = torch.bfloat16, torch.float32
 needs_kernels = pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}")
 
 
-@pytest.fixture(params=["AVX2", "AVX-512 VNNI"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels compiled for one instruction set, whichever is this machine's best."""
-    flags = kernels._AVX2 if request.param == "AVX2" else kernels._AVX512
-    if len(kernels.instructions()) < len(flags):
-        pytest.skip(f"this CPU has no {request.param}")
-    found = kernels.functions(kernels.compiled(flags))
-    monkeypatch.setattr(kernels, "_library", lambda: found)
-
-
 def quantised(features: int, out: int, bits: int, dtype: torch.dtype, *, bias: bool = True) -> QuantisedLinear:
     made = QuantisedLinear(features, out, bits, bias=bias)
     made.weight, made.scale = pack(torch.randn(out, features) * torch.rand(out, 1), bits)
