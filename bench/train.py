@@ -1,40 +1,52 @@
 """Training: tokens a second and peak memory of our loop beside a plain one over transformers, and how full packed batches are.
 
     python bench/train.py [--rounds 3] [--bfloat16] [--json FILE]
+    python bench/train.py --until 0.5 [--bfloat16] [--json FILE]
 
 Both train the same network of middle size (tower frozen, as in the stage with many images) on the same samples, with the same
 optimiser, each in a process of its own; a turn is one pass over all samples, and turns alternate. The plain loop takes 8 samples
 a step and pads them to the longest, as trainers do whose batches are samples; ours packs as many tokens as those have on average.
 Samples lie in memory: this measures steps, not how pictures are read. Peak memory is that of the process less what it had with
 the network loaded. Needs transformers.
+
+--until measures the time to a loss instead: a network like the built-in model, its weights random, trained on pictures of its
+world and answers about them, until a pass over all samples has had this loss (nats a learnt token) in mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llava_interleave.chatbot import BUILTIN
+from llava_interleave.config import LlavaConfig
 from llava_interleave.layout import Layout
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.train.batch import collate, pack
 from llava_interleave.train.loop import TrainConfig, make, step
 from llava_interleave.train.loss import answers
-from llava_interleave.weights import load
+from llava_interleave.train.tiny import Lesson, WorldExamples
+from llava_interleave.weights import load, read_config
+from llava_interleave.world.episodes import SCENARIOS
 
 CONFIG = tiny_config(
     vision={"hidden_size": 192, "intermediate_size": 768, "num_layers": 4, "num_heads": 3, "image_size": 128, "patch_size": 16},
@@ -42,9 +54,15 @@ CONFIG = tiny_config(
 )
 GRID = CONFIG.vision.grid
 IMAGES = (1, 2, 2, 4, 8, 10)  # of a sample; as often in M4-Instruct there are two
-SAMPLES, EACH = 48, 8
+SAMPLES, WORLD_SAMPLES, EACH = 48, 480, 8
 TRAINING = TrainConfig(steps=10**6, lr=1e-4, warmup=1, scales=(("vision_tower.", 0.0),), decay=0.0, beta2=0.999)
 SYSTEMS = ("plain", "ours")
+
+
+def world_samples() -> list[Prompt]:
+    """Pictures of the built-in model's world, in one conversation each."""
+    drawn = WorldExamples(BUILTIN, 0, (Lesson(math.inf, SCENARIOS, 3, 0.1),))
+    return [drawn(number).prompt for number in range(WORLD_SAMPLES)]
 
 
 def samples() -> list[Prompt]:
@@ -60,24 +78,28 @@ def samples() -> list[Prompt]:
     return made
 
 
-def ours(folder: Path, config: TrainConfig) -> Callable[[list[Prompt], int], None]:
+Turn = Callable[[list[Prompt], int], float]  # a pass over samples in an order of this seed, -> the mean loss of its steps
+
+
+def ours(folder: Path, config: TrainConfig) -> Turn:
     """A pass of our loop's steps."""
     network = load(folder).float().train()
     optimisers = make(network, config)
     number = 0
 
-    def turn(given: list[Prompt], seed: int) -> None:
+    def turn(given: list[Prompt], seed: int) -> float:
         nonlocal number
-        lengths = [len(prompt) for prompt in given]
+        lengths, losses = [len(prompt) for prompt in given], []
         batches = pack(lengths, sum(lengths) * EACH // len(given))
         for group in Random(seed).sample(batches, len(batches)):
-            step(network, answers, [collate([given[i] for i in group])], optimisers, config, number)
+            losses.append(step(network, answers, [collate([given[i] for i in group])], optimisers, config, number).loss)
             number += 1
+        return fmean(losses)
 
     return turn
 
 
-def plain(folder: Path, config: TrainConfig) -> Callable[[list[Prompt], int], None]:
+def plain(folder: Path, config: TrainConfig) -> Turn:
     """A pass of steps as a trainer makes them: batches of samples, padded to the longest."""
     from transformers import LlavaForConditionalGeneration
 
@@ -87,14 +109,17 @@ def plain(folder: Path, config: TrainConfig) -> Callable[[list[Prompt], int], No
     trained = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
 
-    def turn(given: list[Prompt], seed: int) -> None:
-        order = Random(seed).sample(given, len(given))
+    def turn(given: list[Prompt], seed: int) -> float:
+        order, losses = Random(seed).sample(given, len(given)), []
         for first in range(0, len(order), EACH):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
-                network(**padded(order[first : first + EACH])).loss.backward()
+                loss = network(**padded(order[first : first + EACH])).loss
+            loss.backward()
             nn.utils.clip_grad_norm_(trained, config.clip)
             optimiser.step()
             optimiser.zero_grad()
+            losses.append(loss.item())
+        return fmean(losses)
 
     return turn
 
@@ -114,42 +139,73 @@ def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     }
 
 
-def work(system: str, folder: Path, bfloat16: bool, threads: int, pipe: Connection) -> None:
-    """A system's process: seconds of a turn and peak bytes, for each seed that comes."""
+def work(system: str, folder: Path, world: bool, bfloat16: bool, threads: int, pipe: Connection) -> None:
+    """A system's process: seconds of a turn, peak bytes and loss, for each seed that comes."""
     torch.set_num_threads(threads)
-    given, config = samples(), replace(TRAINING, bfloat16=bfloat16)
+    given = world_samples() if world else samples()
+    config = replace(TRAINING, bfloat16=bfloat16, lr=1e-3 if world else TRAINING.lr)
     turn = {"ours": ours, "plain": plain}[system](folder, config)
     loaded = peak()
     while (seed := pipe.recv()) is not None:
         began = time.perf_counter()
-        turn(given, seed)
-        pipe.send((time.perf_counter() - began, peak() - loaded))
+        loss = turn(given, seed)
+        pipe.send((time.perf_counter() - began, peak() - loaded, loss))
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
-    given = samples()
-    tokens, learnt = sum(len(p) for p in given), sum(sum(p.learn or []) for p in given)
+@contextmanager
+def systems(config: LlavaConfig, world: bool, bfloat16: bool) -> Iterator[Callable[[str, int], tuple[float, int, float]]]:
+    """A function that makes a system take a turn: seconds, peak bytes and loss."""
     with tempfile.TemporaryDirectory() as place:
-        folder = tiny_checkpoint(Path(place) / "model", CONFIG)
+        folder = tiny_checkpoint(Path(place) / "model", config)
         context, pipes, processes = get_context("spawn"), {}, []
         for system in SYSTEMS:
             pipes[system], there = context.Pipe()
-            process = context.Process(target=work, args=(system, folder, bfloat16, torch.get_num_threads(), there), daemon=True)
+            given = (system, folder, world, bfloat16, torch.get_num_threads(), there)
+            process = context.Process(target=work, args=given, daemon=True)
             process.start()
             there.close()
             processes.append(process)
-        found: dict[str, list[tuple[float, int]]] = {system: [] for system in SYSTEMS}
-        for seed in range(rounds + 1):  # the first warms up
-            for system in SYSTEMS:
-                pipes[system].send(seed)
-                found[system].append(pipes[system].recv())
+
+        def turn(system: str, seed: int) -> tuple[float, int, float]:
+            pipes[system].send(seed)
+            found: tuple[float, int, float] = pipes[system].recv()
+            return found
+
+        yield turn
         for system, process in zip(SYSTEMS, processes, strict=True):
             pipes[system].send(None)
             process.join()
+
+
+def until(loss: float, bfloat16: bool) -> dict[str, Any]:
+    """Seconds and passes until a loss; systems take turns while both are above it."""
+    found: dict[str, list[tuple[float, float]]] = {system: [] for system in SYSTEMS}
+    with systems(read_config(BUILTIN), True, bfloat16) as turn:
+        for seed in count():
+            above = [system for system in SYSTEMS if not found[system] or found[system][-1][1] > loss]
+            if not above:
+                break
+            for system in above:
+                seconds, _, reached = turn(system, seed)
+                found[system].append((seconds, reached))
+                print(f"pass {seed + 1} {system}: {seconds:.1f} s, loss {reached:.3f}", file=sys.stderr, flush=True)
+    for system, turns in found.items():
+        print(f"{system:<8}{sum(seconds for seconds, _ in turns):>8.1f} s to a loss of {loss}, {len(turns)} passes")
+    return {system: {"seconds": [s for s, _ in turns], "losses": [each for _, each in turns]} for system, turns in found.items()}
+
+
+def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
+    given = samples()
+    tokens, learnt = sum(len(p) for p in given), sum(sum(p.learn or []) for p in given)
+    found: dict[str, list[tuple[float, int]]] = {system: [] for system in SYSTEMS}
+    with systems(CONFIG, False, bfloat16) as turn:
+        for seed in range(rounds + 1):  # the first warms up
+            for system in SYSTEMS:
+                found[system].append(turn(system, seed)[:2])
     result: dict[str, Any] = {"samples": SAMPLES, "tokens": tokens, "learnt": learnt, "threads": torch.get_num_threads()}
     for system, turns in found.items():
         seconds = [s for s, _ in turns[1:]]
@@ -172,15 +228,8 @@ def filling() -> dict[str, float]:
     return {"packed": sum(lengths) / (batches * 32_768), "padded": sum(lengths) / fours}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after one that warms up")
-    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    given = parser.parse_args()
+def speed(given: argparse.Namespace) -> dict[str, Any]:
     found = measure(given.rounds, given.bfloat16) | {"filling": filling(), "bfloat16": given.bfloat16}
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'':<8}{'tokens/s':>10}{'learnt/s':>10}{'peak MiB':>10}   seconds a pass")
     for system in SYSTEMS:
         one = found[system]
@@ -190,6 +239,19 @@ def main() -> None:
         )
     print(f"ours has {found['speed']:.2f} times the speed and {found['memory']:.2f} of the memory")
     print(f"filled: packed {found['filling']['packed']:.1%}, padded {found['filling']['padded']:.1%}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after one that warms up")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both")
+    parser.add_argument("--until", type=float, metavar="LOSS", help="measure the time to this loss")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    given = parser.parse_args()
+    found = until(given.until, given.bfloat16) if given.until else speed(given)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

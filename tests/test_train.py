@@ -309,7 +309,7 @@ def test_calibration_changes_the_size_of_features_and_not_what_they_say(naming: 
 def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> None:
     """Two steps of each stage: every part of the recipe runs, and the folder loads."""
     short = TrainConfig(steps=2, warmup=1)
-    done = tiny.main(tmp_path, short, short, short, short, texts=40)
+    done = tiny.main(tmp_path, short, short, short, short, short, texts=40)
     from llava_interleave.chatbot import load
 
     bot = load(done)

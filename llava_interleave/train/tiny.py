@@ -20,7 +20,7 @@ from ..model import Llava
 from ..testing import processor_files, train_tokenizer
 from ..weights import save
 from ..world.data import conversation, pictures, talk
-from ..world.episodes import FRAMES, SCENARIOS, episode
+from ..world.episodes import FRAMES, NORMAL, SCENARIOS, changed, episode
 from ..world.questions import ask
 from . import data, tower
 from .batch import Windows, batches
@@ -46,6 +46,7 @@ DESCRIBE = TrainConfig(
 )
 PRACTISE = TrainConfig(steps=5000, lr=1.3e-3, warmup=50, scales=FROZEN, beta2=0.95, muon=2.0, bfloat16=True, log_every=25)
 SHARPEN = replace(PRACTISE, steps=1200, lr=6e-4, warmup=30)
+COMPARE = replace(SHARPEN, steps=1300)
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples packed together
 
@@ -53,13 +54,14 @@ WINDOW = 128  # samples packed together
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """`samples` in a row, drawn from these scenarios, with up to so many questions and, in a share of them, a description; `hard`
-    is the share that asks `HARD` questions only."""
+    is the share that asks `HARD` questions only, `alone` that of two pictures and one question about what differs."""
 
     samples: float
     scenarios: tuple[str, ...]
     questions: int
     caption: float
     hard: float = 0.0
+    alone: float = 0.0
 
 
 HARD = (
@@ -76,6 +78,8 @@ PRACTISING = (
     Lesson(math.inf, ("single", *("multi", "video") * 2, *("views",) * 3), 6, 0.1, 0.3),
 )
 SHARPENING = (Lesson(math.inf, ("single", *("multi",) * 4, *("video",) * 3, "views"), 6, 0.03, 0.65),)
+# In a conversation the first answer tells whether anything differs, and later ones repeat it: first answers teach to compare.
+COMPARING = (Lesson(math.inf, ("single", *("multi", "video", "views") * 2), 6, 0.03, 0.5, 0.45),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,11 @@ class WorldExamples:
             if index < lesson.samples:
                 break
             index -= int(lesson.samples)
-        ep = episode(lesson.scenarios[0] if len(lesson.scenarios) == 1 else rng.choice(lesson.scenarios), rng)
+        if lesson.alone and rng.random() < lesson.alone:
+            ep, about = changed(rng, NORMAL), rng.choice(("changed",) * 3 + ("same_at",) * 2)
+            ep, lesson = replace(ep, questions=tuple(q for q in ep.questions if q.about == about)), Lesson(0, (), 1, 0.0)
+        else:
+            ep = episode(lesson.scenarios[0] if len(lesson.scenarios) == 1 else rng.choice(lesson.scenarios), rng)
         if lesson.hard and rng.random() < lesson.hard:
             ep = replace(ep, questions=tuple(q for q in ep.questions if q.about in HARD) or ep.questions)
         turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
@@ -149,6 +157,7 @@ def main(
     describe: TrainConfig = DESCRIBE,
     practise: TrainConfig = PRACTISE,
     sharpen: TrainConfig = SHARPEN,
+    compare: TrainConfig = COMPARE,
     texts: int = 12000,
 ) -> Path:
     """The whole recipe in `folder`; called again it goes on where it stopped. -> the finished checkpoint's folder."""
@@ -158,7 +167,12 @@ def main(
     naming = tower.Naming(data.processor(source).tokenizer)
     train(model, naming, lambda at: tower.pictures(VISION, SEED, see.steps, at), see, folder / "see")
     naming.calibrate(model, tower.Pictures(VISION, SEED, 1)[0])
-    stages = (("describe", describe, DESCRIBING), ("practise", practise, PRACTISING), ("sharpen", sharpen, SHARPENING))
+    stages = (
+        ("describe", describe, DESCRIBING),
+        ("practise", practise, PRACTISING),
+        ("sharpen", sharpen, SHARPENING),
+        ("compare", compare, COMPARING),
+    )
     for number, (name, stage, lessons) in enumerate(stages, SEED):
         windows = Windows(
             WorldExamples(source, number, lessons), stage.steps * 40, size=WINDOW, tokens=TOKENS, seed=number, join=join

@@ -46,10 +46,11 @@ def talk(ep: Episode, rng: Random, *, questions: int, caption: float) -> list[Tu
     return turns
 
 
-def conversation(ep: Episode, turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """The same as {"from", "value"}, the episode's pictures before the first question."""
+def conversation(ep: Episode, turns: Sequence[Turn], *, behind: bool = False) -> list[dict[str, str]]:
+    """The same as {"from", "value"}, the episode's pictures before the first question, or behind it."""
     said = [{"from": who, "value": text} for t in turns for who, text in (("human", t.question), ("gpt", t.answer))]
-    said[0]["value"] = f"{placeholders(ep)}\n{said[0]['value']}"
+    first = (said[0]["value"], placeholders(ep))
+    said[0]["value"] = "\n".join(first if behind else reversed(first))
     return said
 
 
