@@ -1,9 +1,12 @@
-"""Milliseconds of a decode step in which one sequence computes 1 to 9 tokens, by precision: what guessed tokens cost.
+"""Milliseconds of a decode step in which one sequence computes 1 to 9 tokens, of a prompt and of a crop, by precision.
 
-    python bench/steps.py FOLDER [--precision int4 int8 bfloat16] [--kv auto int8] [--context 1474] [--repeat 20]
+    python bench/steps.py FOLDER [--precision int4 int8 bfloat16] [--kv auto int8] [--context 1474] [--repeat 20] [--prompts 3]
 
 A JSON line for each precision, type of keys and values, and number of tokens: median and spread (the middle half), and the time
-as a multiple of that of a single token. Quantised layers are computed in one call, and one by one ("by layer"). All take turns.
+as a multiple of that of a single token: what guessed tokens cost. Then, `--prompts` times, a prompt as long as the context in the
+pieces in which the engine computes it, and a crop through the tower. Quantised layers are computed in one call, and one by one
+("by layer"). All take turns. On a machine that does other things too, give it one thread (OMP_NUM_THREADS=1) and take the time of
+the processor (--processor).
 """
 
 import argparse
@@ -19,13 +22,14 @@ from llava_interleave import weights
 from llava_interleave.engine.cache import KV, Keys
 from llava_interleave.engine.memory import Slabs, Span, fusible
 from llava_interleave.model import Llava
-from llava_interleave.model.fused import Fused, possible
+from llava_interleave.model.fused import Fused, FusedTower, possible, possible_tower
 
 COUNTS = (1, 2, 3, 5, 9)
+PIECE = 1024  # of a prompt, as the engine's `max_step_tokens`
 
 
-def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -> Callable[[int], float]:
-    """A function that computes so many tokens after `context` others, and returns the seconds."""
+def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -> Callable[[int, int], None]:
+    """A function that computes so many tokens from a place up to `context` on."""
     weight = model.language_model.norm.weight
     slabs = Slabs(model.config.text, weight.dtype, weight.device, in_eight_bits=in_eight_bits)
     kv = KV(Keys.of([]), context, context + max(COUNTS))
@@ -34,13 +38,11 @@ def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -
     for tensor in (tensor for tensors, _ in kv.slab.parts() for tensor in tensors):
         tensor.random_(-3, 4)
 
-    def run(tokens: int) -> float:
-        began = time.perf_counter()
-        x, positions = model.embed(torch.arange(tokens)), torch.arange(context, context + tokens)
-        span = Span(kv, context, context + tokens)
+    def run(at: int, tokens: int) -> None:
+        x, positions = model.embed(torch.arange(tokens)), torch.arange(at, at + tokens)
+        span = Span(kv, at, at + tokens)
         hidden = fused(x, positions, [fusible(span)]) if fused else model(x, positions, slabs.attend([span]))
-        model.logits(hidden).argmax(-1).tolist()
-        return time.perf_counter() - began
+        model.logits(hidden[-max(COUNTS) :]).argmax(-1).tolist()
 
     return run
 
@@ -53,8 +55,11 @@ def main() -> None:
     parser.add_argument("--kv", nargs="+", default=["auto", "int8"], choices=["auto", "int8"])
     parser.add_argument("--context", type=int, default=1474)
     parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--processor", action="store_true")
     given = parser.parse_args()
-    systems = {}
+    clock = time.process_time if given.processor else time.perf_counter
+    systems, towers = {}, {}
     for precision in given.precision:
         plain = getattr(torch, precision, None) if precision not in ("int4", "int8") else torch.bfloat16
         model = weights.load(given.folder, dtype=plain, precision=precision if precision in ("int4", "int8") else None)
@@ -62,18 +67,38 @@ def main() -> None:
             systems[precision, kv, "by layer"] = step(model, given.context, kv == "int8", None)
             if possible(model.language_model):
                 systems[precision, kv, "one call"] = step(model, given.context, kv == "int8", Fused(model.language_model))
+        tower, shape = model.vision_tower, model.config.vision
+        towers[precision, "by layer"] = tower
+        if possible_tower(tower, shape):
+            towers[precision, "one call"] = FusedTower(tower, shape)
     took: dict[tuple[str, str, str, int], list[float]] = {}
     for turn in range(given.repeat + 1):
         for (precision, kv, how), run in systems.items():
             for tokens in COUNTS:
-                seconds = run(tokens)
+                began = clock()
+                run(given.context, tokens)
                 if turn:
-                    took.setdefault((precision, kv, how, tokens), []).append(seconds)
+                    took.setdefault((precision, kv, how, tokens), []).append(clock() - began)
     for (precision, kv, how, tokens), values in took.items():
         low, middle, high = statistics.quantiles(values, n=4)
         row = {"precision": precision, "kv": kv, "layers": how, "tokens": tokens, "ms": round(middle * 1e3, 2)}
         times = middle / statistics.median(took[precision, kv, how, 1])
         print(json.dumps(row | {"spread": [round(low * 1e3, 2), round(high * 1e3, 2)], "times": round(times, 2)}), flush=True)
+    size = shape.image_size
+    pixels = torch.rand(1, 3, size, size, dtype=torch.bfloat16) * 2 - 1
+    whole: dict[tuple[str, ...], list[float]] = {}
+    for _ in range(given.prompts):
+        for about, run in systems.items():
+            began = clock()
+            for at in range(0, given.context, PIECE):
+                run(at, min(PIECE, given.context - at))
+            whole.setdefault(("prompt", *about), []).append(clock() - began)
+        for about, see in towers.items():
+            began = clock()
+            see(pixels)
+            whole.setdefault(("crop", *about), []).append(clock() - began)
+    for what, values in whole.items():
+        print(json.dumps({"what": what, "ms": [round(value * 1e3) for value in sorted(values)]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""A decoder's layers in one call: the same as layer by layer, nearer to exact, and the same to the bit in any company."""
+"""Layers of decoder and tower in one call: the same as layer by layer, nearer to exact, the same to the bit in any company."""
 
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_interleave import kernels, weights
-from llava_interleave.config import TextConfig
+from llava_interleave.config import TextConfig, VisionConfig
 from llava_interleave.engine import Engine, Sampling
 from llava_interleave.engine.cache import KV, Keys
 from llava_interleave.engine.memory import Slabs, Span, fusible
-from llava_interleave.model.fused import Fused, possible
+from llava_interleave.model.fused import BLOCK, Fused, FusedTower, possible, possible_tower
 from llava_interleave.model.quantise import QuantisedLinear, pack
 from llava_interleave.model.text import Qwen2
+from llava_interleave.model.vision import SigLIP
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
@@ -26,7 +28,7 @@ SHAPES = {
     "grouped": TextConfig(128, 160, 3, 4, 2, 32, 512, 4096, 1e4, 1e-6, True),
     "wide heads": TextConfig(64, 96, 2, 3, 3, 64, 512, 4096, 1e6, 1e-6, True),
 }
-SPANS = [(37, 1), (5, 3), (700, 14), (1, 1), (0, 1)]  # place of the first new token, how many
+SPANS = [(37, 1), (5, 3), (700, 14), (1, 1), (0, 1), (0, BLOCK), (9, 70)]  # place of the first new token, how many
 
 
 def decoder(c: TextConfig, bits: int) -> Qwen2:
@@ -34,14 +36,27 @@ def decoder(c: TextConfig, bits: int) -> Qwen2:
     made = Qwen2(c).to(torch.bfloat16).eval().requires_grad_(False)
     for name, p in made.named_parameters():
         p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(0, 0.1 if p.dim() == 1 else 0.7 * p.shape[-1] ** -0.5)
-    for layer in made.layers:
+    quantise(made.layers, bits)
+    return made
+
+
+def tower(c: VisionConfig) -> SigLIP:
+    torch.manual_seed(0)
+    made = SigLIP(c).to(torch.bfloat16).eval().requires_grad_(False)
+    for name, p in made.named_parameters():
+        p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(0, 0.1 if p.dim() == 1 else 0.7 * p.shape[-1] ** -0.5)
+    quantise(made.encoder.layers, 8)
+    return made
+
+
+def quantise(layers: Iterable[nn.Module], bits: int) -> None:
+    for layer in layers:
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 q = QuantisedLinear(linear.in_features, linear.out_features, bits, bias=linear.bias is not None)
                 q.weight, q.scale = pack(linear.weight, bits)
                 q.bias = linear.bias
                 setattr(part, name, q)
-    return made
 
 
 def sequences(slabs: Slabs, spans: list[tuple[int, int]]) -> list[Span]:
@@ -113,9 +128,50 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
     tokens = [Span(span.kv, at, at + 1) for span in alone for at in range(span.start, span.stop)]
     found.append(torch.cat([fused(x[i : i + 1], positions[i : i + 1], [fusible(span)]) for i, span in enumerate(tokens)]))
     memories.append(contents(alone))
+    cut = sequences(slabs, SPANS)
+    for width in (7, 100):  # pieces of each sequence, one after another
+        pieces, first = [], 0
+        for span in cut:
+            stops = range(span.start, span.stop, width)
+            for at in stops:
+                rows = slice(first + at - span.start, first + min(at + width, span.stop) - span.start)
+                piece = Span(span.kv, at, min(at + width, span.stop))
+                pieces.append(fused(x[rows], positions[rows], [fusible(piece)]))
+            first += span.stop - span.start
+        found.append(torch.cat(pieces))
+        memories.append(contents(cut))
     for other, memory in zip(found[1:], memories[1:], strict=True):
         assert torch.equal(found[0], other)
         assert all(torch.equal(a, b) for a, b in zip(memories[0], memory, strict=True))
+
+
+CROPS = {
+    "odd": VisionConfig(96, 112, 2, 4, 126, 14),  # heads of 24, an MLP of three and a half groups, 81 tokens
+    "plain": VisionConfig(64, 128, 3, 2, 42, 14),
+}
+
+
+@pytest.mark.parametrize("shape", list(CROPS))
+@torch.inference_mode()
+def test_a_tower_is_what_its_layers_make_one_by_one(shape: str) -> None:
+    """Nearer to float32 than they are, and the same for a crop beside any others, with any number of threads."""
+    c = CROPS[shape]
+    made = tower(c)
+    pixels, threads = torch.rand(3, 3, c.image_size, c.image_size).bfloat16() * 2 - 1, torch.get_num_threads()
+    fused, by_layer = FusedTower(made, c)(pixels), made(pixels)
+    assert fused.shape == by_layer.shape and float((fused - by_layer).norm() / by_layer.norm()) < 0.02
+    try:
+        for several in (1, 3):
+            torch.set_num_threads(several)
+            assert torch.equal(torch.cat([FusedTower(made, c)(one) for one in pixels.split(1)]), fused)
+    finally:
+        torch.set_num_threads(threads)
+    embedded = made.embeddings(pixels)
+    made.embeddings.forward = lambda _: embedded.float()  # convolutions in bfloat16 are not what is asked about
+    for p in made.parameters():
+        p.data = p.float()
+    right = made(pixels)
+    assert float((fused.float() - right).norm()) < float((by_layer.float() - right).norm())
 
 
 def test_where_it_is_possible() -> None:
@@ -123,6 +179,12 @@ def test_where_it_is_possible() -> None:
     assert not possible(decoder(SHAPES["grouped"], 8).float())
     assert not possible(Qwen2(SHAPES["grouped"]).to(torch.bfloat16))
     assert not possible(decoder(TextConfig(64, 96, 2, 4, 4, 16, 512, 4096, 1e4, 1e-6, True), 8))
+    shape = CROPS["odd"]
+    assert possible_tower(tower(shape), shape) and not possible_tower(tower(shape).float(), shape)
+    assert not possible_tower(SigLIP(shape).to(torch.bfloat16), shape)
+    assert not possible_tower(nn.Sequential(tower(shape)), shape)  # as one whose crops are dealt to several processes
+    uneven = VisionConfig(96, 100, 1, 4, 28, 14)
+    assert not possible_tower(tower(uneven), uneven)
 
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
@@ -133,9 +195,9 @@ def test_an_engines_answers_are_the_same_in_any_company(kv: str, tmp_path: Path)
     how = [Sampling(max_new_tokens=30, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most) for most in (0, 8)]
     prompts = [Prompt([5, 6, 7, 8] * 9), Prompt([9, 8, 7] * 5), Prompt(list(range(3, 250)))]
 
-    def answers(asked: list[Prompt], sampling: Sampling, late: int = 0) -> list[list[tuple[object, ...]]]:
-        """`late`: steps before the last one is asked."""
-        e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, kv_precision=kv)
+    def answers(asked: list[Prompt], sampling: Sampling, late: int = 0, most: int = 1024) -> list[list[tuple[object, ...]]]:
+        """`late`: steps before the last one is asked; `most`: tokens a step."""
+        e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, kv_precision=kv, max_step_tokens=most)
         assert e._runner.fused is not None
         added = [e.add(prompt, sampling) for prompt in asked[: len(asked) - bool(late)]]
         told: dict[int, list[tuple[object, ...]]] = {}
@@ -150,3 +212,5 @@ def test_an_engines_answers_are_the_same_in_any_company(kv: str, tmp_path: Path)
 
     alone = [answers([asked], how[0])[0] for asked in prompts]
     assert answers(prompts, how[0]) == alone == answers(prompts, how[1], late=5)
+    assert answers(prompts, how[0], most=64) == alone  # prompts in other pieces
+    assert answers([*prompts, prompts[2]], how[0], late=60)[2:] == [alone[2], alone[2]]  # what the second begins with is cached

@@ -1,7 +1,7 @@
-"""Compiled kernels for a CPU: products with quantised weights, attention of a few new tokens, a decoder's layers made of both.
+"""Compiled kernels for a CPU: products with quantised weights, attention, and a decoder's and a tower's layers made of both.
 Compiled when first asked for.
 
-The source is one C++ file that includes nothing of PyTorch: it compiles in two seconds, and the result serves every release that
+The source is one C++ file that includes nothing of PyTorch: it compiles in seconds, and the result serves every release that
 lends its threads (`torch_parallel_for`), so that no two pools of threads fight. It lies in the user's cache under a name made of
 source, flags and compiler. Where a compiler, the threads or the instructions are missing, `why_not` says which, and callers use
 PyTorch's operators.
@@ -30,6 +30,7 @@ GROUP, PANEL = 32, 16
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+_BFLOAT16 = (*_AVX512, "-mavx512bf16")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -111,9 +112,22 @@ def decode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float, sequences
     functions[2](threads, shape.data_ptr(), weights.data_ptr(), eps, sequences.data_ptr(), len(sequences), *pointers, len(hidden))
 
 
+def encode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float) -> None:
+    """What all layers of an image tower make of the `[T, D]` hidden states of a crop in bfloat16, in place, in one call.
+
+    weights, shape: int64, the kernel's structures of these names.
+    """
+    assert weights.dtype == shape.dtype == torch.int64 and hidden.dtype == torch.bfloat16, hidden.dtype
+    assert all(t.is_contiguous() and t.is_cpu for t in (hidden, weights, shape))
+    functions = _library()
+    assert not isinstance(functions, str), functions
+    pointers = shape.data_ptr(), weights.data_ptr(), eps, hidden.data_ptr()
+    functions[3](torch.get_num_threads(), *pointers, len(hidden))
+
+
 @cache
 def _library() -> tuple[Callable[..., None], ...] | str:
-    """The functions `linear`, `attend` and `decode` with PyTorch's threads bound, or why there are none."""
+    """The functions `linear`, `attend`, `decode` and `encode` with PyTorch's threads bound, or why there are none."""
     try:
         return functions(compiled(instructions()))
     except NoKernels as reason:
@@ -121,16 +135,17 @@ def _library() -> tuple[Callable[..., None], ...] | str:
 
 
 def functions(path: Path) -> tuple[Callable[..., None], ...]:
-    """`llava_linear`, `llava_attend` and `llava_decode` of a compiled file, computing on PyTorch's threads."""
+    """`llava_linear`, `llava_attend`, `llava_decode` and `llava_encode` of a compiled file, computing on PyTorch's threads."""
     try:
         threads = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).torch_parallel_for
     except (OSError, AttributeError) as error:
         raise NoKernels(f"PyTorch {torch.__version__} does not lend its threads; 2.10 and later do") from error
     library, lent = ctypes.CDLL(str(path)), ctypes.cast(threads, _POINTER)
-    found = library.llava_linear, library.llava_attend, library.llava_decode
+    found = library.llava_linear, library.llava_attend, library.llava_decode, library.llava_encode
     found[0].argtypes = [_POINTER, _INT, _INT, *[_POINTER] * 5, *[_LONG] * 3]
     found[1].argtypes = [*[_POINTER] * 9, *[_LONG] * 6]
     found[2].argtypes = [_POINTER, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _LONG, *[_POINTER] * 3, _LONG]
+    found[3].argtypes = [_POINTER, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _LONG]
     for function in found:
         function.restype = None
     return tuple(partial(function, lent) for function in found)
@@ -144,7 +159,7 @@ def instructions() -> tuple[str, ...]:
         raise NoKernels(f"PyTorch {torch.__version__} does not tell what this CPU can do; newer ones do")
     able = torch.cpu.get_capabilities()
     if all(able.get(name) for name in ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")):
-        return _AVX512
+        return _BFLOAT16 if able.get("avx512_bf16") else _AVX512
     if all(able.get(name) for name in ("avx2", "fma3", "f16c")):
         return _AVX2
     raise NoKernels("this CPU has neither AVX-512 VNNI nor AVX2")

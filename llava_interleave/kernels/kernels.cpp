@@ -1,5 +1,6 @@
-// Products with quantised weights, attention of a few new tokens, and a decoder's layers made of both, for x86 with AVX-512 VNNI
-// or AVX2: the flags say. A plain C interface without PyTorch's headers; the threads are PyTorch's own, handed in as its torch_parallel_for.
+// Products with quantised weights, attention, and the layers of a decoder and of an image tower made of both, for x86 with
+// AVX-512 VNNI (and BF16) or AVX2: the flags say. A plain C interface without PyTorch's headers; the threads are PyTorch's own,
+// handed in as its torch_parallel_for.
 //
 // A weight [out, in] lies in panels of 16 outputs and groups of 32 inputs, in the order in which it is read:
 //   8 bits: [panels][groups][8 quads][16 outputs][4 inputs], each byte q + 128
@@ -18,6 +19,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -31,9 +33,11 @@ constexpr int64_t NEAR = 256 << 10;  // bytes of inputs that stay in a core's se
 // Sixteen lanes, one an output of a panel.
 #if defined(__AVX512VNNI__)
 constexpr int64_t TILE = 12;  // tokens that share a pass over a panel; their sums fill the registers
+constexpr int SUMS = 24;      // that the registers hold
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
+using Pairs = __m512i;  // sixteen lanes of two bfloat16
 inline Bytes bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
 inline Bytes high(Bytes b) { return low(_mm512_srli_epi16(b, 4)); }
@@ -48,22 +52,59 @@ inline Floats load(const uint16_t* p) {  // bfloat16
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-inline Floats load(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats most(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats by_sign(Floats x, Floats plus, Floats minus) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), plus, minus);
+}
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats shift(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // x * 2 ** n
 template <int BITS>
 constexpr int32_t OFFSET = BITS == 4 ? 8 : 128;  // what a stored weight is above its value
+inline Floats floats(const int8_t* p, int64_t have) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((1u << have) - 1, p)));
+}
+inline __m256i to_bfloat16(Floats x) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+inline Pairs pairs(const uint16_t* first, const uint16_t* second, int64_t have) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  const __mmask16 there = (1u << have) - 1;
+  const __m512i a = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(there, first));
+  return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(a, _mm256_maskz_loadu_epi16(there, second), 1));
+}
+inline Pairs pairs(const int8_t* first, const int8_t* second, int64_t have) {  // whole numbers of 8 bits have no lower halves
+  const __m512i a = _mm512_castps_si512(floats(first, have)), b = _mm512_castps_si512(floats(second, have));
+  return _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+}
+inline Floats dot(Floats sum, Pairs b, uint32_t pair) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+#else
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  const __m512i x = _mm512_set1_epi32(pair);
+  sum = fma(_mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), sum);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(b, upper)), _mm512_castsi512_ps(_mm512_and_si512(x, upper)), sum);
+#endif
+}
 #else
 constexpr int64_t TILE = 4;
+constexpr int SUMS = 4;
 struct Bytes { __m256i a, b; };
 struct Ints { __m256i a, b; };
 struct Floats { __m256 a, b; };
+struct Pairs { __m256i a, b; };
 inline Bytes bytes(const uint8_t* p) {
   auto q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
@@ -95,16 +136,17 @@ inline Floats halves(const uint16_t* p) {
 inline __m256 load8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
-inline __m256 load8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline Floats load(const int8_t* p) { return {load8(p), load8(p + 8)}; }
 inline Floats load(const uint16_t* p) { return {load8(p), load8(p + 8)}; }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
 inline Floats most(Floats a, Floats b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+inline Floats least(Floats a, Floats b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+inline Floats by_sign(Floats x, Floats plus, Floats minus) {
+  return {_mm256_blendv_ps(plus.a, minus.a, x.a), _mm256_blendv_ps(plus.b, minus.b, x.b)};
+}
 inline __m256 nearest(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats nearest(Floats x) { return {nearest(x.a), nearest(x.b)}; }
 inline __m256 shift(__m256 x, __m256 n) {  // n is above -127
@@ -114,8 +156,47 @@ inline __m256 shift(__m256 x, __m256 n) {  // n is above -127
 inline Floats shift(Floats x, Floats n) { return {shift(x.a, n.a), shift(x.b, n.b)}; }
 template <int BITS>
 constexpr int32_t OFFSET = BITS == 4 ? 8 : 0;
+inline __m256i row(const uint16_t* p, int64_t have) {
+  uint16_t some[16] = {};
+  if (have < 16) p = static_cast<const uint16_t*>(std::memcpy(some, p, have * sizeof(uint16_t)));
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Floats floats(const int8_t* p, int64_t have) {
+  int8_t some[16] = {};
+  if (have < 16) p = static_cast<const int8_t*>(std::memcpy(some, p, have));
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+}
+inline __m256i to_bfloat16(__m256 x) {  // in lanes of 32 bits
+  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+  return _mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+inline __m256i to_bfloat16(Floats x) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bfloat16(x.a), to_bfloat16(x.b)), 0xd8);
+}
+inline Pairs pairs(const uint16_t* first, const uint16_t* second, int64_t have) {
+  const __m256i a = row(first, have), b = row(second, have), low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+  return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+}
+inline Pairs pairs(const int8_t* first, const int8_t* second, int64_t have) {
+  auto join = [](__m256 a, __m256 b) {
+    return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a), 16), _mm256_castps_si256(b));
+  };
+  const Floats a = floats(first, have), b = floats(second, have);
+  return {join(a.a, b.a), join(a.b, b.b)};
+}
+inline Floats dot(Floats sum, Pairs b, uint32_t pair) {
+  const __m256i upper = _mm256_set1_epi32(0xffff0000);
+  auto lower = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
+  auto rest = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, upper)); };
+  const __m256 x = lower(_mm256_set1_epi32(pair)), y = rest(_mm256_set1_epi32(pair));
+  sum = {_mm256_fmadd_ps(lower(b.a), x, sum.a), _mm256_fmadd_ps(lower(b.b), x, sum.b)};
+  return {_mm256_fmadd_ps(rest(b.a), y, sum.a), _mm256_fmadd_ps(rest(b.b), y, sum.b)};
+}
 #endif
 
+inline void store(uint16_t* p, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
 inline Floats plus(Floats a, Floats b) { return fma(a, splat(1), b); }
 
 inline float to_float(float x) { return x; }
@@ -125,7 +206,6 @@ inline float to_float(uint16_t x) {  // bfloat16
   std::memcpy(&y, &bits, 4);
   return y;
 }
-inline float to_float(int8_t x) { return x; }
 inline float half(uint16_t x) { return _cvtsh_ss(x); }
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) {  // bfloat16, to nearest, ties to even
@@ -150,6 +230,14 @@ struct Inputs {
   int64_t at(int64_t token, int64_t group) const {
     const int64_t tile = ((token + 1) * tiles - 1) / tokens;
     return at(tile, token - first(tile), group);
+  }
+  int64_t tiles_a_block() const { return std::max<int64_t>(1, NEAR / (TILE * groups * GROUP)); }
+  int64_t blocks() const { return (tiles + tiles_a_block() - 1) / tiles_a_block(); }
+  // task(tile, panel) for the tiles of a block, whose inputs stay near while one panel after another passes.
+  template <class F>
+  void block(int64_t number, int64_t panels, F&& task) const {
+    const int64_t first = number / panels * tiles_a_block(), last = std::min(tiles, first + tiles_a_block());
+    for (int64_t tile = first; tile < last; tile++) task(tile, number % panels);
   }
   // A group of some token, `have` of it there: `at` says where it belongs.
   template <class T>
@@ -264,7 +352,7 @@ struct Linear {
   const uint16_t* scale;
   const T* bias;
   T* y;
-  int64_t in, out, panels, tiles_a_block;
+  int64_t in, out, panels;
   Inputs inputs;
 
   static void quantise_some(int64_t begin, int64_t end, void* context) {
@@ -272,13 +360,10 @@ struct Linear {
     for (int64_t tile = begin; tile < end; tile++) quantise_tile(self.x, self.in, self.inputs, tile);
   }
 
-  // Tasks are panels within blocks of tiles: a block's inputs stay near while the weights pass by.
   static void multiply_some(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const Linear*>(context);
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t block = task / self.panels, panel = task % self.panels;
-      const int64_t last = std::min(self.inputs.tiles, (block + 1) * self.tiles_a_block);
-      for (int64_t tile = block * self.tiles_a_block; tile < last; tile++) self.multiply(tile, panel);
+    for (int64_t number = begin; number < end; number++) {
+      self.inputs.block(number, self.panels, [&](int64_t tile, int64_t panel) { self.multiply(tile, panel); });
     }
   }
 
@@ -298,13 +383,12 @@ void linear(ParallelFor parallel_for, int32_t bits, const void* x, const uint8_t
             void* y, int64_t tokens, int64_t in, int64_t out) {
   if (!tokens) return;
   const int64_t groups = (in + GROUP - 1) / GROUP, panels = (out + PANEL - 1) / PANEL;
-  const int64_t near = std::max<int64_t>(1, NEAR / (TILE * groups * GROUP));
   Linear<T> self{bits, static_cast<const T*>(x), weight, scale, static_cast<const T*>(bias), static_cast<T*>(y), in, out, panels,
-                 near, Inputs(tokens, groups)};
-  const int64_t tiles = self.inputs.tiles, blocks = (tiles + near - 1) / near;
-  parallel_for(0, tiles, std::max<int64_t>(1, SERIAL / (TILE * groups * GROUP)), Linear<T>::quantise_some, &self);
-  const int64_t work = PANEL * groups * GROUP * std::min(tokens, near * TILE);
-  parallel_for(0, blocks * panels, std::max<int64_t>(1, SERIAL / work), Linear<T>::multiply_some, &self);
+                 Inputs(tokens, groups)};
+  const Inputs& inputs = self.inputs;
+  parallel_for(0, inputs.tiles, std::max<int64_t>(1, SERIAL / (TILE * groups * GROUP)), Linear<T>::quantise_some, &self);
+  const int64_t work = PANEL * groups * GROUP * std::min(tokens, inputs.tiles_a_block() * TILE);
+  parallel_for(0, inputs.blocks() * panels, std::max<int64_t>(1, SERIAL / work), Linear<T>::multiply_some, &self);
 }
 
 // e ** x for x <= 0, to 2e-7 of it (the series of e ** r up to r ** 6, |r| <= ln 2 / 2).
@@ -317,42 +401,119 @@ inline Floats exponential(Floats x) {
   return shift(y, n);
 }
 
-// Attention of a few new tokens of a sequence. Keys lie as [kv heads][d][capacity], values as [kv heads][capacity][d], in
-// bfloat16, or in 8 bits with a scale for each head and token. Each token is computed as it would be alone; a head's keys and
-// values come from memory for the first, and lie near for the others.
-template <class S>
-struct Attention {
-  const uint16_t *q, *k, *v;  // [tokens][heads][d] and twice [tokens][kv heads][d]
-  S *keys, *values;
-  uint16_t *key_scales, *value_scales;  // [kv heads][capacity], float16; with 8 bits
-  uint16_t* out;
-  int64_t tokens, heads, kv_heads, d, capacity, at;
-  static constexpr bool SCALED = sizeof(S) == 1;
+// 1 / (1 + e ** -x)
+inline Floats sigmoid(Floats x) {
+  const Floats e = exponential(least(x, mul(x, splat(-1))));
+  return div(by_sign(x, splat(1), e), plus(e, splat(1)));
+}
 
-  static void some(int64_t begin, int64_t end, void* context) {
-    const auto& self = *static_cast<const Attention*>(context);
-    std::unique_ptr<float[]> scores(new float[self.at + self.tokens + PANEL]);
-    for (int64_t head = begin; head < end; head++) {
-      const int64_t group = self.heads / self.kv_heads;
-      for (int64_t token = 0; token < self.tokens; token++) {
-        self.keep(token, head);
-        for (int64_t h = head * group; h < (head + 1) * group; h++) self.one(token, h, head, scores.get());
-      }
+inline int64_t whole(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
+
+// c[m][0..16 N) = sum over k of a[m][k] * b[k][0..16 N), two k at a time and in order, whatever M and N are. Of b's rows there
+// are `depth`, of a's columns one more where that is odd; of b's columns `have`, where N is 1. b is asked for `ahead` of its use.
+template <int M, int N, class S>
+void combine_panels(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t have, int64_t ahead,
+                    float* c, int64_t c_stride) {
+  static const S nought[N * PANEL] = {};
+  Floats sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) sum[m][n] = splat(0);
+  }
+  for (int64_t k = 0; k < depth; k += 2, a += 2, b += 2 * b_stride) {
+    const S* other = k + 1 < depth ? b + b_stride : nought;
+    Pairs two[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) two[n] = pairs(b + n * PANEL, other + n * PANEL, have);
+    for (size_t line = 0; line < N * PANEL * sizeof(S); line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(b + ahead) + line, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(other + ahead) + line, _MM_HINT_T0);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      uint32_t pair;
+      std::memcpy(&pair, a + m * a_stride, 4);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) sum[m][n] = dot(sum[m][n], two[n], pair);
     }
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) store(c + m * c_stride + n * PANEL, sum[m][n]);
+  }
+}
+
+// Panels of columns that M rows have registers for.
+constexpr int columns_beside(int rows) {
+  int n = 1;
+  while (2 * n * rows <= SUMS && n < 8) n *= 2;
+  return n;
+}
+
+// The same for any number of columns, from the widest on. Rows of c have room for whole panels.
+template <int M, int N, class S>
+void combine_columns(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t columns, bool down,
+                     float* c, int64_t c_stride) {
+  const int64_t ahead = down ? 4096 / sizeof(S) : N * PANEL;  // what is read next: further rows, or the next columns
+  int64_t i = 0;
+  for (; i + N * PANEL <= columns; i += N * PANEL) {
+    combine_panels<M, N>(a, a_stride, b + i, b_stride, depth, PANEL, ahead, c + i, c_stride);
+  }
+  if constexpr (N > 1) {
+    combine_columns<M, N / 2>(a, a_stride, b + i, b_stride, depth, columns - i, down, c + i, c_stride);
+  } else if (i < columns) {
+    combine_panels<M, 1>(a, a_stride, b + i, b_stride, depth, columns - i, ahead, c + i, c_stride);
+  }
+}
+
+// The same for one row of a over rows of b that are long: eight of them at a time, each from its beginning to its end.
+template <class S>
+void combine_along(const uint16_t* a, const S* b, int64_t b_stride, int64_t depth, int64_t columns, float* c) {
+  for (int64_t k = 0; k < depth; k += 8, a += 8, b += 8 * b_stride) {
+    const int64_t some = std::min<int64_t>(8, depth - k);
+    for (int64_t i = 0; i < columns; i += PANEL) {
+      const int64_t have = std::min(PANEL, columns - i);
+      Floats sum = k ? load(c + i) : splat(0);
+      for (int64_t j = 0; j < some; j += 2) {
+        uint32_t pair;
+        std::memcpy(&pair, a + j, 4);
+        sum = dot(sum, pairs(b + j * b_stride + i, b + (j + 1) * b_stride + i, have), pair);
+      }
+      store(c + i, sum);
+    }
+  }
+}
+
+template <class S, int M = TILE>
+void combine(int64_t rows, const uint16_t* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t columns,
+             bool down, float* c, int64_t c_stride) {
+  if (rows == 1 && !down) return combine_along(a, b, b_stride, depth, columns, c);
+  if (rows == M) return combine_columns<M, columns_beside(M)>(a, a_stride, b, b_stride, depth, columns, down, c, c_stride);
+  if constexpr (M > 1) combine<S, M - 1>(rows, a, a_stride, b, b_stride, depth, columns, down, c, c_stride);
+}
+
+// Keys [d][capacity] and values [capacity][width] of a head, of which the first d count; in bfloat16, or in 8 bits with a scale
+// in float16 for each token. Both products are of bfloat16 with sums in float32, in the order of the keys, so that what a query
+// sees is the same to the last bit beside any others.
+template <class S>
+struct Head {
+  S *keys, *values;
+  uint16_t *key_scales, *value_scales;  // of all heads
+  int64_t first_scale, d, capacity, width;
+  static constexpr bool SCALED = sizeof(S) == 1;
 
   // Puts a token's key and value to their place.
-  void keep(int64_t token, int64_t head) const {
-    const uint16_t *key = k + (token * kv_heads + head) * d, *value = v + (token * kv_heads + head) * d;
-    const int64_t to = at + token;
+  void keep(int64_t place, const uint16_t* key, const uint16_t* value) const {
     if constexpr (SCALED) {
-      const float by_key = scale(key, &key_scales[head * capacity + to]);
-      const float by_value = scale(value, &value_scales[head * capacity + to]);
-      for (int64_t i = 0; i < d; i++) keys[(head * d + i) * capacity + to] = whole(to_float(key[i]), by_key);
-      for (int64_t i = 0; i < d; i++) values[(head * capacity + to) * d + i] = whole(to_float(value[i]), by_value);
+      const float by_key = scale(key, &key_scales[first_scale + place]);
+      const float by_value = scale(value, &value_scales[first_scale + place]);
+      for (int64_t i = 0; i < d; i++) keys[i * capacity + place] = rounded(to_float(key[i]), by_key);
+      for (int64_t i = 0; i < d; i++) values[place * width + i] = rounded(to_float(value[i]), by_value);
     } else {
-      for (int64_t i = 0; i < d; i++) keys[(head * d + i) * capacity + to] = key[i];
-      std::memcpy(values + (head * capacity + to) * d, value, d * sizeof(uint16_t));
+      for (int64_t i = 0; i < d; i++) keys[i * capacity + place] = key[i];
+      std::memcpy(values + place * width, value, d * sizeof(uint16_t));
     }
   }
 
@@ -363,69 +524,114 @@ struct Attention {
     return half(*to);
   }
 
-  static int8_t whole(float x, float scale) {
+  static int8_t rounded(float x, float scale) {
     return scale == 0 ? 0 : int8_t(std::min(127.0f, std::max(-127.0f, std::nearbyint(x / scale))));
   }
 
-  void one(int64_t token, int64_t h, int64_t head, float* scores) const {
-    const S *keys = this->keys + head * d * capacity, *values = this->values + head * capacity * d;
-    const uint16_t* q = this->q + (token * heads + h) * d;
-    const int64_t length = at + token + 1, whole = length / PANEL * PANEL;
-    const float root = 1 / std::sqrt(float(d));
-    std::memset(scores, 0, length * sizeof(float));
-    for (int64_t i = 0; i < d; i += 8) {  // eight rows of keys at a time, each read from its beginning to its end
-      const S* row = keys + i * capacity;
-      float by[8];
-      for (int64_t j = 0; j < 8; j++) by[j] = to_float(q[i + j]) * root;
-      for (int64_t t = 0; t < whole; t += PANEL) {
-        Floats sum = load(scores + t);
-        for (int64_t j = 0; j < 8; j++) sum = fma(load(row + j * capacity + t), splat(by[j]), sum);
-        store(scores + t, sum);
-      }
-      for (int64_t t = whole; t < length; t++) {
-        for (int64_t j = 0; j < 8; j++) scores[t] += to_float(row[j * capacity + t]) * by[j];
-      }
+  // What up to TILE queries [rows][d] see, each of the first `lengths` tokens -> out [rows][width]; scores: room for
+  // whole(longest) a row.
+  void see(int64_t rows, const uint16_t* q, const int64_t* lengths, float* scores, float* out) const {
+    const int64_t longest = *std::max_element(lengths, lengths + rows), room = whole(longest);
+    const auto shares = reinterpret_cast<uint16_t*>(scores);
+    float factors[TILE];
+    combine(rows, q, d, keys, capacity, d, longest, false, scores, room);
+    for (int64_t m = 0; m < rows; m++) factors[m] = 1 / share(scores + m * room, lengths[m], room);
+    combine(rows, shares, 2 * room, values, width, longest, width, true, out, width);
+    for (int64_t m = 0; m < rows; m++) {
+      for (float* x = out + m * width; x < out + (m + 1) * width; x += PANEL) store(x, mul(load(x), splat(factors[m])));
     }
-    times(scores, key_scales + head * capacity, length);
-    const float largest = *std::max_element(scores, scores + length);
-    const int64_t padded = (length + PANEL - 1) / PANEL * PANEL;
-    std::fill(scores + length, scores + padded, -std::numeric_limits<float>::infinity());
-    Floats sum = splat(0);
-    for (int64_t t = 0; t < padded; t += PANEL) {
-      const Floats p = exponential(fma(splat(-1), splat(largest), load(scores + t)));
-      store(scores + t, p);
-      sum = fma(p, splat(1), sum);
+  }
+
+  // Scores become e ** ((score - the largest) / sqrt(d)), bfloat16 in the same place, noughts beyond the length; -> their sum.
+  float share(float* scores, int64_t length, int64_t room) const {
+    if constexpr (SCALED) {
+      for (int64_t t = 0; t < length; t += PANEL) store(scores + t, mul(load(scores + t), scales(key_scales, t, length)));
     }
+    for (int64_t t = length; t < whole(length); t++) scores[t] = -std::numeric_limits<float>::infinity();
+    const Floats root = splat(1 / std::sqrt(float(d)));
+    Floats largest = load(scores), sum = splat(0);
+    for (int64_t t = PANEL; t < length; t += PANEL) largest = most(largest, load(scores + t));
     float parts[PANEL], total = 0;
+    store(parts, largest);
+    const Floats below = splat(-*std::max_element(parts, parts + PANEL));
+    const auto shares = reinterpret_cast<uint16_t*>(scores);
+    for (int64_t t = 0; t < length; t += PANEL) {
+      Floats p = exponential(mul(plus(load(scores + t), below), root));
+      sum = plus(sum, p);
+      if constexpr (SCALED) p = mul(p, scales(value_scales, t, length));
+      store(shares + t, p);
+    }
+    std::memset(shares + length, 0, (room - length) * sizeof(uint16_t));
     store(parts, sum);
     for (float part : parts) total += part;
-    times(scores, value_scales + head * capacity, length);
-    uint16_t* to = out + (token * heads + h) * d;
-    int64_t i = 0;
-    for (; i + 4 * PANEL <= d; i += 4 * PANEL) mix<4>(scores, values + i, length, 1 / total, to + i);
-    for (; i < d; i += PANEL) mix<1>(scores, values + i, length, 1 / total, to + i);
+    return total;
   }
 
-  // Of 8 bits, a token's score or share by its scale.
-  static void times(float* x, const uint16_t* scales, int64_t length) {
-    if constexpr (SCALED) {
-      int64_t t = 0;
-      for (; t + PANEL <= length; t += PANEL) store(x + t, mul(load(x + t), halves(scales + t)));
-      for (; t < length; t++) x[t] *= half(scales[t]);
+  Floats scales(const uint16_t* from, int64_t t, int64_t length) const {
+    from += first_scale + t;
+    if (t + PANEL <= length) return halves(from);
+    uint16_t some[PANEL] = {};
+    std::memcpy(some, from, (length - t) * sizeof(uint16_t));
+    return halves(some);
+  }
+};
+
+// Room for what a tile of queries needs.
+struct Scratch {
+  std::unique_ptr<float[]> scores, out;
+  std::unique_ptr<uint16_t[]> q;
+  Scratch(int64_t longest, int64_t d, int64_t width)
+      : scores(new float[TILE * whole(longest)]), out(new float[TILE * width]), q(new uint16_t[TILE * d]) {}
+};
+
+// Queries of some tokens of a sequence, those of `group` heads beside each other; all see the same head of keys and values, the
+// first `seen` tokens, and one more for each token that is later than the first, if they are new.
+struct Queries {
+  const uint16_t* q;  // of the first token
+  int64_t tokens, stride, group, seen;
+  bool each_one_more;
+
+  int64_t tiles() const { return (tokens * group + TILE - 1) / TILE; }
+  // put(token, which head of the group, what it sees) for a tile of them.
+  template <class S, class F>
+  void see(int64_t tile, const Head<S>& head, Scratch& scratch, F&& put) const {
+    const int64_t first = tile * tokens * group / tiles(), rows = (tile + 1) * tokens * group / tiles() - first;
+    int64_t lengths[TILE];
+    for (int64_t m = 0; m < rows; m++) {
+      const int64_t token = (first + m) / group, h = (first + m) % group;
+      std::memcpy(&scratch.q[m * head.d], q + token * stride + h * head.d, head.d * sizeof(uint16_t));
+      lengths[m] = seen + (each_one_more ? token : 0);
     }
+    head.see(rows, scratch.q.get(), lengths, scratch.scores.get(), scratch.out.get());
+    for (int64_t m = 0; m < rows; m++) put((first + m) / group, (first + m) % group, &scratch.out[m * head.width]);
+  }
+};
+
+// Attention of new tokens of a sequence.
+template <class S>
+struct Attention {
+  const uint16_t *q, *k, *v;  // [tokens][heads][d] and twice [tokens][kv heads][d]
+  S *keys, *values;           // [kv heads][d][capacity], [kv heads][capacity][d]
+  uint16_t *key_scales, *value_scales;  // [kv heads][capacity], float16; with 8 bits
+  uint16_t* out;
+  int64_t tokens, heads, kv_heads, d, capacity, at;
+
+  static void some(int64_t begin, int64_t end, void* context) {
+    const auto& self = *static_cast<const Attention*>(context);
+    Scratch scratch(self.at + self.tokens, self.d, self.d);
+    for (int64_t head = begin; head < end; head++) self.one(head, scratch);
   }
 
-  template <int N>
-  void mix(const float* p, const S* values, int64_t length, float factor, uint16_t* to) const {
-    Floats sum[N];
-    for (int n = 0; n < N; n++) sum[n] = splat(0);
-    for (int64_t t = 0; t < length; t++, values += d) {
-      for (int n = 0; n < N; n++) sum[n] = fma(load(values + n * PANEL), splat(p[t]), sum[n]);
-    }
-    float row[PANEL];
-    for (int n = 0; n < N; n++) {
-      store(row, sum[n]);
-      for (int64_t i = 0; i < PANEL; i++) put(to + n * PANEL + i, row[i] * factor);
+  void one(int64_t number, Scratch& scratch) const {
+    const int64_t group = heads / kv_heads, part = number * capacity;
+    const Head<S> head{keys + part * d, values + part * d, key_scales, value_scales, part, d, capacity, d};
+    for (int64_t t = 0; t < tokens; t++) head.keep(at + t, k + (t * kv_heads + number) * d, v + (t * kv_heads + number) * d);
+    const Queries queries{q + number * group * d, tokens, heads * d, group, at + 1, true};
+    for (int64_t tile = 0; tile < queries.tiles(); tile++) {
+      queries.see(tile, head, scratch, [&](int64_t token, int64_t h, const float* x) {
+        uint16_t* to = out + (token * heads + number * group + h) * d;
+        for (int64_t i = 0; i < d; i += PANEL) store(to + i, load(x + i));
+      });
     }
   }
 };
@@ -498,137 +704,270 @@ struct Sequence {
 struct Shape {
   int64_t layers, width, inner, heads, kv_heads, d;
 };
+struct TowerWeights {
+  const uint16_t *norm, *norm_bias, *mlp_norm, *mlp_norm_bias;
+  Weight q, k, v, o, fc1, fc2;
+};
 
-// The layers of a Qwen2 decoder for a few new tokens of some sequences. Queries, keys, values and what attention gives are
-// bfloat16, everything else is float32 from the first layer to the last.
+// Hidden states in float32 from the first layer to the last, and what is done to them in a decoder as in a tower.
+struct Hidden {
+  const int64_t tokens, width;
+  std::unique_ptr<float[]> x;  // [tokens][width]
+  Inputs normed;
+
+  Hidden(int64_t tokens, int64_t width, const uint16_t* hidden)
+      : tokens(tokens), width(width), x(new float[tokens * width]), normed(tokens, width / GROUP) {
+    for (int64_t i = 0; i < tokens * width; i += PANEL) store(&x[i], load(hidden + i));
+  }
+  void write(uint16_t* hidden) const {
+    for (int64_t i = 0; i < tokens * width; i += PANEL) store(hidden + i, load(&x[i]));
+  }
+
+  // (x - mean) / its root mean square * weight + bias; without a bias nothing is taken off.
+  void norm(int64_t token, const uint16_t* weight, const uint16_t* bias, float eps) {
+    const float* row = &x[token * width];
+    const Floats mean = splat(bias ? -total(row, [](Floats y) { return y; }) / width : 0);
+    const float squares = total(row, [&](Floats y) { return mul(plus(y, mean), plus(y, mean)); });
+    const Floats factor = splat(1 / std::sqrt(squares / width + eps));
+    float wide[GROUP];
+    for (int64_t g = 0; g < width; g += GROUP) {
+      for (int64_t i = 0; i < GROUP; i += PANEL) {
+        const Floats y = mul(mul(plus(load(row + g + i), mean), factor), load(weight + g + i));
+        store(wide + i, bias ? plus(y, load(bias + g + i)) : y);
+      }
+      normed.put(normed.at(token, g / GROUP), wide);
+    }
+  }
+  template <class F>
+  float total(const float* row, F&& of) const {
+    Floats sum = splat(0);
+    for (int64_t i = 0; i < width; i += PANEL) sum = plus(of(load(row + i)), sum);
+    float parts[PANEL], all = 0;
+    store(parts, sum);
+    for (float part : parts) all += part;
+    return all;
+  }
+
+  // put(token, the panel's 16 outputs) for the tokens of a tile.
+  template <class F>
+  static void multiply(const Weight& w, const Inputs& inputs, int64_t tile, int64_t panel, F&& put) {
+    const Floats bias = w.bias ? load(w.bias + panel * PANEL) : splat(0);
+    float rows[TILE * PANEL];
+    product(w.bits, w.values, w.scales, inputs, tile, panel, rows);
+    for (int64_t m = 0; m < inputs.size(tile); m++) put(inputs.first(tile) + m, plus(load(rows + m * PANEL), bias));
+  }
+
+  // x += the product, of all tokens.
+  void add(Team::Member& team, const Weight& w, const Inputs& inputs) {
+    each(team, inputs, width / PANEL, [&](int64_t tile, int64_t panel) {
+      multiply(w, inputs, tile, panel, [&](int64_t token, Floats y) {
+        float* to = &x[token * width + panel * PANEL];
+        store(to, plus(y, load(to)));
+      });
+    });
+  }
+
+  // task(tile, panel) for all of them.
+  template <class F>
+  static void each(Team::Member& team, const Inputs& inputs, int64_t panels, F&& task) {
+    team.each(inputs.blocks() * panels, [&](int64_t number) { inputs.block(number, panels, task); });
+  }
+};
+
+// The layers of a Qwen2 decoder for new tokens of some sequences. Queries, keys, values and shares are bfloat16, everything else
+// is float32 from the first layer to the last.
 struct Decoder : Shape {
   const LayerWeights* weights;
   const int64_t tokens;
   const float eps;
   const Sequence* sequences;
-  const int64_t sequence_count;
   const uint16_t *cosines, *sines;  // [tokens][d]
+  std::vector<int64_t> tasks{0};    // of attention, up to each sequence
+  int64_t longest = 0;
   Team team;
-  Inputs normed, attended, gated;
-  std::unique_ptr<float[]> x, projected;     // [tokens][width], [tokens][heads of q, k and v][d]
-  std::unique_ptr<uint16_t[]> q, k, v, seen;  // [tokens][heads or kv heads][d]
+  Hidden hidden;
+  Inputs attended, gated;
+  std::unique_ptr<float[]> projected;  // [tokens][heads of q, k and v][d]
+  std::unique_ptr<uint16_t[]> q;       // [tokens][heads][d]
 
   Decoder(const Shape& shape, int64_t threads, const LayerWeights* weights, int64_t tokens, float eps, const Sequence* sequences,
-          int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines)
-      : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences), sequence_count(sequence_count),
-        cosines(cosines), sines(sines), team(threads, 7 * layers), normed(tokens, width / GROUP),
-        attended(tokens, heads * d / GROUP), gated(tokens, inner / GROUP), x(new float[tokens * width]),
-        projected(new float[tokens * (heads + 2 * kv_heads) * d]), q(new uint16_t[tokens * heads * d]),
-        k(new uint16_t[tokens * kv_heads * d]), v(new uint16_t[tokens * kv_heads * d]), seen(new uint16_t[tokens * heads * d]) {}
+          int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines, const uint16_t* x)
+      : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences), cosines(cosines), sines(sines),
+        team(threads, 8 * layers), hidden(tokens, width, x), attended(tokens, heads * d / GROUP), gated(tokens, inner / GROUP),
+        projected(new float[tokens * (heads + 2 * kv_heads) * d]), q(new uint16_t[tokens * heads * d]) {
+    for (int64_t i = 0; i < sequence_count; i++) {
+      tasks.push_back(tasks.back() + kv_heads * queries(sequences[i], 0).tiles());
+      longest = std::max(longest, sequences[i].at + sequences[i].count);
+    }
+  }
 
   static void some(int64_t begin, int64_t end, void* context) {
     auto& self = *static_cast<Decoder*>(context);
     Team::Member member(self.team, end - begin);
-    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer);
+    Scratch scratch(self.longest, self.d, self.d);
+    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer, scratch);
   }
 
-  void one(Team::Member& team, int64_t layer) {
+  void one(Team::Member& team, int64_t layer, Scratch& scratch) {
     const LayerWeights& w = weights[layer];
+    const Inputs& normed = hidden.normed;
     const int64_t q_panels = heads * d / PANEL, kv_panels = kv_heads * d / PANEL, panels = q_panels + 2 * kv_panels;
-    auto add = [this](int64_t token, int64_t panel, Floats y) {
-      float* to = &x[token * width + panel * PANEL];
-      store(to, plus(y, load(to)));
-    };
-    team.each(tokens, [&](int64_t token) { norm(token, w.before_attention); });
-    team.each(panels, [&](int64_t panel) {
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_attention, nullptr, eps); });
+    Hidden::each(team, normed, panels, [&](int64_t tile, int64_t panel) {
       const Weight& part = panel < q_panels ? w.q : panel < q_panels + kv_panels ? w.k : w.v;
       const int64_t first = panel < q_panels ? 0 : panel < q_panels + kv_panels ? q_panels : q_panels + kv_panels;
-      multiply(part, normed, panel - first, [&](int64_t token, int64_t, Floats y) {
+      Hidden::multiply(part, normed, tile, panel - first, [&](int64_t token, Floats y) {
         store(&projected[(token * panels + panel) * PANEL], y);
       });
     });
+    const int64_t sequence_count = tasks.size() - 1;
     team.each(sequence_count * kv_heads, [&](int64_t task) {
       const Sequence& s = sequences[task / kv_heads];
-      s.memory[layer].key_scales ? attend<int8_t>(s, layer, task % kv_heads) : attend<uint16_t>(s, layer, task % kv_heads);
+      s.memory[layer].key_scales ? keep<int8_t>(s, layer, task % kv_heads) : keep<uint16_t>(s, layer, task % kv_heads);
     });
-    team.each(width / PANEL, [&](int64_t panel) { multiply(w.o, attended, panel, add); });
-    team.each(tokens, [&](int64_t token) { norm(token, w.before_mlp); });
-    team.each(inner / GROUP, [&](int64_t group) { gate(w, group); });
-    team.each(width / PANEL, [&](int64_t panel) { multiply(w.down, gated, panel, add); });
-  }
-
-  void norm(int64_t token, const uint16_t* weight) {
-    const float* row = &x[token * width];
-    Floats squares = splat(0);
-    for (int64_t i = 0; i < width; i += PANEL) squares = fma(load(row + i), load(row + i), squares);
-    float parts[PANEL], sum = 0, wide[GROUP];
-    store(parts, squares);
-    for (float part : parts) sum += part;
-    const Floats factor = splat(1 / std::sqrt(sum / width + eps));
-    for (int64_t g = 0; g < width / GROUP; g++) {
-      for (int64_t i = 0; i < GROUP; i += PANEL) {
-        store(wide + i, mul(mul(load(row + g * GROUP + i), factor), load(weight + g * GROUP + i)));
-      }
-      normed.put(normed.at(token, g), wide);
-    }
-  }
-
-  // put(token, panel, the panel's 16 outputs) for every token.
-  template <class F>
-  void multiply(const Weight& w, const Inputs& inputs, int64_t panel, F&& put) const {
-    const Floats bias = w.bias ? load(w.bias + panel * PANEL) : splat(0);
-    float rows[TILE * PANEL];
-    for (int64_t tile = 0; tile < inputs.tiles; tile++) {
-      product(w.bits, w.values, w.scales, inputs, tile, panel, rows);
-      for (int64_t m = 0; m < inputs.size(tile); m++) put(inputs.first(tile) + m, panel, plus(load(rows + m * PANEL), bias));
-    }
+    team.each(tasks.back(), [&](int64_t task) {
+      const int64_t i = std::upper_bound(tasks.begin(), tasks.end(), task) - tasks.begin() - 1;
+      const bool scaled = sequences[i].memory[layer].key_scales;
+      scaled ? attend<int8_t>(i, layer, task - tasks[i], scratch) : attend<uint16_t>(i, layer, task - tasks[i], scratch);
+    });
+    hidden.add(team, w.o, attended);
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_mlp, nullptr, eps); });
+    Hidden::each(team, normed, inner / GROUP, [&](int64_t tile, int64_t group) { gate(w, tile, group); });
+    hidden.add(team, w.down, gated);
   }
 
   template <class S>
-  void attend(const Sequence& s, int64_t layer, int64_t head) {
+  Head<S> head(const Sequence& s, int64_t layer, int64_t number) const {
+    const Memory& m = s.memory[layer];
+    const int64_t part = number * s.capacity;
+    return {static_cast<S*>(m.keys) + part * d, static_cast<S*>(m.values) + part * d, m.key_scales, m.value_scales, part, d,
+            s.capacity, d};
+  }
+
+  // Queries turned as their places ask, and keys, which are put with the values into the memory.
+  template <class S>
+  void keep(const Sequence& s, int64_t layer, int64_t number) {
     const int64_t group = heads / kv_heads;
+    const Head<S> to = head<S>(s, layer, number);
+    std::vector<uint16_t> key(d), value(d);
     for (int64_t token = s.first; token < s.first + s.count; token++) {
       const float* row = &projected[token * (heads + 2 * kv_heads) * d];
-      for (int64_t h = head * group; h < (head + 1) * group; h++) rotate(token, row + h * d, &q[(token * heads + h) * d]);
-      rotate(token, row + (heads + head) * d, &k[(token * kv_heads + head) * d]);
-      for (int64_t i = 0; i < d; i++) put(&v[(token * kv_heads + head) * d + i], row[(heads + kv_heads + head) * d + i]);
-    }
-    const Memory& m = s.memory[layer];
-    Attention<S> attention{&q[s.first * heads * d], &k[s.first * kv_heads * d], &v[s.first * kv_heads * d],
-                           static_cast<S*>(m.keys), static_cast<S*>(m.values), m.key_scales, m.value_scales,
-                           &seen[s.first * heads * d], s.count, heads, kv_heads, d, s.capacity, s.at};
-    Attention<S>::some(head, head + 1, &attention);
-    for (int64_t token = s.first; token < s.first + s.count; token++) {
-      for (int64_t g = head * group * d / GROUP; g < (head + 1) * group * d / GROUP; g++) {
-        attended.put(attended.at(token, g), &seen[token * heads * d + g * GROUP]);
-      }
+      for (int64_t h = number * group; h < (number + 1) * group; h++) rotate(token, row + h * d, &q[(token * heads + h) * d]);
+      rotate(token, row + (heads + number) * d, key.data());
+      for (int64_t i = 0; i < d; i += PANEL) store(&value[i], load(row + (heads + kv_heads + number) * d + i));
+      to.keep(s.at + token - s.first, key.data(), value.data());
     }
   }
 
   // The two halves of a head against each other.
   void rotate(int64_t token, const float* from, uint16_t* to) const {
     const uint16_t *cosine = cosines + token * d, *sine = sines + token * d;
-    for (int64_t i = 0; i < d / 2; i++) {
-      const float a = from[i], b = from[i + d / 2];
-      put(to + i, a * to_float(cosine[i]) - b * to_float(sine[i]));
-      put(to + i + d / 2, b * to_float(cosine[i + d / 2]) + a * to_float(sine[i + d / 2]));
+    for (int64_t i = 0; i < d / 2; i += PANEL) {
+      const int64_t j = i + d / 2;
+      const Floats a = load(from + i), b = load(from + j);
+      store(to + i, fma(a, load(cosine + i), mul(mul(b, splat(-1)), load(sine + i))));
+      store(to + j, fma(b, load(cosine + j), mul(a, load(sine + j))));
     }
   }
 
+  Queries queries(const Sequence& s, int64_t number) const {
+    const int64_t group = heads / kv_heads;
+    return {&q[(s.first * heads + number * group) * d], s.count, heads * d, group, s.at + 1, true};
+  }
+
+  template <class S>
+  void attend(int64_t i, int64_t layer, int64_t task, Scratch& scratch) {
+    const Sequence& s = sequences[i];
+    const int64_t tiles = (tasks[i + 1] - tasks[i]) / kv_heads, number = task / tiles, group = heads / kv_heads;
+    queries(s, number).see(task % tiles, head<S>(s, layer, number), scratch, [&](int64_t token, int64_t h, const float* x) {
+      const int64_t first = (number * group + h) * d / GROUP;
+      for (int64_t g = 0; g < d / GROUP; g++) attended.put(attended.at(s.first + token, first + g), x + g * GROUP);
+    });
+  }
+
   // silu(gate) * up for a group of 32, as the next product reads it.
-  void gate(const LayerWeights& w, int64_t group) {
-    float gates[2][TILE * PANEL], ups[2][TILE * PANEL], wide[GROUP];
-    for (int64_t tile = 0; tile < normed.tiles; tile++) {
-      for (int64_t half = 0; half < 2; half++) {
-        product(w.gate.bits, w.gate.values, w.gate.scales, normed, tile, 2 * group + half, gates[half]);
-        product(w.up.bits, w.up.values, w.up.scales, normed, tile, 2 * group + half, ups[half]);
-      }
+  void gate(const LayerWeights& w, int64_t tile, int64_t group) {
+    const Inputs& normed = hidden.normed;
+    float gates[TILE * PANEL], ups[TILE * PANEL], wide[TILE * GROUP];
+    for (int64_t half = 0; half < 2; half++) {
+      product(w.gate.bits, w.gate.values, w.gate.scales, normed, tile, 2 * group + half, gates);
+      product(w.up.bits, w.up.values, w.up.scales, normed, tile, 2 * group + half, ups);
       for (int64_t m = 0; m < normed.size(tile); m++) {
-        for (int64_t half = 0; half < 2; half++) {
-          const float *g = &gates[half][m * PANEL], *u = &ups[half][m * PANEL];
-          float e[PANEL];
-          for (int64_t i = 0; i < PANEL; i++) e[i] = -std::abs(g[i]);
-          store(e, exponential(load(e)));
-          for (int64_t i = 0; i < PANEL; i++) wide[half * PANEL + i] = g[i] * u[i] * (g[i] < 0 ? e[i] : 1) / (1 + e[i]);
-        }
-        gated.put(gated.at(tile, m, group), wide);
+        const Floats x = load(gates + m * PANEL);
+        store(wide + m * GROUP + half * PANEL, mul(mul(x, sigmoid(x)), load(ups + m * PANEL)));
       }
     }
+    for (int64_t m = 0; m < normed.size(tile); m++) gated.put(gated.at(tile, m, group), wide + m * GROUP);
+  }
+};
+
+// The layers of a SigLIP tower for one crop, all of whose tokens see each other; numbers are of the same types.
+struct Tower : Shape {
+  const TowerWeights* weights;
+  const int64_t tokens, room;  // of a head's values: d filled up to whole panels
+  const float eps;
+  Team team;
+  Hidden hidden;
+  Inputs attended, gated;
+  std::unique_ptr<uint16_t[]> projected, keys, values;  // [3][tokens][width], [heads][d][tokens], [heads][tokens][room]
+  std::unique_ptr<float[]> seen;                        // [tokens][width]
+
+  Tower(const Shape& shape, int64_t threads, const TowerWeights* weights, int64_t tokens, float eps, const uint16_t* x)
+      : Shape(shape), weights(weights), tokens(tokens), room(whole(d)), eps(eps), team(threads, 9 * layers),
+        hidden(tokens, width, x), attended(tokens, width / GROUP), gated(tokens, (inner + GROUP - 1) / GROUP),
+        projected(new uint16_t[3 * tokens * width]), keys(new uint16_t[heads * d * tokens]),
+        values(new uint16_t[heads * tokens * room]()), seen(new float[tokens * width]) {}
+
+  static void some(int64_t begin, int64_t end, void* context) {
+    auto& self = *static_cast<Tower*>(context);
+    Team::Member member(self.team, end - begin);
+    Scratch scratch(self.tokens, self.d, self.room);
+    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, self.weights[layer], scratch);
+  }
+
+  void one(Team::Member& team, const TowerWeights& w, Scratch& scratch) {
+    const Inputs& normed = hidden.normed;
+    const int64_t panels = width / PANEL;
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.norm, w.norm_bias, eps); });
+    Hidden::each(team, normed, 3 * panels, [&](int64_t tile, int64_t panel) {
+      const Weight& part = panel < panels ? w.q : panel < 2 * panels ? w.k : w.v;
+      uint16_t* to = &projected[panel / panels * tokens * width + panel % panels * PANEL];
+      Hidden::multiply(part, normed, tile, panel % panels, [&](int64_t token, Floats y) { store(to + token * width, y); });
+    });
+    team.each(heads, [&](int64_t number) {
+      const uint16_t *k = &projected[tokens * width + number * d], *v = k + tokens * width;
+      for (int64_t token = 0; token < tokens; token++) head(number).keep(token, k + token * width, v + token * width);
+    });
+    const int64_t tiles = queries(0).tiles();
+    team.each(heads * tiles, [&](int64_t task) {
+      const int64_t number = task / tiles;
+      queries(number).see(task % tiles, head(number), scratch, [&](int64_t token, int64_t, const float* x) {
+        std::memcpy(&seen[token * width + number * d], x, d * sizeof(float));
+      });
+    });
+    team.each(attended.tiles, [&](int64_t tile) { quantise_tile(seen.get(), width, attended, tile); });
+    hidden.add(team, w.o, attended);
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.mlp_norm, w.mlp_norm_bias, eps); });
+    Hidden::each(team, normed, gated.groups, [&](int64_t tile, int64_t group) { gelu(w.fc1, tile, group); });
+    hidden.add(team, w.fc2, gated);
+  }
+
+  Head<uint16_t> head(int64_t number) const {
+    return {&keys[number * d * tokens], &values[number * tokens * room], nullptr, nullptr, 0, d, tokens, room};
+  }
+  Queries queries(int64_t number) const { return {&projected[number * d], tokens, width, 1, tokens, false}; }
+
+  // gelu by tanh for a group of 32, as the next product reads it: x * (1 + tanh(y)) / 2 is x / (1 + e ** -2y).
+  void gelu(const Weight& w, int64_t tile, int64_t group) {
+    const int64_t have = std::min(GROUP, inner - group * GROUP), first = hidden.normed.first(tile);
+    float wide[TILE * GROUP];
+    for (int64_t i = 0; i < have; i += PANEL) {
+      Hidden::multiply(w, hidden.normed, tile, (group * GROUP + i) / PANEL, [&](int64_t token, Floats x) {
+        const Floats y = mul(fma(mul(x, x), splat(0.044715f), splat(1)), mul(x, splat(1.5957691216f)));  // 2 sqrt(2 / pi)
+        store(wide + (token - first) * GROUP + i, mul(x, sigmoid(y)));
+      });
+    }
+    for (int64_t m = 0; m < hidden.normed.size(tile); m++) gated.put(gated.at(tile, m, group), wide + m * GROUP, have);
   }
 };
 
@@ -651,11 +990,19 @@ extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const 
 
 // What a decoder's layers make of the hidden states [tokens, width], in place, bfloat16. Biases are there for q, k and v alone;
 // width, inner and d are multiples of 32.
-extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const LayerWeights* weights, float eps,
-                             const Sequence* sequences, int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
+extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const LayerWeights* weights,
+                             float eps, const Sequence* sequences, int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
                              uint16_t* hidden, int64_t tokens) {
-  Decoder self(*shape, threads, weights, tokens, eps, sequences, sequence_count, cosines, sines);
-  for (int64_t i = 0; i < tokens * self.width; i++) self.x[i] = to_float(hidden[i]);
+  Decoder self(*shape, threads, weights, tokens, eps, sequences, sequence_count, cosines, sines, hidden);
   parallel_for(0, threads, 1, Decoder::some, &self);
-  for (int64_t i = 0; i < tokens * self.width; i++) put(hidden + i, self.x[i]);
+  self.hidden.write(hidden);
+}
+
+// What a tower's layers make of the hidden states [tokens, width] of a crop, in place, bfloat16. There are as many heads of keys
+// as of queries; width is a multiple of 32, inner of 16, d of 2.
+extern "C" void llava_encode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const TowerWeights* weights,
+                             float eps, uint16_t* hidden, int64_t tokens) {
+  Tower self(*shape, threads, weights, tokens, eps, hidden);
+  parallel_for(0, threads, 1, Tower::some, &self);
+  self.hidden.write(hidden);
 }

@@ -1,22 +1,29 @@
-"""A decoder's layers in one call of a kernel, for steps in which few tokens are new.
+"""All layers of the decoder, and of the image tower, in one call of a kernel.
 
-Of a step of one token at 0.5B, hundreds of calls of small operators cost as much time as its products. The kernel divides every
-product among threads that stay awake between them, and keeps float32 from the first layer to the last where PyTorch's operators
-round to bfloat16 each time; it writes and reads the same keys and values. A token's result is the same in any company.
+Of a step of one token at 0.5B, hundreds of calls of small operators cost as much time as its products; of a prompt or a picture
+they and PyTorch's attention cost more. The kernel divides every product among threads that stay awake between them, and keeps
+float32 from the first layer to the last where PyTorch's operators round to bfloat16 each time; it writes and reads the same keys
+and values. A token's result is the same to the last bit in any company: however a prompt is cut, and whatever is beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..config import VisionConfig
 from .lora import Adapted
 from .quantise import QuantisedLinear
 from .text import Layer, Qwen2, rotary
+from .vision import Layer as TowerLayer
+from .vision import SigLIP
+
+BLOCK = 384
+"""Tokens that go through all layers together: what is kept of them between two layers stays in a processor's caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +51,40 @@ class Fused:
         """Embeddings `[T, D]` at `positions [T]`, the rows of the sequences one after another -> hidden states `[T, D]`."""
         c = self.decoder.config
         memory = torch.tensor([rows.memory for rows in sequences])
-        found, first = [], 0
-        for rows, own in zip(sequences, memory, strict=True):
-            found.append((first, rows.count, rows.at, rows.capacity, own.data_ptr()))
-            first += rows.count
         hidden = x.clone(memory_format=torch.contiguous_format)
-        rope = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
-        kernels.decode(hidden, self.weights, self.shape, c.rms_norm_eps, torch.tensor(found), rope)
+        cos, sin = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
+        parts = zip(hidden.split(BLOCK), cos.split(BLOCK), sin.split(BLOCK), _blocks(sequences, memory), strict=True)
+        for part, part_cos, part_sin, block in parts:
+            kernels.decode(part, self.weights, self.shape, c.rms_norm_eps, torch.tensor(block), (part_cos, part_sin))
         return self.decoder.norm(hidden)
+
+
+class FusedTower:
+    """The tower whose layers are those of `tower`, whose weights must stay where they are."""
+
+    def __init__(self, tower: SigLIP, c: VisionConfig) -> None:
+        assert possible_tower(tower, c)
+        self.tower, self.eps = tower, c.layer_norm_eps
+        heads, d = c.num_heads, c.hidden_size // c.num_heads
+        self.shape = torch.tensor([c.num_layers, c.hidden_size, c.intermediate_size, heads, heads, d])
+        self.weights = torch.tensor([_tower_addresses(layer) for layer in _tower_layers(tower)])
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Crops `[N, 3, S, S]` -> features `[N, grid * grid, D]`, each crop as it would be alone."""
+        found = [self.tower.embeddings(crop).contiguous() for crop in pixels.split(1)]
+        for crop in found:
+            kernels.encode(crop[0], self.weights, self.shape, self.eps)
+        return torch.cat(found)
+
+
+def possible_tower(tower: nn.Module, c: VisionConfig) -> bool:
+    """As `possible`, of a tower."""
+    if not isinstance(tower, SigLIP):  # but one whose crops are dealt out
+        return False
+    whole = c.hidden_size % kernels.GROUP == c.intermediate_size % kernels.PANEL == c.hidden_size // c.num_heads % 2 == 0
+    quantised = all(isinstance(linear, QuantisedLinear) for layer in _tower_layers(tower) for linear in _tower_linears(layer))
+    weight = tower.embeddings.position_embedding.weight
+    return whole and quantised and weight.dtype == torch.bfloat16 and weight.is_cpu and kernels.why_not() is None
 
 
 def possible(decoder: Qwen2) -> bool:
@@ -63,19 +96,61 @@ def possible(decoder: Qwen2) -> bool:
     return whole and quantised and plain and kernels.why_not() is None
 
 
+def _blocks(sequences: Sequence[Rows], memory: Tensor) -> Iterator[list[tuple[int, ...]]]:
+    """What the kernel calls sequences, of one BLOCK of rows after another."""
+    block: list[tuple[int, ...]] = []
+    taken = 0
+    for rows, own in zip(sequences, memory, strict=True):
+        done = 0
+        while done < rows.count:
+            some = min(BLOCK - taken, rows.count - done)
+            block.append((taken, some, rows.at + done, rows.capacity, own.data_ptr()))
+            done, taken = done + some, taken + some
+            if taken == BLOCK:
+                yield block
+                block, taken = [], 0
+    if block:
+        yield block
+
+
 def _layers(decoder: Qwen2) -> list[Layer]:
     return [layer for layer in decoder.layers if isinstance(layer, Layer)]
 
 
+def _tower_layers(tower: SigLIP) -> list[TowerLayer]:
+    return [layer for layer in tower.encoder.layers if isinstance(layer, TowerLayer)]
+
+
 def _linears(layer: Layer) -> list[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
-    found = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return [linear.base if isinstance(linear, Adapted) else linear for linear in found]
+    found = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return [_base(linear) for linear in found]
+
+
+def _tower_linears(layer: TowerLayer) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    found = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
+    return [_base(linear) for linear in found]
+
+
+def _base(linear: nn.Module) -> nn.Module:
+    return linear.base if isinstance(linear, Adapted) else linear
 
 
 def _addresses(layer: Layer) -> list[int]:
-    found = [layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr()]
-    for linear in _linears(layer):
+    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    return [norm.data_ptr() for norm in norms] + _words(_linears(layer))
+
+
+def _tower_addresses(layer: TowerLayer) -> list[int]:
+    one, two = layer.layer_norm1, layer.layer_norm2
+    return [part.data_ptr() for part in (one.weight, one.bias, two.weight, two.bias)] + _words(_tower_linears(layer))
+
+
+def _words(linears: list[nn.Module]) -> list[int]:
+    """What the kernel calls weights."""
+    found = []
+    for linear in linears:
         assert isinstance(linear, QuantisedLinear)
         bias = 0 if linear.bias is None else linear.bias.data_ptr()
         found += [linear.bits, linear.weight.data_ptr(), linear.scale.data_ptr(), bias]
