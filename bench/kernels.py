@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from make_checkpoint import SHAPES
+from shapes import SHAPES
 from torch import Tensor, nn
 
 from llava_interleave import kernels

@@ -12,16 +12,12 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+from shapes import SHAPES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.testing import SPECIAL, processor_files, qwen2_tokenizer, tiny_checkpoint, tiny_tokenizer, write_random
 
 VOCABULARY = 151643  # pieces before the special tokens
-SHAPES = {
-    "0.5b": LlavaConfig(VisionConfig(), TextConfig(1024, 2816, 24, 16, 16, 64, 152000, 32768, 1e6, 1e-6, True)),
-    "7b": LlavaConfig(VisionConfig(), TextConfig(4096, 11008, 32, 32, 32, 128, 152000, 32768, 1e6, 1e-6, False)),
-}
 
 
 def tokenizer() -> Tokenizer:

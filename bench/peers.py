@@ -35,9 +35,10 @@ import torch
 from PIL import Image
 
 from llava_interleave import weights
-from llava_interleave.bench import prefill_work, product_speed, reading_speed, vision_work
+from llava_interleave.bench import product_speed, reading_speed
 from llava_interleave.cli import show
 from llava_interleave.config import LlavaConfig
+from llava_interleave.model.work import prefill_work, vision_work
 from llava_interleave.weights.files import read_config
 
 HERE = Path(__file__).parent

@@ -24,8 +24,8 @@ class Llava:
     """This package. A question is laid out as the checkpoint's own template does, as transformers does it."""
 
     def __init__(self, folder: str, precision: str) -> None:
-        from llava_interleave.bench import decoder_bytes
         from llava_interleave.chatbot import Options, load
+        from llava_interleave.model.work import decoder_bytes
 
         self.bot, self.options = load(folder, precision=precision), Options(preset="hf", ignore_eos=True)
         self.about = {"weights": decoder_bytes(self.bot.model), "kv": self.bot.engine.bytes_per_token}

@@ -7,19 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
 from PIL import Image
 
-from . import kernels
 from .chatbot import Chatbot, Options
-from .config import LlavaConfig
-from .engine.memory import compiled
-from .model import Llava
 from .model.fused import possible
 from .model.quantise import quantised
+from .model.work import decoder_bytes, prefill_work, vision_work
 
 QUESTIONS = ("Describe every image.", "What differs between them?")
 
@@ -63,9 +59,9 @@ def measure(
         taken.append(ask(bot, images, tokens))
     times, model = taken[1:], bot.model
     weight = model.language_model.norm.weight
-    precision = quantised(model) or str(weight.dtype).removeprefix("torch.")
+    computed = str(weight.dtype).removeprefix("torch.")
     peak = peak_memory(weight.device)  # before the ceilings take memory of their own
-    kind = "int8" if quantised(model) else precision
+    kind = "int8" if quantised(model) and weight.is_cpu else computed  # a GPU multiplies floats
     read, products = reading_speed(weight.device), product_speed(kind, weight.device)
     prompt = int(times[0]["prompt"])
     ceilings = {
@@ -84,9 +80,7 @@ def measure(
     about = bot.info() | {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "linears": made_by(quantised(model) is not None),
-        "attention of one token": made_by(compiled(model.config.text, weight.dtype, weight.device)),
-        "layers of a decode step": "one call" if possible(model.language_model) else "one by one",
+        "layers of a decoder": "one call" if possible(model.language_model) else "one by one",
         "images": images,
         "prompt": prompt,
         "tokens": tokens,
@@ -128,33 +122,6 @@ def figure(name: str, unit: str, values: Sequence[float], ceiling: float | None 
     median = statistics.median(values)
     share = None if ceiling is None else ceiling / median if unit.startswith("s") else median / ceiling
     return Figure(name, unit, median, min(values), max(values), share)
-
-
-def made_by(kernel: bool) -> str:
-    reason = kernels.why_not() if kernel else None
-    return "PyTorch" if not kernel else f"PyTorch, for there are no kernels: {reason}" if reason else "compiled kernels"
-
-
-def vision_work(c: LlavaConfig) -> int:
-    """Operations, two a product, that tower and projector need for a crop."""
-    v, out, tokens = c.vision, c.text.hidden_size, c.vision.grid**2
-    layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size + 2 * tokens * v.hidden_size
-    patches, projector = 3 * v.patch_size**2 * v.hidden_size, (v.hidden_size + out) * out
-    return 2 * tokens * (v.num_layers * layer + patches + projector)
-
-
-def prefill_work(c: LlavaConfig, tokens: int) -> int:
-    """Operations that the decoder needs for a prompt whose last token alone gets logits; each token attends to those up to it."""
-    t = c.text
-    queries, keys = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
-    layer = t.hidden_size * (2 * queries + 2 * keys + 3 * t.intermediate_size) + (tokens + 1) * queries
-    return 2 * (tokens * t.num_layers * layer + t.hidden_size * t.vocab_size)
-
-
-def decoder_bytes(model: Llava) -> int:
-    """Bytes of weights that are read for every token."""
-    parts = (model.language_model.layers, model.language_model.norm, model.lm_head)
-    return sum(tensor.nbytes for part in parts for tensor in chain(part.parameters(), part.buffers()))
 
 
 def reading_speed(device: torch.device) -> float:

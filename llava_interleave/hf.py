@@ -23,6 +23,7 @@ from .engine import Engine, Sampling
 from .errors import OptionError, PromptError, Unsupported
 from .layout import Layout
 from .model import Llava
+from .model.quantise import quantised
 from .options import unknown
 from .processing import FrameSampling, Processor, Tokenizer
 from .processing.chat import hf_text, parse
@@ -203,22 +204,31 @@ class LlavaForConditionalGeneration:
         low_cpu_mem_usage: bool = True,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
+        quantization_config: object = None,
     ) -> LlavaForConditionalGeneration:
         """A checkpoint folder or a Hugging Face name; the numbers are the checkpoint's own without `torch_dtype` or `dtype`.
 
-        Weights always go straight to their place in their type, which is what `low_cpu_mem_usage` asks for.
+        Weights always go straight to their place in their type, which is what `low_cpu_mem_usage` asks for. `load_in_4bit` is NF4
+        by bitsandbytes in every linear but the output head, on the GPU at once. FlashAttention 2 is exact attention: what a GPU
+        computes that with is chosen among what is installed.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise OptionError(f"torch_dtype={torch_dtype} and dtype={dtype} contradict each other")
         if not low_cpu_mem_usage:
             raise OptionError("low_cpu_mem_usage=False: weights are always read straight to their place; leave it out")
-        if load_in_4bit or load_in_8bit:
-            reason = "is not offered yet" if torch.cuda.is_available() else "needs a CUDA GPU, which this machine lacks"
-            raise Unsupported(
-                f"load_in_{4 if load_in_4bit else 8}bit {reason}; leave it out and pass torch_dtype=torch.bfloat16, "
-                "half the memory of float32"
+        if quantization_config is not None:
+            raise OptionError(
+                "quantization_config is not read: load_in_4bit=True is NF4 with plain scales, computed in torch_dtype"
             )
-        if use_flash_attention_2 or attn_implementation == "flash_attention_2":
+        if (load_in_4bit or load_in_8bit) and not torch.cuda.is_available():
+            raise Unsupported(
+                f"load_in_{4 if load_in_4bit else 8}bit needs a CUDA GPU, which this machine lacks; leave it out and pass "
+                "torch_dtype=torch.bfloat16, half the memory of float32"
+            )
+        if load_in_8bit:
+            raise Unsupported("load_in_8bit, bitsandbytes' LLM.int8(), is not offered; load_in_4bit is, and int8 in load()")
+        flash = use_flash_attention_2 or attn_implementation == "flash_attention_2"
+        if flash:
             if not torch.cuda.is_available():
                 raise Unsupported(
                     "FlashAttention 2 needs a CUDA GPU, which this machine lacks; leave it out: attention is PyTorch's fused SDPA"
@@ -229,21 +239,31 @@ class LlavaForConditionalGeneration:
         if isinstance(wanted, str):
             wanted = None if wanted == "auto" else named_dtype(wanted)
         folder = weights.resolve(name, revision)
-        model = weights.load(folder, dtype=wanted, device=_device("cpu" if device_map is None else device_map))
+        few, usual = ("nf4", "cuda") if load_in_4bit else (None, "cpu")
+        place = _device(usual if device_map is None else device_map, folder, few or "auto")
+        model = weights.load(folder, dtype=wanted, device=place, precision=few)
+        if flash and model.language_model.norm.weight.dtype == torch.float32:
+            raise OptionError("FlashAttention 2 computes in 16 bits: pass torch_dtype=torch.bfloat16 or torch.float16")
         notice.show_once(str(name), folder)
         return cls(model, Tokenizer.from_folder(folder), read_json(folder / "generation_config.json", optional=True))
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.model.language_model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.lm_head.weight.dtype
+        return self.model.language_model.norm.weight.dtype
 
     def to(self, *where: str | int | torch.device | torch.dtype, **named: Any) -> LlavaForConditionalGeneration:
-        """The network on a device, in a dtype, or both, by place or name; moved in place."""
+        """The network on a device, in a dtype, or both, by place or name; moved in place. One of few bits stays what it is."""
         device, dtype = _where(where, named)
+        if few := quantised(self.model):
+            if (dtype or self.dtype, torch.empty(0, device=device or self.device).device) != (self.dtype, self.device):
+                raise OptionError(
+                    f"{few} weights stay on {self.device} beside {self.dtype}: pass device_map and torch_dtype when you load them"
+                )
+            return self
         self.model.to(device=device, dtype=dtype)
         self._engine = None
         return self
@@ -516,9 +536,9 @@ def _where(given: Sequence[Any], named: Mapping[str, Any]) -> tuple[str | None, 
     return _device(devices[0]) if devices else None, dtypes[0] if dtypes else None
 
 
-def _device(named: str | int | torch.device | Mapping[str, Any]) -> str:
+def _device(named: str | int | torch.device | Mapping[str, Any], folder: Path | None = None, precision: str = "auto") -> str:
     if isinstance(named, Mapping):
         if set(named) != {""}:
             raise Unsupported("a device_map that splits the network is not offered; give one device, such as device_map='cuda'")
         named = named[""]
-    return pick_device(f"cuda:{named}" if isinstance(named, int) else str(named))
+    return pick_device(f"cuda:{named}" if isinstance(named, int) else str(named), folder, precision)

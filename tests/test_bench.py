@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from llava_interleave import weights
-from llava_interleave.bench import decoder_bytes, measure, prefill_work, vision_work
+from llava_interleave.bench import measure
 from llava_interleave.chatbot import load
 from llava_interleave.cli import app
 from llava_interleave.model import Llava, Packed
+from llava_interleave.model.work import decoder_bytes, prefill_work, vision_work
 from llava_interleave.testing import tiny_checkpoint
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -97,3 +98,29 @@ def test_the_bench_beside_transformers(folder: Path, tmp_path: Path) -> None:
     drawn = page.read_text()
     assert all(drawn.count(f"<h2>{figure}</h2>") == 1 for figure in ours)
     assert drawn.count("class='bar ours'") == len(ours) and drawn.count("class='bar'") == len(theirs)
+
+
+def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
+    """Two groups of it, on the CPU: what is measured has its share of a ceiling, what cannot be done its reason."""
+    out, groups = tmp_path / "found.json", ["ceilings", "small ours float32", "small ours fp8"]
+    command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--small", "--only", *groups, "--out", out]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads(out.read_text())
+    rows = {(row["group"], row["name"]): row for row in found["rows"]}
+    assert {group for group, _ in rows} == set(groups) and not found["left out"]
+    measured = {name: row for (group, name), row in rows.items() if group == groups[1] and row["least"]}
+    assert measured.keys() == {
+        "tower",
+        "decode, 1 at a time",
+        "decode, 4 at a time",
+        "prompt",
+        "first token, 1 image",
+        "first token, 2 images",
+    }
+    assert all(row["value"] > 0 and row["of the ceiling"] > 0 for row in measured.values())
+    assert rows["small ours fp8", "all of it"]["note"].startswith("Unsupported: no fp8 here")
+    assert shown.count("x transformers") == 1 and found["about"]["torch"] == torch.__version__
+    again = subprocess.run(
+        [*command[:-1], tmp_path / "late.json", "--minutes", "0"], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"left out, for 0 minutes were over: {', '.join(groups)}" in again

@@ -5,6 +5,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,15 +16,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import llava_interleave
-from llava_interleave import notice, weights
+from llava_interleave import kernels, notice, weights
 from llava_interleave.chatbot import Chatbot, Conversation, Options, load
+from llava_interleave.chatbot import place as places
 from llava_interleave.chatbot.attach import content, part
-from llava_interleave.chatbot.place import pick_dtype
+from llava_interleave.chatbot.place import pick_device, pick_dtype, pick_precision
 from llava_interleave.chatbot.stops import StopStrings
 from llava_interleave.engine import Engine, Sampling
-from llava_interleave.errors import DataError, MediaError, OptionError, PromptError
+from llava_interleave.errors import DataError, MediaError, OptionError, PromptError, Unsupported
 from llava_interleave.model import Packed, arrange
-from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +297,66 @@ def test_precision(bot: Chatbot) -> None:
     assert half.info()["precision"] == "bfloat16"
     with pytest.raises(OptionError, match="int3"):
         load(bot.source, precision="int3")
+
+
+def test_auto_is_the_fastest_that_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real 0.5B ran in bfloat16 at a seventh of int8's pace, unless one had read of int8."""
+    half, whole = (tiny_checkpoint(tmp_path / str(dtype), dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert pick_precision("auto", half, "cpu") == (torch.float32, None)  # small
+    monkeypatch.setattr("llava_interleave.chatbot.place.SMALL", 0)
+    assert pick_precision("auto", whole, "cpu") == (torch.float32, None)
+    assert pick_precision("bfloat16", half, "cpu") == (torch.bfloat16, None)
+    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    assert pick_precision("auto", half, "cpu") == (torch.bfloat16, "int8")
+    monkeypatch.setattr(kernels, "why_not", lambda: "no compiler")
+    assert pick_precision("auto", half, "cpu") == (torch.bfloat16, None)
+
+
+def test_auto_takes_the_card_that_the_network_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the CPU, and says by how much: out of memory at the first long prompt is no way to learn it."""
+    wide = tiny_config(text={"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": False})
+    folder = tiny_checkpoint(tmp_path / "tiny", wide, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", folder) == "cpu"
+    free = [0]
+    card = {"is_available": True, "mem_get_info": free, "get_device_capability": (9, 0), "is_bf16_supported": True}
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: (value[0], 0) if value is free else value)
+    monkeypatch.setattr(places, "SMALL", 0)
+    config, dtype = weights.read_config(folder), torch.bfloat16
+    kv = 4096 * 2 * 2 * 256 * 2  # tokens, layers, keys and values, width, bytes
+    need = {few: weights.size(config, dtype, few, "cuda") + kv + (1 << 30) for few in (None, "int4")}
+    assert need["int4"] < need[None]
+    free[0] = need[None]
+    assert pick_device("auto", folder) == pick_device("auto") == "cuda"
+    free[0] -= 1
+    with pytest.warns(
+        UserWarning, match=r"needs 1\.0 GiB in bfloat16, and the GPU has 1\.0 free: it runs on the CPU; precision int4"
+    ):
+        assert pick_device("auto", folder) == "cpu"
+    assert pick_device("auto", folder, "int4") == "cuda"
+    free[0] = need["int4"] - 1
+    with pytest.warns(UserWarning, match="in int4"):
+        assert pick_device("auto", folder, "int4") == "cpu"
+    assert pick_precision("auto", folder, "cuda") == (dtype, None)
+    assert pick_precision("fp8", folder, "cuda") == (dtype, "fp8")
+
+
+def test_keys_and_values_get_what_a_card_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "measured", lambda model, kv_precision: (model, kv_precision))
+    model = SimpleNamespace(language_model=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True))))
+    assert places.kv_memory(model, "int8") == (model, "int8")
+
+
+def test_apples_gpu_computes_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
+    assert pick_dtype("auto", folder, "mps") == torch.float32
+    monkeypatch.setattr(places, "SMALL", 0)
+    assert pick_dtype("auto", folder, "mps") == torch.float16
+    with pytest.raises(Unsupported, match="no int4 here"):
+        pick_precision("int4", folder, "mps")
+    with pytest.raises(Unsupported, match="no fp8 here: it is there on CUDA GPUs only, and this is mps"):
+        pick_precision("fp8", folder, "mps")
 
 
 def test_licence_notice_once(

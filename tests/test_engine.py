@@ -606,14 +606,16 @@ class Anything(RuleBasedStateMachine):
         tokens=st.integers(4, 80),
         crops=st.integers(1, 6),
         features=st.sampled_from([0, 3000, 10**6]),
+        block=st.sampled_from([0, 4, 32]),
     )
-    def begin(self, memory: int, tokens: int, crops: int, features: int) -> None:
+    def begin(self, memory: int, tokens: int, crops: int, features: int, block: int) -> None:
         self.model = Failing()
         self.engine = Engine(
             self.model,
             eos_ids={EOS},
             vocab=VOCAB,
-            kv_bytes=memory * TOKEN,
+            kv_bytes=(memory + block) * TOKEN,
+            kv_block=block,
             feature_bytes=features,
             max_step_tokens=tokens,
             max_step_crops=crops,

@@ -13,8 +13,9 @@ import torch
 import transformers
 from PIL import Image
 
-from llava_interleave import hf
+from llava_interleave import hf, weights
 from llava_interleave.errors import LlavaError, OptionError, PromptError, Unsupported
+from llava_interleave.model import Llava
 from llava_interleave.testing import tiny_checkpoint
 
 
@@ -246,11 +247,60 @@ def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
     assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
 
 
+def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card's GPU lines, as far as a machine without one can follow them: what is asked of the loader and of the network."""
+    asked: list[dict[str, Any]] = []
+    read = weights.load
+
+    def load(folder: Path, **how: Any) -> Llava:
+        asked.append(how)
+        return read(folder, dtype=how["dtype"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(weights, "load", load)
+    of = hf.LlavaForConditionalGeneration.from_pretrained
+    half = {"torch_dtype": torch.float16, "low_cpu_mem_usage": True}
+    model = of(folder, **half, use_flash_attention_2=True)
+    of(folder, **half, load_in_4bit=True)
+    of(folder, **half, load_in_4bit=True, device_map=1)
+    of(folder, **half, attn_implementation="flash_attention_2", device_map="cuda:1")
+    assert [(how["device"], how["precision"]) for how in asked] == [
+        ("cpu", None),
+        ("cuda", "nf4"),
+        ("cuda:1", "nf4"),
+        ("cuda:1", None),
+    ]
+    assert {how["dtype"] for how in asked} == {torch.float16}
+    moved: list[dict[str, Any]] = []
+    monkeypatch.setattr(model.model, "to", lambda **how: moved.append(how))
+    assert model.to(0) is model.to("cuda:0", torch.float16) is model
+    assert moved == [{"device": "cuda:0", "dtype": None}, {"device": "cuda:0", "dtype": torch.float16}]
+    with pytest.raises(OptionError, match="computes in 16 bits: pass torch_dtype"):
+        of(folder, use_flash_attention_2=True)
+    with pytest.raises(Unsupported, match=r"LLM.int8\(\), is not offered; load_in_4bit is"):
+        of(folder, load_in_8bit=True)
+    with pytest.raises(OptionError, match="quantization_config is not read: load_in_4bit=True is NF4"):
+        of(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(Unsupported, match="there is no cuda:2: this machine has 2"):
+        model.to(2)
+
+
+def test_weights_of_few_bits_stay_where_they_are(folder: Path, tmp_path: Path) -> None:
+    weights.save(weights.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder)
+    model = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "int8")
+    assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+    assert model.to("cpu").to(torch.float32) is model
+    with pytest.raises(OptionError, match=r"int8 weights stay on cpu beside torch\.float32: pass device_map"):
+        model.to(torch.bfloat16)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU must say")
 def test_what_a_cpu_cannot_do_is_refused(folder: Path) -> None:
     load = hf.LlavaForConditionalGeneration.from_pretrained
     for flags, says in (
         ({"load_in_4bit": True}, "bfloat16"),
+        ({"load_in_8bit": True}, "bfloat16"),
         ({"use_flash_attention_2": True}, "SDPA"),
         ({"attn_implementation": "flash_attention_2"}, "SDPA"),
         ({"attn_implementation": "eager"}, "SDPA"),

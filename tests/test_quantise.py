@@ -150,7 +150,9 @@ def test_with_and_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="'int3' is no precision; there are auto, float32, bfloat16, float16, int8, int4"):
+    with pytest.raises(
+        OptionError, match="'int3' is no precision; there are auto, float32, bfloat16, float16, int8, int4, fp8, nf4"
+    ):
         load(folder, precision="int3")
     for precision in ("int8", "bfloat16"):
         with pytest.raises(OptionError, match=f"holds int4 weights; for {precision} name the checkpoint"):
@@ -171,8 +173,8 @@ def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
 
 def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("llava_interleave.weights.load"), "device_named", torch.device)
-    with pytest.raises(Unsupported, match="weights of 4 and 8 bits are for a CPU, not for cuda"):
-        weights.load(folder, precision="int8", device="cuda")
+    with pytest.raises(Unsupported, match="no int8 here: weights of 4 and 8 bits are for a CPU and for CUDA GPUs, not for mps"):
+        weights.load(folder, precision="int8", device="mps")
 
 
 def test_adapters_stand_beside_quantised_linears(folder: Path) -> None:
@@ -202,6 +204,11 @@ def test_answers_of_the_built_in_model(bot: Chatbot) -> None:
         turn = bot.turn(text, pictures(episode, 96))
         assert bot.chat(turn, max_new_tokens=24).text == floats.chat(turn, max_new_tokens=24).text
     assert bot.info()["precision"] == "int8"
+    reason = kernels.why_not()
+    assert bot.info()["linears"] == (
+        "compiled kernels" if reason is None else f"PyTorch, which unpacks the weights at every call: {reason}"
+    )
+    assert floats.info()["linears"] == "PyTorch"
     assert bot.info()["parameters"] == floats.info()["parameters"]
 
 

@@ -344,7 +344,7 @@ def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
         told = alone.post("/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}).json()
         assert said | {"created_at": 0} == told | {"created_at": 0}
         before = measured(http, "llava_requests_total")
-        for first in ("red", "lime", "navy", "teal"):
+        for first in ("red", "lime", "navy", "teal", "gold", "gray", "plum", "pink", "tan", "cyan"):  # four met by chance on one
             asked = body(user(picture(data_url(png(first))), "and", picture(said["id"]), "What differs?"))
             assert plain(http.post(CHAT, json=asked)) == plain(alone.post(CHAT, json=asked))
         after = measured(http, "llava_requests_total") - before

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from llava_interleave import cli, weights
 from llava_interleave.errors import OptionError, Unsupported
+from llava_interleave.model.ranks import Ranks
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.train import checkpoints, loop, recipe
 from llava_interleave.train.batch import Idle, Plan, Position, dealt
 from llava_interleave.train.loop import TrainConfig, train
 from llava_interleave.train.loss import answers
-from llava_interleave.train.ranks import Ranks
 from llava_interleave.train.recipe import Adapter, Dpo, Recipe
 from llava_interleave.train.run import run
 

@@ -14,10 +14,12 @@ from typing import Any
 from .. import notice, weights
 from ..engine import Engine, Event, Sampling, Timings, Usage
 from ..engine.cache import Keys
-from ..errors import CheckpointError, DataError, LlavaError, OptionError, PromptError
+from ..engine.several import Several
+from ..errors import CheckpointError, DataError, LlavaError, OptionError, PromptError, Unsupported
 from ..layout import Thin
 from ..model import Llava
 from ..model.quantise import quantised
+from ..model.ranks import place as torchrun
 from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
 from ..prompt import Prompt
@@ -25,7 +27,8 @@ from . import saved
 from .attach import content
 from .conversation import Conversation
 from .explain import Explanation, Trial, asked, called, check, chosen, looks
-from .place import kv_memory, pick_device, pick_precision, warn_if_slow
+from .place import kv_memory, linears_by, pick_device, pick_precision, warn_if_slow
+from .several import share
 from .stops import StopStrings
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
@@ -160,9 +163,10 @@ class Chatbot:
 
     def estimate(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Estimate:
         """Tokens of each part and in all, context left, and memory, without computing anything."""
-        dtype = self.model.language_model.norm.weight.dtype
-        counted = self.processor.estimate(messages, **processing(options.but(changes)), number_bytes=dtype.itemsize)
-        return dataclasses.replace(counted, weight_bytes=weights.size(self.model.config, dtype, quantised(self.model)))
+        weight = self.model.language_model.norm.weight
+        counted = self.processor.estimate(messages, **processing(options.but(changes)), number_bytes=weight.dtype.itemsize)
+        held = weights.size(self.processor.config, weight.dtype, quantised(self.model), str(weight.device))
+        return dataclasses.replace(counted, weight_bytes=held)
 
     def explain(
         self,
@@ -241,6 +245,8 @@ class Chatbot:
 
         Raises `CheckpointError` for one of another network, or that asks for what is not computed here.
         """
+        if isinstance(self.engine, Several):
+            raise Unsupported("an adapter takes one process: merge it first (llava convert --adapter) and load what that writes")
         self.engine.adapters.add(name, weights.read_adapter(_found(folder), self.model))
 
     def info(self) -> dict[str, object]:
@@ -248,9 +254,11 @@ class Chatbot:
         weight = self.model.language_model.norm.weight
         return {
             "source": str(self.source),
-            "parameters": sum(p.numel() for p in weights.skeleton(self.model.config).parameters()),
+            "parameters": sum(p.numel() for p in weights.skeleton(self.processor.config).parameters()),
             "precision": quantised(self.model) or str(weight.dtype).removeprefix("torch."),
             "device": str(weight.device),
+            "linears": linears_by(self.model),
+            "attention": self.engine.attention,
             "context": self.model.config.text.context,
             "tokens_per_image": self.model.config.vision.grid**2,
             "adapters": list(self.adapters),
@@ -303,26 +311,36 @@ def load(
     """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
 
     precision: float32, bfloat16, float16, or auto: float32 for a network of up to 100 M parameters and, on a CPU, for one stored
-    in float32; else bfloat16 (float16 on a GPU without it). int8 or int4, on a CPU, quantise the linears' weights and compute the
-    rest as auto does; a folder that `llava quantize` wrote is taken as it is.
-    device: cpu, cuda, cuda:1, or auto: the GPU where there is one; `Chatbot.info()` tells.
+    in float32; else bfloat16 (float16 on a GPU without it, and on Apple's), with weights of 8 bits on a CPU that has kernels for
+    them. int8 or int4, on a CPU or a CUDA GPU, fp8 or nf4, on a CUDA GPU, quantise the linears' weights and compute the rest as
+    auto does; a folder that `llava quantize` wrote is taken as it is.
+    device: cpu, cuda, cuda:1, mps, or auto: the CUDA GPU where there is one and the network fits; `Chatbot.info()` tells.
     limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
-    of the memory. kv_precision: int8 keeps them in half the bytes of bfloat16; auto in the numbers that are computed in.
-    deterministic: an answer is the same to the last bit whatever is asked beside it, on a CPU; several at once then take longer.
+    of the memory, and on a CUDA GPU what its largest step leaves. kv_precision: int8 keeps them in half the bytes of bfloat16;
+    auto in the numbers that are computed in.
+    deterministic: an answer is the same to the last bit whatever is asked beside it, on a CPU or a CUDA GPU; several at once then
+    take longer.
     adapters: name and folder of each that a question can choose by the option `adapter`.
     progress: called with the bytes of weights read so far and in all.
+
+    Where torchrun has started several processes, each takes its share of the network, on a GPU of its own if there are any. The
+    first gets the chatbot; the others follow it and end with it.
     """
     folder = locate(name_or_folder, revision)
-    place = pick_device(device)
     beside = {name: _found(adapter) for name, adapter in adapters.items()}
     processor = Processor.from_folder(folder, limits=limits)
-    dtype, bits = pick_precision(precision, folder, place)
-    warn_if_slow(bits)
-    model = weights.load(folder, dtype=dtype, device=place, precision=bits, progress=progress)
+    together = None
+    if torchrun()[1] > 1:
+        model, together = share(folder, precision, device, deterministic=deterministic)
+    else:
+        place = pick_device(device, folder, precision)
+        dtype, bits = pick_precision(precision, folder, place)
+        warn_if_slow(bits, dtype, place)
+        model = weights.load(folder, dtype=dtype, device=place, precision=bits, progress=progress)
     if name_or_folder is not None:
         notice.show_once(str(name_or_folder), folder)
     tokenizer, kv = processor.tokenizer, kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes
-    engine = Engine(
+    engine = (Several if together else Engine)(
         model,
         eos_ids=tokenizer.eos_ids,
         vocab=tokenizer.size,
@@ -330,6 +348,8 @@ def load(
         kv_precision=kv_precision,
         deterministic=deterministic,
     )
+    if together and isinstance(engine, Several):
+        engine.start(together)
     bot = Chatbot(folder, processor, engine, model)
     for name, adapter in beside.items():
         bot.add_adapter(name, adapter)
@@ -349,11 +369,12 @@ def estimate(
     """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they are on the hub."""
     folder = locate(name_or_folder, revision, tensors=False)
     messages = [{"role": "user", "content": content(question, attachments)}]
-    dtype, bits = pick_precision(precision, folder, pick_device(device))
-    warn_if_slow(bits)
+    place = pick_device(device, folder, precision)
+    dtype, bits = pick_precision(precision, folder, place)
+    warn_if_slow(bits, dtype, place)
     processor = Processor.from_folder(folder)
     counted = processor.estimate(messages, **processing(options), number_bytes=dtype.itemsize)
-    return dataclasses.replace(counted, weight_bytes=weights.size(processor.config, dtype, bits))
+    return dataclasses.replace(counted, weight_bytes=weights.size(processor.config, dtype, bits, place))
 
 
 def locate(name_or_folder: str | os.PathLike[str] | None, revision: str | None, *, tensors: bool = True) -> Path:

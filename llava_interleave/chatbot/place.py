@@ -10,10 +10,11 @@ import torch
 
 from .. import kernels
 from ..engine import bytes_per_token
+from ..engine.budget import measured
 from ..errors import OptionError
-from ..model import Llava
-from ..model.quantise import RECIPES
-from ..weights import skeleton
+from ..model import Llava, gpu
+from ..model.quantise import RECIPES, quantised
+from ..weights import size, skeleton
 from ..weights.files import read_config, read_headers, stored_precision
 from ..weights.load import device_named
 from ..weights.tensors import FLOATS
@@ -21,6 +22,9 @@ from ..weights.tensors import FLOATS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 100_000_000
 """A network of at most this many parameters runs in float32: 400 MB at most, and exact."""
+PRECISIONS = ("auto", *DTYPES, *RECIPES, *gpu.FLOATS)
+ROOM, TOKENS = 1 << 30, 4096
+"""What a card must have left beside the weights: bytes for activations and libraries, and keys and values of so many tokens."""
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -31,35 +35,73 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dtype, str | None]:
-    """The type that is computed in, and what the weights of linears are quantised to, int4 or int8; None leaves them as they are.
+    """The type that is computed in, and the precision that the weights of linears are quantised to; None leaves them as they are.
 
-    `auto` takes a quantised folder as it is and quantises no other. Raises `OptionError` for another precision than the folder's.
+    `auto` takes a quantised folder as it is. Where it would compute in bfloat16 on a CPU and there are kernels, it quantises to
+    int8: decoding is five times as fast, and answers lose nothing that was measurable (docs/performance.md). Raises `OptionError`
+    for another precision than the folder's, `Unsupported` for one that the device has no linears for.
     """
-    if precision not in ("auto", *DTYPES, *RECIPES):
-        raise OptionError(f"{precision!r} is no precision; there are auto, {', '.join([*DTYPES, *RECIPES])}")
+    if precision not in PRECISIONS:
+        raise OptionError(f"{precision!r} is no precision; there are {', '.join(PRECISIONS)}")
     held = stored_precision(folder)
     if held and precision not in ("auto", held):
         raise OptionError(f"{folder} holds {held} weights; for {precision} name the checkpoint that it was made from")
-    if held or precision in RECIPES:
-        return pick_dtype("auto", folder, device), held or precision
-    return pick_dtype(precision, folder, device), None
+    if few := held or (precision if precision in (*RECIPES, *gpu.FLOATS) else None):
+        gpu.check(few, torch.device(device))
+        return pick_dtype("auto", folder, device), few
+    dtype = pick_dtype(precision, folder, device)
+    faster = precision == "auto" and dtype == torch.bfloat16 and device == "cpu" and kernels.why_not() is None
+    return dtype, "int8" if faster else None
 
 
-def warn_if_slow(precision: str | None) -> None:
-    """Say so where weights are quantised and there are no kernels for them."""
-    if precision and (reason := kernels.why_not()):
-        warnings.warn(f"no compiled kernels for {precision} ({reason}): it is many times slower than bfloat16 here", stacklevel=3)
+def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None:
+    """Say so where weights are quantised and there is no product for them: they are unpacked at every call."""
+    on_cpu = device == "cpu"
+    if precision in RECIPES and (reason := kernels.why_not() if on_cpu else gpu.why_not(torch.device(device), dtype)):
+        kind = "compiled kernels" if on_cpu else "4-bit product"
+        warnings.warn(f"no {kind} for {precision} ({reason}): it is many times slower than bfloat16 here", stacklevel=3)
 
 
-def pick_device(name: str) -> str:
-    """`auto` is the first CUDA GPU where there is one, else the CPU. Raises `Unsupported` for a device that is not here."""
+def linears_by(model: Llava) -> str:
+    """What computes the linears of a network."""
+    few, weight = quantised(model), model.language_model.norm.weight
+    if few is None:
+        return "PyTorch"
+    if few in gpu.FLOATS:
+        return "bitsandbytes" if few == "nf4" else "PyTorch's scaled product"
+    on_cpu = weight.device.type == "cpu"
+    if reason := kernels.why_not() if on_cpu else gpu.why_not(weight.device, weight.dtype):
+        return f"PyTorch, which unpacks the weights at every call: {reason}"
+    return "compiled kernels" if on_cpu else "PyTorch's 4-bit product"
+
+
+def pick_device(name: str, folder: Path | None = None, precision: str = "auto") -> str:
+    """`auto` is the current CUDA GPU where there is one and the network of `folder` fits, else the CPU; a warning says what is
+    too large. Raises `Unsupported` for a device that is not here."""
     if name != "auto":
         return str(device_named(name))
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    if folder and (reason := too_large(folder, precision)):
+        warnings.warn(f"{reason}: it runs on the CPU; precision int4 is smaller, device cuda insists", stacklevel=3)
+        return "cpu"
+    return "cuda"
+
+
+def too_large(folder: Path, precision: str) -> str | None:
+    """None where the network of a folder fits beside what is on the current CUDA GPU already, else the numbers."""
+    config, (dtype, few) = read_config(folder), pick_precision(precision, folder, "cuda")
+    kv = min(TOKENS, config.text.context) * bytes_per_token(config.text, dtype)
+    need, (free, _) = size(config, dtype, few, "cuda") + kv + ROOM, torch.cuda.mem_get_info()
+    if need <= free:
+        return None
+    numbers = few or str(dtype).removeprefix("torch.")
+    return f"the network needs {need / 2**30:.1f} GiB in {numbers}, and the GPU has {free / 2**30:.1f} free"
 
 
 def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
-    """`auto`: float32 for a small network, and on a CPU for one stored in it; else bfloat16, or float16 on a GPU without that.
+    """`auto`: float32 for a small network, and on a CPU for one stored in it; else bfloat16, or float16 on a GPU without that and
+    on Apple's.
 
     A folder whose tensors were not fetched counts as stored in 16 bits, as the published checkpoints are.
     """
@@ -69,6 +111,8 @@ def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
         return torch.float32
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "mps":
+        return torch.float16
     if next(folder.glob("*.safetensors"), None) is None:
         return torch.bfloat16
     stored = max(read_headers(folder).values(), key=lambda tensor: tensor.bytes).dtype
@@ -76,12 +120,13 @@ def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
 
 
 def kv_memory(model: Llava, precision: str = "auto") -> int:
-    """Bytes for keys and values: two full contexts, one to keep while the other runs; at most a quarter of the memory."""
+    """Bytes for keys and values: on a CUDA GPU what the largest step leaves; else two full contexts, one to keep while the other
+    runs, at most a quarter of the memory."""
     weight = model.language_model.norm.weight
+    if weight.is_cuda:
+        return measured(model, kv_precision=precision)
     text = model.config.text
     wanted = 2 * text.context * bytes_per_token(text, weight.dtype, in_eight_bits=precision == "int8")
-    if weight.is_cuda:
-        return min(wanted, torch.cuda.mem_get_info(weight.device)[0] // 2)
     known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 16 << 30
     return min(wanted, memory // 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,6 +65,8 @@ def print_reference() -> None:
 
 def main() -> None:
     """Run the command line: an error is one line on stderr and its exit code, Ctrl-C exits 130, a closed pipe is quiet."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115  what comes in is for one process
     try:
         app()
     except LlavaError as error:

@@ -33,12 +33,13 @@ class Model:
         with show.busy("starting"):
             from ..chatbot import locate
             from ..chatbot.place import pick_device, pick_precision
+            from ..model.ranks import place as torchrun
             from ..weights import adapter_fingerprint, fingerprint, resolve
         self._flags = (name, revision, precision, device, adapter, deterministic)
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
         self.folder = locate(name, revision)
-        place = pick_device(device)
+        place = pick_device(device, self.folder, precision)
         dtype, bits = pick_precision(precision, self.folder, place)
         self.about = {
             "model": name or "the built-in model",
@@ -48,6 +49,8 @@ class Model:
         }
         if adapter:
             self.about["adapter"] = adapter_fingerprint(resolve(adapter))
+        if torchrun()[1] > 1:  # all but one process stay there, before anything is written
+            self._bot = show.load(*self._flags)
 
     def ready(self, options: Options) -> Chatbot:
         """The model, loaded. A mistake in the options is raised, so that it is told once and not beside every sample."""

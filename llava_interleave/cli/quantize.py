@@ -20,7 +20,7 @@ def quantize(
     precision: Annotated[Literal["int4", "int8"], typer.Option(help="What the weights become.")] = "int4",
     revision: show.Revision = None,
 ) -> None:
-    """Write a checkpoint with quantised weights, for a CPU: it loads at once, and needs no more memory than it has bytes."""
+    """Write a checkpoint with quantised weights: a CPU loads it at once, in no more memory than its bytes. CUDA GPUs read it."""
     with show.busy(f"quantising {source}") as progress:
         from ..chatbot.place import pick_precision
         from ..weights import load, resolve, save

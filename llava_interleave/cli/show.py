@@ -34,10 +34,10 @@ ModelName = Annotated[
     typer.Option("--model", "-m", help="A checkpoint folder or a Hugging Face name; without it the built-in model."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; on a CPU also int8 or int4.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8 or int4; on a CUDA GPU also fp8 or nf4.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same bytes whatever else is answered meanwhile; on a CPU, and slower.")
+    bool, typer.Option("--deterministic", help="The same bytes whatever else is answered meanwhile; slower.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

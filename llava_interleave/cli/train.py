@@ -106,7 +106,7 @@ def train(
         raise OptionError("there is nothing to train on: name samples, or a recipe that has a source")
     with show.busy("starting"):
         from ..chatbot import locate
-        from ..train.ranks import place
+        from ..model.ranks import place
         from ..train.run import run
 
     folder = locate(model or chosen.model, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,8 +90,8 @@ def _chain(numbers: NDArray[np.int64], salt: bytes) -> tuple[int, ...]:
 class KV:
     """Keys and values of one token sequence: what they stand for, how many are computed, how many have room.
 
-    running: some request writes to it; else it is kept as a cache. slab: where they lie, the runner's affair. whole: how many of
-    the first were computed in whole pieces of a prompt, where a scheduler has such.
+    running: some request writes to it; else it is kept as a cache. slab: where they lie, the runner's affair; or blocks: those of
+    a pool where they do. whole: how many of the first were computed in whole pieces of a prompt, where a scheduler has such.
     """
 
     keys: Keys
@@ -99,6 +99,7 @@ class KV:
     capacity: int = 0
     running: bool = True
     slab: Slab | None = None
+    blocks: list[int] = field(default_factory=list)
     whole: int = 0
 
 
@@ -110,15 +111,40 @@ class Match(NamedTuple):
     coming: int
 
 
-class Prefixes:
-    """The account of all KV memory, `total` tokens: running sequences, and finished ones as cache, oldest dropped first."""
+class Pages:
+    """The blocks of a pool, each of `size` tokens: which are free, and how many sequences have each of the others."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, count: int, size: int) -> None:
+        self.size = size
+        self.free = list(range(count))
+        self.holders = [0] * count
+
+    def take(self, count: int) -> list[int]:
+        return self.share([self.free.pop() for _ in range(count)])
+
+    def share(self, blocks: list[int]) -> list[int]:
+        for block in blocks:
+            self.holders[block] += 1
+        return blocks
+
+    def give(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self.holders[block] -= 1
+            if not self.holders[block]:
+                self.free.append(block)
+
+
+class Prefixes:
+    """The account of all KV memory, `total` tokens: running sequences, and finished ones as cache, oldest dropped first.
+
+    pages: where it is a pool of blocks. A sequence has whole ones then, and its first may be others' too.
+    """
+
+    def __init__(self, total: int, pages: Pages | None = None) -> None:
+        self.total, self.pages = total, pages
         self.used = 0
         self.running: set[KV] = set()
         self.idle: OrderedDict[KV, None] = OrderedDict()
-        self.idle_tokens = 0
         self.pinned: set[KV] = set()  # sources of the step being planned
         self._index: dict[int, list[KV]] = {}
 
@@ -140,17 +166,40 @@ class Prefixes:
 
     def reserve(self, kv: KV, capacity: int) -> bool:
         """Give `kv` room for `capacity` tokens, dropping caches as needed. False, and nothing happened: there is no room."""
-        need, kept = capacity - kv.capacity, self.pinned | {kv}
+        size = self.pages.size if self.pages else 1
+        need, kept = -(-capacity // size) * size - kv.capacity, self.pinned | {kv}
         if need > self.total - self.used:
-            if need > self.total - self.used + self.idle_tokens - sum(k.capacity for k in kept if k in self.idle):
+            if need > self.total - self.used + self._alone(k for k in self.idle if k not in kept):
                 return False
             while need > self.total - self.used:
                 self.drop(next(k for k in self.idle if k not in kept))
-        kv.capacity = capacity
+        kv.capacity += need
         self.used += need
-        if kv in self.idle:
-            self.idle_tokens += need
+        if self.pages:
+            kv.blocks += self.pages.take(need // size)
         return True
+
+    def shared(self, length: int) -> int:
+        """How many of so many tokens that two sequences begin with need no copy: those of whole blocks."""
+        return length // self.pages.size * self.pages.size if self.pages else 0
+
+    def share(self, kv: KV, source: KV, length: int) -> None:
+        """Give a new sequence the blocks of `source` in which its first `length` tokens are whole."""
+        if self.pages:
+            kv.capacity = self.shared(length)
+            kv.blocks = self.pages.share(source.blocks[: length // self.pages.size])
+
+    @property
+    def idle_tokens(self) -> int:
+        """What would be free without the caches."""
+        return self._alone(self.idle)
+
+    def _alone(self, kvs: Iterable[KV]) -> int:
+        """Tokens of memory that these sequences have and no others."""
+        if not self.pages:
+            return sum(kv.capacity for kv in kvs)
+        held = Counter(block for kv in kvs for block in kv.blocks)
+        return self.pages.size * sum(count == self.pages.holders[block] for block, count in held.items())
 
     def start(self, kv: KV) -> None:
         """`kv` has its room and belongs to a running request from here on."""
@@ -160,7 +209,6 @@ class Prefixes:
     def take(self, kv: KV, keys: Keys, length: int) -> None:
         """A cache becomes a running sequence that begins with its first `length` tokens."""
         del self.idle[kv]
-        self.idle_tokens -= kv.capacity
         self._unregister(kv)
         kv.keys, kv.length, kv.running = keys, length, True
         self.start(kv)
@@ -184,7 +232,6 @@ class Prefixes:
         self.running.remove(kv)
         kv.running = False
         self.idle[kv] = None
-        self.idle_tokens += kv.capacity
 
     def insert(self, kv: KV) -> bool:
         """Make a cache of a sequence that was computed elsewhere. False, and nothing happened: there is no room."""
@@ -200,10 +247,15 @@ class Prefixes:
             self.running.remove(kv)
         else:
             del self.idle[kv]
-            self.idle_tokens -= kv.capacity
         self._unregister(kv)
-        self.used -= kv.capacity
-        kv.capacity, kv.slab = 0, None
+        self.release(kv)
+
+    def release(self, kv: KV) -> None:
+        """Take all its room from a sequence."""
+        self.used -= self._alone([kv])
+        if self.pages:
+            self.pages.give(kv.blocks)
+        kv.capacity, kv.slab, kv.blocks = 0, None, []
 
     def clear(self) -> None:
         while self.idle:
@@ -222,13 +274,17 @@ class Prefixes:
     def check(self) -> None:
         """Assert that every count is what the sequences add up to."""
         alive = [*self.running, *self.idle]
-        assert self.used == sum(kv.capacity for kv in alive) <= self.total, (self.used, self.total)
-        assert self.idle_tokens == sum(kv.capacity for kv in self.idle)
+        assert self.used == self._alone(alive) <= self.total, (self.used, self.total)
         assert all(kv.running for kv in self.running) and not any(kv.running for kv in self.idle)
         assert all(kv.length <= kv.capacity for kv in alive)
         assert all(kv.slab is None or kv.slab.capacity == kv.capacity for kv in alive)
-        held = Counter(id(kv) for holders in self._index.values() for kv in holders)
-        assert held == Counter({id(kv): len(kv.keys.chain) for kv in alive if kv.keys.chain})
+        if self.pages:
+            held = Counter(block for kv in alive for block in kv.blocks)
+            assert self.pages.holders == [held[block] for block in range(len(self.pages.holders))]
+            assert sorted([*self.pages.free, *held]) == list(range(len(self.pages.holders)))
+            assert all(kv.capacity == len(kv.blocks) * self.pages.size for kv in alive)
+        indexed = Counter(id(kv) for holders in self._index.values() for kv in holders)
+        assert indexed == Counter({id(kv): len(kv.keys.chain) for kv in alive if kv.keys.chain})
 
 
 class Features:

@@ -16,12 +16,13 @@ from ..errors import ContextError, DataError, OptionError, PromptError, Unsuppor
 from ..model import Llava
 from ..model.lora import Adapters
 from ..prompt import Media, Prompt
-from .cache import BLOCK, KV, Features, Identity, Keys, Prefixes, salted
+from .cache import BLOCK, KV, Features, Identity, Keys, Pages, Prefixes, salted
 from .events import Event
 from .lookup import Lookup
+from .paged import BLOCK_TOKENS, Paged
 from .request import Request
 from .runner import Runner
-from .sampling import Guide, Sampling
+from .sampling import Guide, Pick, Sampling
 from .saved import Saved, adapter_hash, made_by, sequence, why_not
 from .scheduler import Plan, Scheduler
 
@@ -52,8 +53,11 @@ class Engine:
     max_step_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
     max_step_crops: in a call of the tower. max_running: requests at a time. clock: seconds.
     kv_precision: of keys and values, "auto" as the network computes or "int8", which takes half the memory of bfloat16.
+    kv_block: tokens of a block of the pool that keys and values lie in, or 0: a slab a sequence, made as it is needed. None is
+        256 on a GPU, whose kernels want that, and 0 elsewhere. A pool is made at once: `measured` says what there is room for.
     deterministic: an answer and its log probabilities are the same to the last bit whatever else is running, cached or
-        pre-empted. On a CPU; several answers at once then cost more, least with quantised weights.
+        pre-empted: each sequence is computed in calls of its own, of shapes that nothing else decides. On a GPU that rests on its
+        libraries, which repeat themselves for equal shapes. Several answers at once cost more, least with quantised weights.
 
     adapters: those that a request can choose from, by name; none at first.
 
@@ -72,10 +76,11 @@ class Engine:
         max_step_crops: int = 8,
         max_running: int = 64,
         kv_precision: str = "auto",
+        kv_block: int | None = None,
         deterministic: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        text = model.config.text
+        text, device = model.config.text, model.lm_head.weight.device.type
         if not 0 < vocab <= text.vocab_size:
             raise OptionError(f"vocab must be between 1 and the network's {text.vocab_size}, not {vocab}")
         if max_running < 1 or max_step_crops < 1 or max_step_tokens < max_running:
@@ -85,8 +90,8 @@ class Engine:
             )
         if kv_precision not in KV_PRECISIONS:
             raise OptionError(f"{kv_precision!r} is no precision of keys and values; there are {', '.join(KV_PRECISIONS)}")
-        if deterministic and model.lm_head.weight.device.type != "cpu":
-            raise Unsupported("deterministic answers are there on a CPU only; add device='cpu'")
+        if deterministic and device not in ("cpu", "cuda"):
+            raise Unsupported(f"deterministic answers are there on a CPU or a CUDA GPU, not on {device}; add device='cpu'")
         self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
         self.adapters = Adapters(model)
         self._features = Features(feature_bytes)
@@ -96,12 +101,17 @@ class Engine:
             self.adapters.route,
             vocab=vocab,
             max_step_crops=max_step_crops,
+            max_running=max_running,
+            kv_bytes=kv_bytes,
+            kv_block=(BLOCK_TOKENS if device == "cuda" else 0) if kv_block is None else kv_block,
             kv_in_eight_bits=kv_precision == "int8",
             alone=deterministic,
             clock=clock,
         )
-        self.bytes_per_token = self._runner.memory.bytes_per_token
-        self._prefixes = Prefixes(kv_bytes // self.bytes_per_token)
+        memory = self._runner.memory
+        self.bytes_per_token = memory.bytes_per_token
+        pages = Pages(memory.count, memory.block) if isinstance(memory, Paged) else None
+        self._prefixes = Prefixes(pages.size * len(pages.free) if pages else kv_bytes // self.bytes_per_token, pages)
         self._scheduler = Scheduler(
             self._prefixes,
             self._features,
@@ -240,7 +250,7 @@ class Engine:
             for work in plan.work:
                 if work.request.started is None:
                     work.request.started = began
-            picks = self._runner.run(plan)
+            picks = self._run(plan)
             ended = self.clock()
             self._scheduler.pace.learn(plan, ended - began, self._runner.encoding - encoding)
             events = self._scheduler.commit(plan, picks, self.eos_ids, ended)
@@ -249,10 +259,14 @@ class Engine:
                 caught if isinstance(caught, (RuntimeError, MemoryError)) else RuntimeError(f"the step was cut off: {caught!r}")
             )
             self._deliver([self._fail(work.request, error) for work in plan.work if work.request.finish_reason is None])
+            self._runner.recover(error)
             if error is not caught:
                 raise
         else:
             self._deliver(events)
+
+    def _run(self, plan: Plan) -> list[list[Pick]]:
+        return self._runner.run(plan)
 
     def _fail(self, request: Request, error: Exception) -> Event:
         return self._scheduler.end(request, "error", self.clock(), error=error)
@@ -336,7 +350,6 @@ class Engine:
         kv, length, _ = self._prefixes.find(keys, len(keys.numbers))
         if kv is None or length < BLOCK:
             return None
-        assert kv.slab is not None
         keys = keys.through([], length)
         media = {identity.number: key for key, identity in self._identities.items()}
         about = made_by(self.model, self._runner.memory.dtype) | {
@@ -344,7 +357,7 @@ class Engine:
             "tokens": np.where(keys.numbers < 0, self.model.config.image_token_id, keys.numbers).tolist(),
             "images": [[start, count, media[number].hex()] for start, count, number in keys.spans()],
         }
-        return Saved(about, kv.slab.stored(length))
+        return Saved(about, self._runner.memory.stored(kv, length))
 
     def restore(self, saved: Saved) -> Keys:
         """Take in what `save` gave, of this engine or another, as a cached prefix; what it is of.
@@ -363,13 +376,15 @@ class Engine:
         tokens, images = sequence(saved.about, text.vocab_size, self.model.config.image_token_id)
         found = [(start, count, self._identity(key)) for start, count, key in images]
         kv = KV(Keys.of(tokens, found, salted(b"", adapter)), len(tokens))
-        kv.slab, keys = self._runner.memory.slab(saved.tensors, len(tokens)), kv.keys
+        slab, keys = self._runner.memory.slab(saved.tensors, len(tokens)), kv.keys
         if not self._prefixes.insert(kv):
             load = self.load()
             raise DataError(
                 f"{len(tokens)} tokens have no room: there is memory for the keys and values of {load.kv_total}, of which "
                 f"{load.kv_running} are in use: raise kv_bytes"
             )
+        if kv.capacity:  # unless all of it was there
+            self._runner.memory.adopt(kv, slab)
         return keys
 
     def _adapters(self) -> list[str]:
@@ -388,6 +403,11 @@ class Engine:
             feature_bytes=self._features.bytes,
             crops_encoded=self._runner.crops_encoded,
         )
+
+    @property
+    def attention(self) -> str:
+        """What computes attention here, and whether decode steps are captured, in words."""
+        return self._runner.attention
 
     def clear(self) -> None:
         """Drop all cached prefixes and features."""

@@ -2,8 +2,8 @@
 
 Keys lie as `[Hkv, d, capacity]`, values as `[Hkv, capacity, d]`: so one new query reads both in storage order by two plain
 matrix products. With 1,500 bfloat16 tokens on two cores that took 0.53 ms a layer; keys as `[Hkv, capacity, d]` 1.2 ms,
-scaled_dot_product_attention 1.8 ms; float32 is the same either way. A kernel does the same in bfloat16 on a CPU. Another memory
-(paged, for one) needs `prepare`, `copy`, `attend`, `slab` and `bytes_per_token` of `Slabs`.
+scaled_dot_product_attention 1.8 ms; float32 is the same either way. A kernel does the same in bfloat16 on a CPU. `paged` is
+another memory with the same verbs.
 
 In 8 bits a key or value is scale * q, q from -127 to 127, with a scale in float16 for each token and head. What a token sees of
 itself and of others in its step is rounded alike, so that it does not matter how a prompt was cut.
@@ -150,21 +150,38 @@ class Slabs:
 
         Raises `DataError` where names, shapes or types are others.
         """
-        made = Slab(self.layers, self._empty.to("meta"))
-        made.resize(length, 0)
-        right, given = ({n: (tuple(t.shape), t.dtype) for n, t in each.items()} for each in (made.stored(length), tensors))
-        if odd := sorted(name for name in right.keys() | given.keys() if right.get(name) != given.get(name)):
-            raise DataError(
-                f"these are no keys and values of {length} tokens: {len(odd)} tensors are others, first {odd[0][:60]!r}"
-            )
-        for name, (layers, _) in zip(PARTS, made.parts(), strict=True):
-            layers[:] = [tensors[f"{name}.{i}"].view(old.dtype).to(self._empty.device) for i, old in enumerate(layers)]
-        return made
+        return slab_of(tensors, length, self.layers, self._empty)
+
+    def adopt(self, kv: KV, slab: Slab) -> None:
+        """Make a slab of all its tokens the memory of a sequence."""
+        kv.slab = slab
+
+    def stored(self, kv: KV, length: int) -> dict[str, Tensor]:
+        """The first `length` tokens of a sequence, as `Slab.stored`."""
+        assert kv.slab is not None
+        return kv.slab.stored(length)
+
+    @property
+    def attention(self) -> str:
+        """What computes attention, in words."""
+        return f"{'a kernel' if self._few is _FewCompiled else 'products of matrices'} and sdpa over a slab a sequence"
 
     def attend(self, spans: Sequence[Span]) -> Attend:
         """What the network asks in a step whose flat batch is these spans one after another."""
         parts: list[_Few | _Chunk] = [(self._few if few(span) else _Chunk)(span, self._zero) for span in spans]
         return parts[0] if len(parts) == 1 else _Several(parts, [s.stop - s.start for s in spans])
+
+
+def slab_of(tensors: Mapping[str, Tensor], length: int, layers: int, empty: Tensor) -> Slab:
+    """`Slabs.slab`, where keys of no token are like `empty`."""
+    made = Slab(layers, empty.to("meta"))
+    made.resize(length, 0)
+    right, given = ({n: (tuple(t.shape), t.dtype) for n, t in each.items()} for each in (made.stored(length), tensors))
+    if odd := sorted(name for name in right.keys() | given.keys() if right.get(name) != given.get(name)):
+        raise DataError(f"these are no keys and values of {length} tokens: {len(odd)} tensors are others, first {odd[0][:60]!r}")
+    for name, (found, _) in zip(PARTS, made.parts(), strict=True):
+        found[:] = [tensors[f"{name}.{i}"].view(old.dtype).to(empty.device) for i, old in enumerate(found)]
+    return made
 
 
 def few(span: Span) -> bool:

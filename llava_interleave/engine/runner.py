@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from ..model import Llava, arrange
-from ..model.fused import Fused, possible
+from ..model.fused import Fused, FusedTower, possible, possible_tower
 from ..model.lora import Route
 from .cache import Features
-from .memory import Slabs, Span, few, fusible
+from .captured import Captured
+from .memory import Slabs, Span, fusible
+from .paged import Paged
 from .request import Unit
-from .sampling import Pick, Sampler
+from .sampling import Pick, Sampler, writable
 from .scheduler import Plan, Work
 
 
 class Runner:
-    """One network on one device with its KV memory. alone: nothing shares a product that would round by how much shares it."""
+    """One network on one device with its KV memory. alone: nothing shares a product that would round by how much shares it.
+
+    kv_block: tokens of a block of KV memory, which is a pool of `kv_bytes` then; 0: it is a slab a sequence.
+    """
 
     def __init__(
         self,
@@ -29,6 +34,9 @@ class Runner:
         *,
         vocab: int,
         max_step_crops: int,
+        max_running: int,
+        kv_bytes: int,
+        kv_block: int,
         kv_in_eight_bits: bool,
         alone: bool,
         clock: Callable[[], float],
@@ -36,10 +44,30 @@ class Runner:
         weight = model.language_model.norm.weight  # of the type computed in, also when the linears are quantised
         self.model, self.features, self.route, self.clock = model, features, route, clock
         self.dtype, self.device = weight.dtype, weight.device
-        self.memory = Slabs(model.config.text, self.dtype, self.device, in_eight_bits=kv_in_eight_bits)
-        self.fused = Fused(model.language_model) if possible(model.language_model) else None
+        place = (model.config.text, self.dtype, self.device)
+        pool = Paged(*place, kv_bytes, block=kv_block, in_eight_bits=kv_in_eight_bits) if kv_block else None
+        self.memory = pool or Slabs(*place, in_eight_bits=kv_in_eight_bits)
+        fixed = pool is not None and not kv_in_eight_bits and not alone
+        self.captured = Captured(model, pool, vocab=vocab, most=max_running) if pool and fixed else None
+        self.fused = Fused(model.language_model) if not kv_block and possible(model.language_model) else None
+        tower, shape = model.vision_tower, model.config.vision
+        self.tower = FusedTower(tower, shape) if possible_tower(tower, shape) else None
         self.vocab, self.max_step_crops, self.alone = vocab, max_step_crops, alone
         self.crops_encoded, self.encoding = 0, 0.0  # and the seconds that it took
+
+    @property
+    def attention(self) -> str:
+        """What computes attention and how answers are decoded, in words."""
+        alone = "each answer is computed alone" if self.alone else "keys and values in 8 bits are unpacked"
+        reason = self.captured.why_not if self.captured else alone
+        graphs = "CUDA graphs" if reason is None else f"no CUDA graphs ({reason})"
+        return f"{self.memory.attention}; {graphs}" if isinstance(self.memory, Paged) else self.memory.attention
+
+    def recover(self, error: BaseException) -> None:
+        """After a step for which there was no memory, give back all that it had."""
+        if isinstance(error, torch.OutOfMemoryError):
+            error.__traceback__ = None  # whose frames hold it
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[list[Pick]]:
@@ -51,6 +79,9 @@ class Runner:
             self.memory.prepare(w.kv)
             if w.source is not None:
                 self.memory.copy(w.source, w.kv, w.copied)
+        if self.captured is not None and all(_plain(w) for w in work):
+            logits, best = self.captured([(w.request.tokens[w.start], w.start, w.kv.blocks) for w in work])
+            return self._pick(work, logits, best)
         hidden: dict[int, Tensor] = {}
         quick, others = [w for w in work if self._quick(w)], [w for w in work if not self._quick(w)]
         for together in (quick, *([w] for w in others)) if self.alone else (quick, others):
@@ -61,14 +92,13 @@ class Runner:
         if not last:
             return []
         several = last if self.alone and self.fused is None else [torch.cat(last)]
-        logits = torch.cat([self.model.logits(rows) for rows in several])[:, : self.vocab]
-        if (image := self.model.config.image_token_id) < self.vocab:
-            logits[:, image] = float("-inf")
+        logits = torch.cat([self.model.logits(rows) for rows in several])
+        logits = writable(logits, self.vocab, self.model.config.image_token_id)
         return self._pick([w for w in work if w.sample], logits)
 
     def _quick(self, w: Work) -> bool:
         """Whether its tokens go through the fused layers, whatever else is in the step."""
-        return self.fused is not None and few(Span(w.kv, w.start, w.stop)) and not w.request.adapter
+        return self.fused is not None and not w.request.adapter
 
     def _forward(self, work: list[Work]) -> Tensor:
         """Hidden states of all tokens; of works that are all quick or all not."""
@@ -81,8 +111,9 @@ class Runner:
         with self.route.through(_routes(work)):
             return self.model.forward(x, positions, self.memory.attend(spans))
 
-    def _pick(self, work: list[Work], logits: Tensor) -> list[list[Pick]]:
-        best = logits.argmax(-1).tolist() if any(w.request.plain for w in work) else []
+    def _pick(self, work: list[Work], logits: Tensor, likeliest: Tensor | None = None) -> list[list[Pick]]:
+        plain = any(w.request.plain for w in work)
+        best = (logits.argmax(-1) if likeliest is None else likeliest).tolist() if plain else []
         found, start = [], 0
         for w in work:
             picks: list[Pick] = []
@@ -115,7 +146,7 @@ class Runner:
             self.crops_encoded += crops
             pixels = torch.cat([unit.pixels for unit in batch]).to(self.device, self.dtype)
             with self.route.through([(adapter, slice(None))] if adapter else ()):
-                encoded = torch.cat([self.model.encode(part) for part in pixels.split(self.max_step_crops)])
+                encoded = torch.cat([self._see(part, adapter) for part in pixels.split(self.max_step_crops)])
             for unit, rows in zip(batch, encoded.split([len(unit.pixels) for unit in batch]), strict=True):
                 arranged = arrange(rows, unit.layout)
                 self.features.put(unit.key, arranged.clone() if len(batch) > 1 else arranged)  # not a view of the whole batch
@@ -127,6 +158,13 @@ class Runner:
             if w.encodes:
                 w.request.vision += took
 
+    def _see(self, pixels: Tensor, adapter: str) -> Tensor:
+        """Crops `[N, 3, S, S]` -> projected features `[N, grid * grid, D]`."""
+        if self.tower is None or adapter:
+            return self.model.encode(pixels)
+        features: Tensor = self.model.multi_modal_projector(self.tower(pixels))
+        return features
+
     def _spans(self, work: list[Work]) -> list[tuple[int, Tensor]]:
         """Which rows of the flat batch are features."""
         spans, offset = [], 0
@@ -136,6 +174,11 @@ class Runner:
                 spans.append((offset + a - w.start, self.features[unit.key][a - unit.start : b - unit.start]))
             offset += w.stop - w.start
         return spans
+
+
+def _plain(w: Work) -> bool:
+    """Whether all that it computes is the next token of an answer, by the network alone."""
+    return w.sample and w.stop - w.start == 1 and w.request.first_unit == w.request.held_unit and not w.request.adapter
 
 
 def _routes(work: list[Work]) -> list[tuple[str, slice]]:

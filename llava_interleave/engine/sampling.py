@@ -166,6 +166,14 @@ class Sampler:
         return torch.tensor(list(values), dtype=dtype, device=self.device)
 
 
+def writable(logits: Tensor, vocab: int, never: int) -> Tensor:
+    """Of logits `[..., ids]` those of the ids that can be written: below `vocab`, and -inf for the one that never is."""
+    logits = logits[..., :vocab]
+    if never < vocab:
+        logits[..., never] = -math.inf
+    return logits
+
+
 def at_least(scores: Tensor, limit: Tensor) -> Tensor:
     """Scores, -inf below `limit`; a `masked_fill` takes twenty times as long."""
     below = torch.nextafter(limit, torch.full_like(limit, -math.inf))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from .cache import BLOCK, KV, Features, Prefixes
+from .cache import BLOCK, KV, Features, Keys, Prefixes
 from .events import Event, FinishReason
 from .request import Request, Unit
 from .sampling import Pick
@@ -242,6 +242,7 @@ class Scheduler:
             kv = self._room(request, source, copied)
             if kv is None:
                 return
+            copied = kv.length
             self.waiting.remove(request)
             self.running.append(request)
             self.full = False
@@ -252,7 +253,7 @@ class Scheduler:
             if request.cached is None:
                 request.cached = copied
             used = self._prefill(request, plan, budget, most_crops)
-            if source is not None and source is not kv:
+            if source is not None and source is not kv and copied > self.prefixes.shared(copied):
                 if not used:
                     plan.work.append(Work(request, kv, copied, copied, False))
                 plan.work[-1].source, plan.work[-1].copied = source, copied
@@ -266,6 +267,8 @@ class Scheduler:
         prefixes, length = self.prefixes, len(request.tokens)
         keys = request.keys.through(request.tokens[len(request.keys.numbers) :], length)
         sizes = [min(length + more, request.most) for more in (ROOM, BLOCK)]
+        if prefixes.pages and source is not None:
+            return self._branch(keys, source, copied, sizes)
         idle = source if source is not None and not source.running else None
         if idle is None or idle.length - copied > BLOCK:
             if idle is not None:
@@ -282,6 +285,24 @@ class Scheduler:
                 if prefixes.reserve(idle, max(size, idle.capacity)):
                     prefixes.take(idle, keys, copied)
                     return idle
+        return None
+
+    def _branch(self, keys: Keys, source: KV, copied: int, sizes: list[int]) -> KV | None:
+        """A sequence that has the whole blocks of `copied` tokens with `source`, and a copy of the rest. Where there is no memory
+        for that beside `source`, the rest is computed again."""
+        prefixes, whole = self.prefixes, self.prefixes.shared(copied)
+        for length in dict.fromkeys((copied, 0 if self.piece and whole % self.piece else whole)):
+            kv = KV(keys, length)
+            prefixes.share(kv, source, length)
+            pins = {source} - prefixes.pinned if length > whole else set()
+            prefixes.pinned |= pins
+            if any(prefixes.reserve(kv, size) for size in sizes):
+                prefixes.start(kv)
+                if source in prefixes.idle:
+                    prefixes.idle.move_to_end(source)
+                return kv
+            prefixes.release(kv)
+            prefixes.pinned -= pins
         return None
 
     def commit(self, plan: Plan, picks: Sequence[Sequence[Pick]], eos_ids: frozenset[int], now: float) -> list[Event]:

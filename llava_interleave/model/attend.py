@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .ragged import KERNELS, Ragged, choose
+
 
 class Attend(Protocol):
     """Attention of one layer over a flat batch: q `[T, H, d]`, k and v `[T, Hkv, d]` -> `[T, H, d]`.
@@ -22,11 +24,12 @@ class Packed:
     """Causal attention within each of several sequences that lie one after another: training and one-off forwards.
 
     Sequences of similar length go through one call, filled up at the end: what comes after a query it never sees, so no mask is
-    needed.
+    needed. A kernel of a GPU that takes unlike lengths takes all in one.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.total = sum(lengths)
+        self.lengths, self.total = lengths, sum(lengths)
+        self.ragged: Ragged | None = None
         starts = [0, *accumulate(lengths)]
         groups: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -50,6 +53,12 @@ class Packed:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert q.shape[0] == self.total
+        kind = q.device.type
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else q.dtype
+        if (kernel := choose(q.device, dtype, q.shape[-1])) != "sdpa":
+            self.ragged = self.ragged or Ragged.of(self.lengths, self.lengths, q.device)
+            return KERNELS[kernel](q.to(dtype), k.to(dtype), v.to(dtype), self.ragged)
         if q.device != self.back.device:
             self.back, self.groups = self.back.to(q.device), [rows.to(q.device) for rows in self.groups]
         parts = [causal(q[rows], k[rows], v[rows]).flatten(0, 1) for rows in self.groups]

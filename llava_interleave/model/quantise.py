@@ -1,14 +1,15 @@
-"""Linears with weights of 4 or 8 bits, for a CPU: groups of 32 inputs share a scale; inputs are rounded to 8 bits as they come.
+"""Linears with weights of 4 or 8 bits: groups of 32 inputs share a scale; on a CPU inputs are rounded to 8 bits as they come.
 
 A weight of a group is scale * q: q from -8 to 7 (4 bits) or from -127 to 127 (8 bits), scale in float16. An input x of a group is
 largest / 127 * round(x * 127 / largest). `kernels.linear` computes with the integers; without it the same numbers are multiplied
-as floats. Results of the two differ by rounding in float32 only.
+as floats. Results of the two differ by rounding in float32 only. For a GPU see `model.gpu`.
 
 In training mode inputs are not rounded, and gradients go through to what stands before or beside; the weights stay as they are.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,7 +28,35 @@ RECIPES: dict[str, dict[str, int]] = {
 """By precision: bits of the weights of linears, by the first pattern that their name has. All other tensors stay as they are."""
 
 
-class QuantisedLinear(nn.Module):
+class FewBits(nn.Module, ABC):
+    """A linear whose weight has few bits, in the buffers `weight` and `scale`. kind: the precision that it is of.
+
+    The numbers never change; while training, gradients go through.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return _Through.apply(x.flatten(0, -2), self).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
+        return self.product(x)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """What `forward` is when nothing trains."""
+
+    @abstractmethod
+    def unpacked(self) -> Tensor:
+        """The weight as it counts, `[out, in]` float32."""
+
+
+class QuantisedLinear(FewBits):
     """A linear whose weight has 4 or 8 bits, packed in the order in which a CPU reads it.
 
     weight: uint8 `[panels, groups, 64 * bits]`; a panel is 16 outputs. Of every output and 4 inputs a quad of q + 128, quads
@@ -35,39 +64,32 @@ class QuantisedLinear(nn.Module):
     scale: float16 `[panels, groups, 16]`. Outputs and inputs are filled up with noughts to whole panels and groups.
     """
 
-    weight: Tensor
-    scale: Tensor
-
     def __init__(self, in_features: int, out_features: int, bits: int, *, bias: bool) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, f"int{bits}")
         assert bits in (4, 8), bits
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.bits = bits
         panels, groups = -(-out_features // PANEL), -(-in_features // GROUP)
         self.register_buffer("weight", torch.empty(panels, groups, PANEL * GROUP * bits // 8, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(panels, groups, PANEL, dtype=torch.float16))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            return _Through.apply(x.flatten(0, -2), self).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
+    def product(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":  # inputs are rounded for the sake of the kernels only
+            return linear(x, self.unpacked().to(x.dtype), self.bias)
         if kernels.why_not() is None:
             return kernels.linear(x, self.weight, self.scale, self.bias, self.out_features)
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:
-        """`forward` by PyTorch's operators: the weight is unpacked at every call, which is slow."""
+        """`product` on a CPU by PyTorch's operators: the weight is unpacked at every call, which is slow."""
         y = linear(rounded(x.float()), self.unpacked(), None if self.bias is None else self.bias.float())
         return y.to(x.dtype)
 
     def unpacked(self) -> Tensor:
-        """The weight as it counts, `[out, in]` float32."""
-        packed = self.weight.unflatten(-1, (-1, PANEL, 4))
-        if self.bits == 4:
-            packed = torch.stack([packed & 15, packed >> 4], 3).flatten(2, 3)
-        q = packed.permute(0, 3, 1, 2, 4).flatten(3).float() - (8 if self.bits == 4 else 128)
-        w = q * self.scale.transpose(1, 2)[..., None].float()
-        return w.flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
+        q = unpack(self.weight, self.bits).float() - (8 if self.bits == 4 else 128)
+        w = q.unflatten(1, (-1, GROUP)) * self.scale.transpose(1, 2).flatten(0, 1)[..., None].float()
+        return w.flatten(1)[: self.out_features, : self.in_features]
 
 
 class _Through(torch.autograd.Function):
@@ -75,7 +97,7 @@ class _Through(torch.autograd.Function):
     gradient and gets none itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: QuantisedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: FewBits) -> Tensor:
         wanted = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         ctx.module, ctx.dtype, ctx.wanted = module, x.dtype, wanted
         bias = None if module.bias is None else module.bias.to(wanted)
@@ -104,6 +126,14 @@ def pack(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 4:
         stored = stored[:, :, 0::2] | stored[:, :, 1::2] << 4
     return stored.flatten(2).contiguous(), scale.view(-1, PANEL, groups.shape[1]).transpose(1, 2).contiguous()
+
+
+def unpack(weight: Tensor, bits: int) -> Tensor:
+    """The whole numbers q + 8 or q + 128, `[out, in]` uint8, of a weight as `QuantisedLinear` holds it, or some of its panels."""
+    quads = weight.unflatten(-1, (-1, PANEL, 4))
+    if bits == 4:
+        quads = torch.stack([quads & 15, quads >> 4], 3).flatten(2, 3)
+    return quads.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
 
 
 def whole(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -142,5 +172,4 @@ def prepare(network: Llava, precision: str) -> dict[str, int]:
 
 def quantised(network: Llava) -> str | None:
     """The precision that a network was quantised to; None for one of floats."""
-    bits = {module.bits for module in network.modules() if isinstance(module, QuantisedLinear)}
-    return f"int{min(bits)}" if bits else None
+    return min((module.kind for module in network.modules() if isinstance(module, FewBits)), default=None)

@@ -61,7 +61,7 @@ class Answers:
         room = [min(LONGEST, text.context - len(prompt)) for prompt in self.prompts]
         weight = model.language_model.norm.weight
         memory = sum(len(p) + n for p, n in zip(self.prompts, room, strict=True)) * bytes_per_token(text, weight.dtype)
-        engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=memory, feature_bytes=0)
+        engine = Engine(model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=memory, feature_bytes=0, kv_block=0)
         requests = engine.generate(self.prompts, [Sampling(max_new_tokens=n) for n in room])
         said = [tokenizer.decode(request.generated).strip() for request in requests]
         if self.out:

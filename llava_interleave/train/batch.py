@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError
 from ..layout import Layout
+from ..model.ranks import Ranks
 from ..prompt import Prompt
-from .ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)

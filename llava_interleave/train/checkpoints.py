@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import DataError
+from ..model.ranks import Ranks
 from .batch import Position
-from .ranks import Ranks
 
 if TYPE_CHECKING:
     from .loop import TrainConfig

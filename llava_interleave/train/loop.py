@@ -20,12 +20,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import DataError, OptionError, Unsupported
+from ..model.ranks import Ranks
 from . import checkpoints
 from .batch import Position
 from .checkpoints import State
 from .flops import memory
 from .loss import Loss
-from .ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,9 @@ from ..errors import DataError, OptionError, Unsupported
 from ..journal import Journal
 from ..model import Llava
 from ..model.lora import Adapter, Lora, attach
+from ..model.ranks import Ranks, joined
 from ..weights.adapters import write_adapter
+from ..weights.load import device_named
 from . import checkpoints, data, sources
 from .answers import Answers
 from .batch import Idle, Pairs, Plan, dealt, join, pack
@@ -31,7 +33,6 @@ from .examples import Form, Samples, Unit
 from .flops import rate
 from .loop import LossFunction, TrainConfig, parts, train
 from .loss import Preferences, answers, logprobs
-from .ranks import Ranks, joined
 from .recipe import HARMLESS, Recipe
 from .shards import Within, recompute, spread, together
 from .sources import Row
@@ -59,7 +60,7 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
     if not recipe.steps and not recipe.epochs:
         raise OptionError("say how long to train: steps, or epochs, passes over all samples")
     folder = weights.resolve(recipe.model)
-    ranks, device = joined(recipe.device)
+    ranks, device = joined(recipe.device, device_named)
     say = say if ranks.rank == 0 else _nothing
     network, adapter, stored, config = _train(recipe, folder, out, ranks, device, say)
     name = "adapter" if adapter else "model"

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from ..model import Llava
+from ..model.ranks import Ranks
 from .batch import Batch, Idle, Pairs
 from .loss import Loss
-from .ranks import Ranks
 
 T = TypeVar("T")
 

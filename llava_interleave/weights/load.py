@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from ..config import LlavaConfig
 from ..errors import CheckpointError, OptionError, Unsupported
 from ..kernels import PANEL
-from ..model import Llava
-from ..model.quantise import QuantisedLinear, pack, prepare
+from ..model import Llava, gpu
+from ..model.quantise import RECIPES, QuantisedLinear, pack
 from .files import read_config, read_headers, stored_precision
 from .layouts import ours, unused
 from .tensors import FLOATS, TYPES, Reader, Stored, same
@@ -35,10 +35,11 @@ def load(
     """The network of a checkpoint folder, ready to answer: no gradients, evaluation mode.
 
     dtype: float32, bfloat16 or float16; None takes the type that the embedding is stored in.
-    precision: int4 or int8 quantises the linears while they are read, a few rows at a time; `dtype` is then what is computed in.
-    A folder that is quantised already is loaded as it is.
+    precision: int4 or int8 quantises the linears while they are read, a few rows at a time, fp8 or nf4 (on a CUDA GPU) one after
+    another; `dtype` is then what is computed in. A folder that is quantised already is loaded as it is.
     progress: called with the bytes read so far and in all.
     Weights in their stored type on the CPU are the mapped file (see `Reader`): do not change the files in place meanwhile.
+    Others, and all on a GPU, come through a buffer of 4 MB, one tensor after another.
     Missing, surplus and misshapen tensors are listed together in one `CheckpointError`.
     """
     folder = Path(folder)
@@ -53,10 +54,10 @@ def load(
         dtype = torch.float32
     if dtype not in DTYPES:
         raise OptionError(f"weights are held as {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}")
-    if (held or precision) and place.type != "cpu":
-        raise Unsupported(f"weights of 4 and 8 bits are for a CPU, not for {device}; there precision='bfloat16' is fast")
+    if held or precision:
+        gpu.check(str(held or precision), place)
     packed = {name: value.dtype for name, value in model.named_buffers()}
-    plan = prepare(model, precision) if precision and not held else {}
+    plan = gpu.prepare(model, precision) if precision and not held else set()
     total, done = sum(stored.bytes for stored in found.values()), 0
     state: dict[str, Tensor] = {}
     in_order = sorted(found.items(), key=lambda item: (item[1].path, item[1].start))
@@ -65,28 +66,35 @@ def load(
             reader = Reader(file)
             for name, stored in group:
                 if (linear := name.removesuffix(".weight")) in plan:
-                    state |= quantised(reader, stored, linear, model.get_submodule(linear))
+                    state |= quantised(reader, stored, linear, model.get_submodule(linear), place)
                 else:
                     state[name] = reader.read(stored, packed.get(name, dtype), place)
-                if name == _EMBEDDING and plan and model.config.text.tie_word_embeddings:
-                    state |= quantised(reader, stored, "lm_head", model.lm_head)
+                if name == _EMBEDDING and "lm_head" in plan and model.config.text.tie_word_embeddings:
+                    state |= quantised(reader, stored, "lm_head", model.lm_head, place)
                 done += stored.bytes
                 if progress:
                     progress(done, total)
     model.load_state_dict(state, strict=False, assign=True)
     if isinstance(model.lm_head, nn.Linear):  # a quantised head is a matrix of its own
         model.tie()
-    assert not any(value.is_meta for value in model.state_dict().values())
+    state.clear()  # what is put into another order goes as it is replaced
+    if (held or precision) and gpu.why_not(place, dtype) is None:
+        gpu.tile(model)
+    assert {value.device.type for value in model.state_dict().values()} == {place.type}
     return model.requires_grad_(False).eval()
 
 
-def quantised(reader: Reader, stored: Stored, name: str, linear: nn.Module) -> dict[str, Tensor]:
-    """Weight and scale of a linear, quantised a few rows at a time, so that the floats are never all in memory."""
+def quantised(reader: Reader, stored: Stored, name: str, linear: nn.Module, place: torch.device) -> dict[str, Tensor]:
+    """Weight and scale of a linear, quantised where they go, int4 and int8 a few rows at a time, so that the floats are never all
+    in memory."""
+    if isinstance(linear, gpu.Float8Linear | gpu.NF4Linear):
+        weight, scale = linear.pack(reader.read(stored, FLOATS[stored.dtype], place))
+        return {f"{name}.weight": weight, f"{name}.scale": scale}
     assert isinstance(linear, QuantisedLinear)
-    weight, scale = torch.empty_like(linear.weight, device="cpu"), torch.empty_like(linear.scale, device="cpu")
+    weight, scale = torch.empty_like(linear.weight, device=place), torch.empty_like(linear.scale, device=place)
     panel = 0
     for rows in reader.rows(stored, PANEL):
-        w, s = pack(rows, linear.bits)
+        w, s = pack(rows.to(place), linear.bits)
         weight[panel : panel + len(w)], scale[panel : panel + len(w)] = w, s
         panel += len(w)
     return {f"{name}.weight": weight, f"{name}.scale": scale}
@@ -112,7 +120,7 @@ def blank(config: LlavaConfig, precision: str | None) -> Llava:
     """`skeleton`, quantised where a precision is given."""
     model = skeleton(config)
     if precision:
-        prepare(model, precision)
+        gpu.prepare(model, precision)
     return model
 
 
@@ -122,10 +130,13 @@ def shapes(model: Llava) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if not (tied and name == _HEAD)}
 
 
-def size(config: LlavaConfig, dtype: torch.dtype, precision: str | None = None) -> int:
-    """Bytes of a network whose numbers are of type `dtype` and whose linears are quantised to `precision`."""
+def size(config: LlavaConfig, dtype: torch.dtype, precision: str | None = None, device: str = "cpu") -> int:
+    """Bytes of a network on `device` whose numbers are of type `dtype` and whose linears are quantised to `precision`."""
     model = blank(config, precision)
-    return sum(value.nbytes for value in model.buffers()) + sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    few = sum(value.nbytes for value in model.buffers())
+    if precision in RECIPES and gpu.why_not(torch.device(device), dtype) is None:
+        few = sum(gpu.tiled_bytes(module) for module in model.modules() if isinstance(module, QuantisedLinear))
+    return few + sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
 def match(model: Llava, headers: dict[str, Stored], folder: Path) -> dict[str, Stored]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import METHOD, QUANTISATION, LlavaConfig
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
-from ..model.quantise import quantised
+from ..model.quantise import FewBits, QuantisedLinear, quantised
 from .files import INDEX, SINGLE, VERSION, new_folder
 from .layouts import LAYOUTS, CheckpointLayout, theirs
 from .load import DTYPES, blank, shapes
@@ -54,6 +54,8 @@ def save(
     """
     state = model.state_dict()
     precision = quantised(model)
+    if any(isinstance(module, FewBits) and not isinstance(module, QuantisedLinear) for module in model.modules()):
+        raise OptionError(f"{precision} weights on a GPU are not written: load the checkpoint on the CPU, in int4 or int8")
     if (names := shapes(blank(model.config, precision))) != (have := shapes(model)):
         odd = sorted(names.items() ^ have.items())[0][0]
         raise CheckpointError(f"this network was changed ({odd}): merge adapters before it is saved")

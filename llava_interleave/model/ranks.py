@@ -1,4 +1,4 @@
-"""Processes that train one network together, as torchrun starts them. A process alone is the one rank of its run."""
+"""Processes that share one network, as torchrun starts them. A process alone is the one rank of its run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import LlavaError, OptionError
-from ..weights.load import device_named
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)
-"""How long ranks wait for each other: one reads all samples first. torchrun ends all when one dies."""
+PATIENCE = timedelta(days=30)
+"""How long ranks wait for each other: one reads all samples first, or waits for a person. torchrun ends all when one dies."""
 
 
 def place() -> tuple[int, int]:
@@ -39,10 +39,24 @@ class Ranks:
         """The largest of each over all ranks."""
         return self._reduced(torch.tensor(values), dist.ReduceOp.MAX)
 
-    def _reduced(self, values: torch.Tensor, how: Any) -> list[Any]:
+    def _reduced(self, values: Tensor, how: Any) -> list[Any]:
         if self.count > 1:
             dist.all_reduce(values, how)
         return values.tolist()
+
+    def added(self, x: Tensor) -> Tensor:
+        """The sum of tensors of one shape over all ranks, in the place of this one."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        """Tensors of one shape, by rank."""
+        if self.count == 1:
+            return [x]
+        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        dist.all_gather(found, x.contiguous())
+        return found
 
     def each(self, value: T) -> list[T]:
         """What every rank gives, by rank."""
@@ -52,39 +66,47 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
+    def told(self, value: Any = None) -> Any:
+        """What rank 0 gives, for all."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
     def once(self, do: Callable[[], T]) -> T:
         """What rank 0 finds by `do`, for all; a user's mistake that it finds there ends all."""
         if self.count == 1:
             return do()
-        told: list[Any] = [None]
+        found: Any = None
         if self.rank == 0:
             try:
-                told[0] = do()
+                found = do()
             except LlavaError as error:
-                told[0] = error
-        dist.broadcast_object_list(told)
-        if isinstance(told[0], LlavaError):
-            raise self.common(told[0])
-        return told[0]
+                found = error
+        found = self.told(found)
+        if isinstance(found, LlavaError):
+            raise self.common(found)
+        return found
 
     def common(self, error: LlavaError) -> BaseException:
         """What to raise for an error that all ranks have: rank 0 tells it, the others end without a word."""
         return SystemExit(error.exit_code) if self.rank else error
 
 
-def joined(device: str) -> tuple[Ranks, torch.device]:
+def joined(device: str, named: Callable[[str], torch.device]) -> tuple[Ranks, torch.device]:
     """This process among those that torchrun started with it, and its device; `auto` is CUDA where there is any.
 
-    It stays joined to them, whatever it does next. Raises OptionError where several are to share one device, Unsupported for a
-    device that is not there.
+    It stays joined to them, whatever it does next. named: finds a device, or raises for one that is not there. Raises
+    OptionError where several are to share one device.
     """
     ranks = Ranks(*place())
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if ranks.count == 1:
-        return ranks, device_named(name)
+        return ranks, named(name)
     if ":" in name:
         raise ranks.common(OptionError(f"{ranks.count} processes cannot share {name}: say cuda, and each takes one of its own"))
-    found = device_named(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
+    found = named(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if not dist.is_initialized():

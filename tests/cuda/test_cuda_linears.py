@@ -1,0 +1,58 @@
+"""Linears of few bits, as a network is loaded with them, against products with their weights unpacked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_interleave import weights
+from llava_interleave.errors import Unsupported
+from llava_interleave.model import gpu
+from llava_interleave.model.quantise import FewBits, QuantisedLinear
+from llava_interleave.testing import tiny_checkpoint, tiny_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sizes that are no multiples of what products ask for among them."""
+    sizes = tiny_config(vision={"intermediate_size": 60}, text={"hidden_size": 256, "intermediate_size": 400})
+    return tiny_checkpoint(tmp_path_factory.mktemp("linears") / "model", sizes)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 5, 17, 300])
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8", "nf4"])
+def test_products_are_those_of_the_weights(folder: Path, device: str, precision: str, rows: int) -> None:
+    place, dtype = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        gpu.check(precision, place)
+    except Unsupported as error:
+        pytest.skip(str(error))
+    network, floats = (weights.load(folder, dtype=dtype, device=device, precision=how) for how in (precision, None))
+    found = {name: module for name, module in network.named_modules() if isinstance(module, FewBits)}
+    assert len(found) == len([m for m in floats.modules() if isinstance(m, torch.nn.Linear)]) - (precision in gpu.FLOATS)
+    for name, module in found.items():
+        x = torch.randn(rows, module.in_features, generator=torch.Generator().manual_seed(rows)).to(place, dtype)
+        bias = 0 if module.bias is None else module.bias.float()
+        sure = x.float() @ module.unpacked().float().t() + bias
+        rounded = 0.05 if precision == "fp8" else 0.02  # inputs to 4 bits there; to 8, or bfloat16, elsewhere
+        assert float((module(x).float() - sure).norm() / sure.norm()) < rounded, name
+        original = floats.get_submodule(name).weight.float()
+        apart = float((module.unpacked().float() - original).norm() / original.norm())
+        assert apart < {"int8": 0.01, "fp8": 0.04}.get(precision, 0.12), name
+
+
+@pytest.mark.usefixtures("card")
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_gpu_has_the_numbers_that_a_cpu_has(folder: Path, precision: str) -> None:
+    """In another order, their scales rounded to bfloat16."""
+    here = weights.load(folder, dtype=torch.bfloat16, precision=precision)
+    there = weights.load(folder, dtype=torch.bfloat16, precision=precision, device="cuda")
+    for name, module in here.named_modules():
+        if isinstance(module, QuantisedLinear):
+            other = there.get_submodule(name)
+            assert isinstance(other, gpu.TiledLinear)
+            rounded = QuantisedLinear(module.in_features, module.out_features, module.bits, bias=False)
+            rounded.weight, rounded.scale = module.weight, module.scale.bfloat16()
+            assert torch.equal(other.unpacked().cpu(), rounded.unpacked().bfloat16().float()), name

@@ -1,0 +1,309 @@
+"""Linears of few bits as a card computes them. PyTorch's operators for it exist on a card only; here they are written out from
+their source, number by number, or are those that it has for a CPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llava_interleave import weights
+from llava_interleave.chatbot import load
+from llava_interleave.errors import OptionError, Unsupported
+from llava_interleave.model import Llava, Packed, gpu
+from llava_interleave.model.gpu import Float8Linear, NF4Linear, TiledLinear, float8, untiled
+from llava_interleave.model.quantise import FewBits, QuantisedLinear, pack, quantised, unpack
+from llava_interleave.testing import tiny_checkpoint
+
+BF16 = torch.bfloat16
+
+
+def places() -> list[tuple[int, int, int, int, int]]:
+    """Lane and word of a tile of 8 outputs and 128 inputs, half of a byte in the word, and which output and input it is of.
+    Source: matrix_to_m16n8k16_Bint4_layout and convert_i4x8_to_bf16x2x4 of PyTorch's int4mm.cu."""
+    found = []
+    for lane in range(32):
+        for word in range(4):
+            v = [word * 16 + lane % 4 + offset for offset in (0, 4, 8, 12)]  # bytes of two neighbours, the first in the high half
+            order = [2 * byte for byte in v] + [2 * byte + 1 for byte in v]
+            found += [(lane, word, half, lane // 4, k) for half, k in enumerate(order)]
+    return found
+
+
+def packed(pairs: Tensor, inner: int) -> Tensor:
+    """`_convert_weight_to_int4pack` on a card."""
+    assert pairs.dtype == torch.uint8 and inner == 8
+    q = torch.stack([pairs >> 4, pairs & 15], -1).flatten(1).long().unflatten(1, (-1, 128)).unflatten(0, (-1, 8))
+    words = torch.zeros(q.shape[0], q.shape[2], 32, 4, dtype=torch.int64)
+    for lane, word, half, n, k in places():
+        words[:, :, lane, word] |= q[:, n, :, k] << 4 * half
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+def numbers(tiles: Tensor) -> Tensor:
+    q = torch.zeros(tiles.shape[0], 8, tiles.shape[1], 128, dtype=torch.uint8)
+    for lane, word, half, n, k in places():
+        q[:, n, :, k] = (tiles[:, :, lane, word] >> 4 * half & 15).to(torch.uint8)
+    return q.flatten(2).flatten(0, 1)
+
+
+def product(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
+    """`_weight_int4pack_mm` on a card, with what it asks of its arguments."""
+    assert x.dtype == scale.dtype == BF16 and tiles.dtype == torch.int32 and group == 32
+    assert x.dim() == 2 and x.is_contiguous() and tiles.is_contiguous() and scale.is_contiguous()
+    assert tiles.shape[1:] == (x.shape[1] // 128, 32, 4) and scale.shape == (x.shape[1] // 32, len(tiles) * 8, 2)
+    factor, more = (part.t().float().repeat_interleave(32, 1) for part in scale.unbind(-1))
+    w = ((numbers(tiles).float() - 8) * factor + more).to(BF16)
+    return (x.float() @ w.float().t()).to(BF16)
+
+
+def on_cpu(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
+    """The same product by PyTorch's operator for a CPU, which has its own order of weights."""
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers(tiles).int(), 1)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group, scale)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the operators of a card were here."""
+    monkeypatch.setattr(gpu, "_pack", packed)
+    monkeypatch.setattr(gpu, "_product", product)
+
+
+def made(features: int, out: int, bits: int, *, bias: bool = True, exact: bool = False) -> QuantisedLinear:
+    torch.manual_seed(0)
+    module = QuantisedLinear(features, out, bits, bias=bias)
+    module.weight, module.scale = pack(torch.randn(out, features) / 8, bits)
+    if exact:  # scales that bfloat16 holds, and sums of few bits
+        module.scale = torch.full_like(module.scale, 2.0**-7)
+    if module.bias is not None:
+        module.bias.data = torch.randn(out).to(BF16)
+    return module
+
+
+SHAPES = [(128, 16), (200, 33), (64, 8), (4304 // 16, 40)]
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("features", "out"), SHAPES)
+def test_the_numbers_of_a_cpu_in_a_cards_order(bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BLOCK", 16)  # several blocks of outputs
+    exact = made(features, out, bits, exact=True)
+    assert torch.equal(TiledLinear(exact).unpacked(), exact.unpacked())
+    module = made(features, out, bits)
+    tiled = TiledLinear(module)
+    q, scale = unpack(module.weight, bits).float() - (8 if bits == 4 else 128), module.scale.transpose(1, 2).flatten(0, 1)
+    right = (q.unflatten(1, (-1, 32)) * scale[..., None].to(BF16).float()).flatten(1).to(BF16).float()
+    assert torch.equal(tiled.unpacked(), right[:out, :features])
+    assert torch.equal(untiled(tiled.weight), numbers(tiled.weight))
+    shape = torch.ops.aten._convert_weight_to_int4pack(
+        torch.empty(len(q), tiled.weight.shape[1] * 64, dtype=torch.uint8, device="meta"), 8
+    )
+    assert tiled.weight.shape == shape.shape
+    assert sum(value.nbytes for value in tiled.buffers()) == gpu.tiled_bytes(module)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("operator", [product, on_cpu])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("features", "out"), SHAPES)
+def test_products(bits: int, features: int, out: int, operator: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything, else within its rounding."""
+    monkeypatch.setattr(gpu, "_product", operator)
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    exact, module = made(features, out, bits, bias=False, exact=True), made(features, out, bits)
+    for rows in (1, 5, gpu.FEW, gpu.FEW + 1):
+        x = torch.zeros(rows, features, dtype=BF16)
+        x[torch.arange(rows), torch.arange(rows) * 7 % features] = 1
+        assert torch.equal(TiledLinear(exact)(x).float(), linear(x.float(), exact.unpacked()))
+        x = torch.randn(rows, features).to(BF16)
+        right = linear(x.float(), module.unpacked(), None if module.bias is None else module.bias.float())
+        assert float((TiledLinear(module)(x).float() - right).norm() / right.norm()) < 0.006
+    x = torch.randn(2, 3, features).to(BF16)
+    assert TiledLinear(module)(x).shape == (2, 3, out)
+
+
+def test_elsewhere_the_weight_is_unpacked() -> None:
+    """On a card without the operator: floats, and inputs that nothing rounds. Here another device is one without kernels."""
+    module, x = made(96, 40, 8), torch.randn(7, 96)
+    assert module.bias is not None
+    module.bias.data = module.bias.float()
+    right = linear(x, module.unpacked(), module.bias)
+    assert not torch.allclose(module(x), right, atol=1e-4)
+    module.train()
+    assert torch.equal(module(x), right)  # the same as gradients go through
+    shapes = module.eval().to("meta")(x.to("meta"))
+    assert shapes.shape == right.shape
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("kind", ["tiled", "fp8"])
+def test_gradients_go_through(kind: str) -> None:
+    module: FewBits = TiledLinear(made(64, 24, 4))
+    if kind == "fp8":
+        module = float8_linear(64, 24)
+    x = torch.randn(5, 64, dtype=BF16, requires_grad=True)
+    y = module.train()(x)
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (torch.ones(5, 24, dtype=BF16) @ module.unpacked().to(BF16)))
+
+
+def float8_linear(features: int, out: int) -> Float8Linear:
+    torch.manual_seed(0)
+    module = Float8Linear(features, out, bias=True)
+    module.weight, module.scale = module.pack(torch.randn(out, features).to(BF16))
+    assert module.bias is not None
+    module.bias.data = torch.randn(out).to(BF16)
+    return module
+
+
+def test_float8_rounds_to_four_bits() -> None:
+    """One before the point that is not stored and three behind it; below 2^-6 of e4m3 steps are even."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 300) * torch.rand(50, 1) * 1e4
+    x[3] = 0
+    x[4] = torch.linspace(-1e-38, 1e-38, 300)
+    q, scale = float8(x)
+    assert q.dtype == torch.float8_e4m3fn and scale.shape == (50, 1) and scale.dtype == torch.float32
+    back = q.float() * scale
+    assert torch.equal(q.float()[:3].abs().amax(1), torch.full((3,), 448.0)) and torch.equal(back[3], x[3])
+    step = torch.maximum(x.abs() / 16, scale * 2**-10) * 1.0001
+    assert bool(((back - x).abs() <= step).all())
+
+
+@pytest.mark.parametrize(("features", "out"), [(64, 48), (200, 33), (1, 1)])
+def test_float8_products(features: int, out: int) -> None:
+    """PyTorch's scaled product against both sides as floats, and its shapes as a card asks for them."""
+    module = float8_linear(features, out)
+    assert module.weight.shape == (out + -out % 16, features + -features % 16)
+    for shape in ((1, features), (2, 3, features), (131, features)):
+        x = torch.randn(shape).to(BF16)
+        q, scale = float8(x.reshape(-1, features))
+        assert module.bias is not None
+        right = linear(q.float() * scale, module.unpacked(), module.bias.float()).view(*shape[:-1], out)
+        torch.testing.assert_close(module(x).float(), right, rtol=0.01, atol=0.01 * float(right.abs().max()))
+
+
+@pytest.fixture
+def bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+
+
+def nf4_linear(features: int, out: int) -> tuple[NF4Linear, Tensor]:
+    torch.manual_seed(0)
+    rows = torch.randn(out, features).to(BF16)
+    module = NF4Linear(features, out, bias=True)
+    shapes = module.weight.shape, module.scale.shape
+    module.weight, module.scale = module.pack(rows)
+    assert (module.weight.shape, module.scale.shape) == shapes
+    assert module.bias is not None
+    module.bias.data = torch.randn(out).to(BF16)
+    return module, rows
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_nf4_is_the_papers() -> None:
+    """The nearest of 16 numbers by the largest of 64; the numbers are of appendix E of arXiv 2305.14314."""
+    code = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635])
+    code = torch.cat([code, torch.tensor([-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534])])
+    code = torch.cat([code, torch.tensor([0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434])])
+    code = torch.cat([code, torch.tensor([0.5626170039176941, 0.7229568362236023, 1.0])])
+    module, rows = nf4_linear(96, 40)
+    blocks = torch.nn.functional.pad(rows.float(), (0, 32)).view(-1, 64)  # no block is of two outputs
+    largest = blocks.abs().amax(1, keepdim=True)
+    nearest = code[(blocks[..., None] / largest[..., None] - code).abs().argmin(-1)] * largest
+    torch.testing.assert_close(module.unpacked(), nearest.view(40, 128)[:, :96], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_nf4_products() -> None:
+    module, _ = nf4_linear(96, 40)
+    for shape in ((1, 96), (2, 3, 96), (70, 96)):
+        x = torch.randn(shape).to(BF16)
+        assert module.bias is not None
+        right = linear(x.float(), module.unpacked(), module.bias.float())
+        torch.testing.assert_close(module(x).float(), right, rtol=0.02, atol=0.02 * float(right.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", dtype=BF16)
+
+
+def logits(network: Llava) -> Tensor:
+    ids = torch.arange(40)
+    with torch.inference_mode():
+        pixels = torch.linspace(-1, 1, 3 * 30 * 30).view(1, 3, 30, 30).to(BF16)
+        x = network.embed(ids, [(3, network.encode(pixels)[0])])
+        return network.logits(network(x, torch.arange(40), Packed([40]))).float()
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_network_is_put_in_order_as_it_is_loaded(
+    precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = weights.load(folder, precision=precision)
+    for module in network.modules():
+        if isinstance(module, QuantisedLinear):  # as on a card, where inputs are not rounded
+            monkeypatch.setattr(module, "product", lambda x, m=module: linear(x, m.unpacked().to(x.dtype), m.bias))
+    right = logits(network)
+    monkeypatch.setattr(gpu, "why_not", lambda *_: None)
+    tiled = weights.load(folder, precision=precision)
+    assert {type(m) for m in tiled.modules() if isinstance(m, FewBits)} == {TiledLinear} and quantised(tiled) == precision
+    assert float((logits(tiled) - right).norm() / right.norm()) < 0.02
+    counted = weights.size(tiled.config, BF16, precision, "cuda")
+    assert counted == sum(value.nbytes for value in (*tiled.parameters(), *tiled.buffers()))
+    with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
+        weights.save(tiled, tmp_path / "out", processor_from=folder)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_floats_become_few_bits_as_they_are_read(precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All linears but the output head; what is loaded is what `pack` makes of the floats, and the whole chatbot runs on it."""
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    floats = weights.load(folder)
+    monkeypatch.setattr(gpu, "check", lambda *_: None)
+    bot = load(folder, precision=precision, device="cpu")
+    model, kinds = weights.load(folder, precision=precision), gpu.FLOATS[precision]
+    few = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert few.keys() == {name for name, m in floats.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    for name, module in few.items():
+        weight, scale = module.pack(floats.get_submodule(name).weight)
+        assert torch.equal(module.weight.view(torch.uint8), weight.view(torch.uint8)) and torch.equal(module.scale, scale), name
+    right = logits(floats)
+    assert float((logits(model) - right).norm() / right.norm()) < 0.3
+    assert weights.size(model.config, BF16, precision) == sum(v.nbytes for v in (*model.parameters(), *model.buffers()))
+    assert bot.ask("Hm?", max_new_tokens=3).tokens
+    assert bot.info()["precision"] == precision
+    with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
+        weights.save(model, folder.parent / precision, processor_from=folder)
+
+
+def test_what_devices_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    gpu.check("int4", cpu)
+    gpu.check("int4", cuda)
+    for precision in gpu.FLOATS:
+        with pytest.raises(
+            Unsupported, match=f"no {precision} here: it is there on CUDA GPUs only, and this is cpu; a CPU has int8"
+        ):
+            gpu.check(precision, cpu)
+    with pytest.raises(Unsupported, match=r"Old Card has compute capability 7.5, and 8.9 is needed; take int8 or int4"):
+        gpu.check("fp8", cuda)
+    assert gpu.why_not(cuda, BF16) == "Old Card has compute capability 7.5, and 8.0 is needed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    gpu.check("fp8", cuda)
+    assert gpu.why_not(cuda, BF16) is None
+    assert gpu.why_not(cuda, torch.float32) == "it takes bfloat16, and this network computes in float32"
+    assert "NVIDIA only" in str(gpu.why_not(cpu, BF16))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(Unsupported, match="pip install bitsandbytes, or take int4"):
+        gpu.check("nf4", cuda)
