@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,4 +112,11 @@ def joined(device: str, named: Callable[[str], torch.device]) -> tuple[Ranks, to
         torch.cuda.set_device(found)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+        atexit.register(_leave)
     return ranks, found
+
+
+def _leave() -> None:
+    """Left to the end of the program, its threads abort it where another process has gone before."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
