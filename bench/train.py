@@ -40,7 +40,7 @@ from llava_interleave.chatbot import BUILTIN
 from llava_interleave.config import LlavaConfig
 from llava_interleave.layout import Layout
 from llava_interleave.prompt import Media, Prompt
-from llava_interleave.testing import tiny_checkpoint, tiny_config
+from llava_interleave.testing import tiny_checkpoint, tiny_config, write_random
 from llava_interleave.train.batch import collate, pack
 from llava_interleave.train.loop import TrainConfig, make, step
 from llava_interleave.train.loss import answers
@@ -160,7 +160,8 @@ def peak() -> int:
 def systems(config: LlavaConfig, world: bool, bfloat16: bool) -> Iterator[Callable[[str, int], tuple[float, int, float]]]:
     """A function that makes a system take a turn: seconds, peak bytes and loss."""
     with tempfile.TemporaryDirectory() as place:
-        folder = tiny_checkpoint(Path(place) / "model", config)
+        folder = Path(place) / "model"
+        write_random(folder, config, BUILTIN) if world else tiny_checkpoint(folder, config)
         context, pipes, processes = get_context("spawn"), {}, []
         for system in SYSTEMS:
             pipes[system], there = context.Pipe()
