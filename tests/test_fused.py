@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("instructions"),
 ]
 SHAPES = {
-    "grouped": TextConfig(128, 160, 3, 4, 2, 32, 512, 4096, 1e4, 1e-6, True),
+    "grouped": TextConfig(128, 272, 3, 4, 2, 32, 512, 4096, 1e4, 1e-6, True),
     "wide heads": TextConfig(64, 96, 2, 3, 3, 64, 512, 4096, 1e6, 1e-6, True),
 }
 SPANS = [(37, 1), (5, 3), (700, 14), (1, 1), (0, 1), (0, BLOCK), (9, 70)]  # place of the first new token, how many
@@ -98,7 +98,7 @@ def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits:
     fused = Fused(network)(x, positions, [fusible(span) for span in other])
     assert float((fused - by_layer).norm() / by_layer.norm()) < 0.01
     for ours, theirs in zip(contents(other), contents(one), strict=True):
-        assert float((ours.float() - theirs.float()).abs().max()) <= (4 if ours.dtype == torch.int8 else 0.05)
+        assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 0.02
     for p in network.parameters():  # what is quantised is a buffer and stays
         p.data = p.float()
     exact = sequences(Slabs(c, torch.float32, torch.device("cpu"), in_eight_bits=in_8_bits), SPANS)
@@ -146,7 +146,7 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
 
 
 CROPS = {
-    "odd": VisionConfig(96, 112, 2, 4, 126, 14),  # heads of 24, an MLP of three and a half groups, 81 tokens
+    "odd": VisionConfig(96, 112, 2, 4, 126, 14),  # heads of 24, an MLP that is no whole group, 81 tokens
     "plain": VisionConfig(64, 128, 3, 2, 42, 14),
 }
 

@@ -34,7 +34,14 @@ def quantised(features: int, out: int, bits: int, dtype: torch.dtype, *, bias: b
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     ("tokens", "features", "out", "bias"),
-    [(1, 32, 16, False), (1, 1024, 130, True), (3, 40, 17, True), (7, 576, 1, False), (13, 33, 50, True), (250, 96, 31, False)],
+    [
+        (1, 128, 16, False),
+        (1, 1024, 130, True),
+        (3, 40, 17, True),
+        (7, 576, 1, False),
+        (13, 129, 50, True),
+        (250, 288, 31, False),
+    ],
 )
 def test_linear_is_the_plain_product(tokens: int, features: int, out: int, bias: bool, bits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -50,10 +57,10 @@ def test_linear_is_the_plain_product(tokens: int, features: int, out: int, bias:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_largest_numbers_do_not_overflow(bits: int) -> None:
     """Pairs of products are summed in 16 bits on AVX2, where 255 * 127 * 2 would not fit."""
-    module = QuantisedLinear(64, 16, bits, bias=False)
+    module = QuantisedLinear(256, 16, bits, bias=False)
     for sign in (1, -1):
-        module.weight, module.scale = pack(torch.full((16, 64), 3.0 * sign), bits)
-        x = torch.full((2, 64), 5.0)
+        module.weight, module.scale = pack(torch.full((16, 256), 3.0 * sign), bits)
+        x = torch.full((2, 256), 5.0)
         torch.testing.assert_close(module(x), module.plain(x), rtol=1e-6, atol=0)
 
 
@@ -116,11 +123,11 @@ def test_no_tokens_and_many_at_once() -> None:
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:
-    module = quantised(64, 48, 4, F32)
-    with pytest.raises(AssertionError, match=r"\[2, 96\].*\[3, 2, 256\]\), 48"):
-        kernels.linear(torch.randn(2, 96), module.weight, module.scale, None, 48)
-    with pytest.raises(AssertionError, match=r"\[3, 2, 256\]\), 49"):
-        kernels.linear(torch.randn(2, 64), module.weight, module.scale, None, 49)
+    module = quantised(200, 48, 4, F32)
+    with pytest.raises(AssertionError, match=r"\[2, 264\].*\[3, 2, 1088\]\), 48"):
+        kernels.linear(torch.randn(2, 264), module.weight, module.scale, None, 48)
+    with pytest.raises(AssertionError, match=r"\[3, 2, 1088\]\), 49"):
+        kernels.linear(torch.randn(2, 200), module.weight, module.scale, None, 49)
 
 
 def memory(heads: int, d: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -284,17 +291,17 @@ template <class T> T* exactly(int64_t n) {  // to the byte, so that every read b
   return p;
 }
 template <class T> void product(int bits, int64_t tokens, int64_t in, int64_t out) {
-  int64_t groups = (in + 31) / 32, panels = (out + 15) / 16;
+  int64_t groups = groups_of(in), panels = (out + 15) / 16;
   auto x = exactly<T>(tokens * in); auto y = exactly<T>(tokens * out); auto bias = exactly<T>(out);
-  auto w = exactly<uint8_t>(panels * groups * 64 * bits); auto s = exactly<uint16_t>(panels * groups * 16);
+  auto w = exactly<uint8_t>(panels * groups * group_bytes(bits)); auto s = exactly<uint16_t>(panels * groups * 16);
   llava_linear(serial, bits, sizeof(T) == 2, x, w, s, bias, y, tokens, in, out);
   free(x), free(y), free(bias), free(w), free(s);
 }
 void decode(int64_t bits, int64_t tokens, bool in_8_bits) {
   const Shape shape{2, 64, 96, 4, 2, 32};  // layers, width, inner, heads, kv heads, d
   auto weight = [&](int64_t out, int64_t in, bool bias) {
-    return Weight{bits, exactly<uint8_t>(out * in * bits / 8),
-                  exactly<uint16_t>(out * in / 32), bias ? exactly<uint16_t>(out) : nullptr};
+    return Weight{bits, exactly<uint8_t>(out / 16 * groups_of(in) * group_bytes(bits)),
+                  exactly<uint16_t>(out * groups_of(in)), bias ? exactly<uint16_t>(out) : nullptr};
   };
   auto norm = exactly<uint16_t>(64);
   const LayerWeights layer{norm, norm, weight(128, 64, true), weight(64, 64, true), weight(64, 64, true), weight(64, 128, false),
@@ -312,8 +319,9 @@ void decode(int64_t bits, int64_t tokens, bool in_8_bits) {
 void encode(int64_t bits, int64_t tokens) {
   const Shape shape{2, 96, 112, 4, 4, 24};
   auto weight = [&](int64_t out, int64_t in) {
-    const int64_t groups = (in + 31) / 32;
-    return Weight{bits, exactly<uint8_t>(out * groups * 4 * bits), exactly<uint16_t>(out * groups), exactly<uint16_t>(out)};
+    const int64_t groups = groups_of(in);
+    return Weight{bits, exactly<uint8_t>(out / 16 * groups * group_bytes(bits)), exactly<uint16_t>(out * groups),
+                  exactly<uint16_t>(out)};
   };
   auto norm = exactly<uint16_t>(96);
   const TowerWeights layer{norm, norm, norm, norm, weight(96, 96), weight(96, 96), weight(96, 96), weight(96, 96),
@@ -329,7 +337,7 @@ int main() {
     }
   for (int bits : {4, 8})
     for (int64_t tokens : {1, 2, 12, 13, 40})
-      for (int64_t in : {1, 31, 32, 100})
+      for (int64_t in : {1, 127, 128, 300})
         for (int64_t out : {1, 16, 37}) product<float>(bits, tokens, in, out), product<uint16_t>(bits, tokens, in, out);
   for (int64_t d : {16, 64, 80})
     for (int64_t capacity : {1, 16, 33}) {

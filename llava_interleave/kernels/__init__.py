@@ -24,14 +24,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-GROUP, PANEL = 32, 16
-"""Inputs that share a scale, and outputs that lie together in memory."""
+GROUP, PART, PANEL = 128, 32, 16
+"""Inputs that share a scale; with 4 bits those that share a step of it; outputs that lie together in memory."""
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 _BFLOAT16 = (*_AVX512, "-mavx512bf16")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+def group_bytes(bits: int) -> int:
+    """Of a panel and a group."""
+    return PANEL * GROUP * bits // 8 + (PANEL * GROUP // PART if bits == 4 else 0)
 
 
 class NoKernels(Exception):
@@ -48,8 +53,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: i
     """`[..., in]` times a packed weight (see `model.quantise`), plus the bias: `[..., out]`, float32 or bfloat16 as `x` is."""
     features = x.shape[-1]
     panels, groups = -(-out // PANEL), -(-features // GROUP)
-    bits = weight.shape[-1] // (PANEL * GROUP // 8)
-    assert bits in (4, 8) and weight.shape == (panels, groups, bits * PANEL * GROUP // 8), (x.shape, weight.shape, out)
+    bits = 4 if weight.shape[-1] == group_bytes(4) else 8
+    assert weight.shape == (panels, groups, group_bytes(bits)), (x.shape, weight.shape, out)
     assert scale.shape == (panels, groups, PANEL), (weight.shape, scale.shape)
     assert weight.is_contiguous() and scale.is_contiguous() and x.is_cpu and weight.is_cpu and scale.is_cpu, weight.device
     assert weight.dtype == torch.uint8 and scale.dtype == torch.float16 and x.dtype in (torch.float32, torch.bfloat16), x.dtype

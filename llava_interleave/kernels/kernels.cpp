@@ -2,12 +2,14 @@
 // AVX-512 VNNI (and BF16) or AVX2: the flags say. A plain C interface without PyTorch's headers; the threads are PyTorch's own,
 // handed in as its torch_parallel_for.
 //
-// A weight [out, in] lies in panels of 16 outputs and groups of 32 inputs, in the order in which it is read:
-//   8 bits: [panels][groups][8 quads][16 outputs][4 inputs], each byte q + 128
-//   4 bits: [panels][groups][4 pairs of quads][16 outputs][4 inputs], q + 8 of the pair's first quad in the low halves
+// A weight [out, in] lies in panels of 16 outputs and groups of 128 inputs, in the order in which it is read:
+//   8 bits: [panels][groups][32 quads][16 outputs][4 inputs], each byte q + 128
+//   4 bits: [panels][groups], of each first [16 outputs][4 parts of 32 inputs], the bytes step + 16 * nought, then
+//           [16 pairs of quads][16 outputs][4 inputs], u of the pair's first quad in the low halves; q = step * (u - nought)
 //   scales: [panels][groups][16 outputs], float16
-// Inputs are quantised to 8 bits in the same groups, a scale for each token and group. Products of a group are exact integers,
-// groups are added in float32 in order: a token's result does not depend on how many others are computed with it.
+// All q are from -128 to 127, so that weights of 4 bits are unpacked to those of 8. Inputs are quantised to 8 bits in the same
+// groups, a scale for each token and group. Products of a group are exact integers, groups are added in float32 in order: a
+// token's result does not depend on how many others are computed with it.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -26,9 +28,12 @@ namespace {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
-constexpr int64_t GROUP = 32, PANEL = 16;
+constexpr int64_t GROUP = 128, PART = 32, PANEL = 16;
+constexpr int QUADS = GROUP / 4, PARTS = GROUP / PART;
 constexpr int64_t SERIAL = 1 << 17;  // multiplications that are not worth waking another thread for
 constexpr int64_t NEAR = 256 << 10;  // bytes of inputs that stay in a core's second-level cache while weights pass by
+
+typedef int32_t __attribute__((__may_alias__)) Word;  // four numbers of 8 bits, or two of 16
 
 // Sixteen lanes, one an output of a panel.
 #if defined(__AVX512VNNI__)
@@ -39,11 +44,22 @@ using Ints = __m512i;
 using Floats = __m512;
 using Pairs = __m512i;  // sixteen lanes of two bfloat16
 inline Bytes bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Bytes low(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
+inline void store(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b); }
+inline Bytes all(int8_t n) { return _mm512_set1_epi8(n); }
+inline Bytes low(Bytes b) { return _mm512_and_si512(b, all(15)); }
 inline Bytes high(Bytes b) { return low(_mm512_srli_epi16(b, 4)); }
+inline Bytes even(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi16(255)); }
+inline Bytes each(Bytes fours, int i) {  // the i-th byte of each four, four times
+  return _mm512_shuffle_epi8(fours, _mm512_add_epi8(all(i), _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c))));
+}
+inline Bytes times(Bytes a, Bytes b) { return _mm512_mullo_epi16(a, b); }  // of 16 bits
+inline Bytes plus(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+inline Bytes minus(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 inline Ints ints(int32_t n) { return _mm512_set1_epi32(n); }
-template <int BITS>
-inline Ints dot(Ints sum, Bytes w, int32_t quad) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(quad)); }
+inline Ints plus32(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline void dot(Ints& sum, Bytes w, const int8_t* quad) {  // as the compiler would not: it copies sums and broadcasts apart
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Word*>(quad)));
+}
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats to_floats(Ints n) { return _mm512_cvtepi32_ps(n); }
 inline Floats halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -63,8 +79,7 @@ inline Floats by_sign(Floats x, Floats plus, Floats minus) {
 }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats shift(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // x * 2 ** n
-template <int BITS>
-constexpr int32_t OFFSET = BITS == 4 ? 8 : 128;  // what a stored weight is above its value
+constexpr int32_t OFFSET = 128;  // what `dot` takes a weight's byte for above its value
 inline Floats floats(const int8_t* p, int64_t have) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((1u << have) - 1, p)));
 }
@@ -88,14 +103,14 @@ inline Pairs pairs(const int8_t* first, const int8_t* second, int64_t have) {  /
   const __m512i a = _mm512_castps_si512(floats(first, have)), b = _mm512_castps_si512(floats(second, have));
   return _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
 }
-inline Floats dot(Floats sum, Pairs b, uint32_t pair) {
+inline void dot(Floats& sum, Pairs b, const uint16_t* pair) {
 #if defined(__AVX512BF16__)
-  return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const Word*>(pair)));
 #else
   const __m512i upper = _mm512_set1_epi32(0xffff0000);
-  const __m512i x = _mm512_set1_epi32(pair);
+  const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const Word*>(pair));
   sum = fma(_mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), sum);
-  return fma(_mm512_castsi512_ps(_mm512_and_si512(b, upper)), _mm512_castsi512_ps(_mm512_and_si512(x, upper)), sum);
+  sum = fma(_mm512_castsi512_ps(_mm512_and_si512(b, upper)), _mm512_castsi512_ps(_mm512_and_si512(x, upper)), sum);
 #endif
 }
 #else
@@ -109,23 +124,37 @@ inline Bytes bytes(const uint8_t* p) {
   auto q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
+inline void store(uint8_t* p, Bytes b) {
+  auto q = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, b.a), _mm256_storeu_si256(q + 1, b.b);
+}
+inline Bytes all(int8_t n) { return {_mm256_set1_epi8(n), _mm256_set1_epi8(n)}; }
 inline __m256i low(__m256i b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 inline Bytes low(Bytes x) { return {low(x.a), low(x.b)}; }
 inline Bytes high(Bytes x) { return {low(_mm256_srli_epi16(x.a, 4)), low(_mm256_srli_epi16(x.b, 4))}; }
+inline Bytes even(Bytes x) {
+  const __m256i lower = _mm256_set1_epi16(255);
+  return {_mm256_and_si256(x.a, lower), _mm256_and_si256(x.b, lower)};
+}
+inline Bytes each(Bytes fours, int i) {  // the i-th byte of each four, four times
+  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  const __m256i which = _mm256_add_epi8(first, _mm256_set1_epi8(i));
+  return {_mm256_shuffle_epi8(fours.a, which), _mm256_shuffle_epi8(fours.b, which)};
+}
+inline Bytes times(Bytes x, Bytes y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }  // of 16 bits
+inline Bytes plus(Bytes x, Bytes y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+inline Bytes minus(Bytes x, Bytes y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 inline Ints ints(int32_t n) { return {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
-template <int BITS>
+inline Ints plus32(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline __m256i dot(__m256i sum, __m256i w, __m256i x) {
-  if constexpr (BITS == 8) {  // the sum of two products of a full byte would not fit 16 bits: signs go to the inputs
-    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    x = _mm256_sign_epi8(x, w);
-    w = _mm256_abs_epi8(w);
-  }
+  w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // the sum of two products of a full byte would not fit 16 bits:
+  x = _mm256_sign_epi8(x, w);                       // signs go to the inputs
+  w = _mm256_abs_epi8(w);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
-template <int BITS>
-inline Ints dot(Ints sum, Bytes w, int32_t quad) {
-  __m256i x = _mm256_set1_epi32(quad);
-  return {dot<BITS>(sum.a, w.a, x), dot<BITS>(sum.b, w.b, x)};
+inline void dot(Ints& sum, Bytes w, const int8_t* quad) {
+  const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(quad));
+  sum = {dot(sum.a, w.a, x), dot(sum.b, w.b, x)};
 }
 inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Floats to_floats(Ints n) { return {_mm256_cvtepi32_ps(n.a), _mm256_cvtepi32_ps(n.b)}; }
@@ -154,8 +183,7 @@ inline __m256 shift(__m256 x, __m256 n) {  // n is above -127
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 inline Floats shift(Floats x, Floats n) { return {shift(x.a, n.a), shift(x.b, n.b)}; }
-template <int BITS>
-constexpr int32_t OFFSET = BITS == 4 ? 8 : 0;
+constexpr int32_t OFFSET = 0;
 inline __m256i row(const uint16_t* p, int64_t have) {
   uint16_t some[16] = {};
   if (have < 16) p = static_cast<const uint16_t*>(std::memcpy(some, p, have * sizeof(uint16_t)));
@@ -186,13 +214,14 @@ inline Pairs pairs(const int8_t* first, const int8_t* second, int64_t have) {
   const Floats a = floats(first, have), b = floats(second, have);
   return {join(a.a, b.a), join(a.b, b.b)};
 }
-inline Floats dot(Floats sum, Pairs b, uint32_t pair) {
+inline void dot(Floats& sum, Pairs b, const uint16_t* pair) {
   const __m256i upper = _mm256_set1_epi32(0xffff0000);
   auto lower = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
   auto rest = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, upper)); };
-  const __m256 x = lower(_mm256_set1_epi32(pair)), y = rest(_mm256_set1_epi32(pair));
+  const __m256i both = _mm256_set1_epi32(*reinterpret_cast<const Word*>(pair));
+  const __m256 x = lower(both), y = rest(both);
   sum = {_mm256_fmadd_ps(lower(b.a), x, sum.a), _mm256_fmadd_ps(lower(b.b), x, sum.b)};
-  return {_mm256_fmadd_ps(rest(b.a), y, sum.a), _mm256_fmadd_ps(rest(b.b), y, sum.b)};
+  sum = {_mm256_fmadd_ps(rest(b.a), y, sum.a), _mm256_fmadd_ps(rest(b.b), y, sum.b)};
 }
 #endif
 
@@ -214,7 +243,13 @@ inline void put(uint16_t* p, float x) {  // bfloat16, to nearest, ties to even
   *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
-// Inputs of some tokens, quantised. Those of a tile lie together, [tiles][groups][tokens of the tile][32], and so do scales.
+inline int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
+
+struct Tiles {
+  int64_t first, last;
+};
+
+// Inputs of some tokens, quantised. Those of a tile lie together, [tiles][groups][tokens of the tile][128], and so do scales.
 struct Inputs {
   int64_t tokens, groups, tiles;
   std::unique_ptr<int8_t[]> values;
@@ -226,32 +261,23 @@ struct Inputs {
         scales(new float[tokens * groups]), sums(new int32_t[tokens * groups]) {}
   int64_t first(int64_t tile) const { return tile * tokens / tiles; }  // tiles are as equal as they can be
   int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
-  int64_t at(int64_t tile, int64_t m, int64_t group) const { return first(tile) * groups + group * size(tile) + m; }
-  int64_t at(int64_t token, int64_t group) const {
-    const int64_t tile = ((token + 1) * tiles - 1) / tokens;
-    return at(tile, token - first(tile), group);
-  }
   int64_t tiles_a_block() const { return std::max<int64_t>(1, NEAR / (TILE * groups * GROUP)); }
   int64_t blocks() const { return (tiles + tiles_a_block() - 1) / tiles_a_block(); }
-  // task(tile, panel) for the tiles of a block, whose inputs stay near while one panel after another passes.
-  template <class F>
-  void block(int64_t number, int64_t panels, F&& task) const {
-    const int64_t first = number / panels * tiles_a_block(), last = std::min(tiles, first + tiles_a_block());
-    for (int64_t tile = first; tile < last; tile++) task(tile, number % panels);
+  // The tiles of a block, whose inputs stay near while one panel after another passes.
+  Tiles block(int64_t number) const {
+    return {number * tiles_a_block(), std::min(tiles, (number + 1) * tiles_a_block())};
   }
-  // A group of some token, `have` of it there: `at` says where it belongs.
+  // The numbers of a token [in].
   template <class T>
-  void put(int64_t at, const T* from, int64_t have = GROUP);
+  void put(int64_t token, const T* row, int64_t in);
 };
 
-// 32 numbers to 8 bits: value = round(x * 127 / largest), scale = largest / 127.
+// 128 numbers to 8 bits: value = round(x * 127 / largest), scale = largest / 127.
 inline void quantise(const float* x, int8_t* value, float* scale, int32_t* sum) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 part[4];
   __m256i most = _mm256_setzero_si256();  // as integers, so that a NaN is the largest
-  for (int i = 0; i < 4; i++) {
-    part[i] = _mm256_loadu_ps(x + 8 * i);
-    most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_andnot_ps(sign, part[i])));
+  for (int64_t i = 0; i < GROUP; i += 8) {
+    most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i))));
   }
   __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -259,13 +285,15 @@ inline void quantise(const float* x, int8_t* value, float* scale, int32_t* sum) 
   const float largest = _mm_cvtss_f32(_mm_castsi128_ps(four));
   const __m256 factor = _mm256_set1_ps(largest == 0 ? 0.0f : 127.0f / largest);
   __m256i whole[4], total = _mm256_setzero_si256();
-  for (int i = 0; i < 4; i++) {
-    whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(part[i], factor));
-    total = _mm256_add_epi32(total, whole[i]);
+  for (int64_t first = 0; first < GROUP; first += 32) {
+    for (int i = 0; i < 4; i++) {
+      whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + first + 8 * i), factor));
+      total = _mm256_add_epi32(total, whole[i]);
+    }
+    __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+    packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(value + first), packed);
   }
-  __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
-  packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(value), packed);
   __m128i rest = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
   rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0x4e));
   rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0xb1));
@@ -274,103 +302,175 @@ inline void quantise(const float* x, int8_t* value, float* scale, int32_t* sum) 
 }
 
 template <class T>
-void Inputs::put(int64_t at, const T* from, int64_t have) {
+void Inputs::put(int64_t token, const T* row, int64_t in) {
+  const int64_t tile = ((token + 1) * tiles - 1) / tokens, beside = size(tile);
   float wide[GROUP];
-  if (have == GROUP) {
-    store(wide, load(from));
-    store(wide + PANEL, load(from + PANEL));
-  } else {
-    for (int64_t i = 0; i < GROUP; i++) wide[i] = i < have ? to_float(from[i]) : 0.0f;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t have = std::min(GROUP, in - g * GROUP), place = first(tile) * groups + g * beside + token - first(tile);
+    int64_t i = 0;
+    for (; i + PANEL <= have; i += PANEL) store(wide + i, load(row + g * GROUP + i));
+    for (; i < GROUP; i++) wide[i] = i < have ? to_float(row[g * GROUP + i]) : 0.0f;
+    quantise(wide, &values[place * GROUP], &scales[place], &sums[place]);
   }
-  quantise(wide, &values[at * GROUP], &scales[at], &sums[at]);
 }
 
-template <class T>
-void quantise_tile(const T* x, int64_t in, Inputs& inputs, int64_t tile) {
-  for (int64_t m = 0; m < inputs.size(tile); m++) {
-    const T* row = x + (inputs.first(tile) + m) * in;
-    for (int64_t g = 0; g < inputs.groups; g++) {
-      inputs.put(inputs.at(tile, m, g), row + g * GROUP, std::min(GROUP, in - g * GROUP));
+// As the caller lays it out, in words of 64 bits.
+struct Weight {
+  int64_t bits;
+  const uint8_t* values;
+  const uint16_t *scales, *bias;
+};
+
+constexpr int64_t STEPS = PANEL * PARTS;  // bytes before a group of 4 bits
+constexpr int64_t group_bytes(int64_t bits) { return PANEL * GROUP * bits / 8 + (bits == 4 ? STEPS : 0); }
+
+// The bytes q + 128 of a group, four quads at a time, from the first to the last.
+template <int BITS>
+struct Quads {
+  const uint8_t* w;
+  Bytes step, more;
+
+  explicit Quads(const uint8_t* group) : w(group) {}
+  void four(int first, Bytes (&quads)[4]) {
+    if constexpr (BITS == 8) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) quads[i] = bytes(w + (first + i) * 4 * PANEL);
+    } else {
+      if (first % (PART / 4) == 0) {
+        const Bytes both = each(bytes(w), 4 * first / PART);
+        step = even(low(both)), more = minus(all(-128), times(high(both), step));
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 4; i += 2) {  // no product is above 255, so that one of 16 bits multiplies two
+        const Bytes b = bytes(w + STEPS + (first + i) * 2 * PANEL);
+        quads[i] = plus(times(low(b), step), more), quads[i + 1] = plus(times(high(b), step), more);
+      }
     }
   }
-}
+};
+
+// A panel of a weight, as `product` reads it.
+struct Panel {
+  int64_t bits;
+  const uint8_t* values;
+  const uint16_t* scales;
+
+  Panel(const Weight& w, int64_t number, int64_t groups)
+      : bits(w.bits), values(w.values + number * groups * group_bytes(w.bits)), scales(w.scales + number * groups * PANEL) {}
+
+  // Of 4 bits for several tiles: unpacked to 8, into room for that.
+  void unpack(int64_t groups, uint8_t* room) {
+    const uint8_t* from = values;
+    values = room, bits = 8;
+    for (int64_t g = 0; g < groups; g++, from += group_bytes(4), room += group_bytes(8)) {
+      Quads<4> quads(from);
+      for (int first = 0; first < QUADS; first += 4) {
+        Bytes four[4];
+        quads.four(first, four);
+        for (int i = 0; i < 4; i++) store(room + (first + i) * 4 * PANEL, four[i]);
+      }
+    }
+  }
+};
 
 // A tile of M tokens by one panel -> [M][16].
 template <int BITS, int M>
-void product(const uint8_t* w, const uint16_t* scale, const Inputs& inputs, int64_t first, float* out) {
-  constexpr int64_t BYTES = PANEL * GROUP * BITS / 8;
+void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
+  constexpr int CHAINS = M < 4 ? 4 : 1;  // of sums, so that none waits for the one before
+  const uint8_t* w = panel.values;
+  const uint16_t* scale = panel.scales;
   const int8_t* x = &inputs.values[first * inputs.groups * GROUP];
   const float* x_scale = &inputs.scales[first * inputs.groups];
   const int32_t* x_sum = &inputs.sums[first * inputs.groups];
   Floats total[M];
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++) total[m] = splat(0);
-  for (int64_t g = 0; g < inputs.groups; g++, w += BYTES, scale += PANEL, x += M * GROUP, x_scale += M, x_sum += M) {
-    auto quad = [&](int m, int q) {
-      int32_t four;
-      std::memcpy(&four, x + m * GROUP + 4 * q, 4);
-      return four;
-    };
-    if constexpr (M == 1) {  // the processor's own prefetching ends with each page
-      for (int64_t line = 0; line < BYTES; line += 64) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + line, _MM_HINT_T0);
+  for (int64_t g = 0; g < inputs.groups; g++) {
+    Ints sum[CHAINS][M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      sum[0][m] = ints(-OFFSET * x_sum[m]);
+#pragma GCC unroll 16
+      for (int chain = 1; chain < CHAINS; chain++) sum[chain][m] = ints(0);
     }
-    Ints sum[M];
-    for (int m = 0; m < M; m++) sum[m] = ints(-OFFSET<BITS> * x_sum[m]);
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; q += 8 / BITS) {
-      const Bytes b = bytes(w + q * 8 * BITS);
-      if constexpr (BITS == 4) {
-        const Bytes one = low(b), two = high(b);
-        for (int m = 0; m < M; m++) sum[m] = dot<BITS>(dot<BITS>(sum[m], one, quad(m, q)), two, quad(m, q + 1));
-      } else {
-        for (int m = 0; m < M; m++) sum[m] = dot<BITS>(sum[m], b, quad(m, q));
+    Quads<BITS> quads(w);
+#pragma GCC unroll 2
+    for (int first = 0; first < QUADS; first += 4) {
+      Bytes four[4];
+      quads.four(first, four);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) dot(sum[i % CHAINS][m], four[i], x + m * GROUP + 4 * (first + i));
       }
     }
     const Floats step = halves(scale);
-    for (int m = 0; m < M; m++) total[m] = fma(mul(to_floats(sum[m]), splat(x_scale[m])), step, total[m]);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 16
+      for (int chain = 1; chain < CHAINS; chain++) sum[0][m] = plus32(sum[0][m], sum[chain][m]);
+      total[m] = fma(mul(to_floats(sum[0][m]), splat(x_scale[m])), step, total[m]);
+    }
+    w += group_bytes(BITS), scale += PANEL, x += M * GROUP, x_scale += M, x_sum += M;
   }
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++) store(out + m * PANEL, total[m]);
 }
 
 template <int BITS, int M = TILE>
-void product(int64_t count, const uint8_t* w, const uint16_t* scale, const Inputs& inputs, int64_t first, float* out) {
-  if (count == M) return product<BITS, M>(w, scale, inputs, first, out);
-  if constexpr (M > 1) product<BITS, M - 1>(count, w, scale, inputs, first, out);
+void product(int64_t count, const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
+  if (count == M) return product<BITS, M>(panel, inputs, first, out);
+  if constexpr (M > 1) product<BITS, M - 1>(count, panel, inputs, first, out);
 }
 
 // The same for the tokens of any tile -> [tokens of the tile][16].
-void product(int64_t bits, const uint8_t* weight, const uint16_t* scale, const Inputs& inputs, int64_t tile, int64_t panel,
-             float* out) {
-  const int64_t begin = panel * inputs.groups * PANEL, first = inputs.first(tile), count = inputs.size(tile);
-  (bits == 4 ? product<4> : product<8>)(count, weight + begin * GROUP * bits / 8, scale + begin, inputs, first, out);
+void product(const Panel& panel, const Inputs& inputs, int64_t tile, float* out) {
+  (panel.bits == 4 ? product<4> : product<8>)(inputs.size(tile), panel, inputs, inputs.first(tile), out);
 }
+
+// Room for what is unpacked of one panel, or of two.
+class Unpacked {
+ public:
+  explicit Unpacked(int64_t groups) : groups(groups), room(new uint8_t[2 * groups * group_bytes(8)]) {}
+  // A panel for some tiles, in the first or the second half of the room.
+  Panel panel(const Weight& w, int64_t number, const Inputs& inputs, Tiles tiles, int64_t half = 0) const {
+    Panel found(w, number, inputs.groups);
+    if (found.bits == 4 && tiles.last - tiles.first > 1) found.unpack(inputs.groups, &room[half * groups * group_bytes(8)]);
+    return found;
+  }
+
+ private:
+  int64_t groups;
+  std::unique_ptr<uint8_t[]> room;
+};
 
 template <class T>
 struct Linear {
-  int32_t bits;
-  const T* x;
-  const uint8_t* weight;
-  const uint16_t* scale;
-  const T* bias;
+  Weight weight;
+  const T *x, *bias;
   T* y;
   int64_t in, out, panels;
   Inputs inputs;
 
   static void quantise_some(int64_t begin, int64_t end, void* context) {
     auto& self = *static_cast<Linear*>(context);
-    for (int64_t tile = begin; tile < end; tile++) quantise_tile(self.x, self.in, self.inputs, tile);
+    for (int64_t token = begin; token < end; token++) self.inputs.put(token, self.x + token * self.in, self.in);
   }
 
   static void multiply_some(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const Linear*>(context);
+    const Unpacked unpacked(self.inputs.groups);
     for (int64_t number = begin; number < end; number++) {
-      self.inputs.block(number, self.panels, [&](int64_t tile, int64_t panel) { self.multiply(tile, panel); });
+      const Tiles tiles = self.inputs.block(number / self.panels);
+      const Panel panel = unpacked.panel(self.weight, number % self.panels, self.inputs, tiles);
+      for (int64_t tile = tiles.first; tile < tiles.last; tile++) self.multiply(panel, tile, number % self.panels * PANEL);
     }
   }
 
-  void multiply(int64_t tile, int64_t panel) const {
+  void multiply(const Panel& panel, int64_t tile, int64_t at) const {
     float rows[TILE * PANEL];
-    product(bits, weight, scale, inputs, tile, panel, rows);
-    const int64_t at = panel * PANEL, width = std::min(PANEL, out - at);
+    product(panel, inputs, tile, rows);
+    const int64_t width = std::min(PANEL, out - at);
     for (int64_t m = 0; m < inputs.size(tile); m++) {
       T* to = y + (inputs.first(tile) + m) * out + at;
       for (int64_t i = 0; i < width; i++) put(to + i, rows[m * PANEL + i] + (bias ? to_float(bias[at + i]) : 0));
@@ -382,11 +482,11 @@ template <class T>
 void linear(ParallelFor parallel_for, int32_t bits, const void* x, const uint8_t* weight, const uint16_t* scale, const void* bias,
             void* y, int64_t tokens, int64_t in, int64_t out) {
   if (!tokens) return;
-  const int64_t groups = (in + GROUP - 1) / GROUP, panels = (out + PANEL - 1) / PANEL;
-  Linear<T> self{bits, static_cast<const T*>(x), weight, scale, static_cast<const T*>(bias), static_cast<T*>(y), in, out, panels,
-                 Inputs(tokens, groups)};
+  const int64_t groups = groups_of(in), panels = (out + PANEL - 1) / PANEL;
+  Linear<T> self{{bits, weight, scale, nullptr}, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), in,
+                 out, panels, Inputs(tokens, groups)};
   const Inputs& inputs = self.inputs;
-  parallel_for(0, inputs.tiles, std::max<int64_t>(1, SERIAL / (TILE * groups * GROUP)), Linear<T>::quantise_some, &self);
+  parallel_for(0, tokens, std::max<int64_t>(1, SERIAL / (groups * GROUP)), Linear<T>::quantise_some, &self);
   const int64_t work = PANEL * groups * GROUP * std::min(tokens, inputs.tiles_a_block() * TILE);
   parallel_for(0, inputs.blocks() * panels, std::max<int64_t>(1, SERIAL / work), Linear<T>::multiply_some, &self);
 }
@@ -432,10 +532,8 @@ void combine_panels(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_s
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      uint32_t pair;
-      std::memcpy(&pair, a + m * a_stride, 4);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) sum[m][n] = dot(sum[m][n], two[n], pair);
+      for (int n = 0; n < N; n++) dot(sum[m][n], two[n], a + m * a_stride);
     }
   }
 #pragma GCC unroll 16
@@ -476,11 +574,7 @@ void combine_along(const uint16_t* a, const S* b, int64_t b_stride, int64_t dept
     for (int64_t i = 0; i < columns; i += PANEL) {
       const int64_t have = std::min(PANEL, columns - i);
       Floats sum = k ? load(c + i) : splat(0);
-      for (int64_t j = 0; j < some; j += 2) {
-        uint32_t pair;
-        std::memcpy(&pair, a + j, 4);
-        sum = dot(sum, pairs(b + j * b_stride + i, b + (j + 1) * b_stride + i, have), pair);
-      }
+      for (int64_t j = 0; j < some; j += 2) dot(sum, pairs(b + j * b_stride + i, b + (j + 1) * b_stride + i, have), a + j);
       store(c + i, sum);
     }
   }
@@ -584,6 +678,15 @@ struct Scratch {
       : scores(new float[TILE * whole(longest)]), out(new float[TILE * width]), q(new uint16_t[TILE * d]) {}
 };
 
+// Room that a thread needs for a layer: a token's row, and groups of inputs, of which there are at most so many.
+struct Room {
+  Scratch attention;
+  std::unique_ptr<float[]> row;
+  Unpacked unpacked;
+  Room(Scratch attention, int64_t width, int64_t groups)
+      : attention(std::move(attention)), row(new float[width]), unpacked(groups) {}
+};
+
 // Queries of some tokens of a sequence, those of `group` heads beside each other; all see the same head of keys and values, the
 // first `seen` tokens, and one more for each token that is later than the first, if they are new.
 struct Queries {
@@ -658,13 +761,16 @@ class Team {
    public:
     Member(Team& team, int64_t weight) : team(team), weight(weight) {}
 
-    // Calls task(i) once for each i below `count`, some neighbours at a time, in any of the threads; returns when all are done.
+    // Calls task(i) once for each i below `count` in any of the threads, some neighbours at a time, fewer towards the end so
+    // that nobody waits for long; returns when all are done.
     template <class F>
     void each(int64_t count, F&& task) {
       std::atomic<int64_t>& begun = team.begun[piece++];
-      const int64_t grain = std::max<int64_t>(1, count / (4 * team.size));
-      for (int64_t i; (i = begun.fetch_add(grain)) < count;) {
-        for (const int64_t end = std::min(count, i + grain); i < end; i++) task(i);
+      for (int64_t i = begun; i < count; i = begun) {
+        const int64_t end = i + std::max<int64_t>(1, (count - i) / (2 * team.size));
+        if (begun.compare_exchange_weak(i, end)) {
+          for (; i < end; i++) task(i);
+        }
       }
       team.arrived += weight;
       for (int64_t turn = 0; team.arrived < team.size * piece; turn++) turn < PATIENCE ? _mm_pause() : void(sched_yield());
@@ -683,13 +789,7 @@ class Team {
   std::atomic<int64_t> arrived{0};
 };
 
-// As the caller lays them out, in words of 64 bits.
-struct Weight {
-  int64_t bits;
-  const uint8_t* values;
-  const uint16_t *scales, *bias;
-};
-struct LayerWeights {
+struct LayerWeights {  // as the caller lays them out, in words of 64 bits, like all below
   const uint16_t *before_attention, *before_mlp;
   Weight q, k, v, o, gate, up, down;
 };
@@ -716,7 +816,7 @@ struct Hidden {
   Inputs normed;
 
   Hidden(int64_t tokens, int64_t width, const uint16_t* hidden)
-      : tokens(tokens), width(width), x(new float[tokens * width]), normed(tokens, width / GROUP) {
+      : tokens(tokens), width(width), x(new float[tokens * width]), normed(tokens, groups_of(width)) {
     for (int64_t i = 0; i < tokens * width; i += PANEL) store(&x[i], load(hidden + i));
   }
   void write(uint16_t* hidden) const {
@@ -724,19 +824,16 @@ struct Hidden {
   }
 
   // (x - mean) / its root mean square * weight + bias; without a bias nothing is taken off.
-  void norm(int64_t token, const uint16_t* weight, const uint16_t* bias, float eps) {
+  void norm(int64_t token, const uint16_t* weight, const uint16_t* bias, float eps, Room& room) {
     const float* row = &x[token * width];
     const Floats mean = splat(bias ? -total(row, [](Floats y) { return y; }) / width : 0);
     const float squares = total(row, [&](Floats y) { return mul(plus(y, mean), plus(y, mean)); });
     const Floats factor = splat(1 / std::sqrt(squares / width + eps));
-    float wide[GROUP];
-    for (int64_t g = 0; g < width; g += GROUP) {
-      for (int64_t i = 0; i < GROUP; i += PANEL) {
-        const Floats y = mul(mul(plus(load(row + g + i), mean), factor), load(weight + g + i));
-        store(wide + i, bias ? plus(y, load(bias + g + i)) : y);
-      }
-      normed.put(normed.at(token, g / GROUP), wide);
+    for (int64_t i = 0; i < width; i += PANEL) {
+      const Floats y = mul(mul(plus(load(row + i), mean), factor), load(weight + i));
+      store(&room.row[i], bias ? plus(y, load(bias + i)) : y);
     }
+    normed.put(token, room.row.get(), width);
   }
   template <class F>
   float total(const float* row, F&& of) const {
@@ -748,29 +845,32 @@ struct Hidden {
     return all;
   }
 
-  // put(token, the panel's 16 outputs) for the tokens of a tile.
+  // put(token, the panel's 16 outputs) for the tokens of some tiles.
   template <class F>
-  static void multiply(const Weight& w, const Inputs& inputs, int64_t tile, int64_t panel, F&& put) {
-    const Floats bias = w.bias ? load(w.bias + panel * PANEL) : splat(0);
+  static void multiply(const Weight& w, int64_t number, const Inputs& inputs, Tiles tiles, Room& room, F&& put) {
+    const Floats bias = w.bias ? load(w.bias + number * PANEL) : splat(0);
+    const Panel panel = room.unpacked.panel(w, number, inputs, tiles);
     float rows[TILE * PANEL];
-    product(w.bits, w.values, w.scales, inputs, tile, panel, rows);
-    for (int64_t m = 0; m < inputs.size(tile); m++) put(inputs.first(tile) + m, plus(load(rows + m * PANEL), bias));
+    for (int64_t tile = tiles.first; tile < tiles.last; tile++) {
+      product(panel, inputs, tile, rows);
+      for (int64_t m = 0; m < inputs.size(tile); m++) put(inputs.first(tile) + m, plus(load(rows + m * PANEL), bias));
+    }
+  }
+
+  // task(panel, tiles) for all of them.
+  template <class F>
+  static void each(Team::Member& team, const Inputs& inputs, int64_t panels, F&& task) {
+    team.each(inputs.blocks() * panels, [&](int64_t number) { task(number % panels, inputs.block(number / panels)); });
   }
 
   // x += the product, of all tokens.
-  void add(Team::Member& team, const Weight& w, const Inputs& inputs) {
-    each(team, inputs, width / PANEL, [&](int64_t tile, int64_t panel) {
-      multiply(w, inputs, tile, panel, [&](int64_t token, Floats y) {
+  void add(Team::Member& team, const Weight& w, const Inputs& inputs, Room& room) {
+    each(team, inputs, width / PANEL, [&](int64_t panel, Tiles tiles) {
+      multiply(w, panel, inputs, tiles, room, [&](int64_t token, Floats y) {
         float* to = &x[token * width + panel * PANEL];
         store(to, plus(y, load(to)));
       });
     });
-  }
-
-  // task(tile, panel) for all of them.
-  template <class F>
-  static void each(Team::Member& team, const Inputs& inputs, int64_t panels, F&& task) {
-    team.each(inputs.blocks() * panels, [&](int64_t number) { inputs.block(number, panels, task); });
   }
 };
 
@@ -787,14 +887,16 @@ struct Decoder : Shape {
   Team team;
   Hidden hidden;
   Inputs attended, gated;
-  std::unique_ptr<float[]> projected;  // [tokens][heads of q, k and v][d]
-  std::unique_ptr<uint16_t[]> q;       // [tokens][heads][d]
+  std::unique_ptr<float[]> projected;   // [tokens][heads of q, k and v][d]
+  std::unique_ptr<float[]> seen, made;  // [tokens][heads][d], [tokens][inner]; what becomes attended, gated
+  std::unique_ptr<uint16_t[]> q;        // [tokens][heads][d]
 
   Decoder(const Shape& shape, int64_t threads, const LayerWeights* weights, int64_t tokens, float eps, const Sequence* sequences,
           int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines, const uint16_t* x)
       : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences), cosines(cosines), sines(sines),
-        team(threads, 8 * layers), hidden(tokens, width, x), attended(tokens, heads * d / GROUP), gated(tokens, inner / GROUP),
-        projected(new float[tokens * (heads + 2 * kv_heads) * d]), q(new uint16_t[tokens * heads * d]) {
+        team(threads, 10 * layers), hidden(tokens, width, x), attended(tokens, groups_of(heads * d)),
+        gated(tokens, groups_of(inner)), projected(new float[tokens * (heads + 2 * kv_heads) * d]),
+        seen(new float[tokens * heads * d]), made(new float[tokens * inner]), q(new uint16_t[tokens * heads * d]) {
     for (int64_t i = 0; i < sequence_count; i++) {
       tasks.push_back(tasks.back() + kv_heads * queries(sequences[i], 0).tiles());
       longest = std::max(longest, sequences[i].at + sequences[i].count);
@@ -804,19 +906,20 @@ struct Decoder : Shape {
   static void some(int64_t begin, int64_t end, void* context) {
     auto& self = *static_cast<Decoder*>(context);
     Team::Member member(self.team, end - begin);
-    Scratch scratch(self.longest, self.d, self.d);
-    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer, scratch);
+    const int64_t groups = std::max({self.hidden.normed.groups, self.attended.groups, self.gated.groups});
+    Room room(Scratch(self.longest, self.d, self.d), self.width, groups);
+    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer, room);
   }
 
-  void one(Team::Member& team, int64_t layer, Scratch& scratch) {
+  void one(Team::Member& team, int64_t layer, Room& room) {
     const LayerWeights& w = weights[layer];
     const Inputs& normed = hidden.normed;
     const int64_t q_panels = heads * d / PANEL, kv_panels = kv_heads * d / PANEL, panels = q_panels + 2 * kv_panels;
-    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_attention, nullptr, eps); });
-    Hidden::each(team, normed, panels, [&](int64_t tile, int64_t panel) {
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_attention, nullptr, eps, room); });
+    Hidden::each(team, normed, panels, [&](int64_t panel, Tiles tiles) {
       const Weight& part = panel < q_panels ? w.q : panel < q_panels + kv_panels ? w.k : w.v;
       const int64_t first = panel < q_panels ? 0 : panel < q_panels + kv_panels ? q_panels : q_panels + kv_panels;
-      Hidden::multiply(part, normed, tile, panel - first, [&](int64_t token, Floats y) {
+      Hidden::multiply(part, panel - first, normed, tiles, room, [&](int64_t token, Floats y) {
         store(&projected[(token * panels + panel) * PANEL], y);
       });
     });
@@ -828,12 +931,15 @@ struct Decoder : Shape {
     team.each(tasks.back(), [&](int64_t task) {
       const int64_t i = std::upper_bound(tasks.begin(), tasks.end(), task) - tasks.begin() - 1;
       const bool scaled = sequences[i].memory[layer].key_scales;
-      scaled ? attend<int8_t>(i, layer, task - tasks[i], scratch) : attend<uint16_t>(i, layer, task - tasks[i], scratch);
+      const int64_t part = task - tasks[i];
+      scaled ? attend<int8_t>(i, layer, part, room.attention) : attend<uint16_t>(i, layer, part, room.attention);
     });
-    hidden.add(team, w.o, attended);
-    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_mlp, nullptr, eps); });
-    Hidden::each(team, normed, inner / GROUP, [&](int64_t tile, int64_t group) { gate(w, tile, group); });
-    hidden.add(team, w.down, gated);
+    team.each(tokens, [&](int64_t token) { attended.put(token, &seen[token * heads * d], heads * d); });
+    hidden.add(team, w.o, attended, room);
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_mlp, nullptr, eps, room); });
+    Hidden::each(team, normed, inner / PANEL, [&](int64_t panel, Tiles tiles) { gate(w, panel, tiles, room); });
+    team.each(tokens, [&](int64_t token) { gated.put(token, &made[token * inner], inner); });
+    hidden.add(team, w.down, gated, room);
   }
 
   template <class S>
@@ -880,59 +986,58 @@ struct Decoder : Shape {
     const Sequence& s = sequences[i];
     const int64_t tiles = (tasks[i + 1] - tasks[i]) / kv_heads, number = task / tiles, group = heads / kv_heads;
     queries(s, number).see(task % tiles, head<S>(s, layer, number), scratch, [&](int64_t token, int64_t h, const float* x) {
-      const int64_t first = (number * group + h) * d / GROUP;
-      for (int64_t g = 0; g < d / GROUP; g++) attended.put(attended.at(s.first + token, first + g), x + g * GROUP);
+      std::memcpy(&seen[((s.first + token) * heads + number * group + h) * d], x, d * sizeof(float));
     });
   }
 
-  // silu(gate) * up for a group of 32, as the next product reads it.
-  void gate(const LayerWeights& w, int64_t tile, int64_t group) {
+  // silu(gate) * up
+  void gate(const LayerWeights& w, int64_t number, Tiles tiles, const Room& room) {
     const Inputs& normed = hidden.normed;
-    float gates[TILE * PANEL], ups[TILE * PANEL], wide[TILE * GROUP];
-    for (int64_t half = 0; half < 2; half++) {
-      product(w.gate.bits, w.gate.values, w.gate.scales, normed, tile, 2 * group + half, gates);
-      product(w.up.bits, w.up.values, w.up.scales, normed, tile, 2 * group + half, ups);
+    const Panel gate = room.unpacked.panel(w.gate, number, normed, tiles), up = room.unpacked.panel(w.up, number, normed, tiles, 1);
+    float gates[TILE * PANEL], ups[TILE * PANEL];
+    for (int64_t tile = tiles.first; tile < tiles.last; tile++) {
+      product(gate, normed, tile, gates);
+      product(up, normed, tile, ups);
       for (int64_t m = 0; m < normed.size(tile); m++) {
         const Floats x = load(gates + m * PANEL);
-        store(wide + m * GROUP + half * PANEL, mul(mul(x, sigmoid(x)), load(ups + m * PANEL)));
+        store(&made[(normed.first(tile) + m) * inner + number * PANEL], mul(mul(x, sigmoid(x)), load(ups + m * PANEL)));
       }
     }
-    for (int64_t m = 0; m < normed.size(tile); m++) gated.put(gated.at(tile, m, group), wide + m * GROUP);
   }
 };
 
 // The layers of a SigLIP tower for one crop, all of whose tokens see each other; numbers are of the same types.
 struct Tower : Shape {
   const TowerWeights* weights;
-  const int64_t tokens, room;  // of a head's values: d filled up to whole panels
+  const int64_t tokens, padded;  // a head's width, filled up to whole panels
   const float eps;
   Team team;
   Hidden hidden;
   Inputs attended, gated;
-  std::unique_ptr<uint16_t[]> projected, keys, values;  // [3][tokens][width], [heads][d][tokens], [heads][tokens][room]
-  std::unique_ptr<float[]> seen;                        // [tokens][width]
+  std::unique_ptr<uint16_t[]> projected, keys, values;  // [3][tokens][width], [heads][d][tokens], [heads][tokens][padded]
+  std::unique_ptr<float[]> seen, made;                  // [tokens][width], [tokens][inner]; what becomes attended, gated
 
   Tower(const Shape& shape, int64_t threads, const TowerWeights* weights, int64_t tokens, float eps, const uint16_t* x)
-      : Shape(shape), weights(weights), tokens(tokens), room(whole(d)), eps(eps), team(threads, 9 * layers),
-        hidden(tokens, width, x), attended(tokens, width / GROUP), gated(tokens, (inner + GROUP - 1) / GROUP),
+      : Shape(shape), weights(weights), tokens(tokens), padded(whole(d)), eps(eps), team(threads, 10 * layers),
+        hidden(tokens, width, x), attended(tokens, groups_of(width)), gated(tokens, groups_of(inner)),
         projected(new uint16_t[3 * tokens * width]), keys(new uint16_t[heads * d * tokens]),
-        values(new uint16_t[heads * tokens * room]()), seen(new float[tokens * width]) {}
+        values(new uint16_t[heads * tokens * padded]()), seen(new float[tokens * width]), made(new float[tokens * inner]) {}
 
   static void some(int64_t begin, int64_t end, void* context) {
     auto& self = *static_cast<Tower*>(context);
     Team::Member member(self.team, end - begin);
-    Scratch scratch(self.tokens, self.d, self.room);
-    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, self.weights[layer], scratch);
+    Room room(Scratch(self.tokens, self.d, self.padded), self.width, std::max(self.attended.groups, self.gated.groups));
+    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, self.weights[layer], room);
   }
 
-  void one(Team::Member& team, const TowerWeights& w, Scratch& scratch) {
+  void one(Team::Member& team, const TowerWeights& w, Room& room) {
     const Inputs& normed = hidden.normed;
     const int64_t panels = width / PANEL;
-    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.norm, w.norm_bias, eps); });
-    Hidden::each(team, normed, 3 * panels, [&](int64_t tile, int64_t panel) {
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.norm, w.norm_bias, eps, room); });
+    Hidden::each(team, normed, 3 * panels, [&](int64_t panel, Tiles tiles) {
       const Weight& part = panel < panels ? w.q : panel < 2 * panels ? w.k : w.v;
       uint16_t* to = &projected[panel / panels * tokens * width + panel % panels * PANEL];
-      Hidden::multiply(part, normed, tile, panel % panels, [&](int64_t token, Floats y) { store(to + token * width, y); });
+      Hidden::multiply(part, panel % panels, normed, tiles, room, [&](int64_t token, Floats y) { store(to + token * width, y); });
     });
     team.each(heads, [&](int64_t number) {
       const uint16_t *k = &projected[tokens * width + number * d], *v = k + tokens * width;
@@ -941,34 +1046,27 @@ struct Tower : Shape {
     const int64_t tiles = queries(0).tiles();
     team.each(heads * tiles, [&](int64_t task) {
       const int64_t number = task / tiles;
-      queries(number).see(task % tiles, head(number), scratch, [&](int64_t token, int64_t, const float* x) {
+      queries(number).see(task % tiles, head(number), room.attention, [&](int64_t token, int64_t, const float* x) {
         std::memcpy(&seen[token * width + number * d], x, d * sizeof(float));
       });
     });
-    team.each(attended.tiles, [&](int64_t tile) { quantise_tile(seen.get(), width, attended, tile); });
-    hidden.add(team, w.o, attended);
-    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.mlp_norm, w.mlp_norm_bias, eps); });
-    Hidden::each(team, normed, gated.groups, [&](int64_t tile, int64_t group) { gelu(w.fc1, tile, group); });
-    hidden.add(team, w.fc2, gated);
+    team.each(tokens, [&](int64_t token) { attended.put(token, &seen[token * width], width); });
+    hidden.add(team, w.o, attended, room);
+    team.each(tokens, [&](int64_t token) { hidden.norm(token, w.mlp_norm, w.mlp_norm_bias, eps, room); });
+    Hidden::each(team, normed, inner / PANEL, [&](int64_t panel, Tiles tiles) {  // gelu by tanh
+      Hidden::multiply(w.fc1, panel, normed, tiles, room, [&](int64_t token, Floats x) {  // x * (1 + tanh(y)) / 2 is x / (1 + e ** -2y)
+        const Floats y = mul(fma(mul(x, x), splat(0.044715f), splat(1)), mul(x, splat(1.5957691216f)));  // 2 sqrt(2 / pi)
+        store(&made[token * inner + panel * PANEL], mul(x, sigmoid(y)));
+      });
+    });
+    team.each(tokens, [&](int64_t token) { gated.put(token, &made[token * inner], inner); });
+    hidden.add(team, w.fc2, gated, room);
   }
 
   Head<uint16_t> head(int64_t number) const {
-    return {&keys[number * d * tokens], &values[number * tokens * room], nullptr, nullptr, 0, d, tokens, room};
+    return {&keys[number * d * tokens], &values[number * tokens * padded], nullptr, nullptr, 0, d, tokens, padded};
   }
   Queries queries(int64_t number) const { return {&projected[number * d], tokens, width, 1, tokens, false}; }
-
-  // gelu by tanh for a group of 32, as the next product reads it: x * (1 + tanh(y)) / 2 is x / (1 + e ** -2y).
-  void gelu(const Weight& w, int64_t tile, int64_t group) {
-    const int64_t have = std::min(GROUP, inner - group * GROUP), first = hidden.normed.first(tile);
-    float wide[TILE * GROUP];
-    for (int64_t i = 0; i < have; i += PANEL) {
-      Hidden::multiply(w, hidden.normed, tile, (group * GROUP + i) / PANEL, [&](int64_t token, Floats x) {
-        const Floats y = mul(fma(mul(x, x), splat(0.044715f), splat(1)), mul(x, splat(1.5957691216f)));  // 2 sqrt(2 / pi)
-        store(wide + (token - first) * GROUP + i, mul(x, sigmoid(y)));
-      });
-    }
-    for (int64_t m = 0; m < hidden.normed.size(tile); m++) gated.put(gated.at(tile, m, group), wide + m * GROUP, have);
-  }
 };
 
 }  // namespace
@@ -989,7 +1087,7 @@ extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const 
 }
 
 // What a decoder's layers make of the hidden states [tokens, width], in place, bfloat16. Biases are there for q, k and v alone;
-// width, inner and d are multiples of 32.
+// width and inner are multiples of 16, d of 32.
 extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const LayerWeights* weights,
                              float eps, const Sequence* sequences, int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
                              uint16_t* hidden, int64_t tokens) {
@@ -999,7 +1097,7 @@ extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Sh
 }
 
 // What a tower's layers make of the hidden states [tokens, width] of a crop, in place, bfloat16. There are as many heads of keys
-// as of queries; width is a multiple of 32, inner of 16, d of 2.
+// as of queries; width and inner are multiples of 16, d of 2.
 extern "C" void llava_encode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const TowerWeights* weights,
                              float eps, uint16_t* hidden, int64_t tokens) {
   Tower self(*shape, threads, weights, tokens, eps, hidden);

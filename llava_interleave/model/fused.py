@@ -81,7 +81,7 @@ def possible_tower(tower: nn.Module, c: VisionConfig) -> bool:
     """As `possible`, of a tower."""
     if not isinstance(tower, SigLIP):  # but one whose crops are dealt out
         return False
-    whole = c.hidden_size % kernels.GROUP == c.intermediate_size % kernels.PANEL == c.hidden_size // c.num_heads % 2 == 0
+    whole = c.hidden_size % kernels.PANEL == c.intermediate_size % kernels.PANEL == c.hidden_size // c.num_heads % 2 == 0
     quantised = all(isinstance(linear, QuantisedLinear) for layer in _tower_layers(tower) for linear in _tower_linears(layer))
     weight = tower.embeddings.position_embedding.weight
     return whole and quantised and weight.dtype == torch.bfloat16 and weight.is_cpu and kernels.why_not() is None
@@ -90,7 +90,7 @@ def possible_tower(tower: nn.Module, c: VisionConfig) -> bool:
 def possible(decoder: Qwen2) -> bool:
     """Whether every layer is of quantised linears, in sizes that the kernel divides, beside bfloat16, and there are kernels."""
     c = decoder.config
-    whole = all(size % kernels.GROUP == 0 for size in (c.hidden_size, c.intermediate_size, c.head_dim))
+    whole = c.hidden_size % kernels.PANEL == c.intermediate_size % kernels.PANEL == c.head_dim % (2 * kernels.PANEL) == 0
     quantised = all(isinstance(linear, QuantisedLinear) for layer in _layers(decoder) for linear in _linears(layer))
     plain = decoder.norm.weight.dtype == torch.bfloat16 and decoder.norm.weight.is_cpu
     return whole and quantised and plain and kernels.why_not() is None

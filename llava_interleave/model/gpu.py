@@ -1,7 +1,7 @@
 """Weights of few bits on a CUDA GPU: int4 and int8 by PyTorch's 4-bit product, fp8 by its scaled one, NF4 by bitsandbytes.
 
 int4 and int8 are the numbers that `QuantisedLinear` holds, put into another order once they are on the card; inputs are not
-rounded to 8 bits there, since no product of whole numbers has groups of 32. fp8 and NF4 are made as floats are read, and not
+rounded to 8 bits there, since no product of whole numbers has groups. fp8 and NF4 are made as floats are read, and not
 stored. Where `why_not` names a reason, a `QuantisedLinear` stays and multiplies floats that it unpacks at every call.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import Unsupported
-from ..kernels import GROUP, PANEL
+from ..kernels import GROUP, PANEL, PART
 from . import quantise
 from .llava import Llava
-from .quantise import FewBits, QuantisedLinear, unpack
+from .quantise import FewBits, QuantisedLinear, unpack, unpack_parts
 
 FEW = 128
 """Rows up to which the 4-bit product is used. It reads the weight anew for every 16; unpacking moves some 15 bytes a number and
@@ -37,32 +37,32 @@ _pack, _product = torch.ops.aten._convert_weight_to_int4pack, torch.ops.aten._we
 class TiledLinear(FewBits):
     """A `QuantisedLinear` in the order of PyTorch's 4-bit product, its scales rounded to bfloat16; for inputs in bfloat16.
 
-    That product knows weights scale * (q - 8) + more, q of 4 bits, with groups of 32 inputs. One of 8 bits is two of them, for
-    inputs that are given twice: q + 128 = 16 * upper + lower.
+    That product knows weights factor * (u - 8) + more, u of 4 bits, with groups of 32 or 128 inputs. One of 8 bits is two of
+    them, for inputs that are given twice: q + 128 = 16 * upper + lower.
     weight: int32 `[out / 8, K / 128, 32, 4]`, K the inputs filled up to whole 128, with 8 bits twice as many. scale: bfloat16
-    `[K / 32, out, 2]`, scale and more. Source: matrix_to_m16n8k16_Bint4_layout in PyTorch's int4mm.cu.
+    `[K / group, out, 2]`, factor and more. Source: matrix_to_m16n8k16_Bint4_layout in PyTorch's int4mm.cu.
     """
 
     def __init__(self, linear: QuantisedLinear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.kind)
         self.bits, self.bias = linear.bits, linear.bias
-        self.width = linear.in_features + -linear.in_features % WIDTH
+        self.group, self.width = PART if linear.bits == 4 else GROUP, linear.in_features + -linear.in_features % WIDTH
         parts = zip(linear.weight.split(BLOCK // PANEL), linear.scale.split(BLOCK // PANEL), strict=True)
-        weight, scale = zip(*(self._tiled(unpack(w, self.bits), s.transpose(1, 2).flatten(0, 1)) for w, s in parts), strict=True)
+        weight, scale = zip(*(self._tiled(w, s.transpose(1, 2).flatten(0, 1)) for w, s in parts), strict=True)
         self.register_buffer("weight", torch.cat(weight))
         self.register_buffer("scale", torch.cat(scale, 1))
         self.eval()
 
-    def _tiled(self, stored: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and scale for outputs whose whole numbers are `[out, in]` and whose scales `[out, groups]`."""
-        stored = pad(stored, (0, self.width - stored.shape[1]))
-        scale = pad(scale.bfloat16(), (0, self.width // GROUP - scale.shape[1]))
-        nought = torch.zeros_like(scale)
-        if self.bits == 4:
-            q, factor, more = stored, scale, nought
+    def _tiled(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and scale of some panels, whose scales are `[out, groups]`."""
+        if self.bits == 4:  # step * (u - nought) = step * (u - 8) + step * (8 - nought)
+            q, step, nought = unpack_parts(weight)
+            factor = (scale.float().repeat_interleave(GROUP // PART, 1) * step).bfloat16()
+            more = factor * (8 - nought.bfloat16())
         else:  # 16 * (upper - 8) + (lower - 8) + 8
+            stored, scale = unpack(weight, 8), scale.bfloat16()
             q, factor = torch.cat([stored >> 4, stored & 15], 1), torch.cat([16 * scale, scale], 1)
-            more = torch.cat([nought, 8 * scale], 1)
+            more = torch.cat([torch.zeros_like(scale), 8 * scale], 1)
         tiles = _pack(q[:, ::2] << 4 | q[:, 1::2], 8)
         assert torch.equal(untiled(tiles), q), "this PyTorch lays out the weights of its 4-bit product otherwise"
         return tiles, torch.stack([factor, more], -1).transpose(0, 1).contiguous()
@@ -74,7 +74,7 @@ class TiledLinear(FewBits):
 
     def _few(self, rows: Tensor) -> Tensor:
         rows = filled(rows, WIDTH)
-        return _product(rows.contiguous() if self.bits == 4 else torch.cat([rows, rows], 1), self.weight, GROUP, self.scale)
+        return _product(rows.contiguous() if self.bits == 4 else torch.cat([rows, rows], 1), self.weight, self.group, self.scale)
 
     def _many(self, rows: Tensor) -> Tensor:
         return torch.cat([rows @ part.t() for part in self._blocks()], 1)
@@ -85,12 +85,13 @@ class TiledLinear(FewBits):
 
     def _blocks(self) -> Iterator[Tensor]:
         """The weight `[out, in]` in bfloat16, some outputs at a time."""
-        groups = self.width // GROUP
-        for tiles, scale in zip(self.weight.split(BLOCK // TILE), self.scale[-groups:, :, 0].split(BLOCK, 1), strict=True):
-            q = untiled(tiles)
+        groups = self.width // self.group
+        for tiles, scale in zip(self.weight.split(BLOCK // TILE), self.scale[-groups:].split(BLOCK, 1), strict=True):
+            q, (factor, more) = untiled(tiles), scale.transpose(0, 1)[..., None].unbind(2)
             if self.bits == 8:
-                q = q[:, : self.width] << 4 | q[:, self.width :]
-            w = q.bfloat16().sub_(8 if self.bits == 4 else 128).unflatten(1, (-1, GROUP)) * scale.t()[..., None]
+                w = (q[:, : self.width] << 4 | q[:, self.width :]).bfloat16().sub_(128).unflatten(1, (-1, GROUP)) * factor
+            else:
+                w = torch.addcmul(more, q.bfloat16().sub_(8).unflatten(1, (-1, PART)), factor)
             yield w.flatten(1)[:, : self.in_features]
 
 
@@ -213,7 +214,8 @@ def tile(network: Llava) -> None:
 def tiled_bytes(linear: QuantisedLinear) -> int:
     """Bytes of weight and scale of what `tile` makes of a linear."""
     outputs, inputs = linear.out_features + -linear.out_features % PANEL, linear.in_features + -linear.in_features % WIDTH
-    return outputs * inputs * linear.bits * 5 // 32
+    scales = inputs // PART if linear.bits == 4 else 2 * (inputs // GROUP)
+    return outputs * (inputs * linear.bits // 8 + 4 * scales)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -105,18 +105,20 @@ def split(network: Llava, ranks: Ranks, device: torch.device, dtype: torch.dtype
 
     The config that remains is that of the share, with fewer heads and a smaller inner width: memory for keys and values that is
     made by it holds this process's. This thread then computes with it, until an engine is started. Raises OptionError, with the
-    numbers, where the network cannot be shared evenly.
+    numbers, where the network cannot be shared.
     """
     together, quantised = Together(ranks), any(isinstance(module, QuantisedLinear) for module in network.modules())
-    config = network.config
-    text = share(config.text, ranks, GROUP if quantised else 1)
+    config, group = network.config, GROUP if quantised else 1
+    text = share(config.text, ranks, group)
     for layer in network.language_model.layers:
         assert isinstance(layer, Layer)
         attention, mlp = layer.self_attn, layer.mlp
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             cut(linear, ranks, 0)
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            cut(linear, ranks, 0, group)
         attention.set_submodule("o_proj", Summed(cut(attention.o_proj, ranks, 1), together))
-        mlp.set_submodule("down_proj", Summed(cut(mlp.down_proj, ranks, 1), together))
+        mlp.set_submodule("down_proj", Summed(cut(mlp.down_proj, ranks, 1, group), together))
     network.set_submodule("vision_tower", Dealt(network.vision_tower, together))
     for parameter in network.parameters():
         parameter.data = parameter.data.to(device, dtype)
@@ -132,11 +134,16 @@ def split(network: Llava, ranks: Ranks, device: torch.device, dtype: torch.dtype
 
 
 def share(c: TextConfig, ranks: Ranks, group: int) -> TextConfig:
-    """The decoder that one of several processes computes; group: of how many weights its linears can be cut."""
+    """The decoder that one of several processes computes; group: of how many weights its linears can be cut.
+
+    Heads are shared evenly, the inner width as evenly as whole groups can be.
+    """
 
     def fits(n: int) -> bool:
-        widths = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
-        return not (c.num_heads % n or c.num_kv_heads % n or any(width % (n * group) for width in widths))
+        heads = c.num_heads % n or c.num_kv_heads % n
+        return not (heads or c.num_heads * c.head_dim % (n * group) or c.num_kv_heads * c.head_dim % (n * group)) and (
+            n * group <= c.intermediate_size
+        )
 
     n = ranks.count
     if not fits(n):
@@ -144,26 +151,39 @@ def share(c: TextConfig, ranks: Ranks, group: int) -> TextConfig:
         whole = f" in whole groups of {group} quantised weights" if group > 1 else ""
         raise ranks.common(
             OptionError(
-                f"{n} processes cannot share {c.num_heads} heads, {c.num_kv_heads} heads of keys and values and an inner width "
-                f"of {c.intermediate_size} evenly{whole}: start torchrun with --nproc-per-node {' or '.join(possible)}"
+                f"{n} processes cannot share {c.num_heads} heads and {c.num_kv_heads} heads of keys and values evenly "
+                f"and an inner width of {c.intermediate_size}{whole}: "
+                f"start torchrun with --nproc-per-node {' or '.join(possible)}"
             )
         )
-    return replace(c, num_heads=c.num_heads // n, num_kv_heads=c.num_kv_heads // n, intermediate_size=c.intermediate_size // n)
+    inner = portion(c.intermediate_size, ranks, group)
+    return replace(c, num_heads=c.num_heads // n, num_kv_heads=c.num_kv_heads // n, intermediate_size=inner.stop - inner.start)
 
 
-def cut(linear: nn.Linear | QuantisedLinear, ranks: Ranks, dim: int, *, copy: bool = True) -> nn.Module:
-    """Leave a linear this process's share of its outputs (`dim` 0) or inputs (1).
+def portion(size: int, ranks: Ranks, group: int) -> slice:
+    """Which of so many numbers are this process's, in whole groups."""
+    first, last = (-(-size // group) * rank // ranks.count * group for rank in (ranks.rank, ranks.rank + 1))
+    return slice(first, min(size, last))
 
-    A weight is cut alike as numbers `[out, in]` and as panels of outputs and groups of inputs. copy: what remains is memory of
-    its own, so that the rest can go.
+
+def cut(linear: nn.Linear | QuantisedLinear, ranks: Ranks, dim: int, group: int | None = None, *, copy: bool = True) -> nn.Module:
+    """Leave a linear this process's share of its outputs (`dim` 0) or inputs (1), in whole groups; None: evenly.
+
+    copy: what remains is memory of its own, so that the rest can go.
     """
     assert dim == 0 or linear.bias is None
+    size = linear.in_features if dim else linear.out_features
+    mine = portion(size, ranks, group or size // ranks.count)
     for name, whole in [*linear.named_parameters(), *linear.named_buffers()]:
-        part = whole.chunk(ranks.count, dim)[ranks.rank]
+        unit = (
+            1 if isinstance(whole, nn.Parameter) else GROUP if dim else PANEL
+        )  # of buffers, panels of outputs, groups of inputs
+        count = -(-mine.stop // unit) - mine.start // unit
+        part = whole.narrow(dim, mine.start // unit, count)
         part = part.clone(memory_format=torch.contiguous_format) if copy else part
         setattr(linear, name, nn.Parameter(part, requires_grad=False) if isinstance(whole, nn.Parameter) else part)
     if dim == 0:
-        linear.out_features //= ranks.count
+        linear.out_features = mine.stop - mine.start
     else:
-        linear.in_features //= ranks.count
+        linear.in_features = mine.stop - mine.start
     return linear

@@ -1,6 +1,7 @@
-"""Linears with weights of 4 or 8 bits: groups of 32 inputs share a scale; on a CPU inputs are rounded to 8 bits as they come.
+"""Linears with weights of 4 or 8 bits: groups of 128 inputs share a scale; on a CPU inputs are rounded to 8 bits as they come.
 
-A weight of a group is scale * q: q from -8 to 7 (4 bits) or from -127 to 127 (8 bits), scale in float16. An input x of a group is
+A weight of a group is scale * q, scale in float16 and q from -127 to 127. With 8 bits q is stored; with 4 bits it is
+step * (u - nought), u from 0 to 15 and step and nought of 4 bits too, one of each for 32 inputs. An input x of a group is
 largest / 127 * round(x * 127 / largest). `kernels.linear` computes with the integers; without it the same numbers are multiplied
 as floats. Results of the two differ by rounding in float32 only. For a GPU see `model.gpu`.
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from .. import kernels
-from ..kernels import GROUP, PANEL
+from ..kernels import GROUP, PANEL, PART, group_bytes
 from .llava import Llava
 
 RECIPES: dict[str, dict[str, int]] = {
@@ -59,9 +60,10 @@ class FewBits(nn.Module, ABC):
 class QuantisedLinear(FewBits):
     """A linear whose weight has 4 or 8 bits, packed in the order in which a CPU reads it.
 
-    weight: uint8 `[panels, groups, 64 * bits]`; a panel is 16 outputs. Of every output and 4 inputs a quad of q + 128, quads
-    by input, then by output; with 4 bits q + 8, two neighbouring quads in the low and the high halves of the bytes.
-    scale: float16 `[panels, groups, 16]`. Outputs and inputs are filled up with noughts to whole panels and groups.
+    weight: uint8 `[panels, groups, 2048 or 1088]`; a panel is 16 outputs. Of every output and 4 inputs a quad of q + 128, quads
+    by input, then by output; with 4 bits u, two neighbouring quads in the low and the high halves of the bytes, and before them
+    step + 16 * nought, `[16 outputs, 4]`. scale: float16 `[panels, groups, 16]`. Outputs and inputs are filled up with noughts
+    to whole panels and groups.
     """
 
     def __init__(self, in_features: int, out_features: int, bits: int, *, bias: bool) -> None:
@@ -69,7 +71,7 @@ class QuantisedLinear(FewBits):
         assert bits in (4, 8), bits
         self.bits = bits
         panels, groups = -(-out_features // PANEL), -(-in_features // GROUP)
-        self.register_buffer("weight", torch.empty(panels, groups, PANEL * GROUP * bits // 8, dtype=torch.uint8))
+        self.register_buffer("weight", torch.empty(panels, groups, group_bytes(bits), dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(panels, groups, PANEL, dtype=torch.float16))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.eval()
@@ -87,7 +89,11 @@ class QuantisedLinear(FewBits):
         return y.to(x.dtype)
 
     def unpacked(self) -> Tensor:
-        q = unpack(self.weight, self.bits).float() - (8 if self.bits == 4 else 128)
+        if self.bits == 8:
+            q = unpack(self.weight, 8).float() - 128
+        else:
+            u, step, nought = unpack_parts(self.weight)
+            q = ((u.unflatten(1, (-1, PART)).float() - nought[..., None]) * step[..., None]).flatten(1)
         w = q.unflatten(1, (-1, GROUP)) * self.scale.transpose(1, 2).flatten(0, 1)[..., None].float()
         return w.flatten(1)[: self.out_features, : self.in_features]
 
@@ -114,32 +120,50 @@ def pack(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     out, features = rows.shape
     groups = pad(rows.float(), (0, -features % GROUP, 0, -out % PANEL)).unflatten(1, (-1, GROUP))
     if bits == 8:
-        scale = groups.abs().amax(-1, keepdim=True) / 127
-    else:  # the largest becomes -8; then the scale is fitted to the whole numbers that this gives
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        q = whole(groups, largest / -8, bits)
-        scale = (groups * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp_min(1)
-    scale = scale.half()
-    q = whole(groups, scale.float(), bits)
-    stored = (q + (8 if bits == 4 else 128)).to(torch.uint8)
-    stored = stored.view(-1, PANEL, groups.shape[1], GROUP // 4, 4).permute(0, 2, 3, 1, 4)
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+        stored = _whole(groups / scale.float()).clamp(-127, 127) + 128
+    else:
+        stored, step, nought, scale = _four_bits(groups.unflatten(-1, (-1, PART)))
+    quads = stored.to(torch.uint8).view(-1, PANEL, groups.shape[1], GROUP // 4, 4).permute(0, 2, 3, 1, 4)
+    weight = quads.flatten(2)
     if bits == 4:
-        stored = stored[:, :, 0::2] | stored[:, :, 1::2] << 4
-    return stored.flatten(2).contiguous(), scale.view(-1, PANEL, groups.shape[1]).transpose(1, 2).contiguous()
+        steps = (step + 16 * nought).to(torch.uint8).view(-1, PANEL, groups.shape[1], GROUP // PART).transpose(1, 2)
+        weight = torch.cat([steps.flatten(2), (quads[:, :, 0::2] | quads[:, :, 1::2] << 4).flatten(2)], 2)
+    return weight.contiguous(), scale.view(-1, PANEL, groups.shape[1]).transpose(1, 2).contiguous()
+
+
+def _four_bits(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u, step, nought and scale of weights `[out, groups, parts, inputs]`: a part's largest weight becomes 0 or 15, then the
+    steps are fitted to the u that this gives, and the scale to both."""
+    largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
+    nought = torch.where(largest < 0, 8.0, 7.0)
+    near = _whole(parts / (largest.abs() / 8)).clamp(-nought, 15 - nought)
+    fitted = (parts * near).sum(-1, keepdim=True) / near.square().sum(-1, keepdim=True).clamp_min(1)
+    step = _whole(15 * fitted / fitted.amax(-2, keepdim=True))
+    near = step * _whole(parts * 15 / (step * fitted.amax(-2, keepdim=True))).clamp(-nought, 15 - nought)
+    scale = (parts * near).sum((-2, -1), keepdim=True) / near.square().sum((-2, -1), keepdim=True).clamp_min(1)
+    scale = scale.half()
+    u = _whole(parts / (step * scale.float())).clamp(-nought, 15 - nought) + nought
+    return u, step, nought, scale
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The nearest whole numbers; 0 for what a scale of 0 gave."""
+    return x.nan_to_num(0.0, 0.0, 0.0).round()
 
 
 def unpack(weight: Tensor, bits: int) -> Tensor:
-    """The whole numbers q + 8 or q + 128, `[out, in]` uint8, of a weight as `QuantisedLinear` holds it, or some of its panels."""
-    quads = weight.unflatten(-1, (-1, PANEL, 4))
+    """The numbers u or q + 128, `[out, in]` uint8, of a weight as `QuantisedLinear` holds it, or some of its panels."""
+    quads = weight[..., -PANEL * GROUP * bits // 8 :].unflatten(-1, (-1, PANEL, 4))
     if bits == 4:
         quads = torch.stack([quads & 15, quads >> 4], 3).flatten(2, 3)
     return quads.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
 
 
-def whole(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """x / scale as the nearest whole numbers that `bits` hold; 0 where the scale is."""
-    q = (x / scale).nan_to_num(0.0, 0.0, 0.0).round()
-    return q.clamp(-8, 7) if bits == 4 else q.clamp(-127, 127)
+def unpack_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u `[out, in]`, step and nought `[out, in / 32]`, uint8, of a weight of 4 bits or some of its panels."""
+    steps = weight[..., : PANEL * GROUP // PART].unflatten(-1, (PANEL, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return unpack(weight, 4), steps & 15, steps >> 4
 
 
 def rounded(x: Tensor) -> Tensor:

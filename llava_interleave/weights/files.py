@@ -17,7 +17,7 @@ from ..model.quantise import RECIPES
 from .tensors import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-VERSION = 1
+VERSION = 2
 """Of the form in which quantised weights are packed and stored."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
