@@ -1,11 +1,14 @@
 """Linears of few bits as a card computes them. PyTorch's operators for it exist on a card only; here they are written out from
 their source, number by number, or are those that it has for a CPU."""
 
+import json
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -14,8 +17,12 @@ from llava_interleave.chatbot import load
 from llava_interleave.errors import OptionError, Unsupported
 from llava_interleave.model import Llava, Packed, gpu
 from llava_interleave.model.gpu import Float8Linear, NF4Linear, TiledLinear, float8, untiled
-from llava_interleave.model.quantise import FewBits, QuantisedLinear, pack, quantised, unpack
+from llava_interleave.model.lora import Lora, attach
+from llava_interleave.model.quantise import RECIPES, FewBits, QuantisedLinear, pack, quantised, unpack, unpack_parts
 from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.train import run
+from llava_interleave.train.recipe import FEW_BITS, Recipe
+from llava_interleave.weights.adapters import read_adapter
 
 BF16 = torch.bfloat16
 
@@ -51,10 +58,10 @@ def numbers(tiles: Tensor) -> Tensor:
 
 def product(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
     """`_weight_int4pack_mm` on a card, with what it asks of its arguments."""
-    assert x.dtype == scale.dtype == BF16 and tiles.dtype == torch.int32 and group == 32
+    assert x.dtype == scale.dtype == BF16 and tiles.dtype == torch.int32 and group in (32, 128)
     assert x.dim() == 2 and x.is_contiguous() and tiles.is_contiguous() and scale.is_contiguous()
-    assert tiles.shape[1:] == (x.shape[1] // 128, 32, 4) and scale.shape == (x.shape[1] // 32, len(tiles) * 8, 2)
-    factor, more = (part.t().float().repeat_interleave(32, 1) for part in scale.unbind(-1))
+    assert tiles.shape[1:] == (x.shape[1] // 128, 32, 4) and scale.shape == (x.shape[1] // group, len(tiles) * 8, 2)
+    factor, more = (part.t().float().repeat_interleave(group, 1) for part in scale.unbind(-1))
     w = ((numbers(tiles).float() - 8) * factor + more).to(BF16)
     return (x.float() @ w.float().t()).to(BF16)
 
@@ -76,8 +83,10 @@ def made(features: int, out: int, bits: int, *, bias: bool = True, exact: bool =
     torch.manual_seed(0)
     module = QuantisedLinear(features, out, bits, bias=bias)
     module.weight, module.scale = pack(torch.randn(out, features) / 8, bits)
-    if exact:  # scales that bfloat16 holds, and sums of few bits
+    if exact:  # numbers that bfloat16 holds, and sums of few bits
         module.scale = torch.full_like(module.scale, 2.0**-7)
+        if bits == 4:
+            module.weight[..., :64] = torch.where(module.weight[..., :64] & 1 == 0, 2 + 16 * 7, 4 + 16 * 8)
     if module.bias is not None:
         module.bias.data = torch.randn(out).to(BF16)
     return module
@@ -95,8 +104,13 @@ def test_the_numbers_of_a_cpu_in_a_cards_order(bits: int, features: int, out: in
     assert torch.equal(TiledLinear(exact).unpacked(), exact.unpacked())
     module = made(features, out, bits)
     tiled = TiledLinear(module)
-    q, scale = unpack(module.weight, bits).float() - (8 if bits == 4 else 128), module.scale.transpose(1, 2).flatten(0, 1)
-    right = (q.unflatten(1, (-1, 32)) * scale[..., None].to(BF16).float()).flatten(1).to(BF16).float()
+    q, factor, beside = unpack(module.weight, bits).float(), module.scale.transpose(1, 2).flatten(0, 1).float(), 128
+    if bits == 4:
+        _, step, nought = unpack_parts(module.weight)
+        q, factor, beside = q - nought.repeat_interleave(32, 1), factor.repeat_interleave(4, 1) * step, 32
+    else:
+        q -= 128
+    right = (q.unflatten(1, (-1, beside)) * factor[..., None].to(BF16).float()).flatten(1).to(BF16).float()
     assert torch.equal(tiled.unpacked(), right[:out, :features])
     assert torch.equal(untiled(tiled.weight), numbers(tiled.weight))
     shape = torch.ops.aten._convert_weight_to_int4pack(
@@ -283,6 +297,91 @@ def test_floats_become_few_bits_as_they_are_read(precision: str, folder: Path, m
     assert bot.info()["precision"] == precision
     with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
         weights.save(model, folder.parent / precision, processor_from=folder)
+
+
+WHOLE = Lora(rank=3, dropout=0.0, targets=("language_model.*", "vision_tower.*", "multi_modal_projector.*"))
+
+
+@pytest.fixture(params=["fp8", "nf4"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As if this were a device that has it."""
+    if request.param == "nf4":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(gpu, "check", lambda *_: None)
+    return str(request.param)
+
+
+def counted_as(few: Llava, folder: Path) -> Llava:
+    """A network of floats whose weights are those that the linears of another count as."""
+    whole = weights.load(folder)
+    for name, module in few.named_modules():
+        if isinstance(module, FewBits):
+            old = whole.get_submodule(name)
+            assert isinstance(old, torch.nn.Linear)
+            old.weight = torch.nn.Parameter(module.unpacked(), requires_grad=False)
+    return whole
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_of_an_adapter_are_those_beside_floats(precision: str, bfloat16: bool, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    few, found = weights.load(folder, precision=precision), []
+    for network in (counted_as(few, folder), few):
+        adapter = attach(network.train(), WHOLE, 1)
+        for part in adapter.parts.values():
+            part.b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+        with torch.autocast("cpu", BF16, enabled=bfloat16):
+            pixels = torch.linspace(-1, 1, 3 * 30 * 30).view(1, 3, 30, 30)
+            x = network.embed(torch.arange(40), [(3, network.encode(pixels)[0])])
+            said = network.logits(network.forward(x, torch.arange(40), Packed([40])))
+            torch.nn.functional.cross_entropy(said[:-1].float(), torch.arange(1, 40)).backward()
+        found.append({f"{name} {kind}": p.grad for name, part in adapter.parts.items() for kind, p in part.named_parameters()})
+    sure, ours = found
+    assert len(ours) == 2 * len([m for m in few.modules() if isinstance(m, FewBits)])
+    for name, grad in ours.items():
+        assert grad is not None and float(grad.norm()) > 0, name
+        assert float((grad - sure[name]).norm() / sure[name].norm()) < (0.05 if bfloat16 else 1e-4), name
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(precision: str, bfloat16: bool, tmp_path: Path) -> None:
+    """From a checkpoint of floats; its adapter goes with that. What is measured is what few bits answer."""
+    folder, floats = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "floats"
+    weights.save(counted_as(weights.load(folder, precision=precision), folder), floats, processor_from=folder)
+    rows = []
+    for number in range(8):
+        Image.frombytes("RGB", (50, 40), Random(number).randbytes(6000)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Noise, number {number}."}]
+        rows.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    given = Recipe(source=tmp_path / "some.json", steps=4, lr=0.01, workers=0, held_out=0.3, tokens=300, bfloat16=bfloat16)
+    given = given.but({"adapter.rank": 2, "adapter.dropout": 0.0, "device": "cpu"})
+    told = []
+    for name, how in {"few": {"model": str(folder), "precision": precision}, "floats": {"model": str(floats)}}.items():
+        done = run.run(given.but(how), tmp_path / name, say=lambda _: None)
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses = [line["held_out"]["loss"] for line in lines if "held_out" in line]
+        told.append((losses, read_adapter(done, weights.load(folder))))
+    (losses, ours), (sure, others) = told
+    assert losses[-1] < losses[0] and losses == pytest.approx(sure, rel=0.02)
+    for name, part in ours.parts.items():
+        apart = float((part.product() - others.parts[name].product()).norm() / others.parts[name].product().norm())
+        assert apart < (0.2 if bfloat16 else 1e-3), name
+
+
+def test_what_few_bits_cannot_be_trained_beside(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    given = Recipe(source=tmp_path / "none.json", steps=1, device="cpu").but({"adapter.rank": 2})
+    weights.save(weights.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder)
+    with pytest.raises(Unsupported, match="no nf4 here: it is there on CUDA GPUs only"):
+        run.run(given.but({"model": str(folder), "precision": "nf4"}), tmp_path / "out")
+    with pytest.raises(OptionError, match="holds int8 weights: leave out precision int4, or name the checkpoint"):
+        run.run(given.but({"model": str(tmp_path / "int8"), "precision": "int4"}), tmp_path / "out")
+    with pytest.raises(OptionError, match="precision nf4 is for weights beside an adapter: train one"):
+        given.but({"precision": "nf4", "adapter": None})
+    with pytest.raises(OptionError, match="unknown precision 'nf5'; did you mean 'nf4'"):
+        given.but({"precision": "nf5"})
+    assert set(FEW_BITS) == {*RECIPES, *gpu.FLOATS}
 
 
 def test_what_devices_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,21 +3,54 @@
 A step is filled up to the next of a few sizes. What differs between steps lies in one tensor, written by one copy: a row a
 sequence, its token, its position and its blocks. Rows that fill up write to the block that nobody reads. A step that is not
 captured is computed all the same, launch by launch.
+
+A step can be launched before the tokens of the one before have come to the host: it takes them where they are, on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..model import Llava
+from .cache import KV
 from .paged import Paged
 from .sampling import writable
 
-Row = tuple[int, int, Sequence[int]]
-"""Of a sequence: its newest token, the position of that, its blocks."""
+
+class Row(NamedTuple):
+    """Of a sequence: its memory, the position of its newest token, and that token; where a step follows another whose tokens are
+    not known yet, the row of that which chooses it."""
+
+    kv: KV
+    position: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A step that was launched. rows: the row of each sequence.
+
+    logits `[rows, vocab]` of the tokens that come next, best `[rows]`, the likeliest of them: on the device, until the next step
+    is launched. copy: of best, on the host once `copied`.
+    """
+
+    rows: Mapping[KV, int]
+    logits: Tensor
+    best: Tensor
+    copy: Tensor
+    copied: torch.cuda.Event | None
+
+    def tokens(self, kvs: Iterable[KV]) -> list[int]:
+        """The likeliest token of each of these sequences. Waits for this step, but for none that was launched after it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        found = self.copy.tolist()
+        return [found[self.rows[kv]] for kv in kvs]
 
 
 class Captured:
@@ -30,15 +63,17 @@ class Captured:
         self.model, self.memory, self.vocab = model, memory, vocab
         self.sizes = sizes(most)
         width = max(1, min(memory.count, -(-model.config.text.context // memory.block)))
-        self.given = torch.zeros(most, 2 + width, dtype=torch.int32, pin_memory=memory.pool.is_cuda)
-        self.inputs = self.given.to(memory.pool.device, copy=True)
+        self.inputs = torch.zeros(most, 2 + width, dtype=torch.int32, device=memory.pool.device)
         self.why_not = why_not(memory)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Logits `[rows, vocab]` of the tokens that come next, and the likeliest of them; they hold until the next call."""
+    def __call__(self, rows: Sequence[Row], before: Step | None = None) -> Step:
+        """Launch a step. before: the one launched last, whose rows choose the tokens of these."""
         size = next(size for size in self.sizes if size >= len(rows))
         self._fill(rows, size)
+        if before is not None:
+            tokens = self.inputs[: len(rows), 0]
+            tokens.copy_(before.best.index_select(0, tokens))
         if self.why_not is None and size not in self._graphs:
             try:
                 self._graphs[size] = self._capture(size)
@@ -49,15 +84,22 @@ class Captured:
             graph.replay()
         else:
             logits, best = self._step(size)
-        return logits[: len(rows)], best[: len(rows)]
+        best = best[: len(rows)]
+        # now, for the next step writes there too; from a GPU it goes to pinned memory, and nobody waits for it here
+        copy = best.to("cpu", non_blocking=True, copy=True)
+        copied = torch.cuda.current_stream(best.device).record_event() if best.is_cuda else None
+        numbers = {row.kv: number for number, row in enumerate(rows)}
+        return Step(numbers, logits[: len(rows)], best, copy, copied)
 
     def _fill(self, rows: Sequence[Row], size: int) -> None:
-        given = self.given[:size].numpy()
-        given[:, :2], given[:, 2:] = 0, self.memory.count
-        for row, (token, position, blocks) in zip(given, rows, strict=False):
-            row[:2] = token, position
-            row[2 : 2 + len(blocks)] = blocks
-        self.inputs[:size].copy_(self.given[:size], non_blocking=True)
+        # in other memory each time: what the step before was given may still be on its way
+        given = torch.zeros(size, self.inputs.shape[1], dtype=torch.int32, pin_memory=self.inputs.is_cuda)
+        table = given.numpy()
+        table[:, 2:] = self.memory.count
+        for line, row in zip(table, rows, strict=False):
+            line[:2] = row.token, row.position
+            line[2 : 2 + len(row.kv.blocks)] = row.kv.blocks
+        self.inputs[:size].copy_(given, non_blocking=True)
 
     def _step(self, size: int) -> tuple[Tensor, Tensor]:
         tokens, positions = self.inputs[:size, :2].t().contiguous()

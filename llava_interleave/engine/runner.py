@@ -1,8 +1,8 @@
-"""Runs a planned step through the network: tower, decoder, sampling. Decides nothing."""
+"""Runs a planned step through the network: tower, decoder, sampling. Decides nothing that a plan or an answer depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby, islice
 
 import torch
@@ -12,7 +12,7 @@ from ..model import Llava, arrange
 from ..model.fused import Fused, FusedTower, possible, possible_tower
 from ..model.lora import Route
 from .cache import Features
-from .captured import Captured
+from .captured import Captured, Row, Step
 from .memory import Slabs, Span, fusible
 from .paged import Paged
 from .request import Unit
@@ -49,6 +49,7 @@ class Runner:
         self.memory = pool or Slabs(*place, in_eight_bits=kv_in_eight_bits)
         fixed = pool is not None and not kv_in_eight_bits and not alone
         self.captured = Captured(model, pool, vocab=vocab, most=max_running) if pool and fixed else None
+        self._ahead: Step | None = None  # launched last, and not asked for yet
         self.fused = Fused(model.language_model) if not kv_block and possible(model.language_model) else None
         tower, shape = model.vision_tower, model.config.vision
         self.tower = FusedTower(tower, shape) if possible_tower(tower, shape) else None
@@ -79,9 +80,33 @@ class Runner:
             self.memory.prepare(w.kv)
             if w.source is not None:
                 self.memory.copy(w.source, w.kv, w.copied)
-        if self.captured is not None and all(_plain(w) for w in work):
-            logits, best = self.captured([(w.request.tokens[w.start], w.start, w.kv.blocks) for w in work])
-            return self._pick(work, logits, best)
+        step, self._ahead = self._ahead, None  # of which answers went on as they were expected to
+        known = [] if step is None else [w for w in work if w.kv in step.rows]
+        if not known and self.captured is not None and all(_plain(w) for w in work):
+            known, step = work, self.captured([Row(w.kv, w.start, w.request.tokens[w.start]) for w in work])
+        if step is None or not known:
+            return self._compute(work)
+        if len(known) == len(work):
+            self._ahead = self._next(work, step)
+        others = iter(self._compute([w for w in work if w.kv not in step.rows]))
+        chosen = iter(self._pick(known, step.logits, step.tokens(w.kv for w in known)))
+        return [next(chosen if w.kv in step.rows else others) for w in work if w.sample]
+
+    def _next(self, work: list[Work], step: Step) -> Step | None:
+        """Launch the step after this one, before the host knows what this one chose; None where it takes more than that to go on.
+
+        An answer that turns out to have ended has a row too many there: nobody asks for it, and what it wrote lies behind the
+        answer's last token, where nobody reads.
+        """
+        assert self.captured is not None
+        on = [w for w in work if w.stop < w.request.most]  # the others end now
+        plain = all(w.request.plain and w.request.lookup is None for w in work)
+        if not on or not plain or self.captured.why_not is not None or any(w.stop == w.kv.capacity for w in on):
+            return None
+        return self.captured([Row(w.kv, w.stop, step.rows[w.kv]) for w in on], step)
+
+    def _compute(self, work: list[Work]) -> list[list[Pick]]:
+        """`run`, of works whose memory is ready, launch by launch."""
         hidden: dict[int, Tensor] = {}
         quick, others = [w for w in work if self._quick(w)], [w for w in work if not self._quick(w)]
         for together in (quick, *([w] for w in others)) if self.alone else (quick, others):
@@ -111,9 +136,10 @@ class Runner:
         with self.route.through(_routes(work)):
             return self.model.forward(x, positions, self.memory.attend(spans))
 
-    def _pick(self, work: list[Work], logits: Tensor, likeliest: Tensor | None = None) -> list[list[Pick]]:
-        plain = any(w.request.plain for w in work)
-        best = (logits.argmax(-1) if likeliest is None else likeliest).tolist() if plain else []
+    def _pick(self, work: list[Work], logits: Tensor, best: Sequence[int] = ()) -> list[list[Pick]]:
+        """best: the likeliest token of each row of the logits, where that is known."""
+        if not best and any(w.request.plain for w in work):
+            best = logits.argmax(-1).tolist()
         found, start = [], 0
         for w in work:
             picks: list[Pick] = []

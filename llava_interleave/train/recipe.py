@@ -25,6 +25,8 @@ HARMLESS = frozenset(
     }
 )
 """Settings that a run may go on with another value of: they change no weight (of other data `run` itself takes note)."""
+FEW_BITS = ("int8", "int4", "fp8", "nf4")
+"""Precisions of frozen weights; listed here, since a recipe is read without PyTorch."""
 
 
 def _setting(default: Any, sentence: str) -> Any:
@@ -122,6 +124,9 @@ class Recipe(_Table):
     evaluate_every: int = _setting(0, "Steps between measurements of what is held out; 0 only before and after.")
     answers: int = _setting(4, "Held-out questions that are answered at each measurement.")
     log_every: int = _setting(10, "Steps between lines of the log.")
+    precision: str | None = _setting(
+        None, "Hold the weights beside an adapter in int8 or int4, or on a GPU fp8 or nf4; without it as they are stored."
+    )
     tensorboard: bool = _setting(False, "Write the log for TensorBoard too.")
     dpo: Dpo | None = _setting(None, "Learn from pairs of answers.")  # noqa: RUF009
     adapter: Adapter | None = _setting(None, "Train an adapter; the factors are those of its matrices.")  # noqa: RUF009
@@ -140,6 +145,12 @@ class Recipe(_Table):
             raise OptionError("steps and epochs must be above 0")
         if self.steps and self.epochs:
             raise OptionError(f"steps ({self.steps}) and epochs ({self.epochs}) both say how long: leave out one of them")
+        if self.precision and self.precision not in FEW_BITS:
+            raise unknown("precision", self.precision, FEW_BITS)
+        if self.precision and not self.adapter:
+            raise OptionError(
+                f"precision {self.precision} is for weights beside an adapter: train one (--adapter-rank), or leave it out"
+            )
         if not self.tower + self.projector + self.decoder:
             raise OptionError("tower, projector and decoder are all 0: nothing is left to train")
         if self.template == "plain" and (self.front or self.dpo or self.anyres):

@@ -20,7 +20,7 @@ import torch
 from .. import weights
 from ..errors import DataError, OptionError, Unsupported
 from ..journal import Journal
-from ..model import Llava
+from ..model import Llava, gpu
 from ..model.lora import Adapter, Lora, attach
 from ..model.ranks import Ranks, joined
 from ..weights.adapters import write_adapter
@@ -67,7 +67,7 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
     if ranks.rank:
         return out / name
     if ranks.count > 1:  # whole, from what all ranks have saved
-        network, adapter, _ = _network(recipe, folder)
+        network, adapter, _ = _network(recipe, folder, device)
         parts(network, config, _nothing)
         spread(network, Ranks(), torch.device("cpu"), wide=_wide(recipe))
         checkpoints.weights(checkpoints.every(out)[-1], network)
@@ -86,14 +86,9 @@ def _train(
 ) -> tuple[Llava, Adapter | None, torch.dtype, TrainConfig]:
     """What ranks do together. -> network and adapter as they lie here, the type they were stored in, the loop's config."""
     form = Form(recipe.template, recipe.anyres, recipe.front)
-    if held := weights.stored_precision(folder):
-        if not recipe.adapter:
-            other = "train an adapter (--adapter-rank), or the checkpoint it was made from"
-            raise ranks.common(Unsupported(f"{folder} holds {held} weights, which stay as they are: {other}"))
-        if device.type != "cpu":
-            raise ranks.common(Unsupported(f"weights of 4 and 8 bits are for a CPU, not for {device}: say --device cpu"))
+    ranks.once(lambda: _check_precision(recipe, folder, device))
     units, kept = ranks.once(lambda: _samples(recipe, folder, form, out, say))
-    network, adapter, stored = _network(recipe, folder)
+    network, adapter, stored = _network(recipe, folder, device)
     within = spread(network, ranks, device, wide=_wide(recipe))
     if recipe.recompute:
         recompute(network)
@@ -169,9 +164,24 @@ def _samples(recipe: Recipe, folder: Path, form: Form, out: Path, say: Callable[
     return units, kept
 
 
-def _network(recipe: Recipe, folder: Path) -> tuple[Llava, Adapter | None, torch.dtype]:
-    """The network as it is stored, with a fresh adapter if one is trained, and the type it is stored in."""
-    network = weights.load(folder)
+def _check_precision(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Raises Unsupported or OptionError where weights of few bits cannot be those of the run, or not on this device."""
+    held = weights.stored_precision(folder)
+    if held and not recipe.adapter:
+        other = "train an adapter (--adapter-rank), or the checkpoint it was made from"
+        raise Unsupported(f"{folder} holds {held} weights, which stay as they are: {other}")
+    if held and recipe.precision not in (None, held):
+        other = f"leave out precision {recipe.precision}, or name the checkpoint it was made from"
+        raise OptionError(f"{folder} holds {held} weights: {other}")
+    if few := held or recipe.precision:
+        gpu.check(few, device)
+
+
+def _network(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Llava, Adapter | None, torch.dtype]:
+    """The network as it is stored or in the recipe's precision, with a fresh adapter if one is trained, and the type it is stored
+    in."""
+    there = recipe.precision in gpu.FLOATS  # which are made on the device only
+    network = weights.load(folder, precision=recipe.precision, device=str(device) if there else "cpu")
     adapter = attach(network, Lora(**dataclasses.asdict(recipe.adapter)), recipe.seed) if recipe.adapter else None
     return network, adapter, network.lm_head.weight.dtype
 

@@ -181,6 +181,33 @@ def test_captured_steps_are_those_launch_by_launch() -> None:
     assert "no CUDA graphs" not in captured.attention, captured.attention
 
 
+@pytest.mark.usefixtures("card")
+def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that end one after another; then one that ends where nobody can know it, and is gone on from."""
+    model = network("cuda", torch.bfloat16)
+    ahead, never = engine(model), engine(model)
+    launch, launched = ahead._runner._next, list[object]()
+
+    def counted(*given: Any) -> Any:
+        launched.append(launch(*given))
+        return launched[-1]
+
+    monkeypatch.setattr(ahead._runner, "_next", counted)
+    monkeypatch.setattr(never._runner, "_next", lambda *_: None)
+    told = []
+    for made in (ahead, never):
+        each = [Sampling(max_new_tokens=4 + 9 * n, ignore_eos=True) for n in range(len(PROMPTS))]
+        found = [request.generated for request in made.generate(PROMPTS, each)]
+        made.clear()
+        stop = Sampling(max_new_tokens=40, stop_ids=(found[4][-1],), ignore_eos=True)
+        (ended,) = made.generate([PROMPTS[4]], stop)
+        (more,) = made.generate([Prompt([*ended.tokens, 7])], each[0])
+        told.append([*found, ended.generated, more.generated, more.cached])
+        made.check()
+    assert told[0] == told[1]
+    assert sum(step is not None for step in launched) > 40
+
+
 def test_deterministic_answers_are_alike_to_the_last_bit(device: str) -> None:
     how = Sampling(max_new_tokens=24, ignore_eos=True, logprobs=2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

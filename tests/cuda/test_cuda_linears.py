@@ -7,7 +7,8 @@ import torch
 
 from llava_interleave import weights
 from llava_interleave.errors import Unsupported
-from llava_interleave.model import gpu
+from llava_interleave.model import Packed, gpu
+from llava_interleave.model.lora import Lora, attach
 from llava_interleave.model.quantise import FewBits, QuantisedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
@@ -40,6 +41,38 @@ def test_products_are_those_of_the_weights(folder: Path, device: str, precision:
         original = floats.get_submodule(name).weight.float()
         apart = float((module.unpacked().float() - original).norm() / original.norm())
         assert apart < {"int8": 0.01, "fp8": 0.04}.get(precision, 0.12), name
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8", "nf4"])
+def test_an_adapter_beside_few_bits_learns_as_beside_what_they_count_as(
+    folder: Path, device: str, precision: str, bfloat16: bool
+) -> None:
+    """On the device where a run puts them; the gradients of all its parts."""
+    try:
+        gpu.check(precision, torch.device(device))
+    except Unsupported as error:
+        pytest.skip(str(error))
+    few = weights.load(folder, precision=precision, device=device if precision in gpu.FLOATS else "cpu").to(device)
+    whole, found = weights.load(folder, device=device), []
+    for name, module in few.named_modules():
+        if isinstance(module, FewBits):
+            linear = whole.get_submodule(name)
+            assert isinstance(linear, torch.nn.Linear)
+            linear.weight = torch.nn.Parameter(module.unpacked(), requires_grad=False)
+    for network in (whole, few):
+        adapter = attach(network.train(), Lora(rank=4, dropout=0.0, targets=("*layers*",)), 1)
+        for part in adapter.parts.values():
+            part.b.data = torch.randn(part.b.shape, generator=torch.Generator().manual_seed(2)).to(device) / 10
+        random, side = torch.Generator().manual_seed(3), network.config.vision.image_size
+        pixels = torch.randn(1, 3, side, side, generator=random).to(device)
+        ids = torch.arange(40, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            said = network.logits(network.forward(network.embed(ids, [(3, network.encode(pixels)[0])]), ids, Packed([40])))
+            torch.nn.functional.cross_entropy(said[:-1].float(), ids[1:]).backward()
+        found.append({f"{name} {kind}": p.grad for name, part in adapter.parts.items() for kind, p in part.named_parameters()})
+    for name, grad in found[1].items():
+        assert grad is not None and float((grad - found[0][name]).norm() / grad.norm()) < (0.05 if bfloat16 else 1e-3), name
 
 
 @pytest.mark.usefixtures("card")
