@@ -1,6 +1,8 @@
 """Training: packed equals unpacked, resumed equals uninterrupted, answers alone carry loss, nothing is cut or dropped."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,7 +21,7 @@ from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import data, recipe, tiny, tower
-from llava_interleave.train.batch import Batch, Position, Windows, batches, collate, pack
+from llava_interleave.train.batch import Batch, Position, Windows, ahead, batches, collate, pack
 from llava_interleave.train.loop import TrainConfig, groups, train
 from llava_interleave.train.loss import Loss, answers
 from llava_interleave.train.recipe import Recipe
@@ -109,6 +111,29 @@ def test_packing_fills_batches_and_keeps_every_sample() -> None:
     assert sum(lengths) / (32768 * len(groups_)) > 0.95
     with pytest.raises(DataError, match="sample 1 has 9 tokens, more than the 8"):
         pack([3, 9], 8)
+
+
+class Struck:
+    """Items for a worker that gets both signals while it starts."""
+
+    def __setstate__(self, _: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def __getstate__(self) -> int:
+        return 1
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_signals_leave_workers_alone() -> None:
+    """A second worker imports PyTorch while the first one's batches are trained on; signals to a whole group killed it there."""
+    assert list(ahead(Struck(), iter([0, 2, 1]), 1)) == [0, 2, 1]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 class Numbers:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,7 +30,7 @@ from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import checkpoints, loop, recipe, run, shards, sources
-from llava_interleave.train.batch import Batch, Position, Windows, batches, collate, pack
+from llava_interleave.train.batch import Batch, Windows, batches, collate, pack
 from llava_interleave.train.check import check
 from llava_interleave.train.examples import Form, Samples, Unit, in_front
 from llava_interleave.train.loop import TrainConfig, train
@@ -447,25 +446,6 @@ def test_a_straight_decay_is_straight() -> None:
     rates = [config.rate(step) for step in range(110)]
     assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
     assert [config.rate(10 + i) for i in (0, 50, 100)] == [1, 0.75, 0.5]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker exited"), EOFError(), ConnectionResetError()])
-def test_workers_that_go_with_the_run_are_no_error(error: Exception, folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
-    """SIGTERM to a whole group ended a worker while it handed a batch over, and the run with EOFError, nothing saved."""
-
-    def source(_: Position) -> Iterator[tuple[Batch, Position]]:
-        windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=300, seed=1)
-        yield from islice(batches(windows, Position(), workers=0), 3)
-        if stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise error
-
-    for stopped, end in ((True, SystemExit), (False, type(error))):
-        network = weights.load(folder).requires_grad_(True)
-        with pytest.raises(end):
-            train(network, answers, source, TrainConfig(steps=8), tmp_path / end.__name__, say=quiet)
-        saved = [path.name for path in checkpoints.every(tmp_path / end.__name__)]
-        assert saved == (["checkpoint-3"] if stopped else [])
 
 
 @pytest.mark.usefixtures("foreground")

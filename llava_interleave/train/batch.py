@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import resource_tracker
 from random import Random
 from typing import Any, Protocol
 
@@ -237,16 +238,9 @@ class Plan(Dataset[Any]):
         return [[first + i for i in group] for group in groups]
 
 
-def obey(_: int) -> None:
-    """A terminal sends Ctrl-C, and many a batch system SIGTERM, to workers too: whoever trains decides what the first means, and
-    the second ends them without an error, which would be raised there in the middle of a step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
 def batches(windows: Windows, start: Position, *, workers: int) -> Iterator[tuple[Any, Position]]:
     """Batches from `start` on, each with the position after it; prepared ahead in worker processes."""
-    for window, group in enumerate(_ahead(Subset(windows, range(start.window, len(windows))), None, workers), start.window):
+    for window, group in enumerate(ahead(Subset(windows, range(start.window, len(windows))), None, workers), start.window):
         for index, batch in enumerate(group):
             if window > start.window or index >= start.batch:
                 last = index + 1 == len(group)
@@ -269,19 +263,31 @@ def dealt(plan: Plan, start: Position, *, workers: int, each: int, ranks: Ranks)
                 idle = at >= len(longest)
                 yield longest[first if idle else at], idle, step[-1][1]
 
-    made = _ahead(plan, (numbers for numbers, *_ in mine()), workers)
+    made = ahead(plan, (numbers for numbers, *_ in mine()), workers)
     for batch, (_, idle, after) in zip(made, mine(), strict=True):
         yield Idle(batch) if idle else batch, after
 
 
-def _ahead(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) -> DataLoader[Any]:
-    """Items prepared ahead in worker processes."""
-    return DataLoader(
+def ahead(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) -> Iterator[Any]:
+    """Items prepared ahead in worker processes.
+
+    A terminal sends Ctrl-C, and many a batch system SIGTERM, to those as well. What it means is decided by who trains, and their
+    death would be an error in the middle of a step: they are born with both blocked, since until they could say so themselves
+    they import PyTorch for seconds.
+    """
+    loader = DataLoader(
         items,
         batch_size=None,
         sampler=order,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=obey,
     )
+    if sys.platform == "win32":
+        return iter(loader)
+    resource_tracker.ensure_running()  # where it starts it, Python lets both signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

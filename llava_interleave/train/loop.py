@@ -152,7 +152,7 @@ def train(
         while state.step < config.steps:
             last, before = state.step + 1 == config.steps, state.best
             with pace:
-                taken = _take(source, share, stop)
+                taken = list(islice(source, share))
                 (short,) = ranks.most(len(taken) < (1 if last else share))
                 whole = not short
                 if whole:
@@ -181,16 +181,6 @@ def train(
                     say(f"stopped by {name} after step {state.step:,}: {where}; the same call goes on from there")
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
     return model.eval()
-
-
-def _take(source: Iterator[tuple[B, Position]], count: int, stop: Sequence[object]) -> list[tuple[B, Position]]:
-    """The next batches; none where SIGTERM has ended the workers, too."""
-    try:
-        return list(islice(source, count))
-    except (RuntimeError, EOFError, OSError):  # the worker is gone; or it is while its tensors are handed over
-        if not stop:
-            raise
-        return []
 
 
 def appending(path: Path) -> TextIO:

@@ -12,7 +12,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from ..config import VisionConfig
 from ..model import Llava
@@ -20,7 +20,7 @@ from ..model.vision import Layer
 from ..processing.tokenizer import Tokenizer
 from ..world.draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Background, Scene, Thing, draw, patches
 from ..world.episodes import COLUMNS, DEPTHS, ROWS, SCENARIOS, episode, reading, stands
-from .batch import Position
+from .batch import Position, ahead
 from .loss import Loss
 
 NAMES = (("nothing", *SHAPES, *SOLIDS, *DIGITS, *LETTERS), tuple(COLOURS), ("small", "large"), ROWS, COLUMNS, DEPTHS)
@@ -136,6 +136,5 @@ class Pictures(Dataset[Named]):
 def pictures(vision: VisionConfig, seed: int, steps: int, start: Position) -> Iterator[tuple[Named, Position]]:
     """Batches from `start.window` on, prepared in a worker process."""
     data = Subset(Pictures(vision, seed, steps), range(start.window, steps))
-    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    for index, batch in enumerate(loader, start.window):
+    for index, batch in enumerate(ahead(data, None, 1), start.window):
         yield batch, Position(index + 1)
