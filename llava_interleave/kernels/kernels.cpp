@@ -13,14 +13,17 @@
 
 #include <immintrin.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace {
@@ -69,6 +72,7 @@ inline Floats load(const uint16_t* p) {  // bfloat16
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -168,6 +172,7 @@ inline __m256 load8(const uint16_t* p) {
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Floats load(const uint16_t* p) { return {load8(p), load8(p + 8)}; }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+inline Floats plus(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
 inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
@@ -226,7 +231,6 @@ inline void dot(Floats& sum, Pairs b, const uint16_t* pair) {
 #endif
 
 inline void store(uint16_t* p, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
-inline Floats plus(Floats a, Floats b) { return fma(a, splat(1), b); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) {  // bfloat16
@@ -243,6 +247,25 @@ inline void put(uint16_t* p, float x) {  // bfloat16, to nearest, ties to even
   *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Array = std::unique_ptr<T[], Free>;
+
+// Numbers from the beginning of a cache line on, so that no vector lies in two; many in large pages, where the system has them.
+template <class T>
+Array<T> array(int64_t count) {
+  constexpr size_t line = 64, page = 2 << 20;
+  const size_t size = count * sizeof(T), unit = size < 2 * page ? line : page, room = std::max<size_t>(1, (size + unit - 1) / unit) * unit;
+  void* p = std::aligned_alloc(unit, room);
+  if (!p) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (unit == page) madvise(p, room, MADV_HUGEPAGE);
+#endif
+  return Array<T>(static_cast<T*>(p));
+}
+
 inline int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
 
 struct Tiles {
@@ -252,13 +275,13 @@ struct Tiles {
 // Inputs of some tokens, quantised. Those of a tile lie together, [tiles][groups][tokens of the tile][128], and so do scales.
 struct Inputs {
   int64_t tokens, groups, tiles;
-  std::unique_ptr<int8_t[]> values;
-  std::unique_ptr<float[]> scales;
-  std::unique_ptr<int32_t[]> sums;  // of a group's values
+  Array<int8_t> values;
+  Array<float> scales;
+  Array<int32_t> offsets;  // what a group's products have too much, as weights are q + 128, less than nought
 
   Inputs(int64_t tokens, int64_t groups)
-      : tokens(tokens), groups(groups), tiles((tokens + TILE - 1) / TILE), values(new int8_t[tokens * groups * GROUP]),
-        scales(new float[tokens * groups]), sums(new int32_t[tokens * groups]) {}
+      : tokens(tokens), groups(groups), tiles((tokens + TILE - 1) / TILE), values(array<int8_t>(tokens * groups * GROUP)),
+        scales(array<float>(tokens * groups)), offsets(array<int32_t>(tokens * groups)) {}
   int64_t first(int64_t tile) const { return tile * tokens / tiles; }  // tiles are as equal as they can be
   int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
   int64_t tiles_a_block() const { return std::max<int64_t>(1, NEAR / (TILE * groups * GROUP)); }
@@ -273,7 +296,7 @@ struct Inputs {
 };
 
 // 128 numbers to 8 bits: value = round(x * 127 / largest), scale = largest / 127.
-inline void quantise(const float* x, int8_t* value, float* scale, int32_t* sum) {
+inline void quantise(const float* x, int8_t* value, float* scale, int32_t* offset) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256i most = _mm256_setzero_si256();  // as integers, so that a NaN is the largest
   for (int64_t i = 0; i < GROUP; i += 8) {
@@ -297,7 +320,7 @@ inline void quantise(const float* x, int8_t* value, float* scale, int32_t* sum) 
   __m128i rest = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
   rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0x4e));
   rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0xb1));
-  *sum = _mm_cvtsi128_si32(rest);
+  *offset = -OFFSET * _mm_cvtsi128_si32(rest);
   *scale = largest / 127.0f;
 }
 
@@ -310,7 +333,7 @@ void Inputs::put(int64_t token, const T* row, int64_t in) {
     int64_t i = 0;
     for (; i + PANEL <= have; i += PANEL) store(wide + i, load(row + g * GROUP + i));
     for (; i < GROUP; i++) wide[i] = i < have ? to_float(row[g * GROUP + i]) : 0.0f;
-    quantise(wide, &values[place * GROUP], &scales[place], &sums[place]);
+    quantise(wide, &values[place * GROUP], &scales[place], &offsets[place]);
   }
 }
 
@@ -381,7 +404,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
   const uint16_t* scale = panel.scales;
   const int8_t* x = &inputs.values[first * inputs.groups * GROUP];
   const float* x_scale = &inputs.scales[first * inputs.groups];
-  const int32_t* x_sum = &inputs.sums[first * inputs.groups];
+  const int32_t* x_offset = &inputs.offsets[first * inputs.groups];
   Floats total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) total[m] = splat(0);
@@ -389,7 +412,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
     Ints sum[CHAINS][M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      sum[0][m] = ints(-OFFSET * x_sum[m]);
+      sum[0][m] = ints(x_offset[m]);
 #pragma GCC unroll 16
       for (int chain = 1; chain < CHAINS; chain++) sum[chain][m] = ints(0);
     }
@@ -411,7 +434,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
       for (int chain = 1; chain < CHAINS; chain++) sum[0][m] = plus32(sum[0][m], sum[chain][m]);
       total[m] = fma(mul(to_floats(sum[0][m]), splat(x_scale[m])), step, total[m]);
     }
-    w += group_bytes(BITS), scale += PANEL, x += M * GROUP, x_scale += M, x_sum += M;
+    w += group_bytes(BITS), scale += PANEL, x += M * GROUP, x_scale += M, x_offset += M;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) store(out + m * PANEL, total[m]);
@@ -431,7 +454,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t tile, float* out)
 // Room for what is unpacked of one panel, or of two.
 class Unpacked {
  public:
-  explicit Unpacked(int64_t groups) : groups(groups), room(new uint8_t[2 * groups * group_bytes(8)]) {}
+  explicit Unpacked(int64_t groups) : groups(groups), room(array<uint8_t>(2 * groups * group_bytes(8))) {}
   // A panel for some tiles, in the first or the second half of the room.
   Panel panel(const Weight& w, int64_t number, const Inputs& inputs, Tiles tiles, int64_t half = 0) const {
     Panel found(w, number, inputs.groups);
@@ -441,7 +464,7 @@ class Unpacked {
 
  private:
   int64_t groups;
-  std::unique_ptr<uint8_t[]> room;
+  Array<uint8_t> room;
 };
 
 template <class T>
@@ -597,17 +620,24 @@ struct Head {
   uint16_t *key_scales, *value_scales;  // of all heads
   int64_t first_scale, d, capacity, width;
   static constexpr bool SCALED = sizeof(S) == 1;
+  static constexpr int64_t SOON = 8;  // tokens
 
-  // Puts a token's key and value to their place.
-  void keep(int64_t place, const uint16_t* key, const uint16_t* value) const {
-    if constexpr (SCALED) {
-      const float by_key = scale(key, &key_scales[first_scale + place]);
-      const float by_value = scale(value, &value_scales[first_scale + place]);
-      for (int64_t i = 0; i < d; i++) keys[i * capacity + place] = rounded(to_float(key[i]), by_key);
-      for (int64_t i = 0; i < d; i++) values[place * width + i] = rounded(to_float(value[i]), by_value);
-    } else {
-      for (int64_t i = 0; i < d; i++) keys[i * capacity + place] = key[i];
-      std::memcpy(values + place * width, value, d * sizeof(uint16_t));
+  // Puts keys and values of some tokens, so far from each other, to their places from the first on.
+  void keep(int64_t place, int64_t count, const uint16_t* key, const uint16_t* value, int64_t stride) const {
+    for (int64_t last = place + count; place < last; place++, key += stride, value += stride) {
+      for (int64_t i = 0; i < d; i += 32) {  // rows are far from each other, so no others tell of them
+        _mm_prefetch(reinterpret_cast<const char*>(key + SOON * stride + i), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(value + SOON * stride + i), _MM_HINT_T0);
+      }
+      if constexpr (SCALED) {
+        const float by_key = scale(key, &key_scales[first_scale + place]);
+        const float by_value = scale(value, &value_scales[first_scale + place]);
+        for (int64_t i = 0; i < d; i++) keys[i * capacity + place] = rounded(to_float(key[i]), by_key);
+        for (int64_t i = 0; i < d; i++) values[place * width + i] = rounded(to_float(value[i]), by_value);
+      } else {
+        for (int64_t i = 0; i < d; i++) keys[i * capacity + place] = key[i];
+        std::memcpy(values + place * width, value, d * sizeof(uint16_t));
+      }
     }
   }
 
@@ -672,19 +702,19 @@ struct Head {
 
 // Room for what a tile of queries needs.
 struct Scratch {
-  std::unique_ptr<float[]> scores, out;
-  std::unique_ptr<uint16_t[]> q;
+  Array<float> scores, out;
+  Array<uint16_t> q;
   Scratch(int64_t longest, int64_t d, int64_t width)
-      : scores(new float[TILE * whole(longest)]), out(new float[TILE * width]), q(new uint16_t[TILE * d]) {}
+      : scores(array<float>(TILE * whole(longest))), out(array<float>(TILE * width)), q(array<uint16_t>(TILE * d)) {}
 };
 
 // Room that a thread needs for a layer: a token's row, and groups of inputs, of which there are at most so many.
 struct Room {
   Scratch attention;
-  std::unique_ptr<float[]> row;
+  Array<float> row;
   Unpacked unpacked;
   Room(Scratch attention, int64_t width, int64_t groups)
-      : attention(std::move(attention)), row(new float[width]), unpacked(groups) {}
+      : attention(std::move(attention)), row(array<float>(width)), unpacked(groups) {}
 };
 
 // Queries of some tokens of a sequence, those of `group` heads beside each other; all see the same head of keys and values, the
@@ -728,7 +758,7 @@ struct Attention {
   void one(int64_t number, Scratch& scratch) const {
     const int64_t group = heads / kv_heads, part = number * capacity;
     const Head<S> head{keys + part * d, values + part * d, key_scales, value_scales, part, d, capacity, d};
-    for (int64_t t = 0; t < tokens; t++) head.keep(at + t, k + (t * kv_heads + number) * d, v + (t * kv_heads + number) * d);
+    head.keep(at, tokens, k + number * d, v + number * d, kv_heads * d);
     const Queries queries{q + number * group * d, tokens, heads * d, group, at + 1, true};
     for (int64_t tile = 0; tile < queries.tiles(); tile++) {
       queries.see(tile, head, scratch, [&](int64_t token, int64_t h, const float* x) {
@@ -812,11 +842,11 @@ struct TowerWeights {
 // Hidden states in float32 from the first layer to the last, and what is done to them in a decoder as in a tower.
 struct Hidden {
   const int64_t tokens, width;
-  std::unique_ptr<float[]> x;  // [tokens][width]
+  Array<float> x;  // [tokens][width]
   Inputs normed;
 
   Hidden(int64_t tokens, int64_t width, const uint16_t* hidden)
-      : tokens(tokens), width(width), x(new float[tokens * width]), normed(tokens, groups_of(width)) {
+      : tokens(tokens), width(width), x(array<float>(tokens * width)), normed(tokens, groups_of(width)) {
     for (int64_t i = 0; i < tokens * width; i += PANEL) store(&x[i], load(hidden + i));
   }
   void write(uint16_t* hidden) const {
@@ -857,6 +887,21 @@ struct Hidden {
     }
   }
 
+  // put(token, outputs of the one, outputs of the other), of two panels.
+  template <class F>
+  static void multiply(const Weight& a, int64_t i, const Weight& b, int64_t j, const Inputs& inputs, Tiles tiles, Room& room, F&& put) {
+    const Floats a_bias = a.bias ? load(a.bias + i * PANEL) : splat(0), b_bias = b.bias ? load(b.bias + j * PANEL) : splat(0);
+    const Panel one = room.unpacked.panel(a, i, inputs, tiles), other = room.unpacked.panel(b, j, inputs, tiles, 1);
+    float ones[TILE * PANEL], others[TILE * PANEL];
+    for (int64_t tile = tiles.first; tile < tiles.last; tile++) {
+      product(one, inputs, tile, ones);
+      product(other, inputs, tile, others);
+      for (int64_t m = 0; m < inputs.size(tile); m++) {
+        put(inputs.first(tile) + m, plus(load(ones + m * PANEL), a_bias), plus(load(others + m * PANEL), b_bias));
+      }
+    }
+  }
+
   // task(panel, tiles) for all of them.
   template <class F>
   static void each(Team::Member& team, const Inputs& inputs, int64_t panels, F&& task) {
@@ -887,16 +932,15 @@ struct Decoder : Shape {
   Team team;
   Hidden hidden;
   Inputs attended, gated;
-  std::unique_ptr<float[]> projected;   // [tokens][heads of q, k and v][d]
-  std::unique_ptr<float[]> seen, made;  // [tokens][heads][d], [tokens][inner]; what becomes attended, gated
-  std::unique_ptr<uint16_t[]> q;        // [tokens][heads][d]
+  Array<uint16_t> projected;   // [tokens][heads of q, k and v][d], turned
+  Array<float> seen, made;  // [tokens][heads][d], [tokens][inner]; what becomes attended, gated
 
   Decoder(const Shape& shape, int64_t threads, const LayerWeights* weights, int64_t tokens, float eps, const Sequence* sequences,
           int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines, const uint16_t* x)
       : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences), cosines(cosines), sines(sines),
         team(threads, 10 * layers), hidden(tokens, width, x), attended(tokens, groups_of(heads * d)),
-        gated(tokens, groups_of(inner)), projected(new float[tokens * (heads + 2 * kv_heads) * d]),
-        seen(new float[tokens * heads * d]), made(new float[tokens * inner]), q(new uint16_t[tokens * heads * d]) {
+        gated(tokens, groups_of(inner)), projected(array<uint16_t>(tokens * stride())),
+        seen(array<float>(tokens * heads * d)), made(array<float>(tokens * inner)) {
     for (int64_t i = 0; i < sequence_count; i++) {
       tasks.push_back(tasks.back() + kv_heads * queries(sequences[i], 0).tiles());
       longest = std::max(longest, sequences[i].at + sequences[i].count);
@@ -914,15 +958,8 @@ struct Decoder : Shape {
   void one(Team::Member& team, int64_t layer, Room& room) {
     const LayerWeights& w = weights[layer];
     const Inputs& normed = hidden.normed;
-    const int64_t q_panels = heads * d / PANEL, kv_panels = kv_heads * d / PANEL, panels = q_panels + 2 * kv_panels;
     team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_attention, nullptr, eps, room); });
-    Hidden::each(team, normed, panels, [&](int64_t panel, Tiles tiles) {
-      const Weight& part = panel < q_panels ? w.q : panel < q_panels + kv_panels ? w.k : w.v;
-      const int64_t first = panel < q_panels ? 0 : panel < q_panels + kv_panels ? q_panels : q_panels + kv_panels;
-      Hidden::multiply(part, panel - first, normed, tiles, room, [&](int64_t token, Floats y) {
-        store(&projected[(token * panels + panel) * PANEL], y);
-      });
-    });
+    Hidden::each(team, normed, (heads + 2 * kv_heads) * d / PANEL / 2, [&](int64_t number, Tiles tiles) { project(w, number, tiles, room); });
     const int64_t sequence_count = tasks.size() - 1;
     team.each(sequence_count * kv_heads, [&](int64_t task) {
       const Sequence& s = sequences[task / kv_heads];
@@ -950,35 +987,33 @@ struct Decoder : Shape {
             s.capacity, d};
   }
 
-  // Queries turned as their places ask, and keys, which are put with the values into the memory.
-  template <class S>
-  void keep(const Sequence& s, int64_t layer, int64_t number) {
-    const int64_t group = heads / kv_heads;
-    const Head<S> to = head<S>(s, layer, number);
-    std::vector<uint16_t> key(d), value(d);
-    for (int64_t token = s.first; token < s.first + s.count; token++) {
-      const float* row = &projected[token * (heads + 2 * kv_heads) * d];
-      for (int64_t h = number * group; h < (number + 1) * group; h++) rotate(token, row + h * d, &q[(token * heads + h) * d]);
-      rotate(token, row + (heads + number) * d, key.data());
-      for (int64_t i = 0; i < d; i += PANEL) store(&value[i], load(row + (heads + kv_heads + number) * d + i));
-      to.keep(s.at + token - s.first, key.data(), value.data());
-    }
+  int64_t stride() const { return (heads + 2 * kv_heads) * d; }
+
+  // Queries, keys and values, of a panel in the first half of a head and of the one that lies as far in the second: in queries and
+  // keys the two are turned against each other as a token's place asks.
+  void project(const LayerWeights& w, int64_t number, Tiles tiles, Room& room) {
+    const int64_t half = d / PANEL / 2, head = number / half, at = number % half * PANEL;
+    const Weight& part = head < heads ? w.q : head < heads + kv_heads ? w.k : w.v;
+    const int64_t first = head < heads ? 0 : head < heads + kv_heads ? heads : heads + kv_heads;
+    const int64_t panel = (head - first) * 2 * half + number % half;
+    const bool turned = head < heads + kv_heads;
+    Hidden::multiply(part, panel, part, panel + half, hidden.normed, tiles, room, [&](int64_t token, Floats a, Floats b) {
+      uint16_t* to = &projected[token * stride() + head * d + at];
+      const uint16_t *cosine = cosines + token * d + at, *sine = sines + token * d + at;
+      store(to, turned ? fma(a, load(cosine), mul(mul(b, splat(-1)), load(sine))) : a);
+      store(to + d / 2, turned ? fma(b, load(cosine + d / 2), mul(a, load(sine + d / 2))) : b);
+    });
   }
 
-  // The two halves of a head against each other.
-  void rotate(int64_t token, const float* from, uint16_t* to) const {
-    const uint16_t *cosine = cosines + token * d, *sine = sines + token * d;
-    for (int64_t i = 0; i < d / 2; i += PANEL) {
-      const int64_t j = i + d / 2;
-      const Floats a = load(from + i), b = load(from + j);
-      store(to + i, fma(a, load(cosine + i), mul(mul(b, splat(-1)), load(sine + i))));
-      store(to + j, fma(b, load(cosine + j), mul(a, load(sine + j))));
-    }
+  template <class S>
+  void keep(const Sequence& s, int64_t layer, int64_t number) {
+    const uint16_t* key = &projected[s.first * stride() + (heads + number) * d];
+    head<S>(s, layer, number).keep(s.at, s.count, key, key + kv_heads * d, stride());
   }
 
   Queries queries(const Sequence& s, int64_t number) const {
     const int64_t group = heads / kv_heads;
-    return {&q[(s.first * heads + number * group) * d], s.count, heads * d, group, s.at + 1, true};
+    return {&projected[s.first * stride() + number * group * d], s.count, stride(), group, s.at + 1, true};
   }
 
   template <class S>
@@ -991,37 +1026,29 @@ struct Decoder : Shape {
   }
 
   // silu(gate) * up
-  void gate(const LayerWeights& w, int64_t number, Tiles tiles, const Room& room) {
-    const Inputs& normed = hidden.normed;
-    const Panel gate = room.unpacked.panel(w.gate, number, normed, tiles), up = room.unpacked.panel(w.up, number, normed, tiles, 1);
-    float gates[TILE * PANEL], ups[TILE * PANEL];
-    for (int64_t tile = tiles.first; tile < tiles.last; tile++) {
-      product(gate, normed, tile, gates);
-      product(up, normed, tile, ups);
-      for (int64_t m = 0; m < normed.size(tile); m++) {
-        const Floats x = load(gates + m * PANEL);
-        store(&made[(normed.first(tile) + m) * inner + number * PANEL], mul(mul(x, sigmoid(x)), load(ups + m * PANEL)));
-      }
-    }
+  void gate(const LayerWeights& w, int64_t number, Tiles tiles, Room& room) {
+    Hidden::multiply(w.gate, number, w.up, number, hidden.normed, tiles, room, [&](int64_t token, Floats gate, Floats up) {
+      store(&made[token * inner + number * PANEL], mul(mul(gate, sigmoid(gate)), up));
+    });
   }
 };
 
 // The layers of a SigLIP tower for one crop, all of whose tokens see each other; numbers are of the same types.
 struct Tower : Shape {
   const TowerWeights* weights;
-  const int64_t tokens, padded;  // a head's width, filled up to whole panels
+  const int64_t tokens, places, padded;  // tokens, and a head's width, filled up to whole panels
   const float eps;
   Team team;
   Hidden hidden;
   Inputs attended, gated;
-  std::unique_ptr<uint16_t[]> projected, keys, values;  // [3][tokens][width], [heads][d][tokens], [heads][tokens][padded]
-  std::unique_ptr<float[]> seen, made;                  // [tokens][width], [tokens][inner]; what becomes attended, gated
+  Array<uint16_t> projected, keys, values;  // [3][tokens][width], [heads][d][places], [heads][tokens][padded]
+  Array<float> seen, made;                  // [tokens][width], [tokens][inner]; what becomes attended, gated
 
   Tower(const Shape& shape, int64_t threads, const TowerWeights* weights, int64_t tokens, float eps, const uint16_t* x)
-      : Shape(shape), weights(weights), tokens(tokens), padded(whole(d)), eps(eps), team(threads, 10 * layers),
+      : Shape(shape), weights(weights), tokens(tokens), places(whole(tokens)), padded(whole(d)), eps(eps), team(threads, 10 * layers),
         hidden(tokens, width, x), attended(tokens, groups_of(width)), gated(tokens, groups_of(inner)),
-        projected(new uint16_t[3 * tokens * width]), keys(new uint16_t[heads * d * tokens]),
-        values(new uint16_t[heads * tokens * padded]()), seen(new float[tokens * width]), made(new float[tokens * inner]) {}
+        projected(array<uint16_t>(3 * tokens * width)), keys(array<uint16_t>(heads * d * places)),
+        values(array<uint16_t>(heads * tokens * padded)), seen(array<float>(tokens * width)), made(array<float>(tokens * inner)) {}
 
   static void some(int64_t begin, int64_t end, void* context) {
     auto& self = *static_cast<Tower*>(context);
@@ -1041,7 +1068,7 @@ struct Tower : Shape {
     });
     team.each(heads, [&](int64_t number) {
       const uint16_t *k = &projected[tokens * width + number * d], *v = k + tokens * width;
-      for (int64_t token = 0; token < tokens; token++) head(number).keep(token, k + token * width, v + token * width);
+      head(number).keep(0, tokens, k, v, width);
     });
     const int64_t tiles = queries(0).tiles();
     team.each(heads * tiles, [&](int64_t task) {
@@ -1064,7 +1091,7 @@ struct Tower : Shape {
   }
 
   Head<uint16_t> head(int64_t number) const {
-    return {&keys[number * d * tokens], &values[number * tokens * padded], nullptr, nullptr, 0, d, tokens, padded};
+    return {&keys[number * d * places], &values[number * tokens * padded], nullptr, nullptr, 0, d, places, padded};
   }
   Queries queries(int64_t number) const { return {&projected[number * d], tokens, width, 1, tokens, false}; }
 };
