@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,27 @@ def test_signals_leave_workers_alone() -> None:
     """A second worker imports PyTorch while the first one's batches are trained on; signals to a whole group killed it there."""
     assert list(ahead(Struck(), iter([0, 2, 1]), 1)) == [0, 2, 1]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
+
+
+class Large:
+    """Items that a worker takes long to send."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, _: int) -> torch.Tensor:
+        return torch.zeros(60_000_000)
+
+
+def test_a_worker_that_still_sends_ends_in_order() -> None:
+    """Some runs that were stopped said "terminate called without an active exception" at the end, with a traceback of PyTorch's:
+    the worker's interpreter was gone when the thread that sends came back from copying a tensor."""
+    made: Any = ahead(Large(), None, 1)
+    next(made)
+    (worker,) = made._workers
+    made._shutdown_workers()
+    worker.join()
+    assert worker.exitcode == 0
 
 
 class Numbers:

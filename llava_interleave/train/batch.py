@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -268,6 +270,12 @@ def dealt(plan: Plan, start: Position, *, workers: int, each: int, ranks: Ranks)
         yield Idle(batch) if idle else batch, after
 
 
+def _leaves_at_once(_: int) -> None:
+    """A worker ends as one that was forked does. Python's end would take the interpreter from under the thread that sends what
+    was made; while that copies a tensor, in C++, the process aborts over it."""
+    atexit.register(os._exit, 0)
+
+
 def ahead(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) -> Iterator[Any]:
     """Items prepared ahead in worker processes.
 
@@ -282,6 +290,7 @@ def ahead(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) 
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leaves_at_once,
     )
     if sys.platform == "win32":
         return iter(loader)
