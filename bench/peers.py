@@ -4,9 +4,10 @@
     python bench/peers.py /tmp/half [--minutes 7.5] [--systems "llava int4" "transformers bfloat16"] [--out bench/latest.json]
     python bench/page.py bench/latest.json docs/bench/index.html
 
-All work is done once, whatever it takes; then again, a piece at a time, while --minutes last. Every question has new pictures
-but where it says that they are the same; all systems get the same ones. Systems in float32 take several times as long, and by
-default answer about one image only. --also NAME=COMMAND: another system, a command that speaks as bench/systems.py does.
+Each in turn is started, asked everything and ended, so that nothing else is in memory; once, whatever it takes, then again as
+often as --minutes allow. Every question has new pictures but where it says that they are the same; all systems get the same
+ones. Systems in float32 take several times as long, and by default answer about one image only. --also NAME=COMMAND: another
+system, a command that speaks as bench/systems.py does.
 
 --out: system -> figure -> median, least, most, how often, and the share of the machine's ceiling, measured in the same run: for
 pictures and prompts the fastest matrix product of any number type, for decoding the memory's reading speed by what the system
@@ -113,10 +114,13 @@ class System:
 
 
 class Pictures:
-    """Files of new pictures; a turn's are the same for every system."""
+    """Files of pictures; each turn has its own, the same for every system."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.turn, self.made = folder, 0, 0
+
+    def start(self, turn: int) -> None:
+        self.turn, self.made = turn, 0
 
     def __call__(self, count: int) -> list[str]:
         paths = [self.folder / f"{self.turn}-{self.made + index}.jpg" for index in range(count)]
@@ -192,58 +196,31 @@ WORK: dict[str, Work] = {
 
 
 class Bench:
-    """All systems, kept running; and what has been found."""
+    """What has been found. Systems are started, asked and ended one after another, so that none takes another's memory."""
 
     def __init__(self, commands: dict[str, list[str]], brief: list[str], machine: Machine, scratch: Path) -> None:
         self.commands, self.brief, self.machine, self.pictures = commands, brief, machine, Pictures(scratch)
-        self.running: dict[str, System] = {}
         self.found: dict[str, dict[str, list[tuple[float, float | None]]]] = {name: {} for name in commands}
         self.written: dict[str, list[int]] = {}
 
-    def do(self, work: str) -> float:
-        """One piece of work by each system in turn; -> the seconds it took."""
-        began = time.perf_counter()
-        self.pictures.turn += 1
+    def round(self, work: list[str]) -> None:
         for name in self.commands:
-            if name in self.brief and work != "one":
-                continue
-            self.pictures.made = 0
-            for figure, value in (self.cold(name) if work == "cold" else self.ask(name, WORK[work])).items():
+            for figure, value in self.ask(name, ["one"] if name in self.brief else work):
                 self.found[name].setdefault(figure, []).append(value)
                 print(f"{name}: {figure}: {value[0]:.4g}", file=sys.stderr, flush=True)
-        return time.perf_counter() - began
 
-    def ask(self, name: str, work: Work) -> Found:
-        if name not in self.running:
-            system = self.running[name] = System(self.commands[name])
-            warm = system.answer([user(self.pictures(1), QUESTIONS[0])], tokens=8)
-            self.written[name] = warm["written"]
-            self.pictures.made = 0
-            self.pictures.turn += 1
-        return work(self.running[name], self.machine, self.pictures)
-
-    def cold(self, name: str) -> Found:
-        began = time.perf_counter()
+    def ask(self, name: str, work: list[str]) -> Iterator[tuple[str, tuple[float, float | None]]]:
+        self.pictures.start(0)
+        question, began = user(self.pictures(1), QUESTIONS[0]), time.perf_counter()
         system = System(self.commands[name])
-        system.answer([user(self.pictures(1), QUESTIONS[0])], tokens=1)
-        seconds = time.perf_counter() - began
+        loaded = time.perf_counter() - began
+        took = system.answer([question], tokens=8)
+        self.written[name] = took["written"]
+        yield "cold process to first token, 1 image, s", (loaded + took["first"], None)
+        for turn, one in enumerate(work, 1):
+            self.pictures.start(turn)
+            yield from WORK[one](system, self.machine, self.pictures).items()
         system.close()
-        return {"cold process to first token, 1 image, s": (seconds, None)}
-
-    def close(self) -> None:
-        for system in self.running.values():
-            system.close()
-
-
-def measured(bench: Bench, work: list[str], minutes: float) -> None:
-    """All work once; then again what still fits into the time, in turn."""
-    end, took = time.perf_counter() + 60 * minutes, {}
-    for name in work:
-        took[name] = bench.do(name)
-    while fitting := [name for name in work if time.perf_counter() + took[name] <= end]:
-        for name in fitting:
-            if time.perf_counter() + took[name] <= end:
-                took[name] = bench.do(name)
 
 
 def summary(bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -288,7 +265,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="*", default=SYSTEMS, metavar="NAME", help=f"of {SYSTEMS}")
     parser.add_argument("--brief", nargs="*", default=BRIEF, metavar="NAME", help="those that answer about one image only")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=COMMAND")
-    parser.add_argument("--work", nargs="*", default=["cold", *WORK], choices=["cold", *WORK])
+    parser.add_argument("--work", nargs="*", default=list(WORK), choices=list(WORK))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     end = time.perf_counter() + 60 * given.minutes
@@ -307,19 +284,20 @@ def main() -> None:
         for name, _, command in (also.partition("=") for also in given.also):
             commands[name] = shlex.split(command)
         bench = Bench(commands, given.brief, machine, Path(scratch))
-        try:
-            measured(bench, given.work, (end - time.perf_counter()) / 60)
-        finally:
-            bench.close()
-    result = {
-        "about": dict(versions()) | {"processor": cpu(), "threads": torch.get_num_threads()},
-        "ceilings": {"memory, GB/s": machine.read / 1e9} | {f"{k}, GOP/s": v / 1e9 for k, v in machine.products.items()},
-        "network": asdict(config),
-        "first tokens as the last system": agreement(bench.written),
-        "systems": summary(bench),
-    }
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+        about = {
+            "about": dict(versions()) | {"processor": cpu(), "threads": torch.get_num_threads()},
+            "ceilings": {"memory, GB/s": machine.read / 1e9} | {f"{k}, GOP/s": v / 1e9 for k, v in machine.products.items()},
+            "network": asdict(config),
+        }
+        took = 0.0
+        while not took or time.perf_counter() + took <= end:
+            began = time.perf_counter()
+            bench.round(given.work)
+            took = time.perf_counter() - began
+            same = {"first tokens as the last system": agreement(bench.written)}
+            result = about | same | {"systems": summary(bench)}
+            if given.out:
+                given.out.write_text(json.dumps(result, indent=1) + "\n")
     columns = list(result["systems"])
     figures = dict.fromkeys(figure for found in result["systems"].values() for figure in found)
     cells = {(name, figure): f"{one['median']:.4g}" for name, found in result["systems"].items() for figure, one in found.items()}
