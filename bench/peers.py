@@ -11,7 +11,7 @@ system, a command that speaks as bench/systems.py does.
 
 --out: system -> figure -> median, least, most, how often, and the share of the machine's ceiling, measured in the same run: for
 pictures and prompts the fastest matrix product of any number type, for decoding the memory's reading speed by what the system
-must read. Linux only.
+must read, measured anew before each is started, for others on the same host may take of it. Linux only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
@@ -44,6 +44,7 @@ from llava_interleave.weights.files import read_config
 
 HERE = Path(__file__).parent
 SYSTEMS = [
+    "llava int4 kv8",
     "llava int4",
     "llava int8",
     "llava bfloat16",
@@ -202,6 +203,7 @@ class Bench:
         self.commands, self.brief, self.machine, self.pictures = commands, brief, machine, Pictures(scratch)
         self.found: dict[str, dict[str, list[tuple[float, float | None]]]] = {name: {} for name in commands}
         self.written: dict[str, list[int]] = {}
+        self.reads: list[float] = []
 
     def round(self, work: list[str]) -> None:
         for name in self.commands:
@@ -210,6 +212,8 @@ class Bench:
                 print(f"{name}: {figure}: {value[0]:.4g}", file=sys.stderr, flush=True)
 
     def ask(self, name: str, work: list[str]) -> Iterator[tuple[str, tuple[float, float | None]]]:
+        self.reads.append(reading_speed(torch.device("cpu")))
+        machine = replace(self.machine, read=self.reads[-1])
         self.pictures.start(0)
         question, began = user(self.pictures(1), QUESTIONS[0]), time.perf_counter()
         system = System(self.commands[name])
@@ -219,7 +223,7 @@ class Bench:
         yield "cold process to first token, 1 image, s", (loaded + took["first"], None)
         for turn, one in enumerate(work, 1):
             self.pictures.start(turn)
-            yield from WORK[one](system, self.machine, self.pictures).items()
+            yield from WORK[one](system, machine, self.pictures).items()
         system.close()
 
 
@@ -236,6 +240,13 @@ def told(values: list[tuple[float, float | None]]) -> dict[str, float | None]:
         "most": max(numbers),
         "times": len(numbers),
         "share": None if shares[0] is None else statistics.median(shares),
+    }
+
+
+def ceilings(machine: Machine, reads: list[float]) -> dict[str, float]:
+    read = {name: of(reads) / 1e9 for name, of in (("", statistics.median), (", least", min), (", most", max))}
+    return {f"memory, GB/s{name}": value for name, value in read.items()} | {
+        f"{kind}, GOP/s": value / 1e9 for kind, value in machine.products.items()
     }
 
 
@@ -275,27 +286,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         commands = {}
         for name in given.systems:
-            kind, precision = name.split()
+            kind, precision, *more = name.split()
             folder = given.folder
             if precision in ("int4", "int8"):
                 folder = Path(scratch) / precision
                 weights.save(weights.load(given.folder, precision=precision), folder, processor_from=given.folder)
-            commands[name] = [sys.executable, str(HERE / "systems.py"), kind, str(folder), precision]
+            commands[name] = [sys.executable, str(HERE / "systems.py"), kind, str(folder), precision, *more]
         for name, _, command in (also.partition("=") for also in given.also):
             commands[name] = shlex.split(command)
         bench = Bench(commands, given.brief, machine, Path(scratch))
-        about = {
-            "about": dict(versions()) | {"processor": cpu(), "threads": torch.get_num_threads()},
-            "ceilings": {"memory, GB/s": machine.read / 1e9} | {f"{k}, GOP/s": v / 1e9 for k, v in machine.products.items()},
-            "network": asdict(config),
-        }
+        about = dict(versions()) | {"processor": cpu(), "threads": torch.get_num_threads()}
         took = 0.0
         while not took or time.perf_counter() + took <= end:
             began = time.perf_counter()
             bench.round(given.work)
             took = time.perf_counter() - began
-            same = {"first tokens as the last system": agreement(bench.written)}
-            result = about | same | {"systems": summary(bench)}
+            result = {
+                "about": about,
+                "ceilings": ceilings(machine, bench.reads),
+                "network": asdict(config),
+                "first tokens as the last system": agreement(bench.written),
+                "systems": summary(bench),
+            }
             if given.out:
                 given.out.write_text(json.dumps(result, indent=1) + "\n")
     columns = list(result["systems"])

@@ -1,6 +1,6 @@
 """One system as a process that answers: JSON lines in, JSON lines out. `bench/peers.py` starts it and takes the times.
 
-    python bench/systems.py llava FOLDER int4
+    python bench/systems.py llava FOLDER int4 [kv8]
     python bench/systems.py transformers FOLDER bfloat16
     python bench/systems.py openvino EXPORTED int4
     python bench/systems.py llamacpp MADE q4_0
@@ -336,8 +336,8 @@ SYSTEMS = {"llava": Llava, "transformers": Transformers, "openvino": OpenVino, "
 def main() -> None:
     del sys.path[0]  # this folder: its kernels.py is not the package of that name, which peers use where they find it
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    name, folder, precision = sys.argv[1:]
-    system = SYSTEMS[name](folder, precision)
+    name, *how = sys.argv[1:]
+    system = SYSTEMS[name](*how)
     print(json.dumps(system.about), file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps(system.answer(**json.loads(line))), file=out, flush=True)

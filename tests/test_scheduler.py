@@ -124,6 +124,23 @@ def test_caches_go_before_anybody_is_preempted() -> None:
     assert len(s.prefixes.idle) == 1
 
 
+def test_a_cache_that_goes_on_shortly_is_taken_over_and_a_longer_one_copied() -> None:
+    """A second question about eight pictures took a second, nearly all of it copying what was there."""
+    s = scheduler(total=10000, tokens=2000)
+    shared = list(range(100, 1700))
+
+    def ask(own: int) -> tuple[int, int, int]:
+        """Ask with tokens of its own behind what all share: where computing begins, the tokens copied, the caches after that."""
+        prompt = Prompt([*shared, *([own] * own)])
+        s.add(Request(next(_ids), prompt, Sampling(max_new_tokens=1), Keys.of(prompt.tokens), 1, 0.0))
+        (work,) = step(s)[0].work
+        return work.start, work.copied, len(s.prefixes.idle)
+
+    assert ask(90) == (0, 0, 1)
+    assert ask(300) == (1600, 0, 1)  # 90 tokens were lost, 1,600 not copied
+    assert ask(301) == (1600, 1600, 2)  # 300 would have been
+
+
 def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
     s = scheduler(total=5000, tokens=100)
     same = [request(250, first=1000) for _ in range(4)]

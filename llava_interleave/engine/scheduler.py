@@ -19,6 +19,10 @@ ROOM = 256
 WORTH_WAITING = 4 * BLOCK
 """A request waits while another one computes a prefix of so many tokens that both have; a system prompt alone is shorter."""
 
+WORTH_KEEPING = 16
+"""A cache is copied if more than one of so many tokens would be lost. Copying this many takes as long as computing one again:
+10 to 30 on two cores with the 0.5B network, most of it for the new memory."""
+
 SHARED = 16
 """Tokens that answers compute in a step, guesses included: up to about so many share the reading of the weights."""
 
@@ -262,7 +266,7 @@ class Scheduler:
     def _room(self, request: Request, source: KV | None, copied: int) -> KV | None:
         """Room for a request that starts with `copied` tokens of `source`; None: there is none now.
 
-        A cache that ends where the request goes on is taken over, and so is one that there is no memory to copy.
+        A cache that ends soon after the request leaves it is taken over, and so is one that there is no memory to copy.
         """
         prefixes, length = self.prefixes, len(request.tokens)
         keys = request.keys.through(request.tokens[len(request.keys.numbers) :], length)
@@ -270,7 +274,7 @@ class Scheduler:
         if prefixes.pages and source is not None:
             return self._branch(keys, source, copied, sizes)
         idle = source if source is not None and not source.running else None
-        if idle is None or idle.length - copied > BLOCK:
+        if idle is None or idle.length - copied > max(BLOCK, copied // WORTH_KEEPING):
             if idle is not None:
                 prefixes.pinned.add(idle)
             for size in sizes:
