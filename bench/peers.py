@@ -290,7 +290,8 @@ def main() -> None:
             folder = given.folder
             if precision in ("int4", "int8"):
                 folder = Path(scratch) / precision
-                weights.save(weights.load(given.folder, precision=precision), folder, processor_from=given.folder)
+                if not folder.exists():
+                    weights.save(weights.load(given.folder, precision=precision), folder, processor_from=given.folder)
             commands[name] = [sys.executable, str(HERE / "systems.py"), kind, str(folder), precision, *more]
         for name, _, command in (also.partition("=") for also in given.also):
             commands[name] = shlex.split(command)

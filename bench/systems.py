@@ -27,13 +27,15 @@ Chats = list[list[dict[str, Any]]]
 
 
 class Llava:
-    """This package. A question is laid out as the checkpoint's own template does, as transformers does it."""
+    """This package, keys and values in 8 bits where asked for. A question is laid out as the checkpoint's own template does, as
+    transformers does it."""
 
-    def __init__(self, folder: str, precision: str) -> None:
+    def __init__(self, folder: str, precision: str, kv: str = "") -> None:
         from llava_interleave.chatbot import Options, load
         from llava_interleave.model.work import decoder_bytes
 
-        self.bot, self.options = load(folder, precision=precision), Options(preset="hf", ignore_eos=True)
+        self.bot = load(folder, precision=precision, kv_precision="int8" if kv == "kv8" else "auto")
+        self.options = Options(preset="hf", ignore_eos=True)
         self.about = {"weights": decoder_bytes(self.bot.model), "kv": self.bot.engine.bytes_per_token}
 
     def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
