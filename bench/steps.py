@@ -41,7 +41,9 @@ def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -
     def run(at: int, tokens: int) -> None:
         x, positions = model.embed(torch.arange(tokens)), torch.arange(at, at + tokens)
         span = Span(kv, at, at + tokens)
-        hidden = fused(x, positions, [fusible(span)]) if fused else model(x, positions, slabs.attend([span]))
+        hidden = (
+            fused(x, positions, [fusible(span, min(tokens, max(COUNTS)))]) if fused else model(x, positions, slabs.attend([span]))
+        )
         model.logits(hidden[-max(COUNTS) :]).argmax(-1).tolist()
 
     return run

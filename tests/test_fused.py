@@ -145,6 +145,27 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(memories[0], memory, strict=True))
 
 
+@pytest.mark.parametrize("in_8_bits", [False, True])
+@torch.inference_mode()
+def test_what_is_asked_for_is_as_if_all_were(in_8_bits: bool) -> None:
+    """Of each sequence the last so many rows, to the bit; keys and values are kept of all."""
+    c = SHAPES["grouped"]
+    fused, slabs = Fused(decoder(c, 4)), Slabs(c, torch.bfloat16, torch.device("cpu"), in_eight_bits=in_8_bits)
+    x, positions = step(c, SPANS)
+    whole = sequences(slabs, SPANS)
+    every = fused(x, positions, [fusible(span) for span in whole]).split([new for _, new in SPANS])
+    threads = torch.get_num_threads()
+    try:
+        for several, asked in ((1, [1, 0, 14, 1, 0, 5, 70]), (2, [0, 3, 1, 0, 1, BLOCK, 2]), (5, [0] * 6 + [1]), (2, [0] * 7)):
+            torch.set_num_threads(several)
+            spans = sequences(slabs, SPANS)
+            found = fused(x, positions, [fusible(span, some) for span, some in zip(spans, asked, strict=True)])
+            assert torch.equal(found, torch.cat([rows[len(rows) - some :] for rows, some in zip(every, asked, strict=True)]))
+            assert all(torch.equal(a, b) for a, b in zip(contents(whole), contents(spans), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 CROPS = {
     "odd": VisionConfig(96, 112, 2, 4, 126, 14),  # heads of 24, an MLP that is no whole group, 81 tokens
     "plain": VisionConfig(64, 128, 3, 2, 42, 14),

@@ -297,7 +297,7 @@ template <class T> void product(int bits, int64_t tokens, int64_t in, int64_t ou
   llava_linear(serial, bits, sizeof(T) == 2, x, w, s, bias, y, tokens, in, out);
   free(x), free(y), free(bias), free(w), free(s);
 }
-void decode(int64_t bits, int64_t tokens, bool in_8_bits) {
+void decode(int64_t bits, int64_t tokens, int64_t asked, bool in_8_bits) {
   const Shape shape{2, 64, 96, 4, 2, 32};  // layers, width, inner, heads, kv heads, d
   auto weight = [&](int64_t out, int64_t in, bool bias) {
     return Weight{bits, exactly<uint8_t>(out / 16 * groups_of(in) * group_bytes(bits)),
@@ -312,7 +312,7 @@ void decode(int64_t bits, int64_t tokens, bool in_8_bits) {
   const int64_t capacity = tokens + 3;
   Memory memory[2];
   for (auto& m : memory) m = {part(2 * 32 * capacity), part(2 * 32 * capacity), scales(2 * capacity), scales(2 * capacity)};
-  const Sequence sequence{0, tokens, 3, capacity, memory};
+  const Sequence sequence{0, tokens, 3, capacity, asked, memory};
   auto hidden = exactly<uint16_t>(tokens * 64), turns = exactly<uint16_t>(tokens * 32);
   llava_decode(serial, 1, &shape, layers, 1e-6f, &sequence, 1, turns, turns, hidden, tokens);
 }
@@ -332,7 +332,7 @@ void encode(int64_t bits, int64_t tokens) {
 int main() {
   for (int bits : {4, 8})
     for (int64_t tokens : {1, 12, 13, 47}) {
-      decode(bits, tokens, false), decode(bits, tokens, true);
+      decode(bits, tokens, tokens, false), decode(bits, tokens, tokens, true), decode(bits, tokens, tokens / 2, true);
       encode(bits, tokens);
     }
   for (int bits : {4, 8})

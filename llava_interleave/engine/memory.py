@@ -189,11 +189,12 @@ def few(span: Span) -> bool:
     return span.stop - span.start <= (FEW if span.start else 1)
 
 
-def fusible(span: Span) -> Rows:
-    """A span as the fused layers take it."""
+def fusible(span: Span, asked: int | None = None) -> Rows:
+    """A span as the fused layers take it. asked: hidden states of its last so many tokens are wanted; None: of all."""
     slab = span.kv.slab
     assert slab is not None
-    return Rows(span.stop - span.start, span.start, slab.capacity, slab.addresses())
+    count = span.stop - span.start
+    return Rows(count, span.start, slab.capacity, count if asked is None else asked, slab.addresses())
 
 
 class _Several:

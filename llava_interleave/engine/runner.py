@@ -111,9 +111,9 @@ class Runner:
         quick, others = [w for w in work if self._quick(w)], [w for w in work if not self._quick(w)]
         for together in (quick, *([w] for w in others)) if self.alone else (quick, others):
             if any(w.start < w.stop for w in together):
-                parts = self._forward(together).split([w.stop - w.start for w in together])
+                parts = self._forward(together).split([w.asked for w in together])
                 hidden |= zip(map(id, together), parts, strict=True)
-        last = [hidden[id(w)][-1 - len(w.guesses) :] for w in work if w.sample]
+        last = [hidden[id(w)] for w in work if w.sample]
         if not last:
             return []
         several = last if self.alone and self.fused is None else [torch.cat(last)]
@@ -126,15 +126,18 @@ class Runner:
         return self.fused is not None and not w.request.adapter
 
     def _forward(self, work: list[Work]) -> Tensor:
-        """Hidden states of all tokens; of works that are all quick or all not."""
+        """Hidden states of the tokens asked for; of works that are all quick or all not."""
         tokens = [token for w in work for token in (*islice(w.request.tokens, w.start, w.stop), *w.guesses)]
         positions = torch.tensor([position for w in work for position in range(w.start, w.stop)], device=self.device)
         x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
-        spans = [Span(w.kv, w.start, w.stop) for w in work if w.start < w.stop]
+        computed = [w for w in work if w.start < w.stop]
+        spans = [Span(w.kv, w.start, w.stop) for w in computed]
         if self.fused is not None and self._quick(work[0]):
-            return self.fused(x, positions, [fusible(span) for span in spans])
+            return self.fused(x, positions, [fusible(span, w.asked) for span, w in zip(spans, computed, strict=True)])
         with self.route.through(_routes(work)):
-            return self.model.forward(x, positions, self.memory.attend(spans))
+            hidden = self.model.forward(x, positions, self.memory.attend(spans))
+        parts = hidden.split([w.stop - w.start for w in computed])
+        return torch.cat([part[len(part) - w.asked :] for part, w in zip(parts, computed, strict=True)])
 
     def _pick(self, work: list[Work], logits: Tensor, best: Sequence[int] = ()) -> list[list[Pick]]:
         """best: the likeliest token of each row of the logits, where that is known."""

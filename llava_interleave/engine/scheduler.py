@@ -50,6 +50,11 @@ class Work:
     copied: int = 0
     guesses: Sequence[int] = ()
 
+    @property
+    def asked(self) -> int:
+        """After how many of its last tokens the next one is to be chosen."""
+        return 1 + len(self.guesses) if self.sample else 0
+
 
 @dataclass(slots=True, eq=False)
 class Plan:

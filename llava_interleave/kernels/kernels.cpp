@@ -280,8 +280,14 @@ struct Inputs {
   Array<int32_t> offsets;  // what a group's products have too much, as weights are q + 128, less than nought
 
   Inputs(int64_t tokens, int64_t groups)
-      : tokens(tokens), groups(groups), tiles((tokens + TILE - 1) / TILE), values(array<int8_t>(tokens * groups * GROUP)),
-        scales(array<float>(tokens * groups)), offsets(array<int32_t>(tokens * groups)) {}
+      : groups(groups), values(array<int8_t>(tokens * groups * GROUP)), scales(array<float>(tokens * groups)),
+        offsets(array<int32_t>(tokens * groups)) {
+    hold(tokens);
+  }
+  void hold(int64_t count) {  // no more than there is room for, to be put anew
+    tokens = count;
+    tiles = (count + TILE - 1) / TILE;
+  }
   int64_t first(int64_t tile) const { return tile * tokens / tiles; }  // tiles are as equal as they can be
   int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
   int64_t tiles_a_block() const { return std::max<int64_t>(1, NEAR / (TILE * groups * GROUP)); }
@@ -829,6 +835,7 @@ struct Memory {  // of a sequence, in a layer
 };
 struct Sequence {
   int64_t first, count, at, capacity;  // its rows among the tokens, and their place in its memory
+  int64_t asked;                       // the last so many of them are wanted in the end
   const Memory* memory;                // by layer
 };
 struct Shape {
@@ -841,7 +848,8 @@ struct TowerWeights {
 
 // Hidden states in float32 from the first layer to the last, and what is done to them in a decoder as in a tower.
 struct Hidden {
-  const int64_t tokens, width;
+  int64_t tokens;
+  const int64_t width;
   Array<float> x;  // [tokens][width]
   Inputs normed;
 
@@ -923,12 +931,12 @@ struct Hidden {
 // is float32 from the first layer to the last.
 struct Decoder : Shape {
   const LayerWeights* weights;
-  const int64_t tokens;
+  int64_t tokens;
   const float eps;
-  const Sequence* sequences;
+  std::vector<Sequence> sequences;
   const uint16_t *cosines, *sines;  // [tokens][d]
-  std::vector<int64_t> tasks{0};    // of attention, up to each sequence
-  int64_t longest = 0;
+  std::vector<int64_t> tasks;       // of attention, up to each sequence
+  int64_t longest = 0, asked = 0;
   Team team;
   Hidden hidden;
   Inputs attended, gated;
@@ -937,14 +945,36 @@ struct Decoder : Shape {
 
   Decoder(const Shape& shape, int64_t threads, const LayerWeights* weights, int64_t tokens, float eps, const Sequence* sequences,
           int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines, const uint16_t* x)
-      : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences), cosines(cosines), sines(sines),
-        team(threads, 10 * layers), hidden(tokens, width, x), attended(tokens, groups_of(heads * d)),
+      : Shape(shape), weights(weights), tokens(tokens), eps(eps), sequences(sequences, sequences + sequence_count), cosines(cosines),
+        sines(sines), team(threads, 10 * layers + 1), hidden(tokens, width, x), attended(tokens, groups_of(heads * d)),
         gated(tokens, groups_of(inner)), projected(array<uint16_t>(tokens * stride())),
         seen(array<float>(tokens * heads * d)), made(array<float>(tokens * inner)) {
-    for (int64_t i = 0; i < sequence_count; i++) {
-      tasks.push_back(tasks.back() + kv_heads * queries(sequences[i], 0).tiles());
-      longest = std::max(longest, sequences[i].at + sequences[i].count);
+    for (const Sequence& s : this->sequences) {
+      longest = std::max(longest, s.at + s.count);
+      asked += s.asked;
     }
+    divide();
+  }
+
+  void divide() {
+    tasks.assign(1, 0);
+    for (const Sequence& s : sequences) tasks.push_back(tasks.back() + kv_heads * queries(s, 0).tiles());
+  }
+
+  // Leaves the rows that are asked for, one after another; the others have given the last layer their keys and values, all that
+  // anybody needs of them there.
+  void narrow() {
+    tokens = 0;
+    for (Sequence& s : sequences) {
+      const int64_t from = s.first + s.count - s.asked;
+      std::memmove(&hidden.x[tokens * width], &hidden.x[from * width], s.asked * width * sizeof(float));
+      std::memmove(&projected[tokens * stride()], &projected[from * stride()], s.asked * stride() * sizeof(uint16_t));
+      s = {tokens, s.asked, s.at + s.count - s.asked, s.capacity, s.asked, s.memory};
+      tokens += s.asked;
+    }
+    hidden.tokens = tokens;
+    for (Inputs* inputs : {&hidden.normed, &attended, &gated}) inputs->hold(tokens);
+    divide();
   }
 
   static void some(int64_t begin, int64_t end, void* context) {
@@ -952,19 +982,20 @@ struct Decoder : Shape {
     Team::Member member(self.team, end - begin);
     const int64_t groups = std::max({self.hidden.normed.groups, self.attended.groups, self.gated.groups});
     Room room(Scratch(self.longest, self.d, self.d), self.width, groups);
-    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer, room);
+    const bool narrows = self.asked < self.tokens;
+    for (int64_t layer = 0; layer < self.layers; layer++) self.one(member, layer, narrows && layer + 1 == self.layers, room);
   }
 
-  void one(Team::Member& team, int64_t layer, Room& room) {
+  void one(Team::Member& team, int64_t layer, bool narrows, Room& room) {
     const LayerWeights& w = weights[layer];
     const Inputs& normed = hidden.normed;
     team.each(tokens, [&](int64_t token) { hidden.norm(token, w.before_attention, nullptr, eps, room); });
     Hidden::each(team, normed, (heads + 2 * kv_heads) * d / PANEL / 2, [&](int64_t number, Tiles tiles) { project(w, number, tiles, room); });
-    const int64_t sequence_count = tasks.size() - 1;
-    team.each(sequence_count * kv_heads, [&](int64_t task) {
+    team.each(sequences.size() * kv_heads, [&](int64_t task) {
       const Sequence& s = sequences[task / kv_heads];
       s.memory[layer].key_scales ? keep<int8_t>(s, layer, task % kv_heads) : keep<uint16_t>(s, layer, task % kv_heads);
     });
+    if (narrows) team.each(1, [&](int64_t) { narrow(); });
     team.each(tasks.back(), [&](int64_t task) {
       const int64_t i = std::upper_bound(tasks.begin(), tasks.end(), task) - tasks.begin() - 1;
       const bool scaled = sequences[i].memory[layer].key_scales;
@@ -1113,8 +1144,8 @@ extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const 
                                                    heads, kv_heads, d, capacity, at);
 }
 
-// What a decoder's layers make of the hidden states [tokens, width], in place, bfloat16. Biases are there for q, k and v alone;
-// width and inner are multiples of 16, d of 32.
+// What a decoder's layers make of the hidden states [tokens, width], in place, bfloat16; the rows asked for come to lie at the
+// beginning. Biases are there for q, k and v alone; width and inner are multiples of 16, d of 32.
 extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape, const LayerWeights* weights,
                              float eps, const Sequence* sequences, int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
                              uint16_t* hidden, int64_t tokens) {

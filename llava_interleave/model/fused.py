@@ -29,11 +29,13 @@ BLOCK = 384
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The new tokens of one sequence. memory: by layer, the addresses of its keys `[Hkv, d, capacity]`, its values
-    `[Hkv, capacity, d]` and their scales (0 in bfloat16); `at`: the place of the first in it."""
+    `[Hkv, capacity, d]` and their scales (0 in bfloat16); `at`: the place of the first in it. asked: hidden states of the
+    last so many are wanted."""
 
     count: int
     at: int
     capacity: int
+    asked: int
     memory: Sequence[tuple[int, int, int, int]]
 
 
@@ -48,15 +50,17 @@ class Fused:
         self.weights = torch.tensor([_addresses(layer) for layer in _layers(decoder)])
 
     def __call__(self, x: Tensor, positions: Tensor, sequences: Sequence[Rows]) -> Tensor:
-        """Embeddings `[T, D]` at `positions [T]`, the rows of the sequences one after another -> hidden states `[T, D]`."""
+        """Embeddings `[T, D]` at `positions [T]`, sequence by sequence -> hidden states of those asked for."""
         c = self.decoder.config
         memory = torch.tensor([rows.memory for rows in sequences])
         hidden = x.clone(memory_format=torch.contiguous_format)
         cos, sin = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
         parts = zip(hidden.split(BLOCK), cos.split(BLOCK), sin.split(BLOCK), _blocks(sequences, memory), strict=True)
+        asked = []
         for part, part_cos, part_sin, block in parts:
             kernels.decode(part, self.weights, self.shape, c.rms_norm_eps, torch.tensor(block), (part_cos, part_sin))
-        return self.decoder.norm(hidden)
+            asked.append(part[: sum(count for *_, count, _ in block)])
+        return self.decoder.norm(torch.cat(asked))
 
 
 class FusedTower:
@@ -104,7 +108,8 @@ def _blocks(sequences: Sequence[Rows], memory: Tensor) -> Iterator[list[tuple[in
         done = 0
         while done < rows.count:
             some = min(BLOCK - taken, rows.count - done)
-            block.append((taken, some, rows.at + done, rows.capacity, own.data_ptr()))
+            asked = max(0, min(some, done + some - (rows.count - rows.asked)))
+            block.append((taken, some, rows.at + done, rows.capacity, asked, own.data_ptr()))
             done, taken = done + some, taken + some
             if taken == BLOCK:
                 yield block
