@@ -42,7 +42,7 @@ from llava_interleave.layout import Layout
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config, write_random
 from llava_interleave.train.batch import collate, pack
-from llava_interleave.train.loop import TrainConfig, make, step
+from llava_interleave.train.loop import TrainConfig, make, mixed, step
 from llava_interleave.train.loss import answers
 from llava_interleave.train.tiny import Lesson, WorldExamples
 from llava_interleave.weights import load, read_config
@@ -112,7 +112,7 @@ def plain(folder: Path, config: TrainConfig) -> Turn:
     def turn(given: list[Prompt], seed: int) -> float:
         order, losses = Random(seed).sample(given, len(given)), []
         for first in range(0, len(order), EACH):
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            with mixed(torch.device("cpu"), config.bfloat16):
                 loss = network(**padded(order[first : first + EACH])).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained, config.clip)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from .model.fused import possible
 from .model.quantise import quantised
 from .model.work import decoder_bytes, prefill_work, vision_work
 
+LONG = 0.05
+"""Seconds of a product after which no larger one is tried."""
 QUESTIONS = ("Describe every image.", "What differs between them?")
 
 
@@ -61,8 +64,9 @@ def measure(
     weight = model.language_model.norm.weight
     computed = str(weight.dtype).removeprefix("torch.")
     peak = peak_memory(weight.device)  # before the ceilings take memory of their own
-    kind = "int8" if quantised(model) and weight.is_cpu else computed  # a GPU multiplies floats
-    read, products = reading_speed(weight.device), product_speed(kind, weight.device)
+    kinds = ("int8", "bfloat16", "float32") if quantised(model) and weight.is_cpu else (computed,)  # a GPU multiplies floats
+    products, kind = max((product_speed(kind, weight.device), kind) for kind in kinds)
+    read = reading_speed(weight.device)
     prompt = int(times[0]["prompt"])
     ceilings = {
         "vision": products / vision_work(model.config),
@@ -131,11 +135,17 @@ def reading_speed(device: torch.device) -> float:
 
 
 def product_speed(kind: str, device: torch.device, side: int = 2048) -> float:
-    """Operations a second in products of matrices of a number type, int8 among them: the best of several."""
+    """Operations a second in products of matrices of a number type, int8 among them: the best of several. They are smaller than
+    `side` where that would take long: a CPU without instructions for a type is hundreds of times slower in it."""
     dtype = torch.int8 if kind == "int8" else getattr(torch, kind)
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     multiply = torch._int_mm if kind == "int8" else torch.mm
-    return 2 * side**3 / fastest(lambda: multiply(a, b), device)
+    now = min(256, side)
+    while True:
+        a, b = (torch.ones(now, now, dtype=dtype, device=device) for _ in range(2))
+        took = fastest(partial(multiply, a, b), device)
+        if now == side or took > LONG:
+            return 2 * now**3 / took
+        now = min(2 * now, side)
 
 
 def fastest(call: Callable[[], object], device: torch.device, repeat: int = 5) -> float:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from llava_interleave import weights
-from llava_interleave.bench import measure
+from llava_interleave.bench import measure, product_speed
 from llava_interleave.chatbot import load
 from llava_interleave.cli import app
 from llava_interleave.model import Llava, Packed
@@ -25,6 +26,22 @@ BENCH = Path(__file__).parent.parent / "bench"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("bench") / "tiny")
+
+
+def test_a_ceiling_is_soon_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`llava bench` took two minutes to learn that a CPU without AVX-512 multiplies slowly in 8 bits."""
+    sides, slow = [], False
+
+    def multiply(a: torch.Tensor, _: torch.Tensor) -> None:
+        sides.append(len(a))
+        time.sleep(0.06 * slow)
+
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    assert product_speed("int8", torch.device("cpu"), side=512) > 0
+    assert set(sides) == {256, 512}
+    sides, slow = [], True
+    assert 2 * 256**3 / 0.2 < product_speed("int8", torch.device("cpu")) <= 2 * 256**3 / 0.06
+    assert set(sides) == {256}
 
 
 def decode(model: Llava, tokens: int = 1) -> None:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from llava_interleave import weights
+from llava_interleave import kernels, weights
 from llava_interleave.cli import app
 from llava_interleave.errors import DataError, OptionError, Unsupported
 from llava_interleave.model import Llava
@@ -105,6 +105,23 @@ def test_a_stage_trains_its_parts_and_leaves_all_others_bit_equal(
     assert recipe.read(tmp_path / "out" / "config.toml").lr == 0.01
     about = json.loads((checkpoints.every(tmp_path / "out")[-1] / "state.json").read_text())["about"]
     assert about == recipe.read(tmp_path / "out" / "config.toml").stored()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_where_bfloat16_is_slow_it_is_float32(
+    adapter: bool, folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without AVX-512 a step took 65 times as long by the published recipes, which ask for bfloat16."""
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    words = ["train", str(source), "-r", "instruct", "-m", str(folder), "--steps", "2", "--tokens", "2000", "--workers", "0"]
+    words += ["--log-every", "1", *(["--adapter-rank", "4"] if adapter else [])]
+    logs = []
+    for name in ("bfloat16", "no-bfloat16"):
+        done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / name), f"--{name}"])
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert ("faster in float32 than in bfloat16" in done.output) == (name == "bfloat16")
+        logs.append([row["loss"] for row in log(tmp_path / name) if "loss" in row])
+    assert logs[0] == logs[1] and len(logs[0]) == 2
 
 
 def units(source: Path, folder: Path, form: Form) -> list[Unit]:

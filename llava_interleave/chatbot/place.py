@@ -55,8 +55,12 @@ def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dty
 
 
 def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None:
-    """Say so where weights are quantised and there is no product for them: they are unpacked at every call."""
+    """Say so where there is no product for the weights: quantised ones are unpacked at every call, others multiplied number by
+    number."""
     on_cpu = device == "cpu"
+    if precision is None and dtype != torch.float32 and on_cpu and not kernels.multiplies_bfloat16():
+        number, faster = str(dtype).removeprefix("torch."), "float32 is" if kernels.why_not() else "int8 and float32 are"
+        warnings.warn(f"this CPU has no products in {number}: {faster} a hundred times as fast", stacklevel=3)
     if precision in RECIPES and (reason := kernels.why_not() if on_cpu else gpu.why_not(torch.device(device), dtype)):
         kind = "compiled kernels" if on_cpu else "4-bit product"
         warnings.warn(f"no {kind} for {precision} ({reason}): it is many times slower than bfloat16 here", stacklevel=3)
@@ -100,8 +104,8 @@ def too_large(folder: Path, precision: str) -> str | None:
 
 
 def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
-    """`auto`: float32 for a small network, and on a CPU for one stored in it; else bfloat16, or float16 on a GPU without that and
-    on Apple's.
+    """`auto`: float32 for a small network, and on a CPU for one stored in it or where neither kernels nor PyTorch are fast beside
+    bfloat16; else that, or float16 on a GPU without it and on Apple's.
 
     A folder whose tensors were not fetched counts as stored in 16 bits, as the published checkpoints are.
     """
@@ -113,6 +117,8 @@ def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device == "mps":
         return torch.float16
+    if kernels.why_not() is not None and not kernels.multiplies_bfloat16():
+        return torch.float32
     if next(folder.glob("*.safetensors"), None) is None:
         return torch.bfloat16
     stored = max(read_headers(folder).values(), key=lambda tensor: tensor.bytes).dtype

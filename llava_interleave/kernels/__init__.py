@@ -49,6 +49,13 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch multiplies matrices in bfloat16 on this CPU by more than single steps. Where not, which is without AVX-512
+    or AMX, it takes a hundred times as long as in float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: int) -> Tensor:
     """`[..., in]` times a packed weight (see `model.quantise`), plus the bias: `[..., out]`, float32 or bfloat16 as `x` is."""
     features = x.shape[-1]

@@ -38,14 +38,15 @@ constexpr int64_t NEAR = 256 << 10;  // bytes of inputs that stay in a core's se
 
 typedef int32_t __attribute__((__may_alias__)) Word;  // four numbers of 8 bits, or two of 16
 
+constexpr int64_t TILE = 12;  // tokens that share a pass over a panel
+
 // Sixteen lanes, one an output of a panel.
 #if defined(__AVX512VNNI__)
-constexpr int64_t TILE = 12;  // tokens that share a pass over a panel; their sums fill the registers
-constexpr int SUMS = 24;      // that the registers hold
+constexpr int64_t ROWS = 12;  // queries that share a pass over keys and values
+constexpr int SUMS = 24;      // of attention, that the registers hold
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
-using Pairs = __m512i;  // sixteen lanes of two bfloat16
 inline Bytes bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b); }
 inline Bytes all(int8_t n) { return _mm512_set1_epi8(n); }
@@ -67,10 +68,8 @@ inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats to_floats(Ints n) { return _mm512_cvtepi32_ps(n); }
 inline Floats halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-inline Floats load(const uint16_t* p) {  // bfloat16
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
+inline Floats widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }  // bfloat16
+inline Floats load(const uint16_t* p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
@@ -83,7 +82,7 @@ inline Floats by_sign(Floats x, Floats plus, Floats minus) {
 }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats shift(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // x * 2 ** n
-constexpr int32_t OFFSET = 128;  // what `dot` takes a weight's byte for above its value
+inline Floats floats(const uint16_t* p, int64_t have) { return widened(_mm256_maskz_loadu_epi16((1u << have) - 1, p)); }
 inline Floats floats(const int8_t* p, int64_t have) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((1u << have) - 1, p)));
 }
@@ -96,81 +95,22 @@ inline __m256i to_bfloat16(Floats x) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
 #endif
 }
-inline Pairs pairs(const uint16_t* first, const uint16_t* second, int64_t have) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                         19, 3, 18, 2, 17, 1, 16, 0);
-  const __mmask16 there = (1u << have) - 1;
-  const __m512i a = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(there, first));
-  return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(a, _mm256_maskz_loadu_epi16(there, second), 1));
-}
-inline Pairs pairs(const int8_t* first, const int8_t* second, int64_t have) {  // whole numbers of 8 bits have no lower halves
-  const __m512i a = _mm512_castps_si512(floats(first, have)), b = _mm512_castps_si512(floats(second, have));
-  return _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
-}
-inline void dot(Floats& sum, Pairs b, const uint16_t* pair) {
-#if defined(__AVX512BF16__)
-  sum = _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const Word*>(pair)));
 #else
-  const __m512i upper = _mm512_set1_epi32(0xffff0000);
-  const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const Word*>(pair));
-  sum = fma(_mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), sum);
-  sum = fma(_mm512_castsi512_ps(_mm512_and_si512(b, upper)), _mm512_castsi512_ps(_mm512_and_si512(x, upper)), sum);
-#endif
-}
-#else
-constexpr int64_t TILE = 4;
-constexpr int SUMS = 4;
-struct Bytes { __m256i a, b; };
-struct Ints { __m256i a, b; };
+constexpr int64_t ROWS = 6;
+constexpr int SUMS = 6;
 struct Floats { __m256 a, b; };
-struct Pairs { __m256i a, b; };
-inline Bytes bytes(const uint8_t* p) {
-  auto q = reinterpret_cast<const __m256i*>(p);
-  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
-}
-inline void store(uint8_t* p, Bytes b) {
-  auto q = reinterpret_cast<__m256i*>(p);
-  _mm256_storeu_si256(q, b.a), _mm256_storeu_si256(q + 1, b.b);
-}
-inline Bytes all(int8_t n) { return {_mm256_set1_epi8(n), _mm256_set1_epi8(n)}; }
-inline __m256i low(__m256i b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
-inline Bytes low(Bytes x) { return {low(x.a), low(x.b)}; }
-inline Bytes high(Bytes x) { return {low(_mm256_srli_epi16(x.a, 4)), low(_mm256_srli_epi16(x.b, 4))}; }
-inline Bytes even(Bytes x) {
-  const __m256i lower = _mm256_set1_epi16(255);
-  return {_mm256_and_si256(x.a, lower), _mm256_and_si256(x.b, lower)};
-}
-inline Bytes each(Bytes fours, int i) {  // the i-th byte of each four, four times
-  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-  const __m256i which = _mm256_add_epi8(first, _mm256_set1_epi8(i));
-  return {_mm256_shuffle_epi8(fours.a, which), _mm256_shuffle_epi8(fours.b, which)};
-}
-inline Bytes times(Bytes x, Bytes y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }  // of 16 bits
-inline Bytes plus(Bytes x, Bytes y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
-inline Bytes minus(Bytes x, Bytes y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
-inline Ints ints(int32_t n) { return {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
-inline Ints plus32(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-inline __m256i dot(__m256i sum, __m256i w, __m256i x) {
-  w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // the sum of two products of a full byte would not fit 16 bits:
-  x = _mm256_sign_epi8(x, w);                       // signs go to the inputs
-  w = _mm256_abs_epi8(w);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
-}
-inline void dot(Ints& sum, Bytes w, const int8_t* quad) {
-  const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(quad));
-  sum = {dot(sum.a, w.a, x), dot(sum.b, w.b, x)};
-}
 inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Floats to_floats(Ints n) { return {_mm256_cvtepi32_ps(n.a), _mm256_cvtepi32_ps(n.b)}; }
 inline Floats halves(const uint16_t* p) {
   auto q = reinterpret_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
-inline __m256 load8(const uint16_t* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
-}
+inline __m256 widened(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }  // bfloat16
+inline Floats widened(__m256i x) { return {widened(_mm256_castsi256_si128(x)), widened(_mm256_extracti128_si256(x, 1))}; }
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline Floats load(const uint16_t* p) { return {load8(p), load8(p + 8)}; }
+inline Floats load(const uint16_t* p) {
+  auto q = reinterpret_cast<const __m128i*>(p);
+  return {widened(_mm_loadu_si128(q)), widened(_mm_loadu_si128(q + 1))};
+}
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 inline Floats plus(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
@@ -188,11 +128,9 @@ inline __m256 shift(__m256 x, __m256 n) {  // n is above -127
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 inline Floats shift(Floats x, Floats n) { return {shift(x.a, n.a), shift(x.b, n.b)}; }
-constexpr int32_t OFFSET = 0;
-inline __m256i row(const uint16_t* p, int64_t have) {
+inline Floats floats(const uint16_t* p, int64_t have) {
   uint16_t some[16] = {};
-  if (have < 16) p = static_cast<const uint16_t*>(std::memcpy(some, p, have * sizeof(uint16_t)));
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return load(have < 16 ? static_cast<const uint16_t*>(std::memcpy(some, p, have * sizeof(uint16_t))) : p);
 }
 inline Floats floats(const int8_t* p, int64_t have) {
   int8_t some[16] = {};
@@ -208,29 +146,39 @@ inline __m256i to_bfloat16(__m256 x) {  // in lanes of 32 bits
 inline __m256i to_bfloat16(Floats x) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bfloat16(x.a), to_bfloat16(x.b)), 0xd8);
 }
-inline Pairs pairs(const uint16_t* first, const uint16_t* second, int64_t have) {
-  const __m256i a = row(first, have), b = row(second, have), low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-  return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
-}
-inline Pairs pairs(const int8_t* first, const int8_t* second, int64_t have) {
-  auto join = [](__m256 a, __m256 b) {
-    return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a), 16), _mm256_castps_si256(b));
-  };
-  const Floats a = floats(first, have), b = floats(second, have);
-  return {join(a.a, b.a), join(a.b, b.b)};
-}
-inline void dot(Floats& sum, Pairs b, const uint16_t* pair) {
-  const __m256i upper = _mm256_set1_epi32(0xffff0000);
-  auto lower = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
-  auto rest = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, upper)); };
-  const __m256i both = _mm256_set1_epi32(*reinterpret_cast<const Word*>(pair));
-  const __m256 x = lower(both), y = rest(both);
-  sum = {_mm256_fmadd_ps(lower(b.a), x, sum.a), _mm256_fmadd_ps(lower(b.b), x, sum.b)};
-  sum = {_mm256_fmadd_ps(rest(b.a), y, sum.a), _mm256_fmadd_ps(rest(b.b), y, sum.b)};
-}
 #endif
 
 inline void store(uint16_t* p, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
+
+// Products of attention are of bfloat16, with sums in float32: so many rows of keys or values at once as one instruction takes.
+#if defined(__AVX512BF16__)
+constexpr int64_t DEEP = 2;
+using Factor = uint16_t;  // of the queries and shares, bfloat16
+using Deep = __m512i;     // sixteen lanes of two bfloat16
+inline Deep deep(const uint16_t* first, const uint16_t* second, int64_t have) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  const __mmask16 there = (1u << have) - 1;
+  const __m512i a = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(there, first));
+  return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(a, _mm256_maskz_loadu_epi16(there, second), 1));
+}
+inline Deep deep(const int8_t* first, const int8_t* second, int64_t have) {  // whole numbers of 8 bits have no lower halves
+  const __m512i a = _mm512_castps_si512(floats(first, have)), b = _mm512_castps_si512(floats(second, have));
+  return _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+}
+inline void dot(Floats& sum, Deep b, const Factor* a) {
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const Word*>(a)));
+}
+inline void store_factors(Factor* p, Floats x) { store(p, x); }
+#else
+constexpr int64_t DEEP = 1;
+using Factor = float;  // with the digits of bfloat16
+using Deep = Floats;
+template <class S>
+Deep deep(const S* row, const S*, int64_t have) { return floats(row, have); }
+inline void dot(Floats& sum, Deep b, const Factor* a) { sum = fma(b, splat(*a), sum); }
+inline void store_factors(Factor* p, Floats x) { store(p, widened(to_bfloat16(x))); }
+#endif
 
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) {  // bfloat16
@@ -246,6 +194,9 @@ inline void put(uint16_t* p, float x) {  // bfloat16, to nearest, ties to even
   std::memcpy(&bits, &x, 4);
   *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
+
+inline void factor(uint16_t* to, uint16_t x) { *to = x; }
+inline void factor(float* to, uint16_t x) { *to = to_float(x); }
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -272,16 +223,31 @@ struct Tiles {
   int64_t first, last;
 };
 
+#if defined(__AVX512VNNI__)
+using Sums = int32_t;  // what products have too much, as weights are q + 128, less than nought
+inline Sums summed(__m128i parts) {
+  parts = _mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0x4e));
+  return -128 * _mm_cvtsi128_si32(_mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0xb1)));
+}
+#else
+struct Sums { int16_t parts[PARTS]; };
+inline Sums summed(__m128i parts) {
+  Sums found;
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(found.parts), _mm_packs_epi32(parts, parts));
+  return found;
+}
+#endif
+
 // Inputs of some tokens, quantised. Those of a tile lie together, [tiles][groups][tokens of the tile][128], and so do scales.
 struct Inputs {
   int64_t tokens, groups, tiles;
   Array<int8_t> values;
   Array<float> scales;
-  Array<int32_t> offsets;  // what a group's products have too much, as weights are q + 128, less than nought
+  Array<Sums> sums;        // of the inputs of a group, as `product` uses them
 
   Inputs(int64_t tokens, int64_t groups)
       : groups(groups), values(array<int8_t>(tokens * groups * GROUP)), scales(array<float>(tokens * groups)),
-        offsets(array<int32_t>(tokens * groups)) {
+        sums(array<Sums>(tokens * groups)) {
     hold(tokens);
   }
   void hold(int64_t count) {  // no more than there is room for, to be put anew
@@ -302,7 +268,7 @@ struct Inputs {
 };
 
 // 128 numbers to 8 bits: value = round(x * 127 / largest), scale = largest / 127.
-inline void quantise(const float* x, int8_t* value, float* scale, int32_t* offset) {
+inline void quantise(const float* x, int8_t* value, float* scale, Sums* sums) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256i most = _mm256_setzero_si256();  // as integers, so that a NaN is the largest
   for (int64_t i = 0; i < GROUP; i += 8) {
@@ -313,20 +279,16 @@ inline void quantise(const float* x, int8_t* value, float* scale, int32_t* offse
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
   const float largest = _mm_cvtss_f32(_mm_castsi128_ps(four));
   const __m256 factor = _mm256_set1_ps(largest == 0 ? 0.0f : 127.0f / largest);
-  __m256i whole[4], total = _mm256_setzero_si256();
-  for (int64_t first = 0; first < GROUP; first += 32) {
-    for (int i = 0; i < 4; i++) {
-      whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + first + 8 * i), factor));
-      total = _mm256_add_epi32(total, whole[i]);
-    }
+  __m256i whole[4], parts[PARTS];
+  for (int part = 0; part < PARTS; part++) {
+    for (int i = 0; i < 4; i++) whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + part * PART + 8 * i), factor));
+    parts[part] = _mm256_add_epi32(_mm256_add_epi32(whole[0], whole[1]), _mm256_add_epi32(whole[2], whole[3]));
     __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
     packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(value + first), packed);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(value + part * PART), packed);
   }
-  __m128i rest = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-  rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0x4e));
-  rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0xb1));
-  *offset = -OFFSET * _mm_cvtsi128_si32(rest);
+  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(parts[0], parts[1]), _mm256_hadd_epi32(parts[2], parts[3]));
+  *sums = summed(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
   *scale = largest / 127.0f;
 }
 
@@ -339,7 +301,7 @@ void Inputs::put(int64_t token, const T* row, int64_t in) {
     int64_t i = 0;
     for (; i + PANEL <= have; i += PANEL) store(wide + i, load(row + g * GROUP + i));
     for (; i < GROUP; i++) wide[i] = i < have ? to_float(row[g * GROUP + i]) : 0.0f;
-    quantise(wide, &values[place * GROUP], &scales[place], &offsets[place]);
+    quantise(wide, &values[place * GROUP], &scales[place], &sums[place]);
   }
 }
 
@@ -353,6 +315,7 @@ struct Weight {
 constexpr int64_t STEPS = PANEL * PARTS;  // bytes before a group of 4 bits
 constexpr int64_t group_bytes(int64_t bits) { return PANEL * GROUP * bits / 8 + (bits == 4 ? STEPS : 0); }
 
+#if defined(__AVX512VNNI__)
 // The bytes q + 128 of a group, four quads at a time, from the first to the last.
 template <int BITS>
 struct Quads {
@@ -378,6 +341,8 @@ struct Quads {
   }
 };
 
+#endif
+
 // A panel of a weight, as `product` reads it.
 struct Panel {
   int64_t bits;
@@ -387,6 +352,8 @@ struct Panel {
   Panel(const Weight& w, int64_t number, int64_t groups)
       : bits(w.bits), values(w.values + number * groups * group_bytes(w.bits)), scales(w.scales + number * groups * PANEL) {}
 
+#if defined(__AVX512VNNI__)
+  static constexpr bool UNPACKED = true;
   // Of 4 bits for several tiles: unpacked to 8, into room for that.
   void unpack(int64_t groups, uint8_t* room) {
     const uint8_t* from = values;
@@ -400,8 +367,13 @@ struct Panel {
       }
     }
   }
+#else
+  static constexpr bool UNPACKED = false;  // products of 4 bits are faster
+  void unpack(int64_t, uint8_t*) {}
+#endif
 };
 
+#if defined(__AVX512VNNI__)
 // A tile of M tokens by one panel -> [M][16].
 template <int BITS, int M>
 void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
@@ -410,7 +382,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
   const uint16_t* scale = panel.scales;
   const int8_t* x = &inputs.values[first * inputs.groups * GROUP];
   const float* x_scale = &inputs.scales[first * inputs.groups];
-  const int32_t* x_offset = &inputs.offsets[first * inputs.groups];
+  const Sums* x_sums = &inputs.sums[first * inputs.groups];
   Floats total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) total[m] = splat(0);
@@ -418,7 +390,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
     Ints sum[CHAINS][M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      sum[0][m] = ints(x_offset[m]);
+      sum[0][m] = ints(x_sums[m]);
 #pragma GCC unroll 16
       for (int chain = 1; chain < CHAINS; chain++) sum[chain][m] = ints(0);
     }
@@ -440,11 +412,136 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
       for (int chain = 1; chain < CHAINS; chain++) sum[0][m] = plus32(sum[0][m], sum[chain][m]);
       total[m] = fma(mul(to_floats(sum[0][m]), splat(x_scale[m])), step, total[m]);
     }
-    w += group_bytes(BITS), scale += PANEL, x += M * GROUP, x_scale += M, x_offset += M;
+    w += group_bytes(BITS), scale += PANEL, x += M * GROUP, x_scale += M, x_sums += M;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) store(out + m * PANEL, total[m]);
 }
+#else
+inline __m256i word(const void* p) { return _mm256_set1_epi32(*static_cast<const Word*>(p)); }
+// Steps that keep one number beside the sums: left to itself the compiler computes many products first, and puts them into memory.
+// Two products of a byte without a sign need not fit 16 bits, so signs go to the inputs; with four bits they do.
+inline void dot(__m256i& sum, __m256i q, __m256i size, const int8_t* quad, __m256i ones) {
+  __m256i two;
+  asm("vpbroadcastd %2, %1\n\tvpsignb %3, %1, %1\n\tvpmaddubsw %1, %4, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sum), "=&x"(two) : "m"(*reinterpret_cast<const Word*>(quad)), "x"(q), "x"(size), "x"(ones));
+}
+inline void dot(__m256i& products, __m256i u, const int8_t* quad) {
+  __m256i two;
+  asm("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(products), "=&x"(two) : "m"(*reinterpret_cast<const Word*>(quad)), "x"(u));
+}
+inline __m256i half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// N times 8 outputs of a group for M tokens, whose inputs lie GROUP from each other: sums of products.
+template <int M, int N>
+void eight_bits(const uint8_t* w, const int8_t* x, const Sums*, __m256i (&sum)[M][N]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) sum[m][n] = _mm256_setzero_si256();
+  }
+#pragma GCC unroll 2
+  for (int quad = 0; quad < QUADS; quad++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+      const __m256i q = _mm256_xor_si256(half(w + quad * 4 * PANEL + n * 32), _mm256_set1_epi8(-128)), size = _mm256_abs_epi8(q);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) dot(sum[m][n], q, size, x + m * GROUP + quad * 4, ones);
+    }
+  }
+}
+
+// The same with weights of 4 bits: a part's products u * x fit 16 bits, |x| <= 127, and what multiplies them by the part's step
+// adds them up in 32. What they have too much is step * nought * the sum of the part's x.
+template <int M, int N>
+void four_bits(const uint8_t* w, const int8_t* x, const Sums* x_sums, __m256i (&sum)[M][N]) {
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256i steps[N];
+#pragma GCC unroll 2
+  for (int n = 0; n < N; n++) {
+    const __m256i both = half(w + n * 32);
+    const __m256i step = steps[n] = _mm256_and_si256(both, low), nought = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+    for (int part = 0; part < PARTS; part += 2) {  // of two parts, a word of 16 bits each
+      const __m256i which = _mm256_set1_epi32(part ? 0x80038002 : 0x80018000);
+      const __m256i pair = _mm256_add_epi8(which, _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c)));
+      const __m256i more = _mm256_mullo_epi16(_mm256_shuffle_epi8(step, pair), _mm256_shuffle_epi8(nought, pair));
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const __m256i much = _mm256_madd_epi16(more, word(&x_sums[m].parts[part]));
+        sum[m][n] = _mm256_sub_epi32(part ? sum[m][n] : _mm256_setzero_si256(), much);
+      }
+    }
+  }
+  for (int part = 0; part < PARTS; part++) {
+    __m256i products[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) products[m][n] = _mm256_setzero_si256();
+    }
+    for (int i = 0; i < PART / 8; i++) {  // two quads
+      const int at = part * PART + i * 8;
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) {
+        const __m256i both = half(w + STEPS + at * PANEL / 2 + n * 32);
+        const __m256i one = _mm256_and_si256(both, low), other = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+          dot(products[m][n], one, x + m * GROUP + at);
+          dot(products[m][n], other, x + m * GROUP + at + 4);
+        }
+      }
+    }
+    const __m256i twice = _mm256_add_epi8(_mm256_set1_epi32(0x80008000 + part * 0x10001),
+                                          _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c)));
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+      const __m256i step = _mm256_shuffle_epi8(steps[n], twice);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) sum[m][n] = _mm256_add_epi32(sum[m][n], _mm256_madd_epi16(products[m][n], step));
+    }
+  }
+}
+
+// N times 8 outputs of M tokens, a group of all their inputs: added to out [M][16], or put there.
+template <int BITS, int M, int N>
+void group(const uint8_t* w, const uint16_t* scale, const int8_t* x, const float* x_scale, const Sums* x_sums, bool put, float* out) {
+  __m256i sum[M][N];
+  (BITS == 4 ? four_bits<M, N> : eight_bits<M, N>)(w, x, x_sums, sum);
+#pragma GCC unroll 2
+  for (int n = 0; n < N; n++) {
+    const __m256 step = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + n * 8)));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      float* to = out + m * PANEL + n * 8;
+      const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][n]), _mm256_set1_ps(x_scale[m]));
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(y, step, put ? _mm256_setzero_ps() : _mm256_loadu_ps(to)));
+    }
+  }
+}
+
+// A tile of M tokens by one panel -> [M][16].
+template <int BITS, int M>
+void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
+  constexpr int MOST = BITS == 4 ? 6 : 12;  // sums of 8 outputs that the registers hold
+  constexpr int SOME = M > MOST ? (M + 1) / 2 : M, N = 2 * SOME <= MOST ? 2 : 1, REST = M - SOME;
+  const int8_t* x = &inputs.values[first * inputs.groups * GROUP];
+  const float* x_scale = &inputs.scales[first * inputs.groups];
+  const Sums* x_sums = &inputs.sums[first * inputs.groups];
+  for (int64_t g = 0; g < inputs.groups; g++, x += M * GROUP, x_scale += M, x_sums += M) {
+    const uint8_t* w = panel.values + g * group_bytes(BITS);
+    for (int n = 0; n < 2; n += N) {
+      const uint16_t* scale = panel.scales + g * PANEL + n * 8;
+      group<BITS, SOME, N>(w + n * 32, scale, x, x_scale, x_sums, g == 0, out + n * 8);
+      if constexpr (REST > 0) {
+        group<BITS, REST, N>(w + n * 32, scale, x + SOME * GROUP, x_scale + SOME, x_sums + SOME, g == 0, out + SOME * PANEL + n * 8);
+      }
+    }
+  }
+}
+#endif
 
 template <int BITS, int M = TILE>
 void product(int64_t count, const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
@@ -464,7 +561,7 @@ class Unpacked {
   // A panel for some tiles, in the first or the second half of the room.
   Panel panel(const Weight& w, int64_t number, const Inputs& inputs, Tiles tiles, int64_t half = 0) const {
     Panel found(w, number, inputs.groups);
-    if (found.bits == 4 && tiles.last - tiles.first > 1) found.unpack(inputs.groups, &room[half * groups * group_bytes(8)]);
+    if (Panel::UNPACKED && found.bits == 4 && tiles.last - tiles.first > 1) found.unpack(inputs.groups, &room[half * groups * group_bytes(8)]);
     return found;
   }
 
@@ -502,6 +599,10 @@ struct Linear {
     const int64_t width = std::min(PANEL, out - at);
     for (int64_t m = 0; m < inputs.size(tile); m++) {
       T* to = y + (inputs.first(tile) + m) * out + at;
+      if (width == PANEL) {
+        store(to, plus(load(rows + m * PANEL), bias ? load(bias + at) : splat(0)));
+        continue;
+      }
       for (int64_t i = 0; i < width; i++) put(to + i, rows[m * PANEL + i] + (bias ? to_float(bias[at + i]) : 0));
     }
   }
@@ -538,10 +639,10 @@ inline Floats sigmoid(Floats x) {
 
 inline int64_t whole(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
-// c[m][0..16 N) = sum over k of a[m][k] * b[k][0..16 N), two k at a time and in order, whatever M and N are. Of b's rows there
-// are `depth`, of a's columns one more where that is odd; of b's columns `have`, where N is 1. b is asked for `ahead` of its use.
+// c[m][0..16 N) = sum over k of a[m][k] * b[k][0..16 N), DEEP k at a time and in order, whatever M and N are. Of b's rows there
+// are `depth`, of a's columns whole DEEPs; of b's columns `have`, where N is 1. b is asked for `ahead` of its use.
 template <int M, int N, class S>
-void combine_panels(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t have, int64_t ahead,
+void combine_panels(const Factor* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t have, int64_t ahead,
                     float* c, int64_t c_stride) {
   static const S nought[N * PANEL] = {};
   Floats sum[M][N];
@@ -550,19 +651,19 @@ void combine_panels(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_s
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) sum[m][n] = splat(0);
   }
-  for (int64_t k = 0; k < depth; k += 2, a += 2, b += 2 * b_stride) {
+  for (int64_t k = 0; k < depth; k += DEEP, a += DEEP, b += DEEP * b_stride) {
     const S* other = k + 1 < depth ? b + b_stride : nought;
-    Pairs two[N];
+    Deep some[N];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; n++) two[n] = pairs(b + n * PANEL, other + n * PANEL, have);
+    for (int n = 0; n < N; n++) some[n] = deep(b + n * PANEL, other + n * PANEL, have);
     for (size_t line = 0; line < N * PANEL * sizeof(S); line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(b + ahead) + line, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(other + ahead) + line, _MM_HINT_T0);
+      if (DEEP == 2) _mm_prefetch(reinterpret_cast<const char*>(other + ahead) + line, _MM_HINT_T0);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) dot(sum[m][n], two[n], a + m * a_stride);
+      for (int n = 0; n < N; n++) dot(sum[m][n], some[n], a + m * a_stride);
     }
   }
 #pragma GCC unroll 16
@@ -581,7 +682,7 @@ constexpr int columns_beside(int rows) {
 
 // The same for any number of columns, from the widest on. Rows of c have room for whole panels.
 template <int M, int N, class S>
-void combine_columns(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t columns, bool down,
+void combine_columns(const Factor* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t columns, bool down,
                      float* c, int64_t c_stride) {
   const int64_t ahead = down ? 4096 / sizeof(S) : N * PANEL;  // what is read next: further rows, or the next columns
   int64_t i = 0;
@@ -597,20 +698,20 @@ void combine_columns(const uint16_t* a, int64_t a_stride, const S* b, int64_t b_
 
 // The same for one row of a over rows of b that are long: eight of them at a time, each from its beginning to its end.
 template <class S>
-void combine_along(const uint16_t* a, const S* b, int64_t b_stride, int64_t depth, int64_t columns, float* c) {
+void combine_along(const Factor* a, const S* b, int64_t b_stride, int64_t depth, int64_t columns, float* c) {
   for (int64_t k = 0; k < depth; k += 8, a += 8, b += 8 * b_stride) {
     const int64_t some = std::min<int64_t>(8, depth - k);
     for (int64_t i = 0; i < columns; i += PANEL) {
       const int64_t have = std::min(PANEL, columns - i);
       Floats sum = k ? load(c + i) : splat(0);
-      for (int64_t j = 0; j < some; j += 2) dot(sum, pairs(b + j * b_stride + i, b + (j + 1) * b_stride + i, have), a + j);
+      for (int64_t j = 0; j < some; j += DEEP) dot(sum, deep(b + j * b_stride + i, b + (j + 1) * b_stride + i, have), a + j);
       store(c + i, sum);
     }
   }
 }
 
-template <class S, int M = TILE>
-void combine(int64_t rows, const uint16_t* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t columns,
+template <class S, int M = ROWS>
+void combine(int64_t rows, const Factor* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t columns,
              bool down, float* c, int64_t c_stride) {
   if (rows == 1 && !down) return combine_along(a, b, b_stride, depth, columns, c);
   if (rows == M) return combine_columns<M, columns_beside(M)>(a, a_stride, b, b_stride, depth, columns, down, c, c_stride);
@@ -658,21 +759,21 @@ struct Head {
     return scale == 0 ? 0 : int8_t(std::min(127.0f, std::max(-127.0f, std::nearbyint(x / scale))));
   }
 
-  // What up to TILE queries [rows][d] see, each of the first `lengths` tokens -> out [rows][width]; scores: room for
+  // What up to ROWS queries [rows][d] see, each of the first `lengths` tokens -> out [rows][width]; scores: room for
   // whole(longest) a row.
-  void see(int64_t rows, const uint16_t* q, const int64_t* lengths, float* scores, float* out) const {
+  void see(int64_t rows, const Factor* q, const int64_t* lengths, float* scores, float* out) const {
     const int64_t longest = *std::max_element(lengths, lengths + rows), room = whole(longest);
-    const auto shares = reinterpret_cast<uint16_t*>(scores);
-    float factors[TILE];
+    const auto shares = reinterpret_cast<Factor*>(scores);
+    float factors[ROWS];
     combine(rows, q, d, keys, capacity, d, longest, false, scores, room);
     for (int64_t m = 0; m < rows; m++) factors[m] = 1 / share(scores + m * room, lengths[m], room);
-    combine(rows, shares, 2 * room, values, width, longest, width, true, out, width);
+    combine(rows, shares, room * sizeof(float) / sizeof(Factor), values, width, longest, width, true, out, width);
     for (int64_t m = 0; m < rows; m++) {
       for (float* x = out + m * width; x < out + (m + 1) * width; x += PANEL) store(x, mul(load(x), splat(factors[m])));
     }
   }
 
-  // Scores become e ** ((score - the largest) / sqrt(d)), bfloat16 in the same place, noughts beyond the length; -> their sum.
+  // Scores become e ** ((score - the largest) / sqrt(d)), as factors in the same place, noughts beyond the length; -> their sum.
   float share(float* scores, int64_t length, int64_t room) const {
     if constexpr (SCALED) {
       for (int64_t t = 0; t < length; t += PANEL) store(scores + t, mul(load(scores + t), scales(key_scales, t, length)));
@@ -684,14 +785,14 @@ struct Head {
     float parts[PANEL], total = 0;
     store(parts, largest);
     const Floats below = splat(-*std::max_element(parts, parts + PANEL));
-    const auto shares = reinterpret_cast<uint16_t*>(scores);
+    const auto shares = reinterpret_cast<Factor*>(scores);
     for (int64_t t = 0; t < length; t += PANEL) {
       Floats p = exponential(mul(plus(load(scores + t), below), root));
       sum = plus(sum, p);
       if constexpr (SCALED) p = mul(p, scales(value_scales, t, length));
-      store(shares + t, p);
+      store_factors(shares + t, p);
     }
-    std::memset(shares + length, 0, (room - length) * sizeof(uint16_t));
+    std::memset(shares + length, 0, (room - length) * sizeof(Factor));
     store(parts, sum);
     for (float part : parts) total += part;
     return total;
@@ -709,9 +810,9 @@ struct Head {
 // Room for what a tile of queries needs.
 struct Scratch {
   Array<float> scores, out;
-  Array<uint16_t> q;
+  Array<Factor> q;
   Scratch(int64_t longest, int64_t d, int64_t width)
-      : scores(array<float>(TILE * whole(longest))), out(array<float>(TILE * width)), q(array<uint16_t>(TILE * d)) {}
+      : scores(array<float>(ROWS * whole(longest))), out(array<float>(ROWS * width)), q(array<Factor>(ROWS * d)) {}
 };
 
 // Room that a thread needs for a layer: a token's row, and groups of inputs, of which there are at most so many.
@@ -730,15 +831,16 @@ struct Queries {
   int64_t tokens, stride, group, seen;
   bool each_one_more;
 
-  int64_t tiles() const { return (tokens * group + TILE - 1) / TILE; }
+  int64_t tiles() const { return (tokens * group + ROWS - 1) / ROWS; }
   // put(token, which head of the group, what it sees) for a tile of them.
   template <class S, class F>
   void see(int64_t tile, const Head<S>& head, Scratch& scratch, F&& put) const {
     const int64_t first = tile * tokens * group / tiles(), rows = (tile + 1) * tokens * group / tiles() - first;
-    int64_t lengths[TILE];
+    int64_t lengths[ROWS];
     for (int64_t m = 0; m < rows; m++) {
       const int64_t token = (first + m) / group, h = (first + m) % group;
-      std::memcpy(&scratch.q[m * head.d], q + token * stride + h * head.d, head.d * sizeof(uint16_t));
+      const uint16_t* from = q + token * stride + h * head.d;
+      for (int64_t i = 0; i < head.d; i++) factor(&scratch.q[m * head.d + i], from[i]);
       lengths[m] = seen + (each_one_more ? token : 0);
     }
     head.see(rows, scratch.q.get(), lengths, scratch.scores.get(), scratch.out.get());

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .. import kernels
 from ..errors import DataError, OptionError, Unsupported
 from ..model.ranks import Ranks
 from . import checkpoints
@@ -42,7 +43,7 @@ class TrainConfig:
         would be (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982); 0 leaves all to AdamW.
     clip: largest norm of a step's gradient.
     accumulate: batches a step, of all ranks together; their losses are summed and divided by the step's count.
-    bfloat16: multiply matrices in bfloat16; weights, sums and the optimiser stay float32.
+    bfloat16: multiply matrices in bfloat16, where that is faster; weights, sums and the optimiser stay float32.
     save_every: steps between checkpoints; save_minutes: minutes between them, too, if not 0; keep: how many of the last are kept.
     evaluate_every: steps between measurements; with 0 there is one before and one after.
     log_every: steps between log lines.
@@ -74,6 +75,16 @@ class TrainConfig:
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         left = 1 - done if self.linear else 0.5 * (1 + math.cos(math.pi * done))
         return self.final + (1 - self.final) * left
+
+
+def pays(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there than in float32."""
+    return device.type != "cpu" or kernels.multiplies_bfloat16()
+
+
+def mixed(device: torch.device, bfloat16: bool) -> torch.autocast:
+    """Products in bfloat16, if they are wanted and `pays`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and pays(device))
 
 
 B = TypeVar("B")
@@ -225,7 +236,7 @@ def step(
     parts: list[Loss] = []
     for index, batch in enumerate(taken):
         torch.manual_seed(number * config.accumulate + index * ranks.count + ranks.rank)
-        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=config.bfloat16):
+        with mixed(next(model.parameters()).device, config.bfloat16):
             part = loss(model, batch)
         part.total.backward()
         parts.append(part)

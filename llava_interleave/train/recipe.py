@@ -115,7 +115,7 @@ class Recipe(_Table):
     images: int = _setting(0, "Most images and frames of a batch, whatever its tokens; 0 for no such bound.")
     accumulate: int = _setting(1, "Batches a step, of all processes together.")
     recompute: bool = _setting(False, "Keep what goes into layers only and compute the rest again: slower, in less memory.")
-    bfloat16: bool = _setting(False, "Multiply matrices in bfloat16; weights stay float32.")
+    bfloat16: bool = _setting(False, "Multiply matrices in bfloat16, where that is faster; weights stay float32.")
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
     workers: int = _setting(1, "Processes that read samples ahead; 0 reads them in between.")
     save_every: int = _setting(200, "Steps between checkpoints.")

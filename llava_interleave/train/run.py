@@ -31,7 +31,7 @@ from .batch import Idle, Pairs, Plan, dealt, join, pack
 from .check import Checked, check
 from .examples import Form, Samples, Unit
 from .flops import rate
-from .loop import LossFunction, TrainConfig, parts, train
+from .loop import LossFunction, TrainConfig, mixed, parts, pays, train
 from .loss import Preferences, answers, logprobs
 from .recipe import HARMLESS, Recipe
 from .shards import Within, recompute, spread, together
@@ -69,7 +69,7 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
     if ranks.count > 1:  # whole, from what all ranks have saved
         network, adapter, _ = _network(recipe, folder, device)
         parts(network, config, _nothing)
-        spread(network, Ranks(), torch.device("cpu"), wide=_wide(recipe))
+        spread(network, Ranks(), torch.device("cpu"), wide=_wide(recipe, device))
         checkpoints.weights(checkpoints.every(out)[-1], network)
 
     def write(done: Path) -> None:
@@ -89,7 +89,9 @@ def _train(
     ranks.once(lambda: _check_precision(recipe, folder, device))
     units, kept = ranks.once(lambda: _samples(recipe, folder, form, out, say))
     network, adapter, stored = _network(recipe, folder, device)
-    within = spread(network, ranks, device, wide=_wide(recipe))
+    within = spread(network, ranks, device, wide=_wide(recipe, device))
+    if recipe.bfloat16 and not pays(device):
+        say("this CPU is faster in float32 than in bfloat16, so matrices are multiplied in float32")
     if recipe.recompute:
         recompute(network)
     samples = Samples(units, folder, recipe.seed, form)
@@ -111,7 +113,7 @@ def _train(
     told = Answers([unit.rows[0] for unit in spaced], folder, form, out if ranks.rank == 0 else None)
 
     def measure(model: Llava, step: int) -> Mapping[str, float]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+        with mixed(device, recipe.bfloat16):
             found = _measure(model, loss, samples, groups, ranks)
         with torch.no_grad():
             within(told, step, say)
@@ -129,14 +131,14 @@ def _train(
             about=recipe.stored(),
             say=say,
             ranks=ranks,
-            fastest=ranks.total(rate(device, torch.bfloat16 if recipe.bfloat16 else torch.float32))[0],
+            fastest=ranks.total(rate(device, torch.bfloat16 if recipe.bfloat16 and pays(device) else torch.float32))[0],
         )
     return network, adapter, stored, config
 
 
-def _wide(recipe: Recipe) -> bool:
+def _wide(recipe: Recipe, device: torch.device) -> bool:
     """What is trained is float32; a frozen network may stay in the numbers it is stored in."""
-    return not (recipe.adapter and recipe.bfloat16)
+    return not (recipe.adapter and recipe.bfloat16 and pays(device))
 
 
 def _nothing(_: str) -> None:
@@ -320,7 +322,7 @@ def _references(
             group, idle = _mine(groups, first, ranks)
             batch = join([make(unit) for unit in group])
             assert isinstance(batch, Pairs)
-            with torch.autocast(network.lm_head.weight.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            with mixed(network.lm_head.weight.device, recipe.bfloat16):
                 found = within(logprobs, batch).tolist()
             mine = [{"id": unit.name, "chosen": a, "rejected": b} for unit, (a, b) in zip(group, found, strict=True)]
             told = [row for one in ranks.each([] if idle else mine) for row in one]
