@@ -23,6 +23,7 @@ from llava_interleave.engine.cache import KV, Keys
 from llava_interleave.engine.memory import Slabs, Span, fusible
 from llava_interleave.model import Llava
 from llava_interleave.model.fused import Fused, FusedTower, possible, possible_tower
+from llava_interleave.model.quantise import parts
 
 COUNTS = (1, 2, 3, 5, 9)
 PIECE = 1024  # of a prompt, as the engine's `max_step_tokens`
@@ -63,8 +64,8 @@ def main() -> None:
     clock = time.process_time if given.processor else time.perf_counter
     systems, towers = {}, {}
     for precision in given.precision:
-        plain = getattr(torch, precision, None) if precision not in ("int4", "int8") else torch.bfloat16
-        model = weights.load(given.folder, dtype=plain, precision=precision if precision in ("int4", "int8") else None)
+        few = precision if parts(precision) else None
+        model = weights.load(given.folder, dtype=torch.bfloat16 if few else getattr(torch, precision), precision=few)
         for kv in given.kv:
             systems[precision, kv, "by layer"] = step(model, given.context, kv == "int8", None)
             if possible(model.language_model):

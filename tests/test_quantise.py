@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from llava_interleave import kernels, weights
 from llava_interleave.chatbot import Chatbot, estimate, load
+from llava_interleave.chatbot.place import pick_precision
 from llava_interleave.cli import app
 from llava_interleave.errors import CheckpointError, OptionError, Unsupported
 from llava_interleave.model import Llava, Packed
 from llava_interleave.model.lora import Adapters, Lora, attach, linears
-from llava_interleave.model.quantise import QuantisedLinear, pack, planned, quantised
+from llava_interleave.model.quantise import QuantisedLinear, pack, parts, planned, quantised
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.weights import tensors
 from llava_interleave.world.data import exam, pictures
@@ -93,6 +94,42 @@ def test_which_tensors_are_quantised(folder: Path) -> None:
     assert bits["language_model.layers.1.mlp.down_proj"] == 4
     assert bits["lm_head"] == bits["vision_tower.encoder.layers.0.mlp.fc1"] == bits["multi_modal_projector.linear_1"] == 8
     assert set(planned(network, "int8").values()) == {8}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "bits"),
+    [
+        ("int4,head=int4", "int4,head=int4", (8, 4, 4)),
+        ("int8,decoder=int4", "int4", (8, 4, 8)),
+        ("int8,tower=float", "int8,tower=float", (0, 8, 8)),
+        ("int4,decoder=float,tower=int4", "int8,tower=int4,decoder=float", (4, 0, 8)),
+        ("int4,head=float,tower=float", "int4,tower=float,head=float", (0, 4, 0)),
+    ],
+)
+def test_parts_apart(asked: str, name: str, bits: tuple[int, ...], folder: Path, tmp_path: Path) -> None:
+    """One name for each, stored with the weights, which the engine answers by and which are asked for by any of its spellings."""
+    dtype, precision = pick_precision(asked, folder, "cpu")
+    assert precision == name
+    network = weights.load(folder, dtype=dtype, precision=precision)
+    assert quantised(network) == name
+    ends = ("vision_tower.encoder.layers.0.mlp.fc1", "language_model.layers.1.mlp.down_proj", "lm_head")
+    found = [network.get_submodule(end) for end in ends]
+    assert tuple(getattr(module, "bits", 0) for module in found) == bits
+    weights.save(network, tmp_path / "out", processor_from=folder)
+    assert weights.stored_precision(tmp_path / "out") == name
+    again = load(tmp_path / "out", precision=asked, device="cpu")
+    assert again.info()["precision"] == name
+    assert torch.equal(logits(again.model), logits(network))
+    with pytest.raises(OptionError, match=f"holds {name} weights"):
+        load(tmp_path / "out", precision="int4,head=int4" if name == "int4" else "int4", device="cpu")
+
+
+@pytest.mark.parametrize("odd", ["int4,head", "int4,head=int3", "int4,neck=int4", "fp8,head=int4", "int4,", "head=int4"])
+def test_parts_that_are_none(odd: str, folder: Path) -> None:
+    assert parts(odd) is None
+    with pytest.raises(OptionError, match=r"is no precision; .* apart, in int4, int8 or float, as in int4,head=int4"):
+        pick_precision(odd, folder, "cpu")
+    assert parts("int8,tower=float,decoder=float,head=float") is None  # nothing is left of it
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -313,7 +313,8 @@ def load(
     precision: float32, bfloat16, float16, or auto: float32 for a network of up to 100 M parameters and, on a CPU, for one stored
     in float32; else bfloat16 (float16 on a GPU without it, and on Apple's), with weights of 8 bits on a CPU that has kernels for
     them. int8 or int4, on a CPU or a CUDA GPU, fp8 or nf4, on a CUDA GPU, quantise the linears' weights and compute the rest as
-    auto does; a folder that `llava quantize` wrote is taken as it is.
+    auto does; int4 leaves tower and output head in 8 bits. Tower, decoder and head can be apart: "int4,head=int4",
+    "int8,tower=float". A folder that `llava quantize` wrote is taken as it is.
     device: cpu, cuda, cuda:1, mps, or auto: the CUDA GPU where there is one and the network fits; `Chatbot.info()` tells.
     limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
     of the memory, and on a CUDA GPU what its largest step leaves. kv_precision: int8 keeps them in half the bytes of bfloat16;

@@ -13,7 +13,7 @@ from ..engine import bytes_per_token
 from ..engine.budget import measured
 from ..errors import OptionError
 from ..model import Llava, gpu
-from ..model.quantise import RECIPES, quantised
+from ..model.quantise import APART, RECIPES, named, parts, quantised
 from ..weights import size, skeleton
 from ..weights.files import read_config, read_headers, stored_precision
 from ..weights.load import device_named
@@ -35,18 +35,21 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dtype, str | None]:
-    """The type that is computed in, and the precision that the weights of linears are quantised to; None leaves them as they are.
+    """The type that is computed in, and the precision that weights of linears are quantised to; None leaves them as they are.
 
     `auto` takes a quantised folder as it is. Where it would compute in bfloat16 on a CPU and there are kernels, it quantises to
     int8: decoding is five times as fast, and answers lose nothing that was measurable (docs/performance.md). Raises `OptionError`
     for another precision than the folder's, `Unsupported` for one that the device has no linears for.
     """
-    if precision not in PRECISIONS:
-        raise OptionError(f"{precision!r} is no precision; there are {', '.join(PRECISIONS)}")
+    if bits := parts(precision):
+        precision = named(bits)
+    elif precision not in PRECISIONS:
+        apart = f"int8 and int4 also with tower, decoder or head apart, in int4, int8 or float, as in {APART}"
+        raise OptionError(f"{precision!r} is no precision; there are {', '.join(PRECISIONS)}, {apart}")
     held = stored_precision(folder)
     if held and precision not in ("auto", held):
         raise OptionError(f"{folder} holds {held} weights; for {precision} name the checkpoint that it was made from")
-    if few := held or (precision if precision in (*RECIPES, *gpu.FLOATS) else None):
+    if few := held or (precision if bits or precision in gpu.FLOATS else None):
         gpu.check(few, torch.device(device))
         return pick_dtype("auto", folder, device), few
     dtype = pick_dtype(precision, folder, device)
@@ -61,7 +64,9 @@ def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None
     if precision is None and dtype != torch.float32 and on_cpu and not kernels.multiplies_bfloat16():
         number, faster = str(dtype).removeprefix("torch."), "float32 is" if kernels.why_not() else "int8 and float32 are"
         warnings.warn(f"this CPU has no products in {number}: {faster} a hundred times as fast", stacklevel=3)
-    if precision in RECIPES and (reason := kernels.why_not() if on_cpu else gpu.why_not(torch.device(device), dtype)):
+    if precision is None or precision in gpu.FLOATS:
+        return
+    if reason := kernels.why_not() if on_cpu else gpu.why_not(torch.device(device), dtype):
         kind = "compiled kernels" if on_cpu else "4-bit product"
         warnings.warn(f"no {kind} for {precision} ({reason}): it is many times slower than bfloat16 here", stacklevel=3)
 

@@ -10,7 +10,6 @@ from .. import weights
 from ..errors import Unsupported
 from ..model import Llava, gpu
 from ..model.parallel import Together, split
-from ..model.quantise import RECIPES
 from ..model.ranks import joined
 from ..weights.files import read_headers
 from ..weights.load import device_named
@@ -29,7 +28,7 @@ def share(folder: Path, precision: str, device: str, *, deterministic: bool) -> 
         raise Unsupported("several processes add in no fixed order: deterministic answers take one process")
     ranks, place = joined(device, device_named)
     dtype, bits = pick_precision(precision, folder, str(place))
-    if bits and bits not in RECIPES:
+    if bits in gpu.FLOATS:
         raise ranks.common(Unsupported(f"no {bits} over several processes: take bfloat16, int8 or int4"))
     stored = {tensor.dtype for tensor in read_headers(folder).values()}
     network = weights.load(folder, dtype=None if len(stored) == 1 and not bits else dtype, precision=bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -17,14 +17,18 @@ def register(app: typer.Typer) -> None:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a Hugging Face name.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty.")],
-    precision: Annotated[Literal["int4", "int8"], typer.Option(help="What the weights become.")] = "int4",
+    precision: Annotated[str, typer.Option(help=f"What the weights become: int4 or int8, or with {show.APART}")] = "int4",
     revision: show.Revision = None,
 ) -> None:
     """Write a checkpoint with quantised weights: a CPU loads it at once, in no more memory than its bytes. CUDA GPUs read it."""
     with show.busy(f"quantising {source}") as progress:
         from ..chatbot.place import pick_precision
+        from ..errors import OptionError
+        from ..model.quantise import parts
         from ..weights import load, resolve, save
 
+        if not parts(precision):
+            raise OptionError(f"{precision!r} is no precision to store: int4 or int8, or with {show.APART}")
         folder = resolve(source, revision)
         dtype, bits = pick_precision(precision, folder, "cpu")
         save(load(folder, dtype=dtype, precision=bits, progress=progress), target, processor_from=folder)

@@ -34,7 +34,9 @@ ModelName = Annotated[
     typer.Option("--model", "-m", help="A checkpoint folder or a Hugging Face name; without it the built-in model."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8 or int4; on a CUDA GPU also fp8 or nf4.")]
+APART = "parts apart: int4,head=int4 or int8,tower=float."
+_PRECISIONS = f"auto, float32, bfloat16, float16, int8, int4, on a CUDA GPU fp8 or nf4; int8 and int4 also with {APART}"
+Precision = Annotated[str, typer.Option(help=_PRECISIONS)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The same bytes whatever else is answered meanwhile; slower.")

@@ -11,7 +11,6 @@ In training mode inputs are not rounded, and gradients go through to what stands
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,11 +21,32 @@ from .. import kernels
 from ..kernels import GROUP, PANEL, PART, group_bytes
 from .llava import Llava
 
-RECIPES: dict[str, dict[str, int]] = {
-    "int8": {"*": 8},
-    "int4": {"language_model.*": 4, "*": 8},
-}
-"""By precision: bits of the weights of linears, by the first pattern that their name has. All other tensors stay as they are."""
+PARTS = {"tower": ("vision_tower.", "multi_modal_projector."), "decoder": ("language_model.",), "head": ("lm_head",)}
+"""By part of the network: what the names of its linears begin with."""
+KINDS = {"int4": 4, "int8": 8, "float": 0}
+"""Bits of the weights of a part's linears; 0 where they stay floats."""
+RECIPES = {"int8": {"tower": 8, "decoder": 8, "head": 8}, "int4": {"tower": 8, "decoder": 4, "head": 8}}
+"""By precision and part the same. All other tensors stay as they are."""
+APART = "int4,head=int4"
+"""How a part is told to be otherwise than its precision says; several are possible."""
+
+
+def parts(precision: str) -> dict[str, int] | None:
+    """Bits by part of a precision of the `RECIPES`, also one with parts apart, as `APART` or `int8,tower=float`. None where it is
+    none, or leaves all in floats."""
+    base, *others = precision.split(",")
+    found = dict(RECIPES.get(base, {}))
+    for part, _, kind in (other.partition("=") for other in others):
+        if part not in found or kind not in KINDS:
+            return None
+        found[part] = KINDS[kind]
+    return found if any(found.values()) else None
+
+
+def named(bits: dict[str, int]) -> str:
+    """The one name of what `parts` tells."""
+    base, kinds = "int4" if bits["decoder"] == 4 else "int8", {number: kind for kind, number in KINDS.items()}
+    return ",".join([base, *(f"{part}={kinds[bits[part]]}" for part in PARTS if bits[part] != RECIPES[base][part])])
 
 
 class FewBits(nn.Module, ABC):
@@ -177,9 +197,15 @@ def rounded(x: Tensor) -> Tensor:
 
 def planned(network: Llava, precision: str) -> dict[str, int]:
     """Bits of the weight of every linear that a precision quantises, by the linear's name."""
-    found = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    patterns = RECIPES[precision]
-    return {name: next(patterns[p] for p in patterns if fnmatchcase(name, p)) for name in found}
+    bits = parts(precision)
+    assert bits is not None, precision
+    found = ((name, bits[part_of(name)]) for name, module in network.named_modules() if isinstance(module, nn.Linear))
+    return {name: number for name, number in found if number}
+
+
+def part_of(name: str) -> str:
+    """Of the network, that a linear's name tells."""
+    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
 
 
 def prepare(network: Llava, precision: str) -> dict[str, int]:
@@ -196,4 +222,7 @@ def prepare(network: Llava, precision: str) -> dict[str, int]:
 
 def quantised(network: Llava) -> str | None:
     """The precision that a network was quantised to; None for one of floats."""
-    return min((module.kind for module in network.modules() if isinstance(module, FewBits)), default=None)
+    kinds = {part_of(name): module.kind for name, module in network.named_modules() if isinstance(module, FewBits)}
+    if not kinds or (others := kinds.values() - KINDS.keys()):  # fp8 or nf4
+        return min(others) if kinds else None
+    return named({one: KINDS[kinds.get(one, "float")] for one in PARTS})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config import METHOD, QUANTISATION, LlavaConfig, read_json
 from ..errors import CheckpointError
-from ..model.quantise import RECIPES
+from ..model.quantise import parts
 from .tensors import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def stored_precision(folder: str | Path) -> str | None:
     about = read_json(Path(folder) / "config.json").get(QUANTISATION)
     if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         return None
-    if about.get("version") != VERSION or about.get("precision") not in RECIPES:
+    if about.get("version") != VERSION or not parts(str(about.get("precision"))):
         raise CheckpointError(
             f"{folder} was quantised by another release ({QUANTISATION} {about}); quantise its original again with this one"
         )

@@ -15,7 +15,7 @@ from ..config import LlavaConfig
 from ..errors import CheckpointError, OptionError, Unsupported
 from ..kernels import PANEL
 from ..model import Llava, gpu
-from ..model.quantise import RECIPES, QuantisedLinear, pack
+from ..model.quantise import QuantisedLinear, pack
 from .files import read_config, read_headers, stored_precision
 from .layouts import ours, unused
 from .tensors import FLOATS, TYPES, Reader, Stored, same
@@ -35,8 +35,9 @@ def load(
     """The network of a checkpoint folder, ready to answer: no gradients, evaluation mode.
 
     dtype: float32, bfloat16 or float16; None takes the type that the embedding is stored in.
-    precision: int4 or int8 quantises the linears while they are read, a few rows at a time, fp8 or nf4 (on a CUDA GPU) one after
-    another; `dtype` is then what is computed in. A folder that is quantised already is loaded as it is.
+    precision: int4 or int8, or these with parts apart (`model.quantise.parts`), quantises linears while they are read, a few rows
+    at a time, fp8 or nf4 (on a CUDA GPU) one after another; `dtype` is then what is computed in. A folder that is quantised
+    already is loaded as it is.
     progress: called with the bytes read so far and in all.
     Weights in their stored type on the CPU are the mapped file (see `Reader`): do not change the files in place meanwhile.
     Others, and all on a GPU, come through a buffer of 4 MB, one tensor after another.
@@ -134,7 +135,7 @@ def size(config: LlavaConfig, dtype: torch.dtype, precision: str | None = None, 
     """Bytes of a network on `device` whose numbers are of type `dtype` and whose linears are quantised to `precision`."""
     model = blank(config, precision)
     few = sum(value.nbytes for value in model.buffers())
-    if precision in RECIPES and gpu.why_not(torch.device(device), dtype) is None:
+    if precision and precision not in gpu.FLOATS and gpu.why_not(torch.device(device), dtype) is None:
         few = sum(gpu.tiled_bytes(module) for module in model.modules() if isinstance(module, QuantisedLinear))
     return few + sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
