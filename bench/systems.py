@@ -35,7 +35,7 @@ class Llava:
         from llava_interleave.model.work import decoder_bytes
 
         self.bot = load(folder, precision=precision, kv_precision="int8" if kv == "kv8" else "auto")
-        self.options = Options(preset="hf", ignore_eos=True)
+        self.options = Options(preset="hf", ignore_eos=True, prompt_lookup_num_tokens=0)  # random weights repeat themselves
         self.about = {"weights": decoder_bytes(self.bot.model), "kv": self.bot.engine.bytes_per_token}
 
     def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def measure(
 
 def ask(bot: Chatbot, images: int, tokens: int) -> dict[str, float]:
     """One round: numbers of tokens, seconds, and tokens a second of the answer."""
-    pictures, options = noise(images, bot.model.config.vision.image_size), Options(max_new_tokens=tokens, ignore_eos=True)
+    pictures = noise(images, bot.model.config.vision.image_size)
+    options = Options(max_new_tokens=tokens, ignore_eos=True, prompt_lookup_num_tokens=0)
     began = time.perf_counter()
     answer = bot.ask(QUESTIONS[0], pictures, options)
     total, took, used = time.perf_counter() - began, answer.timings, answer.usage

@@ -38,8 +38,10 @@ class Options:
     ignore_eos: bool = _option(False, "Go on past the end-of-turn token up to max_new_tokens, for measuring.")
     logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "Added to the logits, by token id."})
     logprobs: int | None = _option(None, "Report each token's log-probability and those of this many likeliest ones.")
-    prompt_lookup_num_tokens: int = _option(
-        0, "Guess up to this many tokens at a time where the answer repeats what was said before; 0 guesses none."
+    prompt_lookup_num_tokens: int | None = _option(
+        None,
+        "Guess up to this many tokens at a time where the answer repeats what was said before; 0 guesses none. Without it 8 "
+        "where that changes nothing but time: on a CPU, with weights of few bits and kernels.",
     )
     n: int = _option(1, "How many answers to write.")
     adapter: str | None = _option(None, "Answer through this adapter; on the command line its folder or Hugging Face name.")

@@ -150,12 +150,19 @@ def test_with_kernels_guesses_change_no_bit(kv: str, tmp_path: Path) -> None:
     model = weights.load(tiny_checkpoint(tmp_path / "tiny"), dtype=torch.bfloat16, precision="int8")
     asked = Prompt([5, 6, 7, 8] * 9)
     told = []
-    for most in (0, 8):
+    for most in (0, 8, None):
         e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 22, kv_precision=kv)
         how = Sampling(max_new_tokens=80, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most)
         events = list(e.stream(asked, how))
         told.append([(event.token, event.logprob, event.top_logprobs) for event in events])
-    assert told[0] == told[1] and events[-1].usage.accepted > 0
+        assert (events[-1].usage.accepted > 0) == (most != 0)
+    assert told[0] == told[1] == told[2]
+
+
+def test_nobody_guesses_unasked_where_it_would_round_otherwise() -> None:
+    """Floats: several tokens of a sequence are rounded otherwise than one."""
+    (request,) = engine().generate([MIXED[0]], GREEDY)
+    assert request.lookup is None and request.usage.drafted == 0
 
 
 def test_out_of_range() -> None:

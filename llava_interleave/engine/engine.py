@@ -18,7 +18,7 @@ from ..model.lora import Adapters
 from ..prompt import Media, Prompt
 from .cache import BLOCK, KV, Features, Identity, Keys, Pages, Prefixes, salted
 from .events import Event
-from .lookup import Lookup
+from .lookup import GUESSED, Lookup
 from .paged import BLOCK_TOKENS, Paged
 from .request import Request
 from .runner import Runner
@@ -308,9 +308,9 @@ class Engine:
                 f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
             )
         through, encoder = self.adapters.keys(adapter)
-        guessed = sampling.prompt_lookup_num_tokens
-        if self.deterministic and (through or self._runner.fused is None):
-            guessed = 0  # several tokens of an answer would be rounded otherwise than one
+        guessed, exact = sampling.prompt_lookup_num_tokens, self._runner.fused is not None and not through
+        if guessed is None or (self.deterministic and not exact):  # else several tokens are rounded otherwise than one
+            guessed = GUESSED if exact else 0
         return Request(
             next(self._ids),
             prompt,

@@ -14,7 +14,10 @@ NGRAMS = (3, 2)
 FIRST = 4
 """Tokens guessed at first; twice as many after a guess that was right, one more than was right after one that was not."""
 
-COST = 0.25
+GUESSED = 8
+"""Tokens guessed at a time at most, where nobody says how many."""
+
+COST = 0.35
 """What a guessed token costs, in steps without guesses; at most, by the measurements of docs/performance.md."""
 
 CREDIT = 4.0
