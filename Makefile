@@ -65,13 +65,15 @@ build/bench/$(SHAPE)-llamacpp-%: build/peers/llamacpp
 	$(MADE)
 	build/peers/llamacpp/bin/python bench/make_gguf.py build/bench/$(SHAPE) $@ $*
 
+# Without AVX-512 PyTorch takes hours in bfloat16.
+FLOAT := $(shell grep -q avx512 /proc/cpuinfo 2>/dev/null && echo bfloat16 || echo float32)
 OPENVINO = build/peers/openvino/bin/python bench/systems.py openvino build/bench/$(SHAPE)-openvino-
 LLAMACPP = build/peers/llamacpp/bin/python bench/systems.py llamacpp build/bench/$(SHAPE)-llamacpp-
 VLLM = build/peers/vllm/bin/python bench/systems.py vllm build/bench/$(SHAPE)
 bench-peers: .venv/installed-dev build/peers/vllm $(foreach made,openvino-int8 openvino-int4 llamacpp-q8_0 llamacpp-q4_0,build/bench/$(SHAPE)-$(made))
-	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --minutes 50 --systems "llava int4 kv8" "llava int4" "llava int8" "transformers bfloat16" \
+	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --minutes 50 --systems "llava int4 kv8" "llava int4" "llava int8" "transformers $(FLOAT)" \
 		--also "openvino int4=$(OPENVINO)int4 int4" "openvino int8=$(OPENVINO)int8 int8" "llama.cpp q4_0=$(LLAMACPP)q4_0 q4_0" \
-		"llama.cpp q8_0=$(LLAMACPP)q8_0 q8_0" "vllm bfloat16=$(VLLM) bfloat16" --out bench/latest.json
+		"llama.cpp q8_0=$(LLAMACPP)q8_0 q8_0" "vllm $(FLOAT)=$(VLLM) $(FLOAT)" --out bench/latest.json
 	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
 
 tiny: .venv/installed

@@ -6,8 +6,9 @@
 
 Each in turn is started, asked everything and ended, so that nothing else is in memory; once, whatever it takes, then again as
 often as --minutes allow. Every question has new pictures but where it says that they are the same; all systems get the same
-ones. Systems in float32 take several times as long, and by default answer about one image only. --also NAME=COMMAND: another
-system, a command that speaks as bench/systems.py does.
+ones. Systems in float32 take several times as long, and by default answer about one image only, unless the processor has no
+products in bfloat16: then those of that type are left out. --also NAME=COMMAND: another system, a command that speaks as
+bench/systems.py does.
 
 --out: system -> figure -> median, least, most, how often, and the share of the machine's ceiling, measured in the same run: for
 pictures and prompts the fastest matrix product of any number type, for decoding the memory's reading speed by what the system
@@ -35,24 +36,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_interleave import weights
+from llava_interleave import kernels, weights
 from llava_interleave.bench import product_speed, reading_speed
 from llava_interleave.cli import show
 from llava_interleave.config import LlavaConfig
+from llava_interleave.model.quantise import parts
 from llava_interleave.model.work import prefill_work, vision_work
 from llava_interleave.weights.files import read_config
 
 HERE = Path(__file__).parent
-SYSTEMS = [
-    "llava int4 kv8",
-    "llava int4",
-    "llava int8",
-    "llava bfloat16",
-    "llava float32",
-    "transformers bfloat16",
-    "transformers float32",
-]
-BRIEF = ["llava float32", "transformers float32"]
+FLOATS = ["bfloat16", "float32"] if kernels.multiplies_bfloat16() else ["float32"]  # the fastest first
+IN_FLOATS = [f"{name} {kind}" for kind in FLOATS for name in ("llava", "transformers")]
+SYSTEMS, BRIEF = ["llava int4 kv8", "llava int4", "llava int8", *IN_FLOATS], IN_FLOATS[2:]
 QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
 SIZE = (1024, 768)  # pixels of a picture
 SHORT, LONG = 32, 64  # tokens of an answer, and of each of several at once
@@ -288,7 +283,7 @@ def main() -> None:
         for name in given.systems:
             kind, precision, *more = name.split()
             folder = given.folder
-            if precision in ("int4", "int8"):
+            if parts(precision):
                 folder = Path(scratch) / precision
                 if not folder.exists():
                     weights.save(weights.load(given.folder, precision=precision), folder, processor_from=given.folder)

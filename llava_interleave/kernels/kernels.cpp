@@ -418,7 +418,6 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
   for (int m = 0; m < M; m++) store(out + m * PANEL, total[m]);
 }
 #else
-inline __m256i word(const void* p) { return _mm256_set1_epi32(*static_cast<const Word*>(p)); }
 // Steps that keep one number beside the sums: left to itself the compiler computes many products first, and puts them into memory.
 // Two products of a byte without a sign need not fit 16 bits, so signs go to the inputs; with four bits they do.
 inline void dot(__m256i& sum, __m256i q, __m256i size, const int8_t* quad, __m256i ones) {
@@ -431,7 +430,11 @@ inline void dot(__m256i& products, __m256i u, const int8_t* quad) {
   asm("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %1, %0, %0"
       : "+x"(products), "=&x"(two) : "m"(*reinterpret_cast<const Word*>(quad)), "x"(u));
 }
-inline __m256i half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i eight(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }  // outputs
+inline __m256i words(__m256i fours, int one, int other) {  // of each four bytes these two, in 16 bits
+  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c));
+  return _mm256_shuffle_epi8(fours, _mm256_add_epi8(first, _mm256_set1_epi32(0x80008000 | other << 16 | one)));
+}
 
 // N times 8 outputs of a group for M tokens, whose inputs lie GROUP from each other: sums of products.
 template <int M, int N>
@@ -446,7 +449,7 @@ void eight_bits(const uint8_t* w, const int8_t* x, const Sums*, __m256i (&sum)[M
   for (int quad = 0; quad < QUADS; quad++) {
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) {
-      const __m256i q = _mm256_xor_si256(half(w + quad * 4 * PANEL + n * 32), _mm256_set1_epi8(-128)), size = _mm256_abs_epi8(q);
+      const __m256i q = _mm256_xor_si256(eight(w + quad * 4 * PANEL + n * 32), _mm256_set1_epi8(-128)), size = _mm256_abs_epi8(q);
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) dot(sum[m][n], q, size, x + m * GROUP + quad * 4, ones);
     }
@@ -461,15 +464,13 @@ void four_bits(const uint8_t* w, const int8_t* x, const Sums* x_sums, __m256i (&
   __m256i steps[N];
 #pragma GCC unroll 2
   for (int n = 0; n < N; n++) {
-    const __m256i both = half(w + n * 32);
+    const __m256i both = eight(w + n * 32);
     const __m256i step = steps[n] = _mm256_and_si256(both, low), nought = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-    for (int part = 0; part < PARTS; part += 2) {  // of two parts, a word of 16 bits each
-      const __m256i which = _mm256_set1_epi32(part ? 0x80038002 : 0x80018000);
-      const __m256i pair = _mm256_add_epi8(which, _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c)));
-      const __m256i more = _mm256_mullo_epi16(_mm256_shuffle_epi8(step, pair), _mm256_shuffle_epi8(nought, pair));
+    for (int part = 0; part < PARTS; part += 2) {
+      const __m256i more = _mm256_mullo_epi16(words(step, part, part + 1), words(nought, part, part + 1));
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const __m256i much = _mm256_madd_epi16(more, word(&x_sums[m].parts[part]));
+        const __m256i much = _mm256_madd_epi16(more, _mm256_set1_epi32(*reinterpret_cast<const Word*>(&x_sums[m].parts[part])));
         sum[m][n] = _mm256_sub_epi32(part ? sum[m][n] : _mm256_setzero_si256(), much);
       }
     }
@@ -485,7 +486,7 @@ void four_bits(const uint8_t* w, const int8_t* x, const Sums* x_sums, __m256i (&
       const int at = part * PART + i * 8;
 #pragma GCC unroll 2
       for (int n = 0; n < N; n++) {
-        const __m256i both = half(w + STEPS + at * PANEL / 2 + n * 32);
+        const __m256i both = eight(w + STEPS + at * PANEL / 2 + n * 32);
         const __m256i one = _mm256_and_si256(both, low), other = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
@@ -494,11 +495,9 @@ void four_bits(const uint8_t* w, const int8_t* x, const Sums* x_sums, __m256i (&
         }
       }
     }
-    const __m256i twice = _mm256_add_epi8(_mm256_set1_epi32(0x80008000 + part * 0x10001),
-                                          _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c)));
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) {
-      const __m256i step = _mm256_shuffle_epi8(steps[n], twice);
+      const __m256i step = words(steps[n], part, part);
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) sum[m][n] = _mm256_add_epi32(sum[m][n], _mm256_madd_epi16(products[m][n], step));
     }
