@@ -321,6 +321,8 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(tmp_path: Path, m
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(kernels, "why_not", lambda: None)
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, "int8")
+    assert pick_precision("int4,head=int4", half, "cpu") == (torch.bfloat16, "int4,head=int4")
+    assert pick_precision("int8,tower=float", half, "cpu") == (torch.float32, "int8,tower=float")  # PyTorch multiplies a part
     with pytest.warns(UserWarning, match="no products in bfloat16: int8 and float32 are a hundred times as fast"):
         load(half, precision="bfloat16", device="cpu")
     monkeypatch.setattr(kernels, "why_not", lambda: "no compiler")

@@ -51,7 +51,8 @@ def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dty
         raise OptionError(f"{folder} holds {held} weights; for {precision} name the checkpoint that it was made from")
     if few := held or (precision if bits or precision in gpu.FLOATS else None):
         gpu.check(few, torch.device(device))
-        return pick_dtype("auto", folder, device), few
+        kept = 0 in (parts(few) or {}).values() and device == "cpu"  # a part in floats, which PyTorch multiplies
+        return torch.float32 if kept and not kernels.multiplies_bfloat16() else pick_dtype("auto", folder, device), few
     dtype = pick_dtype(precision, folder, device)
     faster = precision == "auto" and dtype == torch.bfloat16 and device == "cpu" and kernels.why_not() is None
     return dtype, "int8" if faster else None
@@ -122,7 +123,7 @@ def pick_dtype(precision: str, folder: Path, device: str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device == "mps":
         return torch.float16
-    if kernels.why_not() is not None and not kernels.multiplies_bfloat16():
+    if not kernels.multiplies_bfloat16() and kernels.why_not() is not None:  # in this order: the second may compile them
         return torch.float32
     if next(folder.glob("*.safetensors"), None) is None:
         return torch.bfloat16
