@@ -77,7 +77,7 @@ bench-peers: .venv/installed-dev build/peers/vllm $(foreach made,openvino-int8 o
 	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
 
 tiny: .venv/installed
-	$(BIN)/python -m llava_interleave.train.tiny runs/tiny
+	$(BIN)/python -m recipes.tiny_world.training runs/tiny
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

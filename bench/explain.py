@@ -23,13 +23,23 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_interleave.chatbot import Chatbot, Explanation, load
-from llava_interleave.world.data import exam, pictures
-from llava_interleave.world.draw import Scene, owners
-from llava_interleave.world.episodes import Episode, place_of
-from llava_interleave.world.questions import Question
+from llava_interleave.chat import Attribution, Chatbot, load
+from recipes.tiny_world.data import exam, pictures
+from recipes.tiny_world.draw import Scene, owners
+from recipes.tiny_world.episodes import Episode, place_of
+from recipes.tiny_world.questions import Question
 
-DECIDED = ("colour", "shape", "size", "position", "at", "exists", "which", "character_at", "character_of")
+DECIDED = (
+    "colour",
+    "shape",
+    "size",
+    "position",
+    "at",
+    "exists",
+    "which",
+    "character_at",
+    "character_of",
+)
 PATCH = 32  # pixels a patch where it is looked up what lies under each
 
 
@@ -48,7 +58,9 @@ def decider(ep: Episode, q: Question) -> tuple[int, int] | None:
     return found[0] if len(found) == 1 else None
 
 
-def questions(scenario: str, count: int, first: int) -> Iterator[tuple[Episode, Question, str, int, int]]:
+def questions(
+    scenario: str, count: int, first: int
+) -> Iterator[tuple[Episode, Question, str, int, int]]:
     """The first `count` questions from number `first` on that one thing decides."""
     number = first
     while count:
@@ -65,7 +77,7 @@ def under(scene: Scene, grid: int) -> NDArray[np.bool_]:
     return np.stack([(owner == number).any((1, 3)).ravel() for number in range(len(scene.things))])
 
 
-def judge(told: Explanation, ep: Episode, index: int, thing: int, right: bool) -> dict[str, float]:
+def judge(told: Attribution, ep: Episode, index: int, thing: int, right: bool) -> dict[str, float]:
     covered = under(ep.scenes[index], told.images[0].heat.shape[-1])
     heats = np.stack([look.heat[0].ravel() for look in told.images])
     image, patch = np.unravel_index(heats.argmax(), heats.shape)
@@ -79,15 +91,28 @@ def judge(told: Explanation, ep: Episode, index: int, thing: int, right: bool) -
     }
     if told.images[0].change is not None:
         row["share"] = float(np.argmax([look.change for look in told.images]) == index)
-        row["largest_change"] = float(np.argmax([abs(look.change or 0.0) for look in told.images]) == index)
+        row["largest_change"] = float(
+            np.argmax([abs(look.change or 0.0) for look in told.images]) == index
+        )
     return row
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0]} if rows else {}
+    return (
+        {name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0]}
+        if rows
+        else {}
+    )
 
 
-def run(bot: Chatbot, scenario: str, count: int, first: int, choices: list[tuple[int, ...] | None], leave_out: bool) -> None:
+def run(
+    bot: Chatbot,
+    scenario: str,
+    count: int,
+    first: int,
+    choices: list[tuple[int, ...] | None],
+    leave_out: bool,
+) -> None:
     results: dict[tuple[int, ...], list[dict[str, float]]] = {}
     for ep, question, text, index, thing in questions(scenario, count, first):
         turn = bot.turn(text, pictures(ep, 256))
@@ -98,20 +123,35 @@ def run(bot: Chatbot, scenario: str, count: int, first: int, choices: list[tuple
             results.setdefault(told.layers, []).append(row)
     for layers, rows in results.items():
         right = [row for row in rows if row["right"]]
-        line = {"scenario": scenario, "layers": layers, "n": len(rows), "all": means(rows), "n_right": len(right)}
+        line = {
+            "scenario": scenario,
+            "layers": layers,
+            "n": len(rows),
+            "all": means(rows),
+            "n_right": len(right),
+        }
         print(json.dumps(line | {"of_right": means(right)}), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-m", "--model", help="a checkpoint folder; without it the built-in model")
     parser.add_argument("--count", type=int, default=100, help="questions a scenario")
-    parser.add_argument("--first", type=int, default=10_000, help="number of the first question; those of llava eval begin at 0")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=10_000,
+        help="number of the first question; those of llava eval begin at 0",
+    )
     parser.add_argument("--layers", action="store_true", help="compare layers instead")
     given = parser.parse_args()
     bot = load(given.model)
     ends = range(bot.model.config.text.num_layers + 1)
-    choices: list[tuple[int, ...] | None] = [tuple(range(a, b)) for a, b in combinations(ends, 2)] if given.layers else [None]
+    choices: list[tuple[int, ...] | None] = (
+        [tuple(range(a, b)) for a, b in combinations(ends, 2)] if given.layers else [None]
+    )
     for scenario in ("single", "multi"):
         run(bot, scenario, given.count, given.first, choices, leave_out=not given.layers)
 

@@ -34,20 +34,23 @@ import torch
 from shapes import SHAPES
 from torch import Tensor, nn
 
+from llava_interleave.checkpoints import skeleton
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
-from llava_interleave.engine import Engine, Sampling, bytes_per_token
-from llava_interleave.engine.budget import measured
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Packed, gpu
-from llava_interleave.model.quantise import FewBits
-from llava_interleave.model.ragged import KERNELS, Ragged, each, why_not
-from llava_interleave.model.work import decoder_bytes, prefill_work, vision_work
+from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
+from llava_interleave.engine.kv_budget import profile_kv_bytes
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.model.flops import decoder_bytes, prefill_flops, vision_flops
+from llava_interleave.model.varlen import KERNELS, VarlenMetadata, each, unavailable_reasons
 from llava_interleave.prompt import Media, Prompt
-from llava_interleave.weights import skeleton
+from llava_interleave.quantization import cuda
+from llava_interleave.quantization.linear import QuantizedLinearBase
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = LlavaConfig(
-    VisionConfig(128, 256, 2, 4, 56, 14), TextConfig(256, 512, 2, 4, 4, 64, 1024, 4096, 1e6, 1e-6, True), image_token_id=1023
+    VisionConfig(128, 256, 2, 4, 56, 14),
+    TextConfig(256, 512, 2, 4, 4, 64, 1024, 4096, 1e6, 1e-6, True),
+    image_token_id=1023,
 )
 CONFIGS = {"small": SMALL, **SHAPES}
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -100,7 +103,7 @@ def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
     dtype = FLOATS.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = skeleton(config)
     if precision not in FLOATS:
-        gpu.prepare(network, precision)
+        cuda.prepare(network, precision)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     network.to_empty(device=device).requires_grad_(False).eval()
@@ -108,8 +111,8 @@ def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
         network.tie()
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):
         fill(name, tensor)
-    if precision not in FLOATS and gpu.why_not(device, dtype) is None:
-        gpu.tile(network)
+    if precision not in FLOATS and cuda.unavailable_reason(device, dtype) is None:
+        cuda.pack_for_cuda(network)
     return network
 
 
@@ -139,8 +142,10 @@ class Asking:
     def __call__(self, images: int, words: int) -> Prompt:
         """So many images, and so many tokens of text."""
         self.made += 1
-        text = torch.randint(self.config.image_token_id, (words,), generator=torch.Generator().manual_seed(self.made)).tolist()
-        tokens, media, layout = text[:4], [], Layout(self.config.vision.grid)
+        text = torch.randint(
+            self.config.image_token_id, (words,), generator=torch.Generator().manual_seed(self.made)
+        ).tolist()
+        tokens, media, layout = text[:4], [], ImageTokenLayout(self.config.vision.grid)
         for number in range(images):
             media.append(Media(self.pixels, layout, f"{self.made}.{number}".encode(), len(tokens)))
             tokens += [self.config.image_token_id] * layout.length
@@ -163,12 +168,16 @@ class Ours:
         config, weight = network.config, network.language_model.norm.weight
         self.per_token = bytes_per_token(config.text, weight.dtype)
         self.engine = Engine(
-            network, eos_ids=(), vocab=config.text.vocab_size, kv_bytes=kv_tokens * self.per_token, max_step_tokens=4096
+            network,
+            eos_ids=(),
+            vocab=config.text.vocab_size,
+            kv_bytes=kv_tokens * self.per_token,
+            max_step_tokens=4096,
         )
         self.asking, self.device = Asking(config), weight.device
 
     def answer(self, prompts: Sequence[Prompt], tokens: int) -> Took:
-        engine, how = self.engine, Sampling(max_new_tokens=tokens, ignore_eos=True)
+        engine, how = self.engine, SamplingParams(max_new_tokens=tokens, ignore_eos=True)
         engine.clear()
         synchronize(self.device)
         began = time.perf_counter()
@@ -185,14 +194,20 @@ class Ours:
             if stop is None and start and any(request.finish_reason for request in requests):
                 stop = now, written
         assert first is not None
-        rate = (stop[1] - start[1]) / (stop[0] - start[0]) if start and stop and stop[0] > start[0] else 0.0
+        rate = (
+            (stop[1] - start[1]) / (stop[0] - start[0])
+            if start and stop and stop[0] > start[0]
+            else 0.0
+        )
         return Took(first - began, time.perf_counter() - began, rate)
 
 
 class Theirs:
     """transformers, with its batch padded on the left."""
 
-    def __init__(self, config: LlavaConfig, dtype: torch.dtype, device: torch.device, attention: str) -> None:
+    def __init__(
+        self, config: LlavaConfig, dtype: torch.dtype, device: torch.device, attention: str
+    ) -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -202,7 +217,10 @@ class Theirs:
                 described, dtype=dtype, attn_implementation=THEIRS[attention]
             )
         self.model = made.eval()
-        self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id = None, 0
+        self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id = (
+            None,
+            0,
+        )
         self.asking, self.device, self.dtype = Asking(config), device, dtype
 
     def answer(self, prompts: Sequence[Prompt], tokens: int) -> Took:
@@ -215,16 +233,29 @@ class Theirs:
 
         synchronize(self.device)
         began, longest = time.perf_counter(), max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p.tokens for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        ids = torch.tensor(
+            [[0] * (longest - len(p)) + p.tokens for p in prompts], device=self.device
+        )
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device
+        )
         pixels = [media.pixels for p in prompts for media in p.media]
         given = {"pixel_values": torch.cat(pixels).to(self.device, self.dtype)} if pixels else {}
         with torch.inference_mode():
             self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock], **given
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                stopping_criteria=[clock],
+                **given,
             )
         later = times[-1] - times[0]
-        return Took(times[0] - began, times[-1] - began, len(prompts) * (tokens - 1) / later if later else 0.0)
+        return Took(
+            times[0] - began,
+            times[-1] - began,
+            len(prompts) * (tokens - 1) / later if later else 0.0,
+        )
 
 
 # The groups.
@@ -268,18 +299,46 @@ def checks(group: str, device: torch.device, _: Work, say: Say) -> None:
 
     for name, dtype in FLOATS.items():
         with told(group, f"{name}: features and logits", say):
-            apart = [float((a - b).norm() / b.norm()) for a, b in zip(features(there(dtype)), sure, strict=True)]
-            say(Row(group, f"{name}: features and logits", max(apart), "of their size apart from float32 on the CPU"))
+            apart = [
+                float((a - b).norm() / b.norm())
+                for a, b in zip(features(there(dtype)), sure, strict=True)
+            ]
+            say(
+                Row(
+                    group,
+                    f"{name}: features and logits",
+                    max(apart),
+                    "of their size apart from float32 on the CPU",
+                )
+            )
         with told(group, f"{name}: greedy tokens", say):
             found = written(there(dtype), prompts)
-            same = sum(a == b for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
-            say(Row(group, f"{name}: greedy tokens", same, f"of {sum(map(len, expected))} as on the CPU, the weights random"))
+            same = sum(
+                a == b
+                for x, y in zip(found, expected, strict=True)
+                for a, b in zip(x, y, strict=True)
+            )
+            say(
+                Row(
+                    group,
+                    f"{name}: greedy tokens",
+                    same,
+                    f"of {sum(map(len, expected))} as on the CPU, the weights random",
+                )
+            )
     for precision in ("int8", "int4", "nf4", "fp8"):
         with told(group, f"{precision}: a linear", say):
-            gpu.check(precision, device)
+            cuda.check(precision, device)
             for rows in (1, 7, 300):
                 far = product(made(SMALL, precision, device), rows)
-                say(Row(group, f"{precision}: a linear, {rows} rows", far, "of its size apart from its weights unpacked"))
+                say(
+                    Row(
+                        group,
+                        f"{precision}: a linear, {rows} rows",
+                        far,
+                        "of its size apart from its weights unpacked",
+                    )
+                )
     kernels_agree(group, device, say)
     if device.type == "cuda":
         steps_agree(group, there(torch.bfloat16), prompts, say)
@@ -291,11 +350,13 @@ def kernels_agree(group: str, device: torch.device, say: Say) -> None:
     new, lengths, block = [1, 1, 5, 300], [1, 600, 517, 300], 256
     q = torch.randn(sum(new), 4, 64, device=device, dtype=dtype)
     k, v = (torch.randn(9, block, 4, 64, device=device, dtype=dtype) for _ in range(2))
-    table = torch.tensor([[8, 0, 0], [1, 2, 3], [4, 5, 6], [7, 0, 0]], dtype=torch.int32, device=device)
+    table = torch.tensor(
+        [[8, 0, 0], [1, 2, 3], [4, 5, 6], [7, 0, 0]], dtype=torch.int32, device=device
+    )
     table[3, 1] = 2
-    where = Ragged.of(new, lengths, device, table)
+    where = VarlenMetadata.of(new, lengths, device, table)
     sure = each(q.float(), k.float(), v.float(), where)
-    for name, reason in why_not(device, dtype, 64).items():
+    for name, reason in unavailable_reasons(device, dtype, 64).items():
         with told(group, f"attention by {name}", say):
             if reason:
                 raise RuntimeError(reason)
@@ -307,19 +368,40 @@ def steps_agree(group: str, network: Llava, prompts: list[Prompt], say: Say) -> 
     """Captured steps against the same steps launch by launch."""
     with told(group, "captured steps: greedy tokens", say):
         ours = Ours(network, 4096)
-        found = [request.generated for request in ours.engine.generate(prompts, Sampling(max_new_tokens=16, ignore_eos=True))]
+        found = [
+            request.generated
+            for request in ours.engine.generate(
+                prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
+            )
+        ]
         captured = ours.engine._runner.captured
         if captured.why_not:
             raise RuntimeError(captured.why_not)
         plain = Ours(network, 4096)
         plain.engine._runner.captured.why_not = "for comparison"
-        sure = [request.generated for request in plain.engine.generate(prompts, Sampling(max_new_tokens=16, ignore_eos=True))]
-        same = sum(a == b for x, y in zip(found, sure, strict=True) for a, b in zip(x, y, strict=True))
-        say(Row(group, "captured steps: greedy tokens", same, f"of {sum(map(len, sure))} as not captured"))
+        sure = [
+            request.generated
+            for request in plain.engine.generate(
+                prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
+            )
+        ]
+        same = sum(
+            a == b for x, y in zip(found, sure, strict=True) for a, b in zip(x, y, strict=True)
+        )
+        say(
+            Row(
+                group,
+                "captured steps: greedy tokens",
+                same,
+                f"of {sum(map(len, sure))} as not captured",
+            )
+        )
 
 
 def written(network: Llava, prompts: list[Prompt]) -> list[list[int]]:
-    requests = Ours(network, 4096).engine.generate(prompts, Sampling(max_new_tokens=16, ignore_eos=True))
+    requests = Ours(network, 4096).engine.generate(
+        prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
+    )
     return [request.generated for request in requests]
 
 
@@ -327,10 +409,14 @@ def written(network: Llava, prompts: list[Prompt]) -> list[list[int]]:
 def features(network: Llava) -> list[Tensor]:
     weight, side = network.language_model.norm.weight, network.config.vision.image_size
     random = torch.Generator().manual_seed(0)
-    seen = network.encode(torch.randn(3, 3, side, side, generator=random).to(weight.device, weight.dtype))
+    seen = network.encode(
+        torch.randn(3, 3, side, side, generator=random).to(weight.device, weight.dtype)
+    )
     tokens = torch.randint(0, 1000, (70,), generator=random).to(weight.device)
     positions = torch.cat([torch.arange(40), torch.arange(30)]).to(weight.device)
-    hidden = network.forward(network.embed(tokens, [(2, seen[1])]), positions, Packed([40, 30]))
+    hidden = network.forward(
+        network.embed(tokens, [(2, seen[1])]), positions, PackedAttention([40, 30])
+    )
     return [seen.float().cpu(), network.logits(hidden).float().cpu()]
 
 
@@ -339,10 +425,12 @@ def product(network: Llava, rows: int) -> float:
     """The largest share that the products of few-bit linears are apart from what their weights say."""
     far = 0.0
     for module in network.modules():
-        if isinstance(module, FewBits):
+        if isinstance(module, QuantizedLinearBase):
             weight = network.language_model.norm.weight
             x = torch.randn(rows, module.in_features, device=weight.device).to(weight.dtype)
-            sure = x.float() @ module.unpacked().float().t() + (0 if module.bias is None else module.bias.float())
+            sure = x.float() @ module.unpacked().float().t() + (
+                0 if module.bias is None else module.bias.float()
+            )
             far = max(far, float((module(x).float() - sure).norm() / sure.norm()))
     return far
 
@@ -352,11 +440,14 @@ def ours(group: str, device: torch.device, work: Work, say: Say) -> None:
     config, few = CONFIGS[shape], precision not in FLOATS
     began = time.perf_counter()
     if few:
-        gpu.check(precision, device)
+        cuda.check(precision, device)
     network = made(config, precision, device)
     synchronize(device)
     say(Row(group, "made in", time.perf_counter() - began, "s"))
-    held = sum(tensor.nbytes for tensor in {id(t): t for t in (*network.parameters(), *network.buffers())}.values())
+    held = sum(
+        tensor.nbytes
+        for tensor in {id(t): t for t in (*network.parameters(), *network.buffers())}.values()
+    )
     say(Row(group, "weights", held / 2**30, "GiB"))
     with told(group, "peak memory, 2 images", say):
         peak(group, network, config, say)
@@ -376,7 +467,14 @@ def theirs(group: str, device: torch.device, work: Work, say: Say) -> None:
     measure(group, Theirs(CONFIGS[shape], FLOATS[precision], device, attention), work, say)
 
 
-def measure(group: str, system: Ours | Theirs, work: Work, say: Say, network: Llava | None = None, brief: bool = False) -> None:
+def measure(
+    group: str,
+    system: Ours | Theirs,
+    work: Work,
+    say: Say,
+    network: Llava | None = None,
+    brief: bool = False,
+) -> None:
     """What both systems are asked. brief: no images."""
     config, kind = system.asking.config, group.split()[2]
     kind = kind if kind in FLOATS else {"fp8": "float8"}.get(kind, "bfloat16")
@@ -384,7 +482,12 @@ def measure(group: str, system: Ours | Theirs, work: Work, say: Say, network: Ll
         name = f"decode, {count} at a time"
         with told(group, name, say):
             took = max(
-                (system.answer([system.asking(0, work.context) for _ in range(count)], work.tokens) for _ in range(TWICE)),
+                (
+                    system.answer(
+                        [system.asking(0, work.context) for _ in range(count)], work.tokens
+                    )
+                    for _ in range(TWICE)
+                ),
                 key=lambda took: took.rate,
             )
             least = None
@@ -395,17 +498,39 @@ def measure(group: str, system: Ours | Theirs, work: Work, say: Say, network: Ll
                     * bytes_per_token(config.text, network.language_model.norm.weight.dtype)
                 )
                 least = {"bytes": decoder_bytes(network) + kept}
-            say(Row(group, name, took.rate, "tokens/s", count / took.rate if took.rate else None, least))
+            say(
+                Row(
+                    group,
+                    name,
+                    took.rate,
+                    "tokens/s",
+                    count / took.rate if took.rate else None,
+                    least,
+                )
+            )
     with told(group, "prompt", say):
-        seconds = min(system.answer([system.asking(0, work.prefill)], 1).first for _ in range(TWICE))
-        say(Row(group, "prompt", work.prefill / seconds, "tokens/s", seconds, {kind: prefill_work(config, work.prefill)}))
+        seconds = min(
+            system.answer([system.asking(0, work.prefill)], 1).first for _ in range(TWICE)
+        )
+        say(
+            Row(
+                group,
+                "prompt",
+                work.prefill / seconds,
+                "tokens/s",
+                seconds,
+                {kind: prefill_flops(config, work.prefill)},
+            )
+        )
     if brief:
         return
     for images in work.images:
         name = f"first token, {images} image{'s' * (images > 1)}"
         with told(group, name, say):
             seconds = min(system.answer([system.asking(images, 30)], 1).first for _ in range(TWICE))
-            ops = images * vision_work(config) + prefill_work(config, images * config.vision.grid**2 + 30)
+            ops = images * vision_flops(config) + prefill_flops(
+                config, images * config.vision.grid**2 + 30
+            )
             say(Row(group, name, seconds, "s", seconds, {kind: ops}))
     together = work.requests
     while together:  # as many at a time as there is memory for
@@ -413,7 +538,9 @@ def measure(group: str, system: Ours | Theirs, work: Work, say: Say, network: Ll
         try:
             parts = [work.requests // together, work.requests % together]
             sizes = [together] * parts[0] + [parts[1]] * (parts[1] > 0)
-            prompts = [[system.asking(2, 20 + number * 7 % 40) for number in range(size)] for size in sizes]
+            prompts = [
+                [system.asking(2, 20 + number * 7 % 40) for number in range(size)] for size in sizes
+            ]
             seconds = sum(system.answer(part, work.tokens).total for part in prompts)
             say(
                 Row(
@@ -433,10 +560,18 @@ def measure(group: str, system: Ours | Theirs, work: Work, say: Say, network: Ll
 def room(network: Llava, config: LlavaConfig, work: Work) -> int:
     """Tokens whose keys and values the largest measurement needs, or that there is memory for."""
     wanted = work.requests * (2 * config.vision.grid**2 + 100 + work.tokens + 512)
-    wanted = max(wanted, *(count * (work.context + work.tokens + 512) for count in work.decode), work.prefill + 512)
+    wanted = max(
+        wanted,
+        *(count * (work.context + work.tokens + 512) for count in work.decode),
+        work.prefill + 512,
+    )
     weight = network.language_model.norm.weight
     if weight.is_cuda:
-        wanted = min(wanted, measured(network, max_step_tokens=4096) // bytes_per_token(config.text, weight.dtype))
+        wanted = min(
+            wanted,
+            profile_kv_bytes(network, max_step_tokens=4096)
+            // bytes_per_token(config.text, weight.dtype),
+        )
     return wanted
 
 
@@ -455,7 +590,7 @@ def tower(group: str, network: Llava, work: Work, say: Say) -> None:
     weight, side = network.language_model.norm.weight, network.config.vision.image_size
     pixels = torch.rand(work.crops, 3, side, side, device=weight.device, dtype=weight.dtype)
     seconds = best(lambda: network.encode(pixels), weight.device, 4)
-    least = {group.split()[2]: work.crops * vision_work(network.config)}
+    least = {group.split()[2]: work.crops * vision_flops(network.config)}
     say(Row(group, "tower", work.crops / seconds, "images/s", seconds, least))
 
 
@@ -471,7 +606,9 @@ class told:  # noqa: N801
     def __enter__(self) -> None:
         forget()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> bool:
         if isinstance(error, Exception):
             reason = str(error).strip().splitlines() or [""]
             self.say(Row(self.group, self.name, note=f"{type(error).__name__}: {reason[0][:200]}"))
@@ -508,8 +645,16 @@ def groups(device: str, small: bool) -> list[str]:
     if device == "cpu":
         kind, few, attentions = "float32", ["int8"], ["sdpa"]
     shapes = ["small"] if small else ["0.5b", "7b"]
-    whole = [[f"{shape} ours {kind}", *(f"{shape} transformers {kind} {how}" for how in attentions)] for shape in shapes]
-    return ["ceilings", "checks", *chain(*whole), *(f"{shape} ours {bits}" for bits in few for shape in reversed(shapes))]
+    whole = [
+        [f"{shape} ours {kind}", *(f"{shape} transformers {kind} {how}" for how in attentions)]
+        for shape in shapes
+    ]
+    return [
+        "ceilings",
+        "checks",
+        *chain(*whole),
+        *(f"{shape} ours {bits}" for bits in few for shape in reversed(shapes)),
+    ]
 
 
 def run(group: str, device: torch.device, say: Say) -> None:
@@ -525,10 +670,25 @@ def started(group: str, device: str, seconds: float) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.jsonl"
         out.touch()
-        command = [sys.executable, __file__, "--device", device, "--group", group, "--out", str(out)]
+        command = [
+            sys.executable,
+            __file__,
+            "--device",
+            device,
+            "--group",
+            group,
+            "--out",
+            str(out),
+        ]
         note = ""
         try:
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=seconds)
+            done = subprocess.run(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=seconds,
+            )
             if done.returncode:
                 note = f"ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
         except subprocess.TimeoutExpired:
@@ -541,15 +701,37 @@ def started(group: str, device: str, seconds: float) -> Iterator[Row]:
 
 def about(device: str) -> dict[str, Any]:
     """The machine and the versions."""
-    found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "python": platform.python_version()}
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
     if device != "cpu" and torch.cuda.is_available():
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else "unknown"
+        driver = (
+            subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+            if shutil.which(ask[0])
+            else "unknown"
+        )
         free, total = torch.cuda.mem_get_info()
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        found |= {"device": torch.cuda.get_device_name(), "driver": driver, "CUDA": torch.version.cuda}
-        found |= {"compute capability": capability, "memory, GiB": round(total / 2**30, 1), "free, GiB": round(free / 2**30, 1)}
-    for name in ("llava-interleave", "torch", "transformers", "triton", "bitsandbytes", "flash-attn"):
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "driver": driver,
+            "CUDA": torch.version.cuda,
+        }
+        found |= {
+            "compute capability": capability,
+            "memory, GiB": round(total / 2**30, 1),
+            "free, GiB": round(free / 2**30, 1),
+        }
+    for name in (
+        "llava-interleave",
+        "torch",
+        "transformers",
+        "triton",
+        "bitsandbytes",
+        "flash-attn",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -563,8 +745,14 @@ def share(row: Row, rows: Sequence[Row]) -> float | None:
         return None
     ((kind, amount),) = row.least.items()
     name = "memory, read and written" if kind == "bytes" else f"products in {kind}"
-    limit = next((r.value for r in rows if r.group == "ceilings" and r.name == name and r.value), None)
-    return None if limit is None else amount / (limit * (1e9 if kind == "bytes" else 1e12)) / row.seconds
+    limit = next(
+        (r.value for r in rows if r.group == "ceilings" and r.name == name and r.value), None
+    )
+    return (
+        None
+        if limit is None
+        else amount / (limit * (1e9 if kind == "bytes" else 1e12)) / row.seconds
+    )
 
 
 def beside(row: Row, rows: Sequence[Row]) -> float | None:
@@ -572,7 +760,11 @@ def beside(row: Row, rows: Sequence[Row]) -> float | None:
     shape, *kind = row.group.split()
     if not row.value or kind[:1] != ["ours"] or row.unit not in ("tokens/s", "s"):
         return None
-    theirs = [r.value for r in rows if r.group.startswith(f"{shape} transformers") and r.name == row.name and r.value]
+    theirs = [
+        r.value
+        for r in rows
+        if r.group.startswith(f"{shape} transformers") and r.name == row.name and r.value
+    ]
     if not theirs:
         return None
     return row.value / max(theirs) if row.unit == "tokens/s" else min(theirs) / row.value
@@ -582,27 +774,49 @@ def table(rows: Sequence[Row]) -> str:
     lines = [["", "", "", "of the ceiling", "x transformers", ""]]
     for row in rows:
         part, ratio = share(row, rows), beside(row, rows)
-        value = "" if row.value is None else f"{row.value:,.0f}" if row.value >= 100 else f"{row.value:.3g}"
+        value = (
+            ""
+            if row.value is None
+            else f"{row.value:,.0f}"
+            if row.value >= 100
+            else f"{row.value:.3g}"
+        )
         cells = [f"{row.group}: {row.name}", value, row.unit, "" if part is None else f"{part:.0%}"]
         lines.append([*cells, "" if ratio is None else f"{ratio:.2f}", row.note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = (False, True, False, True, True, False)
-    cells = ([c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)] for line in lines)
+    cells = (
+        [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+        for line in lines
+    )
     return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes only")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what has not begun by then is named and left out")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="what has not begun by then is named and left out",
+    )
     parser.add_argument("--only", nargs="*", metavar="GROUP", help="run these groups alone")
     parser.add_argument("--group", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="the result; without it bench/results/<device>.json")
+    parser.add_argument(
+        "--out", type=Path, help="the result; without it bench/results/<device>.json"
+    )
     given = parser.parse_args()
     if given.group:
         with given.out.open("a") as file:
-            run(given.group, torch.device(given.device), lambda row: print(json.dumps(asdict(row)), file=file, flush=True))
+            run(
+                given.group,
+                torch.device(given.device),
+                lambda row: print(json.dumps(asdict(row)), file=file, flush=True),
+            )
         return
     end, machine = time.perf_counter() + 60 * given.minutes, about(given.device)
     name = re.sub(r"\W+", "-", str(machine["device"])).strip("-").lower()
@@ -617,9 +831,17 @@ def main() -> None:
             continue
         for row in started(group, given.device, min(seconds, LONGEST)):
             rows.append(row)
-            print(f"{row.group}: {row.name}: {'' if row.value is None else f'{row.value:.4g}'} {row.unit} {row.note}", flush=True)
-        figures = [asdict(row) | {"of the ceiling": share(row, rows), "x transformers": beside(row, rows)} for row in rows]
-        out.write_text(json.dumps({"about": machine, "rows": figures, "left out": left}, indent=1) + "\n")
+            print(
+                f"{row.group}: {row.name}: {'' if row.value is None else f'{row.value:.4g}'} {row.unit} {row.note}",
+                flush=True,
+            )
+        figures = [
+            asdict(row) | {"of the ceiling": share(row, rows), "x transformers": beside(row, rows)}
+            for row in rows
+        ]
+        out.write_text(
+            json.dumps({"about": machine, "rows": figures, "left out": left}, indent=1) + "\n"
+        )
     print(f"\n{json.dumps(machine, indent=1)}\n\n{table(rows)}")
     if left:
         print(f"\nleft out, for {given.minutes:g} minutes were over: {', '.join(left)}")

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from llava_interleave import kernels
 from llava_interleave.bench import reading_speed
 from llava_interleave.config import TextConfig
-from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span, _Few
-from llava_interleave.model.quantise import QuantisedLinear
+from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, _DecodeAttention
+from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
+from llava_interleave.quantization.linear import QuantizedLinear
 
 BESIDE = 256 << 20  # bytes of copies, so that each is read from memory
 CONTEXT = 1474
@@ -46,13 +46,17 @@ def matrices(c: TextConfig) -> dict[str, tuple[int, int]]:
         "down_proj": (c.hidden_size, c.intermediate_size),
         "lm_head": (c.vocab_size, c.hidden_size),
     }
-    return found if queries != keys else {name: shape for name, shape in found.items() if name != "k_proj, v_proj"}
+    return (
+        found
+        if queries != keys
+        else {name: shape for name, shape in found.items() if name != "k_proj, v_proj"}
+    )
 
 
 def quantised(bits: int, out: int, features: int, x: Tensor) -> tuple[Call, int]:
-    like = QuantisedLinear(features, out, bits, bias=False)
+    like = QuantizedLinear(features, out, bits, bias=False)
     size = like.weight.nbytes + like.scale.nbytes
-    made = [QuantisedLinear(features, out, bits, bias=False) for _ in range(max(1, BESIDE // size))]
+    made = [QuantizedLinear(features, out, bits, bias=False) for _ in range(max(1, BESIDE // size))]
     for module in made:
         module.weight.random_(0, 256)
         module.scale.fill_(0.01)
@@ -61,23 +65,32 @@ def quantised(bits: int, out: int, features: int, x: Tensor) -> tuple[Call, int]
 
 def plain(dtype: torch.dtype, out: int, features: int, x: Tensor) -> tuple[Call, int]:
     size, x = out * features * dtype.itemsize, x.to(dtype)
-    made = [torch.empty(out, features, dtype=dtype).normal_() for _ in range(max(1, BESIDE // size))]
+    made = [
+        torch.empty(out, features, dtype=dtype).normal_() for _ in range(max(1, BESIDE // size))
+    ]
     return lambda turn: nn.functional.linear(x, made[turn % len(made)]), size
 
 
-def attention(c: TextConfig, dtype: torch.dtype, new: int, *, compiled: bool = True, in_8_bits: bool = False) -> tuple[Call, int]:
+def attention(
+    c: TextConfig, dtype: torch.dtype, new: int, *, compiled: bool = True, in_8_bits: bool = False
+) -> tuple[Call, int]:
     """One layer of as many as there are; each has keys and values of its own."""
-    slabs = Slabs(c, dtype, torch.device("cpu"), in_eight_bits=in_8_bits)
-    kv = KV(Keys.of([]), 0, CONTEXT + 64)
+    slabs = ContiguousKVCache(c, dtype, torch.device("cpu"), in_eight_bits=in_8_bits)
+    kv = SequenceKV(CacheKey.of([]), 0, CONTEXT + 64)
     slabs.prepare(kv)
     assert kv.slab is not None
     for layer in (tensor for tensors, _ in kv.slab.parts() for tensor in tensors):
         layer.random_(-100, 100) if in_8_bits else layer.normal_()
     if not compiled:
-        slabs._few = _Few
+        slabs._few = _DecodeAttention
     attend = slabs.attend([Span(kv, CONTEXT, CONTEXT + new)])
-    q, k, v = (torch.randn(new, heads, c.head_dim, dtype=dtype) for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
-    return lambda turn: attend(turn % c.num_layers, q, k, v), slabs.bytes_per_token // c.num_layers * CONTEXT
+    q, k, v = (
+        torch.randn(new, heads, c.head_dim, dtype=dtype)
+        for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+    )
+    return lambda turn: attend(
+        turn % c.num_layers, q, k, v
+    ), slabs.bytes_per_token // c.num_layers * CONTEXT
 
 
 def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, object]]:
@@ -92,7 +105,9 @@ def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, ob
                 "torch bfloat16": plain(torch.bfloat16, out, features, x),
                 "torch float32": plain(torch.float32, out, features, x),
             }
-            yield from compared(f"{name} {out} x {features}", count, out * features * count * 2, systems, repeat)
+            yield from compared(
+                f"{name} {out} x {features}", count, out * features * count * 2, systems, repeat
+            )
     for new in (1, 2, 4, 8):
         systems = {
             "bfloat16": attention(c, torch.bfloat16, new),
@@ -100,10 +115,14 @@ def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, ob
             "torch bfloat16": attention(c, torch.bfloat16, new, compiled=False),
             "torch float32": attention(c, torch.float32, new),
         }
-        yield from compared("attention", new, 4 * new * c.num_heads * c.head_dim * CONTEXT, systems, 4 * repeat)
+        yield from compared(
+            "attention", new, 4 * new * c.num_heads * c.head_dim * CONTEXT, systems, 4 * repeat
+        )
 
 
-def compared(what: str, tokens: int, work: int, systems: dict[str, tuple[Call, int]], repeat: int) -> Iterator[dict[str, object]]:
+def compared(
+    what: str, tokens: int, work: int, systems: dict[str, tuple[Call, int]], repeat: int
+) -> Iterator[dict[str, object]]:
     took: dict[str, list[float]] = {system: [] for system in systems}
     for turn in range(repeat + 1):
         for system, (call, _) in systems.items():
@@ -122,7 +141,9 @@ def compared(what: str, tokens: int, work: int, systems: dict[str, tuple[Call, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="0.5b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, CONTEXT])
     parser.add_argument("--repeat", type=int, default=15)
@@ -133,7 +154,10 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         speed = reading_speed(torch.device("cpu"))
-        about = {"threads": torch.get_num_threads(), "kernels": kernels.why_not() or "compiled"}
+        about = {
+            "threads": torch.get_num_threads(),
+            "kernels": kernels.unavailable_reason() or "compiled",
+        }
         print(json.dumps(about | {"memory GB/s": round(speed / 1e9, 1)}), flush=True)
         for row in rows(SHAPES[given.shape].text, given.tokens, given.repeat):
             print(json.dumps(row | {"share": round(row["GB/s"] * 1e9 / speed, 2)}), flush=True)

@@ -24,9 +24,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-import llava_interleave.chatbot
-import llava_interleave.evals.world
-import llava_interleave.offline  # noqa: F401  once, here: every child has them then
+import llava_interleave.batch  # noqa: F401  once, here: every child has them then
 from llava_interleave.cli import app
 from llava_interleave.testing import tiny_checkpoint
 
@@ -54,10 +52,14 @@ def main() -> int:
                     moment /= 2
                 child(lambda command=command, out=out: run(command, folder, out))
                 if rows(out) != wanted:
-                    print(f"llava {command}, round {number + 1}: the rows differ from those of a run that was not killed")
+                    print(
+                        f"llava {command}, round {number + 1}: the rows differ from those of a run that was not killed"
+                    )
                     return 1
                 shutil.rmtree(out)
-            print(f"llava {command}: killed and gone on {given.rounds} times; {SAMPLES} rows, none lost, doubled or changed")
+            print(
+                f"llava {command}: killed and gone on {given.rounds} times; {SAMPLES} rows, none lost, doubled or changed"
+            )
     return 0
 
 
@@ -65,16 +67,40 @@ def prepare(folder: Path) -> None:
     tiny_checkpoint(folder / "tiny")
     for i in range(5):
         Image.new("RGB", (40, 30), (50 * i, 90, 90)).save(folder / f"{i}.png")
-    samples = [{"id": f"s{i}", "question": f"What of {i}?", "images": [f"{i % 5}.png"]} for i in range(SAMPLES)]
+    samples = [
+        {"id": f"s{i}", "question": f"What of {i}?", "images": [f"{i % 5}.png"]}
+        for i in range(SAMPLES)
+    ]
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, samples)))
 
 
 def run(command: str, folder: Path, out: Path) -> None:
     """A command as a person types it; `batch` is not started again when its output is there, which it refuses to overwrite."""
     out.mkdir(exist_ok=True)
-    words: Sequence[object] = ("batch", folder / "in.jsonl", out / "out.jsonl", "--batch", 3, "--max-new-tokens", 4)
+    words: Sequence[object] = (
+        "batch",
+        folder / "in.jsonl",
+        out / "out.jsonl",
+        "--batch",
+        3,
+        "--max-new-tokens",
+        4,
+    )
     if command == "eval":
-        words = ("eval", "world", "--scenario", "single", "-n", SAMPLES, "--batch", 3, "--max-new-tokens", 4, "-o", out)
+        words = (
+            "eval",
+            "world",
+            "--scenario",
+            "single",
+            "-n",
+            SAMPLES,
+            "--batch",
+            3,
+            "--max-new-tokens",
+            4,
+            "-o",
+            out,
+        )
     elif (out / "out.jsonl").exists():
         return
     with redirect_stdout(StringIO()):

@@ -23,7 +23,7 @@ start = time.perf_counter()
 import torch
 with_torch = time.perf_counter() - start
 start = time.perf_counter()
-from llava_interleave.weights import load
+from llava_interleave.checkpoints import load
 weights = time.perf_counter() - start
 torch.zeros(1) + 1
 before = memory("VmHWM")
@@ -47,9 +47,13 @@ print(json.dumps({
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: as stored")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: as stored"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     given = parser.parse_args()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from quality import quantised, smollm2
 
-from llava_interleave.engine import Engine, Request, Sampling
+from llava_interleave.engine import Engine, Request, SamplingParams
 from llava_interleave.prompt import Prompt
 
 ASKED = {
@@ -34,7 +34,9 @@ def decoding(request: Request) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--precision", choices=["float32", "int8", "int4"], default="int8")
     parser.add_argument("--tokens", type=int, default=96)
@@ -59,14 +61,19 @@ def main() -> None:
                 chat = f"{START}user\n{question}{piece}{END}\n{START}assistant\n"
                 prompt, answers = Prompt(words.encode(chat).ids), []
                 for most in took:
-                    how = Sampling(max_new_tokens=given.tokens, prompt_lookup_num_tokens=most)
+                    how = SamplingParams(max_new_tokens=given.tokens, prompt_lookup_num_tokens=most)
                     engine.clear()
                     request = engine.generate([prompt], how)[0]
                     took[most] += decoding(request)
                     answers.append(request.generated)
                     if most and not turn:
                         usage = request.usage
-                        used = [a + b for a, b in zip(used, (usage.generated, usage.drafted, usage.accepted), strict=True)]
+                        used = [
+                            a + b
+                            for a, b in zip(
+                                used, (usage.generated, usage.drafted, usage.accepted), strict=True
+                            )
+                        ]
                 differ += answers[0] != answers[1]
         written, drafted, accepted = used
         row = {

@@ -15,7 +15,14 @@ from pathlib import Path
 from shapes import SHAPES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from llava_interleave.testing import SPECIAL, processor_files, qwen2_tokenizer, tiny_checkpoint, tiny_tokenizer, write_random
+from llava_interleave.testing import (
+    SPECIAL,
+    processor_files,
+    qwen2_tokenizer,
+    tiny_checkpoint,
+    tiny_tokenizer,
+    write_random,
+)
 
 VOCABULARY = 151643  # pieces before the special tokens
 
@@ -23,10 +30,16 @@ VOCABULARY = 151643  # pieces before the special tokens
 def tokenizer() -> Tokenizer:
     """Qwen's tokenizer, or one that has its ids for the special tokens and pieces that are never written in between."""
     package = importlib.util.find_spec("dashscope")
-    found = list(Path(package.origin).parent.rglob("qwen.tiktoken")) if package and package.origin else []
+    found = (
+        list(Path(package.origin).parent.rglob("qwen.tiktoken"))
+        if package and package.origin
+        else []
+    )
     model = tiktoken_bpe(found[0]) if found else padded_bpe()
     made = qwen2_tokenizer(model)
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    made.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     assert made.token_to_id(SPECIAL[0]) == VOCABULARY
     return made
 
@@ -44,7 +57,12 @@ def tiktoken_bpe(path: Path) -> models.BPE:
     assert len(ranks) == VOCABULARY, len(ranks)
     letters = byte_letters()
     spell = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
-    merges = [(spell[a], spell[b]) for piece, rank in ranks.items() if len(piece) > 1 for a, b in [halves(piece, rank, ranks)]]
+    merges = [
+        (spell[a], spell[b])
+        for piece, rank in ranks.items()
+        if len(piece) > 1
+        for a, b in [halves(piece, rank, ranks)]
+    ]
     return models.BPE(vocab={spell[piece]: rank for piece, rank in ranks.items()}, merges=merges)
 
 
@@ -52,7 +70,9 @@ def halves(piece: bytes, limit: int, ranks: dict[bytes, int]) -> tuple[bytes, by
     """The last two parts when `piece` is merged with the ranks below `limit`."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 2:
-        rank, at = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
+        rank, at = min(
+            (ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1)
+        )
         assert rank < limit, piece
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
@@ -60,15 +80,23 @@ def halves(piece: bytes, limit: int, ranks: dict[bytes, int]) -> tuple[bytes, by
 
 def byte_letters() -> list[str]:
     """The printable letter that stands for each byte in byte-level BPE (GPT-2, encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
     assert set(letters.values()) == set(pre_tokenizers.ByteLevel.alphabet())
     return [letters[byte] for byte in range(256)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="0.5b")
     parser.add_argument("--seed", type=int, default=0)

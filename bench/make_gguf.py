@@ -37,7 +37,9 @@ def add(writer: gguf.GGUFWriter, found: Tensors, names: gguf.TensorNameMap) -> N
     """Those that `names` knows: matrices in bfloat16; biases, norms, positions and patches in float32, as llama.cpp has them."""
     for name, values in found:
         spelt = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if spelt and "post_ln" not in spelt:  # the norm after the last layer; features are taken before it
+        if (
+            spelt and "post_ln" not in spelt
+        ):  # the norm after the last layer; features are taken before it
             kind = STORED if values.ndim == 2 and "position" not in name else FLOAT
             writer.add_tensor(spelt, gguf.quantize(values, kind), raw_dtype=kind)
 
@@ -51,7 +53,9 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 def vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     spec = json.loads((folder / "tokenizer.json").read_text())
-    pieces = {number: (piece, gguf.TokenType.NORMAL) for piece, number in spec["model"]["vocab"].items()}
+    pieces = {
+        number: (piece, gguf.TokenType.NORMAL) for piece, number in spec["model"]["vocab"].items()
+    }
     pieces |= {one["id"]: (one["content"], gguf.TokenType.CONTROL) for one in spec["added_tokens"]}
     rows = [pieces.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(size)]
     merges = [one if isinstance(one, str) else " ".join(one) for one in spec["model"]["merges"]]
@@ -59,8 +63,12 @@ def vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([piece for piece, _ in rows])
     writer.add_token_types([kind for _, kind in rows])
-    writer.add_token_merges(merges or ["Ġ1000 Ġ1001"])  # llama.cpp wants some; this one never applies
-    writer.add_eos_token_id(next(number for number, (piece, _) in pieces.items() if piece == "<|im_end|>"))
+    writer.add_token_merges(
+        merges or ["Ġ1000 Ġ1001"]
+    )  # llama.cpp wants some; this one never applies
+    writer.add_eos_token_id(
+        next(number for number, (piece, _) in pieces.items() if piece == "<|im_end|>")
+    )
     writer.add_add_bos_token(False)
 
 
@@ -77,7 +85,11 @@ def decoder(folder: Path, out: Path, c: dict[str, Any], kind: int) -> None:
     writer.add_rope_freq_base(c["rope_theta"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     vocabulary(writer, folder, c["vocab_size"])
-    add(writer, tensors(folder), gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c["num_hidden_layers"]))
+    add(
+        writer,
+        tensors(folder),
+        gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c["num_hidden_layers"]),
+    )
     finish(writer)
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = kind
@@ -101,8 +113,14 @@ def tower(folder: Path, out: Path, c: dict[str, Any], width: int) -> None:
     writer.add_vision_image_mean(pixels["image_mean"])
     writer.add_vision_image_std(pixels["image_std"])
     writer.add_vision_use_gelu(True)
-    writer.add_array("clip.vision.feature_layer", [c["num_hidden_layers"]])  # without it the last layer is left out
-    add(writer, tensors(folder), gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, c["num_hidden_layers"]))
+    writer.add_array(
+        "clip.vision.feature_layer", [c["num_hidden_layers"]]
+    )  # without it the last layer is left out
+    add(
+        writer,
+        tensors(folder),
+        gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, c["num_hidden_layers"]),
+    )
     finish(writer)
 
 
@@ -112,7 +130,9 @@ def main() -> None:
     part = out.with_name(f"{out.name}.part")
     part.mkdir(parents=True, exist_ok=True)
     decoder(folder, part / "decoder.gguf", config["text_config"], kind)
-    tower(folder, part / "tower.gguf", config["vision_config"], config["text_config"]["hidden_size"])
+    tower(
+        folder, part / "tower.gguf", config["vision_config"], config["text_config"]["hidden_size"]
+    )
     shutil.copy(folder / "preprocessor_config.json", part)
     part.rename(out)
 

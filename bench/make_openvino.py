@@ -9,9 +9,19 @@ import sys
 from pathlib import Path
 
 folder, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--model", str(folder)]
-subprocess.run([*command, "--task", "image-text-to-text", "--weight-format", kind, str(out)], check=True)
+command = [
+    str(Path(sys.executable).with_name("optimum-cli")),
+    "export",
+    "openvino",
+    "--model",
+    str(folder),
+]
+subprocess.run(
+    [*command, "--task", "image-text-to-text", "--weight-format", kind, str(out)], check=True
+)
 config = json.loads((folder / "preprocessor_config.json").read_text())
-size = config["size"]  # GenAI knows the keys of CLIP's processor alone, and without them makes features that are not numbers
+size = config[
+    "size"
+]  # GenAI knows the keys of CLIP's processor alone, and without them makes features that are not numbers
 config |= {"crop_size": size, "size": {"shortest_edge": size["height"]}}
 (out / "preprocessor_config.json").write_text(json.dumps(config))

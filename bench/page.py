@@ -23,11 +23,22 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     yield "<p>Systems took turns on one machine in one run. Bars are medians; the dark line goes from the least to the most. "
     yield "The share is that of what the machine gives: of its fastest matrix product for pictures and prompts, of its reading "
     yield "speed for decoding.</p>"
-    yield table(("machine", ""), [(key, shown(value)) for key, value in (found["about"] | found["ceilings"]).items()])
-    for figure in dict.fromkeys(figure for system in found["systems"].values() for figure in system):
-        yield from chart(figure, {name: system[figure] for name, system in found["systems"].items() if figure in system})
+    yield table(
+        ("machine", ""),
+        [(key, shown(value)) for key, value in (found["about"] | found["ceilings"]).items()],
+    )
+    for figure in dict.fromkeys(
+        figure for system in found["systems"].values() for figure in system
+    ):
+        yield from chart(
+            figure,
+            {name: system[figure] for name, system in found["systems"].items() if figure in system},
+        )
     same = [(name, str(count)) for name, count in found["first tokens as the last system"].items()]
-    yield table(("how many of 8 tokens are those of the last system, before the first that is not", ""), same)
+    yield table(
+        ("how many of 8 tokens are those of the last system, before the first that is not", ""),
+        same,
+    )
 
 
 def chart(figure: str, systems: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -36,16 +36,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_interleave import kernels, weights
+from llava_interleave import checkpoints, kernels
 from llava_interleave.bench import product_speed, reading_speed
-from llava_interleave.cli import show
+from llava_interleave.checkpoints.files import read_config
+from llava_interleave.cli import terminal
 from llava_interleave.config import LlavaConfig
-from llava_interleave.model.quantise import parts
-from llava_interleave.model.work import prefill_work, vision_work
-from llava_interleave.weights.files import read_config
+from llava_interleave.model.flops import prefill_flops, vision_flops
+from llava_interleave.quantization.linear import parse_precision
 
 HERE = Path(__file__).parent
-FLOATS = ["bfloat16", "float32"] if kernels.multiplies_bfloat16() else ["float32"]  # the fastest first
+FLOATS = (
+    ["bfloat16", "float32"] if kernels.multiplies_bfloat16() else ["float32"]
+)  # the fastest first
 IN_FLOATS = [f"{name} {kind}" for kind in FLOATS for name in ("llava", "transformers")]
 SYSTEMS, BRIEF = ["llava int4 kv8", "llava int4", "llava int8", *IN_FLOATS], IN_FLOATS[2:]
 QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
@@ -66,7 +68,9 @@ class Machine:
 
     def least(self, images: int, prompt: int = 0) -> float:
         """Seconds that these images and a prompt take at best."""
-        work = images * vision_work(self.config) + (prefill_work(self.config, prompt) if prompt else 0)
+        work = images * vision_flops(self.config) + (
+            prefill_flops(self.config, prompt) if prompt else 0
+        )
         return work / max(self.products.values())
 
     def tokens(self, about: dict[str, int], context: float) -> float:
@@ -91,7 +95,9 @@ class System:
     def read(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{shlex.join(self.process.args)} ended with {self.process.wait()}; run it by hand to see why")
+            raise SystemExit(
+                f"{shlex.join(self.process.args)} ended with {self.process.wait()}; run it by hand to see why"
+            )
         return json.loads(line)
 
     def answer(self, *chats: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
@@ -123,7 +129,9 @@ class Pictures:
         self.made += count
         for path in paths:
             if not path.exists():
-                pixels = np.random.default_rng(list(path.name.encode())).integers(0, 256, (24, 32, 3), np.uint8)
+                pixels = np.random.default_rng(list(path.name.encode())).integers(
+                    0, 256, (24, 32, 3), np.uint8
+                )
                 Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC).save(path)
         return [str(path) for path in paths]
 
@@ -131,7 +139,10 @@ class Pictures:
 def user(pictures: list[str], question: str) -> dict[str, Any]:
     return {
         "role": "user",
-        "content": [*({"type": "image", "path": path} for path in pictures), {"type": "text", "text": question}],
+        "content": [
+            *({"type": "image", "path": path} for path in pictures),
+            {"type": "text", "text": question},
+        ],
     }
 
 
@@ -147,7 +158,11 @@ def conversation(system: System, machine: Machine, new: Pictures) -> Found:
     again = system.answer([user(pictures, QUESTIONS[1])], tokens=1)
     said = {"role": "assistant", "content": [{"type": "text", "text": "They differ in colour."}]}
     more = system.answer([turn, said, user(new(1), QUESTIONS[2])], tokens=1)
-    found = first_token(took, machine, 2) | vision(took, machine, 2) | decode(took, machine, system.about, "2 images")
+    found = (
+        first_token(took, machine, 2)
+        | vision(took, machine, 2)
+        | decode(took, machine, system.about, "2 images")
+    )
     if took["prefill"] is not None:
         share = (machine.least(2, took["prompt"]) - machine.least(2)) / took["prefill"]
         found["prefill of 2 images, tokens/s"] = took["prompt"] / took["prefill"], share
@@ -164,8 +179,15 @@ def many_images(system: System, machine: Machine, new: Pictures) -> Found:
 
 
 def many_requests(system: System, _: Machine, new: Pictures) -> Found:
-    took = system.answer(*([user(new(1), f"{index}: {QUESTIONS[0]}")] for index in range(8)), tokens=LONG)
-    return {"8 requests with an image each, tokens/s from question to last answer": (8 * LONG / took["total"], None)}
+    took = system.answer(
+        *([user(new(1), f"{index}: {QUESTIONS[0]}")] for index in range(8)), tokens=LONG
+    )
+    return {
+        "8 requests with an image each, tokens/s from question to last answer": (
+            8 * LONG / took["total"],
+            None,
+        )
+    }
 
 
 def first_token(took: dict[str, Any], machine: Machine, images: int) -> Found:
@@ -174,12 +196,21 @@ def first_token(took: dict[str, Any], machine: Machine, images: int) -> Found:
 
 
 def vision(took: dict[str, Any], machine: Machine, images: int) -> Found:
-    return {"vision, s an image": (took["vision"] / images, machine.least(images) / took["vision"])} if took["vision"] else {}
+    return (
+        {"vision, s an image": (took["vision"] / images, machine.least(images) / took["vision"])}
+        if took["vision"]
+        else {}
+    )
 
 
 def decode(took: dict[str, Any], machine: Machine, about: dict[str, int], after: str) -> Found:
     rate = (SHORT - 1) / (took["total"] - took["first"])
-    return {f"decode after {after}, tokens/s": (rate, rate / machine.tokens(about, took["prompt"] + SHORT / 2))}
+    return {
+        f"decode after {after}, tokens/s": (
+            rate,
+            rate / machine.tokens(about, took["prompt"] + SHORT / 2),
+        )
+    }
 
 
 Work = Callable[[System, Machine, Pictures], Found]
@@ -194,9 +225,18 @@ WORK: dict[str, Work] = {
 class Bench:
     """What has been found. Systems are started, asked and ended one after another, so that none takes another's memory."""
 
-    def __init__(self, commands: dict[str, list[str]], brief: list[str], machine: Machine, scratch: Path) -> None:
-        self.commands, self.brief, self.machine, self.pictures = commands, brief, machine, Pictures(scratch)
-        self.found: dict[str, dict[str, list[tuple[float, float | None]]]] = {name: {} for name in commands}
+    def __init__(
+        self, commands: dict[str, list[str]], brief: list[str], machine: Machine, scratch: Path
+    ) -> None:
+        self.commands, self.brief, self.machine, self.pictures = (
+            commands,
+            brief,
+            machine,
+            Pictures(scratch),
+        )
+        self.found: dict[str, dict[str, list[tuple[float, float | None]]]] = {
+            name: {} for name in commands
+        }
         self.written: dict[str, list[int]] = {}
         self.reads: list[float] = []
 
@@ -224,7 +264,10 @@ class Bench:
 
 def summary(bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
     """By system and figure."""
-    return {name: {figure: told(values) for figure, values in found.items()} for name, found in bench.found.items()}
+    return {
+        name: {figure: told(values) for figure, values in found.items()}
+        for name, found in bench.found.items()
+    }
 
 
 def told(values: list[tuple[float, float | None]]) -> dict[str, float | None]:
@@ -239,7 +282,10 @@ def told(values: list[tuple[float, float | None]]) -> dict[str, float | None]:
 
 
 def ceilings(machine: Machine, reads: list[float]) -> dict[str, float]:
-    read = {name: of(reads) / 1e9 for name, of in (("", statistics.median), (", least", min), (", most", max))}
+    read = {
+        name: of(reads) / 1e9
+        for name, of in (("", statistics.median), (", least", min), (", most", max))
+    }
     return {f"memory, GB/s{name}": value for name, value in read.items()} | {
         f"{kind}, GOP/s": value / 1e9 for kind, value in machine.products.items()
     }
@@ -248,12 +294,18 @@ def ceilings(machine: Machine, reads: list[float]) -> dict[str, float]:
 def agreement(written: dict[str, list[int]]) -> dict[str, int]:
     """How many of a first answer's tokens each has in common with the last system, before the first that differs."""
     last = list(written.values())[-1]
-    return {name: sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(ids, last, strict=True))) for name, ids in written.items()}
+    return {
+        name: sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(ids, last, strict=True)))
+        for name, ids in written.items()
+    }
 
 
 def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -265,11 +317,21 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--systems", nargs="*", default=SYSTEMS, metavar="NAME", help=f"of {SYSTEMS}")
-    parser.add_argument("--brief", nargs="*", default=BRIEF, metavar="NAME", help="those that answer about one image only")
+    parser.add_argument(
+        "--systems", nargs="*", default=SYSTEMS, metavar="NAME", help=f"of {SYSTEMS}"
+    )
+    parser.add_argument(
+        "--brief",
+        nargs="*",
+        default=BRIEF,
+        metavar="NAME",
+        help="those that answer about one image only",
+    )
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--work", nargs="*", default=list(WORK), choices=list(WORK))
     parser.add_argument("--out", type=Path)
@@ -277,17 +339,30 @@ def main() -> None:
     end = time.perf_counter() + 60 * given.minutes
     config = read_config(given.folder)
     device, kinds = torch.device("cpu"), ("float32", "bfloat16", "int8")
-    machine = Machine(config, reading_speed(device), {kind: product_speed(kind, device) for kind in kinds})
+    machine = Machine(
+        config, reading_speed(device), {kind: product_speed(kind, device) for kind in kinds}
+    )
     with tempfile.TemporaryDirectory() as scratch:
         commands = {}
         for name in given.systems:
             kind, precision, *more = name.split()
             folder = given.folder
-            if parts(precision):
+            if parse_precision(precision):
                 folder = Path(scratch) / precision
                 if not folder.exists():
-                    weights.save(weights.load(given.folder, precision=precision), folder, processor_from=given.folder)
-            commands[name] = [sys.executable, str(HERE / "systems.py"), kind, str(folder), precision, *more]
+                    checkpoints.save(
+                        checkpoints.load(given.folder, precision=precision),
+                        folder,
+                        processor_from=given.folder,
+                    )
+            commands[name] = [
+                sys.executable,
+                str(HERE / "systems.py"),
+                kind,
+                str(folder),
+                precision,
+                *more,
+            ]
         for name, _, command in (also.partition("=") for also in given.also):
             commands[name] = shlex.split(command)
         bench = Bench(commands, given.brief, machine, Path(scratch))
@@ -308,8 +383,16 @@ def main() -> None:
                 given.out.write_text(json.dumps(result, indent=1) + "\n")
     columns = list(result["systems"])
     figures = dict.fromkeys(figure for found in result["systems"].values() for figure in found)
-    cells = {(name, figure): f"{one['median']:.4g}" for name, found in result["systems"].items() for figure, one in found.items()}
-    show.table("medians", ["", *columns], [[figure, *(cells.get((name, figure), "") for name in columns)] for figure in figures])
+    cells = {
+        (name, figure): f"{one['median']:.4g}"
+        for name, found in result["systems"].items()
+        for figure, one in found.items()
+    }
+    terminal.table(
+        "medians",
+        ["", *columns],
+        [[figure, *(cells.get((name, figure), "") for name in columns)] for figure in figures],
+    )
 
 
 if __name__ == "__main__":

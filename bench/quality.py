@@ -27,11 +27,11 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from llava_interleave.checkpoints import skeleton
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
-from llava_interleave.engine.memory import eight_bits
-from llava_interleave.model import Llava, Packed
-from llava_interleave.model.quantise import pack, prepare
-from llava_interleave.weights import skeleton
+from llava_interleave.engine.kv_contiguous import quantize_kv
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.quantization.linear import pack, replace_linears
 
 PIECE = 512
 NAMES = {
@@ -60,23 +60,49 @@ def network(reader: GGUFReader, values: dict[str, Any]) -> Llava:
     width, heads = values["llama.embedding_length"], values["llama.attention.head_count"]
     kv_heads = values["llama.attention.head_count_kv"]
     text = TextConfig(
-        *(width, values["llama.feed_forward_length"], values["llama.block_count"], heads, kv_heads, width // heads),
-        *(values["llama.vocab_size"], values["llama.context_length"], values["llama.rope.freq_base"]),
+        *(
+            width,
+            values["llama.feed_forward_length"],
+            values["llama.block_count"],
+            heads,
+            kv_heads,
+            width // heads,
+        ),
+        *(
+            values["llama.vocab_size"],
+            values["llama.context_length"],
+            values["llama.rope.freq_base"],
+        ),
         *(values["llama.attention.layer_norm_rms_epsilon"], True),
     )
-    model = skeleton(LlavaConfig(VisionConfig(32, 32, 1, 2, 28, 14), text, 0)).to_empty(device="cpu")
+    model = skeleton(LlavaConfig(VisionConfig(32, 32, 1, 2, 28, 14), text, 0)).to_empty(
+        device="cpu"
+    )
     model.tie()
-    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name.endswith("bias")}
+    state = {
+        name: torch.zeros_like(value)
+        for name, value in model.state_dict().items()
+        if name.endswith("bias")
+    }
     for stored in reader.tensors:
         value = torch.tensor(dequantize(stored.data, stored.tensor_type))
         part, _, rest = stored.name.partition(".")
         if part == "blk":
             layer, kind, _ = rest.split(".")
-            if kind in ("attn_q", "attn_k"):  # llama.cpp rotates neighbours, where we rotate halves against each other
-                value = value.unflatten(0, (heads if kind == "attn_q" else kv_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            if kind in (
+                "attn_q",
+                "attn_k",
+            ):  # llama.cpp rotates neighbours, where we rotate halves against each other
+                value = (
+                    value.unflatten(0, (heads if kind == "attn_q" else kv_heads, -1, 2))
+                    .transpose(1, 2)
+                    .flatten(0, 2)
+                )
             state[f"language_model.layers.{layer}.{NAMES[kind]}.weight"] = value
         else:
-            state[f"language_model.{ {'token_embd': 'embed_tokens', 'output_norm': 'norm'}[part] }.weight"] = value
+            state[
+                f"language_model.{ {'token_embd': 'embed_tokens', 'output_norm': 'norm'}[part] }.weight"
+            ] = value
     lost, surplus = model.load_state_dict(state, strict=False)
     assert not surplus, surplus
     assert all(name.startswith(("vision", "multi", "lm_head")) for name in lost), lost
@@ -88,7 +114,10 @@ def tokenizer(values: dict[str, Any]) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     made.decoder = decoders.ByteLevel()
     return made
@@ -96,7 +125,7 @@ def tokenizer(values: dict[str, Any]) -> Tokenizer:
 
 @torch.inference_mode()
 def logits(model: Llava, ids: Tensor, *, kv_in_8_bits: bool = False) -> Tensor:
-    whole = Packed([len(ids)])
+    whole = PackedAttention([len(ids)])
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return whole(layer, q, kept(k), kept(v)) if kv_in_8_bits else whole(layer, q, k, v)
@@ -106,13 +135,13 @@ def logits(model: Llava, ids: Tensor, *, kv_in_8_bits: bool = False) -> Tensor:
 
 def kept(x: Tensor) -> Tensor:
     """Keys or values as they are read from 8 bits."""
-    q, scale = eight_bits(x)
+    q, scale = quantize_kv(x)
     return q * scale.float()[..., None]
 
 
 def quantised(model: Llava, precision: str) -> Llava:
     other = copy.deepcopy(model)
-    for name, bits in prepare(other, precision).items():
+    for name, bits in replace_linears(other, precision).items():
         old, new = model.get_submodule(name), other.get_submodule(name)
         new.weight, new.scale = pack(old.weight, bits)
         new.bias = old.bias
@@ -125,11 +154,15 @@ def judge(ours: Tensor, right: Tensor, ids: Tensor) -> Tensor:
     loss = -q[:-1].gather(1, ids[1:, None]).sum() * len(ids) / (len(ids) - 1)
     same = (ours.argmax(-1) == right.argmax(-1)).sum()
     error = ((ours - right).square().mean(-1) / right.var(-1)).sqrt().sum()
-    return torch.stack([loss.double(), same.double(), (p.exp() * (p - q)).sum().double(), error.double()])
+    return torch.stack(
+        [loss.double(), same.double(), (p.exp() * (p - q)).sum().double(), error.double()]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--precision", nargs="+", default=["kv int8", "int8", "int4"])
@@ -146,8 +179,18 @@ def main() -> None:
             sums += judge(ours, right, piece)
             count += len(piece)
         loss, same, divergence, error = (sums / count).tolist()
-        row = {"perplexity": 2.718281828459045**loss, "same_token": same, "divergence": divergence, "logit_error": error}
-        print(json.dumps({"precision": precision, "tokens": count} | {name: round(value, 4) for name, value in row.items()}))
+        row = {
+            "perplexity": 2.718281828459045**loss,
+            "same_token": same,
+            "divergence": divergence,
+            "logit_error": error,
+        }
+        print(
+            json.dumps(
+                {"precision": precision, "tokens": count}
+                | {name: round(value, 4) for name, value in row.items()}
+            )
+        )
 
 
 if __name__ == "__main__":

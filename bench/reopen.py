@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_interleave.chatbot import Chatbot, load
+from llava_interleave.chat import Chatbot, load
 
 
 def asked(bot: Chatbot, file: Path, kv: bool) -> tuple[float, float, int, int]:
@@ -24,18 +24,28 @@ def asked(bot: Chatbot, file: Path, kv: bool) -> tuple[float, float, int, int]:
     bot.engine.clear()
     began, computed = time.perf_counter(), time.process_time()
     answer = bot.resume(file, kv=kv).ask("And which of them is the last?", max_new_tokens=1)
-    return time.perf_counter() - began, time.process_time() - computed, answer.usage.cached, answer.tokens[0]
+    return (
+        time.perf_counter() - began,
+        time.process_time() - computed,
+        answer.usage.cached,
+        answer.tokens[0],
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--kv", default="auto", choices=["auto", "int8"])
     parser.add_argument("--repeat", type=int, default=5)
     given = parser.parse_args()
-    bot, random = load(given.folder, precision=given.precision, kv_precision=given.kv), np.random.default_rng(0)
+    bot, random = (
+        load(given.folder, precision=given.precision, kv_precision=given.kv),
+        np.random.default_rng(0),
+    )
     with tempfile.TemporaryDirectory() as folder:
         talk, file = bot.conversation(), Path(folder) / "talk.json"
         for number in range(given.images):
@@ -55,7 +65,14 @@ def main() -> None:
     same = len({run[kv][3] for run in runs for kv in (True, False)}) == 1
     print(
         json.dumps(
-            took | {"tokens": tokens, "known": runs[0][True][2], "bytes": size, "writing": round(writing, 3), "same": same}
+            took
+            | {
+                "tokens": tokens,
+                "known": runs[0][True][2],
+                "bytes": size,
+                "writing": round(writing, 3),
+                "same": same,
+            }
         )
     )
 

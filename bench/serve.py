@@ -45,7 +45,7 @@ import numpy as np
 import openai
 from PIL import Image, ImageDraw
 
-from llava_interleave.chatbot import BUILTIN
+from llava_interleave.chat import BUILTIN
 from llava_interleave.testing import tiny_checkpoint
 
 BIN = Path(sys.executable).parent
@@ -73,25 +73,40 @@ def picture(rng: np.random.Generator) -> dict[str, Any]:
         draw.rectangle((int(x), int(y), int(x) + 90, int(y) + 60), fill=tuple(map(int, colour)))
     file = BytesIO()
     image.save(file, "JPEG")
-    return {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + b64encode(file.getvalue()).decode()}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/jpeg;base64," + b64encode(file.getvalue()).decode()},
+    }
 
 
-def load(clients: int, shared: bool, round_: int, given: argparse.Namespace, rate: float) -> list[tuple[float, list[Any]]]:
+def load(
+    clients: int, shared: bool, round_: int, given: argparse.Namespace, rate: float
+) -> list[tuple[float, list[Any]]]:
     """The moments of all requests, the first one's 0, and their contents; the same for every server."""
     rng = np.random.default_rng([clients, shared, round_, given.seed])
     same = [picture(rng) for _ in range(given.images)]
-    moments = np.sort(np.cumsum(rng.exponential(1 / rate, (clients, given.requests)), axis=1).ravel())
+    moments = np.sort(
+        np.cumsum(rng.exponential(1 / rate, (clients, given.requests)), axis=1).ravel()
+    )
     return [
-        (float(moment - moments[0]), [*(same if shared else [picture(rng) for _ in range(given.images)]), question(number)])
+        (
+            float(moment - moments[0]),
+            [*(same if shared else [picture(rng) for _ in range(given.images)]), question(number)],
+        )
         for number, moment in enumerate(moments)
     ]
 
 
 def question(number: int) -> dict[str, str]:
-    return {"type": "text", "text": f"Question {number}: describe every image, and say what differs."}
+    return {
+        "type": "text",
+        "text": f"Question {number}: describe every image, and say what differs.",
+    }
 
 
-async def ask(api: openai.AsyncOpenAI, model: str, moment: float, content: list[Any], tokens: int) -> Timed:
+async def ask(
+    api: openai.AsyncOpenAI, model: str, moment: float, content: list[Any], tokens: int
+) -> Timed:
     """Ask at `moment` of the event loop's clock."""
     clock = asyncio.get_running_loop().time
     await asyncio.sleep(moment - clock())
@@ -117,17 +132,23 @@ async def ask(api: openai.AsyncOpenAI, model: str, moment: float, content: list[
     return Timed(usage.prompt_tokens, usage.completion_tokens, texts[0], clock() - moment, pause)
 
 
-async def run(url: str, model: str, requests: list[tuple[float, list[Any]]], tokens: int) -> tuple[list[Timed], float]:
+async def run(
+    url: str, model: str, requests: list[tuple[float, list[Any]]], tokens: int
+) -> tuple[list[Timed], float]:
     """All requests, and the seconds until the last answer."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as api:
         start = asyncio.get_running_loop().time() + 0.1
-        timed = await asyncio.gather(*(ask(api, model, start + at, content, tokens) for at, content in requests))
+        timed = await asyncio.gather(
+            *(ask(api, model, start + at, content, tokens) for at, content in requests)
+        )
         return list(timed), asyncio.get_running_loop().time() - start
 
 
 def figures(timed: list[Timed], seconds: float) -> dict[str, float]:
     good = [t for t in timed if not t.failed]
-    firsts, wholes = ([getattr(t, name) for t in good] or [float("nan")] for name in ("first", "total"))
+    firsts, wholes = (
+        [getattr(t, name) for t in good] or [float("nan")] for name in ("first", "total")
+    )
     each = [(t.total - t.first) / (t.tokens - 1) for t in good if t.tokens > 1] or [float("nan")]
     return {
         "tokens/s": sum(t.tokens for t in good) / seconds,
@@ -170,21 +191,30 @@ class System:
 
 
 @contextlib.contextmanager
-def serving(command: list[str | Path], port: int, model: str, log: Path, **env: str) -> Iterator[System]:
+def serving(
+    command: list[str | Path], port: int, model: str, log: Path, **env: str
+) -> Iterator[System]:
     """A server in processes of its own, once it is well."""
     with log.open("wb") as out:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | env
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
         system = System(f"http://127.0.0.1:{port}/v1", model, process)
         try:
             for _ in range(START * 4):
                 if process.poll() is not None:
                     raise SystemExit(f"{command[0]} ended:\n{log.read_text()[-2000:]}")
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),
+                ):
                     break
                 time.sleep(0.25)
             else:
-                raise SystemExit(f"{command[0]} did not start in {START} s:\n{log.read_text()[-2000:]}")
+                raise SystemExit(
+                    f"{command[0]} did not start in {START} s:\n{log.read_text()[-2000:]}"
+                )
             with system.awake():
                 pass
             yield system
@@ -203,32 +233,81 @@ def servers(folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dic
     """All that are measured, by name."""
     with contextlib.ExitStack() as stack:
         port = free_port()
-        mine: list[str | Path] = [BIN / "llava", "serve", "-m", folder, "--port", str(port), "--name", "model", "--preset", "hf"]
-        most = ["--max-requests", "1000", "--connections", "2000", "--requests-per-minute", "1000000"]
-        found = {"llava": stack.enter_context(serving([*mine, *most], port, "model", logs / "llava"))}
+        mine: list[str | Path] = [
+            BIN / "llava",
+            "serve",
+            "-m",
+            folder,
+            "--port",
+            str(port),
+            "--name",
+            "model",
+            "--preset",
+            "hf",
+        ]
+        most = [
+            "--max-requests",
+            "1000",
+            "--connections",
+            "2000",
+            "--requests-per-minute",
+            "1000000",
+        ]
+        found = {
+            "llava": stack.enter_context(serving([*mine, *most], port, "model", logs / "llava"))
+        }
         if not given.alone:
             port = free_port()
-            command = [BIN / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
-            found["transformers"] = stack.enter_context(serving(command, port, str(folder), logs / "transformers"))
+            command = [
+                BIN / "transformers",
+                "serve",
+                folder,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ]
+            found["transformers"] = stack.enter_context(
+                serving(command, port, str(folder), logs / "transformers")
+            )
         if given.vllm:
             port = free_port()
-            command = [given.vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+            command = [
+                given.vllm,
+                "serve",
+                folder,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--served-model-name",
+                "model",
+            ]
             command += ["--limit-mm-per-prompt", json.dumps({"image": given.images})]
-            memory = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}  # GiB; and it tells nobody
-            found["vllm"] = stack.enter_context(serving(command, port, "model", logs / "vllm", **memory))
+            memory = {
+                "VLLM_CPU_KVCACHE_SPACE": "4",
+                "VLLM_NO_USAGE_STATS": "1",
+            }  # GiB; and it tells nobody
+            found["vllm"] = stack.enter_context(
+                serving(command, port, "model", logs / "vllm", **memory)
+            )
         for name, url in (pair.split("=", 1) for pair in given.also):
             with openai.OpenAI(base_url=url, api_key="none") as api:
                 found[name] = System(url, api.models.list().data[0].id)
         yield found
 
 
-def asked(system: System, requests: list[tuple[float, list[Any]]], tokens: int) -> tuple[list[Timed], float]:
+def asked(
+    system: System, requests: list[tuple[float, list[Any]]], tokens: int
+) -> tuple[list[Timed], float]:
     """As `run`, with this server alone awake."""
     with system.awake():
         return asyncio.run(run(system.url, system.model, requests, tokens))
 
 
-def measure(name: str, folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, folder: Path, given: argparse.Namespace, logs: Path
+) -> Iterator[dict[str, Any]]:
     """A row for each server, number of clients, kind of images and round; servers take turns."""
     with servers(folder, given, logs) as found:
         lone = {}
@@ -245,7 +324,14 @@ def measure(name: str, folder: Path, given: argparse.Namespace, logs: Path) -> I
             requests = load(clients, images == "shared", round_, given, rate)
             for server in rotated(list(found), number):
                 timed, seconds = asked(found[server], requests, given.tokens)
-                row = {"model": name, "server": server, "clients": clients, "images": images, "round": round_, "rate": rate}
+                row = {
+                    "model": name,
+                    "server": server,
+                    "clients": clients,
+                    "images": images,
+                    "round": round_,
+                    "rate": rate,
+                }
                 row |= {"lone": lone[server]} | figures(timed, seconds)
                 yield row | {"requests": [asdict(one) for one in timed]}
 
@@ -259,7 +345,9 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of all rounds as one."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault(tuple(row[key] for key in ("model", "clients", "images", "server")), []).append(row)
+        cells.setdefault(
+            tuple(row[key] for key in ("model", "clients", "images", "server")), []
+        ).append(row)
     names = ("tokens/s", "first", "first95", "whole", "whole95", "token", "pause")
     return [
         dict(zip(("model", "clients", "images", "server"), cell, strict=True))
@@ -278,13 +366,25 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A head and a line for each row."""
     yield " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
     for row in rows:
-        values = (f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name])[:12] for name in COLUMNS)
-        yield " ".join(f"{value:>{width}}" for value, width in zip(values, COLUMNS.values(), strict=True))
+        values = (
+            f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name])[:12]
+            for name in COLUMNS
+        )
+        yield " ".join(
+            f"{value:>{width}}" for value, width in zip(values, COLUMNS.values(), strict=True)
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", action="append", help="a checkpoint folder, or builtin; can be given several times")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        help="a checkpoint folder, or builtin; can be given several times",
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=4, help="of each client in a round")
     parser.add_argument("--images", type=int, default=2, help="in each request")
@@ -293,25 +393,40 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="requests a second of each client")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", action="store_true", help="leave out transformers")
-    parser.add_argument("--vllm", type=Path, metavar="COMMAND", help="also measure the server of this vLLM")
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=URL", help="measure this server, too")
+    parser.add_argument(
+        "--vllm", type=Path, metavar="COMMAND", help="also measure the server of this vLLM"
+    )
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME=URL", help="measure this server, too"
+    )
     parser.add_argument("--out", type=Path, help="write everything here as JSON")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.quick:
-            given.model, given.clients, given.requests, given.rounds, given.tokens = [scratch], [1, 2], 2, 1, 8
+            given.model, given.clients, given.requests, given.rounds, given.tokens = (
+                [scratch],
+                [1, 2],
+                2,
+                1,
+                8,
+            )
             tiny_checkpoint(scratch)
         rows = []
         for model in given.model or ["builtin"]:
             folder = BUILTIN if model == "builtin" else Path(model)
-            for row in measure("tiny" if given.quick else folder.name, folder, given, Path(scratch)):
+            for row in measure(
+                "tiny" if given.quick else folder.name, folder, given, Path(scratch)
+            ):
                 rows.append(row)
                 print(*list(table([row]))[1:], sep="\n", file=sys.stderr, flush=True)
     summary = medians(rows)
     print(*table(summary), sep="\n")
     if given.out:
-        given.out.write_text(json.dumps({"arguments": vars(given), "medians": summary, "rows": rows}, default=str) + "\n")
+        given.out.write_text(
+            json.dumps({"arguments": vars(given), "medians": summary, "rows": rows}, default=str)
+            + "\n"
+        )
     if any(row["failed"] for row in rows):
         raise SystemExit("some requests failed; --out has why")
 

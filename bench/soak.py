@@ -56,7 +56,9 @@ class Soak:
 
     def client(self) -> httpx.Client:
         """One that leaves idle connections before the server does, which would look like a failure."""
-        return httpx.Client(base_url=self.address, timeout=300, limits=httpx.Limits(keepalive_expiry=2))
+        return httpx.Client(
+            base_url=self.address, timeout=300, limits=httpx.Limits(keepalive_expiry=2)
+        )
 
     def count(self, where: Counter[str], what: object) -> None:
         with self.lock:
@@ -66,7 +68,9 @@ class Soak:
         with self.lock:
             self.failures.append(what[:500])
 
-    def repeat(self, number: int, work: Callable[["Soak", httpx.Client, random.Random], None]) -> None:
+    def repeat(
+        self, number: int, work: Callable[["Soak", httpx.Client, random.Random], None]
+    ) -> None:
         """Do some work again and again until it is over."""
         chance = random.Random(number)
         with self.client() as client:
@@ -83,11 +87,27 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     same, new = chance.choice([RED, BLUE, GREEN]), data_url(png(colour))
     name, messages, fields = chance.choice(
         [
-            (f"image {same[-30:]}", user(picture(same), "What is this?"), {"seed": 1, "temperature": 1.0}),
-            (f"text {same[-30:]}", user(f"Say {same[-9:]}"), {"n": 2, "seed": 1, "temperature": 1.0}),
+            (
+                f"image {same[-30:]}",
+                user(picture(same), "What is this?"),
+                {"seed": 1, "temperature": 1.0},
+            ),
+            (
+                f"text {same[-30:]}",
+                user(f"Say {same[-9:]}"),
+                {"n": 2, "seed": 1, "temperature": 1.0},
+            ),
             ("video", user(STILLS, "What moves?"), {"frames": 2}),
-            ("views", user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"), {"logprobs": True}),
-            ("form", user(picture(RED), "Which?"), {"response_format": {"type": "choice", "choice": ["red", "blue"]}}),
+            (
+                "views",
+                user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"),
+                {"logprobs": True},
+            ),
+            (
+                "form",
+                user(picture(RED), "Which?"),
+                {"response_format": {"type": "choice", "choice": ["red", "blue"]}},
+            ),
             ("explained", user(picture(RED), "or", picture(BLUE), "?"), {"explain": True}),
             ("", user(picture(new), "and", picture(same), "?"), {"stop": ["."]}),
             ("", user(picture(upload(client, colour)), "What is this?"), {}),
@@ -99,7 +119,11 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     soak.count(soak.good, answer.status_code)
     if answer.status_code != 200:
         return soak.fail(f"{name}: {answer.status_code} {answer.text}")
-    texts = streamed(answer.text) if stream else [choice["message"]["content"] for choice in answer.json()["choices"]]
+    texts = (
+        streamed(answer.text)
+        if stream
+        else [choice["message"]["content"] for choice in answer.json()["choices"]]
+    )
     if name and soak.answers.setdefault(name, texts) != texts:
         soak.fail(f"{name}: {texts} instead of {soak.answers[name]}")
     return None
@@ -111,8 +135,12 @@ def streamed(text: str) -> list[str]:
     assert done == "data: [DONE]", text[-300:]
     texts: dict[int, str] = {}
     for event in events:
-        for choice in () if event.startswith(":") else json.loads(event.removeprefix("data: "))["choices"]:
-            texts[choice["index"]] = texts.get(choice["index"], "") + choice["delta"].get("content", "")
+        for choice in (
+            () if event.startswith(":") else json.loads(event.removeprefix("data: "))["choices"]
+        ):
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["delta"].get(
+                "content", ""
+            )
     return [texts[index] for index in sorted(texts)]
 
 
@@ -120,7 +148,9 @@ def upload(client: httpx.Client, colour: str) -> str:
     """The id of an upload; the one before it is deleted, so that they do not pile up."""
     for file in client.get("/v1/files").json()["data"][:-8]:
         client.delete(f"/v1/files/{file['id']}")
-    stored = client.post("/v1/files", files={"file": ("a.png", png(colour, (60, 60)))}, data={"purpose": "vision"})
+    stored = client.post(
+        "/v1/files", files={"file": ("a.png", png(colour, (60, 60)))}, data={"purpose": "vision"}
+    )
     return str(stored.json()["id"])
 
 
@@ -135,12 +165,17 @@ def hostile(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
 
 def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
     """Below HTTP: cut off, half closed, slow, silent, garbage, gone while it is answered."""
-    body = json.dumps({"model": "tiny", "messages": user(picture(RED), "?"), "max_tokens": 2000, "stream": True}).encode()
+    body = json.dumps(
+        {"model": "tiny", "messages": user(picture(RED), "?"), "max_tokens": 2000, "stream": True}
+    ).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     whole = head.encode() + body
     kind = chance.choice(["cut", "half", "slow", "silent", "garbage", "leaves", "leaves"])
     at = urlsplit(soak.address)
-    with socket.create_connection((at.hostname, at.port), timeout=10) as wire, contextlib.suppress(OSError):
+    with (
+        socket.create_connection((at.hostname, at.port), timeout=10) as wire,
+        contextlib.suppress(OSError),
+    ):
         if kind == "cut":
             wire.sendall(whole[: chance.randrange(len(whole))])
         elif kind == "half":
@@ -163,16 +198,26 @@ def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
 
 
 def resident(pid: int) -> float:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
     return int(line.split()[1]) / 1024
 
 
 def gauges(client: httpx.Client) -> dict[str, float]:
-    lines = (line.split() for line in client.get("/metrics").text.splitlines() if line[0] != "#" and "{" not in line)
+    lines = (
+        line.split()
+        for line in client.get("/metrics").text.splitlines()
+        if line[0] != "#" and "{" not in line
+    )
     return {name.removeprefix("llava_"): float(value) for name, value in lines}
 
 
-def watch(soak: Soak, process: "subprocess.Popen[bytes]", client: httpx.Client, seconds: float) -> dict[str, Any]:
+def watch(
+    soak: Soak, process: "subprocess.Popen[bytes]", client: httpx.Client, seconds: float
+) -> dict[str, Any]:
     """Memory once a second until the time is over or the server is."""
     began, rows = time.monotonic(), []
     while (at := time.monotonic() - began) < seconds and process.poll() is None:
@@ -182,11 +227,20 @@ def watch(soak: Soak, process: "subprocess.Popen[bytes]", client: httpx.Client, 
         soak.fail(f"the server ended with {process.returncode}")
     times, memory, features = np.array(rows).T
     warm = times >= seconds / 6
-    per_minute = [60 * float(np.polyfit(times[warm], values[warm], 1)[0]) for values in (memory, features)]
+    per_minute = [
+        60 * float(np.polyfit(times[warm], values[warm], 1)[0]) for values in (memory, features)
+    ]
     at_warm = int(warm.argmax())
     return {
-        "memory": {"start": memory[0], "warm": memory[at_warm], "end": memory[-1], "most": memory.max()},
-        "course": [round(float(one), 1) for one in np.interp(np.linspace(0, times[-1], 11), times, memory)],
+        "memory": {
+            "start": memory[0],
+            "warm": memory[at_warm],
+            "end": memory[-1],
+            "most": memory.max(),
+        },
+        "course": [
+            round(float(one), 1) for one in np.interp(np.linspace(0, times[-1], 11), times, memory)
+        ],
         "slope": {"memory": per_minute[0], "caches": per_minute[1]},
     }
 
@@ -205,9 +259,29 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
     """Start a server, let everybody at it, and tell."""
     port = free_port()
     soak = Soak(f"http://127.0.0.1:{port}")
-    command = [BIN / "llava", "serve", *(["-m", folder] if folder else []), "--port", str(port), "--name", "tiny"]
-    limits = ["--requests-per-minute", "1000000", "--max-requests", "256", "--body-seconds", "5", "--log-level", "error"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen([*command, *limits], stdout=log, stderr=log) as process:
+    command = [
+        BIN / "llava",
+        "serve",
+        *(["-m", folder] if folder else []),
+        "--port",
+        str(port),
+        "--name",
+        "tiny",
+    ]
+    limits = [
+        "--requests-per-minute",
+        "1000000",
+        "--max-requests",
+        "256",
+        "--body-seconds",
+        "5",
+        "--log-level",
+        "error",
+    ]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen([*command, *limits], stdout=log, stderr=log) as process,
+    ):
         try:
             with soak.client() as client:
                 end = time.monotonic() + START
@@ -217,7 +291,10 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
                         break
                     time.sleep(0.1)
                 works = [good] * threads + [hostile, rude, rude]
-                workers = [threading.Thread(target=soak.repeat, args=(i, work)) for i, work in enumerate(works)]
+                workers = [
+                    threading.Thread(target=soak.repeat, args=(i, work))
+                    for i, work in enumerate(works)
+                ]
                 for worker in workers:
                     worker.start()
                 try:
@@ -233,12 +310,19 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
         process.wait(60)
         log.seek(0)
         errors = log.read().decode().count(" ERROR ")
-    done = {"good": dict(soak.good), "failures": soak.failures[:20], "failed": len(soak.failures), "logged_errors": errors}
+    done = {
+        "good": dict(soak.good),
+        "failures": soak.failures[:20],
+        "failed": len(soak.failures),
+        "logged_errors": errors,
+    }
     return {"minutes": minutes, **done, "statuses": dict(sorted(soak.hostile.items())), **told}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-m", "--model", help="a checkpoint folder; without it the built-in model")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=4, help="good clients")

@@ -20,17 +20,23 @@ from typing import Any
 
 import torch
 
-from llava_interleave.chatbot import Chatbot, load
-from llava_interleave.evals import world
+from llava_interleave.chat import Chatbot, load
+from llava_interleave.checkpoints import load as load_weights
+from llava_interleave.checkpoints import save
 from llava_interleave.evals.task import Messages
-from llava_interleave.train import checkpoints, data, tiny
-from llava_interleave.train.batch import Windows, batches
-from llava_interleave.train.looking import Looked, Looks, join, look, looking
+from llava_interleave.train import checkpointing, formats
 from llava_interleave.train.loop import make, train
-from llava_interleave.weights import load as load_weights
-from llava_interleave.weights import save
-from llava_interleave.world.data import conversation, pictures, talk
-from llava_interleave.world.episodes import SCENARIOS, episode
+from llava_interleave.train.packing import PackedDataset, batches
+from recipes.tiny_world import benchmark, training
+from recipes.tiny_world.attention_supervision import (
+    AttendedSample,
+    AttentionTargets,
+    join,
+    look,
+    looking,
+)
+from recipes.tiny_world.data import conversation, pictures, talk
+from recipes.tiny_world.episodes import SCENARIOS, episode
 
 ALL = ("single", *("multi", "video") * 2, *("views",) * 3)  # as often as in the recipe
 ONE = ("single",)
@@ -64,29 +70,45 @@ class Samples:
     scenarios: tuple[str, ...]
     behind: float
 
-    def __call__(self, index: int) -> Looked:
+    def __call__(self, index: int) -> AttendedSample:
         rng = Random(f"stages/{index}")
         ep = episode(rng.choice(self.scenarios), rng)
         turns = talk(ep, rng, questions=6, caption=0.1)
-        shown = pictures(ep, tiny.VISION.image_size)
+        shown = pictures(ep, training.VISION.image_size)
         said = conversation(ep, turns, behind=rng.random() < self.behind)
-        processor = data.processor(self.folder)
-        prompt = processor.example(*data.messages({"conversations": said, "video" if ep.clip else "image": shown}, Path()))
-        return look(prompt, processor.tokenizer, Looks(ep, tiny.VISION.image_size, tiny.VISION.patch_size), turns)
+        processor = formats.processor(self.folder)
+        prompt = processor.example(
+            *formats.messages(
+                {"conversations": said, "video" if ep.clip else "image": shown}, Path()
+            )
+        )
+        return look(
+            prompt,
+            processor.tokenizer,
+            AttentionTargets(ep, training.VISION.image_size, training.VISION.patch_size),
+            turns,
+        )
 
 
 def taught(run: Path, variant: Variant, first: int, then: int) -> Path:
     """The folder of the model that a variant makes; variants that begin alike share their first part."""
     source = run / "processor"
     model = load_weights(run / "model", dtype=torch.float32).requires_grad_(True)
-    make(model, tiny.DESCRIBE)  # freezes what is frozen
-    checkpoints.weights(checkpoints.every(run / "describe")[-1], model)
+    make(model, training.DESCRIBE)  # freezes what is frozen
+    checkpointing.weights(checkpointing.list_checkpoints(run / "describe")[-1], model)
     parts = (variant.first, 0.0, first, 0.9), (variant.then, variant.behind, then, 0.0)
     folder = run / "stages" / str(first)
     for scenarios, behind, steps, final in parts:
         folder = folder / f"{'-'.join(sorted(set(scenarios)))}-{behind:g}-{steps}"
-        windows = Windows(Samples(source, scenarios, behind), steps * 40, size=tiny.WINDOW, tokens=tiny.TOKENS, seed=1, join=join)
-        config = replace(tiny.PRACTISE, steps=steps, final=final)
+        windows = PackedDataset(
+            Samples(source, scenarios, behind),
+            steps * 40,
+            size=training.WINDOW,
+            tokens=training.TOKENS,
+            seed=1,
+            join=join,
+        )
+        config = replace(training.PRACTISE, steps=steps, final=final)
         train(model, looking, partial(batches, windows, workers=1), config, folder)
     save(model.to(torch.bfloat16), folder / "model", processor_from=source)
     return folder / "model"
@@ -98,12 +120,19 @@ def behind(asked: Messages) -> Messages:
     return [{"role": "user", "content": [{"type": "text", "text": f"{text['text']}\n"}, *media]}]
 
 
-def answerer(bot: Chatbot, form: Callable[[Messages], Messages]) -> Callable[[Sequence[Messages]], list[str]]:
-    return lambda asked: [answer.text for answer in bot.batch([form(one) for one in asked], max_new_tokens=world.ROOM * 4)]
+def answerer(
+    bot: Chatbot, form: Callable[[Messages], Messages]
+) -> Callable[[Sequence[Messages]], list[str]]:
+    return lambda asked: [
+        answer.text
+        for answer in bot.batch([form(one) for one in asked], max_new_tokens=benchmark.ROOM * 4)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--first", type=int, default=400)
     parser.add_argument("--then", type=int, default=500)
@@ -113,15 +142,23 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, variant in VARIANTS.items():
         bot = load(taught(given.run, variant, given.first, given.then))
-        forms = {"before": lambda asked: asked} | ({"behind": behind} if variant.then == ALL and variant.first == ONE else {})
+        forms = {"before": lambda asked: asked} | (
+            {"behind": behind} if variant.then == ALL and variant.first == ONE else {}
+        )
         for form, change in forms.items():
-            right = {s: world.evaluate(answerer(bot, change), s, given.count, held_out=False).share for s in SCENARIOS}
+            right = {
+                s: benchmark.evaluate(answerer(bot, change), s, given.count, held_out=False).share
+                for s in SCENARIOS
+            }
             rows.append(
-                {"variant": name, "pictures": form} | {scenario: round(100 * share, 1) for scenario, share in right.items()}
+                {"variant": name, "pictures": form}
+                | {scenario: round(100 * share, 1) for scenario, share in right.items()}
             )
             print(json.dumps(rows[-1]), flush=True)
     if given.out:
-        given.out.write_text(json.dumps({"arguments": vars(given), "rows": rows}, default=str, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps({"arguments": vars(given), "rows": rows}, default=str, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

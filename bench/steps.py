@@ -18,22 +18,31 @@ from pathlib import Path
 
 import torch
 
-from llava_interleave import weights
-from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span, fusible
+from llava_interleave import checkpoints
+from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, fusible
+from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
 from llava_interleave.model import Llava
-from llava_interleave.model.fused import Fused, FusedTower, possible, possible_tower
-from llava_interleave.model.quantise import parts
+from llava_interleave.quantization.fused import (
+    FusedDecoder,
+    FusedTower,
+    can_fuse_decoder,
+    can_fuse_tower,
+)
+from llava_interleave.quantization.linear import parse_precision
 
 COUNTS = (1, 2, 3, 5, 9)
 PIECE = 1024  # of a prompt, as the engine's `max_step_tokens`
 
 
-def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -> Callable[[int, int], None]:
+def step(
+    model: Llava, context: int, in_eight_bits: bool, fused: FusedDecoder | None
+) -> Callable[[int, int], None]:
     """A function that computes so many tokens from a place up to `context` on."""
     weight = model.language_model.norm.weight
-    slabs = Slabs(model.config.text, weight.dtype, weight.device, in_eight_bits=in_eight_bits)
-    kv = KV(Keys.of([]), context, context + max(COUNTS))
+    slabs = ContiguousKVCache(
+        model.config.text, weight.dtype, weight.device, in_eight_bits=in_eight_bits
+    )
+    kv = SequenceKV(CacheKey.of([]), context, context + max(COUNTS))
     slabs.prepare(kv)
     assert kv.slab is not None
     for tensor in (tensor for tensors, _ in kv.slab.parts() for tensor in tensors):
@@ -43,7 +52,9 @@ def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -
         x, positions = model.embed(torch.arange(tokens)), torch.arange(at, at + tokens)
         span = Span(kv, at, at + tokens)
         hidden = (
-            fused(x, positions, [fusible(span, min(tokens, max(COUNTS)))]) if fused else model(x, positions, slabs.attend([span]))
+            fused(x, positions, [fusible(span, min(tokens, max(COUNTS)))])
+            if fused
+            else model(x, positions, slabs.attend([span]))
         )
         model.logits(hidden[-max(COUNTS) :]).argmax(-1).tolist()
 
@@ -52,7 +63,9 @@ def step(model: Llava, context: int, in_eight_bits: bool, fused: Fused | None) -
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", nargs="+", default=["int4", "int8", "bfloat16"])
     parser.add_argument("--kv", nargs="+", default=["auto", "int8"], choices=["auto", "int8"])
@@ -64,15 +77,19 @@ def main() -> None:
     clock = time.process_time if given.processor else time.perf_counter
     systems, towers = {}, {}
     for precision in given.precision:
-        few = precision if parts(precision) else None
-        model = weights.load(given.folder, dtype=torch.bfloat16 if few else getattr(torch, precision), precision=few)
+        few = precision if parse_precision(precision) else None
+        model = checkpoints.load(
+            given.folder, dtype=torch.bfloat16 if few else getattr(torch, precision), precision=few
+        )
         for kv in given.kv:
             systems[precision, kv, "by layer"] = step(model, given.context, kv == "int8", None)
-            if possible(model.language_model):
-                systems[precision, kv, "one call"] = step(model, given.context, kv == "int8", Fused(model.language_model))
+            if can_fuse_decoder(model.language_model):
+                systems[precision, kv, "one call"] = step(
+                    model, given.context, kv == "int8", FusedDecoder(model.language_model)
+                )
         tower, shape = model.vision_tower, model.config.vision
         towers[precision, "by layer"] = tower
-        if possible_tower(tower, shape):
+        if can_fuse_tower(tower, shape):
             towers[precision, "one call"] = FusedTower(tower, shape)
     took: dict[tuple[str, str, str, int], list[float]] = {}
     for turn in range(given.repeat + 1):
@@ -84,9 +101,21 @@ def main() -> None:
                     took.setdefault((precision, kv, how, tokens), []).append(clock() - began)
     for (precision, kv, how, tokens), values in took.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        row = {"precision": precision, "kv": kv, "layers": how, "tokens": tokens, "ms": round(middle * 1e3, 2)}
+        row = {
+            "precision": precision,
+            "kv": kv,
+            "layers": how,
+            "tokens": tokens,
+            "ms": round(middle * 1e3, 2),
+        }
         times = middle / statistics.median(took[precision, kv, how, 1])
-        print(json.dumps(row | {"spread": [round(low * 1e3, 2), round(high * 1e3, 2)], "times": round(times, 2)}), flush=True)
+        print(
+            json.dumps(
+                row
+                | {"spread": [round(low * 1e3, 2), round(high * 1e3, 2)], "times": round(times, 2)}
+            ),
+            flush=True,
+        )
     size = shape.image_size
     pixels = torch.rand(1, 3, size, size, dtype=torch.bfloat16) * 2 - 1
     whole: dict[tuple[str, ...], list[float]] = {}
@@ -101,7 +130,10 @@ def main() -> None:
             see(pixels)
             whole.setdefault(("crop", *about), []).append(clock() - began)
     for what, values in whole.items():
-        print(json.dumps({"what": what, "ms": [round(value * 1e3) for value in sorted(values)]}), flush=True)
+        print(
+            json.dumps({"what": what, "ms": [round(value * 1e3) for value in sorted(values)]}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

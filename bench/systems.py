@@ -31,12 +31,17 @@ class Llava:
     transformers does it."""
 
     def __init__(self, folder: str, precision: str, kv: str = "") -> None:
-        from llava_interleave.chatbot import Options, load
-        from llava_interleave.model.work import decoder_bytes
+        from llava_interleave.chat import Options, load
+        from llava_interleave.model.flops import decoder_bytes
 
         self.bot = load(folder, precision=precision, kv_precision="int8" if kv == "kv8" else "auto")
-        self.options = Options(preset="hf", ignore_eos=True, prompt_lookup_num_tokens=0)  # random weights repeat themselves
-        self.about = {"weights": decoder_bytes(self.bot.model), "kv": self.bot.engine.bytes_per_token}
+        self.options = Options(
+            preset="hf", ignore_eos=True, prompt_lookup_num_tokens=0
+        )  # random weights repeat themselves
+        self.about = {
+            "weights": decoder_bytes(self.bot.model),
+            "kv": self.bot.engine.bytes_per_token,
+        }
 
     def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -61,7 +66,9 @@ class Transformers:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self.model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
         self.processor.tokenizer.padding_side = "left"
         self.model.generation_config.eos_token_id = None
@@ -71,7 +78,11 @@ class Transformers:
         tower.register_forward_pre_hook(lambda *_: self.vision.append(time.perf_counter()))
         projector.register_forward_hook(lambda *_: self.vision.append(time.perf_counter()))
         decoder = self.model.model.language_model
-        parts = [*decoder.layers.parameters(), *decoder.norm.parameters(), *self.model.lm_head.parameters()]
+        parts = [
+            *decoder.layers.parameters(),
+            *decoder.norm.parameters(),
+            *self.model.lm_head.parameters(),
+        ]
         c = decoder.config
         width = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
         kv = 2 * c.num_hidden_layers * width * parts[0].element_size()
@@ -88,10 +99,17 @@ class Transformers:
             return torch.zeros(len(ids), dtype=torch.bool)
 
         inputs = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
         ).to(self.model.dtype)
         with torch.inference_mode():
-            made = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock])
+            made = self.model.generate(
+                **inputs, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock]
+            )
         total, prompt = time.perf_counter() - began, inputs["input_ids"].shape[1]
         return {
             "first": times[0] - began,
@@ -114,9 +132,14 @@ class OpenVino:
         self.pipe = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU")
         self.genai, self.tokenizer = genai, self.pipe.get_tokenizer()
         text = json.loads((Path(folder) / "config.json").read_text())["text_config"]
-        width = text["hidden_size"] // text["num_attention_heads"] + 8  # bytes of a token: 8 bits, scale, zero
+        width = (
+            text["hidden_size"] // text["num_attention_heads"] + 8
+        )  # bytes of a token: 8 bits, scale, zero
         kv = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * width
-        self.about = {"weights": (Path(folder) / "openvino_language_model.bin").stat().st_size, "kv": kv}
+        self.about = {
+            "weights": (Path(folder) / "openvino_language_model.bin").stat().st_size,
+            "kv": kv,
+        }
 
     def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
         import numpy as np
@@ -126,10 +149,19 @@ class OpenVino:
         began = time.perf_counter()
         prompts, pictures = [], []
         for chat in chats:
-            pictures.append([openvino.Tensor(np.asarray(Image.open(path).convert("RGB"))[None]) for path in paths(chat)])
+            pictures.append(
+                [
+                    openvino.Tensor(np.asarray(Image.open(path).convert("RGB"))[None])
+                    for path in paths(chat)
+                ]
+            )
             prompts.append(spelt(chat, "<ov_genai_image_{}>"))
-        settings = self.genai.GenerationConfig(do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=tokens)
-        made = self.pipe.generate(prompts, images=pictures, generation_config=[settings] * len(chats))
+        settings = self.genai.GenerationConfig(
+            do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=tokens
+        )
+        made = self.pipe.generate(
+            prompts, images=pictures, generation_config=[settings] * len(chats)
+        )
         total, metrics = time.perf_counter() - began, made[0].perf_metrics
         return {
             "first": metrics.get_ttft().mean / 1000,
@@ -152,9 +184,15 @@ class LlamaCpp:
         from llama_cpp import mtmd_cpp as mtmd
 
         self.llama, self.mtmd, threads = llama, mtmd, len(os.sched_getaffinity(0))
-        self.model = llama.llama_model_load_from_file(f"{folder}/decoder.gguf".encode(), llama.llama_model_default_params())
+        self.model = llama.llama_model_load_from_file(
+            f"{folder}/decoder.gguf".encode(), llama.llama_model_default_params()
+        )
         settings = llama.llama_context_default_params()
-        settings.n_seq_max, settings.n_ctx, settings.n_batch = self.SEQUENCES, self.CONTEXT, self.CONTEXT
+        settings.n_seq_max, settings.n_ctx, settings.n_batch = (
+            self.SEQUENCES,
+            self.CONTEXT,
+            self.CONTEXT,
+        )
         settings.kv_unified = True  # one may have them all
         settings.n_threads = settings.n_threads_batch = threads
         self.context = llama.llama_init_from_model(self.model, settings)
@@ -166,7 +204,13 @@ class LlamaCpp:
         self.held: list[list[Any]] = [[] for _ in range(self.SEQUENCES)]
         """By sequence a key for each of its tokens: the token's id, or the digest of the picture that it is part of."""
         width = llama.llama_model_n_embd(self.model) // llama.llama_model_n_head(self.model)
-        kv = 2 * llama.llama_model_n_layer(self.model) * llama.llama_model_n_head_kv(self.model) * width * 2  # float16
+        kv = (
+            2
+            * llama.llama_model_n_layer(self.model)
+            * llama.llama_model_n_head_kv(self.model)
+            * width
+            * 2
+        )  # float16
         self.about = {"weights": llama.llama_model_size(self.model), "kv": kv}
 
     def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
@@ -201,27 +245,43 @@ class LlamaCpp:
         """Its chunks as llama.cpp cuts it up, to be freed; and each with a key for each of its tokens."""
         mtmd, text = self.mtmd, spelt(chat, self.mtmd.mtmd_default_marker().decode()).encode()
         chunks, bitmaps = mtmd.mtmd_input_chunks_init(), [self.bitmap(path) for path in paths(chat)]
-        given = mtmd.mtmd_input_text(text, len(text), False, True), (ctypes.c_void_p * len(bitmaps))(*bitmaps)
-        self.check(mtmd.mtmd_tokenize(self.tower, chunks, ctypes.byref(given[0]), given[1], len(bitmaps)))
+        given = (
+            mtmd.mtmd_input_text(text, len(text), False, True),
+            (ctypes.c_void_p * len(bitmaps))(*bitmaps),
+        )
+        self.check(
+            mtmd.mtmd_tokenize(self.tower, chunks, ctypes.byref(given[0]), given[1], len(bitmaps))
+        )
         for bitmap in bitmaps:
             mtmd.mtmd_bitmap_free(bitmap)
-        pieces = [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(mtmd.mtmd_input_chunks_size(chunks))]
+        pieces = [
+            mtmd.mtmd_input_chunks_get(chunks, index)
+            for index in range(mtmd.mtmd_input_chunks_size(chunks))
+        ]
         return chunks, [(piece, self.keys(piece)) for piece in pieces]
 
     def bitmap(self, path: str) -> int:
         """A picture squashed to the tower's size, as the checkpoint's processor does it; llama.cpp would pad it to a square."""
         from PIL import Image
 
-        picture = Image.open(path).convert("RGB").resize((self.size["width"], self.size["height"]), Image.Resampling.BICUBIC)
+        picture = (
+            Image.open(path)
+            .convert("RGB")
+            .resize((self.size["width"], self.size["height"]), Image.Resampling.BICUBIC)
+        )
         pixels = picture.tobytes()
-        bitmap = self.mtmd.mtmd_bitmap_init(*picture.size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels))
+        bitmap = self.mtmd.mtmd_bitmap_init(
+            *picture.size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
+        )
         self.mtmd.mtmd_bitmap_set_id(bitmap, hashlib.sha256(pixels).hexdigest().encode())
         return bitmap
 
     def keys(self, piece: int) -> list[Any]:
         tokens = ctypes.c_size_t(self.mtmd.mtmd_input_chunk_get_n_tokens(piece))
         if self.is_text(piece):
-            return self.mtmd.mtmd_input_chunk_get_tokens_text(piece, ctypes.byref(tokens))[: tokens.value]
+            return self.mtmd.mtmd_input_chunk_get_tokens_text(piece, ctypes.byref(tokens))[
+                : tokens.value
+            ]
         return [self.mtmd.mtmd_input_chunk_get_id(piece)] * tokens.value
 
     def is_text(self, piece: int) -> bool:
@@ -230,8 +290,14 @@ class LlamaCpp:
     def keep(self, sequence: int, keys: list[Any]) -> None:
         """Forget what a sequence holds from where it differs from these."""
         held = self.held[sequence]
-        del held[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, keys, strict=False))) :]
-        self.llama.llama_memory_seq_rm(self.llama.llama_get_memory(self.context), sequence, len(held), -1)
+        del held[
+            sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, keys, strict=False))
+            ) :
+        ]
+        self.llama.llama_memory_seq_rm(
+            self.llama.llama_get_memory(self.context), sequence, len(held), -1
+        )
 
     def read(self, sequence: int, pieces: list[tuple[int, list[Any]]]) -> float:
         """Compute what a sequence does not hold of a prompt; -> seconds in the tower."""
@@ -245,9 +311,22 @@ class LlamaCpp:
                 began = time.perf_counter()
                 self.check(mtmd.mtmd_encode_chunk(self.tower, piece))
                 vision += time.perf_counter() - began
-                given = piece, mtmd.mtmd_get_output_embd(self.tower), len(held), sequence, self.CONTEXT
-                after, none = ctypes.byref(ctypes.c_int32()), mtmd.mtmd_helper_post_decode_callback()
-                self.check(mtmd.mtmd_helper_decode_image_chunk(self.tower, self.context, *given, after, none, None))
+                given = (
+                    piece,
+                    mtmd.mtmd_get_output_embd(self.tower),
+                    len(held),
+                    sequence,
+                    self.CONTEXT,
+                )
+                after, none = (
+                    ctypes.byref(ctypes.c_int32()),
+                    mtmd.mtmd_helper_post_decode_callback(),
+                )
+                self.check(
+                    mtmd.mtmd_helper_decode_image_chunk(
+                        self.tower, self.context, *given, after, none, None
+                    )
+                )
                 held += new
         return vision
 
@@ -266,7 +345,11 @@ class LlamaCpp:
         import numpy as np
 
         size = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model))
-        return int(np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.context, row), (size,)).argmax())
+        return int(
+            np.ctypeslib.as_array(
+                self.llama.llama_get_logits_ith(self.context, row), (size,)
+            ).argmax()
+        )
 
     def check(self, status: int) -> None:
         if status:
@@ -287,13 +370,24 @@ class Vllm:
         llm = vllm.LLM(folder, dtype=dtype, enable_prefix_caching=True, **shape)
         self.engine, self.settings, self.asked = llm.llm_engine, vllm.SamplingParams, count()
         files = [safe_open(path, "pt") for path in Path(folder).glob("*.safetensors")]
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) for file in files for name in file.offset_keys()}
-        decoder = {name.partition("language_model.")[2]: size for name, size in sizes.items() if "language_model." in name}
+        sizes = {
+            name: math.prod(file.get_slice(name).get_shape())
+            for file in files
+            for name in file.offset_keys()
+        }
+        decoder = {
+            name.partition("language_model.")[2]: size
+            for name, size in sizes.items()
+            if "language_model." in name
+        }
         if "lm_head.weight" in decoder:
             del decoder["model.embed_tokens.weight"]
         text = llm.model_config.hf_text_config
         width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-        self.about = {"weights": 2 * sum(decoder.values()), "kv": 2 * 2 * text.num_hidden_layers * width}  # bfloat16
+        self.about = {
+            "weights": 2 * sum(decoder.values()),
+            "kv": 2 * 2 * text.num_hidden_layers * width,
+        }  # bfloat16
 
     def answer(self, chats: Chats, tokens: int) -> dict[str, Any]:
         from PIL import Image
@@ -322,7 +416,9 @@ def spelt(chat: list[dict[str, Any]], tag: str) -> str:
     """A chat as the checkpoint's template lays it out, with tags where images are; {} in a tag is the image's number."""
     text, images = "", count()
     for turn in chat:
-        tags = "".join(tag.format(next(images)) for part in turn["content"] if part["type"] == "image")
+        tags = "".join(
+            tag.format(next(images)) for part in turn["content"] if part["type"] == "image"
+        )
         words = "".join(f"\n{part['text']}" for part in turn["content"] if part["type"] == "text")
         text += f"<|im_start|>{turn['role']}\n{tags}{words}<|im_end|>\n"
     return f"{text}<|im_start|>assistant\n"
@@ -332,11 +428,19 @@ def paths(chat: list[dict[str, Any]]) -> list[str]:
     return [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
 
 
-SYSTEMS = {"llava": Llava, "transformers": Transformers, "openvino": OpenVino, "llamacpp": LlamaCpp, "vllm": Vllm}
+SYSTEMS = {
+    "llava": Llava,
+    "transformers": Transformers,
+    "openvino": OpenVino,
+    "llamacpp": LlamaCpp,
+    "vllm": Vllm,
+}
 
 
 def main() -> None:
-    del sys.path[0]  # this folder: its kernels.py is not the package of that name, which peers use where they find it
+    del sys.path[
+        0
+    ]  # this folder: its kernels.py is not the package of that name, which peers use where they find it
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     name, *how = sys.argv[1:]
     system = SYSTEMS[name](*how)

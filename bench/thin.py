@@ -23,16 +23,26 @@ import torch
 
 from llava_interleave import load
 from llava_interleave.bench import noise
-from llava_interleave.chatbot import Chatbot
-from llava_interleave.evals import world
+from llava_interleave.chat import Chatbot
 from llava_interleave.evals.task import Messages
-from llava_interleave.world.episodes import FRAMES, SCENARIOS
+from recipes.tiny_world import benchmark
+from recipes.tiny_world.episodes import FRAMES, SCENARIOS
 
-SETTINGS = ((1, 1.0), (2, 1.0), (3, 1.0), (1, 0.9), (1, 0.75), (1, 0.5), (1, 0.25))  # sides of squares, shares that are kept
+SETTINGS = (
+    (1, 1.0),
+    (2, 1.0),
+    (3, 1.0),
+    (1, 0.9),
+    (1, 0.75),
+    (1, 0.5),
+    (1, 0.25),
+)  # sides of squares, shares that are kept
 
 
 def answerer(bot: Chatbot, **thin: Any) -> Callable[[Sequence[Messages]], list[str]]:
-    return lambda asked: [answer.text for answer in bot.batch(asked, max_new_tokens=world.ROOM * FRAMES, **thin)]
+    return lambda asked: [
+        answer.text for answer in bot.batch(asked, max_new_tokens=benchmark.ROOM * FRAMES, **thin)
+    ]
 
 
 def options(pool: int, keep: float) -> dict[str, Any]:
@@ -41,18 +51,28 @@ def options(pool: int, keep: float) -> dict[str, Any]:
 
 def film(bot: Chatbot, frames: int) -> Messages:
     """A question about frames that no cache has seen."""
-    video = {"type": "video", "video": noise(frames, bot.model.config.vision.image_size), "frames": frames}
+    video = {
+        "type": "video",
+        "video": noise(frames, bot.model.config.vision.image_size),
+        "frames": frames,
+    }
     return [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}]
 
 
 def measured(bot: Chatbot, asked: Messages, **thin: Any) -> dict[str, float]:
     answer = bot.chat(asked, max_new_tokens=1, ignore_eos=True, **thin)
     assert answer.timings.prefill is not None and answer.timings.first_token is not None
-    return {"vision": answer.timings.vision, "prefill": answer.timings.prefill, "first": answer.timings.first_token}
+    return {
+        "vision": answer.timings.vision,
+        "prefill": answer.timings.prefill,
+        "first": answer.timings.first_token,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--frames", type=int, default=8)
@@ -67,12 +87,24 @@ def main() -> None:
     for (pool, keep), rows in took.items():
         thin = options(pool, keep)
         answer = answerer(small, **thin)
-        right = {name: round(world.evaluate(answer, name, given.questions, held_out=False).share, 3) for name in SCENARIOS}
+        right = {
+            name: round(benchmark.evaluate(answer, name, given.questions, held_out=False).share, 3)
+            for name in SCENARIOS
+        }
         counted = large.estimate(film(large, given.frames), **thin)
         kv = counted.total * large.engine.bytes_per_token
-        times = {name: round(statistics.median(row[name] for row in rows[1:]), 3) for name in rows[0]}
+        times = {
+            name: round(statistics.median(row[name] for row in rows[1:]), 3) for name in rows[0]
+        }
         sizes = {"kv": round(kv / 2**20, 1), "features": round(counted.feature_bytes / 2**20, 1)}
-        print(json.dumps({"pool": pool, "keep": keep, "right": right, "prompt": counted.total} | sizes | times), flush=True)
+        print(
+            json.dumps(
+                {"pool": pool, "keep": keep, "right": right, "prompt": counted.total}
+                | sizes
+                | times
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -36,26 +36,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_interleave.chatbot import BUILTIN
+from llava_interleave.chat import BUILTIN
+from llava_interleave.checkpoints import load, read_config
 from llava_interleave.config import LlavaConfig
-from llava_interleave.layout import Layout
+from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config, write_random
-from llava_interleave.train.batch import collate, pack
-from llava_interleave.train.loop import TrainConfig, make, mixed, step
-from llava_interleave.train.loss import answers
-from llava_interleave.train.tiny import Lesson, WorldExamples
-from llava_interleave.weights import load, read_config
-from llava_interleave.world.episodes import SCENARIOS
+from llava_interleave.train.loop import TrainConfig, autocast, make, step
+from llava_interleave.train.losses import sft_loss
+from llava_interleave.train.packing import collate, pack
+from recipes.tiny_world.episodes import SCENARIOS
+from recipes.tiny_world.training import Lesson, WorldExamples
 
 CONFIG = tiny_config(
-    vision={"hidden_size": 192, "intermediate_size": 768, "num_layers": 4, "num_heads": 3, "image_size": 128, "patch_size": 16},
-    text={"hidden_size": 256, "intermediate_size": 704, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 32000},
+    vision={
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_layers": 4,
+        "num_heads": 3,
+        "image_size": 128,
+        "patch_size": 16,
+    },
+    text={
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_layers": 6,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "vocab_size": 32000,
+    },
 )
 GRID = CONFIG.vision.grid
 IMAGES = (1, 2, 2, 4, 8, 10)  # of a sample; as often in M4-Instruct there are two
 SAMPLES, WORLD_SAMPLES, EACH = 48, 480, 8
-TRAINING = TrainConfig(steps=10**6, lr=1e-4, warmup=1, scales=(("vision_tower.", 0.0),), decay=0.0, beta2=0.999)
+TRAINING = TrainConfig(
+    steps=10**6, lr=1e-4, warmup=1, scales=(("vision_tower.", 0.0),), decay=0.0, beta2=0.999
+)
 SYSTEMS = ("plain", "ours")
 
 
@@ -70,15 +86,22 @@ def samples() -> list[Prompt]:
     rng, random, made = Random(0), torch.Generator().manual_seed(0), []
     for number in range(SAMPLES):
         images, text, learnt = rng.choice(IMAGES), rng.randint(16, 96), rng.randint(4, 16)
-        tokens = [CONFIG.image_token_id] * (images * GRID**2) + [rng.randrange(300) for _ in range(text)]
+        tokens = [CONFIG.image_token_id] * (images * GRID**2) + [
+            rng.randrange(300) for _ in range(text)
+        ]
         side = CONFIG.vision.image_size
         pixels = [torch.randn(1, 3, side, side, generator=random) for _ in range(images)]
-        media = tuple(Media(p, Layout(GRID), bytes([number, i]), i * GRID**2) for i, p in enumerate(pixels))
+        media = tuple(
+            Media(p, ImageTokenLayout(GRID), bytes([number, i]), i * GRID**2)
+            for i, p in enumerate(pixels)
+        )
         made.append(Prompt(tokens, media, [i >= len(tokens) - learnt for i in range(len(tokens))]))
     return made
 
 
-Turn = Callable[[list[Prompt], int], float]  # a pass over samples in an order of this seed, -> the mean loss of its steps
+Turn = Callable[
+    [list[Prompt], int], float
+]  # a pass over samples in an order of this seed, -> the mean loss of its steps
 
 
 def ours(folder: Path, config: TrainConfig) -> Turn:
@@ -92,7 +115,16 @@ def ours(folder: Path, config: TrainConfig) -> Turn:
         lengths, losses = [len(prompt) for prompt in given], []
         batches = pack(lengths, sum(lengths) * EACH // len(given))
         for group in Random(seed).sample(batches, len(batches)):
-            losses.append(step(network, answers, [collate([given[i] for i in group])], optimisers, config, number).loss)
+            losses.append(
+                step(
+                    network,
+                    sft_loss,
+                    [collate([given[i] for i in group])],
+                    optimisers,
+                    config,
+                    number,
+                ).loss
+            )
             number += 1
         return fmean(losses)
 
@@ -107,12 +139,14 @@ def plain(folder: Path, config: TrainConfig) -> Turn:
     for name, p in network.named_parameters():
         p.requires_grad_("vision_tower" not in name)
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
+    optimiser = torch.optim.AdamW(
+        trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True
+    )
 
     def turn(given: list[Prompt], seed: int) -> float:
         order, losses = Random(seed).sample(given, len(given)), []
         for first in range(0, len(order), EACH):
-            with mixed(torch.device("cpu"), config.bfloat16):
+            with autocast(torch.device("cpu"), config.bfloat16):
                 loss = network(**padded(order[first : first + EACH])).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained, config.clip)
@@ -126,10 +160,15 @@ def plain(folder: Path, config: TrainConfig) -> Turn:
 
 def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     def rows(of: Callable[[Prompt], list[int]], fill: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence([torch.tensor(of(p)) for p in prompts], batch_first=True, padding_value=fill)
+        return nn.utils.rnn.pad_sequence(
+            [torch.tensor(of(p)) for p in prompts], batch_first=True, padding_value=fill
+        )
 
     def labels(prompt: Prompt) -> list[int]:
-        return [token if learn else -100 for token, learn in zip(prompt.tokens, prompt.learn or [], strict=True)]
+        return [
+            token if learn else -100
+            for token, learn in zip(prompt.tokens, prompt.learn or [], strict=True)
+        ]
 
     return {
         "input_ids": rows(lambda p: p.tokens, 0),
@@ -139,7 +178,9 @@ def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     }
 
 
-def work(system: str, folder: Path, world: bool, bfloat16: bool, threads: int, pipe: Connection) -> None:
+def work(
+    system: str, folder: Path, world: bool, bfloat16: bool, threads: int, pipe: Connection
+) -> None:
     """A system's process: seconds of a turn, peak bytes and loss, for each seed that comes."""
     torch.set_num_threads(threads)
     given = world_samples() if world else samples()
@@ -157,7 +198,9 @@ def peak() -> int:
 
 
 @contextmanager
-def systems(config: LlavaConfig, world: bool, bfloat16: bool) -> Iterator[Callable[[str, int], tuple[float, int, float]]]:
+def systems(
+    config: LlavaConfig, world: bool, bfloat16: bool
+) -> Iterator[Callable[[str, int], tuple[float, int, float]]]:
     """A function that makes a system take a turn: seconds, peak bytes and loss."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -187,16 +230,27 @@ def until(loss: float, bfloat16: bool) -> dict[str, Any]:
     found: dict[str, list[tuple[float, float]]] = {system: [] for system in SYSTEMS}
     with systems(read_config(BUILTIN), True, bfloat16) as turn:
         for seed in count():
-            above = [system for system in SYSTEMS if not found[system] or found[system][-1][1] > loss]
+            above = [
+                system for system in SYSTEMS if not found[system] or found[system][-1][1] > loss
+            ]
             if not above:
                 break
             for system in above:
                 seconds, _, reached = turn(system, seed)
                 found[system].append((seconds, reached))
-                print(f"pass {seed + 1} {system}: {seconds:.1f} s, loss {reached:.3f}", file=sys.stderr, flush=True)
+                print(
+                    f"pass {seed + 1} {system}: {seconds:.1f} s, loss {reached:.3f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     for system, turns in found.items():
-        print(f"{system:<8}{sum(seconds for seconds, _ in turns):>8.1f} s to a loss of {loss}, {len(turns)} passes")
-    return {system: {"seconds": [s for s, _ in turns], "losses": [each for _, each in turns]} for system, turns in found.items()}
+        print(
+            f"{system:<8}{sum(seconds for seconds, _ in turns):>8.1f} s to a loss of {loss}, {len(turns)} passes"
+        )
+    return {
+        system: {"seconds": [s for s, _ in turns], "losses": [each for _, each in turns]}
+        for system, turns in found.items()
+    }
 
 
 def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
@@ -207,14 +261,21 @@ def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
         for seed in range(rounds + 1):  # the first warms up
             for system in SYSTEMS:
                 found[system].append(turn(system, seed)[:2])
-    result: dict[str, Any] = {"samples": SAMPLES, "tokens": tokens, "learnt": learnt, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {
+        "samples": SAMPLES,
+        "tokens": tokens,
+        "learnt": learnt,
+        "threads": torch.get_num_threads(),
+    }
     for system, turns in found.items():
         seconds = [s for s, _ in turns[1:]]
         result[system] = {
             "tokens_per_s": tokens / median(seconds), "learnt_per_s": learnt / median(seconds),
             "seconds": seconds, "peak_bytes": turns[-1][1],
         }  # fmt: skip
-    result["speed"] = median(a / b for (a, _), (b, _) in zip(found["plain"][1:], found["ours"][1:], strict=True))
+    result["speed"] = median(
+        a / b for (a, _), (b, _) in zip(found["plain"][1:], found["ours"][1:], strict=True)
+    )
     result["memory"] = found["ours"][-1][1] / found["plain"][-1][1]
     return result
 
@@ -230,7 +291,10 @@ def filling() -> dict[str, float]:
 
 
 def speed(given: argparse.Namespace) -> dict[str, Any]:
-    found = measure(given.rounds, given.bfloat16) | {"filling": filling(), "bfloat16": given.bfloat16}
+    found = measure(given.rounds, given.bfloat16) | {
+        "filling": filling(),
+        "bfloat16": given.bfloat16,
+    }
     print(f"{'':<8}{'tokens/s':>10}{'learnt/s':>10}{'peak MiB':>10}   seconds a pass")
     for system in SYSTEMS:
         one = found[system]
@@ -239,14 +303,22 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
             f"{system:<8}{one['tokens_per_s']:>10,.0f}{one['learnt_per_s']:>10,.0f}{one['peak_bytes'] / 2**20:>10,.0f}   {turns}"
         )
     print(f"ours has {found['speed']:.2f} times the speed and {found['memory']:.2f} of the memory")
-    print(f"filled: packed {found['filling']['packed']:.1%}, padded {found['filling']['padded']:.1%}")
+    print(
+        f"filled: packed {found['filling']['packed']:.1%}, padded {found['filling']['padded']:.1%}"
+    )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after one that warms up")
-    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of each, after one that warms up"
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both"
+    )
     parser.add_argument("--until", type=float, metavar="LOSS", help="measure the time to this loss")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     given = parser.parse_args()

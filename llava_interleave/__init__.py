@@ -7,17 +7,28 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .chatbot import Answer, Chatbot, Chunk, Conversation, Options, load
+    from .chat import Answer, AnswerDelta, Chatbot, Conversation, Options, load
     from .errors import LlavaError
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Chatbot", "Chunk", "Conversation", "LlavaError", "Options", "__version__", "load"]
+__all__ = [
+    "Answer",
+    "Chatbot",
+    "AnswerDelta",
+    "Conversation",
+    "LlavaError",
+    "Options",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".errors" if name == "LlavaError" else ".chatbot", __name__), name)
+    return getattr(
+        importlib.import_module(".errors" if name == "LlavaError" else ".chat", __name__), name
+    )
 
 
 def __dir__() -> list[str]:

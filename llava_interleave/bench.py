@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .chatbot import Chatbot, Options
-from .model.fused import possible
-from .model.quantise import quantised
-from .model.work import decoder_bytes, prefill_work, vision_work
+from .chat import Chatbot, Options
+from .model.flops import decoder_bytes, prefill_flops, vision_flops
+from .quantization.fused import can_fuse_decoder
+from .quantization.linear import quantised
 
 LONG = 0.05
 """Seconds of a product after which no larger one is tried."""
@@ -64,18 +64,31 @@ def measure(
     weight = model.language_model.norm.weight
     computed = str(weight.dtype).removeprefix("torch.")
     peak = peak_memory(weight.device)  # before the ceilings take memory of their own
-    kinds = ("int8", "bfloat16", "float32") if quantised(model) and weight.is_cpu else (computed,)  # a GPU multiplies floats
+    kinds = (
+        ("int8", "bfloat16", "float32") if quantised(model) and weight.is_cpu else (computed,)
+    )  # a GPU multiplies floats
     products, kind = max((product_speed(kind, weight.device), kind) for kind in kinds)
     read = reading_speed(weight.device)
     prompt = int(times[0]["prompt"])
     ceilings = {
-        "vision": products / vision_work(model.config),
-        "prefill": products * prompt / prefill_work(model.config, prompt),
-        "decode": read / (decoder_bytes(model) + bot.engine.bytes_per_token * (prompt + tokens // 2)),
+        "vision": products / vision_flops(model.config),
+        "prefill": products * prompt / prefill_flops(model.config, prompt),
+        "decode": read
+        / (decoder_bytes(model) + bot.engine.bytes_per_token * (prompt + tokens // 2)),
     }
     figures = (  # of the second question the first token too
-        figure("vision", "s an image", [row["vision"] / images for row in times], 1 / ceilings["vision"]),
-        figure("prefill", "tokens/s", [row["prefilled"] / row["prefill"] for row in times], ceilings["prefill"]),
+        figure(
+            "vision",
+            "s an image",
+            [row["vision"] / images for row in times],
+            1 / ceilings["vision"],
+        ),
+        figure(
+            "prefill",
+            "tokens/s",
+            [row["prefilled"] / row["prefill"] for row in times],
+            ceilings["prefill"],
+        ),
         figure("first token", "s", [row["first"] for row in times]),
         figure("decode", "tokens/s", [row["rate"] for row in times], ceilings["decode"]),
         figure("second question", "s", [row["second"] for row in times]),
@@ -84,7 +97,9 @@ def measure(
     about = bot.info() | {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "layers of a decoder": "one call" if possible(model.language_model) else "one by one",
+        "layers of a decoder": "one call"
+        if can_fuse_decoder(model.language_model)
+        else "one by one",
         "images": images,
         "prompt": prompt,
         "tokens": tokens,
@@ -105,13 +120,18 @@ def ask(bot: Chatbot, images: int, tokens: int) -> dict[str, float]:
     began = time.perf_counter()
     bot.ask(QUESTIONS[1], pictures, options, max_new_tokens=1)
     second = time.perf_counter() - began
-    assert took.prefill is not None and took.first_token is not None and took.tokens_per_second is not None
+    assert (
+        took.prefill is not None
+        and took.first_token is not None
+        and took.tokens_per_second is not None
+    )
     return {
         "prompt": used.prompt,
         "prefilled": used.prompt - used.cached,
         "vision": took.vision,
         "prefill": took.prefill,
-        "first": total - (took.total - took.first_token),  # with what comes before the engine: pictures to crops
+        "first": total
+        - (took.total - took.first_token),  # with what comes before the engine: pictures to crops
         "rate": took.tokens_per_second,
         "second": second,
     }
@@ -119,13 +139,18 @@ def ask(bot: Chatbot, images: int, tokens: int) -> dict[str, float]:
 
 def noise(count: int, side: int) -> list[Image.Image]:
     """Pictures that no cache has seen."""
-    return [Image.fromarray(picture) for picture in np.random.default_rng().integers(0, 256, (count, side, side, 3), np.uint8)]
+    return [
+        Image.fromarray(picture)
+        for picture in np.random.default_rng().integers(0, 256, (count, side, side, 3), np.uint8)
+    ]
 
 
 def figure(name: str, unit: str, values: Sequence[float], ceiling: float | None = None) -> Figure:
     """The ceiling is in the unit of the values; of seconds it is the least."""
     median = statistics.median(values)
-    share = None if ceiling is None else ceiling / median if unit.startswith("s") else median / ceiling
+    share = (
+        None if ceiling is None else ceiling / median if unit.startswith("s") else median / ceiling
+    )
     return Figure(name, unit, median, min(values), max(values), share)
 
 

@@ -19,12 +19,16 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; {} for an `optional` file that is not there. Else `CheckpointError`."""
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read"
+            )
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         if optional:
             return {}
-        raise CheckpointError(f"there is no {path.name} in {path.parent}; a checkpoint is a folder that holds one") from error
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}; a checkpoint is a folder that holds one"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except CheckpointError:
@@ -89,10 +93,17 @@ class LlavaConfig:
         not empty, and a value of another network, raise `CheckpointError` by name. How this package quantised the weights is
         left to `weights`.
         """
-        if isinstance(about := values.get(QUANTISATION), Mapping) and about.get("quant_method") == METHOD:
+        if (
+            isinstance(about := values.get(QUANTISATION), Mapping)
+            and about.get("quant_method") == METHOD
+        ):
             values = {key: value for key, value in values.items() if key != QUANTISATION}
         top = _Section("", values)
-        return _original(top) if "mm_projector_type" in values or "mm_vision_tower" in values else _hub(top)
+        return (
+            _original(top)
+            if "mm_projector_type" in values or "mm_vision_tower" in values
+            else _hub(top)
+        )
 
     def to_dict(self, *, original: bool = False) -> dict[str, Any]:
         """The content of a config.json: transformers' spelling that every release since 4.39 reads, or the original form.
@@ -130,7 +141,9 @@ class LlavaConfig:
         }
         if original:
             own_tower = (
-                {} if vision == VisionConfig() else {"vision_config": tower | {"num_hidden_layers": vision.num_layers + 1}}
+                {}
+                if vision == VisionConfig()
+                else {"vision_config": tower | {"num_hidden_layers": vision.num_layers + 1}}
             )
             return {
                 "architectures": ["LlavaQwenForCausalLM"],
@@ -155,7 +168,11 @@ class LlavaConfig:
             "image_token_index": self.image_token_id,
             "multimodal_projector_bias": True,
             "projector_hidden_act": "gelu",
-            "text_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **decoder},
+            "text_config": {
+                "architectures": ["Qwen2ForCausalLM"],
+                "model_type": "qwen2",
+                **decoder,
+            },
             "tie_word_embeddings": text.tie_word_embeddings,
             "vision_config": tower,
             "vision_feature_layer": -1,
@@ -168,7 +185,7 @@ _TOWER_DEFAULTS = VisionConfig(768, 3072, 12, 12, 224, 16)  # transformers' Sigl
 
 # Keys that transformers or the original trainer write and that say nothing about what a forward pass computes. Generation
 # settings are among them: generation_config.json decides, and the tokenizer's own special tokens.
-_HARMLESS = frozenset(
+_IGNORED_KEYS = frozenset(
     """
     architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward diversity_penalty dtype early_stopping
     eos_token_id id2label ignore_index image_seq_length initializer_factor initializer_range label2id length_penalty max_length
@@ -179,7 +196,7 @@ _HARMLESS = frozenset(
     use_sliding_window vision_use_head
     """.split()  # noqa: SIM905
 )
-_HARMLESS_ORIGINAL = frozenset(
+_IGNORED_KEYS_ORIGINAL = frozenset(
     """
     freeze_mm_mlp_adapter image_aspect_ratio image_crop_resolution image_grid_pinpoints image_split_resolution
     mm_newline_position mm_patch_merge_type mm_projector_lr mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts
@@ -194,10 +211,15 @@ class _Section:
     def __init__(self, name: str, values: object) -> None:
         self.name = name
         if not isinstance(values, Mapping):
-            raise CheckpointError(f"config.json: {name or 'the file'} must be a JSON object, not {_brief(values)}")
+            raise CheckpointError(
+                f"config.json: {name or 'the file'} must be a JSON object, not {_brief(values)}"
+            )
         self.left = dict(values)
         if self.left.get("quantization_config"):
-            raise self.wrong("quantization_config", "is present: quantised tensors are not read; use the unquantised checkpoint")
+            raise self.wrong(
+                "quantization_config",
+                "is present: quantised tensors are not read; use the unquantised checkpoint",
+            )
 
     def wrong(self, key: str, what: str) -> CheckpointError:
         return CheckpointError(f"config.json: {f'{self.name}.' if self.name else ''}{key} {what}")
@@ -213,7 +235,11 @@ class _Section:
     def positive(self, key: str, default: float) -> float:
         value = self.left.pop(key, None)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < float("inf")
+        ):
             raise self.wrong(key, f"must be a positive number, not {_brief(value)}")
         return float(value)
 
@@ -227,12 +253,17 @@ class _Section:
         """`key` must have one of the `allowed` values; absent is as good as the first of them."""
         value = self.left.pop(key, allowed[0])
         if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-            raise self.wrong(key, f"is {_brief(value)}; this network has {' or '.join(map(repr, allowed))}")
+            raise self.wrong(
+                key, f"is {_brief(value)}; this network has {' or '.join(map(repr, allowed))}"
+            )
 
     def finish(self, harmless: frozenset[str]) -> None:
         for key, value in self.left.items():
             if value and key not in harmless and not key.startswith("_"):
-                raise self.wrong(key, f"= {_brief(value)} is unknown here and may change results; delete the key if it does not")
+                raise self.wrong(
+                    key,
+                    f"= {_brief(value)} is unknown here and may change results; delete the key if it does not",
+                )
 
 
 def _brief(value: object) -> str:
@@ -250,7 +281,8 @@ def _hub(top: _Section) -> LlavaConfig:
     top.only("multimodal_projector_bias", True)
     if (strategy := top.left.pop("vision_feature_select_strategy", "default")) != "full":
         raise top.wrong(
-            "vision_feature_select_strategy", f"is {_brief(strategy)} (absent means 'default'); SigLIP has no class token: 'full'"
+            "vision_feature_select_strategy",
+            f"is {_brief(strategy)} (absent means 'default'); SigLIP has no class token: 'full'",
         )
     layer = top.integer("vision_feature_layer", -2, -1000, 1000)
     vision = _vision(_Section("vision_config", top.left.pop("vision_config")), layer)
@@ -260,9 +292,9 @@ def _hub(top: _Section) -> LlavaConfig:
     decoder.only("model_type", "qwen2")
     # As transformers: true in either place ties. Releases before 5 wrote the outer key only where it was not their default.
     text = _text(decoder, tied=top.flag("tie_word_embeddings"))
-    decoder.finish(_HARMLESS)
+    decoder.finish(_IGNORED_KEYS)
     config = LlavaConfig(vision, text, _image_token(top, text, None))
-    top.finish(_HARMLESS)
+    top.finish(_IGNORED_KEYS)
     return config
 
 
@@ -275,22 +307,36 @@ def _original(top: _Section) -> LlavaConfig:
     top.only("mm_resampler_type", None)
     tower = top.left.pop("mm_vision_tower", None)
     if not isinstance(tower, str) or _SO400M not in tower:
-        raise top.wrong("mm_vision_tower", f"is {_brief(tower)}; this network has 'google/{_SO400M}'")
+        raise top.wrong(
+            "mm_vision_tower", f"is {_brief(tower)}; this network has 'google/{_SO400M}'"
+        )
     own_tower = top.left.pop("vision_config", None)
-    vision = VisionConfig(spare_layers=1) if own_tower is None else _vision(_Section("vision_config", own_tower), -2)
+    vision = (
+        VisionConfig(spare_layers=1)
+        if own_tower is None
+        else _vision(_Section("vision_config", own_tower), -2)
+    )
     if (width := top.integer("mm_hidden_size", vision.hidden_size)) != vision.hidden_size:
-        raise top.wrong("mm_hidden_size", f"is {width}, but the tower's width is {vision.hidden_size}")
+        raise top.wrong(
+            "mm_hidden_size", f"is {width}, but the tower's width is {vision.hidden_size}"
+        )
     text = _text(top, tied=False)
     # The original puts -200 where an image goes and has no token for it; its Hugging Face conversion took the first free id.
     config = LlavaConfig(vision, text, _image_token(top, text, 151646))
-    top.finish(_HARMLESS | _HARMLESS_ORIGINAL)
+    top.finish(_IGNORED_KEYS | _IGNORED_KEYS_ORIGINAL)
     return config
 
 
 def _image_token(top: _Section, text: TextConfig, default: int | None) -> int:
-    ids = {key: value for key in ("image_token_index", "image_token_id") if (value := top.left.get(key)) is not None}
+    ids = {
+        key: value
+        for key in ("image_token_index", "image_token_id")
+        if (value := top.left.get(key)) is not None
+    }
     if len(set(map(repr, ids.values()))) > 1:
-        raise top.wrong("image_token_index", f"and image_token_id contradict each other: {_brief(ids)}")
+        raise top.wrong(
+            "image_token_index", f"and image_token_id contradict each other: {_brief(ids)}"
+        )
     name = next(iter(ids), "image_token_index")
     number = top.integer(name, default, 0, 2**31)
     top.left.pop("image_token_id", None)
@@ -308,7 +354,9 @@ def _vision(s: _Section, feature_layer: int) -> VisionConfig:
     # hidden_states of transformers: the embeddings, then each layer's output, the last one before post_layernorm.
     used = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if not 1 <= used <= layers:
-        raise CheckpointError(f"config.json: vision_feature_layer {feature_layer} takes {used} of the tower's {layers} layers")
+        raise CheckpointError(
+            f"config.json: vision_feature_layer {feature_layer} takes {used} of the tower's {layers} layers"
+        )
     vision = VisionConfig(
         hidden_size=s.integer("hidden_size", d.hidden_size),
         intermediate_size=s.integer("intermediate_size", d.intermediate_size),
@@ -320,10 +368,15 @@ def _vision(s: _Section, feature_layer: int) -> VisionConfig:
         spare_layers=layers - used,
     )
     if vision.hidden_size % vision.num_heads:
-        raise s.wrong("hidden_size", f"is {vision.hidden_size}, not a multiple of num_attention_heads = {vision.num_heads}")
+        raise s.wrong(
+            "hidden_size",
+            f"is {vision.hidden_size}, not a multiple of num_attention_heads = {vision.num_heads}",
+        )
     if vision.image_size < vision.patch_size:
-        raise s.wrong("patch_size", f"is {vision.patch_size}, larger than image_size = {vision.image_size}")
-    s.finish(_HARMLESS)
+        raise s.wrong(
+            "patch_size", f"is {vision.patch_size}, larger than image_size = {vision.image_size}"
+        )
+    s.finish(_IGNORED_KEYS)
     return vision
 
 
@@ -337,7 +390,9 @@ def _text(s: _Section, *, tied: bool) -> TextConfig:
     kv_absent = d.num_kv_heads if "num_key_value_heads" not in s.left else heads
     hidden = s.integer("hidden_size", d.hidden_size)
     if s.left.get("head_dim") is None and hidden % heads:
-        raise s.wrong("hidden_size", f"is {hidden}, not a multiple of num_attention_heads = {heads}")
+        raise s.wrong(
+            "hidden_size", f"is {hidden}, not a multiple of num_attention_heads = {heads}"
+        )
     text = TextConfig(
         hidden_size=hidden,
         intermediate_size=s.integer("intermediate_size", d.intermediate_size),
@@ -352,14 +407,22 @@ def _text(s: _Section, *, tied: bool) -> TextConfig:
         tie_word_embeddings=s.flag("tie_word_embeddings") or tied,
     )
     if heads % text.num_kv_heads:
-        raise s.wrong("num_key_value_heads", f"is {text.num_kv_heads}, which does not divide num_attention_heads = {heads}")
+        raise s.wrong(
+            "num_key_value_heads",
+            f"is {text.num_kv_heads}, which does not divide num_attention_heads = {heads}",
+        )
     if text.head_dim % 2:
         raise s.wrong("head_dim", f"is {text.head_dim}; rotary embeddings need an even number")
     kinds = s.left.pop("layer_types", None) or []
     first = s.left.get("max_window_layers", 28)
     window = s.left.get("sliding_window", 4096) if s.left.get("use_sliding_window") else None
-    if set(kinds) - {"full_attention"} or (not kinds and window is not None and isinstance(first, int) and first < layers):
-        raise s.wrong("use_sliding_window", "or layer_types asks for sliding attention, which no checkpoint of this family has")
+    if set(kinds) - {"full_attention"} or (
+        not kinds and window is not None and isinstance(first, int) and first < layers
+    ):
+        raise s.wrong(
+            "use_sliding_window",
+            "or layer_types asks for sliding attention, which no checkpoint of this family has",
+        )
     return text
 
 
@@ -376,7 +439,10 @@ def _rope_theta(s: _Section, default: float) -> float:
         rope.only("partial_rotary_factor", 1.0, None)
         inner_theta = rope.positive("rope_theta", theta)
         if outer is not None and inner_theta != theta:
-            raise s.wrong("rope_theta", f"is {theta}, but {key}.rope_theta is {inner_theta}: they contradict each other")
+            raise s.wrong(
+                "rope_theta",
+                f"is {theta}, but {key}.rope_theta is {inner_theta}: they contradict each other",
+            )
         outer, theta = inner_theta, inner_theta
         rope.finish(frozenset())
     return theta

@@ -16,18 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import notice, weights
-from .chatbot import kv_memory, named_dtype, pick_device
+from . import checkpoints, license_notice
+from .chat import kv_memory, named_dtype, pick_device
 from .config import read_json
-from .engine import Engine, Sampling
+from .engine import Engine, SamplingParams
 from .errors import OptionError, PromptError, Unsupported
-from .layout import Layout
+from .image_layout import ImageTokenLayout
 from .model import Llava
-from .model.quantise import quantised
 from .options import unknown
 from .processing import FrameSampling, Processor, Tokenizer
-from .processing.chat import hf_text, parse
+from .processing.chat_template import hf_text, parse
 from .prompt import Media, Prompt
+from .quantization.linear import quantised
 
 IMAGE = "<image>"
 TURN_END = "<|im_end|>\n"
@@ -49,7 +49,9 @@ class BatchFeature(dict[str, Any]):
         device, dtype = _where(where, named)
         for name, value in self.items():
             if isinstance(value, Tensor):
-                self[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+                self[name] = value.to(
+                    device=device, dtype=dtype if value.is_floating_point() else None
+                )
         return self
 
 
@@ -63,9 +65,13 @@ class _Tokens:
 
     def decode(self, ids: Tensor | Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of one sequence of ids."""
-        return self.inner.decode(ids.tolist() if isinstance(ids, Tensor) else list(ids), skip_special=skip_special_tokens)
+        return self.inner.decode(
+            ids.tolist() if isinstance(ids, Tensor) else list(ids), skip_special=skip_special_tokens
+        )
 
-    def batch_decode(self, rows: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(
+        self, rows: Tensor | Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
         """The texts of several sequences of ids."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
@@ -80,14 +86,19 @@ class AutoProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, revision: str | None = None, padding_side: str | None = None, use_fast: bool | None = None
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        padding_side: str | None = None,
+        use_fast: bool | None = None,
     ) -> AutoProcessor:
         """The processor of a checkpoint folder or a Hugging Face name. `use_fast=True` asks for torchvision's resize: refused."""
         if use_fast:
             raise Unsupported(
                 "use_fast=True resizes with torchvision, whose pixels differ; leave it out for the exact PIL resize"
             )
-        folder = weights.resolve(name, revision)
+        folder = checkpoints.resolve(name, revision)
         written = read_json(folder / "tokenizer_config.json", optional=True)
         processor = Processor.from_folder(folder)
         pad = written.get("pad_token") or "<|endoftext|>"
@@ -110,7 +121,9 @@ class AutoProcessor:
         Raises `PromptError` if the numbers of `<image>` and of images differ.
         """
         if return_tensors not in (None, "pt"):
-            raise Unsupported(f"return_tensors={return_tensors!r}: PyTorch tensors ('pt') or lists (None) are made here")
+            raise Unsupported(
+                f"return_tensors={return_tensors!r}: PyTorch tensors ('pt') or lists (None) are made here"
+            )
         if padding not in (False, True, "longest", "do_not_pad"):
             raise Unsupported(
                 f"padding={padding!r}: True pads to the longest text of the batch, which is all that is needed here"
@@ -118,12 +131,16 @@ class AutoProcessor:
         if text is None:
             raise PromptError("images need a text with <image> in it")
         texts = [text] if isinstance(text, str) else list(text)
-        prompts = [self.inner.raw(one, own) for one, own in zip(texts, _share(texts, images), strict=True)]
+        prompts = [
+            self.inner.raw(one, own) for one, own in zip(texts, _share(texts, images), strict=True)
+        ]
         rows = [prompt.tokens for prompt in prompts]
         longest = max(map(len, rows))
         if padding in (False, "do_not_pad"):
             if return_tensors and any(len(row) != longest for row in rows):
-                raise OptionError(f"texts of {sorted({len(row) for row in rows})} tokens make no tensor; pass padding=True")
+                raise OptionError(
+                    f"texts of {sorted({len(row) for row in rows})} tokens make no tensor; pass padding=True"
+                )
             longest = 0
         side = padding_side or self.tokenizer.padding_side
 
@@ -157,12 +174,17 @@ class AutoProcessor:
         conversation names by URL, path or as objects. A list of conversations gives a list."""
         batched = isinstance(conversation[0], Sequence)
         conversations: list[Messages] = list(conversation) if batched else [conversation]  # type: ignore[arg-type, list-item]
-        rendered = [self._render(one, add_generation_prompt, continue_final_message) for one in conversations]
+        rendered = [
+            self._render(one, add_generation_prompt, continue_final_message)
+            for one in conversations
+        ]
         texts, images = [text for text, _ in rendered], [sources for _, sources in rendered]
         if not tokenize:
             return texts if batched else texts[0]
         if any(source is None for sources in images for source in sources):
-            raise PromptError("an image part of a tokenised conversation needs 'image', 'url', 'path' or 'base64'")
+            raise PromptError(
+                "an image part of a tokenised conversation needs 'image', 'url', 'path' or 'base64'"
+            )
         made = self(
             images if any(images) else None,
             texts if batched else texts[0],
@@ -172,13 +194,21 @@ class AutoProcessor:
         )
         return made if return_dict else made["input_ids"]
 
-    def _render(self, conversation: Messages, generation: bool, continued: bool) -> tuple[str, list[object]]:
+    def _render(
+        self, conversation: Messages, generation: bool, continued: bool
+    ) -> tuple[str, list[object]]:
         """The text, and what its image parts name, in order; None of one that names nothing."""
         if generation and continued:
-            raise OptionError("add_generation_prompt and continue_final_message contradict each other")
-        messages = [{**message, "content": _content(message["content"])} for message in conversation]
+            raise OptionError(
+                "add_generation_prompt and continue_final_message contradict each other"
+            )
+        messages = [
+            {**message, "content": _content(message["content"])} for message in conversation
+        ]
         text, _, slots = hf_text(parse(messages, FrameSampling()), generation)
-        return text.removesuffix(TURN_END) if continued else text, [slot.source for slot in slots if slot.kind == "image"]
+        return text.removesuffix(TURN_END) if continued else text, [
+            slot.source for slot in slots if slot.kind == "image"
+        ]
 
 
 class LlavaForConditionalGeneration:
@@ -215,7 +245,9 @@ class LlavaForConditionalGeneration:
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise OptionError(f"torch_dtype={torch_dtype} and dtype={dtype} contradict each other")
         if not low_cpu_mem_usage:
-            raise OptionError("low_cpu_mem_usage=False: weights are always read straight to their place; leave it out")
+            raise OptionError(
+                "low_cpu_mem_usage=False: weights are always read straight to their place; leave it out"
+            )
         if quantization_config is not None:
             raise OptionError(
                 "quantization_config is not read: load_in_4bit=True is NF4 with plain scales, computed in torch_dtype"
@@ -226,7 +258,9 @@ class LlavaForConditionalGeneration:
                 "torch_dtype=torch.bfloat16, half the memory of float32"
             )
         if load_in_8bit:
-            raise Unsupported("load_in_8bit, bitsandbytes' LLM.int8(), is not offered; load_in_4bit is, and int8 in load()")
+            raise Unsupported(
+                "load_in_8bit, bitsandbytes' LLM.int8(), is not offered; load_in_4bit is, and int8 in load()"
+            )
         flash = use_flash_attention_2 or attn_implementation == "flash_attention_2"
         if flash:
             if not torch.cuda.is_available():
@@ -234,18 +268,26 @@ class LlavaForConditionalGeneration:
                     "FlashAttention 2 needs a CUDA GPU, which this machine lacks; leave it out: attention is PyTorch's fused SDPA"
                 )
         elif attn_implementation not in (None, "sdpa"):
-            raise Unsupported(f"attn_implementation={attn_implementation!r}: attention is PyTorch's SDPA here; leave it out")
+            raise Unsupported(
+                f"attn_implementation={attn_implementation!r}: attention is PyTorch's SDPA here; leave it out"
+            )
         wanted = dtype if dtype is not None else torch_dtype
         if isinstance(wanted, str):
             wanted = None if wanted == "auto" else named_dtype(wanted)
-        folder = weights.resolve(name, revision)
+        folder = checkpoints.resolve(name, revision)
         few, usual = ("nf4", "cuda") if load_in_4bit else (None, "cpu")
         place = _device(usual if device_map is None else device_map, folder, few or "auto")
-        model = weights.load(folder, dtype=wanted, device=place, precision=few)
+        model = checkpoints.load(folder, dtype=wanted, device=place, precision=few)
         if flash and model.language_model.norm.weight.dtype == torch.float32:
-            raise OptionError("FlashAttention 2 computes in 16 bits: pass torch_dtype=torch.bfloat16 or torch.float16")
-        notice.show_once(str(name), folder)
-        return cls(model, Tokenizer.from_folder(folder), read_json(folder / "generation_config.json", optional=True))
+            raise OptionError(
+                "FlashAttention 2 computes in 16 bits: pass torch_dtype=torch.bfloat16 or torch.float16"
+            )
+        license_notice.show_once(str(name), folder)
+        return cls(
+            model,
+            Tokenizer.from_folder(folder),
+            read_json(folder / "generation_config.json", optional=True),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -255,11 +297,16 @@ class LlavaForConditionalGeneration:
     def dtype(self) -> torch.dtype:
         return self.model.language_model.norm.weight.dtype
 
-    def to(self, *where: str | int | torch.device | torch.dtype, **named: Any) -> LlavaForConditionalGeneration:
+    def to(
+        self, *where: str | int | torch.device | torch.dtype, **named: Any
+    ) -> LlavaForConditionalGeneration:
         """The network on a device, in a dtype, or both, by place or name; moved in place. One of few bits stays what it is."""
         device, dtype = _where(where, named)
         if few := quantised(self.model):
-            if (dtype or self.dtype, torch.empty(0, device=device or self.device).device) != (self.dtype, self.device):
+            if (dtype or self.dtype, torch.empty(0, device=device or self.device).device) != (
+                self.dtype,
+                self.device,
+            ):
                 raise OptionError(
                     f"{few} weights stay on {self.device} beside {self.dtype}: pass device_map and torch_dtype when you load them"
                 )
@@ -297,7 +344,10 @@ class LlavaForConditionalGeneration:
         Defaults are transformers': 20 new tokens, greedy; with `do_sample` temperature 1 and top_k 50. torch's seed decides.
         """
         if other:
-            known = inspect.signature(LlavaForConditionalGeneration.generate).parameters.keys() - {"self", "other"}
+            known = inspect.signature(LlavaForConditionalGeneration.generate).parameters.keys() - {
+                "self",
+                "other",
+            }
             raise unknown("keyword of generate", next(iter(other)), known)
         if num_beams != 1 or not use_cache:
             raise Unsupported("beam search and use_cache=False do not exist here; leave them out")
@@ -306,7 +356,9 @@ class LlavaForConditionalGeneration:
         given = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         drawn = {name: value for name, value in given.items() if value is not None}
         if drawn and not do_sample:
-            raise OptionError(f"{next(iter(drawn))} does nothing without do_sample=True; leave it out or pass do_sample=True")
+            raise OptionError(
+                f"{next(iter(drawn))} does nothing without do_sample=True; leave it out or pass do_sample=True"
+            )
         eos = self._eos(eos_token_id)
         shared: dict[str, Any] = {
             "max_new_tokens": 20 if max_new_tokens is None else max_new_tokens,
@@ -320,13 +372,26 @@ class LlavaForConditionalGeneration:
         seeds = [int(torch.randint(2**31, ())) if do_sample else None for _ in prompts]
         if self._engine is None:
             tokenizer = self.tokenizer
-            self._engine = Engine(self.model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=kv_memory(self.model))
-        requests = self._engine.generate(prompts, [Sampling(**shared, seed=seed) for seed in seeds])
+            self._engine = Engine(
+                self.model,
+                eos_ids=tokenizer.eos_ids,
+                vocab=tokenizer.size,
+                kv_bytes=kv_memory(self.model),
+            )
+        requests = self._engine.generate(
+            prompts, [SamplingParams(**shared, seed=seed) for seed in seeds]
+        )
         written = [request.generated for request in requests]
         longest = max(map(len, written))
-        pad = pad_token_id if pad_token_id is not None else self.generation.get("pad_token_id") or eos[0]
+        pad = (
+            pad_token_id
+            if pad_token_id is not None
+            else self.generation.get("pad_token_id") or eos[0]
+        )
         tails = torch.tensor(
-            [row + [pad] * (longest - len(row)) for row in written], dtype=input_ids.dtype, device=input_ids.device
+            [row + [pad] * (longest - len(row)) for row in written],
+            dtype=input_ids.dtype,
+            device=input_ids.device,
         )
         return torch.cat([input_ids.repeat_interleave(num_return_sequences, dim=0), tails], dim=1)
 
@@ -336,7 +401,9 @@ class LlavaForConditionalGeneration:
             return sorted(self.tokenizer.eos_ids)
         return [eos] if isinstance(eos, int) else list(eos)
 
-    def _prompts(self, input_ids: Tensor, mask: Tensor | None, pixels: Tensor | None) -> list[Prompt]:
+    def _prompts(
+        self, input_ids: Tensor, mask: Tensor | None, pixels: Tensor | None
+    ) -> list[Prompt]:
         """The rows without their padding, each placeholder run cut into images."""
         image_id, grid = self.model.config.image_token_id, self.model.config.vision.grid
         real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -372,10 +439,14 @@ class pipeline:  # noqa: N801  (transformers' name)
         dtype: torch.dtype | str | None = None,
     ) -> None:
         if task != "image-text-to-text":
-            raise Unsupported(f"pipeline({task!r}): this model answers questions about images: 'image-text-to-text'")
+            raise Unsupported(
+                f"pipeline({task!r}): this model answers questions about images: 'image-text-to-text'"
+            )
         if isinstance(model, LlavaForConditionalGeneration):
             if processor is None:
-                raise OptionError("a model that is loaded already needs processor=AutoProcessor.from_pretrained(...) beside it")
+                raise OptionError(
+                    "a model that is loaded already needs processor=AutoProcessor.from_pretrained(...) beside it"
+                )
             self.model, self.processor = model, processor
         else:
             self.model = LlavaForConditionalGeneration.from_pretrained(
@@ -409,7 +480,11 @@ class pipeline:  # noqa: N801  (transformers' name)
         chosen = dict(generate_kwargs or {})
         if max_new_tokens is not None and "max_new_tokens" in chosen:
             raise OptionError("max_new_tokens is given twice, by itself and in generate_kwargs")
-        chosen = {"max_new_tokens": 256} | chosen | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        chosen = (
+            {"max_new_tokens": 256}
+            | chosen
+            | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        )
         if text is None and isinstance(images, Mapping):
             images, text = images["images"], images["text"]
         if text is None:
@@ -423,7 +498,9 @@ class pipeline:  # noqa: N801  (transformers' name)
         )
         if _is_chat(text):
             if images is not None:
-                raise PromptError("images of a chat stand inside its content: {'type': 'image', 'url': ...}")
+                raise PromptError(
+                    "images of a chat stand inside its content: {'type': 'image', 'url': ...}"
+                )
             if isinstance(text[0], Mapping):
                 return self._chat(text, continue_final_message, answered)
             return [self._chat(chat, continue_final_message, answered) for chat in text]
@@ -432,7 +509,9 @@ class pipeline:  # noqa: N801  (transformers' name)
         texts = [text] if isinstance(text, str) else list(text)
         return answered(texts, self.processor(images, texts, return_tensors="pt", padding=True))
 
-    def _chat(self, chat: Messages, continued: bool | None, answered: Callable[..., list[Any]]) -> list[Any]:
+    def _chat(
+        self, chat: Messages, continued: bool | None, answered: Callable[..., list[Any]]
+    ) -> list[Any]:
         continued = chat[-1]["role"] == "assistant" if continued is None else continued
         inputs = self.processor.apply_chat_template(
             chat,
@@ -458,10 +537,18 @@ class pipeline:  # noqa: N801  (transformers' name)
         ids = self.model.generate(**inputs.to(self.model.device), **chosen)
         asked = [one for one in asked for _ in range(len(ids) // len(asked))]
         if tensors:
-            return [{"input_text": one, "generated_token_ids": row} for one, row in zip(asked, ids, strict=True)]
-        new = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=skip)
+            return [
+                {"input_text": one, "generated_token_ids": row}
+                for one, row in zip(asked, ids, strict=True)
+            ]
+        new = self.processor.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=skip
+        )
         return [
-            {"input_text": one, "generated_text": _with_answer(one, text, continued) if full else text}
+            {
+                "input_text": one,
+                "generated_text": _with_answer(one, text, continued) if full else text,
+            }
             for one, text in zip(asked, new, strict=True)
         ]
 
@@ -473,7 +560,11 @@ def _with_answer(asked: str | Messages, text: str, continued: bool) -> str | lis
     if not continued:
         return [*asked, {"role": "assistant", "content": text}]
     content = asked[-1]["content"]
-    whole = content + text if isinstance(content, str) else [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
+    whole = (
+        content + text
+        if isinstance(content, str)
+        else [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
+    )
     return [*asked[:-1], {**asked[-1], "content": whole}]
 
 
@@ -489,18 +580,27 @@ def _is_chat(given: object) -> bool:
 
 def _content(content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
     """The parts with what an image names under one key, whichever of transformers' it had."""
-    return content if isinstance(content, str) else [part if part["type"] == "text" else _image(part) for part in content]
+    return (
+        content
+        if isinstance(content, str)
+        else [part if part["type"] == "text" else _image(part) for part in content]
+    )
 
 
 def _image(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] not in ("image", "image_url"):
-        raise Unsupported(f"the checkpoint's template has no {part['type']!r} part; pass its frames as images")
+        raise Unsupported(
+            f"the checkpoint's template has no {part['type']!r} part; pass its frames as images"
+        )
     named = part.get("image_url", part)
     if not isinstance(named, Mapping):
         named = {"url": named}
     if "base64" in named:
         return {"type": "image", "base64": named["base64"]}
-    return {"type": "image", "image": next((named[key] for key in ("image", "url", "path") if key in named), None)}
+    return {
+        "type": "image",
+        "image": next((named[key] for key in ("image", "url", "path") if key in named), None),
+    }
 
 
 def _share(texts: Sequence[str], images: Any) -> list[list[object]]:
@@ -520,8 +620,10 @@ def _share(texts: Sequence[str], images: Any) -> list[list[object]]:
 def _media(pixels: Tensor, grid: int, start: int) -> Media:
     """One image of pixel_values `[3, S, S]`."""
     crop = pixels.unsqueeze(0).contiguous()
-    key = hashlib.sha256(b"pixel_values" + repr(tuple(crop.shape)).encode() + crop.numpy().tobytes()).digest()
-    return Media(crop, Layout(grid), key, start)
+    key = hashlib.sha256(
+        b"pixel_values" + repr(tuple(crop.shape)).encode() + crop.numpy().tobytes()
+    ).digest()
+    return Media(crop, ImageTokenLayout(grid), key, start)
 
 
 def _where(given: Sequence[Any], named: Mapping[str, Any]) -> tuple[str | None, torch.dtype | None]:
@@ -536,9 +638,15 @@ def _where(given: Sequence[Any], named: Mapping[str, Any]) -> tuple[str | None, 
     return _device(devices[0]) if devices else None, dtypes[0] if dtypes else None
 
 
-def _device(named: str | int | torch.device | Mapping[str, Any], folder: Path | None = None, precision: str = "auto") -> str:
+def _device(
+    named: str | int | torch.device | Mapping[str, Any],
+    folder: Path | None = None,
+    precision: str = "auto",
+) -> str:
     if isinstance(named, Mapping):
         if set(named) != {""}:
-            raise Unsupported("a device_map that splits the network is not offered; give one device, such as device_map='cuda'")
+            raise Unsupported(
+                "a device_map that splits the network is not offered; give one device, such as device_map='cuda'"
+            )
         named = named[""]
     return pick_device(f"cuda:{named}" if isinstance(named, int) else str(named), folder, precision)

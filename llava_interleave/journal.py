@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
 class Journal:
@@ -38,7 +38,9 @@ class Journal:
             first = self._file.readline()
             if not first.endswith(b"\n"):  # new, or killed while the first line was written
                 if not header.startswith(first):
-                    raise DataError(f"{path} is not a results file of this program; name another file")
+                    raise DataError(
+                        f"{path} is not a results file of this program; name another file"
+                    )
                 self._file.truncate(0)
                 self._write(header)
                 return
@@ -52,7 +54,7 @@ class Journal:
             self._file.close()
             raise
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Iterable[JsonRow]) -> None:
         """Append rows; when this returns they are on the disk."""
         lines = []
         self._file.seek(0, os.SEEK_END)
@@ -64,7 +66,7 @@ class Journal:
             at += len(lines[-1])
         self._write(b"".join(lines))
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> JsonRow:
         """The row with an id."""
         self._file.seek(self.done[name])
         return json.loads(self._file.readline())
@@ -81,7 +83,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def read(path: Path) -> tuple[dict[str, Any], list[JsonRow]]:
     """How a file's rows were made, and the rows; a last line that was cut short is left out. Raises `DataError`."""
     try:
         with path.open("rb") as file:
@@ -105,7 +107,7 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
     raise DataError(f"{path} is not a results file of this program; name another file")
 
 
-def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[Row, int]]:
+def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[JsonRow, int]]:
     """The rows behind the first line, which has been read, and how many bytes each has; one that was cut short is left out."""
     known: set[str] = set()
     for number, line in enumerate(file, 2):
@@ -115,9 +117,13 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[Row, int]]:
             row = json.loads(line)
             name = row["id"]
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"line {number} of {path} is damaged; take it out and its sample is answered again") from error
+            raise DataError(
+                f"line {number} of {path} is damaged; take it out and its sample is answered again"
+            ) from error
         if not isinstance(name, str) or name in known:
-            raise DataError(f"line {number} of {path} has the id {name!r}, which is no text or was there before")
+            raise DataError(
+                f"line {number} of {path} has the id {name!r}, which is no text or was there before"
+            )
         known.add(name)
         yield row, len(line)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .layout import Layout
+from .image_layout import ImageTokenLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class Media:
     """
 
     pixels: Tensor
-    layout: Layout
+    layout: ImageTokenLayout
     key: bytes
     start: int
 

@@ -15,9 +15,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from .checkpoints import CheckpointLayout, shapes, skeleton, write_checkpoint
 from .config import LlavaConfig, TextConfig, VisionConfig
 from .processing.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, qwen2_tokenizer
-from .weights import CheckpointLayout, shapes, skeleton, write_checkpoint
 
 SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 _SENTENCES = (
@@ -38,14 +38,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(*, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None) -> LlavaConfig:
+def tiny_config(
+    *, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None
+) -> LlavaConfig:
     """A network of 0.1 M parameters; `vision` and `text` replace fields of `VisionConfig` and `TextConfig`.
 
     As in the real one, the tower's image (30) is no multiple of its patch (7), there is no GQA, the head is tied, and the
     vocabulary has ids beyond the tokenizer's.
     """
     size = tiny_tokenizer().get_vocab_size()
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "image_size": 30, "patch_size": 7}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "image_size": 30,
+        "patch_size": 7,
+    }
     decoder: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -58,7 +67,9 @@ def tiny_config(*, vision: Mapping[str, Any] | None = None, text: Mapping[str, A
         "tie_word_embeddings": True,
     } | dict(text or {})
     decoder.setdefault("head_dim", decoder["hidden_size"] // decoder["num_heads"])
-    return LlavaConfig(VisionConfig(**(tower | dict(vision or {}))), TextConfig(**decoder), size - 1)
+    return LlavaConfig(
+        VisionConfig(**(tower | dict(vision or {}))), TextConfig(**decoder), size - 1
+    )
 
 
 def tiny_checkpoint(
@@ -77,7 +88,15 @@ def tiny_checkpoint(
     config = config or tiny_config()
     with tempfile.TemporaryDirectory() as source:
         processor_files(source, config, tiny_tokenizer())
-        write_random(folder, config, source, seed, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_random(
+            folder,
+            config,
+            source,
+            seed,
+            layout=layout,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
     return Path(folder)
 
 
@@ -106,7 +125,9 @@ def write_random(
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Random weights that keep activations near 1: norms around one, matrices scaled by their inputs, biases not zero."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+    noise = torch.randn(
+        shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    )
     if len(shape) == 1:
         return noise * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return noise if "embed" in name else noise / math.sqrt(math.prod(shape[1:]))
@@ -122,10 +143,15 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     """A byte-level BPE of at most `size` pieces, learnt from `texts`; NFC, Qwen2's pre-tokenizer and `SPECIAL` tokens."""
     tokenizer = qwen2_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
+        vocab_size=size,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return tokenizer
 
 
@@ -135,12 +161,20 @@ def processor_files(folder: str | Path, config: LlavaConfig, tokenizer: Tokenize
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     assert ids["<image>"] == config.image_token_id, (ids, config.image_token_id)
     size = {"height": config.vision.image_size, "width": config.vision.image_size}
-    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     tokenizer.save(str(folder / "tokenizer.json"))
     files: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {
             "add_prefix_space": False,
-            "added_tokens_decoder": {str(number): {"content": token, **special} for token, number in ids.items()},
+            "added_tokens_decoder": {
+                str(number): {"content": token, **special} for token, number in ids.items()
+            },
             "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
             "bos_token": None,
             "clean_up_tokenization_spaces": False,

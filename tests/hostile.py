@@ -39,10 +39,16 @@ def bomb() -> bytes:
     """A PNG of 60 KB whose header promises 20,000 x 20,000 pixels."""
 
     def block(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
     size = (20_000).to_bytes(4, "big")
-    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", size + size + b"\x08\x02\0\0\0") + block(b"IDAT", zlib.compress(bytes(10**7)))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + block(b"IHDR", size + size + b"\x08\x02\0\0\0")
+        + block(b"IDAT", zlib.compress(bytes(10**7)))
+    )
 
 
 def nested(depth: int) -> str:
@@ -63,8 +69,12 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
     "deepest": nested(2_000_000),
     "wide": '{"model": "tiny", "messages": [' + "[]," * 200_000 + "[]]}",
     "long list": '{"model": "tiny", "messages": [' + "5," * 80_000 + "5]}",
-    "long object": json.dumps({"model": "tiny", "messages": WHAT, "logit_bias": {f"x{i}": "y" for i in range(80_000)}}),
-    "many fields": json.dumps({"model": "tiny", "messages": WHAT} | {f"x{i}": 1 for i in range(4000)}),
+    "long object": json.dumps(
+        {"model": "tiny", "messages": WHAT, "logit_bias": {f"x{i}": "y" for i in range(80_000)}}
+    ),
+    "many fields": json.dumps(
+        {"model": "tiny", "messages": WHAT} | {f"x{i}": 1 for i in range(4000)}
+    ),
     "long number": '{"model": "tiny", "n": ' + "9" * 10_000 + "}",
     "NaN": '{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
     "infinity": '{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 1e999}',
@@ -86,8 +96,19 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
     "svg": {"messages": user(picture(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")))},
     "polyglot": {"messages": user(picture(data_url(b"GIF89a/*" + b"\0" * 100 + b"*/=1;")))},
     "tiff": {"messages": user(picture(data_url(b"II*\0" + bytes(100))))},
-    "film": {"messages": user({"type": "video_url", "video_url": {"url": data_url(b"\0\0\0\x18ftypisom" + bytes(3000))}})},
-    "playlist": {"messages": user({"type": "video_url", "video_url": {"url": data_url(b"#EXTM3U\nhttp://127.0.0.1/\n")}})},
+    "film": {
+        "messages": user(
+            {
+                "type": "video_url",
+                "video_url": {"url": data_url(b"\0\0\0\x18ftypisom" + bytes(3000))},
+            }
+        )
+    },
+    "playlist": {
+        "messages": user(
+            {"type": "video_url", "video_url": {"url": data_url(b"#EXTM3U\nhttp://127.0.0.1/\n")}}
+        )
+    },
     "number": {"messages": user({"type": "image", "image": 5})},
     "numbers": {"messages": user({"type": "image", "image": [[1, 2], [3, 4]]})},
     "empty video": {"messages": user({"type": "video", "video": []})},

@@ -27,8 +27,8 @@ from test_engine import (
 )
 from test_paged import graphs_of
 
-from llava_interleave.engine import Engine, Event, Request, Sampling
-from llava_interleave.engine.captured import Captured, Step
+from llava_interleave.engine import Engine, Event, Request, SamplingParams
+from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, InFlightStep
 
 
 @pytest.fixture(autouse=True)
@@ -47,20 +47,26 @@ class Log:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.said: list[tuple[str, int]] = []
-        launch, read, steps = Captured.__call__, Step.tokens, dict[int, Step]()
+        launch, read, steps = (
+            CudaGraphDecoder.__call__,
+            InFlightStep.tokens,
+            dict[int, InFlightStep](),
+        )
 
-        def launched(captured: Captured, rows: Any, before: Step | None = None) -> Step:
+        def launched(
+            captured: CudaGraphDecoder, rows: Any, before: InFlightStep | None = None
+        ) -> InFlightStep:
             step = launch(captured, rows, before)
             self.said.append(("ahead" if before else "launched", len(steps)))
             steps[len(steps)] = step
             return step
 
-        def told(step: Step, kvs: Any) -> list[int]:
+        def told(step: InFlightStep, kvs: Any) -> list[int]:
             self.said.append(("read", next(number for number, one in steps.items() if one is step)))
             return read(step, kvs)
 
-        monkeypatch.setattr(Captured, "__call__", launched)
-        monkeypatch.setattr(Step, "tokens", told)
+        monkeypatch.setattr(CudaGraphDecoder, "__call__", launched)
+        monkeypatch.setattr(InFlightStep, "tokens", told)
 
     def count(self, what: str) -> int:
         return sum(one == what for one, _ in self.said)
@@ -69,7 +75,9 @@ class Log:
 def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token is a prompt's, and five are left. That the fifth is the last is known before."""
     log = Log(monkeypatch)
-    (request,) = engine(kv_block=16).generate([MIXED[1]], Sampling(max_new_tokens=6, ignore_eos=True))
+    (request,) = engine(kv_block=16).generate(
+        [MIXED[1]], SamplingParams(max_new_tokens=6, ignore_eos=True)
+    )
     assert request.generated == naive(MIXED[1], 6)
     rest = [pair for n in range(1, 5) for pair in (("ahead", n), ("read", n - 1))]
     assert log.said == [("launched", 0), *rest, ("read", 4)]
@@ -80,7 +88,9 @@ def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
     log, e = Log(monkeypatch), engine(kv_block=16)
     answer = naive(MIXED[1], 12)
     at = next(at for at in range(4, 12) if answer[at] not in answer[:at])
-    (request,) = e.generate([MIXED[1]], Sampling(max_new_tokens=40, stop_ids=(answer[at],), ignore_eos=True))
+    (request,) = e.generate(
+        [MIXED[1]], SamplingParams(max_new_tokens=40, stop_ids=(answer[at],), ignore_eos=True)
+    )
     assert request.generated == answer[: at + 1]
     assert (log.count("launched"), log.count("ahead"), log.count("read")) == (1, at, at)
     e.check()
@@ -99,21 +109,30 @@ def test_who_comes_later_finds_those_who_went_ahead(monkeypatch: pytest.MonkeyPa
     later = [e.add(p, GREEDY) for p in MIXED[3:]]
     e.step()
     assert log.said[launched:] == [("read", 3)]
-    assert [len(r.generated) for r in first] == [5, 5, 5] and [len(r.generated) for r in later] == [1, 1, 1]
+    assert [len(r.generated) for r in first] == [5, 5, 5] and [len(r.generated) for r in later] == [
+        1,
+        1,
+        1,
+    ]
     finish(e)
     assert answers([*first, *later]) == expected()
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"temperature": 1.0, "seed": 1}, {"logprobs": 1}, {"repetition_penalty": 1.2}, {"prompt_lookup_num_tokens": 4}],
+    [
+        {"temperature": 1.0, "seed": 1},
+        {"logprobs": 1},
+        {"repetition_penalty": 1.2},
+        {"prompt_lookup_num_tokens": 4},
+    ],
     ids=str,
 )
 def test_nobody_goes_ahead_beside_one_whose_token_is_not_chosen_on_the_card(
     other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, e = Log(monkeypatch), engine(kv_block=16)
-    how = [GREEDY, Sampling(max_new_tokens=12, ignore_eos=True, **other)]
+    how = [GREEDY, SamplingParams(max_new_tokens=12, ignore_eos=True, **other)]
     requests = e.generate(MIXED[:2], how)
     assert log.count("launched") and not log.count("ahead")
     assert requests[0].generated == expected()[0]
@@ -125,9 +144,15 @@ def test_where_the_next_token_has_no_room_yet_it_waits(monkeypatch: pytest.Monke
     p = prompt(text(1, 30))
     monkeypatch.setattr("llava_interleave.engine.scheduler.ROOM", 1)
     monkeypatch.setattr("llava_interleave.engine.scheduler.BLOCK", 1)
-    (request,) = e.generate([p], Sampling(max_new_tokens=6, ignore_eos=True))
+    (request,) = e.generate([p], SamplingParams(max_new_tokens=6, ignore_eos=True))
     assert request.generated == naive(p, 6)
-    assert [what for what, _ in log.said if what != "read"] == ["launched", "ahead", "launched", "ahead", "ahead"]
+    assert [what for what, _ in log.said if what != "read"] == [
+        "launched",
+        "ahead",
+        "launched",
+        "ahead",
+        "ahead",
+    ]
 
 
 def test_a_step_ahead_that_fails_fails_alone() -> None:
@@ -146,27 +171,31 @@ def test_a_step_ahead_that_fails_fails_alone() -> None:
 
 def test_where_a_step_ahead_cannot_be_captured_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second answer ends first: of one row is the first step that was launched ahead."""
-    capture = Captured._capture
+    capture = CudaGraphDecoder._capture
 
-    def some(self: Captured, size: int) -> Any:
+    def some(self: CudaGraphDecoder, size: int) -> Any:
         if size == 1:
             raise RuntimeError("no room for another graph")
         return capture(self, size)
 
-    monkeypatch.setattr(Captured, "_capture", some)
+    monkeypatch.setattr(CudaGraphDecoder, "_capture", some)
     log, e = Log(monkeypatch), engine(kv_block=16)
-    how = [Sampling(max_new_tokens=n, ignore_eos=True) for n in (12, 3)]
+    how = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (12, 3)]
     assert answers(e.generate(MIXED[:2], how)) == [expected()[0], expected()[1][:3]]
     assert log.count("ahead") == 2 and "no room for another graph" in e.attention
 
 
-def kinds(chance: random.Random) -> Sampling:
+def kinds(chance: random.Random) -> SamplingParams:
     """Mostly those that go ahead, some of which end by a token nobody can know before."""
     new = chance.choice([1, 2, 5, 20, 60, 60])
     stops = tuple(chance.sample(range(VOCAB), 2)) if chance.random() < 0.5 else ()
-    others: list[dict[str, Any]] = [{"temperature": 1.0, "seed": 3}, {"logprobs": 2}, {"prompt_lookup_num_tokens": 4}]
+    others: list[dict[str, Any]] = [
+        {"temperature": 1.0, "seed": 3},
+        {"logprobs": 2},
+        {"prompt_lookup_num_tokens": 4},
+    ]
     other = chance.choice(others) if chance.random() < 0.1 else {}
-    return Sampling(max_new_tokens=new, stop_ids=stops, **other)
+    return SamplingParams(max_new_tokens=new, stop_ids=stops, **other)
 
 
 class Pair:
@@ -188,13 +217,17 @@ class Pair:
 
     def add(self, chance: random.Random) -> None:
         parts, how = chance.choices(range(len(PARTS)), k=chance.randint(1, 3)), kinds(chance)
-        tokens = [chance.choice([0, 1])] if chance.random() < 0.3 else []  # after which many begin alike
+        tokens = (
+            [chance.choice([0, 1])] if chance.random() < 0.3 else []
+        )  # after which many begin alike
         p = prompt(tokens, *(PARTS[part] for part in parts))
         self.asked.append(tuple(e.add(p, how) for e in self.engines))
 
     def abort(self, chance: random.Random) -> None:
         if self.asked:
-            ours, theirs = (e.abort(r) for e, r in zip(self.engines, chance.choice(self.asked), strict=True))
+            ours, theirs = (
+                e.abort(r) for e, r in zip(self.engines, chance.choice(self.asked), strict=True)
+            )
             assert told(filter(None, [ours])) == told(filter(None, [theirs]))
 
     def step(self, *_: Any) -> None:
@@ -214,17 +247,30 @@ class Pair:
         for e in self.engines:
             e.check()
         ours, theirs = ([*e._prefixes.idle] for e in self.engines)
-        assert [(kv.length, kv.blocks, kv.keys.chain) for kv in ours] == [(kv.length, kv.blocks, kv.keys.chain) for kv in theirs]
+        assert [(kv.length, kv.blocks, kv.keys.chain) for kv in ours] == [
+            (kv.length, kv.blocks, kv.keys.chain) for kv in theirs
+        ]
         for kv, other in zip(ours, theirs, strict=True):
             assert kv.keys.numbers.tolist() == other.keys.numbers.tolist()
-            stored = [e._runner.memory.stored(one, one.length) for e, one in zip(self.engines, (kv, other), strict=True)]
+            stored = [
+                e._runner.memory.stored(one, one.length)
+                for e, one in zip(self.engines, (kv, other), strict=True)
+            ]
             for name, tensor in stored[0].items():
                 torch.testing.assert_close(tensor, stored[1][name], rtol=1e-3, atol=1e-4)
 
 
 def told(events: Iterable[Event]) -> list[tuple[Any, ...]]:
     return [
-        (e.request.id, e.token, e.finish_reason, e.usage, e.error, [token for token, _ in e.top_logprobs], e.logprob or 0.0)
+        (
+            e.request.id,
+            e.token,
+            e.finish_reason,
+            e.usage,
+            e.error,
+            [token for token, _ in e.top_logprobs],
+            e.logprob or 0.0,
+        )
         for e in events
     ]
 
@@ -244,5 +290,7 @@ def test_whatever_happens_both_say_the_same(seed: int, monkeypatch: pytest.Monke
     while any(e.busy for e in pair.engines):
         pair.step()
     pair.compare()
-    assert all(r.finish_reason == s.finish_reason and r.generated == s.generated for r, s in pair.asked)
+    assert all(
+        r.finish_reason == s.finish_reason and r.generated == s.generated for r, s in pair.asked
+    )
     assert log.count("ahead") > 10

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from llava_interleave import weights
+from llava_interleave import checkpoints
 from llava_interleave.bench import measure, product_speed
-from llava_interleave.chatbot import load
+from llava_interleave.chat import load
 from llava_interleave.cli import app
-from llava_interleave.model import Llava, Packed
-from llava_interleave.model.work import decoder_bytes, prefill_work, vision_work
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.model.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.testing import tiny_checkpoint
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -45,47 +45,74 @@ def test_a_ceiling_is_soon_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decode(model: Llava, tokens: int = 1) -> None:
-    hidden = model.forward(model.embed(torch.zeros(tokens, dtype=torch.int64)), torch.arange(tokens), Packed([tokens]))
+    hidden = model.forward(
+        model.embed(torch.zeros(tokens, dtype=torch.int64)),
+        torch.arange(tokens),
+        PackedAttention([tokens]),
+    )
     model.logits(hidden[-1:])
 
 
 @torch.inference_mode()
 def test_work_is_what_is_computed(folder: Path) -> None:
     """Counted by PyTorch in its products; it knows of no causal attention, which needs a little more than half."""
-    model, tokens = weights.load(folder), 33
+    model, tokens = checkpoints.load(folder), 33
     c, size = model.config.text, model.config.vision.image_size
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.encode(torch.zeros(1, 3, size, size))
-    assert vision_work(model.config) == counter.get_total_flops()
+    assert vision_flops(model.config) == counter.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decode(model, tokens)
     unseen = c.num_layers * 4 * c.num_heads * c.head_dim * tokens * (tokens - 1) // 2
-    assert prefill_work(model.config, tokens) == counter.get_total_flops() - unseen
+    assert prefill_flops(model.config, tokens) == counter.get_total_flops() - unseen
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("precision", [None, "int4"])
-def test_bytes_of_a_token_are_those_of_the_modules_that_ran(folder: Path, precision: str | None) -> None:
-    model, ran = weights.load(folder, precision=precision), set()
+def test_bytes_of_a_token_are_those_of_the_modules_that_ran(
+    folder: Path, precision: str | None
+) -> None:
+    model, ran = checkpoints.load(folder, precision=precision), set()
     for module in model.modules():
         if not isinstance(module, torch.nn.Embedding):  # of which one row is read
             module.register_forward_hook(lambda module, *_: ran.add(module))
     decode(model)
-    read = {id(t): t.nbytes for m in ran for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+    read = {
+        id(t): t.nbytes
+        for m in ran
+        for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+    }
     assert decoder_bytes(model) == sum(read.values())
 
 
 def test_every_round_has_new_pictures_and_its_second_question_none(folder: Path) -> None:
     bot, seen = load(folder), []
-    report = measure(bot, images=3, tokens=4, rounds=2, progress=lambda done, total: seen.append((done, total)))
+    report = measure(
+        bot, images=3, tokens=4, rounds=2, progress=lambda done, total: seen.append((done, total))
+    )
     assert bot.engine.load().crops_encoded == 3 * (2 + 1)
     assert seen == [(0, 3), (1, 3), (2, 3)]
     found = {figure.name: figure for figure in report.figures}
-    assert list(found) == ["vision", "prefill", "first token", "decode", "second question", "peak memory"]
+    assert list(found) == [
+        "vision",
+        "prefill",
+        "first token",
+        "decode",
+        "second question",
+        "peak memory",
+    ]
     assert all(0 < figure.least <= figure.median <= figure.most for figure in report.figures)
     assert found["first token"].least > 3 * found["vision"].least
-    assert {name for name, figure in found.items() if figure.share} == {"vision", "prefill", "decode"}
-    assert (report.about["precision"], report.about["linears"], report.about["images"]) == ("float32", "PyTorch", 3)
+    assert {name for name, figure in found.items() if figure.share} == {
+        "vision",
+        "prefill",
+        "decode",
+    }
+    assert (report.about["precision"], report.about["linears"], report.about["images"]) == (
+        "float32",
+        "PyTorch",
+        3,
+    )
 
 
 def test_the_command_prints_a_table_or_json(folder: Path) -> None:
@@ -103,29 +130,60 @@ def test_the_bench_beside_transformers(folder: Path, tmp_path: Path) -> None:
     """A piece of it: both wrote the same tokens, every figure of both is there and on the page."""
     out, page = tmp_path / "latest.json", tmp_path / "page" / "index.html"
     systems = ["llava float32", "transformers float32"]
-    flags = ["--systems", *systems, "--brief", "--minutes", "0", "--work", "conversation", "--out", out]
+    flags = [
+        "--systems",
+        *systems,
+        "--brief",
+        "--minutes",
+        "0",
+        "--work",
+        "conversation",
+        "--out",
+        out,
+    ]
     subprocess.run([sys.executable, BENCH / "peers.py", folder, *flags], check=True)
     subprocess.run([sys.executable, BENCH / "page.py", out, page], check=True)
     found = json.loads(out.read_text())
     assert found["first tokens as the last system"] == dict.fromkeys(systems, 8)
     ours, theirs = (found["systems"][name] for name in systems)
     assert ours.keys() == theirs.keys()
-    assert {"first token, 2 images, s", "decode after 2 images, tokens/s", "vision, s an image"} < ours.keys()
-    assert all(figure["times"] == 1 and figure["median"] > 0 for figure in [*ours.values(), *theirs.values()])
+    assert {
+        "first token, 2 images, s",
+        "decode after 2 images, tokens/s",
+        "vision, s an image",
+    } < ours.keys()
+    assert all(
+        figure["times"] == 1 and figure["median"] > 0
+        for figure in [*ours.values(), *theirs.values()]
+    )
     drawn = page.read_text()
     assert all(drawn.count(f"<h2>{figure}</h2>") == 1 for figure in ours)
-    assert drawn.count("class='bar ours'") == len(ours) and drawn.count("class='bar'") == len(theirs)
+    assert drawn.count("class='bar ours'") == len(ours) and drawn.count("class='bar'") == len(
+        theirs
+    )
 
 
 def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
     """Two groups of it, on the CPU: what is measured has its share of a ceiling, what cannot be done its reason."""
     out, groups = tmp_path / "found.json", ["ceilings", "small ours float32", "small ours fp8"]
-    command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--small", "--only", *groups, "--out", out]
+    command = [
+        sys.executable,
+        BENCH / "gpu.py",
+        "--device",
+        "cpu",
+        "--small",
+        "--only",
+        *groups,
+        "--out",
+        out,
+    ]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads(out.read_text())
     rows = {(row["group"], row["name"]): row for row in found["rows"]}
     assert {group for group, _ in rows} == set(groups) and not found["left out"]
-    measured = {name: row for (group, name), row in rows.items() if group == groups[1] and row["least"]}
+    measured = {
+        name: row for (group, name), row in rows.items() if group == groups[1] and row["least"]
+    }
     assert measured.keys() == {
         "tower",
         "decode, 1 at a time",
@@ -138,6 +196,9 @@ def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
     assert rows["small ours fp8", "all of it"]["note"].startswith("Unsupported: no fp8 here")
     assert shown.count("x transformers") == 1 and found["about"]["torch"] == torch.__version__
     again = subprocess.run(
-        [*command[:-1], tmp_path / "late.json", "--minutes", "0"], check=True, capture_output=True, text=True
+        [*command[:-1], tmp_path / "late.json", "--minutes", "0"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     assert f"left out, for 0 minutes were over: {', '.join(groups)}" in again

@@ -13,20 +13,38 @@ from llava_interleave.testing import tiny_checkpoint
 
 @pytest.fixture(scope="module")
 def systems() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("systems", Path(__file__).parent.parent / "bench" / "systems.py")
+    spec = importlib.util.spec_from_file_location(
+        "systems", Path(__file__).parent.parent / "bench" / "systems.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def turn(role: str, text: str, *images: str) -> dict[str, Any]:
-    return {"role": role, "content": [*({"type": "image", "path": path} for path in images), {"type": "text", "text": text}]}
+    return {
+        "role": role,
+        "content": [
+            *({"type": "image", "path": path} for path in images),
+            {"type": "text", "text": text},
+        ],
+    }
 
 
-def test_a_chat_is_spelt_as_the_checkpoints_template_does(systems: ModuleType, tmp_path: Path) -> None:
-    processor = pytest.importorskip("transformers").AutoProcessor.from_pretrained(tiny_checkpoint(tmp_path / "tiny"))
-    chat = [turn("user", "What is this?", "a", "b"), turn("assistant", "A cat."), turn("user", "And this?", "c")]
-    assert systems.spelt(chat, "<image>") == processor.apply_chat_template(chat, add_generation_prompt=True)
+def test_a_chat_is_spelt_as_the_checkpoints_template_does(
+    systems: ModuleType, tmp_path: Path
+) -> None:
+    processor = pytest.importorskip("transformers").AutoProcessor.from_pretrained(
+        tiny_checkpoint(tmp_path / "tiny")
+    )
+    chat = [
+        turn("user", "What is this?", "a", "b"),
+        turn("assistant", "A cat."),
+        turn("user", "And this?", "c"),
+    ]
+    assert systems.spelt(chat, "<image>") == processor.apply_chat_template(
+        chat, add_generation_prompt=True
+    )
     assert [systems.spelt(chat, "<{}>").count(f"<{number}>") for number in range(4)] == [1, 1, 1, 0]
     assert systems.paths(chat) == ["a", "b", "c"]
 
@@ -48,7 +66,9 @@ class Library:
 
     def llama_memory_seq_rm(self, _: object, sequence: int, start: int, end: int) -> None:
         assert end == -1
-        self.memory[sequence] = {place: key for place, key in self.memory[sequence].items() if place < start}
+        self.memory[sequence] = {
+            place: key for place, key in self.memory[sequence].items() if place < start
+        }
 
     def llama_decode(self, _: object, batch: SimpleNamespace) -> int:
         for row in range(batch.n_tokens):
@@ -73,7 +93,9 @@ def test_a_sequence_of_llama_cpp_computes_what_it_does_not_hold(systems: ModuleT
     system.llama = system.mtmd = library
     system.context = system.tower = None
     system.held = [[] for _ in range(system.SEQUENCES)]
-    system.batch = SimpleNamespace(token={}, pos={}, n_seq_id={}, seq_id=defaultdict(dict), logits={})
+    system.batch = SimpleNamespace(
+        token={}, pos={}, n_seq_id={}, seq_id=defaultdict(dict), logits={}
+    )
 
     def read(sequence: int, *pieces: list[Any]) -> dict[str, int]:
         chunks = [("text" if isinstance(piece[0], int) else "image", piece) for piece in pieces]
@@ -81,7 +103,11 @@ def test_a_sequence_of_llama_cpp_computes_what_it_does_not_hold(systems: ModuleT
         library.did.clear()
         system.keep(sequence, keys[:-1])
         system.read(sequence, [(chunk, chunk[1]) for chunk in chunks])
-        assert system.held[sequence] == keys == [library.memory[sequence][place] for place in range(len(keys))]
+        assert (
+            system.held[sequence]
+            == keys
+            == [library.memory[sequence][place] for place in range(len(keys))]
+        )
         return dict(library.did)
 
     a, b = ["a"] * 5, ["b"] * 5
@@ -92,4 +118,6 @@ def test_a_sequence_of_llama_cpp_computes_what_it_does_not_hold(systems: ModuleT
     assert read(0, [1, 2], a, [3], b, [4]) == {"tokens": 2, "images": 1}
     assert read(0, [7], a, [3]) == {"tokens": 2, "images": 1}
     system.decode([(0, 8), (1, 9)])
-    assert (system.held[0][-1], system.held[1][-1]) == (8, 9) and [system.batch.logits[row] for row in range(2)] == [True, True]
+    assert (system.held[0][-1], system.held[1][-1]) == (8, 9) and [
+        system.batch.logits[row] for row in range(2)
+    ] == [True, True]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from llava_interleave import load
-from llava_interleave.chatbot import BUILTIN, Chatbot
-from llava_interleave.evals.world import evaluate
-from llava_interleave.weights import save
-from llava_interleave.world import SCENARIOS, episode
-from llava_interleave.world.data import exam, pictures
+from llava_interleave.chat import BUILTIN, Chatbot
+from llava_interleave.checkpoints import save
+from recipes.tiny_world import SCENARIOS, episode
+from recipes.tiny_world.benchmark import evaluate
+from recipes.tiny_world.data import exam, pictures
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +47,45 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
     """Saved by us, loaded by transformers: the same text for pictures, a video and views, in both ways to write a prompt."""
     transformers = pytest.importorskip("transformers")
     save(bot.model, tmp_path / "saved", processor_from=bot.source)
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32
+    )
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
     for number, scenario in enumerate(SCENARIOS):
         ep, _, text = exam(scenario, 1000 + number, held_out=False)
         shown = pictures(ep, 200)
-        asked = [{"role": "user", "content": [*({"type": "image", "image": p} for p in shown), {"type": "text", "text": text}]}]
+        asked = [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": p} for p in shown),
+                    {"type": "text", "text": text},
+                ],
+            }
+        ]
         prompt = bot.prompt(asked)
-        batch = {"input_ids": torch.tensor([prompt.tokens]), "pixel_values": torch.cat([m.pixels for m in prompt.media])}
+        batch = {
+            "input_ids": torch.tensor([prompt.tokens]),
+            "pixel_values": torch.cat([m.pixels for m in prompt.media]),
+        }
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        written = theirs.generate(**batch, max_new_tokens=24, do_sample=False)[0, len(prompt.tokens) :]
-        assert processor.decode(written, skip_special_tokens=True) == bot.chat(asked, max_new_tokens=24).text
+        written = theirs.generate(**batch, max_new_tokens=24, do_sample=False)[
+            0, len(prompt.tokens) :
+        ]
+        assert (
+            processor.decode(written, skip_special_tokens=True)
+            == bot.chat(asked, max_new_tokens=24).text
+        )
 
         rendered = processor.apply_chat_template(asked, add_generation_prompt=True)
         inputs = processor(images=shown, text=rendered, return_tensors="pt")
-        written = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert processor.decode(written, skip_special_tokens=True) == bot.chat(asked, preset="hf", max_new_tokens=24).text
+        written = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
+        assert (
+            processor.decode(written, skip_special_tokens=True)
+            == bot.chat(asked, preset="hf", max_new_tokens=24).text
+        )
 
 
 def test_a_second_question_computes_no_picture_again(bot: Chatbot) -> None:

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import llava_interleave
-from llava_interleave import kernels, notice, weights
-from llava_interleave.chatbot import Chatbot, Conversation, Options, load
-from llava_interleave.chatbot import place as places
-from llava_interleave.chatbot.attach import content, part
-from llava_interleave.chatbot.place import pick_device, pick_dtype, pick_precision
-from llava_interleave.chatbot.stops import StopStrings
-from llava_interleave.engine import Engine, Sampling
+from llava_interleave import checkpoints, kernels, license_notice
+from llava_interleave import placement as places
+from llava_interleave.chat import Chatbot, Conversation, Options, load
+from llava_interleave.chat.attachments import content, part
+from llava_interleave.chat.stop_strings import StopStrings
+from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import DataError, MediaError, OptionError, PromptError, Unsupported
-from llava_interleave.model import Packed, arrange
+from llava_interleave.model import PackedAttention, arrange_features
+from llava_interleave.placement import pick_device, pick_dtype, pick_precision
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 
@@ -46,25 +46,34 @@ def test_an_answer_is_the_networks_greedy_continuation(bot: Chatbot, files: list
     """The whole way from files to text against the bare network, one token at a time."""
     answer = bot.ask("What changed?", files, max_new_tokens=12)
     prompt = bot.prompt(bot.turn("What changed?", files))
-    spans = [(m.start, arrange(bot.model.encode(m.pixels), m.layout)) for m in prompt.media]
+    spans = [
+        (m.start, arrange_features(bot.model.encode(m.pixels), m.layout)) for m in prompt.media
+    ]
     tokens = list(prompt.tokens)
     for _ in range(12):
         with torch.inference_mode():
             x = bot.model.embed(torch.tensor(tokens), spans)
-            hidden = bot.model(x, torch.arange(len(tokens)), Packed([len(tokens)]))[-1]
+            hidden = bot.model(x, torch.arange(len(tokens)), PackedAttention([len(tokens)]))[-1]
             tokens.append(int(bot.model.logits(hidden)[: bot.processor.tokenizer.size].argmax()))
         if tokens[-1] in bot.processor.tokenizer.eos_ids:
             break
     assert list(answer.tokens) == tokens[len(prompt) :]
     assert str(answer) == answer.text == bot.processor.tokenizer.decode(answer.tokens)
-    assert answer.usage.prompt == len(prompt) == bot.estimate(bot.turn("What changed?", files)).total
+    assert (
+        answer.usage.prompt == len(prompt) == bot.estimate(bot.turn("What changed?", files)).total
+    )
     assert answer.usage.generated == len(answer.tokens)
     assert answer.timings.total > 0
 
 
 def test_folded_stream_is_chat(bot: Chatbot, files: list[Path]) -> None:
     turn = bot.turn("What?", files)
-    for changes in ({}, {"temperature": 50.0, "seed": 4}, {"temperature": 50.0, "seed": 4, "n": 3}, {"logprobs": 2}):
+    for changes in (
+        {},
+        {"temperature": 50.0, "seed": 4},
+        {"temperature": 50.0, "seed": 4, "n": 3},
+        {"logprobs": 2},
+    ):
         chunks = list(bot.stream(turn, max_new_tokens=20, **changes))
         for index, answer in enumerate(bot.choices(turn, max_new_tokens=20, **changes)):
             mine = [c for c in chunks if c.index == index]
@@ -85,11 +94,20 @@ def test_n_answers_are_those_of_their_seeds(bot: Chatbot) -> None:
 def test_progress_counts_the_prompt_that_is_read(bot: Chatbot, files: list[Path]) -> None:
     tokenizer = bot.processor.tokenizer
     engine = Engine(
-        bot.model, eos_ids=tokenizer.eos_ids, vocab=tokenizer.size, kv_bytes=1 << 24, max_step_tokens=8, max_running=8
+        bot.model,
+        eos_ids=tokenizer.eos_ids,
+        vocab=tokenizer.size,
+        kv_bytes=1 << 24,
+        max_step_tokens=8,
+        max_running=8,
     )
     bot = Chatbot(bot.source, bot.processor, engine, bot.model)
     told: list[tuple[int, int]] = []
-    answer = bot.stream(bot.turn("What?", files), max_new_tokens=4, progress=lambda done, total: told.append((done, total)))
+    answer = bot.stream(
+        bot.turn("What?", files),
+        max_new_tokens=4,
+        progress=lambda done, total: told.append((done, total)),
+    )
     assert told == []
     length = [chunk.answer for chunk in answer][-1].usage.prompt
     assert len(told) > 2
@@ -101,7 +119,10 @@ def test_progress_counts_the_prompt_that_is_read(bot: Chatbot, files: list[Path]
 def test_logprobs(bot: Chatbot) -> None:
     answer = bot.ask("Hm?", logprobs=3, max_new_tokens=6)
     assert [entry.token for entry in answer.logprobs] == list(answer.tokens)
-    assert all(entry.top[0] == (entry.token, entry.logprob) and len(entry.top) == 3 for entry in answer.logprobs)
+    assert all(
+        entry.top[0] == (entry.token, entry.logprob) and len(entry.top) == 3
+        for entry in answer.logprobs
+    )
     assert bot.ask("Hm?", max_new_tokens=6).logprobs is None
 
 
@@ -112,12 +133,24 @@ def test_a_stop_string_ends_the_answer_before_it(bot: Chatbot) -> None:
     assert answer.text == whole[: whole.find(stop)]
     assert answer.finish_reason == "stop"
     assert answer.usage.generated == len(answer.tokens) < 60
-    assert "".join(c.text for c in bot.stream(bot.turn("Tell me."), max_new_tokens=60, ignore_eos=True, stop=stop)) == answer.text
+    assert (
+        "".join(
+            c.text
+            for c in bot.stream(bot.turn("Tell me."), max_new_tokens=60, ignore_eos=True, stop=stop)
+        )
+        == answer.text
+    )
     assert not bot.engine.busy
 
 
-@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers())
-def test_stop_strings_do_not_depend_on_token_borders(text: str, stops: list[str], seed: int) -> None:
+@given(
+    st.text("abc", max_size=20),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.integers(),
+)
+def test_stop_strings_do_not_depend_on_token_borders(
+    text: str, stops: list[str], seed: int
+) -> None:
     """Any cut of the text into pieces gives the same: the text before the stop string that is complete first."""
     ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
     expected = text[: ends[0][1]] if ends else text
@@ -144,10 +177,10 @@ def test_unknown_options_name_the_nearest(bot: Chatbot) -> None:
 def test_options_have_all_of_sampling_with_its_defaults() -> None:
     """A sampling keyword that the engine learns must not be missing, or mean something else, for the person who asks."""
     options = Options()
-    for field in dataclasses.fields(Sampling)[
+    for field in dataclasses.fields(SamplingParams)[
         1:
     ]:  # the first is max_new_tokens, of which an answer takes less where less is left
-        assert getattr(options, field.name) == getattr(Sampling(), field.name), field.name
+        assert getattr(options, field.name) == getattr(SamplingParams(), field.name), field.name
 
 
 def test_attachments_stand_where_the_question_says(bot: Chatbot, files: list[Path]) -> None:
@@ -161,7 +194,9 @@ def test_attachments_stand_where_the_question_says(bot: Chatbot, files: list[Pat
         {"type": "text", "text": "?"},
     ]
     asked = bot.prompt(bot.turn("Is <image> bluer than <image>?", files))
-    literal = bot.processor.prompt([{"role": "user", "content": "Is <image> bluer than <image>?"}], files)
+    literal = bot.processor.prompt(
+        [{"role": "user", "content": "Is <image> bluer than <image>?"}], files
+    )
     assert asked.tokens == literal.tokens
     with pytest.raises(PromptError, match="3 <image> but 2 attachments"):
         bot.ask("<image><image><image>", files)
@@ -175,7 +210,10 @@ def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
     assert part(gif)["type"] == part(gif.read_bytes())["type"] == "video"
     assert part(str(files[0])) == {"type": "image", "path": str(files[0])}
     assert part(tmp_path) == {"type": "video", "path": str(tmp_path)}
-    assert part("https://example.org/a/film.mp4?size=1") == {"type": "video", "url": "https://example.org/a/film.mp4?size=1"}
+    assert part("https://example.org/a/film.mp4?size=1") == {
+        "type": "video",
+        "url": "https://example.org/a/film.mp4?size=1",
+    }
     assert part("https://example.org/picture")["type"] == "image"
     assert part("data:video/mp4;base64,AAAA")["type"] == "video"
     assert part(np.zeros((4, 8, 8, 3), np.uint8))["type"] == "video"
@@ -188,7 +226,14 @@ def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
 
 def test_every_kind_of_attachment_is_answered(bot: Chatbot, files: list[Path]) -> None:
     picture = Image.open(files[0]).convert("RGB")
-    same = [files[0], str(files[0]), files[0].read_bytes(), picture, np.array(picture), {"type": "image", "path": str(files[0])}]
+    same = [
+        files[0],
+        str(files[0]),
+        files[0].read_bytes(),
+        picture,
+        np.array(picture),
+        {"type": "image", "path": str(files[0])},
+    ]
     assert len({bot.ask("What?", [one], max_new_tokens=5).tokens for one in same}) == 1
     grid = bot.model.config.vision.grid
     for video in (files[0].parent, [picture, picture], np.stack([np.array(picture)] * 2)):
@@ -206,8 +251,12 @@ def test_a_film_is_attached_like_a_picture(bot: Chatbot, tmp_path: Path) -> None
     asked = bot.turn("What happens?", [tmp_path / "film.mp4"])
     assert [m.layout.crops for m in bot.prompt(asked, frames=4).media] == [4]
     assert [m.layout.crops for m in bot.prompt(asked, fps=4, end=1.0).media] == [5]
-    assert bot.estimate(asked, frames=4, frame_times=True).total == len(bot.prompt(asked, frames=4, frame_times=True))
-    assert bot.chat(asked, frames=2, max_new_tokens=3).usage.prompt == len(bot.prompt(asked, frames=2))
+    assert bot.estimate(asked, frames=4, frame_times=True).total == len(
+        bot.prompt(asked, frames=4, frame_times=True)
+    )
+    assert bot.chat(asked, frames=2, max_new_tokens=3).usage.prompt == len(
+        bot.prompt(asked, frames=2)
+    )
 
 
 def test_a_conversation_goes_on(bot: Chatbot, files: list[Path], tmp_path: Path) -> None:
@@ -223,7 +272,9 @@ def test_a_conversation_goes_on(bot: Chatbot, files: list[Path], tmp_path: Path)
         talk.save(tmp_path / "talk.json", embed=embed)
         again = bot.resume(tmp_path / "talk.json")
         assert bot.prompt(again.messages).tokens == bot.prompt(talk.messages).tokens
-        assert [m.key for m in bot.prompt(again.messages).media] == [m.key for m in bot.prompt(talk.messages).media]
+        assert [m.key for m in bot.prompt(again.messages).media] == [
+            m.key for m in bot.prompt(talk.messages).media
+        ]
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
     assert talk.undo()
     assert talk.pending == [{"type": "image", "path": str(files[1])}]
@@ -238,11 +289,20 @@ def test_objects_in_memory_are_saved_whole(bot: Chatbot, files: list[Path], tmp_
     talk = bot.conversation()
     picture = Image.open(files[0]).convert("RGB")
     views = {"type": "views", "views": {"front": picture, "left": np.array(picture)}}
-    talk.attach(picture, np.array(picture), files[1].read_bytes(), [picture, picture], files[0].parent, views)
+    talk.attach(
+        picture,
+        np.array(picture),
+        files[1].read_bytes(),
+        [picture, picture],
+        files[0].parent,
+        views,
+    )
     talk.ask("Hm?", max_new_tokens=1)
     talk.save(tmp_path / "talk.json", embed=True)
     again = bot.resume(tmp_path / "talk.json")
-    assert [m.key for m in bot.prompt(again.messages).media] == [m.key for m in bot.prompt(talk.messages).media]
+    assert [m.key for m in bot.prompt(again.messages).media] == [
+        m.key for m in bot.prompt(talk.messages).media
+    ]
 
 
 def test_a_failed_save_leaves_the_old_file(bot: Chatbot, tmp_path: Path) -> None:
@@ -255,7 +315,9 @@ def test_a_failed_save_leaves_the_old_file(bot: Chatbot, tmp_path: Path) -> None
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == []
 
 
-def test_a_broken_off_answer_is_not_part_of_the_conversation(bot: Chatbot, files: list[Path]) -> None:
+def test_a_broken_off_answer_is_not_part_of_the_conversation(
+    bot: Chatbot, files: list[Path]
+) -> None:
     talk = bot.conversation()
     talk.attach(files[0])
     pieces = talk.stream("What?", max_new_tokens=100, ignore_eos=True)
@@ -280,7 +342,9 @@ def test_threads_share_a_bot(bot: Chatbot, files: list[Path]) -> None:
     alone = [bot.ask(q, files[:1], max_new_tokens=10).tokens for q in questions]
     together: dict[str, tuple[int, ...]] = {}
     threads = [
-        threading.Thread(target=lambda q=q: together.update({q: bot.ask(q, files[:1], max_new_tokens=10).tokens}))
+        threading.Thread(
+            target=lambda q=q: together.update({q: bot.ask(q, files[:1], max_new_tokens=10).tokens})
+        )
         for q in questions
     ]
     for thread in threads:
@@ -299,11 +363,16 @@ def test_precision(bot: Chatbot) -> None:
         load(bot.source, precision="int3")
 
 
-def test_auto_is_the_fastest_that_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_fastest_that_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real 0.5B ran in bfloat16 at a seventh of int8's pace, unless one had read of int8."""
-    half, whole = (tiny_checkpoint(tmp_path / str(dtype), dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    half, whole = (
+        tiny_checkpoint(tmp_path / str(dtype), dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert pick_precision("auto", half, "cpu") == (torch.float32, None)  # small
-    monkeypatch.setattr("llava_interleave.chatbot.place.SMALL", 0)
+    monkeypatch.setattr("llava_interleave.placement.SMALL", 0)
     assert pick_precision("auto", whole, "cpu") == (torch.float32, None)
     assert pick_precision("bfloat16", half, "cpu") == (torch.bfloat16, None)
     monkeypatch.setattr(kernels, "why_not", lambda: None)
@@ -313,7 +382,9 @@ def test_auto_is_the_fastest_that_loses_nothing(tmp_path: Path, monkeypatch: pyt
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, None)
 
 
-def test_nobody_is_left_with_products_that_a_cpu_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without AVX-512 PyTorch multiplied 1.3 GFLOP/s in bfloat16 and 150 in float32: an answer about one image took a quarter of
     an hour, where there was no compiler."""
     half = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
@@ -322,8 +393,13 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(tmp_path: Path, m
     monkeypatch.setattr(kernels, "why_not", lambda: None)
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, "int8")
     assert pick_precision("int4,head=int4", half, "cpu") == (torch.bfloat16, "int4,head=int4")
-    assert pick_precision("int8,tower=float", half, "cpu") == (torch.float32, "int8,tower=float")  # PyTorch multiplies a part
-    with pytest.warns(UserWarning, match="no products in bfloat16: int8 and float32 are a hundred times as fast"):
+    assert pick_precision("int8,tower=float", half, "cpu") == (
+        torch.float32,
+        "int8,tower=float",
+    )  # PyTorch multiplies a part
+    with pytest.warns(
+        UserWarning, match="no products in bfloat16: int8 and float32 are a hundred times as fast"
+    ):
         load(half, precision="bfloat16", device="cpu")
     monkeypatch.setattr(kernels, "why_not", lambda: "no compiler")
     assert pick_precision("auto", half, "cpu") == (torch.float32, None)
@@ -331,26 +407,42 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(tmp_path: Path, m
         load(half, precision="float16", device="cpu")
 
 
-def test_auto_takes_the_card_that_the_network_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_card_that_the_network_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the CPU, and says by how much: out of memory at the first long prompt is no way to learn it."""
-    wide = tiny_config(text={"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": False})
+    wide = tiny_config(
+        text={"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": False}
+    )
     folder = tiny_checkpoint(tmp_path / "tiny", wide, dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto", folder) == "cpu"
     free = [0]
-    card = {"is_available": True, "mem_get_info": free, "get_device_capability": (9, 0), "is_bf16_supported": True}
+    card = {
+        "is_available": True,
+        "mem_get_info": free,
+        "get_device_capability": (9, 0),
+        "is_bf16_supported": True,
+    }
     for name, value in card.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: (value[0], 0) if value is free else value)
+        monkeypatch.setattr(
+            torch.cuda,
+            name,
+            lambda *_, value=value, **__: (value[0], 0) if value is free else value,
+        )
     monkeypatch.setattr(places, "SMALL", 0)
-    config, dtype = weights.read_config(folder), torch.bfloat16
+    config, dtype = checkpoints.read_config(folder), torch.bfloat16
     kv = 4096 * 2 * 2 * 256 * 2  # tokens, layers, keys and values, width, bytes
-    need = {few: weights.size(config, dtype, few, "cuda") + kv + (1 << 30) for few in (None, "int4")}
+    need = {
+        few: checkpoints.size(config, dtype, few, "cuda") + kv + (1 << 30) for few in (None, "int4")
+    }
     assert need["int4"] < need[None]
     free[0] = need[None]
     assert pick_device("auto", folder) == pick_device("auto") == "cuda"
     free[0] -= 1
     with pytest.warns(
-        UserWarning, match=r"needs 1\.0 GiB in bfloat16, and the GPU has 1\.0 free: it runs on the CPU; precision int4"
+        UserWarning,
+        match=r"needs 1\.0 GiB in bfloat16, and the GPU has 1\.0 free: it runs on the CPU; precision int4",
     ):
         assert pick_device("auto", folder) == "cpu"
     assert pick_device("auto", folder, "int4") == "cuda"
@@ -363,7 +455,9 @@ def test_auto_takes_the_card_that_the_network_fits(tmp_path: Path, monkeypatch: 
 
 def test_keys_and_values_get_what_a_card_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "measured", lambda model, kv_precision: (model, kv_precision))
-    model = SimpleNamespace(language_model=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True))))
+    model = SimpleNamespace(
+        language_model=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
+    )
     assert places.kv_memory(model, "int8") == (model, "int8")
 
 
@@ -374,12 +468,17 @@ def test_apples_gpu_computes_in_float16(tmp_path: Path, monkeypatch: pytest.Monk
     assert pick_dtype("auto", folder, "mps") == torch.float16
     with pytest.raises(Unsupported, match="no int4 here"):
         pick_precision("int4", folder, "mps")
-    with pytest.raises(Unsupported, match="no fp8 here: it is there on CUDA GPUs only, and this is mps"):
+    with pytest.raises(
+        Unsupported, match="no fp8 here: it is there on CUDA GPUs only, and this is mps"
+    ):
         pick_precision("fp8", folder, "mps")
 
 
 def test_licence_notice_once(
-    bot: Chatbot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bot: Chatbot,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Shown for a checkpoint that names the family's base, once a user; never for others."""
     for variable in ("XDG_STATE_HOME", "HOME", "LOCALAPPDATA"):
@@ -387,7 +486,7 @@ def test_licence_notice_once(
     load(bot.source, device="cpu")
     assert capsys.readouterr().err == ""
     official = tmp_path / "official"
-    weights.save(bot.model, official, processor_from=bot.source)
+    checkpoints.save(bot.model, official, processor_from=bot.source)
     config = json.loads((official / "config.json").read_text())
     config["text_config"]["_name_or_path"] = "Qwen/Qwen1.5-0.5B-Chat"
     (official / "config.json").write_text(json.dumps(config))
@@ -395,12 +494,16 @@ def test_licence_notice_once(
     assert "research only" in capsys.readouterr().err
     load(official, device="cpu")
     assert capsys.readouterr().err == ""
-    assert notice.official("lmms-lab/llava-next-interleave-qwen-7b", tmp_path)
-    assert notice.official("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
-    assert not notice.official("llava_interleave/builtin", Path(llava_interleave.__file__).parent)
+    assert license_notice.official("lmms-lab/llava-next-interleave-qwen-7b", tmp_path)
+    assert license_notice.official("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
+    assert not license_notice.official(
+        "llava_interleave/builtin", Path(llava_interleave.__file__).parent
+    )
 
 
-def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(notice, "state_folder", lambda: tmp_path / "file" / "below")
-    notice.show_once("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
+    monkeypatch.setattr(license_notice, "state_folder", lambda: tmp_path / "file" / "below")
+    license_notice.show_once("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)

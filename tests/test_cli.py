@@ -39,7 +39,11 @@ class Done:
 def llava(*words: object, stdin: bytes = b"") -> Done:
     """Run the program in this process, as a shell would: no terminal on any side."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", ["llava", *map(str, words)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         try:
@@ -52,7 +56,9 @@ def llava(*words: object, stdin: bytes = b"") -> Done:
 
 
 def test_docs_are_what_the_program_says() -> None:
-    assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference(), "run `llava reference > docs/cli.md`"
+    assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference(), (
+        "run `llava reference > docs/cli.md`"
+    )
 
 
 def test_ask(tiny: Path, red: Path) -> None:
@@ -70,13 +76,36 @@ def test_ask(tiny: Path, red: Path) -> None:
 def test_standard_input(tiny: Path, red: Path) -> None:
     by_name = llava("ask", "-m", tiny, "-a", red, "--max-new-tokens", 5, "What?")
     assert by_name.code == 0
-    assert llava("ask", "-m", tiny, "-a", "-", "--max-new-tokens", 5, "What?", stdin=red.read_bytes()).out == by_name.out
-    assert llava("ask", "-m", tiny, "-a", red, "--max-new-tokens", 5, "-", stdin=b"What?\n").out == by_name.out
+    assert (
+        llava(
+            "ask", "-m", tiny, "-a", "-", "--max-new-tokens", 5, "What?", stdin=red.read_bytes()
+        ).out
+        == by_name.out
+    )
+    assert (
+        llava("ask", "-m", tiny, "-a", red, "--max-new-tokens", 5, "-", stdin=b"What?\n").out
+        == by_name.out
+    )
 
 
 def test_several_answers_and_views(tiny: Path, red: Path) -> None:
     views = ("--view", f"front={red}", "--view", f"left={red}")
-    done = llava("ask", "-m", tiny, *views, "-n", 2, "--temperature", 50, "--seed", 1, "--json", "--max-new-tokens", 4, "Hm?")
+    done = llava(
+        "ask",
+        "-m",
+        tiny,
+        *views,
+        "-n",
+        2,
+        "--temperature",
+        50,
+        "--seed",
+        1,
+        "--json",
+        "--max-new-tokens",
+        4,
+        "Hm?",
+    )
     answers = json.loads(done.out)["answers"]
     assert len(answers) == 2
     assert answers[0]["tokens"] != answers[1]["tokens"]
@@ -109,7 +138,9 @@ def test_unknown_model() -> None:
 
 def test_plan_counts_what_ask_uses(tiny: Path, red: Path) -> None:
     planned = json.loads(llava("plan", "-m", tiny, "-a", red, "What is it?", "--json").out)
-    used = json.loads(llava("ask", "-m", tiny, "-a", red, "What is it?", "--json", "--max-new-tokens", 1).out)
+    used = json.loads(
+        llava("ask", "-m", tiny, "-a", red, "What is it?", "--json", "--max-new-tokens", 1).out
+    )
     assert planned["total"] == used["usage"]["prompt"]
     table = llava("plan", "-m", tiny, "-a", red, "What is it?")
     assert str(planned["total"]) in table.out
@@ -125,7 +156,9 @@ def test_chat(tiny: Path, red: Path, tmp_path: Path) -> None:
     saved = json.loads(file.read_text())
     assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
     assert saved["messages"][0]["content"][0] == {"type": "image", "path": str(red)}
-    second = llava("chat", "-m", tiny, "--max-new-tokens", 3, "--resume", file, stdin=b"More?\n/save\n")
+    second = llava(
+        "chat", "-m", tiny, "--max-new-tokens", 3, "--resume", file, stdin=b"More?\n/save\n"
+    )
     assert second.code == 0, second.err
     assert len(json.loads(file.read_text())["messages"]) == 4
 
@@ -134,7 +167,10 @@ def test_convert_and_ask_again(tiny: Path, tmp_path: Path) -> None:
     for layout in ("original", "transformers-5"):
         done = llava("convert", tiny, tmp_path / layout, "--layout", layout, "--dtype", "float32")
         assert done.code == 0, done.err
-        answers = [llava("ask", "-m", m, "Hello?", "--max-new-tokens", 4).out for m in (tiny, tmp_path / layout)]
+        answers = [
+            llava("ask", "-m", m, "Hello?", "--max-new-tokens", 4).out
+            for m in (tiny, tmp_path / layout)
+        ]
         assert answers[0] == answers[1]
     again = llava("convert", tiny, tmp_path / "original")
     assert (again.code, again.err.count("\n")) == (2, 1)

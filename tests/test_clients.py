@@ -14,7 +14,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from test_server import QUESTIONS, listening
 
-from llava_interleave.chatbot import Chatbot, load
+from llava_interleave.chat import Chatbot, load
 from llava_interleave.server.run import Server
 from llava_interleave.testing import tiny_checkpoint
 
@@ -38,13 +38,34 @@ def server(tiny: Path) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_llm_with_attachments(server: Server, oracle: Chatbot, tmp_path: Path, stream: bool) -> None:
+def test_llm_with_attachments(
+    server: Server, oracle: Chatbot, tmp_path: Path, stream: bool
+) -> None:
     """The command as a person types it, with the file of further models that its documentation describes."""
-    model = {"model_id": "mine", "model_name": "tiny", "api_base": f"{server.address}/v1", "vision": True}
+    model = {
+        "model_id": "mine",
+        "model_name": "tiny",
+        "api_base": f"{server.address}/v1",
+        "vision": True,
+    }
     (tmp_path / "extra-openai-models.yaml").write_text(yaml.safe_dump([model]))
     for colour in ("red", "blue"):
         (tmp_path / f"{colour}.png").write_bytes(png(colour))
-    words = ["-m", "mine", "What differs?", "-a", "red.png", "-a", "blue.png", "-o", "temperature", "1.5", "-o", "seed", "3"]
+    words = [
+        "-m",
+        "mine",
+        "What differs?",
+        "-a",
+        "red.png",
+        "-a",
+        "blue.png",
+        "-o",
+        "temperature",
+        "1.5",
+        "-o",
+        "seed",
+        "3",
+    ]
     done = subprocess.run(
         [BIN / "llm", *words, *([] if stream else ["--no-stream"])],
         cwd=tmp_path,
@@ -53,18 +74,36 @@ def test_llm_with_attachments(server: Server, oracle: Chatbot, tmp_path: Path, s
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    known = oracle.chat(user("What differs?", picture(RED), picture(BLUE)), temperature=1.5, seed=3, max_new_tokens=24)
+    known = oracle.chat(
+        user("What differs?", picture(RED), picture(BLUE)),
+        temperature=1.5,
+        seed=3,
+        max_new_tokens=24,
+    )
     assert done.stdout.strip() == known.text.strip(), done.stderr
 
 
 def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
     chat = ChatOpenAI(
-        base_url=f"{server.address}/v1", api_key="none", model="tiny", temperature=1.5, seed=4, max_tokens=24, max_retries=0
+        base_url=f"{server.address}/v1",
+        api_key="none",
+        model="tiny",
+        temperature=1.5,
+        seed=4,
+        max_tokens=24,
+        max_retries=0,
     )
-    image = {"type": "image", "source_type": "base64", "mime_type": "image/png", "data": BLUE.partition(",")[2]}
+    image = {
+        "type": "image",
+        "source_type": "base64",
+        "mime_type": "image/png",
+        "data": BLUE.partition(",")[2],
+    }
     asked = [
         SystemMessage("Be brief."),
-        HumanMessage([{"type": "text", "text": "Before"}, {"type": "image_url", "image_url": {"url": RED}}]),
+        HumanMessage(
+            [{"type": "text", "text": "Before"}, {"type": "image_url", "image_url": {"url": RED}}]
+        ),
         AIMessage("Red."),
         HumanMessage([image, {"type": "text", "text": "and after?"}]),
     ]
@@ -87,7 +126,10 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
         "required": ["colour"],
         "additionalProperties": False,
     }
-    assert chat.with_structured_output(form, method="json_schema").invoke(asked)["colour"] in ("red", "blue")
+    assert chat.with_structured_output(form, method="json_schema").invoke(asked)["colour"] in (
+        "red",
+        "blue",
+    )
 
 
 def test_the_document_of_the_api_holds(server: Server) -> None:
@@ -95,9 +137,21 @@ def test_the_document_of_the_api_holds(server: Server) -> None:
 
     Only that no request of the right form is refused is not asked for: whether a picture can be read is not in its form.
     """
-    words = ["--max-examples=10", "--seed=1", "--generation-deterministic", "--warnings=off", "--no-color"]
+    words = [
+        "--max-examples=10",
+        "--seed=1",
+        "--generation-deterministic",
+        "--warnings=off",
+        "--no-color",
+    ]
     done = subprocess.run(
-        [BIN / "schemathesis", "run", f"{server.address}/openapi.json", *words, "--exclude-checks=positive_data_acceptance"],
+        [
+            BIN / "schemathesis",
+            "run",
+            f"{server.address}/openapi.json",
+            *words,
+            "--exclude-checks=positive_data_acceptance",
+        ],
         capture_output=True,
         text=True,
     )
@@ -107,8 +161,15 @@ def test_the_document_of_the_api_holds(server: Server) -> None:
 def test_the_document_describes_what_is_answered(server: Server) -> None:
     """The forms of messages in the document are those that are answered, and no other."""
     whole = server.config.app.openapi()
-    validator = jsonschema_rs.validator_for({"$ref": "#/components/schemas/ChatRequest", "components": whole["components"]})
+    validator = jsonschema_rs.validator_for(
+        {"$ref": "#/components/schemas/ChatRequest", "components": whole["components"]}
+    )
     for name, (messages, fields, _) in QUESTIONS.items():
         assert validator.is_valid({"model": "tiny", "messages": messages, **fields}), name
-    for part in ({"type": "image"}, {"type": "text"}, {"type": "views", "views": []}, {"type": "image_url", "image_url": "x"}):
+    for part in (
+        {"type": "image"},
+        {"type": "text"},
+        {"type": "views", "views": []},
+        {"type": "image_url", "image_url": "x"},
+    ):
         assert not validator.is_valid({"model": "tiny", "messages": user(part)}), part

@@ -17,14 +17,25 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from llava_interleave.batch import Answerer, JsonRow, Reply, Source, ray_cluster, run
 from llava_interleave.cli import app
-from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, RemoteError, Unsupported
-from llava_interleave.offline import Answerer, Reply, Row, Source, cluster, run
+from llava_interleave.errors import (
+    DataError,
+    LlavaError,
+    OptionError,
+    PromptError,
+    RemoteError,
+    Unsupported,
+)
 from llava_interleave.options import Options
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'llava-interleave[ray]'")
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000}
-FAST = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+FAST = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +49,14 @@ def nodes() -> Iterator[Any]:
         "RAY_worker_niceness": "0",
     }
     os.environ |= more
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "_system_config": FAST})
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={**NODE, "include_dashboard": False, "_system_config": FAST},
+    )
     made.add_node(**NODE)
-    ray.init(made.address, log_to_driver=False)  # all tests in one connection: every new one begins its processes anew
+    ray.init(
+        made.address, log_to_driver=False
+    )  # all tests in one connection: every new one begins its processes anew
     yield made
     ray.shutdown()
     made.shutdown()
@@ -75,20 +91,27 @@ class Echo:
             if self.bug and any(text.startswith("break") for text in asked):
                 raise RuntimeError(self.bug)
             return [
-                PromptError("refused") if t.startswith("bad") else Reply(t, "stop", options.max_new_tokens or 0, 2) for t in asked
+                PromptError("refused")
+                if t.startswith("bad")
+                else Reply(t, "stop", options.max_new_tokens or 0, 2)
+                for t in asked
             ]
 
         return answer
 
 
 def samples(folder: Path, count: int, **special: str) -> Source:
-    questions = {i: f"q{i}" for i in range(count)} | {int(place.removeprefix("_")): text for place, text in special.items()}
-    rows = [{"id": f"s{i}", "question": questions[i], "images": [f"{i % 7}.png"]} for i in range(count)]
+    questions = {i: f"q{i}" for i in range(count)} | {
+        int(place.removeprefix("_")): text for place, text in special.items()
+    }
+    rows = [
+        {"id": f"s{i}", "question": questions[i], "images": [f"{i % 7}.png"]} for i in range(count)
+    ]
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken")
     return Source(folder / "in.jsonl")
 
 
-def alone(source: Source, out: Path, options: Options) -> list[Row]:
+def alone(source: Source, out: Path, options: Options) -> list[JsonRow]:
     """The rows of one process, which prepares and answers a sample at a time."""
     prepare, answer = Echo().preparer(), Echo().answerer()
 
@@ -105,7 +128,7 @@ def alone(source: Source, out: Path, options: Options) -> list[Row]:
     return lines(out)
 
 
-def lines(path: Path) -> list[Row]:
+def lines(path: Path) -> list[JsonRow]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -123,44 +146,76 @@ def test_a_node_killed_in_the_middle_loses_nothing(nodes: Any, tmp_path: Path) -
             killed.set()
 
     given = {"address": nodes.address, "batch": 2, "say": say}
-    assert cluster.run(source, out, Echo(seconds=0.2), options, {}, **given) == (41, 3)
+    assert ray_cluster.run(source, out, Echo(seconds=0.2), options, {}, **given) == (41, 3)
     assert killed.is_set()
     assert lines(out) == alone(source, tmp_path / "alone.jsonl", options)
     assert (said[0], said[-1]) == ((0, 41), (41, 41))
     assert not out.with_name("out.jsonl.part").exists()
 
 
-def test_what_is_done_is_kept_and_the_next_run_goes_on(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_kept_and_the_next_run_goes_on(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bug ends the run, and is told; without it the same run asks only for what is left."""
     source, options, out = samples(tmp_path, 12, _11="break"), Options(), tmp_path / "out.jsonl"
     part = out.with_name("out.jsonl.part")
     with pytest.raises(RemoteError, match=r"the same command goes on(.|\n)*out of cheese"):
-        cluster.run(source, out, Echo(seconds=0.2, bug="out of cheese"), options, {}, address=nodes.address, batch=1)
+        ray_cluster.run(
+            source,
+            out,
+            Echo(seconds=0.2, bug="out of cheese"),
+            options,
+            {},
+            address=nodes.address,
+            batch=1,
+        )
     kept = [json.loads(line)["id"] for line in part.read_text().splitlines()[1:]]
     assert len(kept) > 1
     asked: list[int] = []
-    compute = cluster._computed
+    compute = ray_cluster._computed
 
-    def spied(ray: Any, job: cluster.Job, groups: Sequence[Sequence[int]], fits: cluster.Slots) -> Any:
+    def spied(
+        ray: Any,
+        job: ray_cluster.BatchJob,
+        groups: Sequence[Sequence[int]],
+        fits: ray_cluster.Slots,
+    ) -> Any:
         asked.extend(i for group in groups for i in group)
         return compute(ray, job, groups, fits)
 
-    monkeypatch.setattr(cluster, "_computed", spied)
-    assert cluster.run(source, out, Echo(), options, {}, address=nodes.address, batch=3) == (13, 1)
+    monkeypatch.setattr(ray_cluster, "_computed", spied)
+    assert ray_cluster.run(source, out, Echo(), options, {}, address=nodes.address, batch=3) == (
+        13,
+        1,
+    )
     assert sorted(asked) == sorted(set(range(13)) - set(map(int, kept)))
     assert lines(out) == alone(source, tmp_path / "alone.jsonl", options)
 
 
 def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_interleave.testing import tiny_checkpoint, tiny_config  # not above: `Echo` shall cost no torch
+    from llava_interleave.testing import (  # not above: `Echo` shall cost no torch
+        tiny_checkpoint,
+        tiny_config,
+    )
 
     tiny_checkpoint(tmp_path / "model", tiny_config(text={"tie_word_embeddings": False}))
-    bodies = [{"model": "m", "messages": [{"role": "user", "content": f"hi {n}"}], "max_tokens": n} for n in (2, 5)]
+    bodies = [
+        {"model": "m", "messages": [{"role": "user", "content": f"hi {n}"}], "max_tokens": n}
+        for n in (2, 5)
+    ]
     rows: list[Mapping[str, Any]] = [{"id": f"{n}", "question": f"What {n}?"} for n in range(5)]
-    rows += [{"custom_id": f"o{n}", "url": "/v1/chat/completions", "body": body} for n, body in enumerate(bodies)]
-    rows += [{"id": "lost", "question": "What?", "image": "lost.png"}, {"id": "long", "question": "word " * 9000}]
+    rows += [
+        {"custom_id": f"o{n}", "url": "/v1/chat/completions", "body": body}
+        for n, body in enumerate(bodies)
+    ]
+    rows += [
+        {"id": "lost", "question": "What?", "image": "lost.png"},
+        {"id": "long", "question": "word " * 9000},
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.chdir(tmp_path)  # the nodes' processes are elsewhere, and know what is meant by "model"
+    monkeypatch.chdir(
+        tmp_path
+    )  # the nodes' processes are elsewhere, and know what is meant by "model"
     given = ["batch", "in.jsonl", "-m", "model", "--max-new-tokens", "6", "--batch", "3"]
     for out, more in (("one.jsonl", []), ("ray.jsonl", ["--ray", nodes.address])):
         done = CliRunner().invoke(app, [*given[:2], str(tmp_path / out), *given[2:], *more])
@@ -181,10 +236,10 @@ def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
         ("ray://localhost:10001", Options(), OptionError, "run the command on a node"),
     ):
         with pytest.raises(error, match=told):
-            cluster.run(source, tmp_path / "out.jsonl", Echo(), options, {}, address=address)
+            ray_cluster.run(source, tmp_path / "out.jsonl", Echo(), options, {}, address=address)
     assert not (tmp_path / "out.jsonl.part").exists()
-    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == cluster.STALLED
-    job = cluster.Job(source.path, source.question, source.digest, Echo(), Options())
+    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == ray_cluster.STALLED
+    job = ray_cluster.BatchJob(source.path, source.question, source.digest, Echo(), Options())
     assert [sample.messages for sample in job.prepared([1, 0])] == ["q1 None", "q0 None"]
     with pytest.raises(DataError, match="another file on"):
         dataclasses.replace(job, digest="").prepared([0])
@@ -193,10 +248,19 @@ def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
 def test_where_ray_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(RemoteError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
-        cluster.run(samples(tmp_path, 2), tmp_path / "out.jsonl", Echo(), Options(), {}, address="127.0.0.1:1")
+        ray_cluster.run(
+            samples(tmp_path, 2),
+            tmp_path / "out.jsonl",
+            Echo(),
+            Options(),
+            {},
+            address="127.0.0.1:1",
+        )
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Unsupported, match=r"pip install 'llava-interleave\[ray\]'"):
-        cluster.run(samples(tmp_path, 2), tmp_path / "out.jsonl", Echo(), Options(), {}, address="auto")
+        ray_cluster.run(
+            samples(tmp_path, 2), tmp_path / "out.jsonl", Echo(), Options(), {}, address="auto"
+        )
 
 
 def test_whose_mistake_it_is() -> None:
@@ -206,26 +270,30 @@ def test_whose_mistake_it_is() -> None:
         return error
 
     own = DataError("not this one")
-    assert cluster.told(within(own, ValueError("x"), KeyError("y"))) is own
-    assert cluster.told(ray.exceptions.RayTaskError("f", "told", own)) is own
-    assert isinstance(cluster.told(ray.data.exceptions.ExecutionTimeoutError("nothing for 1800 s")), RemoteError)
+    assert ray_cluster.told(within(own, ValueError("x"), KeyError("y"))) is own
+    assert ray_cluster.told(ray.exceptions.RayTaskError("f", "told", own)) is own
+    assert isinstance(
+        ray_cluster.told(ray.data.exceptions.ExecutionTimeoutError("nothing for 1800 s")),
+        RemoteError,
+    )
     assert re.fullmatch(
         r"the cluster gave up; the same command goes on.*out of cheese",
-        str(cluster.told(within(ValueError("out of cheese"), KeyError()))),
+        str(ray_cluster.told(within(ValueError("out of cheese"), KeyError()))),
     )
 
 
 def test_what_fits() -> None:
     def fits(cpus: int, *nodes: dict[str, float]) -> tuple[int, int]:
-        found = cluster.slots(nodes, cpus)
+        found = ray_cluster.slots(nodes, cpus)
         return found.models, found.readers
 
     assert fits(1, {"CPU": 2.0}, {"CPU": 2.0}) == (2, 2)
     assert fits(1, {"CPU": 1.0}) == (1, 1)
     assert fits(4, {"CPU": 16.0}, {"CPU": 4.0}, {}) == (3, 8)
     assert fits(2, {"CPU": 32.0, "GPU": 8.0}, {"CPU": 8.0}) == (8, 24)
-    assert cluster.slots([{"CPU": 32.0, "GPU": 8.0}], 2).model == {"num_cpus": 2, "num_gpus": 1}
+    assert ray_cluster.slots([{"CPU": 32.0, "GPU": 8.0}], 2).model == {"num_cpus": 2, "num_gpus": 1}
     with pytest.raises(
-        OptionError, match="a model takes 2 CPUs and a GPU, which fits on no node: there are 2 CPUs and 1 GPUs, 8 CPUs and 0"
+        OptionError,
+        match="a model takes 2 CPUs and a GPU, which fits on no node: there are 2 CPUs and 1 GPUs, 8 CPUs and 0",
     ):
         fits(2, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0})

@@ -178,7 +178,10 @@ def test_seven_b_sizes_come_from_defaults() -> None:
 
 
 def test_all_defaults_are_transformers() -> None:
-    bare = HALF_B | {"text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "siglip_vision_model"}}
+    bare = HALF_B | {
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {"model_type": "siglip_vision_model"},
+    }
     bare["image_token_index"] = 7
     assert LlavaConfig.from_dict(bare) == theirs(bare)
     assert LlavaConfig.from_dict(bare).text == TextConfig()
@@ -190,20 +193,30 @@ def test_transformers_5_spelling(values: dict[str, Any]) -> None:
     written = transformers.LlavaConfig.from_dict(copy.deepcopy(values)).to_dict()
     assert "rope_parameters" in written["text_config"]
     assert LlavaConfig.from_dict(written) == LlavaConfig.from_dict(values)
-    renamed = {k: v for k, v in written.items() if k != "image_token_index"} | {"image_token_id": 151646}
+    renamed = {k: v for k, v in written.items() if k != "image_token_index"} | {
+        "image_token_id": 151646
+    }
     assert LlavaConfig.from_dict(renamed) == LlavaConfig.from_dict(values)
 
 
 def test_original() -> None:
     ours = LlavaConfig.from_dict(ORIGINAL)
     assert ours.text == TextConfig(1024, 2816, 24, 16, 16, 64, 151936, 32768, 1e6, 1e-6, True)
-    assert (ours.vision, ours.vision.spare_layers, ours.image_token_id) == (VisionConfig(), 1, 151646)
+    assert (ours.vision, ours.vision.spare_layers, ours.image_token_id) == (
+        VisionConfig(),
+        1,
+        151646,
+    )
 
 
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize(
     "config",
-    [LlavaConfig.from_dict(HALF_B), LlavaConfig.from_dict(SEVEN_B), tiny_config(text={"head_dim": 20, "num_kv_heads": 2})],
+    [
+        LlavaConfig.from_dict(HALF_B),
+        LlavaConfig.from_dict(SEVEN_B),
+        tiny_config(text={"head_dim": 20, "num_kv_heads": 2}),
+    ],
     ids=["0.5b", "7b", "tiny"],
 )
 def test_written_is_read(config: LlavaConfig, original: bool) -> None:
@@ -213,18 +226,34 @@ def test_written_is_read(config: LlavaConfig, original: bool) -> None:
         assert theirs(written) == config
 
 
-@pytest.mark.parametrize(("layer", "used"), [(-1, 27), (-2, 26), (-27, 1), (1, 1), (26, 26), (27, 27)])
+@pytest.mark.parametrize(
+    ("layer", "used"), [(-1, 27), (-2, 26), (-27, 1), (1, 1), (26, 26), (27, 27)]
+)
 def test_feature_layer_is_a_number_of_layers(layer: int, used: int) -> None:
-    values = changed(HALF_B | {"vision_feature_layer": layer}, "vision_config.num_hidden_layers", 27)
+    values = changed(
+        HALF_B | {"vision_feature_layer": layer}, "vision_config.num_hidden_layers", 27
+    )
     vision = LlavaConfig.from_dict(values).vision
     assert (vision.num_layers, vision.spare_layers) == (used, 27 - used)
 
 
 def test_tied_where_either_place_says_so() -> None:
     """A file saved by transformers 4 says false outside, which is only that class's default, and true inside."""
-    for outer, inner, tied in [(False, True, True), (True, False, True), (False, False, False), ("absent", True, True)]:
-        values = changed(HALF_B | {"tie_word_embeddings": False}, "text_config.tie_word_embeddings", inner)
-        assert LlavaConfig.from_dict(changed(values, "tie_word_embeddings", outer)).text.tie_word_embeddings is tied
+    for outer, inner, tied in [
+        (False, True, True),
+        (True, False, True),
+        (False, False, False),
+        ("absent", True, True),
+    ]:
+        values = changed(
+            HALF_B | {"tie_word_embeddings": False}, "text_config.tie_word_embeddings", inner
+        )
+        assert (
+            LlavaConfig.from_dict(
+                changed(values, "tie_word_embeddings", outer)
+            ).text.tie_word_embeddings
+            is tied
+        )
 
 
 def test_kv_heads_null_or_absent() -> None:
@@ -257,7 +286,11 @@ REFUSED = [
     ("text_config.layer_types", ["sliding_attention"] * 24, "sliding attention"),
     ("text_config.rope_scaling", {"type": "yarn", "factor": 4.0}, "rope_scaling.type is 'yarn'"),
     ("text_config.rope_scaling", {"type": "default", "factor": 4.0}, "factor"),
-    ("text_config.rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "rope_type is 'linear'"),
+    (
+        "text_config.rope_parameters",
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+        "rope_type is 'linear'",
+    ),
     ("text_config.rope_parameters", {"rope_type": "default", "rope_theta": 1e4}, "contradict"),
     ("text_config.attention_bias", True, "attention_bias = True is unknown"),
     ("text_config.num_experts", 8, "num_experts"),
@@ -270,7 +303,11 @@ REFUSED = [
     ("vision_feature_layer", [-2, -1], "vision_feature_layer must be an integer"),
     ("vision_feature_layer", 27, "takes 27 of the tower's 26 layers"),
     ("vision_feature_layer", -28, "takes -1 of the tower's 26 layers"),
-    ("vision_feature_layer", 0, "takes 0 of the tower's 26 layers"),  # transformers 5.23 itself fails on it
+    (
+        "vision_feature_layer",
+        0,
+        "takes 0 of the tower's 26 layers",
+    ),  # transformers 5.23 itself fails on it
     ("image_token_index", "absent", "image_token_index must be an integer"),
     ("image_token_index", 152000, "outside the vocabulary"),
     ("image_token_id", 5, "contradict"),
@@ -302,7 +339,10 @@ def test_refused_by_name(base: dict[str, Any], path: str, value: object, message
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("image_seq_length", 576),  # the wrong default of transformers' class, which many re-saved files hold
+        (
+            "image_seq_length",
+            576,
+        ),  # the wrong default of transformers' class, which many re-saved files hold
         ("_commit_hash", "abc"),
         ("auto_map", {"AutoModel": "evil.Model"}),  # never followed
         ("text_config.use_cache", False),
@@ -331,7 +371,11 @@ def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path) -> None:
     assert read_json(file, optional=True) == {}
     with pytest.raises(CheckpointError, match="there is no config"):
         read_json(file)
-    for written, says in (("{", "no valid JSON"), ("[" * 100_000, "no valid JSON"), ("[]", "must hold a JSON object")):
+    for written, says in (
+        ("{", "no valid JSON"),
+        ("[" * 100_000, "no valid JSON"),
+        ("[]", "must hold a JSON object"),
+    ):
         file.write_text(written)
         with pytest.raises(CheckpointError, match=says):
             read_json(file, optional=True)

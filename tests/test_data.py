@@ -19,11 +19,11 @@ from llava_interleave.cli import app
 from llava_interleave.errors import DataError
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import data, recipe, sources
-from llava_interleave.train.check import KINDS, check
+from llava_interleave.train import datasets, formats, recipe
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
-from llava_interleave.world.draw import write_video
+from llava_interleave.train.validate import KINDS, check
+from recipes.tiny_world.draw import write_video
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,12 +58,19 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def llava_sample(name: str, *said: str, **more: Any) -> dict[str, Any]:
-    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(said), said, strict=False)]
+    turns = [
+        {"from": who, "value": text}
+        for who, text in zip(("human", "gpt") * len(said), said, strict=False)
+    ]
     return {"id": name, "conversations": turns, **more}
 
 
 def write(path: Path, samples: list[dict[str, Any]]) -> Path:
-    path.write_text(json.dumps(samples) if path.suffix == ".json" else "".join(json.dumps(s) + "\n" for s in samples))
+    path.write_text(
+        json.dumps(samples)
+        if path.suffix == ".json"
+        else "".join(json.dumps(s) + "\n" for s in samples)
+    )
     return path
 
 
@@ -99,9 +106,13 @@ FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sample", "kinds", "text"), FAULTS, ids=[sample["id"] for sample, _, _ in FAULTS])
-def test_every_fault_is_found_and_names_its_sample(sample: dict[str, Any], kinds: list[str], text: str, media: Path) -> None:
-    (found,) = check([sources.Row(sample, media, sample["id"], "set")])
+@pytest.mark.parametrize(
+    ("sample", "kinds", "text"), FAULTS, ids=[sample["id"] for sample, _, _ in FAULTS]
+)
+def test_every_fault_is_found_and_names_its_sample(
+    sample: dict[str, Any], kinds: list[str], text: str, media: Path
+) -> None:
+    (found,) = check([datasets.RawSample(sample, media, sample["id"], "set")])
     assert sorted(fault.kind for fault in found.faults) == sorted(kinds)
     assert all(f"sample {sample['id']}" in fault.text for fault in found.faults)
     assert not kinds or re.search(text, " | ".join(fault.text for fault in found.faults))
@@ -110,7 +121,10 @@ def test_every_fault_is_found_and_names_its_sample(sample: dict[str, Any], kinds
 
 def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None:
     """Once as text, once as JSON; a data set is what the sample's metadata say, else the file."""
-    samples = [s | ({"metadata": {"dataset": "even"}} if i % 2 == 0 else {}) for i, (s, _, _) in enumerate(FAULTS)]
+    samples = [
+        s | ({"metadata": {"dataset": "even"}} if i % 2 == 0 else {})
+        for i, (s, _, _) in enumerate(FAULTS)
+    ]
     path = write(tmp_path / "some.jsonl", samples)
     told = llava("data", "check", path, "--media", media, "--json")
     assert told.exit_code == 1
@@ -129,7 +143,9 @@ def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None
         assert f"{'error' if fault['error'] else 'remark'}: {fault['text']}\n" in printed.stdout
     assert "Lengths were not checked" in printed.stdout
     (row,) = re.findall(r"│ even +│ +(\d+) │ +(\d+) │", printed.stdout)
-    assert [int(number) for number in row] == [report["data_sets"]["even"][name] for name in ("samples", "errors")]
+    assert [int(number) for number in row] == [
+        report["data_sets"]["even"][name] for name in ("samples", "errors")
+    ]
     good = write(tmp_path / "good.json", [GOOD])
     assert llava("data", "check", good, "--media", media).exit_code == 0
     assert llava("data", "check", good).exit_code == 1  # beside the file there is no picture
@@ -154,33 +170,50 @@ def test_duplicates_are_found_by_pixels_and_are_no_errors(media: Path, tmp_path:
 def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path) -> None:
     processor = Processor.from_folder(model)
     samples = [sample for sample, kinds, _ in FAULTS if not kinds]
-    rows = [sources.Row(sample, media, sample["id"], "set") for sample in samples]
+    rows = [datasets.RawSample(sample, media, sample["id"], "set") for sample in samples]
     for row, found in zip(rows, check(rows, processor), strict=True):
         assert found.tokens == len(processor.example(*row.messages()))
     lengths = {found.row.name: found.tokens for found in check(rows, processor)}
     limit = lengths["good"]
     assert limit is not None
     short = [found.row.name for found in check(rows, processor, limit - 1) if not found.error]
-    assert short == [name for name, length in lengths.items() if length is not None and length < limit]
+    assert short == [
+        name for name, length in lengths.items() if length is not None and length < limit
+    ]
     assert "good" in [found.row.name for found in check(rows, processor, limit) if not found.error]
     path = write(tmp_path / "a.json", [GOOD])
     told = llava("data", "check", path, "--media", media, "-m", model, "--tokens", limit - 1)
     assert told.exit_code == 1
-    assert f"sample good has {limit} tokens, more than the {limit - 1} of a batch: raise --tokens" in told.stdout
+    assert (
+        f"sample good has {limit} tokens, more than the {limit - 1} of a batch: raise --tokens"
+        in told.stdout
+    )
     far = write(tmp_path / "far.json", [llava_sample("far", "word " * 5000, "x")])
-    assert "more than the 4,096 of the context" in llava("data", "check", far, "-m", model, "--tokens", 99999).stdout
+    assert (
+        "more than the 4,096 of the context"
+        in llava("data", "check", far, "-m", model, "--tokens", 99999).stdout
+    )
     with pytest.raises(ValueError, match="name one with -m"):
         raise llava("data", "check", path, "--tokens", 9).exception or AssertionError
     with pytest.raises(ValueError, match="leave out --seed"):
         raise llava("data", "check", path, "--seed", 1).exception or AssertionError
 
 
-def tune(model: Path, source: Path, out: Path, media: Path, say: Callable[[str], None] = print, **more: Any) -> None:
+def tune(
+    model: Path,
+    source: Path,
+    out: Path,
+    media: Path,
+    say: Callable[[str], None] = print,
+    **more: Any,
+) -> None:
     settings = {"steps": 2, "lr": 1e-3, "save_every": 1, "log_every": 1, "workers": 0, **more}
     run(Recipe(model=str(model), source=source, media=media, **settings), out, say=say)
 
 
-def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media: Path, tmp_path: Path) -> None:
+def test_training_refuses_errors_or_lists_what_it_leaves_out(
+    model: Path, media: Path, tmp_path: Path
+) -> None:
     samples = [sample for sample, _, _ in FAULTS]
     wrong = [sample["id"] for sample, kinds, _ in FAULTS if kinds]
     path = write(tmp_path / "some.json", samples)
@@ -191,7 +224,8 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media:
         return said
 
     with pytest.raises(
-        DataError, match=rf"^{len(wrong)} of {len(samples)} samples have errors: .*sample no turns.*; and \d+ more"
+        DataError,
+        match=rf"^{len(wrong)} of {len(samples)} samples have errors: .*sample no turns.*; and \d+ more",
     ):
         told("refused")
     assert not (tmp_path / "refused").exists()
@@ -205,7 +239,10 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(model: Path, media:
     with pytest.raises(DataError, match="nothing is left to train on"):
         told("nothing", skip_errors=True)
     write(path, [GOOD])
-    with pytest.raises(DataError, match=r"1 of 1 samples have errors: sample good has \d+ tokens, more than the 20 of a batch"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 1 samples have errors: sample good has \d+ tokens, more than the 20 of a batch",
+    ):
         told("long", tokens=20)
 
 
@@ -222,13 +259,13 @@ def test_a_run_goes_on_with_its_own_data_only(model: Path, media: Path, tmp_path
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": 1, "text": "a\u2028b"}\n\n{"id": 2}\n')
-    assert [sample["id"] for sample in data.read(path)] == [1, 2]
+    assert [sample["id"] for sample in formats.read(path)] == [1, 2]
     path.write_text('{"id": 1}\n\n{"id": 2,}\n')
     with pytest.raises(DataError, match=r"line 3 of .*a\.jsonl is not JSON"):
-        data.read(path)
+        formats.read(path)
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"deep\.json is not JSON"):
-        data.read(tmp_path / "deep.json")
+        formats.read(tmp_path / "deep.json")
 
 
 def test_the_help_imports_no_torch() -> None:
@@ -240,8 +277,8 @@ def test_the_help_imports_no_torch() -> None:
     assert done.stdout.endswith("False\n"), done.stderr
 
 
-def rows_of(path: Path, samples: list[dict[str, Any]], **more: Any) -> list[sources.Row]:
-    return sources.rows(write(path, samples), **more)
+def rows_of(path: Path, samples: list[dict[str, Any]], **more: Any) -> list[datasets.RawSample]:
+    return datasets.rows(write(path, samples), **more)
 
 
 USER = {"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image"}]}
@@ -290,7 +327,9 @@ CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sample", "files", "kind"), [chat[1:] for chat in CHATS], ids=[chat[0] for chat in CHATS])
+@pytest.mark.parametrize(
+    ("sample", "files", "kind"), [chat[1:] for chat in CHATS], ids=[chat[0] for chat in CHATS]
+)
 def test_messages_of_openai_and_of_hugging_face(
     sample: dict[str, Any], files: list[str], kind: str, model: Path, media: Path, tmp_path: Path
 ) -> None:
@@ -303,7 +342,10 @@ def test_messages_of_openai_and_of_hugging_face(
         assert "sample 1 of chat.jsonl" in found.faults[0].text
         return
     made = processor.example(*row.messages())
-    want = [processor.example([{"role": "user", "content": [part(media / file)]}, TOLD]).media[0].key for file in files]
+    want = [
+        processor.example([{"role": "user", "content": [part(media / file)]}, TOLD]).media[0].key
+        for file in files
+    ]
     assert [item.key for item in made.media] == want
     assert found.tokens == len(made)
 
@@ -314,12 +356,14 @@ def part(path: Path) -> dict[str, Any]:
 
 def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
     for name, count in (("a", 7), ("b", 5)):
-        write(tmp_path / f"{name}.json", [llava_sample(f"{name}{i}", "q", "x") for i in range(count)])
+        write(
+            tmp_path / f"{name}.json", [llava_sample(f"{name}{i}", "q", "x") for i in range(count)]
+        )
 
     def names(strategy: str, seed: int = 0) -> list[str]:
         text = f"datasets:\n  - json_path: a.json\n    sampling_strategy: {strategy}\n  - json_path: b.json\n"
         (tmp_path / "mixture.yaml").write_text(text)
-        found = [row.name for row in sources.rows(tmp_path / "mixture.yaml", seed=seed)]
+        found = [row.name for row in datasets.rows(tmp_path / "mixture.yaml", seed=seed)]
         assert found[-5:] == [f"b{i}" for i in range(5)]
         return found[:-5]
 
@@ -336,7 +380,9 @@ def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
     assert drawn == names("random:3")
     assert len({tuple(names("random:3", seed)) for seed in range(8)}) > 1
     for slip in ("30%", "end:0", "frist:3", "first:-1", "first:1.5", "3"):
-        with pytest.raises(DataError, match=r"data set 1 of .*mixture\.yaml has the sampling_strategy"):
+        with pytest.raises(
+            DataError, match=r"data set 1 of .*mixture\.yaml has the sampling_strategy"
+        ):
             names(slip)
 
 
@@ -347,9 +393,15 @@ def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
         ("- json_path: a.json", "must have one key"),
         ("datasets:\n  - json_path: a.json\nweights: {}", "must have one key"),
         ("datasets:\n  - path: a.json", "data set 1 of .* has no `json_path`"),
-        ("datasets:\n  - json_path: a.json\n    image_root: x", "has image_root, which is not offered"),
+        (
+            "datasets:\n  - json_path: a.json\n    image_root: x",
+            "has image_root, which is not offered",
+        ),
         ("datasets:\n  - json_path: a.json", r"a\.json cannot be read"),
-        ("datasets:\n  - json_path: a.parquet", r"a\.parquet is no \.json, \.jsonl or \.yaml file and no folder"),
+        (
+            "datasets:\n  - json_path: a.parquet",
+            r"a\.parquet is no \.json, \.jsonl or \.yaml file and no folder",
+        ),
         ("datasets: [", "cannot be read as YAML"),
         ("datasets: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     ],
@@ -357,7 +409,7 @@ def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
 def test_a_mixture_that_is_none(text: str, error: str, tmp_path: Path) -> None:
     (tmp_path / "mixture.yml").write_text(text)
     with pytest.raises(DataError, match=error):
-        sources.rows(tmp_path / "mixture.yml")
+        datasets.rows(tmp_path / "mixture.yml")
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -372,15 +424,21 @@ def tree(root: Path, *paths: str) -> Path:
     return root / paths[0].split("/")[0]
 
 
-def told(row: sources.Row) -> tuple[str, list[str], str]:
+def told(row: datasets.RawSample) -> tuple[str, list[str], str]:
     asked, answer = (turn["value"] for turn in row.sample["conversations"])
     assert asked.count("<image>") == max(1, len(row.sample["image"]))
     return row.name, row.sample["image"], answer
 
 
 def test_folders(tmp_path: Path) -> None:
-    classes = tree(tmp_path, "pets/polar_bear/10.jpg", "pets/polar_bear/9.png", "pets/cat/a.jpg", "pets/.cache/x.png")
-    found = sources.rows(classes)
+    classes = tree(
+        tmp_path,
+        "pets/polar_bear/10.jpg",
+        "pets/polar_bear/9.png",
+        "pets/cat/a.jpg",
+        "pets/.cache/x.png",
+    )
+    found = datasets.rows(classes)
     assert [told(row) for row in found] == [
         ("cat/a.jpg", ["cat/a.jpg"], "cat"),
         ("polar_bear/9.png", ["polar_bear/9.png"], "polar bear"),
@@ -388,52 +446,102 @@ def test_folders(tmp_path: Path) -> None:
     ]
     assert [row.group for row in found] == ["cat", "polar_bear", "polar_bear"]
     notes = tree(tmp_path, "notes/a.jpg", "notes/a.txt", "notes/b.png", "notes/c.txt")
-    found = sources.rows(notes, question="Who?")
-    assert [told(row) for row in found] == [("a.jpg", ["a.jpg"], "a!"), ("b.png", ["b.png"], ""), ("c.txt", [], "c!")]
+    found = datasets.rows(notes, question="Who?")
+    assert [told(row) for row in found] == [
+        ("a.jpg", ["a.jpg"], "a!"),
+        ("b.png", ["b.png"], ""),
+        ("c.txt", [], "c!"),
+    ]
     assert {row.sample["conversations"][0]["value"] for row in found} == {"<image>\nWho?"}
     kinds = [[fault.kind for fault in one.faults] for one in check(found)]
     assert kinds == [[], ["empty"], ["placeholders"]]
-    albums = tree(tmp_path, "albums/x/2.jpg", "albums/x/10.jpg", "albums/x/t.txt", "albums/y/1.jpg", "albums/z/u.txt")
-    found = sources.rows(albums)
-    assert [told(row) for row in found] == [("x", ["x/2.jpg", "x/10.jpg"], "t!"), ("y", ["y/1.jpg"], ""), ("z", [], "u!")]
-    assert [[fault.kind for fault in one.faults] for one in check(found)] == [[], ["empty"], ["placeholders"]]
+    albums = tree(
+        tmp_path,
+        "albums/x/2.jpg",
+        "albums/x/10.jpg",
+        "albums/x/t.txt",
+        "albums/y/1.jpg",
+        "albums/z/u.txt",
+    )
+    found = datasets.rows(albums)
+    assert [told(row) for row in found] == [
+        ("x", ["x/2.jpg", "x/10.jpg"], "t!"),
+        ("y", ["y/1.jpg"], ""),
+        ("z", [], "u!"),
+    ]
+    assert [[fault.kind for fault in one.faults] for one in check(found)] == [
+        [],
+        ["empty"],
+        ["placeholders"],
+    ]
     (classes / "cat" / "list.csv").write_text("x")
-    assert [one.row.name for one in check(sources.rows(classes)) if one.error] == ["cat/list.csv"]
+    assert [one.row.name for one in check(datasets.rows(classes)) if one.error] == ["cat/list.csv"]
     (albums / "y" / "one.txt").touch()
     (albums / "y" / "two.txt").touch()
-    with pytest.raises(DataError, match=r"y holds 2 \.txt files: a folder is read in one of three forms"):
-        sources.rows(albums)
+    with pytest.raises(
+        DataError, match=r"y holds 2 \.txt files: a folder is read in one of three forms"
+    ):
+        datasets.rows(albums)
     (classes / "loose.png").touch()
     with pytest.raises(DataError, match="holds 2 folders and 1 files: a folder is read"):
-        sources.rows(classes)
+        datasets.rows(classes)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds 0 folders and 0 files"):
-        sources.rows(tmp_path / "empty")
+        datasets.rows(tmp_path / "empty")
 
 
 def test_a_split_is_of_every_class_and_the_same_again() -> None:
-    found = [sources.Row({}, Path(), f"{group}/{i}", group) for group, count in (("a", 40), ("b", 10)) for i in range(count)]
-    kept, held = sources.split(found, 0.2, 0)
-    assert (kept, held) == sources.split(found, 0.2, 0)
+    found = [
+        datasets.RawSample({}, Path(), f"{group}/{i}", group)
+        for group, count in (("a", 40), ("b", 10))
+        for i in range(count)
+    ]
+    kept, held = datasets.split(found, 0.2, 0)
+    assert (kept, held) == datasets.split(found, 0.2, 0)
     assert sorted(row.name for row in kept + held) == sorted(row.name for row in found)
     assert [sum(row.group == group for row in held) for group in "ab"] == [8, 2]
-    assert held != sources.split(found, 0.2, 1)[1]
-    assert sources.split(found, 0, 0)[1] == []
+    assert held != datasets.split(found, 0.2, 1)[1]
+    assert datasets.split(found, 0, 0)[1] == []
 
 
 def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: Path) -> None:
     """The loss of the held-out part is that of the checkpoint before and of the result after; `llava batch` asks its file."""
     pets = tree(tmp_path, *(f"pets/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)))
-    words = ("train", pets, "-o", tmp_path / "out", "-m", model, "--steps", 12, "--lr", 0.003, "--held-out", 0.25)
+    words = (
+        "train",
+        pets,
+        "-o",
+        tmp_path / "out",
+        "-m",
+        model,
+        "--steps",
+        12,
+        "--lr",
+        0.003,
+        "--held-out",
+        0.25,
+    )
     done = llava(*words)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "6 samples to train on, 2 held out" in done.output
-    before, after = (float(loss) for loss in re.findall(r"step \d+ held out: +loss ([\d.]+)", done.output))
+    before, after = (
+        float(loss) for loss in re.findall(r"step \d+ held out: +loss ([\d.]+)", done.output)
+    )
     assert after < before
-    lines = [json.loads(line) for line in (tmp_path / "out" / "held-out.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "held-out.jsonl").read_text().splitlines()
+    ]
     assert [line["truth"] for line in lines] == ["cat", "dog"]
     assert llava(*words).exit_code == 0  # finished: nothing is trained again
-    asked = llava("batch", tmp_path / "out" / "held-out.jsonl", tmp_path / "a.jsonl", "-m", model, "--max-new-tokens", 2)
+    asked = llava(
+        "batch",
+        tmp_path / "out" / "held-out.jsonl",
+        tmp_path / "a.jsonl",
+        "-m",
+        model,
+        "--max-new-tokens",
+        2,
+    )
     assert asked.exit_code == 0, asked.output
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [line["id"] for line in lines]
@@ -450,13 +558,20 @@ def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: 
     ],
 )
 def test_options_that_do_not_fit_the_source(
-    words: tuple[object, ...], error: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[object, ...],
+    error: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tree(tmp_path, "pets/cat/1.png")
     write(tmp_path / "a.json", [llava_sample("a", "q", "x")])
     with pytest.raises(ValueError, match=error):
-        raise llava("train", *words, "-o", "out", "-m", model, "--steps", 1).exception or AssertionError
+        raise (
+            llava("train", *words, "-o", "out", "-m", model, "--steps", 1).exception
+            or AssertionError
+        )
 
 
 def test_the_documentation_runs_and_its_forms_are_read(
@@ -471,19 +586,31 @@ def test_the_documentation_runs_and_its_forms_are_read(
         for picture in re.findall(r'"(\w+\.png)"', text):
             noise(len(picture)).save(tmp_path / picture)
     (tmp_path / "clip.mp4").write_bytes((media / "film.mp4").read_bytes())
-    folders = [tree(tmp_path, *block.split()) for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
+    folders = [
+        tree(tmp_path, *block.split())
+        for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    ]
     assert len(folders) == 3
     for source in [*(tmp_path / name for name, _ in files if not name.endswith(".toml")), *folders]:
         done = llava("data", "check", source)
         assert done.exit_code == 0, (source, done.output, done.exception)
-    tree(tmp_path, *(f"photos/cat/{number}.jpg" for number in range(3, 12)))  # of fewer than six a tenth is none
+    tree(
+        tmp_path, *(f"photos/cat/{number}.jpg" for number in range(3, 12))
+    )  # of fewer than six a tenth is none
     (tmp_path / "model").symlink_to(model)
     commands = "".join(re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     assert all(f" -r {name} " in commands for name in recipe.SHIPPED)
-    for command in [*commands.splitlines(), re.sub(r"\s+", " ", re.findall(r"`(llava batch[^`]*)`", page)[0])]:
+    for command in [
+        *commands.splitlines(),
+        re.sub(r"\s+", " ", re.findall(r"`(llava batch[^`]*)`", page)[0]),
+    ]:
         words = shlex.split(command)[1:]
         trains = words[0] == "train" and words[1] != "report"
-        done = llava(*words, *(("--workers", 0) if trains else ()))  # a process more for each would take most of the time
+        done = llava(
+            *words, *(("--workers", 0) if trains else ())
+        )  # a process more for each would take most of the time
         assert done.exit_code == 0, (command, done.output, done.exception)
-    kinds = re.findall(r"^\| (\w+) \| [a-z]", page[page.index("## What is checked") :], re.MULTILINE)
+    kinds = re.findall(
+        r"^\| (\w+) \| [a-z]", page[page.index("## What is checked") :], re.MULTILINE
+    )
     assert kinds[1:] == list(KINDS)

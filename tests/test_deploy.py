@@ -10,15 +10,26 @@ from typer.main import get_command
 
 from llava_interleave.cli import app
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs pip install kubernetes-validate")
+kubernetes_validate = pytest.importorskip(
+    "kubernetes_validate", reason="needs pip install kubernetes-validate"
+)
 jsonschema = pytest.importorskip("jsonschema")
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
-TEXT, WHOLE, TEXTS = {"type": "string"}, {"type": "integer", "minimum": 0}, {"additionalProperties": {"type": "string"}}
+TEXT, WHOLE, TEXTS = (
+    {"type": "string"},
+    {"type": "integer", "minimum": 0},
+    {"additionalProperties": {"type": "string"}},
+)
 
 
 def record(required: str, **fields: Any) -> dict[str, Any]:
-    return {"type": "object", "required": required.split(), "properties": fields, "additionalProperties": False}
+    return {
+        "type": "object",
+        "required": required.split(),
+        "properties": fields,
+        "additionalProperties": False,
+    }
 
 
 # KubeRay 1.7, https://docs.ray.io/en/master/kuberay/references/api.html: what a resource must have, and the fields of use here.
@@ -31,7 +42,14 @@ CLUSTER = record(
     headGroupSpec=record("template", serviceType=TEXT, **GROUP),
     workerGroupSpecs={
         "type": "array",
-        "items": record("groupName template", groupName=TEXT, replicas=WHOLE, minReplicas=WHOLE, maxReplicas=WHOLE, **GROUP),
+        "items": record(
+            "groupName template",
+            groupName=TEXT,
+            replicas=WHOLE,
+            minReplicas=WHOLE,
+            maxReplicas=WHOLE,
+            **GROUP,
+        ),
     },
     enableInTreeAutoscaling={"type": "boolean"},
 )
@@ -98,11 +116,16 @@ def test_schemas(resources: list[dict[str, Any]]) -> None:
 def test_one_image_and_what_it_says_of_itself(job: dict[str, Any]) -> None:
     """Ray wants one version on all machines; volumes that are mounted are there."""
     cluster = job["spec"]["rayClusterSpec"]
-    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    pods = [
+        group["template"]["spec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
     containers = [container for pod in pods for container in pod["containers"]]
     assert len({container["image"] for container in containers}) == 1
     for pod, container in zip(pods, containers, strict=True):
-        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            volume["name"] for volume in pod["volumes"]
+        }
         assert "/data" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
@@ -112,8 +135,13 @@ def test_the_command_parses(job: dict[str, Any]) -> None:
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     given = command.make_context(name, words).params
     assert (given["ray"], given["ray_cpus"]) == ("auto", 4)
-    assert str(given[{"batch": "source", "serve": "model"}[name]]) == {"batch": "/data/shards", "serve": "/data/model"}[name]
-    gpus = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["requests"]
+    assert (
+        str(given[{"batch": "source", "serve": "model"}[name]])
+        == {"batch": "/data/shards", "serve": "/data/model"}[name]
+    )
+    gpus = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][
+        0
+    ]["resources"]["requests"]
     assert int(gpus["cpu"]) > given["ray_cpus"] * int(gpus["nvidia.com/gpu"])
 
 

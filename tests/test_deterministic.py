@@ -8,28 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_interleave import Options, kernels, load, weights
-from llava_interleave.cli.answering import Elsewhere, Model
-from llava_interleave.engine import Engine, Sampling
-from llava_interleave.layout import Layout
+from llava_interleave import Options, checkpoints, kernels, load
+from llava_interleave.cli.local_model import ClusterWorker, LazyModel
+from llava_interleave.engine import Engine, SamplingParams
+from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.model import Llava
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 Told = list[tuple[object, ...]]
-HOW = Sampling(max_new_tokens=25, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=8)
+HOW = SamplingParams(max_new_tokens=25, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=8)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int4"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Llava:
     folder = tiny_checkpoint(
-        tmp_path_factory.mktemp("tiny"), tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
+        tmp_path_factory.mktemp("tiny"),
+        tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}),
     )
     if request.param != "int4":
-        return weights.load(folder, dtype=getattr(torch, request.param))
-    if kernels.why_not() is not None:
-        pytest.skip(f"no kernels: {kernels.why_not()}")
-    return weights.load(folder, dtype=torch.bfloat16, precision="int4")
+        return checkpoints.load(folder, dtype=getattr(torch, request.param))
+    if kernels.unavailable_reason() is not None:
+        pytest.skip(f"no kernels: {kernels.unavailable_reason()}")
+    return checkpoints.load(folder, dtype=torch.bfloat16, precision="int4")
 
 
 @cache
@@ -39,8 +40,11 @@ def prompts(image: int, size: int, grid: int) -> tuple[Prompt, ...]:
     def one(number: int, words: int, *pictures: int) -> Prompt:
         tokens, media = [5 + (number + i * i) % 200 for i in range(words)], []
         for picture in pictures:
-            pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(picture)) * 2 - 1
-            media.append(Media(pixels, Layout(grid, 1), bytes([picture]), len(tokens)))
+            pixels = (
+                torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(picture)) * 2
+                - 1
+            )
+            media.append(Media(pixels, ImageTokenLayout(grid, 1), bytes([picture]), len(tokens)))
             tokens += [image] * grid**2 + [7, 8, 7, 8, 7, 8]
         return Prompt(tokens, tuple(media))
 
@@ -57,9 +61,13 @@ def prompts(image: int, size: int, grid: int) -> tuple[Prompt, ...]:
     )
 
 
-def answers(model: Llava, asked: Sequence[Prompt], late: Sequence[int] = (), kv_bytes: int = 1 << 24) -> list[Told]:
+def answers(
+    model: Llava, asked: Sequence[Prompt], late: Sequence[int] = (), kv_bytes: int = 1 << 24
+) -> list[Told]:
     """What each is told; late: by prompt, how many steps after the first."""
-    e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=kv_bytes, deterministic=True, max_step_tokens=128)
+    e = Engine(
+        model, eos_ids={300}, vocab=300, kv_bytes=kv_bytes, deterministic=True, max_step_tokens=128
+    )
     after = dict(enumerate(late))
     told: dict[int, Told] = defaultdict(list)
     numbers: dict[int, int] = {}
@@ -101,14 +109,30 @@ def test_it_is_the_same_with_little_memory_and_after_others(model: Llava) -> Non
 
 def test_it_is_asked_for_by_keyword_and_by_flag(tmp_path: Path) -> None:
     folder = str(tiny_checkpoint(tmp_path))
-    assert load(folder, deterministic=True).engine.deterministic and not load(folder).engine.deterministic
-    assert Model(folder, None, "auto", "cpu", None, True).ready(Options(max_new_tokens=1)).engine.deterministic
-    assert Elsewhere(folder, None, "auto", "cpu", None, True)._model().ready(Options(max_new_tokens=1)).engine.deterministic
+    assert (
+        load(folder, deterministic=True).engine.deterministic
+        and not load(folder).engine.deterministic
+    )
+    assert (
+        LazyModel(folder, None, "auto", "cpu", None, True)
+        .ready(Options(max_new_tokens=1))
+        .engine.deterministic
+    )
+    assert (
+        ClusterWorker(folder, None, "auto", "cpu", None, True)
+        ._model()
+        .ready(Options(max_new_tokens=1))
+        .engine.deterministic
+    )
 
 
 def test_a_prefix_is_used_as_far_as_it_was_computed_in_whole_pieces(model: Llava) -> None:
-    e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, deterministic=True, max_step_tokens=128)
+    e = Engine(
+        model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, deterministic=True, max_step_tokens=128
+    )
     first, second, *_ = of(model)
     for _ in e.stream(first, HOW):
         pass
-    assert [event.usage.cached for event in e.stream(second, HOW) if event.usage] == [192]  # of 200, in pieces of 64
+    assert [event.usage.cached for event in e.stream(second, HOW) if event.usage] == [
+        192
+    ]  # of 200, in pieces of 64

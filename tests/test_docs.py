@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from llava_interleave.chatbot import BUILTIN
+from llava_interleave.chat import BUILTIN
 from llava_interleave.cli import app, demo
 from llava_interleave.testing import tiny_checkpoint
 
@@ -18,7 +18,9 @@ NOT_RUN = "<!-- not run: needs the network and a published checkpoint -->\n"
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = [
     (README.count("\n", 0, found.start()) + 1, found[2], found[3])
-    for found in re.finditer(r"^(<!--[^\n]*-->\n)?```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    for found in re.finditer(
+        r"^(<!--[^\n]*-->\n)?```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+    )
     if found[1] != NOT_RUN
 ]
 
@@ -38,11 +40,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     if (folder / "builtin").is_dir():
-        monkeypatch.setattr("llava_interleave.chatbot.bot.BUILTIN", folder / "builtin")
+        monkeypatch.setattr("llava_interleave.chat.chatbot.BUILTIN", folder / "builtin")
 
 
-@pytest.mark.parametrize(("line", "language", "code"), BLOCKS, ids=[f"line {line}" for line, _, _ in BLOCKS])
-def test_block(line: int, language: str, code: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("line", "language", "code"), BLOCKS, ids=[f"line {line}" for line, _, _ in BLOCKS]
+)
+def test_block(
+    line: int, language: str, code: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if language == "python":
         exec(compile(code, f"README.md:{line}", "exec"), {})
         # Random weights may write nothing that can be seen.
@@ -52,7 +58,9 @@ def test_block(line: int, language: str, code: str, folder: Path, capsys: pytest
     for command in code.splitlines():
         words = shlex.split(command)
         if words[0] == "make":
-            known = shutil.which("make") and subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+            known = shutil.which("make") and subprocess.run(
+                ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True
+            )
             assert not known or known.returncode == 0, known.stderr
             continue
         assert words[0] == "llava"
@@ -65,7 +73,11 @@ def test_few_blocks_are_not_run() -> None:
     assert len(BLOCKS) + README.count(NOT_RUN) == len(re.findall(r"^```\w+$", README, re.MULTILINE))
 
 
-@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")),
+    ids=lambda path: path.name,
+)
 def test_links_lead_somewhere(document: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text("utf-8")):
         assert (document.parent / link).exists(), link

@@ -17,10 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
-from llava_interleave.engine import Engine, Event, Request, Sampling
+from llava_interleave.engine import Engine, Event, Request, SamplingParams
 from llava_interleave.errors import ContextError, OptionError, PromptError
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Packed, arrange
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.prompt import Media, Prompt
 
 IMAGE, VOCAB, EOS = 60, 58, 57
@@ -53,29 +53,35 @@ def picture(number: int, crops: int = 1) -> Tensor:
     return torch.randn(crops, 3, 12, 12, generator=torch.Generator().manual_seed(number))
 
 
-def media(number: int, start: int, crops: int = 1, layout: Layout | None = None) -> Media:
-    layout = layout or Layout(GRID, crops)
+def media(number: int, start: int, crops: int = 1, layout: ImageTokenLayout | None = None) -> Media:
+    layout = layout or ImageTokenLayout(GRID, crops)
     return Media(picture(number, layout.crops), layout, repr((number, layout)).encode(), start)
 
 
 def text(number: int, length: int) -> list[int]:
-    return torch.randint(0, VOCAB - 1, (length,), generator=torch.Generator().manual_seed(1000 + number)).tolist()
+    return torch.randint(
+        0, VOCAB - 1, (length,), generator=torch.Generator().manual_seed(1000 + number)
+    ).tolist()
 
 
-def prompt(*parts: list[int] | tuple[int, int] | tuple[int, Layout]) -> Prompt:
+def prompt(*parts: list[int] | tuple[int, int] | tuple[int, ImageTokenLayout]) -> Prompt:
     """Lists are text; (number, crops) is an image or video, (number, layout) an anyres image."""
     tokens, found = [], []
     for part in parts:
         if isinstance(part, list):
             tokens += part
         else:
-            layout = part[1] if isinstance(part[1], Layout) else Layout(GRID, part[1])
+            layout = (
+                part[1]
+                if isinstance(part[1], ImageTokenLayout)
+                else ImageTokenLayout(GRID, part[1])
+            )
             found.append(media(part[0], len(tokens), layout=layout))
             tokens += [IMAGE] * layout.length
     return Prompt(tokens, tuple(found))
 
 
-TILED = Layout(GRID, 5, (2, 2), (1, 0, 4, 6))
+TILED = ImageTokenLayout(GRID, 5, (2, 2), (1, 0, 4, 6))
 MIXED = [
     prompt(text(0, 7), (0, 1), text(1, 3), (1, 1), text(2, 4)),
     prompt(text(3, 40)),
@@ -84,17 +90,19 @@ MIXED = [
     prompt((0, 1), text(7, 1)),
     prompt(text(8, 3), (4, 1)),  # ends in an image
 ]
-GREEDY = Sampling(max_new_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
 @torch.inference_mode()
 def naive(p: Prompt, new: int, *, stops: frozenset[int] = frozenset()) -> list[int]:
     """A whole forward for each token."""
     model, tokens = network(), list(p.tokens)
-    features = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in p.media]
+    features = [(m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in p.media]
     for _ in range(new):
         x = model.embed(torch.tensor(tokens), features)
-        logits = model.logits(model.forward(x, torch.arange(len(tokens)), Packed([len(tokens)])))[-1, :VOCAB]
+        logits = model.logits(
+            model.forward(x, torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+        )[-1, :VOCAB]
         tokens.append(int(logits.argmax()))
         if tokens[-1] in stops:
             break
@@ -184,7 +192,9 @@ def test_an_added_image_keeps_everything_before_it() -> None:
 def test_other_salts_share_nothing() -> None:
     p = prompt((0, 1), text(0, 50))
     e = engine()
-    cached = [e.generate([p], GREEDY, salt=salt)[0].usage.cached for salt in (b"a", b"b", b"a", b"")]
+    cached = [
+        e.generate([p], GREEDY, salt=salt)[0].usage.cached for salt in (b"a", b"b", b"a", b"")
+    ]
     assert cached == [0, 0, len(p) - 1, 0]
 
 
@@ -253,14 +263,20 @@ def test_a_video_longer_than_the_feature_cache_and_a_tower_call() -> None:
 
 def test_only_last_positions_reach_the_output_head() -> None:
     e, model = counted(max_step_tokens=10, max_running=4)
-    e.generate([prompt(text(0, 35))], Sampling(max_new_tokens=1))
+    e.generate([prompt(text(0, 35))], SamplingParams(max_new_tokens=1))
     assert (model.rows, model.heads) == (35, 1)
 
 
 def test_samples_of_one_prompt_compute_it_once() -> None:
     p = prompt((0, 3), text(0, 150))
     e, model = counted(max_step_tokens=64, max_running=8)
-    requests = e.generate([p] * 4, [Sampling(max_new_tokens=5, temperature=1, seed=n, ignore_eos=True) for n in range(4)])
+    requests = e.generate(
+        [p] * 4,
+        [
+            SamplingParams(max_new_tokens=5, temperature=1, seed=n, ignore_eos=True)
+            for n in range(4)
+        ],
+    )
     assert [request.usage.cached for request in requests] == [0] + [len(p) - 1] * 3
     assert model.rows == len(p) + 3 + 4 * 4
     assert len({tuple(request.generated) for request in requests}) > 1
@@ -270,7 +286,7 @@ def test_preempted_equals_undisturbed() -> None:
     """Three answers grow until the memory has no room for all; the last to start is computed again from the start."""
     prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
     e, model = counted(tokens=330)
-    asked = Sampling(max_new_tokens=120, ignore_eos=True)
+    asked = SamplingParams(max_new_tokens=120, ignore_eos=True)
     assert answers(e.generate(prompts, asked)) == [naive(p, 120) for p in prompts]
     assert model.rows > 3 * (49 + 119)  # it did happen
     e.check()
@@ -278,7 +294,12 @@ def test_preempted_equals_undisturbed() -> None:
 
 def test_preemption_keeps_random_numbers_penalties_and_usage() -> None:
     prompts = [prompt((n, 1), text(n, 40)) for n in range(2)]
-    asked = [Sampling(max_new_tokens=80, temperature=1.0, repetition_penalty=1.2, seed=n, ignore_eos=True) for n in range(2)]
+    asked = [
+        SamplingParams(
+            max_new_tokens=80, temperature=1.0, repetition_penalty=1.2, seed=n, ignore_eos=True
+        )
+        for n in range(2)
+    ]
     roomy, (tight, model) = engine(), counted(tokens=215)
     undisturbed, disturbed = roomy.generate(prompts, asked), tight.generate(prompts, asked)
     assert model.rows > 2 * (49 + 79)
@@ -414,12 +435,24 @@ def test_a_failed_step_leaves_no_half_computed_prefix_behind() -> None:
 
 
 SAMPLED = [
-    Sampling(max_new_tokens=12, temperature=1.0, seed=1, ignore_eos=True),
-    Sampling(max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=2, ignore_eos=True),
-    Sampling(max_new_tokens=12, repetition_penalty=1.5, frequency_penalty=0.5, ignore_eos=True),
-    Sampling(max_new_tokens=12, temperature=1.2, presence_penalty=1.0, logit_bias={4: 2.0}, seed=3, logprobs=2, ignore_eos=True),
+    SamplingParams(max_new_tokens=12, temperature=1.0, seed=1, ignore_eos=True),
+    SamplingParams(
+        max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=2, ignore_eos=True
+    ),
+    SamplingParams(
+        max_new_tokens=12, repetition_penalty=1.5, frequency_penalty=0.5, ignore_eos=True
+    ),
+    SamplingParams(
+        max_new_tokens=12,
+        temperature=1.2,
+        presence_penalty=1.0,
+        logit_bias={4: 2.0},
+        seed=3,
+        logprobs=2,
+        ignore_eos=True,
+    ),
     GREEDY,
-    Sampling(max_new_tokens=12, temperature=2.0, seed=4, ignore_eos=True),
+    SamplingParams(max_new_tokens=12, temperature=2.0, seed=4, ignore_eos=True),
 ]
 
 
@@ -429,30 +462,48 @@ def test_seeded_samples_do_not_depend_on_the_batch() -> None:
     tight = engine(max_step_tokens=5, max_running=3)
     assert answers(tight.generate(MIXED, SAMPLED)) == alone
     unseeded = replace(SAMPLED[0], seed=None)
-    assert engine().generate([MIXED[0]], unseeded)[0].generated != engine().generate([MIXED[0]], unseeded)[0].generated
+    assert (
+        engine().generate([MIXED[0]], unseeded)[0].generated
+        != engine().generate([MIXED[0]], unseeded)[0].generated
+    )
 
 
 def test_meaningless_ids_and_the_placeholder_are_never_generated() -> None:
     model = Counting()
     model.lm_head.weight[VOCAB:] *= 50
     e = Engine(model, eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN)
-    hot = Sampling(max_new_tokens=200, temperature=5.0, seed=0, ignore_eos=True)
-    tokens = {token for r in e.generate([MIXED[0], MIXED[1]], [hot, replace(hot, temperature=0)]) for token in r.generated}
+    hot = SamplingParams(max_new_tokens=200, temperature=5.0, seed=0, ignore_eos=True)
+    tokens = {
+        token
+        for r in e.generate([MIXED[0], MIXED[1]], [hot, replace(hot, temperature=0)])
+        for token in r.generated
+    }
     assert max(tokens) < VOCAB
     wide = Engine(model, eos_ids={EOS}, vocab=64, kv_bytes=4000 * TOKEN)
-    tokens = {token for r in wide.generate([MIXED[0], MIXED[1]], [hot, replace(hot, temperature=0)]) for token in r.generated}
+    tokens = {
+        token
+        for r in wide.generate([MIXED[0], MIXED[1]], [hot, replace(hot, temperature=0)])
+        for token in r.generated
+    }
     assert max(tokens) >= VOCAB
     assert IMAGE not in tokens
 
 
 def test_log_probabilities_on_events() -> None:
     p = MIXED[0]
-    events = list(engine().stream(p, Sampling(max_new_tokens=3, logprobs=4, ignore_eos=True)))
+    events = list(engine().stream(p, SamplingParams(max_new_tokens=3, logprobs=4, ignore_eos=True)))
     model = network()
-    tokens = Prompt([*p.tokens, *(event.token for event in events if event.token is not None)], p.media)
+    tokens = Prompt(
+        [*p.tokens, *(event.token for event in events if event.token is not None)], p.media
+    )
     with torch.inference_mode():
-        x = model.embed(torch.tensor(tokens.tokens), [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in p.media])
-        logits = model.logits(model.forward(x, torch.arange(len(tokens)), Packed([len(tokens)])))[:, :VOCAB]
+        x = model.embed(
+            torch.tensor(tokens.tokens),
+            [(m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in p.media],
+        )
+        logits = model.logits(
+            model.forward(x, torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+        )[:, :VOCAB]
     for at, event in enumerate(events, len(p) - 1):
         logs = logits[at].log_softmax(-1)
         assert [token for token, _ in event.top_logprobs] == logs.topk(4).indices.tolist()
@@ -464,11 +515,17 @@ def test_stop_ids_and_eos_end_an_answer() -> None:
     answer = expected()[1]
     stop = next(token for token in answer[3:] if token not in answer[:3])
     at = answer.index(stop)
-    events = list(engine().stream(MIXED[1], Sampling(max_new_tokens=12, stop_ids=(stop,), ignore_eos=True)))
+    events = list(
+        engine().stream(
+            MIXED[1], SamplingParams(max_new_tokens=12, stop_ids=(stop,), ignore_eos=True)
+        )
+    )
     assert [event.token for event in events] == answer[: at + 1]
     assert events[-1].finish_reason == "stop"
     e = Engine(network(), eos_ids={stop}, vocab=VOCAB, kv_bytes=4000 * TOKEN)
-    assert e.generate([MIXED[1]], Sampling(max_new_tokens=12))[0].generated == answer[: at + 1]
+    assert (
+        e.generate([MIXED[1]], SamplingParams(max_new_tokens=12))[0].generated == answer[: at + 1]
+    )
     assert e.generate([MIXED[1]], GREEDY)[0].generated == answer
 
 
@@ -498,7 +555,15 @@ class Slow(Counting):
 
 def test_usage_and_timings() -> None:
     clock = Clock()
-    e = Engine(Slow(clock), eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN, max_step_tokens=15, max_running=1, clock=clock)
+    e = Engine(
+        Slow(clock),
+        eos_ids={EOS},
+        vocab=VOCAB,
+        kv_bytes=4000 * TOKEN,
+        max_step_tokens=15,
+        max_running=1,
+        clock=clock,
+    )
     first, second = (e.add(p, replace(GREEDY, max_new_tokens=5)) for p in (MIXED[0], MIXED[1]))
     last = {event.request: event for event in finish(e) if event.finish_reason}
     usage, timings = last[first].usage, last[first].timings
@@ -506,7 +571,13 @@ def test_usage_and_timings() -> None:
     assert timings is not None
     assert (usage.prompt, usage.cached, usage.generated) == (32, 0, 5)
     # three steps for 32 tokens with one tower call each in the first two, then a step a token
-    assert (timings.queue, timings.vision, timings.prefill, timings.first_token, timings.total) == (0, 6, 3, 9, 13)
+    assert (timings.queue, timings.vision, timings.prefill, timings.first_token, timings.total) == (
+        0,
+        6,
+        3,
+        9,
+        13,
+    )
     assert timings.tokens_per_second == pytest.approx(1.0)
     waited = last[second].timings
     assert waited is not None
@@ -534,7 +605,12 @@ def waits(patience: float) -> tuple[list[float], float]:
     """Seconds between the tokens of an answer beside which others are asked for; and until all have their first token."""
     clock, new = Clock(), replace(GREEDY, max_new_tokens=80)
     e = Engine(Costly(clock), eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN, clock=clock)
-    asked = [prompt(text(20, 5), (20, 1)), prompt((21, 4), (22, 4)), prompt(text(21, 300)), prompt(text(22, 200), (23, 1))]
+    asked = [
+        prompt(text(20, 5), (20, 1)),
+        prompt((21, 4), (22, 4)),
+        prompt(text(21, 300)),
+        prompt(text(22, 200), (23, 1)),
+    ]
     requests = [e.add(asked[0], new)]
     times = []
     while requests[0].finish_reason is None:
@@ -554,21 +630,46 @@ def test_answers_wait_for_prompts_no_longer_than_they_have_patience() -> None:
     assert max(patient) < 1.5 + 2 * 4.0, "two crops or eighty tokens at a time, or both"
     assert early < late < 2.5 * early
     waited = [(index, gap - 1.05) for index, gap in enumerate(patient) if gap > 1.5]
-    assert all(sum(gap for _, gap in waited[:n]) < 1.2 * index for n, (index, _) in enumerate(waited)), "as much time for itself"
+    assert all(
+        sum(gap for _, gap in waited[:n]) < 1.2 * index for n, (index, _) in enumerate(waited)
+    ), "as much time for itself"
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     e = engine(tokens=100)
     with pytest.raises(ContextError, match=r"70 tokens and 40 more .* \(100 tokens\)"):
-        e.add(prompt(text(0, 70)), Sampling(max_new_tokens=40))
-    assert len(e.generate([prompt(text(0, 70))], Sampling(max_new_tokens=31, ignore_eos=True))[0].generated) == 31
-    assert len(e.generate([prompt(text(1, 70))], Sampling(max_new_tokens=None, ignore_eos=True))[0].generated) == 31
+        e.add(prompt(text(0, 70)), SamplingParams(max_new_tokens=40))
+    assert (
+        len(
+            e.generate([prompt(text(0, 70))], SamplingParams(max_new_tokens=31, ignore_eos=True))[
+                0
+            ].generated
+        )
+        == 31
+    )
+    assert (
+        len(
+            e.generate([prompt(text(1, 70))], SamplingParams(max_new_tokens=None, ignore_eos=True))[
+                0
+            ].generated
+        )
+        == 31
+    )
     wide = engine(tokens=2000)
-    with pytest.raises(ContextError, match=r"995 tokens and 6 more .* context is 1000: ask for at most 5"):
-        wide.stream(prompt(text(0, 995)), Sampling(max_new_tokens=6))
+    with pytest.raises(
+        ContextError, match=r"995 tokens and 6 more .* context is 1000: ask for at most 5"
+    ):
+        wide.stream(prompt(text(0, 995)), SamplingParams(max_new_tokens=6))
     with pytest.raises(ContextError, match=r"1010 tokens .* use 11 fewer"):
-        wide.add(prompt(text(0, 1010)), Sampling(max_new_tokens=None))
-    assert len(wide.generate([prompt(text(0, 995))], Sampling(max_new_tokens=None, ignore_eos=True))[0].generated) == 5
+        wide.add(prompt(text(0, 1010)), SamplingParams(max_new_tokens=None))
+    assert (
+        len(
+            wide.generate(
+                [prompt(text(0, 995))], SamplingParams(max_new_tokens=None, ignore_eos=True)
+            )[0].generated
+        )
+        == 5
+    )
     assert (e.load().waiting, wide.load().waiting) == (0, 0)
 
 
@@ -583,7 +684,7 @@ def test_prompts_and_options_that_contradict_the_model_are_refused() -> None:
     with pytest.raises(PromptError, match="at the places"):
         e.add(Prompt([1, *[IMAGE] * 9], (media(0, 0),)))
     with pytest.raises(OptionError, match="logit_bias names token 58"):
-        e.add(MIXED[1], Sampling(logit_bias={58: 1.0}))
+        e.add(MIXED[1], SamplingParams(logit_bias={58: 1.0}))
     with pytest.raises(OptionError, match="max_step_tokens"):
         engine(max_step_tokens=4, max_running=8)
     with pytest.raises(OptionError, match="vocab"):
@@ -623,10 +724,13 @@ class Anything(RuleBasedStateMachine):
         )
         self.asked: dict[Request, tuple[tuple[int, ...], int]] = {}
 
-    @rule(parts=st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=5), new=st.sampled_from([1, 3, 20, 60]))
+    @rule(
+        parts=st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=5),
+        new=st.sampled_from([1, 3, 20, 60]),
+    )
     def add(self, parts: list[int], new: int) -> None:
         p = prompt(*(PARTS[part] for part in parts))
-        self.asked[self.engine.add(p, Sampling(max_new_tokens=new))] = (tuple(parts), new)
+        self.asked[self.engine.add(p, SamplingParams(max_new_tokens=new))] = (tuple(parts), new)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())

@@ -15,13 +15,13 @@ from test_evals import BROKEN, WHOLE, bench, embedded, made, parquet, picture
 from test_offline import openai, shard
 
 from llava_interleave import load
-from llava_interleave.cli import show
-from llava_interleave.cli.answering import Model, answers
+from llava_interleave.cli import terminal
+from llava_interleave.cli.local_model import LazyModel, answer_all
 from llava_interleave.errors import LlavaError, OptionError
-from llava_interleave.evals import world
 from llava_interleave.journal import read
 from llava_interleave.options import Options
 from llava_interleave.testing import tiny_checkpoint
+from recipes.tiny_world import benchmark
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,19 @@ def test_world_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(early)
     bot, told = load(tiny), json.loads(second.out)
     for scenario in ("single", "views"):
-        score = world.evaluate(lambda a: [x.text for x in bot.batch(a, max_new_tokens=80)], scenario, 3, held_out=False)
-        assert (told[scenario]["right"], told[scenario]["asked"], told[scenario]["share"]) == (score.right, 3, score.share)
+        score = benchmark.evaluate(
+            lambda a: [x.text for x in bot.batch(a, max_new_tokens=80)], scenario, 3, held_out=False
+        )
+        assert (told[scenario]["right"], told[scenario]["asked"], told[scenario]["share"]) == (
+            score.right,
+            3,
+            score.share,
+        )
         assert told[scenario]["level"] == "normal"
         assert [tuple(row) for row in told[scenario]["wrong"]] == score.wrong
-    assert len((tmp_path / "wrong.jsonl").read_text().splitlines()) == sum(len(t["wrong"]) for t in told.values())
+    assert len((tmp_path / "wrong.jsonl").read_text().splitlines()) == sum(
+        len(t["wrong"]) for t in told.values()
+    )
     assert (tmp_path / "world.html").read_text().count("<article") == 6
     run, rows = read(path)
     assert len(rows) == 6
@@ -117,7 +125,9 @@ def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
         {"id": "4", "question": "Hm?"},
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, samples)))
-    done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--max-new-tokens", 6)
+    done = llava(
+        "batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--max-new-tokens", 6
+    )
     assert done.code == 0, done.err
     assert "4 samples, 1 with an error" in done.err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -135,14 +145,22 @@ def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> Non
     picture(tmp_path / "a.png", "red")
     picture(tmp_path / "b.png", "blue")
     data = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
-    shard(tmp_path / "in.tar", ("1.left.png", data[0]), ("1.right.png", data[1]), ("2.png", b"no picture"))
+    shard(
+        tmp_path / "in.tar",
+        ("1.left.png", data[0]),
+        ("1.right.png", data[1]),
+        ("2.png", b"no picture"),
+    )
     words = ("-m", tiny, "--max-new-tokens", 6, "--question", "Same?")
     assert llava("batch", tmp_path / "in.tar", tmp_path / "out.jsonl", *words).code == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     alone = load(tiny).ask("Same?", [tmp_path / "a.png", tmp_path / "b.png"], max_new_tokens=6)
     assert (rows[0]["answer"], rows[0]["usage"]["prompt"]) == (alone.text, alone.usage.prompt)
     assert (rows[1]["id"], "picture" in rows[1]["error"]) == ("2", True)
-    parquet(tmp_path / "in.parquet", [{"id": "1", "image_1": embedded("red"), "image_2": embedded("blue")}])
+    parquet(
+        tmp_path / "in.parquet",
+        [{"id": "1", "image_1": embedded("red"), "image_2": embedded("blue")}],
+    )
     assert llava("batch", tmp_path / "in.parquet", tmp_path / "table.jsonl", *words).code == 0
     (row,) = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
     assert row["usage"] == rows[0]["usage"]
@@ -154,10 +172,29 @@ def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
         made(tmp_path, name)
     picture(tmp_path / "pope/val2014/COCO_val2014_000000310196.jpg")
     out = tmp_path / "out"
-    done = llava("eval", "blink", "pope", "-m", tiny, "--data", tmp_path, "-o", out, "--html", "--json", "--max-new-tokens", 2)
+    done = llava(
+        "eval",
+        "blink",
+        "pope",
+        "-m",
+        tiny,
+        "--data",
+        tmp_path,
+        "-o",
+        out,
+        "--html",
+        "--json",
+        "--max-new-tokens",
+        2,
+    )
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    assert [line["name"] for line in told["blink"]["lines"]] == ["Counting", "Jigsaw", "average", "all examples"]
+    assert [line["name"] for line in told["blink"]["lines"]] == [
+        "Counting",
+        "Jigsaw",
+        "average",
+        "all examples",
+    ]
     names = [line["name"] for line in told["pope"]["lines"]]
     assert {"random", "popular: F1", "all examples: share of yes"} <= set(names)
     assert all(line["failed"] == 0 for task in told.values() for line in task["lines"])
@@ -169,9 +206,11 @@ def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:
     done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--top-p", 7)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert not (tmp_path / "out.jsonl").exists()
-    model = Model(str(tiny), None, "auto", "auto")
-    questions = [[{"role": "user", "content": text}] for text in ("ok", "<image>", "fine", "<image>")]
-    said = answers(model.ready(Options()).batch, questions, Options(max_new_tokens=2))
+    model = LazyModel(str(tiny), None, "auto", "auto")
+    questions = [
+        [{"role": "user", "content": text}] for text in ("ok", "<image>", "fine", "<image>")
+    ]
+    said = answer_all(model.ready(Options()).batch, questions, Options(max_new_tokens=2))
     assert [isinstance(one, LlavaError) for one in said] == [False, True, False, True]
     with pytest.raises(OptionError):
         model.ready(Options(preset="none"))
@@ -182,7 +221,9 @@ def test_a_samples_own_options_fail_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny)
     assert done.code == 0, done.err
-    told = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    told = [
+        json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    ]
     assert [one["status_code"] for one in told] == [400, 200, 413]
     assert told[1]["body"]["usage"]["completion_tokens"] <= 2
 
@@ -239,7 +280,13 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
     key.write_text("wrong\n")
     samples = [
         *WHOLE[:2],
-        {**WHOLE[2], "conversations": [{"from": "human", "value": "<image> two pieces <image>"}, {"from": "gpt", "value": "x"}]},
+        {
+            **WHOLE[2],
+            "conversations": [
+                {"from": "human", "value": "<image> two pieces <image>"},
+                {"from": "gpt", "value": "x"},
+            ],
+        },
     ]
     words = (
         "eval",
@@ -264,7 +311,10 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == ["2", "2", ""]
     assert "too many pictures" in rows[2]["error"]
     assert (run["model"], run["precision"]) == ("their-model", "the server's")
-    assert all((body["model"], body["temperature"], body["max_tokens"]) == ("their-model", 0, 1024) for body in Server.bodies)
+    assert all(
+        (body["model"], body["temperature"], body["max_tokens"]) == ("their-model", 0, 1024)
+        for body in Server.bodies
+    )
     nobody = llava("eval", "world", "-n", 1, "--url", "http://127.0.0.1:9/v1", "-m", "x")
     assert (nobody.code, nobody.err.count("\n")) == (2, 1)
 
@@ -293,7 +343,9 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (("batch", "none.jsonl", "out.jsonl", "-n", "2"), "one answer"),
     ],
 )  # fmt: skip
-def test_errors_are_one_line(words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_one_line(
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = llava(*words)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
@@ -301,9 +353,11 @@ def test_errors_are_one_line(words: tuple[str, ...], says: str, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_shows_how_many_and_how_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_how_many_and_how_fast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
-    with show.counting("asking") as tell:
+    with terminal.counting("asking") as tell:
         for done in (50, 51, 52, 53):
             tell(done, 100)
             time.sleep(0.15)

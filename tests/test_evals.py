@@ -18,16 +18,17 @@ from PIL import Image
 
 from llava_interleave.cli import evaluate
 from llava_interleave.errors import DataError, LlavaError, PromptError
-from llava_interleave.evals import choices, interleave, published, report, stats, world
+from llava_interleave.evals import interleave, multiple_choice, published, report, stats
 from llava_interleave.evals.run import BEFORE, about, run
 from llava_interleave.evals.task import Example, Messages, Task
-from llava_interleave.journal import Journal, Row, read
-from llava_interleave.processing.chat import Slot, parse
+from llava_interleave.journal import Journal, JsonRow, read
+from llava_interleave.processing.chat_template import MediaPlaceholder, parse
 from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.tokenizer import Tokenizer
 from llava_interleave.processing.video import FrameSampling
-from llava_interleave.world.data import exam, pictures
-from llava_interleave.world.episodes import FRAMES, LEVELS
+from recipes.tiny_world import benchmark
+from recipes.tiny_world.data import exam, pictures
+from recipes.tiny_world.episodes import FRAMES, LEVELS
 
 
 def picture(path: Path, colour: str = "red") -> None:
@@ -35,23 +36,36 @@ def picture(path: Path, colour: str = "red") -> None:
     Image.new("RGB", (60, 40), colour).save(path)
 
 
-def sample(number: int, dataset: str, kind: str, *turns: str, images: int | None = None) -> dict[str, Any]:
+def sample(
+    number: int, dataset: str, kind: str, *turns: str, images: int | None = None
+) -> dict[str, Any]:
     """A sample in the published form: turns are questions and answers in turn."""
-    said = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(turns), turns, strict=False)]
+    said = [
+        {"from": who, "value": text}
+        for who, text in zip(("human", "gpt") * len(turns), turns, strict=False)
+    ]
     count = sum(text.count("<image>") for text in turns) if images is None else images
     return {
         "sample_id": number,
         "conversations": said,
         "image": [f"Split1/{dataset}/{number}-{i}.png" for i in range(count)],
         "choice_list": None,
-        "metadata": {"dataset": dataset, "split": "val", "num_sample": 9, "task_instruction": "", "question_type": kind},
+        "metadata": {
+            "dataset": dataset,
+            "split": "val",
+            "num_sample": 9,
+            "task_instruction": "",
+            "question_type": kind,
+        },
     }
 
 
 def bench(root: Path, samples: Sequence[Any], name: str = "interleave-in") -> Path:
     folder = root / "interleave"
     for one in samples:
-        for file in one["image"] if isinstance(one, dict) and isinstance(one.get("image"), list) else ():
+        for file in (
+            one["image"] if isinstance(one, dict) and isinstance(one.get("image"), list) else ()
+        ):
             picture(folder / file)
     (folder / interleave.FILES[name]).write_text(json.dumps(samples))
     return root
@@ -71,7 +85,10 @@ def said(answers: dict[str, str]) -> Any:
 
     def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
         answer.asked += list(asked)  # type: ignore[attr-defined]
-        texts = ["".join(part.get("text", "<image>") for part in messages[-1]["content"]) for messages in asked]
+        texts = [
+            "".join(part.get("text", "<image>") for part in messages[-1]["content"])
+            for messages in asked
+        ]
         return [answers.get(text, "") for text in texts]
 
     answer.asked = []  # type: ignore[attr-defined]
@@ -89,7 +106,7 @@ ANSWERS = {
 }
 
 
-def rows_of(task: Task, answer: Any, folder: Path, **more: Any) -> list[Row]:
+def rows_of(task: Task, answer: Any, folder: Path, **more: Any) -> list[JsonRow]:
     with Journal(folder / "rows.jsonl", about(task, {})) as journal:
         return run(task, answer, journal, **more)
 
@@ -106,7 +123,10 @@ def test_interleave_bench(tmp_path: Path) -> None:
     last = next(messages for messages in answer.asked if len(messages) == 5)
     assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
     assert [m["content"] for m in last if m["role"] == "assistant"] == ["B", "Answer: B"]
-    assert last[2]["content"][1] == {"type": "image", "path": str(tmp_path / "interleave/Split1/RAVEN/2-1.png")}
+    assert last[2]["content"][1] == {
+        "type": "image",
+        "path": str(tmp_path / "interleave/Split1/RAVEN/2-1.png"),
+    }
     assert {row["id"]: row["score"] for row in rows if row["group"] == "RAVEN"} == {
         "RAVEN/1/1": 1, "RAVEN/2/1": 0, "RAVEN/2/2": 1, "RAVEN/2/3": 0,
     }  # fmt: skip
@@ -124,7 +144,10 @@ def test_the_average_is_the_papers(tmp_path: Path) -> None:
     """The mean of its eight categories: 7B has 58.6 in the paper."""
     figures = interleave.PAPER["interleave-in"]["7B"]
     assert sum(figures[name] for name in interleave.AVERAGE) / 8 == pytest.approx(58.6, abs=0.13)
-    samples = [sample(1, sets[0], "multi-choice", "<image>", "A") for sets in interleave.CATEGORIES.values()]
+    samples = [
+        sample(1, sets[0], "multi-choice", "<image>", "A")
+        for sets in interleave.CATEGORIES.values()
+    ]
     task = interleave.load("interleave-in", bench(tmp_path, samples))
     line = stats.summary(task, rows_of(task, said({"<image>": "a"}), tmp_path))[-1]
     assert (line.name, line.mean, line.asked) == ("average", 1.0, 8)
@@ -136,14 +159,28 @@ def test_as_published_repeats_the_slips(tmp_path: Path) -> None:
     answer = said({**ANSWERS, "<image>!": "two"})
     rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
     last = max(answer.asked, key=len)
-    assert [m["role"] for m in last] == ["system", "user", "assistant", "system", "user", "assistant", "system", "user"]
-    assert rows["RAVEN/3/1"]["score"] == 0  # judged as the first sample of RAVEN is: by the whole text
+    assert [m["role"] for m in last] == [
+        "system",
+        "user",
+        "assistant",
+        "system",
+        "user",
+        "assistant",
+        "system",
+        "user",
+    ]
+    assert (
+        rows["RAVEN/3/1"]["score"] == 0
+    )  # judged as the first sample of RAVEN is: by the whole text
     own = interleave.load("interleave-in", tmp_path)
     assert next(e for e in own.examples if e.id == "RAVEN/3/1").judge("two") == pytest.approx(2 / 3)
 
 
 BROKEN = [
-    (sample(1, "RAVEN", "multi-choice", "<image>", "A", images=2), "1 <image>, but it has 2 pictures"),
+    (
+        sample(1, "RAVEN", "multi-choice", "<image>", "A", images=2),
+        "1 <image>, but it has 2 pictures",
+    ),
     (sample(1, "RAVEN", "multi-choice", "<image>"), "human instead of human and gpt"),
     (sample(1, "RAVEN", "essay", "<image>", "A"), "'essay'"),
     ({"sample_id": 4, "image": [], "metadata": {}}, "lacks 'conversations'"),
@@ -153,7 +190,16 @@ BROKEN = [
 
 
 def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None:
-    bench(tmp_path, [WHOLE[0], *(one for one, _ in BROKEN), WHOLE[4], sample(8, "VIST", "open-ended", "<image>", "x"), WHOLE[2]])
+    bench(
+        tmp_path,
+        [
+            WHOLE[0],
+            *(one for one, _ in BROKEN),
+            WHOLE[4],
+            sample(8, "VIST", "open-ended", "<image>", "x"),
+            WHOLE[2],
+        ],
+    )
     folder = tmp_path / "interleave/Split1"
     (folder / "VIST/8-0.png").unlink()
     (folder / "Spot-the-Diff/2-1.png").write_bytes(b"no picture")
@@ -161,7 +207,9 @@ def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None
     assert [e.id for e in task.examples] == ["RAVEN/1/1", "CLEVR-Change/1/1"]
     assert len(task.faults) == len(BROKEN) + 2
     for fault, wanted in zip(
-        task.faults, [*(w for _, w in BROKEN), "8-0.png is not there", "2-1.png is no picture"], strict=True
+        task.faults,
+        [*(w for _, w in BROKEN), "8-0.png is not there", "2-1.png is no picture"],
+        strict=True,
     ):
         assert wanted in fault
     assert "number 2" in task.faults[0]
@@ -173,7 +221,9 @@ def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_what_to_fetch(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"multi_view_in_domain\.json.*LLaVA-NeXT-Interleave-Bench.*Split1"):
+    with pytest.raises(
+        DataError, match=r"multi_view_in_domain\.json.*LLaVA-NeXT-Interleave-Bench.*Split1"
+    ):
         interleave.load("interleave-views", tmp_path)
     for name in published.TASKS:
         with pytest.raises(DataError, match=f"{name}.*fetch"):
@@ -185,7 +235,10 @@ def test_what_cannot_be_answered_scores_nought(tmp_path: Path) -> None:
     task = interleave.load("interleave-in", bench(tmp_path, WHOLE))
 
     def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
-        return [PromptError("too long") if m[-1]["content"][0].get("text") == "And " else "A" for m in asked]
+        return [
+            PromptError("too long") if m[-1]["content"][0].get("text") == "And " else "A"
+            for m in asked
+        ]
 
     rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
     assert (rows["RAVEN/2/2"]["error"], rows["RAVEN/2/2"]["score"]) == ("too long", 0)
@@ -210,7 +263,9 @@ def counting(count: int) -> Task:
             follows=follows,
         )
 
-    return Task(name="counting", examples=[example(i) for i in range(count)], max_new_tokens=4, data="x")
+    return Task(
+        name="counting", examples=[example(i) for i in range(count)], max_new_tokens=4, data="x"
+    )
 
 
 def kill_and_resume(work: Any, chance: random.Random) -> int:
@@ -268,7 +323,9 @@ def test_a_torn_line_is_taken_off_at_every_place(tmp_path: Path) -> None:
         assert len(answer.asked) == 2 - max(0, whole[:cut].count(b"\n") - 1)
 
 
-@pytest.mark.parametrize("content", [b"notes of mine", b"notes\n", b'{"run": 3}\n', b'{"id": "1"}\n'])
+@pytest.mark.parametrize(
+    "content", [b"notes of mine", b"notes\n", b'{"run": 3}\n', b'{"id": "1"}\n']
+)
 def test_another_file_is_not_touched(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -293,15 +350,21 @@ def test_journals_are_not_mixed(tmp_path: Path) -> None:
 def test_a_changed_question_is_noticed(tmp_path: Path) -> None:
     rows_of(counting(2), said({}), tmp_path)
     changed = counting(2)
-    odd = Example(id="1", group="n", ask=changed.examples[1].ask, question="?", truth="1", judge=lambda _: 0.0)
+    odd = Example(
+        id="1", group="n", ask=changed.examples[1].ask, question="?", truth="1", judge=lambda _: 0.0
+    )
     with pytest.raises(DataError, match="another question"):
-        rows_of(Task(name="counting", examples=[odd], max_new_tokens=4, data="x"), said({}), tmp_path)
+        rows_of(
+            Task(name="counting", examples=[odd], max_new_tokens=4, data="x"), said({}), tmp_path
+        )
 
 
 def test_comparison() -> None:
     """8 better, 2 worse: sign test by hand 2 (1 + 10 + 45) / 1024; the interval has the difference in it."""
     a = [{"id": str(i), "group": "g", "score": float(i < 4)} for i in range(20)]
-    b = [{"id": str(i), "group": "g", "score": float(2 <= i < 12)} for i in range(20)] + [{"id": "x", "group": "g", "score": 1.0}]
+    b = [{"id": str(i), "group": "g", "score": float(2 <= i < 12)} for i in range(20)] + [
+        {"id": "x", "group": "g", "score": 1.0}
+    ]
     (found,) = stats.compare(a, b)
     assert (found.a, found.b, found.pairs, found.better, found.worse) == (0.2, 0.5, 20, 8, 2)
     assert found.p == 2 * 56 / 1024
@@ -316,7 +379,10 @@ def test_bootstrap_intervals_hold() -> None:
     inside = 0
     for seed in range(100):
         draws = np.random.default_rng(seed).random(200) < 0.3
-        rows = [{"id": str(i), "group": "g", "score": float(d), "error": None} for i, d in enumerate(draws)]
+        rows = [
+            {"id": str(i), "group": "g", "score": float(d), "error": None}
+            for i, d in enumerate(draws)
+        ]
         (line,) = stats.summary(Task(name="t", examples=[], max_new_tokens=1), rows)
         inside += line.low <= 0.3 <= line.high
     assert 88 <= inside <= 99
@@ -332,10 +398,15 @@ class Tags(HTMLParser):
 
 
 def test_the_report_is_one_file_with_everything(tmp_path: Path) -> None:
-    bench(tmp_path, [*WHOLE, sample(9, "RAVEN", "multi-choice", "<b>bold</b> <image>", "A"), BROKEN[2][0]])
+    bench(
+        tmp_path,
+        [*WHOLE, sample(9, "RAVEN", "multi-choice", "<b>bold</b> <image>", "A"), BROKEN[2][0]],
+    )
     task = interleave.load("interleave-in", tmp_path)
     rows = rows_of(task, said({**ANSWERS, "<b>bold</b> <image>": "<script>x</script>"}), tmp_path)
-    report.write(tmp_path / "r.html", task, rows, stats.summary(task, rows), about(task, {"model": "m&m"}))
+    report.write(
+        tmp_path / "r.html", task, rows, stats.summary(task, rows), about(task, {"model": "m&m"})
+    )
     page = (tmp_path / "r.html").read_text()
     tags = Tags()
     tags.feed(page)
@@ -343,7 +414,9 @@ def test_the_report_is_one_file_with_everything(tmp_path: Path) -> None:
     images = [attributes["src"] or "" for tag, attributes in tags.found if tag == "img"]
     assert len(images) == 10
     assert all(src.startswith("data:image/jpeg;base64,") for src in images)
-    assert not [a for _, attributes in tags.found for a in attributes if a in ("href", "onload", "onclick")]
+    assert not [
+        a for _, attributes in tags.found for a in attributes if a in ("href", "onload", "onclick")
+    ]
     assert "script" not in {tag for tag, _ in tags.found}
     assert "b" not in {tag for tag, _ in tags.found}
     for shown in ("m&amp;m", "a blue car is gone", "1 broken samples", "48.7", interleave.PIPELINE):
@@ -353,17 +426,23 @@ def test_the_report_is_one_file_with_everything(tmp_path: Path) -> None:
 
 def test_the_world_is_a_task(tmp_path: Path) -> None:
     """The same questions, kinds and score as asking one by one; the report shows videos and views."""
-    truths = {exam(s, i, held_out=False)[2]: exam(s, i, held_out=False)[1].answer for s in ("views", "video") for i in range(3)}
+    truths = {
+        exam(s, i, held_out=False)[2]: exam(s, i, held_out=False)[1].answer
+        for s in ("views", "video")
+        for i in range(3)
+    }
 
     def answer(asked: Sequence[Messages]) -> list[str]:
-        return [truths[m[-1]["content"][-1]["text"]] if i else "no idea" for i, m in enumerate(asked)]
+        return [
+            truths[m[-1]["content"][-1]["text"]] if i else "no idea" for i, m in enumerate(asked)
+        ]
 
-    score = world.evaluate(answer, "views", 3, held_out=False)
+    score = benchmark.evaluate(answer, "views", 3, held_out=False)
     assert (score.right, score.asked) == (2, 3)
     _, question, text = exam("views", 0, held_out=False)
     assert score.wrong == [(0, text, question.answer, "no idea")]
     assert sum(asked for _, asked in score.kinds.values()) == 3
-    task = world.load(1, scenarios=["views", "video"], held_out=False)
+    task = benchmark.load(1, scenarios=["views", "video"], held_out=False)
     rows = rows_of(task, answer, tmp_path)
     report.write(tmp_path / "w.html", task, rows, stats.summary(task, rows), {})
     views = len(exam("views", 0, held_out=False)[0].names)
@@ -371,29 +450,38 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(level: str, tmp_path: Path) -> None:
-    task = world.load(3, scenarios=["video"], held_out=False, level=level)
+def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(
+    level: str, tmp_path: Path
+) -> None:
+    task = benchmark.load(3, scenarios=["video"], held_out=False, level=level)
     assert task.data == f"training wordings, level {level}"
     for number, example in enumerate(task.examples):
         ep, question, text = exam("video", number, held_out=False, level=LEVELS[level])
         assert (example.question, example.truth) == (text, question.answer)
         (asked,) = parse(example.ask(tmp_path), FrameSampling(frames=FRAMES))
         slot = asked.parts[0]
-        assert isinstance(slot, Slot)
+        assert isinstance(slot, MediaPlaceholder)
         assert slot.sampling
         frames = Loader().video(slot.source, slot.sampling).frames
-        for frame, drawn in zip(frames, pictures(ep, world.SIZE), strict=True):
+        for frame, drawn in zip(frames, pictures(ep, benchmark.SIZE), strict=True):
             assert np.abs(np.asarray(frame, float) - np.asarray(drawn, float)).mean() < 6
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
     """In 64 tokens there was none for the order of three events, after what four frames show."""
-    tokenizer = Tokenizer.from_folder(Path(world.__file__).parent.parent / "builtin")
-    told = [exam(s, i, held_out=False, level=LEVELS[level])[1].told for s in ("multi", "video") for i in range(400)]
+    tokenizer = Tokenizer.from_folder(Path(benchmark.__file__).parent.parent / "builtin")
+    told = [
+        exam(s, i, held_out=False, level=LEVELS[level])[1].told
+        for s in ("multi", "video")
+        for i in range(400)
+    ]
     longest = max(told, key=len)
     assert len(longest) > (100 if level == "easy" else 200)
-    assert len(tokenizer.encode(longest)) < world.load(1, scenarios=["video"], held_out=False, level=level).max_new_tokens
+    assert (
+        len(tokenizer.encode(longest))
+        < benchmark.load(1, scenarios=["video"], held_out=False, level=level).max_new_tokens
+    )
 
 
 def pixels(colour: str) -> bytes:
@@ -408,7 +496,9 @@ def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     from pyarrow import parquet as file
 
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    types = dict.fromkeys(("image", "image_1", "image_2", "image_3", "image_4"), image) | {"image_list": pa.list_(image)}
+    types = dict.fromkeys(("image", "image_1", "image_2", "image_3", "image_4"), image) | {
+        "image_list": pa.list_(image)
+    }
     columns = {name: pa.array([row[name] for row in rows], types.get(name)) for name in rows[0]}
     path.parent.mkdir(parents=True, exist_ok=True)
     file.write_table(pa.table(columns), path, row_group_size=1)
@@ -424,7 +514,8 @@ def made(root: Path, name: str) -> None:
     (folder / "json").mkdir(parents=True)
     if name == "nlvr2":
         rows = [
-            {"identifier": f"test1-0-1-{i}", "sentence": "Two dogs.", "label": label} for i, label in enumerate(("True", "False"))
+            {"identifier": f"test1-0-1-{i}", "sentence": "Two dogs.", "label": label}
+            for i, label in enumerate(("True", "False"))
         ]
         (folder / "test1.json").write_text("\n".join(map(json.dumps, rows)))
     elif name == "qbench":
@@ -444,7 +535,11 @@ def made(root: Path, name: str) -> None:
         )
     elif name == "pope":
         for split in ("random", "popular", "adversarial"):
-            row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?"}
+            row = {
+                "question_id": 1,
+                "image": "COCO_val2014_000000310196.jpg",
+                "text": "Is there a snowboard in the image?",
+            }
             rows = [row | {"label": "yes"}, row | {"label": "no", "question_id": 2}]
             (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)))
     elif name == "raven":
@@ -460,14 +555,29 @@ def made(root: Path, name: str) -> None:
             }
             np.savez_compressed(folder / "RAVEN-10000" / kind / "RAVEN_8_test.npz", **about)
     elif name == "scanqa":
-        row = {"scene_id": "scene0011_00", "object_ids": [8], "object_names": ["cabinet"], "question_id": "val-scene0011-0"}
-        rows = [row | {"question": "What is in the corner?", "answers": ["brown cabinet", "cabinet"]}]
+        row = {
+            "scene_id": "scene0011_00",
+            "object_ids": [8],
+            "object_names": ["cabinet"],
+            "question_id": "val-scene0011-0",
+        }
+        rows = [
+            row | {"question": "What is in the corner?", "answers": ["brown cabinet", "cabinet"]}
+        ]
         (folder / "ScanQA_v1.0_val.json").write_text(json.dumps(rows))
         for i in range(40):
             picture(folder / f"scannet_frames_25k/scene0011_00/color/{i * 100:06}.jpg")
     elif name == "blink":
-        row = {"question": "How many?", "sub_task": "Counting", "choices": ["0", "2", "3"], "answer": "(B)", "explanation": ""}
-        row |= {"prompt": "How many dogs are there?\nSelect from the following choices.\n(A) 0\n(B) 2\n(C) 3"}
+        row = {
+            "question": "How many?",
+            "sub_task": "Counting",
+            "choices": ["0", "2", "3"],
+            "answer": "(B)",
+            "explanation": "",
+        }
+        row |= {
+            "prompt": "How many dogs are there?\nSelect from the following choices.\n(A) 0\n(B) 2\n(C) 3"
+        }
         rows = [
             row | {"idx": f"val_Counting_{i}", "image_1": embedded("red"), "image_2": embedded("blue") if i else None}
             | {"image_3": None, "image_4": None} for i in range(2)
@@ -476,30 +586,78 @@ def made(root: Path, name: str) -> None:
         jigsaw = [rows[0] | {"idx": "val_Jigsaw_1", "sub_task": "Jigsaw"}]
         parquet(folder / "Jigsaw/val-00000-of-00001.parquet", jigsaw)
     elif name == "muirbench":
-        row = {"task": "Counting", "image_relation": "Independent", "image_type": "Photography", "counterpart_idx": ""}
-        row |= {"question": "Between <image> and <image>, which has dogs?", "options": ["<image>", "None of them"], "answer": "A"}
+        row = {
+            "task": "Counting",
+            "image_relation": "Independent",
+            "image_type": "Photography",
+            "counterpart_idx": "",
+        }
+        row |= {
+            "question": "Between <image> and <image>, which has dogs?",
+            "options": ["<image>", "None of them"],
+            "answer": "A",
+        }
         for part in range(2):
             images = [embedded(colour) for colour in ("red", "blue", "green")]
-            parquet(folder / f"data/test-0000{part}-of-00002.parquet", [row | {"idx": str(part), "image_list": images}])
+            parquet(
+                folder / f"data/test-0000{part}-of-00002.parquet",
+                [row | {"idx": str(part), "image_list": images}],
+            )
     elif name == "ai2d":
-        row = {"question": "What is E?", "options": ["a worm", "a bird", "a leaf"], "answer": "1", "image": embedded("red")}
+        row = {
+            "question": "What is E?",
+            "options": ["a worm", "a bird", "a leaf"],
+            "answer": "1",
+            "image": embedded("red"),
+        }
         parquet(folder / "data/test-00000-of-00001-2ce340398c113b79.parquet", [row, row])
     elif name == "docvqa":
-        row = {"questionId": "49153", "question": "What is the date?", "question_types": ["form"], "docId": 14465}
-        row |= {"answers": ["8 May 1988", "May 8, 1988"], "image": embedded("red"), "data_split": "val"}
+        row = {
+            "questionId": "49153",
+            "question": "What is the date?",
+            "question_types": ["form"],
+            "docId": 14465,
+        }
+        row |= {
+            "answers": ["8 May 1988", "May 8, 1988"],
+            "image": embedded("red"),
+            "data_split": "val",
+        }
         parquet(folder / "DocVQA/validation-00000-of-00001.parquet", [row])
     elif name == "vqav2":
-        questions = [{"image_id": 262148, "question": "Where is he looking?", "question_id": 262148000}]
+        questions = [
+            {"image_id": 262148, "question": "Where is he looking?", "question_id": 262148000}
+        ]
         people = ["down"] * 6 + ["at table"] * 2 + ["skateboard", "the table."]
-        about = {"question_type": "none of the above", "multiple_choice_answer": "down", "answer_type": "other"}
-        answers = [{"answer": said, "answer_confidence": "yes", "answer_id": i} for i, said in enumerate(people, 1)]
-        (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
+        about = {
+            "question_type": "none of the above",
+            "multiple_choice_answer": "down",
+            "answer_type": "other",
+        }
+        answers = [
+            {"answer": said, "answer_confidence": "yes", "answer_id": i}
+            for i, said in enumerate(people, 1)
+        ]
+        (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(
+            json.dumps({"questions": questions})
+        )
         annotations = [about | {"answers": answers, "image_id": 262148, "question_id": 262148000}]
-        (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
+        (folder / "v2_mscoco_val2014_annotations.json").write_text(
+            json.dumps({"annotations": annotations})
+        )
     else:
-        for task in choices.VIDEOS:
-            row = {"video": "a.mp4", "question": "What next?", "candidates": ["Ran", "Sat", "Fell"], "answer": "Sat"}
-            bound = {"start": 1.0, "end": 2.0} if task in (*choices.BOUND, "episodic_reasoning") else {}
+        for task in multiple_choice.VIDEOS:
+            row = {
+                "video": "a.mp4",
+                "question": "What next?",
+                "candidates": ["Ran", "Sat", "Fell"],
+                "answer": "Sat",
+            }
+            bound = (
+                {"start": 1.0, "end": 2.0}
+                if task in (*multiple_choice.BOUND, "episodic_reasoning")
+                else {}
+            )
             (folder / "json" / f"{task}.json").write_text(json.dumps([row | bound]))
         for i in range(1, 12):
             picture(folder / f"video/tvqa/frames_fps3_hq/a.mp4/{i:05}.jpg")
@@ -551,8 +709,20 @@ def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
     for name in ("muirbench", "raven", "blink"):
         made(tmp_path, name)
     (message,) = published.load("muirbench", tmp_path).examples[1].ask(tmp_path)
-    assert [part["type"] for part in message["content"]] == ["text", "image", "text", "image", "text", "image", "text"]
-    shown = [Image.open(part["path"]).getpixel((0, 0)) for part in message["content"] if part["type"] == "image"]
+    assert [part["type"] for part in message["content"]] == [
+        "text",
+        "image",
+        "text",
+        "image",
+        "text",
+        "image",
+        "text",
+    ]
+    shown = [
+        Image.open(part["path"]).getpixel((0, 0))
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
     assert shown == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
     (message,) = published.load("raven", tmp_path).examples[0].ask(tmp_path)
     panels = [part["path"] for part in message["content"] if part["type"] == "image"]
@@ -565,7 +735,9 @@ def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
 def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     made(tmp_path, "muirbench")
     (tmp_path / "muirbench/data/test-00001-of-00002.parquet").unlink()
-    with pytest.raises(DataError, match=r"of the 2 parts of .*test-\*-of-00002.* some are missing: fetch"):
+    with pytest.raises(
+        DataError, match=r"of the 2 parts of .*test-\*-of-00002.* some are missing: fetch"
+    ):
         published.load("muirbench", tmp_path)
     made(tmp_path, "ai2d")
     path = next((tmp_path / "ai2d/data").iterdir())
@@ -583,10 +755,18 @@ def test_figures(tmp_path: Path) -> None:
     """POPE by hand: 3 yes of which 2 are right, 3 no of which 2 are right in one split; nothing but no in the others."""
     made(tmp_path, "pope")
     (row,) = [{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}]
-    rows = [row | {"question_id": i, "text": str(i), "label": "yes" if i < 3 else "no"} for i in range(6)]
+    rows = [
+        row | {"question_id": i, "text": str(i), "label": "yes" if i < 3 else "no"}
+        for i in range(6)
+    ]
     (tmp_path / "pope/coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)))
     task = published.load("pope", tmp_path)
-    asked = said({f"<image>{i}\n{choices.ONE_WORD}": "Yes" if i in (0, 1, 5) else "No" for i in range(6)})
+    asked = said(
+        {
+            f"<image>{i}\n{multiple_choice.ONE_WORD}": "Yes" if i in (0, 1, 5) else "No"
+            for i in range(6)
+        }
+    )
 
     def answer(batch: Sequence[Messages]) -> list[str | LlavaError]:
         return [one or "No" for one in asked(batch)]
@@ -602,7 +782,12 @@ def test_figures(tmp_path: Path) -> None:
     assert lines["random: recall"].low < 2 / 3 < lines["random: recall"].high
     made(tmp_path, "scanqa")
     task = published.load("scanqa", tmp_path)
-    lines = {line.name: line for line in stats.summary(task, rows_of(task, lambda _: ["a Cabinet."], tmp_path / "scanqa"))}
+    lines = {
+        line.name: line
+        for line in stats.summary(
+            task, rows_of(task, lambda _: ["a Cabinet."], tmp_path / "scanqa")
+        )
+    }
     assert lines["ScanQA"].mean == 0
     assert lines["ScanQA: ROUGE-L"].mean == pytest.approx(2 / 3)
 
@@ -610,7 +795,9 @@ def test_figures(tmp_path: Path) -> None:
 def test_pope_counts_a_no(tmp_path: Path) -> None:
     made(tmp_path, "pope")
     yes, no = published.load("pope", tmp_path).examples[:2]
-    assert [no.judge(s) for s in ("No", "There is no dog.", "no, none", "Yes. But not here.", "None")] == [1, 1, 1, 0, 0]
+    assert [
+        no.judge(s) for s in ("No", "There is no dog.", "no, none", "Yes. But not here.", "None")
+    ] == [1, 1, 1, 0, 0]
     assert yes.judge("Yes, it is.") == 1
 
 
@@ -621,8 +808,14 @@ def test_mvbench_asks_about_a_part(tmp_path: Path) -> None:
     parts = {e.group: e.ask(tmp_path)[0]["content"][0] for e in examples}
     assert (parts["action_sequence"]["start"], parts["action_sequence"]["end"]) == (1.0, 2.0)
     assert "start" not in parts["action_antonym"]
-    assert [Path(f).name for f in parts["episodic_reasoning"]["video"]] == [f"{i:05}.jpg" for i in range(3, 7)]
-    frames = Task(name="mvbench", examples=[e for e in examples if e.group == "episodic_reasoning"], max_new_tokens=1)
+    assert [Path(f).name for f in parts["episodic_reasoning"]["video"]] == [
+        f"{i:05}.jpg" for i in range(3, 7)
+    ]
+    frames = Task(
+        name="mvbench",
+        examples=[e for e in examples if e.group == "episodic_reasoning"],
+        max_new_tokens=1,
+    )
     report.write(tmp_path / "m.html", frames, rows_of(frames, said({}), tmp_path), [], {})
     assert (tmp_path / "m.html").read_text().count("<img") == 4
 

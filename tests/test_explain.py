@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llava_interleave.chatbot import Chatbot, load
-from llava_interleave.chatbot.explain import fold, shares
+from llava_interleave.attribution.attribution import normalize, to_heatmap
+from llava_interleave.chat import Chatbot, load
 from llava_interleave.cli import app
 from llava_interleave.errors import DataError, OptionError, PromptError
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Recorded, arrange
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.model import AttentionRecorder, Llava, arrange_features
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
@@ -36,7 +36,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("files")
     noise = np.random.default_rng(0)
     for name in ("a", "b", "c"):
-        Image.fromarray(noise.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(noise.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(
+            folder / f"{name}.png"
+        )
     return sorted(folder.iterdir())
 
 
@@ -63,10 +65,12 @@ def reference(
     model: Llava, prompt: Prompt, answer: tuple[int, ...], vocab: int, hidden: Sequence[int] = ()
 ) -> tuple[Tensor, Written]:
     """Log-probability of each token of an answer after a prompt, read whole, and the attention that was paid."""
-    spans = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in prompt.media]
+    spans = [(m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in prompt.media]
     attend = Written(hidden)
     x = model.embed(torch.tensor([*prompt.tokens, *answer]), spans)
-    logits = model.logits(model(x, torch.arange(len(x)), attend))[len(prompt) - 1 : -1, :vocab].clone()
+    logits = model.logits(model(x, torch.arange(len(x)), attend))[
+        len(prompt) - 1 : -1, :vocab
+    ].clone()
     if model.config.image_token_id < vocab:
         logits[:, model.config.image_token_id] = -torch.inf
     return logits.log_softmax(-1)[torch.arange(len(answer)), list(answer)], attend
@@ -76,7 +80,7 @@ def reference(
 def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups: int) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(11, heads, 8), torch.randn(11, groups, 8), torch.randn(11, groups, 8)
-    recorded, written = Recorded(11, 7, [2]), Written()
+    recorded, written = AttentionRecorder(11, 7, [2]), Written()
     assert torch.allclose(recorded(2, q, k, v), written(2, q, k, v), atol=1e-6)
     recorded(1, q, k, v)
     assert set(recorded.kept) == {2}
@@ -105,7 +109,13 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
     masses = [rows[m.start : m.start + m.layout.length] for m in prompt.media]
     total = float(sum(mass.sum() for mass in masses))
     for look, media, mass, file in zip(told.images, prompt.media, masses, files, strict=True):
-        without, _ = reference(bot.model, prompt, answer.tokens, vocab, range(media.start, media.start + media.layout.length))
+        without, _ = reference(
+            bot.model,
+            prompt,
+            answer.tokens,
+            vocab,
+            range(media.start, media.start + media.layout.length),
+        )
         assert look.change == pytest.approx(float((whole - without).sum()), abs=1e-4)
         assert abs(look.change) > 1e-3
         assert look.attention == pytest.approx(float(mass.sum()) / total, abs=1e-5)
@@ -115,7 +125,11 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
     assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
     assert sum(look.attention for look in told.images) == pytest.approx(1)
     assert sum(float(look.heat.sum()) for look in told.images) == pytest.approx(1, abs=1e-5)
-    assert (told.question, told.answer, told.layers) == ("First … then … and … ?", answer.text, (0, 2))
+    assert (told.question, told.answer, told.layers) == (
+        "First … then … and … ?",
+        answer.text,
+        (0, 2),
+    )
     assert dataclasses.asdict(told)["images"][1]["change"] == told.images[1].change
 
 
@@ -149,12 +163,14 @@ def test_images_that_cannot_influence_have_no_change(tmp_path: Path, files: list
 
 
 def test_shares() -> None:
-    assert shares([3.0, -5.0, 1.0]) == [0.75, 0.0, 0.25]
-    assert shares([0.0, -1.0]) == [0.5, 0.5]
-    assert shares([0.0]) == [1.0]
+    assert normalize([3.0, -5.0, 1.0]) == [0.75, 0.0, 0.25]
+    assert normalize([0.0, -1.0]) == [0.5, 0.5]
+    assert normalize([0.0]) == [1.0]
 
 
-def test_views_videos_and_tiles(bot: Chatbot, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_videos_and_tiles(
+    bot: Chatbot, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A view is an image with its name, a video one look with a map a frame, tiles lie on the whole image. All is read once."""
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 90, 3), dtype=np.uint8))
     views = {"type": "views", "views": {"front": str(files[0]), "left": str(files[1])}}
@@ -164,24 +180,40 @@ def test_views_videos_and_tiles(bot: Chatbot, files: list[Path], monkeypatch: py
     read: list[str] = []
     for name in ("image", "video", "image_size", "video_times"):
         real = getattr(bot.processor.loader, name)
-        monkeypatch.setattr(bot.processor.loader, name, lambda *a, real=real, name=name: read.append(name) or real(*a))
+        monkeypatch.setattr(
+            bot.processor.loader,
+            name,
+            lambda *a, real=real, name=name: read.append(name) or real(*a),
+        )
     bot.prompt(turn, **options)
     once = sorted(read)
     told = bot.explain(turn, answer, **options)
     assert sorted(read) == sorted(once * 2)
     assert [look.name for look in told.images] == [part.name for part in estimate.parts[1:]]
     assert [look.heat.shape for look in told.images] == [(1, 4, 4), (1, 4, 4), (3, 4, 4), (1, 4, 4)]
-    assert [look.pictures.shape for look in told.images] == [(1, 30, 30, 3), (1, 30, 30, 3), (3, 30, 30, 3), (1, 30, 30, 3)]
-    assert [look.name.split(":")[0] for look in told.images] == ["view front", "view left", "video 3", "image 4"]
+    assert [look.pictures.shape for look in told.images] == [
+        (1, 30, 30, 3),
+        (1, 30, 30, 3),
+        (3, 30, 30, 3),
+        (1, 30, 30, 3),
+    ]
+    assert [look.name.split(":")[0] for look in told.images] == [
+        "view front",
+        "view left",
+        "video 3",
+        "image 4",
+    ]
     for look in told.images:
         assert float(look.heat.sum()) == pytest.approx(look.attention, abs=1e-5)
 
 
 def test_tiles_are_folded_to_the_place_they_show() -> None:
     """A window of 2 x 6 features over a whole image of 3 x 3: the middle row has none, its neighbours two columns each."""
-    layout = Layout(3, 1 + 1 * 2, (1, 2), (0, 0, 2, 6))
+    layout = ImageTokenLayout(3, 1 + 1 * 2, (1, 2), (0, 0, 2, 6))
     weights = torch.cat([torch.zeros(9), torch.arange(12.0)])
-    assert fold(weights, layout).tolist() == [[[1.0, 5.0, 9.0], [0.0, 0.0, 0.0], [13.0, 17.0, 21.0]]]
+    assert to_heatmap(weights, layout).tolist() == [
+        [[1.0, 5.0, 9.0], [0.0, 0.0, 0.0], [13.0, 17.0, 21.0]]
+    ]
 
 
 def test_what_has_no_explanation(bot: Chatbot, files: list[Path]) -> None:
@@ -190,7 +222,9 @@ def test_what_has_no_explanation(bot: Chatbot, files: list[Path]) -> None:
     with pytest.raises(PromptError, match="tokens of text and no image"):
         bot.explain(text, bot.chat(text, max_new_tokens=2))
     other = len(bot.prompt(turn, system=""))
-    with pytest.raises(PromptError, match=f"prompt of {answer.usage.prompt} tokens, but .* make {other}"):
+    with pytest.raises(
+        PromptError, match=f"prompt of {answer.usage.prompt} tokens, but .* make {other}"
+    ):
         bot.explain(turn, answer, system="")
     with pytest.raises(PromptError, match="no tokens"):
         bot.explain(turn, "")
@@ -230,7 +264,10 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
     odd.write_bytes(files[0].read_bytes())
     attached = [word for file in (*files, odd) for word in ("-a", str(file))]
     words = ["ask", "-m", str(tiny), *attached, "What <i> is it?", "--max-new-tokens", "5", *how]
-    plain, done = CliRunner().invoke(app, words), CliRunner().invoke(app, [*words, "--explain", str(out)])
+    plain, done = (
+        CliRunner().invoke(app, words),
+        CliRunner().invoke(app, [*words, "--explain", str(out)]),
+    )
     assert done.exit_code == 0, done.exception
     assert how == ["--json"] or done.output == plain.output
     page = Page()
@@ -238,7 +275,10 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
     assert not {"script", "link", "b", "i"} & set(page.tags)
     assert page.maps == 4
     assert len(page.sources) == 8
-    assert all(source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in page.sources)
+    assert all(
+        source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
+        for source in page.sources
+    )
     assert all(page.text.count(str(file)) == 2 for file in (*files, odd))
     assert "What <i> is it?" in page.text
     assert page.text.count("nats") == 5
@@ -246,7 +286,9 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
 
 def test_the_command_refuses_what_has_no_page(tmp_path: Path, files: list[Path]) -> None:
     for words in (["Hm?"], ["Hm?", "-a", str(files[0]), "-n", "2"]):
-        done = CliRunner().invoke(app, ["ask", "-m", "./nowhere", *words, "--explain", str(tmp_path / "out.html")])
+        done = CliRunner().invoke(
+            app, ["ask", "-m", "./nowhere", *words, "--explain", str(tmp_path / "out.html")]
+        )
         assert isinstance(done.exception, OptionError)
         assert "--explain" in str(done.exception)
     assert not (tmp_path / "out.html").exists()

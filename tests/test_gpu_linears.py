@@ -12,17 +12,32 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llava_interleave import weights
-from llava_interleave.chatbot import load
+from llava_interleave import checkpoints
+from llava_interleave.chat import load
+from llava_interleave.checkpoints.adapters import read_adapter
 from llava_interleave.errors import OptionError, Unsupported
-from llava_interleave.model import Llava, Packed, gpu
-from llava_interleave.model.gpu import Float8Linear, NF4Linear, TiledLinear, float8, untiled
-from llava_interleave.model.lora import Lora, attach
-from llava_interleave.model.quantise import RECIPES, FewBits, QuantisedLinear, pack, quantised, unpack, unpack_parts
+from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.quantization import cuda
+from llava_interleave.quantization.cuda import (
+    Float8Linear,
+    Int4PackedLinear,
+    NF4Linear,
+    float8,
+    untiled,
+)
+from llava_interleave.quantization.linear import (
+    RECIPES,
+    QuantizedLinear,
+    QuantizedLinearBase,
+    pack,
+    quantised,
+    unpack,
+    unpack_parts,
+)
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import run
 from llava_interleave.train.recipe import FEW_BITS, Recipe
-from llava_interleave.weights.adapters import read_adapter
 
 BF16 = torch.bfloat16
 
@@ -33,7 +48,9 @@ def places() -> list[tuple[int, int, int, int, int]]:
     found = []
     for lane in range(32):
         for word in range(4):
-            v = [word * 16 + lane % 4 + offset for offset in (0, 4, 8, 12)]  # bytes of two neighbours, the first in the high half
+            v = [
+                word * 16 + lane % 4 + offset for offset in (0, 4, 8, 12)
+            ]  # bytes of two neighbours, the first in the high half
             order = [2 * byte for byte in v] + [2 * byte + 1 for byte in v]
             found += [(lane, word, half, lane // 4, k) for half, k in enumerate(order)]
     return found
@@ -42,7 +59,13 @@ def places() -> list[tuple[int, int, int, int, int]]:
 def packed(pairs: Tensor, inner: int) -> Tensor:
     """`_convert_weight_to_int4pack` on a card."""
     assert pairs.dtype == torch.uint8 and inner == 8
-    q = torch.stack([pairs >> 4, pairs & 15], -1).flatten(1).long().unflatten(1, (-1, 128)).unflatten(0, (-1, 8))
+    q = (
+        torch.stack([pairs >> 4, pairs & 15], -1)
+        .flatten(1)
+        .long()
+        .unflatten(1, (-1, 128))
+        .unflatten(0, (-1, 8))
+    )
     words = torch.zeros(q.shape[0], q.shape[2], 32, 4, dtype=torch.int64)
     for lane, word, half, n, k in places():
         words[:, :, lane, word] |= q[:, n, :, k] << 4 * half
@@ -60,7 +83,11 @@ def product(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
     """`_weight_int4pack_mm` on a card, with what it asks of its arguments."""
     assert x.dtype == scale.dtype == BF16 and tiles.dtype == torch.int32 and group in (32, 128)
     assert x.dim() == 2 and x.is_contiguous() and tiles.is_contiguous() and scale.is_contiguous()
-    assert tiles.shape[1:] == (x.shape[1] // 128, 32, 4) and scale.shape == (x.shape[1] // group, len(tiles) * 8, 2)
+    assert tiles.shape[1:] == (x.shape[1] // 128, 32, 4) and scale.shape == (
+        x.shape[1] // group,
+        len(tiles) * 8,
+        2,
+    )
     factor, more = (part.t().float().repeat_interleave(group, 1) for part in scale.unbind(-1))
     w = ((numbers(tiles).float() - 8) * factor + more).to(BF16)
     return (x.float() @ w.float().t()).to(BF16)
@@ -75,18 +102,22 @@ def on_cpu(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the operators of a card were here."""
-    monkeypatch.setattr(gpu, "_pack", packed)
-    monkeypatch.setattr(gpu, "_product", product)
+    monkeypatch.setattr(cuda, "_pack", packed)
+    monkeypatch.setattr(cuda, "_product", product)
 
 
-def made(features: int, out: int, bits: int, *, bias: bool = True, exact: bool = False) -> QuantisedLinear:
+def made(
+    features: int, out: int, bits: int, *, bias: bool = True, exact: bool = False
+) -> QuantizedLinear:
     torch.manual_seed(0)
-    module = QuantisedLinear(features, out, bits, bias=bias)
+    module = QuantizedLinear(features, out, bits, bias=bias)
     module.weight, module.scale = pack(torch.randn(out, features) / 8, bits)
     if exact:  # numbers that bfloat16 holds, and sums of few bits
         module.scale = torch.full_like(module.scale, 2.0**-7)
         if bits == 4:
-            module.weight[..., :64] = torch.where(module.weight[..., :64] & 1 == 0, 2 + 16 * 7, 4 + 16 * 8)
+            module.weight[..., :64] = torch.where(
+                module.weight[..., :64] & 1 == 0, 2 + 16 * 7, 4 + 16 * 8
+            )
     if module.bias is not None:
         module.bias.data = torch.randn(out).to(BF16)
     return module
@@ -98,46 +129,65 @@ SHAPES = [(128, 16), (200, 33), (64, 8), (4304 // 16, 40)]
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("features", "out"), SHAPES)
-def test_the_numbers_of_a_cpu_in_a_cards_order(bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "BLOCK", 16)  # several blocks of outputs
+def test_the_numbers_of_a_cpu_in_a_cards_order(
+    bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "BLOCK", 16)  # several blocks of outputs
     exact = made(features, out, bits, exact=True)
-    assert torch.equal(TiledLinear(exact).unpacked(), exact.unpacked())
+    assert torch.equal(Int4PackedLinear(exact).unpacked(), exact.unpacked())
     module = made(features, out, bits)
-    tiled = TiledLinear(module)
-    q, factor, beside = unpack(module.weight, bits).float(), module.scale.transpose(1, 2).flatten(0, 1).float(), 128
+    tiled = Int4PackedLinear(module)
+    q, factor, beside = (
+        unpack(module.weight, bits).float(),
+        module.scale.transpose(1, 2).flatten(0, 1).float(),
+        128,
+    )
     if bits == 4:
         _, step, nought = unpack_parts(module.weight)
-        q, factor, beside = q - nought.repeat_interleave(32, 1), factor.repeat_interleave(4, 1) * step, 32
+        q, factor, beside = (
+            q - nought.repeat_interleave(32, 1),
+            factor.repeat_interleave(4, 1) * step,
+            32,
+        )
     else:
         q -= 128
-    right = (q.unflatten(1, (-1, beside)) * factor[..., None].to(BF16).float()).flatten(1).to(BF16).float()
+    right = (
+        (q.unflatten(1, (-1, beside)) * factor[..., None].to(BF16).float())
+        .flatten(1)
+        .to(BF16)
+        .float()
+    )
     assert torch.equal(tiled.unpacked(), right[:out, :features])
     assert torch.equal(untiled(tiled.weight), numbers(tiled.weight))
     shape = torch.ops.aten._convert_weight_to_int4pack(
         torch.empty(len(q), tiled.weight.shape[1] * 64, dtype=torch.uint8, device="meta"), 8
     )
     assert tiled.weight.shape == shape.shape
-    assert sum(value.nbytes for value in tiled.buffers()) == gpu.tiled_bytes(module)
+    assert sum(value.nbytes for value in tiled.buffers()) == cuda.packed_bytes(module)
 
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("operator", [product, on_cpu])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("features", "out"), SHAPES)
-def test_products(bits: int, features: int, out: int, operator: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(
+    bits: int, features: int, out: int, operator: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything, else within its rounding."""
-    monkeypatch.setattr(gpu, "_product", operator)
-    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(cuda, "_product", operator)
+    monkeypatch.setattr(cuda, "BLOCK", 16)
     exact, module = made(features, out, bits, bias=False, exact=True), made(features, out, bits)
-    for rows in (1, 5, gpu.FEW, gpu.FEW + 1):
+    for rows in (1, 5, cuda.MAX_TINYGEMM_ROWS, cuda.MAX_TINYGEMM_ROWS + 1):
         x = torch.zeros(rows, features, dtype=BF16)
         x[torch.arange(rows), torch.arange(rows) * 7 % features] = 1
-        assert torch.equal(TiledLinear(exact)(x).float(), linear(x.float(), exact.unpacked()))
+        assert torch.equal(Int4PackedLinear(exact)(x).float(), linear(x.float(), exact.unpacked()))
         x = torch.randn(rows, features).to(BF16)
-        right = linear(x.float(), module.unpacked(), None if module.bias is None else module.bias.float())
-        assert float((TiledLinear(module)(x).float() - right).norm() / right.norm()) < 0.006
+        right = linear(
+            x.float(), module.unpacked(), None if module.bias is None else module.bias.float()
+        )
+        assert float((Int4PackedLinear(module)(x).float() - right).norm() / right.norm()) < 0.006
     x = torch.randn(2, 3, features).to(BF16)
-    assert TiledLinear(module)(x).shape == (2, 3, out)
+    assert Int4PackedLinear(module)(x).shape == (2, 3, out)
 
 
 def test_elsewhere_the_weight_is_unpacked() -> None:
@@ -156,7 +206,7 @@ def test_elsewhere_the_weight_is_unpacked() -> None:
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("kind", ["tiled", "fp8"])
 def test_gradients_go_through(kind: str) -> None:
-    module: FewBits = TiledLinear(made(64, 24, 4))
+    module: QuantizedLinearBase = Int4PackedLinear(made(64, 24, 4))
     if kind == "fp8":
         module = float8_linear(64, 24)
     x = torch.randn(5, 64, dtype=BF16, requires_grad=True)
@@ -182,9 +232,13 @@ def test_float8_rounds_to_four_bits() -> None:
     x[3] = 0
     x[4] = torch.linspace(-1e-38, 1e-38, 300)
     q, scale = float8(x)
-    assert q.dtype == torch.float8_e4m3fn and scale.shape == (50, 1) and scale.dtype == torch.float32
+    assert (
+        q.dtype == torch.float8_e4m3fn and scale.shape == (50, 1) and scale.dtype == torch.float32
+    )
     back = q.float() * scale
-    assert torch.equal(q.float()[:3].abs().amax(1), torch.full((3,), 448.0)) and torch.equal(back[3], x[3])
+    assert torch.equal(q.float()[:3].abs().amax(1), torch.full((3,), 448.0)) and torch.equal(
+        back[3], x[3]
+    )
     step = torch.maximum(x.abs() / 16, scale * 2**-10) * 1.0001
     assert bool(((back - x).abs() <= step).all())
 
@@ -198,8 +252,12 @@ def test_float8_products(features: int, out: int) -> None:
         x = torch.randn(shape).to(BF16)
         q, scale = float8(x.reshape(-1, features))
         assert module.bias is not None
-        right = linear(q.float() * scale, module.unpacked(), module.bias.float()).view(*shape[:-1], out)
-        torch.testing.assert_close(module(x).float(), right, rtol=0.01, atol=0.01 * float(right.abs().max()))
+        right = linear(q.float() * scale, module.unpacked(), module.bias.float()).view(
+            *shape[:-1], out
+        )
+        torch.testing.assert_close(
+            module(x).float(), right, rtol=0.01, atol=0.01 * float(right.abs().max())
+        )
 
 
 @pytest.fixture
@@ -222,15 +280,30 @@ def nf4_linear(features: int, out: int) -> tuple[NF4Linear, Tensor]:
 @pytest.mark.usefixtures("bitsandbytes")
 def test_nf4_is_the_papers() -> None:
     """The nearest of 16 numbers by the largest of 64; the numbers are of appendix E of arXiv 2305.14314."""
-    code = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635])
-    code = torch.cat([code, torch.tensor([-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534])])
-    code = torch.cat([code, torch.tensor([0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434])])
+    code = torch.tensor(
+        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    )
+    code = torch.cat(
+        [code, torch.tensor([-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534])]
+    )
+    code = torch.cat(
+        [
+            code,
+            torch.tensor(
+                [0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434]
+            ),
+        ]
+    )
     code = torch.cat([code, torch.tensor([0.5626170039176941, 0.7229568362236023, 1.0])])
     module, rows = nf4_linear(96, 40)
-    blocks = torch.nn.functional.pad(rows.float(), (0, 32)).view(-1, 64)  # no block is of two outputs
+    blocks = torch.nn.functional.pad(rows.float(), (0, 32)).view(
+        -1, 64
+    )  # no block is of two outputs
     largest = blocks.abs().amax(1, keepdim=True)
     nearest = code[(blocks[..., None] / largest[..., None] - code).abs().argmin(-1)] * largest
-    torch.testing.assert_close(module.unpacked(), nearest.view(40, 128)[:, :96], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        module.unpacked(), nearest.view(40, 128)[:, :96], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.usefixtures("bitsandbytes")
@@ -240,7 +313,9 @@ def test_nf4_products() -> None:
         x = torch.randn(shape).to(BF16)
         assert module.bias is not None
         right = linear(x.float(), module.unpacked(), module.bias.float())
-        torch.testing.assert_close(module(x).float(), right, rtol=0.02, atol=0.02 * float(right.abs().max()))
+        torch.testing.assert_close(
+            module(x).float(), right, rtol=0.02, atol=0.02 * float(right.abs().max())
+        )
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +328,7 @@ def logits(network: Llava) -> Tensor:
     with torch.inference_mode():
         pixels = torch.linspace(-1, 1, 3 * 30 * 30).view(1, 3, 30, 30).to(BF16)
         x = network.embed(ids, [(3, network.encode(pixels)[0])])
-        return network.logits(network(x, torch.arange(40), Packed([40]))).float()
+        return network.logits(network(x, torch.arange(40), PackedAttention([40]))).float()
 
 
 @pytest.mark.usefixtures("card")
@@ -261,45 +336,59 @@ def logits(network: Llava) -> Tensor:
 def test_a_network_is_put_in_order_as_it_is_loaded(
     precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = weights.load(folder, precision=precision)
+    network = checkpoints.load(folder, precision=precision)
     for module in network.modules():
-        if isinstance(module, QuantisedLinear):  # as on a card, where inputs are not rounded
-            monkeypatch.setattr(module, "product", lambda x, m=module: linear(x, m.unpacked().to(x.dtype), m.bias))
+        if isinstance(module, QuantizedLinear):  # as on a card, where inputs are not rounded
+            monkeypatch.setattr(
+                module, "product", lambda x, m=module: linear(x, m.unpacked().to(x.dtype), m.bias)
+            )
     right = logits(network)
-    monkeypatch.setattr(gpu, "why_not", lambda *_: None)
-    tiled = weights.load(folder, precision=precision)
-    assert {type(m) for m in tiled.modules() if isinstance(m, FewBits)} == {TiledLinear} and quantised(tiled) == precision
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    tiled = checkpoints.load(folder, precision=precision)
+    assert {type(m) for m in tiled.modules() if isinstance(m, QuantizedLinearBase)} == {
+        Int4PackedLinear
+    } and quantised(tiled) == precision
     assert float((logits(tiled) - right).norm() / right.norm()) < 0.02
-    counted = weights.size(tiled.config, BF16, precision, "cuda")
+    counted = checkpoints.size(tiled.config, BF16, precision, "cuda")
     assert counted == sum(value.nbytes for value in (*tiled.parameters(), *tiled.buffers()))
     with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
-        weights.save(tiled, tmp_path / "out", processor_from=folder)
+        checkpoints.save(tiled, tmp_path / "out", processor_from=folder)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
-def test_floats_become_few_bits_as_they_are_read(precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floats_become_few_bits_as_they_are_read(
+    precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All linears but the output head; what is loaded is what `pack` makes of the floats, and the whole chatbot runs on it."""
     if precision == "nf4":
         pytest.importorskip("bitsandbytes")
-    floats = weights.load(folder)
-    monkeypatch.setattr(gpu, "check", lambda *_: None)
+    floats = checkpoints.load(folder)
+    monkeypatch.setattr(cuda, "check", lambda *_: None)
     bot = load(folder, precision=precision, device="cpu")
-    model, kinds = weights.load(folder, precision=precision), gpu.FLOATS[precision]
+    model, kinds = checkpoints.load(folder, precision=precision), cuda.FLOATS[precision]
     few = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    assert few.keys() == {name for name, m in floats.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    assert few.keys() == {
+        name for name, m in floats.named_modules() if isinstance(m, torch.nn.Linear)
+    } - {"lm_head"}
     for name, module in few.items():
         weight, scale = module.pack(floats.get_submodule(name).weight)
-        assert torch.equal(module.weight.view(torch.uint8), weight.view(torch.uint8)) and torch.equal(module.scale, scale), name
+        assert torch.equal(
+            module.weight.view(torch.uint8), weight.view(torch.uint8)
+        ) and torch.equal(module.scale, scale), name
     right = logits(floats)
     assert float((logits(model) - right).norm() / right.norm()) < 0.3
-    assert weights.size(model.config, BF16, precision) == sum(v.nbytes for v in (*model.parameters(), *model.buffers()))
+    assert checkpoints.size(model.config, BF16, precision) == sum(
+        v.nbytes for v in (*model.parameters(), *model.buffers())
+    )
     assert bot.ask("Hm?", max_new_tokens=3).tokens
     assert bot.info()["precision"] == precision
     with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
-        weights.save(model, folder.parent / precision, processor_from=folder)
+        checkpoints.save(model, folder.parent / precision, processor_from=folder)
 
 
-WHOLE = Lora(rank=3, dropout=0.0, targets=("language_model.*", "vision_tower.*", "multi_modal_projector.*"))
+WHOLE = LoraConfig(
+    rank=3, dropout=0.0, targets=("language_model.*", "vision_tower.*", "multi_modal_projector.*")
+)
 
 
 @pytest.fixture(params=["fp8", "nf4"])
@@ -307,15 +396,15 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """As if this were a device that has it."""
     if request.param == "nf4":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(gpu, "check", lambda *_: None)
+    monkeypatch.setattr(cuda, "check", lambda *_: None)
     return str(request.param)
 
 
 def counted_as(few: Llava, folder: Path) -> Llava:
     """A network of floats whose weights are those that the linears of another count as."""
-    whole = weights.load(folder)
+    whole = checkpoints.load(folder)
     for name, module in few.named_modules():
-        if isinstance(module, FewBits):
+        if isinstance(module, QuantizedLinearBase):
             old = whole.get_submodule(name)
             assert isinstance(old, torch.nn.Linear)
             old.weight = torch.nn.Parameter(module.unpacked(), requires_grad=False)
@@ -323,9 +412,11 @@ def counted_as(few: Llava, folder: Path) -> Llava:
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_gradients_of_an_adapter_are_those_beside_floats(precision: str, bfloat16: bool, tmp_path: Path) -> None:
+def test_gradients_of_an_adapter_are_those_beside_floats(
+    precision: str, bfloat16: bool, tmp_path: Path
+) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
-    few, found = weights.load(folder, precision=precision), []
+    few, found = checkpoints.load(folder, precision=precision), []
     for network in (counted_as(few, folder), few):
         adapter = attach(network.train(), WHOLE, 1)
         for part in adapter.parts.values():
@@ -333,76 +424,127 @@ def test_gradients_of_an_adapter_are_those_beside_floats(precision: str, bfloat1
         with torch.autocast("cpu", BF16, enabled=bfloat16):
             pixels = torch.linspace(-1, 1, 3 * 30 * 30).view(1, 3, 30, 30)
             x = network.embed(torch.arange(40), [(3, network.encode(pixels)[0])])
-            said = network.logits(network.forward(x, torch.arange(40), Packed([40])))
+            said = network.logits(network.forward(x, torch.arange(40), PackedAttention([40])))
             torch.nn.functional.cross_entropy(said[:-1].float(), torch.arange(1, 40)).backward()
-        found.append({f"{name} {kind}": p.grad for name, part in adapter.parts.items() for kind, p in part.named_parameters()})
+        found.append(
+            {
+                f"{name} {kind}": p.grad
+                for name, part in adapter.parts.items()
+                for kind, p in part.named_parameters()
+            }
+        )
     sure, ours = found
-    assert len(ours) == 2 * len([m for m in few.modules() if isinstance(m, FewBits)])
+    assert len(ours) == 2 * len([m for m in few.modules() if isinstance(m, QuantizedLinearBase)])
     for name, grad in ours.items():
         assert grad is not None and float(grad.norm()) > 0, name
-        assert float((grad - sure[name]).norm() / sure[name].norm()) < (0.05 if bfloat16 else 1e-4), name
+        assert float((grad - sure[name]).norm() / sure[name].norm()) < (
+            0.05 if bfloat16 else 1e-4
+        ), name
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(precision: str, bfloat16: bool, tmp_path: Path) -> None:
+def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(
+    precision: str, bfloat16: bool, tmp_path: Path
+) -> None:
     """From a checkpoint of floats; its adapter goes with that. What is measured is what few bits answer."""
     folder, floats = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "floats"
-    weights.save(counted_as(weights.load(folder, precision=precision), folder), floats, processor_from=folder)
+    checkpoints.save(
+        counted_as(checkpoints.load(folder, precision=precision), folder),
+        floats,
+        processor_from=folder,
+    )
     rows = []
     for number in range(8):
-        Image.frombytes("RGB", (50, 40), Random(number).randbytes(6000)).save(tmp_path / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Noise, number {number}."}]
+        Image.frombytes("RGB", (50, 40), Random(number).randbytes(6000)).save(
+            tmp_path / f"{number}.png"
+        )
+        turns = [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": f"Noise, number {number}."},
+        ]
         rows.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
     (tmp_path / "some.json").write_text(json.dumps(rows))
-    given = Recipe(source=tmp_path / "some.json", steps=4, lr=0.01, workers=0, held_out=0.3, tokens=300, bfloat16=bfloat16)
+    given = Recipe(
+        source=tmp_path / "some.json",
+        steps=4,
+        lr=0.01,
+        workers=0,
+        held_out=0.3,
+        tokens=300,
+        bfloat16=bfloat16,
+    )
     given = given.but({"adapter.rank": 2, "adapter.dropout": 0.0, "device": "cpu"})
     told = []
-    for name, how in {"few": {"model": str(folder), "precision": precision}, "floats": {"model": str(floats)}}.items():
+    for name, how in {
+        "few": {"model": str(folder), "precision": precision},
+        "floats": {"model": str(floats)},
+    }.items():
         done = run.run(given.but(how), tmp_path / name, say=lambda _: None)
-        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
         losses = [line["held_out"]["loss"] for line in lines if "held_out" in line]
-        told.append((losses, read_adapter(done, weights.load(folder))))
+        told.append((losses, read_adapter(done, checkpoints.load(folder))))
     (losses, ours), (sure, others) = told
     assert losses[-1] < losses[0] and losses == pytest.approx(sure, rel=0.02)
     for name, part in ours.parts.items():
-        apart = float((part.product() - others.parts[name].product()).norm() / others.parts[name].product().norm())
+        apart = float(
+            (part.product() - others.parts[name].product()).norm()
+            / others.parts[name].product().norm()
+        )
         assert apart < (0.2 if bfloat16 else 1e-3), name
 
 
 def test_what_few_bits_cannot_be_trained_beside(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     given = Recipe(source=tmp_path / "none.json", steps=1, device="cpu").but({"adapter.rank": 2})
-    weights.save(weights.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder)
+    checkpoints.save(
+        checkpoints.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder
+    )
     with pytest.raises(Unsupported, match="no nf4 here: it is there on CUDA GPUs only"):
         run.run(given.but({"model": str(folder), "precision": "nf4"}), tmp_path / "out")
-    with pytest.raises(OptionError, match="holds int8 weights: leave out precision int4, or name the checkpoint"):
+    with pytest.raises(
+        OptionError, match="holds int8 weights: leave out precision int4, or name the checkpoint"
+    ):
         run.run(given.but({"model": str(tmp_path / "int8"), "precision": "int4"}), tmp_path / "out")
-    with pytest.raises(OptionError, match="precision nf4 is for weights beside an adapter: train one"):
+    with pytest.raises(
+        OptionError, match="precision nf4 is for weights beside an adapter: train one"
+    ):
         given.but({"precision": "nf4", "adapter": None})
     with pytest.raises(OptionError, match="unknown precision 'nf5'; did you mean 'nf4'"):
         given.but({"precision": "nf5"})
-    assert set(FEW_BITS) == {*RECIPES, *gpu.FLOATS}
+    assert set(FEW_BITS) == {*RECIPES, *cuda.FLOATS}
 
 
 def test_what_devices_have(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old Card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    gpu.check("int4", cpu)
-    gpu.check("int4", cuda)
-    for precision in gpu.FLOATS:
+    cuda.check("int4", cpu)
+    cuda.check("int4", cuda)
+    for precision in cuda.FLOATS:
         with pytest.raises(
-            Unsupported, match=f"no {precision} here: it is there on CUDA GPUs only, and this is cpu; a CPU has int8"
+            Unsupported,
+            match=f"no {precision} here: it is there on CUDA GPUs only, and this is cpu; a CPU has int8",
         ):
-            gpu.check(precision, cpu)
-    with pytest.raises(Unsupported, match=r"Old Card has compute capability 7.5, and 8.9 is needed; take int8 or int4"):
-        gpu.check("fp8", cuda)
-    assert gpu.why_not(cuda, BF16) == "Old Card has compute capability 7.5, and 8.0 is needed"
+            cuda.check(precision, cpu)
+    with pytest.raises(
+        Unsupported,
+        match=r"Old Card has compute capability 7.5, and 8.9 is needed; take int8 or int4",
+    ):
+        cuda.check("fp8", cuda)
+    assert (
+        cuda.unavailable_reason(cuda, BF16)
+        == "Old Card has compute capability 7.5, and 8.0 is needed"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    gpu.check("fp8", cuda)
-    assert gpu.why_not(cuda, BF16) is None
-    assert gpu.why_not(cuda, torch.float32) == "it takes bfloat16, and this network computes in float32"
-    assert "NVIDIA only" in str(gpu.why_not(cpu, BF16))
+    cuda.check("fp8", cuda)
+    assert cuda.unavailable_reason(cuda, BF16) is None
+    assert (
+        cuda.unavailable_reason(cuda, torch.float32)
+        == "it takes bfloat16, and this network computes in float32"
+    )
+    assert "NVIDIA only" in str(cuda.unavailable_reason(cpu, BF16))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(Unsupported, match="pip install bitsandbytes, or take int4"):
-        gpu.check("nf4", cuda)
+        cuda.check("nf4", cuda)

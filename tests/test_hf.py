@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from llava_interleave import hf, weights
+from llava_interleave import checkpoints, hf
 from llava_interleave.errors import LlavaError, OptionError, PromptError, Unsupported
 from llava_interleave.model import Llava
 from llava_interleave.testing import tiny_checkpoint
@@ -37,12 +37,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> tuple[hf.LlavaForConditionalGeneration, hf.AutoProcessor]:
-    return hf.LlavaForConditionalGeneration.from_pretrained(folder), hf.AutoProcessor.from_pretrained(folder)
+    return hf.LlavaForConditionalGeneration.from_pretrained(
+        folder
+    ), hf.AutoProcessor.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> tuple[Any, Any]:
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
     # Ids without a meaning are never written here; transformers has to be told.
     size = transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>")
     model.generation_config.suppress_tokens = list(range(size, model.config.text_config.vocab_size))
@@ -61,30 +65,58 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 def test_the_cards_transformers_snippet(ours: Any, theirs: Any, pictures: list[Path]) -> None:
-    conversation = [{"role": "user", "content": [{"type": "text", "text": "What are these?"}, {"type": "image"}]}]
+    conversation = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "What are these?"}, {"type": "image"}],
+        }
+    ]
     outputs = []
     for model, processor in (ours, theirs):
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
         raw_image = Image.open(pictures[0])
-        inputs = processor(images=raw_image, text=prompt, return_tensors="pt").to("cpu", torch.float32)
+        inputs = processor(images=raw_image, text=prompt, return_tensors="pt").to(
+            "cpu", torch.float32
+        )
         output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-        outputs.append((prompt, inputs, output, processor.decode(output[0][2:], skip_special_tokens=True)))
+        outputs.append(
+            (prompt, inputs, output, processor.decode(output[0][2:], skip_special_tokens=True))
+        )
     (prompt, inputs, output, text), (their_prompt, their_inputs, their_output, their_text) = outputs
-    assert prompt == their_prompt == "<|im_start|>user\n<image>\nWhat are these?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        prompt
+        == their_prompt
+        == "<|im_start|>user\n<image>\nWhat are these?<|im_end|>\n<|im_start|>assistant\n"
+    )
     same(inputs, their_inputs)
     assert inputs.input_ids is inputs["input_ids"]
     assert torch.equal(output, their_output)
     assert text == their_text
 
 
-def test_a_tokenised_chat_loads_its_images(ours: Any, theirs: Any, pictures: list[Path], site: str) -> None:
+def test_a_tokenised_chat_loads_its_images(
+    ours: Any, theirs: Any, pictures: list[Path], site: str
+) -> None:
     """By path and object, in several turns; a URL of this machine is refused as everywhere."""
     named = chat(str(pictures[0]), text="This?")
     named[0]["content"][1] = {"type": "image", "path": str(pictures[0])}
-    named += [{"role": "assistant", "content": [{"type": "text", "text": "Red."}]}, *chat(Image.open(pictures[2]), text="And?")]
-    opened = [named[0] | {"content": chat(Image.open(pictures[0]), text="This?")[0]["content"]}, *named[1:]]
-    flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    same(ours[1].apply_chat_template(named, **flags), theirs[1].apply_chat_template(opened, **flags))
+    named += [
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+        *chat(Image.open(pictures[2]), text="And?"),
+    ]
+    opened = [
+        named[0] | {"content": chat(Image.open(pictures[0]), text="This?")[0]["content"]},
+        *named[1:],
+    ]
+    flags = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
+    same(
+        ours[1].apply_chat_template(named, **flags), theirs[1].apply_chat_template(opened, **flags)
+    )
     given = [{"type": "text", "text": "What differs?"}, {"type": "image", "url": f"{site}/red.png"}]
     with pytest.raises(LlavaError, match="127"):
         ours[1].apply_chat_template([{"role": "user", "content": given}], **flags)
@@ -135,8 +167,16 @@ def processor_text(question: str, images: int) -> str:
 
 
 def test_several_conversations(ours: Any, theirs: Any, pictures: list[Path]) -> None:
-    chats = [chat(Image.open(pictures[0])), chat(Image.open(pictures[1]), Image.open(pictures[2]), text="Hm?")]
-    flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    chats = [
+        chat(Image.open(pictures[0])),
+        chat(Image.open(pictures[1]), Image.open(pictures[2]), text="Hm?"),
+    ]
+    flags = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
     same(
         ours[1].apply_chat_template(chats, **flags, padding=True, padding_side="left"),
         theirs[1].apply_chat_template(chats, **flags, padding=True, padding_side="left"),
@@ -201,25 +241,42 @@ def test_several_texts_are_answered_each_alone(pipes: Any) -> None:
     """Also with the marks between turns shown, where they are asked for."""
     texts = [processor_text("Hm?", 0), "Hello there"]
     made = pipes[0](text=texts, max_new_tokens=8, skip_special_tokens=False)
-    records_equal(made, [pipes[0](text=text, max_new_tokens=8, skip_special_tokens=False) for text in texts])
-    records_equal(pipes[0](text=texts, max_new_tokens=8), [pipes[1](text=text, max_new_tokens=8) for text in texts])
+    records_equal(
+        made, [pipes[0](text=text, max_new_tokens=8, skip_special_tokens=False) for text in texts]
+    )
+    records_equal(
+        pipes[0](text=texts, max_new_tokens=8),
+        [pipes[1](text=text, max_new_tokens=8) for text in texts],
+    )
 
 
 def test_an_answer_begun_as_a_plain_text_goes_on(pipes: Any) -> None:
     """As one begun in parts; transformers has no answer for it."""
     asked = {"role": "user", "content": "Hm?"}
-    plain, parts = ([asked, {"role": "assistant", "content": begun}] for begun in ("It", [{"type": "text", "text": "It"}]))
+    plain, parts = (
+        [asked, {"role": "assistant", "content": begun}]
+        for begun in ("It", [{"type": "text", "text": "It"}])
+    )
     (of_plain,), (of_parts,) = (pipes[0](text=begun, max_new_tokens=8) for begun in (plain, parts))
-    assert of_plain["generated_text"][-1]["content"] == of_parts["generated_text"][-1]["content"][0]["text"]
+    assert (
+        of_plain["generated_text"][-1]["content"]
+        == of_parts["generated_text"][-1]["content"][0]["text"]
+    )
 
 
 def test_an_image_part_under_each_of_its_names(ours: Any, pictures: list[Path]) -> None:
     embedded = base64.b64encode(pictures[0].read_bytes()).decode()
     named = [{"type": "image", key: str(pictures[0])} for key in ("image", "path", "url")]
-    named += [{"type": "image_url", "image_url": url} for url in (f"data:image/png;base64,{embedded}", {"url": str(pictures[0])})]
+    named += [
+        {"type": "image_url", "image_url": url}
+        for url in (f"data:image/png;base64,{embedded}", {"url": str(pictures[0])})
+    ]
     named += [{"type": "image", "base64": embedded}]
     flags = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    made = [ours[1].apply_chat_template([{"role": "user", "content": [part]}], **flags) for part in named]
+    made = [
+        ours[1].apply_chat_template([{"role": "user", "content": [part]}], **flags)
+        for part in named
+    ]
     for one in made[1:]:
         same(one, made[0])
     with pytest.raises(PromptError, match="needs 'image'"):
@@ -231,17 +288,25 @@ def test_sampling_is_repeatable_from_torchs_seed(ours: Any) -> None:
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(ours[0].generate(**inputs, do_sample=True, temperature=50.0, top_k=0, num_return_sequences=3))
+        drawn.append(
+            ours[0].generate(
+                **inputs, do_sample=True, temperature=50.0, top_k=0, num_return_sequences=3
+            )
+        )
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert drawn[0].shape[0] == 3
 
 
 def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
-    model = hf.LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float16, low_cpu_mem_usage=True)
+    model = hf.LlavaForConditionalGeneration.from_pretrained(
+        folder, torch_dtype=torch.float16, low_cpu_mem_usage=True
+    )
     assert model.dtype == torch.float16
     assert model.to("cpu", torch.bfloat16).dtype == torch.bfloat16
-    inputs = ours[1](images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt").to("cpu", torch.bfloat16)
+    inputs = ours[1](
+        images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt"
+    ).to("cpu", torch.bfloat16)
     assert inputs["pixel_values"].dtype == torch.bfloat16
     assert inputs["input_ids"].dtype == torch.int64
     assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
@@ -250,7 +315,7 @@ def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
 def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card's GPU lines, as far as a machine without one can follow them: what is asked of the loader and of the network."""
     asked: list[dict[str, Any]] = []
-    read = weights.load
+    read = checkpoints.load
 
     def load(folder: Path, **how: Any) -> Llava:
         asked.append(how)
@@ -258,7 +323,7 @@ def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(weights, "load", load)
+    monkeypatch.setattr(checkpoints, "load", load)
     of = hf.LlavaForConditionalGeneration.from_pretrained
     half = {"torch_dtype": torch.float16, "low_cpu_mem_usage": True}
     model = of(folder, **half, use_flash_attention_2=True)
@@ -275,23 +340,32 @@ def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     moved: list[dict[str, Any]] = []
     monkeypatch.setattr(model.model, "to", lambda **how: moved.append(how))
     assert model.to(0) is model.to("cuda:0", torch.float16) is model
-    assert moved == [{"device": "cuda:0", "dtype": None}, {"device": "cuda:0", "dtype": torch.float16}]
+    assert moved == [
+        {"device": "cuda:0", "dtype": None},
+        {"device": "cuda:0", "dtype": torch.float16},
+    ]
     with pytest.raises(OptionError, match="computes in 16 bits: pass torch_dtype"):
         of(folder, use_flash_attention_2=True)
     with pytest.raises(Unsupported, match=r"LLM.int8\(\), is not offered; load_in_4bit is"):
         of(folder, load_in_8bit=True)
-    with pytest.raises(OptionError, match="quantization_config is not read: load_in_4bit=True is NF4"):
+    with pytest.raises(
+        OptionError, match="quantization_config is not read: load_in_4bit=True is NF4"
+    ):
         of(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(Unsupported, match="there is no cuda:2: this machine has 2"):
         model.to(2)
 
 
 def test_weights_of_few_bits_stay_where_they_are(folder: Path, tmp_path: Path) -> None:
-    weights.save(weights.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder)
+    checkpoints.save(
+        checkpoints.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder
+    )
     model = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "int8")
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
     assert model.to("cpu").to(torch.float32) is model
-    with pytest.raises(OptionError, match=r"int8 weights stay on cpu beside torch\.float32: pass device_map"):
+    with pytest.raises(
+        OptionError, match=r"int8 weights stay on cpu beside torch\.float32: pass device_map"
+    ):
         model.to(torch.bfloat16)
 
 
@@ -332,4 +406,6 @@ def test_mistakes(ours: Any, folder: Path, pictures: list[Path]) -> None:
     with pytest.raises(Unsupported, match="image-text-to-text"):
         hf.pipeline("text-generation", model=folder)
     with pytest.raises(Unsupported, match="video"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "url": "x"}]}], tokenize=True)
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "video", "url": "x"}]}], tokenize=True
+        )

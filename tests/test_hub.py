@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_interleave.checkpoints import load, resolve
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.weights import load, resolve
 
 NAME = "someone/tiny-llava"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -68,8 +68,20 @@ class Hub:
             names = [str(p.relative_to(self.folders[commit])) for p in files]
             if found[1] == "/tree":
                 rows = zip(names, files, strict=True)
-                return said([{"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)} for n, p in rows])
-            return said({"id": NAME, "modelId": NAME, "sha": commit, "siblings": [{"rfilename": n} for n in names]})
+                return said(
+                    [
+                        {"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)}
+                        for n, p in rows
+                    ]
+                )
+            return said(
+                {
+                    "id": NAME,
+                    "modelId": NAME,
+                    "sha": commit,
+                    "siblings": [{"rfilename": n} for n in names],
+                }
+            )
         if found := re.fullmatch(rf"/{NAME}/resolve/([^/]+)/(.+)", path):
             file = self.folders[found[1]] / found[2]
             return 200, {"X-Repo-Commit": found[1], "ETag": f'"{etag(file)}"'}, file.read_bytes()
@@ -87,7 +99,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         "v1": tiny_checkpoint(tmp_path / "v1", seed=1),
     }
     for folder in folders.values():
-        for surplus in ("pytorch_model.bin", "modeling_evil.py", "training_args.pt", "README.md", "onnx/config.json"):
+        for surplus in (
+            "pytorch_model.bin",
+            "modeling_evil.py",
+            "training_args.pt",
+            "README.md",
+            "onnx/config.json",
+        ):
             (folder / surplus).parent.mkdir(exist_ok=True)
             (folder / surplus).write_text("not wanted")
     hub = Hub(folders)
@@ -99,13 +117,17 @@ def test_by_name_and_revision(hub: Hub, tmp_path: Path) -> None:
     for revision, folder in [(None, "main"), ("v1", "v1"), (COMMITS["main"], "main")]:
         fetched = resolve(NAME, revision, endpoint=hub.url, cache=tmp_path / "cache")
         assert torch.equal(load(fetched).lm_head.weight, load(tmp_path / folder).lm_head.weight)
-        assert (fetched / "tokenizer.json").read_bytes() == (tmp_path / folder / "tokenizer.json").read_bytes()
+        assert (fetched / "tokenizer.json").read_bytes() == (
+            tmp_path / folder / "tokenizer.json"
+        ).read_bytes()
 
 
 def test_code_and_pickles_are_never_fetched(hub: Hub, tmp_path: Path) -> None:
     fetched = resolve(NAME, endpoint=hub.url, cache=tmp_path / "cache")
     assert {path.suffix for path in fetched.rglob("*")} == {".json", ".safetensors"}
-    assert not any(word in request for request in hub.requests for word in (".bin", ".py", ".pt", "onnx"))
+    assert not any(
+        word in request for request in hub.requests for word in (".bin", ".py", ".pt", "onnx")
+    )
 
 
 def test_settings_come_without_weights_and_weights_later(hub: Hub, tmp_path: Path) -> None:
@@ -126,7 +148,9 @@ def test_second_time_comes_from_the_cache(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"the hub has no someone/else that you may see.*hf auth login"):
+    with pytest.raises(
+        CheckpointError, match=r"the hub has no someone/else that you may see.*hf auth login"
+    ):
         resolve("someone/else", endpoint=hub.url, cache=tmp_path / "cache")
     with pytest.raises(CheckpointError, match="no revision 'v9'"):
         resolve(NAME, "v9", endpoint=hub.url, cache=tmp_path / "cache")
@@ -151,7 +175,17 @@ def test_local_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["no-such-folder", "/no/such/folder", "../a/b", "a/b/c", "a/../../b", "https://x.y/z", "a/b\n", ""]
+    "name",
+    [
+        "no-such-folder",
+        "/no/such/folder",
+        "../a/b",
+        "a/b/c",
+        "a/../../b",
+        "https://x.y/z",
+        "a/b\n",
+        "",
+    ],
 )
 def test_no_folder_and_no_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path with a typing error must not be asked for on the hub."""

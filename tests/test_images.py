@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava_interleave.errors import CheckpointError, MediaError
-from llava_interleave.layout import Layout, anyres
+from llava_interleave.image_layout import ImageTokenLayout, anyres
 from llava_interleave.processing import Loader
 from llava_interleave.processing.images import ImageSettings, from_array, to_rgb
 
@@ -24,7 +24,7 @@ def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Im
 
 
 def pixels(settings: ImageSettings, image: Image.Image) -> torch.Tensor:
-    return settings.pixels([settings.fit(image)], Layout(1))[0]
+    return settings.pixels([settings.fit(image)], ImageTokenLayout(1))[0]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (384, 384), (37, 900), (1, 1), (1500, 700)])
@@ -32,7 +32,9 @@ def pixels(settings: ImageSettings, image: Image.Image) -> torch.Tensor:
     ImageSettings(384),
     ImageSettings(56, (0.48, 0.45, 0.4), (0.26, 0.27, 0.28), 1 / 127.5, Image.Resampling.BILINEAR),
 ])  # fmt: skip
-def test_rgb_pixels_equal_transformers_bit_for_bit(size: tuple[int, int], settings: ImageSettings) -> None:
+def test_rgb_pixels_equal_transformers_bit_for_bit(
+    size: tuple[int, int], settings: ImageSettings
+) -> None:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     theirs = SiglipImageProcessorPil(
@@ -53,17 +55,28 @@ def test_every_byte_normalises_as_in_transformers() -> None:
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    theirs = SiglipImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    assert torch.equal(pixels(ImageSettings(16), ramp), theirs(ramp, return_tensors="pt")["pixel_values"])
+    theirs = SiglipImageProcessorPil(
+        size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    assert torch.equal(
+        pixels(ImageSettings(16), ramp), theirs(ramp, return_tensors="pt")["pixel_values"]
+    )
 
 
 def png_16bit_grey(values: list[int]) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     rows = b"\0" + struct.pack(f">{len(values)}H", *values)
     header = struct.pack(">IIBBBBB", len(values), 1, 16, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -93,16 +106,26 @@ def test_transparency_is_composed_on_white() -> None:
 
 def test_sixteen_bits_are_scaled_not_cut() -> None:
     """Pillow's convert("RGB") clips 16-bit grey at 255: nearly every such picture came out white."""
-    assert colours(png_16bit_grey([0, 128, 129, 32768, 65535])) == [(v, v, v) for v in (0, 0, 1, 128, 255)]
-    assert colours(Image.fromarray(np.array([[65535, 257]], np.int32)))[:2] == [(255, 255, 255), (1, 1, 1)]
+    assert colours(png_16bit_grey([0, 128, 129, 32768, 65535])) == [
+        (v, v, v) for v in (0, 0, 1, 128, 255)
+    ]
+    assert colours(Image.fromarray(np.array([[65535, 257]], np.int32)))[:2] == [
+        (255, 255, 255),
+        (1, 1, 1),
+    ]
 
 
 def test_other_modes_go_through_pillow() -> None:
     for mode in ("1", "L", "CMYK", "YCbCr", "HSV"):
         image = noise(5, 4).convert(mode)
-        assert colours(image) == [tuple(row) for row in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()]
+        assert colours(image) == [
+            tuple(row) for row in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()
+        ]
     cmyk = saved(noise(8, 8).convert("CMYK"), "JPEG")
-    assert colours(cmyk) == [tuple(r) for r in np.asarray(Image.open(BytesIO(cmyk)).convert("RGB")).reshape(-1, 3).tolist()]
+    assert colours(cmyk) == [
+        tuple(r)
+        for r in np.asarray(Image.open(BytesIO(cmyk)).convert("RGB")).reshape(-1, 3).tolist()
+    ]
     for mode in ("F", "LAB"):
         with pytest.raises(MediaError, match=f"mode {mode}"):
             to_rgb(Image.new(mode, (2, 2)))
@@ -169,16 +192,16 @@ def test_anyres_tiles_of_the_original() -> None:
 def test_keys_differ_where_features_differ() -> None:
     """A key without size or mode let one user's cached features answer for another's picture (CVE-2025-46722)."""
     settings, image = ImageSettings(8), noise(8, 8)
-    key = settings.pixels([image], Layout(2))[1]
-    assert key == ImageSettings(8).pixels([image.copy()], Layout(2))[1]
+    key = settings.pixels([image], ImageTokenLayout(2))[1]
+    assert key == ImageSettings(8).pixels([image.copy()], ImageTokenLayout(2))[1]
     changed = image.copy()
     changed.putpixel((0, 0), tuple(255 - v for v in image.getpixel((0, 0))))  # type: ignore[union-attr]
     others = [
-        settings.pixels([changed], Layout(2))[1],
-        settings.pixels([image], Layout(1))[1],
-        settings.pixels([image, image], Layout(2, 2))[1],
-        ImageSettings(8, mean=(0.4, 0.5, 0.5)).pixels([image], Layout(2))[1],
-        ImageSettings(4).pixels([noise(4, 4)] * 4, Layout(2, 4))[1],
+        settings.pixels([changed], ImageTokenLayout(2))[1],
+        settings.pixels([image], ImageTokenLayout(1))[1],
+        settings.pixels([image, image], ImageTokenLayout(2, 2))[1],
+        ImageSettings(8, mean=(0.4, 0.5, 0.5)).pixels([image], ImageTokenLayout(2))[1],
+        ImageSettings(4).pixels([noise(4, 4)] * 4, ImageTokenLayout(2, 4))[1],
     ]
     assert len({key, *others}) == 6
 

@@ -12,16 +12,20 @@ from torch import Tensor
 
 from llava_interleave import kernels
 from llava_interleave.config import TextConfig
-from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import Slabs, Span, eight_bits
-from llava_interleave.model.quantise import QuantisedLinear, pack
+from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, quantize_kv
+from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
+from llava_interleave.quantization.linear import QuantizedLinear, pack
 
 BF16, F32 = torch.bfloat16, torch.float32
-needs_kernels = pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}")
+needs_kernels = pytest.mark.skipif(
+    kernels.unavailable_reason() is not None, reason=f"no kernels: {kernels.unavailable_reason()}"
+)
 
 
-def quantised(features: int, out: int, bits: int, dtype: torch.dtype, *, bias: bool = True) -> QuantisedLinear:
-    made = QuantisedLinear(features, out, bits, bias=bias)
+def quantised(
+    features: int, out: int, bits: int, dtype: torch.dtype, *, bias: bool = True
+) -> QuantizedLinear:
+    made = QuantizedLinear(features, out, bits, bias=bias)
     made.weight, made.scale = pack(torch.randn(out, features) * torch.rand(out, 1), bits)
     if made.bias is not None:
         made.bias = torch.nn.Parameter(torch.randn(out).to(dtype), requires_grad=False)
@@ -43,13 +47,20 @@ def quantised(features: int, out: int, bits: int, dtype: torch.dtype, *, bias: b
         (250, 288, 31, False),
     ],
 )
-def test_linear_is_the_plain_product(tokens: int, features: int, out: int, bias: bool, bits: int, dtype: torch.dtype) -> None:
+def test_linear_is_the_plain_product(
+    tokens: int, features: int, out: int, bias: bool, bits: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    module, x = quantised(features, out, bits, dtype, bias=bias), torch.randn(tokens, features).to(dtype)
+    module, x = (
+        quantised(features, out, bits, dtype, bias=bias),
+        torch.randn(tokens, features).to(dtype),
+    )
     x[0, :5] *= 30  # groups of unlike size
     ours, plain = module(x), module.plain(x)
     assert ours.dtype == dtype and ours.shape == (tokens, out)
-    torch.testing.assert_close(ours, plain, rtol=1e-5 if dtype == F32 else 8e-3, atol=1e-5 * float(plain.abs().max()))
+    torch.testing.assert_close(
+        ours, plain, rtol=1e-5 if dtype == F32 else 8e-3, atol=1e-5 * float(plain.abs().max())
+    )
 
 
 @needs_kernels
@@ -57,7 +68,7 @@ def test_linear_is_the_plain_product(tokens: int, features: int, out: int, bias:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_largest_numbers_do_not_overflow(bits: int) -> None:
     """Pairs of products are summed in 16 bits on AVX2, where 255 * 127 * 2 would not fit."""
-    module = QuantisedLinear(256, 16, bits, bias=False)
+    module = QuantizedLinear(256, 16, bits, bias=False)
     for sign in (1, -1):
         module.weight, module.scale = pack(torch.full((16, 256), 3.0 * sign), bits)
         x = torch.full((2, 256), 5.0)
@@ -138,7 +149,13 @@ def memory(heads: int, d: int, capacity: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "capacity", "at"),
-    [(1, 1, 16, 1, 0), (4, 2, 16, 40, 15), (4, 2, 80, 40, 16), (8, 8, 128, 100, 99), (6, 1, 64, 777, 700)],
+    [
+        (1, 1, 16, 1, 0),
+        (4, 2, 16, 40, 15),
+        (4, 2, 80, 40, 16),
+        (8, 8, 128, 100, 99),
+        (6, 1, 64, 777, 700),
+    ],
 )
 def test_attention_of_one_token(heads: int, kv_heads: int, d: int, capacity: int, at: int) -> None:
     torch.manual_seed(1)
@@ -147,14 +164,22 @@ def test_attention_of_one_token(heads: int, kv_heads: int, d: int, capacity: int
     right_keys, right_values = keys.clone(), values.clone()
     right_keys[:, :, at], right_values[:, at] = k[0], v[0]
     out = kernels.attend(q, k, v, keys, values, at)
-    assert torch.equal(keys, right_keys) and torch.equal(values, right_values)  # and nothing else was written
+    assert torch.equal(keys, right_keys) and torch.equal(
+        values, right_values
+    )  # and nothing else was written
     scores = q[0].double().view(kv_heads, -1, d) @ keys.double()[:, :, : at + 1] * d**-0.5
     right = (scores.softmax(-1) @ values.double()[:, : at + 1]).view(1, heads, d)
-    torch.testing.assert_close(out.double(), right, rtol=5e-3, atol=2**-9 * float(values[:, : at + 1].abs().max()))
+    torch.testing.assert_close(
+        out.double(), right, rtol=5e-3, atol=2**-9 * float(values[:, : at + 1].abs().max())
+    )
 
 
-def memory_in_8_bits(heads: int, d: int, capacity: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    (keys, by_key), (values, by_value) = (eight_bits(torch.randn(capacity, heads, d)) for _ in range(2))
+def memory_in_8_bits(
+    heads: int, d: int, capacity: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    (keys, by_key), (values, by_value) = (
+        quantize_kv(torch.randn(capacity, heads, d)) for _ in range(2)
+    )
     scales = by_key.t().contiguous(), by_value.t().contiguous()
     return keys.permute(1, 2, 0).contiguous(), values.transpose(0, 1).contiguous(), scales
 
@@ -172,18 +197,26 @@ def test_attention_in_8_bits(heads: int, kv_heads: int, d: int, capacity: int, a
     q, k, v = (torch.randn(2, n, d).to(BF16) * 2 for n in (heads, kv_heads, kv_heads))
     k[0, 0] = 0
     right = keys.clone(), values.clone(), scales[0].clone(), scales[1].clone()
-    (new_keys, by_key), (new_values, by_value) = eight_bits(k), eight_bits(v)
-    right[0][:, :, at : at + 2], right[1][:, at : at + 2] = new_keys.permute(1, 2, 0), new_values.transpose(0, 1)
+    (new_keys, by_key), (new_values, by_value) = quantize_kv(k), quantize_kv(v)
+    right[0][:, :, at : at + 2], right[1][:, at : at + 2] = (
+        new_keys.permute(1, 2, 0),
+        new_values.transpose(0, 1),
+    )
     right[2][:, at : at + 2], right[3][:, at : at + 2] = by_key.t(), by_value.t()
     out = kernels.attend(q, k, v, keys, values, at, scales)
     for ours, expected in zip((keys, values, *scales), right, strict=True):
         assert torch.equal(ours, expected)
     for token in range(2):
         stop = at + token + 1
-        wide = (keys.double() * scales[0][:, None])[..., :stop], (values.double() * scales[1][..., None])[:, :stop]
+        wide = (
+            (keys.double() * scales[0][:, None])[..., :stop],
+            (values.double() * scales[1][..., None])[:, :stop],
+        )
         scores = q[token].double().view(kv_heads, -1, d) @ wide[0] * d**-0.5
         right_seen = (scores.softmax(-1) @ wide[1]).view(heads, d)
-        torch.testing.assert_close(out[token].double(), right_seen, rtol=5e-3, atol=2**-9 * float(wide[1].abs().max()))
+        torch.testing.assert_close(
+            out[token].double(), right_seen, rtol=5e-3, atol=2**-9 * float(wide[1].abs().max())
+        )
 
 
 @needs_kernels
@@ -194,10 +227,19 @@ def test_attention_of_several_tokens_is_that_of_each_alone(in_8_bits: bool) -> N
     torch.manual_seed(1)
     made = memory_in_8_bits(2, 48, 90) if in_8_bits else (*memory(2, 48, 90), None)
     q, k, v = (torch.randn(9, n, 48).to(BF16) for n in (6, 2, 2))
-    copy = [tuple(map(Tensor.clone, one)) if isinstance(one, tuple) else one if one is None else one.clone() for one in made]
+    copy = [
+        tuple(map(Tensor.clone, one))
+        if isinstance(one, tuple)
+        else one
+        if one is None
+        else one.clone()
+        for one in made
+    ]
     together = kernels.attend(q, k, v, *made[:2], 70, made[2])
     for token in range(9):
-        alone = kernels.attend(*(x[token : token + 1] for x in (q, k, v)), *copy[:2], 70 + token, copy[2])
+        alone = kernels.attend(
+            *(x[token : token + 1] for x in (q, k, v)), *copy[:2], 70 + token, copy[2]
+        )
         assert torch.equal(alone[0], together[token])
     assert torch.equal(copy[0], made[0]) and torch.equal(copy[1], made[1])
 
@@ -218,7 +260,7 @@ def test_the_engines_memory_uses_it_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
 
     def step() -> Tensor:
         torch.manual_seed(2)
-        slabs, kv = Slabs(c, BF16, torch.device("cpu")), KV(Keys.of([]))
+        slabs, kv = ContiguousKVCache(c, BF16, torch.device("cpu")), SequenceKV(CacheKey.of([]))
         kv.capacity = 32
         slabs.prepare(kv)
         q, k, v = (torch.randn(20, n, 16).to(BF16) for n in (4, 2, 2))
@@ -243,14 +285,16 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], str |
     def ask() -> str | None:
         kernels._library.cache_clear()
         try:
-            return kernels.why_not()
+            return kernels.unavailable_reason()
         finally:
             kernels._library.cache_clear()
 
     return ask
 
 
-def test_without_a_compiler_pytorch_computes(fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_pytorch_computes(
+    fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, x = quantised(64, 24, 4, F32), torch.randn(5, 64)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "no C++ compiler" in str(fresh())
@@ -259,7 +303,9 @@ def test_without_a_compiler_pytorch_computes(fresh: Callable[[], str | None], mo
     assert torch.equal(module(x), module.plain(x))
 
 
-def test_reasons(fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reasons(
+    fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with monkeypatch.context() as m:
         m.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": False})
         assert fresh() == "this CPU has neither AVX-512 VNNI nor AVX2"
@@ -358,16 +404,39 @@ int main() {
 
 
 @needs_kernels
-@pytest.mark.parametrize("flags", [kernels._AVX2, kernels._AVX512, kernels._BFLOAT16], ids=["AVX2", "AVX-512", "BF16"])
+@pytest.mark.parametrize(
+    "flags", [kernels._AVX2, kernels._AVX512, kernels._BFLOAT16], ids=["AVX2", "AVX-512", "BF16"]
+)
 def test_nothing_is_read_or_written_beyond_its_end(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
     if len(kernels.instructions()) < len(flags):
         pytest.skip("not on this CPU")
     (tmp_path / "harness.cpp").write_text(HARNESS)
-    sanitise = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan", "-fno-sanitize=alignment"]
-    command = ["g++", "-std=c++17", "-O1", "-g", *flags, *sanitise, f"-I{kernels.SOURCE.parent}", "-o", "harness", "harness.cpp"]
-    if shutil.which("g++") is None or subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+    sanitise = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-static-libasan",
+        "-fno-sanitize=alignment",
+    ]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        *flags,
+        *sanitise,
+        f"-I{kernels.SOURCE.parent}",
+        "-o",
+        "harness",
+        "harness.cpp",
+    ]
+    if (
+        shutil.which("g++") is None
+        or subprocess.run(command, cwd=tmp_path, capture_output=True).returncode
+    ):
         pytest.skip("this compiler has no sanitizers")
-    leaks = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # the harness frees little, and the kernels hold nothing
+    leaks = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=0"
+    }  # the harness frees little, and the kernels hold nothing
     done = subprocess.run(["./harness"], cwd=tmp_path, capture_output=True, text=True, env=leaks)
     assert (done.returncode, done.stderr) == (0, "")

@@ -14,7 +14,7 @@ from PIL import Image
 from test_server import listening
 
 from llava_interleave import load
-from llava_interleave.chatbot import locate
+from llava_interleave.chat import locate
 
 PROGRAM = os.environ.get("LMMS_EVAL") or shutil.which("lmms-eval")
 TASK = """task: colours
@@ -40,7 +40,9 @@ def results(doc, said):
 """
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="lmms-eval is not installed; LMMS_EVAL names its program")
+@pytest.mark.skipif(
+    PROGRAM is None, reason="lmms-eval is not installed; LMMS_EVAL names its program"
+)
 def test_lmms_eval_gets_our_answers(tmp_path: Path) -> None:
     """Eight questions with one to three pictures, four at once: what it scores as right is what the chatbot says alone."""
     bot, rows = load(), []
@@ -55,13 +57,37 @@ def test_lmms_eval_gets_our_answers(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "colours.yaml").write_text(TASK.format(data=tmp_path / "rows.json"))
     (tmp_path / "task" / "code.py").write_text(CODE)
-    own = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "OPENAI_API_BASE": ""}
+    own = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OPENAI_API_KEY": "none",
+        "OPENAI_API_BASE": "",
+    }
     with listening(locate(None, None)) as server:
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
         arguments = f"base_url={url},api_key=none,model_version={locate(None, None).name},num_concurrent=4,timeout=60"
-        command = [str(PROGRAM), "eval", "--model", "openai", "--model_args", arguments, "--tasks", "colours", "--log_samples"]
-        more = ["--include_path", str(tmp_path / "task"), "--output_path", str(tmp_path / "out"), "--batch_size", "4"]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, env=os.environ | own, timeout=900)
+        command = [
+            str(PROGRAM),
+            "eval",
+            "--model",
+            "openai",
+            "--model_args",
+            arguments,
+            "--tasks",
+            "colours",
+            "--log_samples",
+        ]
+        more = [
+            "--include_path",
+            str(tmp_path / "task"),
+            "--output_path",
+            str(tmp_path / "out"),
+            "--batch_size",
+            "4",
+        ]
+        done = subprocess.run(
+            [*command, *more], capture_output=True, text=True, env=os.environ | own, timeout=900
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("*_results.json")
     assert json.loads(results.read_text())["results"]["colours"]["right,none"] == 7 / 8

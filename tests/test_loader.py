@@ -38,7 +38,13 @@ PNG = saved()
 
 def png_header(width: int, height: int) -> bytes:
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + PNG[33:]
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + PNG[33:]
+    )
 
 
 GIF_WITHOUT_FRAMES = b"GIF89a\x04\x00\x04\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff;"
@@ -69,10 +75,16 @@ HOSTILE = {
 def test_hostile_files_are_refused_in_our_words(name: str, tmp_path: Path) -> None:
     path = tmp_path / "cat.png"
     path.write_bytes(HOSTILE[name])
-    for source in (HOSTILE[name], path, "data:image/png;base64," + base64.b64encode(HOSTILE[name]).decode()):
+    for source in (
+        HOSTILE[name],
+        path,
+        "data:image/png;base64," + base64.b64encode(HOSTILE[name]).decode(),
+    ):
         with pytest.raises(MediaError) as caught:
             Loader().image(source)
-        assert "0x" not in str(caught.value)  # Pillow's message shows the address of an object (CVE-2026-22778)
+        assert "0x" not in str(
+            caught.value
+        )  # Pillow's message shows the address of an object (CVE-2026-22778)
         assert "cannot identify" not in str(caught.value)
 
 
@@ -102,7 +114,8 @@ def test_every_source_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     url = "data:image/whatever;base64," + base64.b64encode(data).decode()
     pictures = [
-        Loader().image(s).tobytes() for s in (data, bytearray(data), path, str(path), path.as_uri(), url, Image.open(path))
+        Loader().image(s).tobytes()
+        for s in (data, bytearray(data), path, str(path), path.as_uri(), url, Image.open(path))
     ]
     assert len(set(pictures)) == 1
 
@@ -114,7 +127,10 @@ def test_every_source_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
         ("data:image/png;base64,AAA", "damaged"),
         ("data:image/png,hello", "of the form"),
         ("data:image/png;base64", "of the form"),
-        ("data:image/png;base64," + "A" * 4000, "about 3,000 bytes are more than the limit of 2,000"),
+        (
+            "data:image/png;base64," + "A" * 4000,
+            "about 3,000 bytes are more than the limit of 2,000",
+        ),
     ],
 )
 def test_data_urls(url: str, message: str) -> None:
@@ -166,9 +182,23 @@ def test_media_root_holds(tmp_path: Path) -> None:
     (root / "outside.png").symlink_to(secret)
     (root / "folder").symlink_to(tmp_path)
     loader = Loader(Limits(media_root=root))
-    for path in ("sub/ok.png", "inside.png", root / "sub" / "ok.png", (root / "inside.png").as_uri(), "sub/../sub/ok.png"):
+    for path in (
+        "sub/ok.png",
+        "inside.png",
+        root / "sub" / "ok.png",
+        (root / "inside.png").as_uri(),
+        "sub/../sub/ok.png",
+    ):
         assert loader.image(path).size == (6, 4)
-    for path in ("outside.png", "../secret.png", secret, secret.as_uri(), "folder/secret.png", "/etc/passwd", "../absent.png"):
+    for path in (
+        "outside.png",
+        "../secret.png",
+        secret,
+        secret.as_uri(),
+        "folder/secret.png",
+        "/etc/passwd",
+        "../absent.png",
+    ):
         with pytest.raises(MediaRefused, match="out of the folder"):
             loader.image(path)
     with pytest.raises(MediaRefused, match="out of the folder"):
@@ -213,7 +243,13 @@ def test_redirects_keep_scheme_and_port() -> None:
     start = Address.parse("https://example.com/a")
     assert start.redirected("/b?c=d").target == "/b?c=d"
     assert Address.parse("http://example.com").redirected("https://example.com/x").port == 443
-    for location in ("http://example.com/", "https://example.com:8443/", "//example.com:22/", "file:///etc/passwd", "\\\\x"):
+    for location in (
+        "http://example.com/",
+        "https://example.com:8443/",
+        "//example.com:22/",
+        "file:///etc/passwd",
+        "\\\\x",
+    ):
         with pytest.raises(MediaRefused):
             start.redirected(location)
 
@@ -246,9 +282,13 @@ def server(answer: Answer) -> Iterator[tuple[str, list[str]]]:
         http.server_close()
 
 
-def send(handler: BaseHTTPRequestHandler, status: int = 200, body: bytes = PNG, **headers: str) -> None:
+def send(
+    handler: BaseHTTPRequestHandler, status: int = 200, body: bytes = PNG, **headers: str
+) -> None:
     handler.send_response(status)
-    for name, value in ({"Content-Length": str(len(body))} | {k.replace("_", "-"): v for k, v in headers.items()}).items():
+    for name, value in (
+        {"Content-Length": str(len(body))} | {k.replace("_", "-"): v for k, v in headers.items()}
+    ).items():
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(body)
@@ -262,7 +302,10 @@ def test_a_picture_is_fetched_and_its_url_named_without_its_query() -> None:
     with server(send) as (url, asked):
         assert local().image(f"{url}/ä b.png?secret=1".replace(" ", "%20")).size == (6, 4)
         assert asked == ["/%C3%A4%20b.png?secret=1"]
-    with server(lambda h: send(h, 404)) as (url, _), pytest.raises(MediaError, match="status 404") as caught:
+    with (
+        server(lambda h: send(h, 404)) as (url, _),
+        pytest.raises(MediaError, match="status 404") as caught,
+    ):
         local().image(f"{url}/a.png?secret=1")
     assert "secret" not in str(caught.value)
 
@@ -275,15 +318,21 @@ def test_loopback_is_refused_before_a_byte_is_sent(host: str) -> None:
         assert asked == []
 
 
-def test_one_private_answer_among_public_ones_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_private_answer_among_public_ones_is_enough_to_refuse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A name that answers with a public address for the check and a private one for the connection (rebinding) finds no gap."""
-    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")]
+    answers = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")
+    ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
     with pytest.raises(MediaRefused, match="not public"):
         Loader().image("http://example.com/a.png")
 
 
-def test_the_checked_address_is_dialled_and_the_name_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checked_address_is_dialled_and_the_name_resolved_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[str] = []
     hosts: list[str | None] = []
 
@@ -318,8 +367,12 @@ def test_the_checked_address_is_dialled_and_the_name_resolved_once(monkeypatch: 
 
 def test_a_redirect_is_checked_like_the_first_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard that looked only at the first URL was walked around with a redirect (CVE-2026-63764)."""
-    monkeypatch.setattr("llava_interleave.processing.fetch.is_public", lambda address: address == "127.0.0.1")
-    with server(lambda h: send(h, 302, b"", Location=f"http://127.0.0.2:{h.headers['Host'].split(':')[1]}/")) as (url, asked):
+    monkeypatch.setattr(
+        "llava_interleave.processing.fetch.is_public", lambda address: address == "127.0.0.1"
+    )
+    with server(
+        lambda h: send(h, 302, b"", Location=f"http://127.0.0.2:{h.headers['Host'].split(':')[1]}/")
+    ) as (url, asked):
         with pytest.raises(MediaRefused, match="not public"):
             Loader().image(url)
         assert len(asked) == 1
@@ -335,7 +388,10 @@ def test_redirects_end() -> None:
         with pytest.raises(MediaError, match="more than 5 times"):
             local().image(url + "/")
         assert len(asked) == 6
-    with server(lambda h: send(h) if h.path == "/b" else send(h, 301, b"", Location="/b")) as (url, _):
+    with server(lambda h: send(h) if h.path == "/b" else send(h, 301, b"", Location="/b")) as (
+        url,
+        _,
+    ):
         assert local().image(url).size == (6, 4)
 
 
@@ -346,14 +402,20 @@ def test_downloads_are_bounded_in_bytes() -> None:
         while True:
             handler.wfile.write(bytes(65536))
 
-    with server(endless) as (url, _), pytest.raises(MediaError, match="more than the limit of 100,000 bytes"):
+    with (
+        server(endless) as (url, _),
+        pytest.raises(MediaError, match="more than the limit of 100,000 bytes"),
+    ):
         local(image_bytes=100_000).image(url)
     with (
         server(lambda h: send(h, Content_Length="99999999999")) as (url, _),
         pytest.raises(MediaError, match="99,999,999,999 bytes"),
     ):
         local().image(url)
-    with server(lambda h: send(h, Content_Encoding="gzip")) as (url, _), pytest.raises(MediaError, match="compressed"):
+    with (
+        server(lambda h: send(h, Content_Encoding="gzip")) as (url, _),
+        pytest.raises(MediaError, match="compressed"),
+    ):
         local().image(url)
     with (
         server(lambda h: send(h, Content_Length="5000")) as (url, _),
@@ -375,7 +437,10 @@ def test_downloads_are_bounded_in_time(headers: bool) -> None:
             handler.wfile.flush()
             time.sleep(0.05)
 
-    with server(drip) as (url, _), pytest.raises(MediaError, match=r"longer than the limit of 0\.5 seconds|broke off"):
+    with (
+        server(drip) as (url, _),
+        pytest.raises(MediaError, match=r"longer than the limit of 0\.5 seconds|broke off"),
+    ):
         local(download_seconds=0.5).image(url)
 
 

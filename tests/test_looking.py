@@ -10,24 +10,38 @@ from random import Random
 import pytest
 import torch
 
-from llava_interleave.model import Packed
+from llava_interleave.model import PackedAttention
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.train import data
-from llava_interleave.train.looking import ANSWERS, MENTIONS, NOWHERE, Looked, Looking, Looks, join, look
-from llava_interleave.train.tiny import VISION
-from llava_interleave.world import SCENARIOS, episode
-from llava_interleave.world.data import Turn, conversation, pictures, talk
-from llava_interleave.world.draw import Background, Scene
-from llava_interleave.world.episodes import Episode, in_cell
-from llava_interleave.world.questions import Question
+from llava_interleave.train import formats
+from recipes.tiny_world import SCENARIOS, episode
+from recipes.tiny_world.attention_supervision import (
+    ANSWERS,
+    MENTIONS,
+    NOWHERE,
+    AttendedSample,
+    AttentionSupervision,
+    AttentionTargets,
+    join,
+    look,
+)
+from recipes.tiny_world.data import Turn, conversation, pictures, talk
+from recipes.tiny_world.draw import Background, Scene
+from recipes.tiny_world.episodes import Episode, in_cell
+from recipes.tiny_world.questions import Question
+from recipes.tiny_world.training import VISION
 
 
-def shown(*pictures: Sequence[tuple[int, str, str, bool]], scenario: str = "multi") -> Looks:
+def shown(
+    *pictures: Sequence[tuple[int, str, str, bool]], scenario: str = "multi"
+) -> AttentionTargets:
     """Pictures with things at (cell, kind, colour, large)."""
     background = Background.sample(Random(1))
-    scenes = tuple(Scene(tuple(in_cell(Random(2), *thing) for thing in things), background) for things in pictures)
-    return Looks(Episode(scenario, scenes, "", ()), 96, 32)
+    scenes = tuple(
+        Scene(tuple(in_cell(Random(2), *thing) for thing in things), background)
+        for things in pictures
+    )
+    return AttentionTargets(Episode(scenario, scenes, "", ()), 96, 32)
 
 
 FIRST = [(0, "star", "red", False), (5, "circle", "red", True), (8, "star", "blue", True)]
@@ -41,10 +55,20 @@ SECOND = [(0, "star", "red", False), (4, "circle", "green", True)]
         (Question("size", "small", thing="red star", where="image 2"), [{(1, 0)}]),
         (Question("at", "nothing", place="top right", where="image 1"), [{(0, 2)}]),
         (Question("at", "nothing", place="top right"), [{(0, 2), (1, 2)}]),
-        (Question("count_colour", "2", "top left, middle right", colour="red", where="image 1"), [{(0, 0)}, {(0, 5)}, {NOWHERE}]),
+        (
+            Question("count_colour", "2", "top left, middle right", colour="red", where="image 1"),
+            [{(0, 0)}, {(0, 5)}, {NOWHERE}],
+        ),
         (Question("count_colour", "0", colour="green", where="image 1"), [{NOWHERE}]),
         (
-            Question("relation", "no", "top left and bottom right, above", a="red star", b="blue star", where="image 1"),
+            Question(
+                "relation",
+                "no",
+                "top left and bottom right, above",
+                a="red star",
+                b="blue star",
+                where="image 1",
+            ),
             [{(0, 0)}, {(0, 8)}, {NOWHERE}],
         ),
         (
@@ -64,7 +88,11 @@ SECOND = [(0, "star", "red", False), (4, "circle", "green", True)]
             [{(1, 4)}, {(0, 4)}, {(1, 4)}, {(1, 4)}, {(1, 4)}, {NOWHERE}],
         ),
         (
-            Question("order_events", "the green circle", "frame 1: red star. frame 2: red star, green circle; green circle"),
+            Question(
+                "order_events",
+                "the green circle",
+                "frame 1: red star. frame 2: red star, green circle; green circle",
+            ),
             [{(0, 0)}, {(1, 0)}, {(1, 4)}, {(1, 4)}, {(1, 4)}, {NOWHERE}],
         ),
         (
@@ -78,18 +106,25 @@ SECOND = [(0, "star", "red", False), (4, "circle", "green", True)]
         (Question("count", "3", where="image 1"), []),
     ],
 )
-def test_an_answer_looks_at_what_it_names(question: Question, spots: list[set[tuple[int, int]]]) -> None:
+def test_an_answer_looks_at_what_it_names(
+    question: Question, spots: list[set[tuple[int, int]]]
+) -> None:
     assert [where for _, where in shown(FIRST, SECOND).said(question.told, question)] == spots
 
 
 def test_a_description_looks_at_the_picture_that_it_has_come_to() -> None:
-    text = "image 1: 1 thing. top left: small red star. image 2: 2 things. top left: small red star."
+    text = (
+        "image 1: 1 thing. top left: small red star. image 2: 2 things. top left: small red star."
+    )
     spots = [where for _, where in shown(FIRST, SECOND).said(text, None)]
     assert spots == [{(0, 0)}, {(0, 0)}, {(1, 0)}, {(1, 0)}]
 
 
 def test_a_question_looks_at_what_it_mentions() -> None:
-    looks, text = shown(FIRST, SECOND), "Is the red star small or large, or is it at the bottom right of 2 things?"
+    looks, text = (
+        shown(FIRST, SECOND),
+        "Is the red star small or large, or is it at the bottom right of 2 things?",
+    )
     assert [(text[: end + 1].split()[-1], where) for end, where in looks.mentions(text)] == [
         ("star", {(0, 0), (1, 0)}),
         ("right", {(0, 8), (1, 8)}),
@@ -102,7 +137,7 @@ def test_what_is_said_of_episodes_is_there(scenario: str) -> None:
     named = missing = 0
     for number in range(40):
         ep = episode(scenario, Random(number))
-        looks = Looks(ep, 96, 32)
+        looks = AttentionTargets(ep, 96, 32)
         for question in ep.questions:
             for span, where in looks.said(question.told, question):
                 if question.told[span.start : span.stop] not in ("no", "nothing"):
@@ -117,12 +152,17 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     return Processor.from_folder(tiny_checkpoint(tmp_path_factory.mktemp("model"), config))
 
 
-def sample(processor: Processor, scenario: str, number: int) -> tuple[Looked, Looks, list[Turn]]:
+def sample(
+    processor: Processor, scenario: str, number: int
+) -> tuple[AttendedSample, AttentionTargets, list[Turn]]:
     rng = Random(f"{scenario}{number}")
     ep = episode(scenario, rng)
-    turns, looks = talk(ep, rng, questions=3, caption=0.5), Looks(ep, 96, 32)
-    said = {"conversations": conversation(ep, turns), "video" if ep.clip else "image": pictures(ep, 96)}
-    prompt = processor.example(*data.messages(said, Path()))
+    turns, looks = talk(ep, rng, questions=3, caption=0.5), AttentionTargets(ep, 96, 32)
+    said = {
+        "conversations": conversation(ep, turns),
+        "video" if ep.clip else "image": pictures(ep, 96),
+    }
+    prompt = processor.example(*formats.messages(said, Path()))
     return look(prompt, processor.tokenizer, looks, turns), looks, turns
 
 
@@ -132,22 +172,41 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
     for number in range(6):
         looked, looks, turns = sample(processor, scenario, number)
         tokens, media = looked.prompt.tokens, looked.prompt.media
-        keys = [m.start + n for m in media for n in range(m.layout.length)]  # of all pictures' patches, in order
+        keys = [
+            m.start + n for m in media for n in range(m.layout.length)
+        ]  # of all pictures' patches, in order
         assert all(tokens[key] == processor.config.image_token_id for key in keys)
         answers = [(row, key) for row, key, mention in looked.looks if not mention]
-        spelt = {row: processor.tokenizer.decode([tokens[row + 1]]) for row, key in answers if key in keys}
-        spans = [(t.answer[s.start : s.stop], where) for t in turns for s, where in looks.said(t.answer, t.asked)]
+        spelt = {
+            row: processor.tokenizer.decode([tokens[row + 1]])
+            for row, key in answers
+            if key in keys
+        }
+        spans = [
+            (t.answer[s.start : s.stop], where)
+            for t in turns
+            for s, where in looks.said(t.answer, t.asked)
+        ]
         wanted = [text for text, where in spans if where - {NOWHERE}]
-        assert "".join(spelt[row] for row in sorted(spelt)).replace(" ", "") == "".join(wanted).replace(" ", "")
+        assert "".join(spelt[row] for row in sorted(spelt)).replace(" ", "") == "".join(
+            wanted
+        ).replace(" ", "")
         meant = {spot for _, where in spans for spot in where}
-        assert {divmod(keys.index(key), 9) for _, key in answers if key in keys} == meant - {NOWHERE}
+        assert {divmod(keys.index(key), 9) for _, key in answers if key in keys} == meant - {
+            NOWHERE
+        }
         assert any(key == 0 for _, key in answers) == (NOWHERE in meant)
         claims = [t.asked for t in turns if t.asked and t.asked.relation]
         assert sum(key > keys[-1] for _, key in answers) == len(claims)
         before = {row: key for row, key, mention in looked.looks if mention and row in keys}
         follow = keys[9:] if scenario in ("multi", "video") else []
         assert before == dict(zip(follow, keys, strict=False))
-        ends = [t.question[: end + 1] for t in turns for end, where in looks.mentions(t.question) for _ in where]
+        ends = [
+            t.question[: end + 1]
+            for t in turns
+            for end, where in looks.mentions(t.question)
+            for _ in where
+        ]
         rows = [row for row, _, mention in looked.looks if mention and row not in keys]
         assert len(rows) == len(ends)
         for row, text in zip(rows, ends, strict=True):
@@ -160,22 +219,26 @@ def test_the_loss_is_the_share_of_attention_elsewhere(processor: Processor) -> N
     lengths, total = batch.batch.lengths, sum(batch.batch.lengths)
     torch.manual_seed(1)
     q, k, v = (torch.randn(total, 2, 8, requires_grad=True) for _ in range(3))
-    attend = Looking(lengths, batch.looks)
+    attend = AttentionSupervision(lengths, batch.looks)
     expected = 0.0
     for layer in range(6):
-        assert torch.equal(attend(layer, q, k, v), Packed(lengths)(layer, q, k, v))
+        assert torch.equal(attend(layer, q, k, v), PackedAttention(lengths)(layer, q, k, v))
         starts = list(accumulate([0, *lengths]))
         for row in batch.looks[:, 0].unique().tolist():
             start = max(s for s in starts if s <= row)
             shares = torch.softmax(q[row, 0] @ k[start : row + 1, 0].T / math.sqrt(8), 0)
             for mention, layers in ((True, MENTIONS), (False, ANSWERS)):
-                keys = [key - start for r, key, m in batch.looks.tolist() if r == row and bool(m) == mention]
+                keys = [
+                    key - start
+                    for r, key, m in batch.looks.tolist()
+                    if r == row and bool(m) == mention
+                ]
                 if keys and layer in layers:
                     expected -= math.log(float(shares[keys].sum().detach()) + 1e-6)
     assert float(attend.loss.detach()) == pytest.approx(expected, rel=1e-5)
     attend.loss.backward()
     assert q.grad is not None and not q.grad[:, 1].any()  # only the first head is taught
-    better = Looking(lengths, batch.looks)
+    better = AttentionSupervision(lengths, batch.looks)
     for layer in range(6):
         better(layer, (q - 0.1 * q.grad).detach(), k.detach(), v.detach())
     assert float(better.loss) < expected
@@ -183,6 +246,6 @@ def test_the_loss_is_the_share_of_attention_elsewhere(processor: Processor) -> N
 
 def test_a_batch_without_looks_costs_nothing(processor: Processor) -> None:
     plain = replace(sample(processor, "single", 2)[0], looks=[])
-    attend = Looking([len(plain)], join([plain]).looks)
+    attend = AttentionSupervision([len(plain)], join([plain]).looks)
     attend(MENTIONS[0], *(torch.randn(len(plain), 2, 8) for _ in range(3)))
     assert float(attend.loss) == 0

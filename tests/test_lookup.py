@@ -11,22 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import EOS, IMAGE, MIXED, VOCAB, answers, engine, expected, finish, prompt, text
 
-from llava_interleave import kernels, weights
-from llava_interleave.chatbot import load
-from llava_interleave.engine import Engine, Sampling
-from llava_interleave.engine.lookup import CREDIT, NGRAMS, Lookup
-from llava_interleave.engine.memory import FEW
-from llava_interleave.engine.sampling import MOST_GUESSED
+from llava_interleave import checkpoints, kernels
+from llava_interleave.chat import load
+from llava_interleave.engine import Engine, SamplingParams
+from llava_interleave.engine.kv_contiguous import MAX_DECODE_TOKENS
+from llava_interleave.engine.prompt_lookup import CREDIT, NGRAMS, PromptLookupDrafter
+from llava_interleave.engine.sampler import MAX_DRAFT_TOKENS
 from llava_interleave.errors import OptionError
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
-GREEDY = Sampling(max_new_tokens=60, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)
 DRAWN = [
-    Sampling(max_new_tokens=60, temperature=0.3, seed=1, ignore_eos=True),
-    Sampling(max_new_tokens=60, temperature=0.5, top_k=5, top_p=0.9, seed=2, ignore_eos=True, logprobs=2),
-    Sampling(max_new_tokens=60, temperature=0.4, repetition_penalty=1.1, presence_penalty=0.2, seed=3, ignore_eos=True),
-    Sampling(max_new_tokens=60, frequency_penalty=0.1, logprobs=1, ignore_eos=True),
+    SamplingParams(max_new_tokens=60, temperature=0.3, seed=1, ignore_eos=True),
+    SamplingParams(
+        max_new_tokens=60, temperature=0.5, top_k=5, top_p=0.9, seed=2, ignore_eos=True, logprobs=2
+    ),
+    SamplingParams(
+        max_new_tokens=60,
+        temperature=0.4,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        seed=3,
+        ignore_eos=True,
+    ),
+    SamplingParams(max_new_tokens=60, frequency_penalty=0.1, logprobs=1, ignore_eos=True),
 ]
 
 
@@ -44,17 +53,21 @@ def searched(tokens: list[int], most: int, never: int) -> list[int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40), cut=st.integers(1, 40), most=st.integers(1, 9))
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    cut=st.integers(1, 40),
+    most=st.integers(1, 9),
+)
 def test_guesses_are_what_followed_last(tokens: list[int], cut: int, most: int) -> None:
     """Whether a sequence comes at once or token by token; 0 is the one that is never guessed."""
-    lookup = Lookup(9, never=0)
+    lookup = PromptLookupDrafter(9, never=0)
     lookup.length = 9
     for length in range(min(cut, len(tokens)), len(tokens) + 1):
         assert list(lookup.guess(tokens[:length], most)) == searched(tokens[:length], most, 0)
 
 
 def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
-    lookup, tokens = Lookup(8, never=0), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
+    lookup, tokens = PromptLookupDrafter(8, never=0), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
     assert list(lookup.guess(tokens, 8)) == [4, 5, 6, 7]
     lookup.learn(4, 4)
     assert len(lookup.guess(tokens, 8)) == 8
@@ -67,8 +80,10 @@ def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
     assert 0 < guessed <= 4 * CREDIT + 8
 
 
-@pytest.mark.parametrize("most", [1, 8, MOST_GUESSED])
-@pytest.mark.parametrize("options", [{"max_running": 4}, {"max_step_tokens": 7, "max_running": 3}, {"max_running": 1}])
+@pytest.mark.parametrize("most", [1, 8, MAX_DRAFT_TOKENS])
+@pytest.mark.parametrize(
+    "options", [{"max_running": 4}, {"max_step_tokens": 7, "max_running": 3}, {"max_running": 1}]
+)
 def test_answers_are_the_same(most: int, options: dict[str, int]) -> None:
     """Greedy and drawn, several requests at once, prompts in pieces; and guesses are right often enough to be seen."""
     asked = [*MIXED, *MIXED[: len(DRAWN)]]
@@ -96,7 +111,9 @@ def test_log_probabilities_are_the_same() -> None:
 @pytest.mark.parametrize("new", [1, 2, 3, 7])
 def test_no_answer_is_longer_than_asked(new: int) -> None:
     for p, answer in zip(MIXED, expected(), strict=True):
-        (request,) = engine().generate([p], Sampling(max_new_tokens=new, ignore_eos=True, prompt_lookup_num_tokens=8))
+        (request,) = engine().generate(
+            [p], SamplingParams(max_new_tokens=new, ignore_eos=True, prompt_lookup_num_tokens=8)
+        )
         assert request.generated == answer[:new] and request.finish_reason == "length"
 
 
@@ -107,7 +124,9 @@ def test_nothing_comes_after_a_stop_token() -> None:
         e = engine()
         how = replace(GREEDY, stop_ids=(stop,), prompt_lookup_num_tokens=8)
         (request,) = e.generate([MIXED[1]], how)
-        assert request.generated == whole[: whole.index(stop) + 1] and request.finish_reason == "stop"
+        assert (
+            request.generated == whole[: whole.index(stop) + 1] and request.finish_reason == "stop"
+        )
         e.check()
         again = e.generate([MIXED[1]], how)[0]
         assert again.generated == request.generated
@@ -130,7 +149,10 @@ def test_tokens_after_a_stop_string_do_not_count(tmp_path: Path) -> None:
     bot = load(tiny_checkpoint(tmp_path / "tiny", seed=3))
     how = {"max_new_tokens": 80, "ignore_eos": True, "prompt_lookup_num_tokens": 8}
     whole = bot.ask("What?", **how)
-    assert whole.usage.accepted > 0 and whole.text == bot.ask("What?", **how | {"prompt_lookup_num_tokens": 0}).text
+    assert (
+        whole.usage.accepted > 0
+        and whole.text == bot.ask("What?", **how | {"prompt_lookup_num_tokens": 0}).text
+    )
     for at in range(20, len(whole.text) - 6, 25):
         cut = bot.ask("What?", **how, stop=whole.text[at : at + 6])
         assert cut.finish_reason == "stop" and cut.usage.generated == len(cut.tokens)
@@ -138,23 +160,35 @@ def test_tokens_after_a_stop_string_do_not_count(tmp_path: Path) -> None:
 
 def test_images_are_not_guessed() -> None:
     e = engine()
-    (request,) = e.generate([prompt((0, 1), (0, 1), text(1, 3), (0, 1))], replace(GREEDY, prompt_lookup_num_tokens=8))
+    (request,) = e.generate(
+        [prompt((0, 1), (0, 1), text(1, 3), (0, 1))], replace(GREEDY, prompt_lookup_num_tokens=8)
+    )
     assert request.lookup is not None and request.lookup.never == IMAGE
     assert IMAGE not in request.generated and EOS < VOCAB
 
 
-@pytest.mark.skipif(kernels.why_not() is not None, reason=f"no kernels: {kernels.why_not()}")
+@pytest.mark.skipif(
+    kernels.unavailable_reason() is not None, reason=f"no kernels: {kernels.unavailable_reason()}"
+)
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path) -> None:
     """Quantised weights in bfloat16: the log-probabilities too. Where all layers are one call, guesses are made unasked."""
-    shape = tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}) if fused else tiny_config()
-    model = weights.load(tiny_checkpoint(tmp_path / "tiny", shape), dtype=torch.bfloat16, precision="int8")
+    shape = (
+        tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
+        if fused
+        else tiny_config()
+    )
+    model = checkpoints.load(
+        tiny_checkpoint(tmp_path / "tiny", shape), dtype=torch.bfloat16, precision="int8"
+    )
     asked = Prompt([5, 6, 7, 8] * 9)
     told = []
     for most in (0, 8, None):
         e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 22, kv_precision=kv)
-        how = Sampling(max_new_tokens=80, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most)
+        how = SamplingParams(
+            max_new_tokens=80, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most
+        )
         events = list(e.stream(asked, how))
         told.append([(event.token, event.logprob, event.top_logprobs) for event in events])
         assert (events[-1].usage.accepted > 0) == (fused if most is None else most > 0)
@@ -168,6 +202,9 @@ def test_nobody_guesses_unasked_where_it_would_round_otherwise() -> None:
 
 
 def test_out_of_range() -> None:
-    assert MOST_GUESSED < FEW
-    with pytest.raises(OptionError, match=f"prompt_lookup_num_tokens must be between 0 and {MOST_GUESSED}, not 16"):
-        Sampling(prompt_lookup_num_tokens=16)
+    assert MAX_DRAFT_TOKENS < MAX_DECODE_TOKENS
+    with pytest.raises(
+        OptionError,
+        match=f"prompt_lookup_num_tokens must be between 0 and {MAX_DRAFT_TOKENS}, not 16",
+    ):
+        SamplingParams(prompt_lookup_num_tokens=16)

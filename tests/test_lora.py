@@ -21,54 +21,59 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import llava_interleave
-from llava_interleave import weights
-from llava_interleave.chatbot import Chatbot
+from llava_interleave import checkpoints
+from llava_interleave.chat import Chatbot
+from llava_interleave.checkpoints import CheckpointLayout, read_adapter, write_adapter
 from llava_interleave.cli import app
-from llava_interleave.cli.answering import Model
-from llava_interleave.engine import Engine, Sampling
+from llava_interleave.cli.local_model import LazyModel
+from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import CheckpointError, OptionError
-from llava_interleave.evals import world
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Packed
-from llava_interleave.model.lora import Adapter, Adapters, Lora, attach, linears, merge
-from llava_interleave.model.quantise import QuantisedLinear
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.lora import Adapters, LoraAdapter, LoraConfig, attach, linears, merge
+from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.prompt import Media, Prompt
+from llava_interleave.quantization.linear import QuantizedLinear
 from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.weights import CheckpointLayout, read_adapter, write_adapter
+from recipes.tiny_world import benchmark
 
-DECODER = Lora(rank=4, alpha=8.0, dropout=0.0)
-WHOLE = Lora(
-    rank=3, alpha=5.0, dropout=0.0, targets=("vision_tower.*", "multi_modal_projector.linear_1", "*.q_proj", "*.down_proj")
+DECODER = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
+WHOLE = LoraConfig(
+    rank=3,
+    alpha=5.0,
+    dropout=0.0,
+    targets=("vision_tower.*", "multi_modal_projector.linear_1", "*.q_proj", "*.down_proj"),
 )
-GREEDY = Sampling(max_new_tokens=10, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
 SIZE, GRID, IMAGE = 30, 4, tiny_config().image_token_id
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a head of its own: a tied one of random weights says its last token again, whatever came before."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False}))
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False})
+    )
 
 
-def made(folder: Path, lora: Lora, seed: int) -> Adapter:
+def made(folder: Path, lora: LoraConfig, seed: int) -> LoraAdapter:
     """An adapter as training leaves it: B is not nought any more."""
-    adapter = attach(weights.load(folder), lora, seed)
+    adapter = attach(checkpoints.load(folder), lora, seed)
     random = torch.Generator().manual_seed(seed)
     for part in adapter.parts.values():
         part.b.data.normal_(0, 0.3, generator=random)
     return adapter
 
 
-def merged(folder: Path, adapter: Adapter) -> Llava:
-    network = weights.load(folder)
+def merged(folder: Path, adapter: LoraAdapter) -> Llava:
+    network = checkpoints.load(folder)
     merge(network, adapter)
     return network
 
 
-def carrying(folder: Path, adapter: Adapter, name: str = "a") -> tuple[Llava, Adapters]:
-    network = weights.load(folder)
+def carrying(folder: Path, adapter: LoraAdapter, name: str = "a") -> tuple[Llava, Adapters]:
+    network = checkpoints.load(folder)
     adapters = Adapters(network)
     adapters.add(name, adapter)
     return network, adapters
@@ -81,10 +86,12 @@ def pixels(seed: int) -> Tensor:
 
 def prompt(seed: int, length: int, image: int | None = None) -> Prompt:
     """Text, with an image after its first 40 tokens."""
-    tokens = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens = torch.randint(
+        0, 300, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     if image is None:
         return Prompt(tokens)
-    media = Media(pixels(image), Layout(GRID), bytes([image]), min(40, length))
+    media = Media(pixels(image), ImageTokenLayout(GRID), bytes([image]), min(40, length))
     return Prompt([*tokens[:40], *[IMAGE] * GRID**2, *tokens[40:]], (media,))
 
 
@@ -92,7 +99,7 @@ def prompt(seed: int, length: int, image: int | None = None) -> Prompt:
 def logits(network: Llava, asked: Prompt) -> Tensor:
     features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
     x = network.embed(torch.tensor(asked.tokens), features)
-    return network.logits(network.forward(x, torch.arange(len(x)), Packed([len(x)])))
+    return network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))
 
 
 def engine(network: Llava, **options: Any) -> Engine:
@@ -100,8 +107,11 @@ def engine(network: Llava, **options: Any) -> Engine:
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_trains(folder: Path) -> None:
-    network, asked = weights.load(folder), prompt(0, 20, image=1)
-    before, state = logits(network, asked), {name: value.clone() for name, value in network.state_dict().items()}
+    network, asked = checkpoints.load(folder), prompt(0, 20, image=1)
+    before, state = (
+        logits(network, asked),
+        {name: value.clone() for name, value in network.state_dict().items()},
+    )
     adapter = attach(network, WHOLE, seed=3)
     assert torch.equal(logits(network, asked), before)
     training = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -112,20 +122,29 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(folder: Path) -> None:
     for _ in range(2):  # B is nought at first, so that A has no gradient
         features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
         x = network.embed(torch.tensor(asked.tokens), features)
-        network.logits(network.forward(x, torch.arange(len(x)), Packed([len(x)])))[-1, 5].backward()
+        network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))[
+            -1, 5
+        ].backward()
         optimiser.step()
-    assert all(part.a.grad is not None and part.a.grad.any() and part.b.any() for part in adapter.parts.values())
-    after = {name.replace(".base.", "."): value for name, value in network.state_dict().items() if ".low." not in name}
+    assert all(
+        part.a.grad is not None and part.a.grad.any() and part.b.any()
+        for part in adapter.parts.values()
+    )
+    after = {
+        name.replace(".base.", "."): value
+        for name, value in network.state_dict().items()
+        if ".low." not in name
+    }
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], state[name]) for name in state)
     assert (logits(network.eval(), asked) - before).abs().max() > 0.1
     with pytest.raises(CheckpointError, match="merge adapters"):
-        weights.save(network, folder / "never", processor_from=None)
+        checkpoints.save(network, folder / "never", processor_from=None)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 2)])
 def test_the_formula(folder: Path, rslora: bool, scale: float) -> None:
-    adapter = made(folder, Lora(4, 8.0, 0.5, ("*.layers.1.mlp.up_proj",), rslora), 0)
+    adapter = made(folder, LoraConfig(4, 8.0, 0.5, ("*.layers.1.mlp.up_proj",), rslora), 0)
     (part,) = adapter.parts.values()
     network, adapters = carrying(folder, adapter)
     up, x = network.get_submodule("language_model.layers.1.mlp.up_proj"), torch.randn(5, 64)
@@ -144,35 +163,38 @@ def test_the_formula(folder: Path, rslora: bool, scale: float) -> None:
 
 
 def test_matrices_in_float32_over_weights_in_bfloat16(folder: Path) -> None:
-    network = weights.load(folder, dtype=torch.bfloat16)
+    network = checkpoints.load(folder, dtype=torch.bfloat16)
     adapter = attach(network, DECODER)
     assert {part.a.dtype for part in adapter.parts.values()} == {torch.float32}
     assert logits(network, prompt(0, 9)).dtype == torch.bfloat16
 
 
 def test_targets_are_patterns_and_one_that_matches_nothing_is_told(folder: Path) -> None:
-    network = weights.load(folder)
+    network = checkpoints.load(folder)
     assert "lm_head" not in linears(network)
-    one = attach(network, Lora(targets=("language_model.layers.[1-9]*.self_attn.?_proj",)))
+    one = attach(network, LoraConfig(targets=("language_model.layers.[1-9]*.self_attn.?_proj",)))
     assert list(one.parts) == [f"language_model.layers.1.self_attn.{x}_proj" for x in "qkvo"]
-    with pytest.raises(OptionError, match=r"'\*\.c_attn'; there are vision_tower\.encoder\.layers\.\*\.self_attn\.q_proj, "):
-        attach(weights.load(folder), Lora(targets=("*.q_proj", "*.c_attn")))
+    with pytest.raises(
+        OptionError,
+        match=r"'\*\.c_attn'; there are vision_tower\.encoder\.layers\.\*\.self_attn\.q_proj, ",
+    ):
+        attach(checkpoints.load(folder), LoraConfig(targets=("*.q_proj", "*.c_attn")))
     with pytest.raises(OptionError, match="no linear is called 'lm_head'"):
-        attach(weights.load(folder), Lora(targets=("lm_head",)))
+        attach(checkpoints.load(folder), LoraConfig(targets=("lm_head",)))
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}):
         with pytest.raises(OptionError, match=r"not [01]"):
-            Lora(**wrong)
+            LoraConfig(**wrong)
 
 
 def test_the_same_seed_gives_the_same_adapter(folder: Path) -> None:
-    a, b, c = (attach(weights.load(folder), DECODER, seed) for seed in (1, 1, 2))
+    a, b, c = (attach(checkpoints.load(folder), DECODER, seed) for seed in (1, 1, 2))
     name = "language_model.layers.0.mlp.up_proj"
     assert torch.equal(a.parts[name].a, b.parts[name].a)
     assert not torch.equal(a.parts[name].a, c.parts[name].a)
 
 
 @pytest.mark.parametrize("lora", [DECODER, WHOLE], ids=["decoder", "whole"])
-def test_merged_equals_beside(folder: Path, lora: Lora) -> None:
+def test_merged_equals_beside(folder: Path, lora: LoraConfig) -> None:
     adapter, asked = made(folder, lora, 1), prompt(0, 60, image=1)
     network, adapters = carrying(folder, adapter)
     alone = logits(network, asked)
@@ -180,7 +202,7 @@ def test_merged_equals_beside(folder: Path, lora: Lora) -> None:
         beside = logits(network, asked)
     assert (beside - logits(merged(folder, adapter), asked)).abs().max() < 1e-4
     assert (beside - alone).abs().max() > 0.1
-    assert torch.equal(alone, logits(weights.load(folder), asked))
+    assert torch.equal(alone, logits(checkpoints.load(folder), asked))
     with pytest.raises(OptionError, match="Adapted: an adapter is merged into float weights only"):
         merge(network, adapter)
 
@@ -188,26 +210,34 @@ def test_merged_equals_beside(folder: Path, lora: Lora) -> None:
 def mixed(folder: Path) -> list[tuple[str | None, Prompt, list[int]]]:
     """Requests of several adapters with what a network of merged weights answers to each alone."""
     networks = {
-        None: weights.load(folder),
+        None: checkpoints.load(folder),
         "d": merged(folder, made(folder, DECODER, 1)),
         "w": merged(folder, made(folder, WHOLE, 2)),
     }
     prompts = [prompt(0, 50, image=1), prompt(1, 7), prompt(0, 50, image=2), prompt(2, 70)]
     asked = [(name, p) for p in prompts for name in ("w", None, "d")]
-    found = [(name, p, engine(networks[name]).generate([p], GREEDY)[0].generated) for name, p in asked]
+    found = [
+        (name, p, engine(networks[name]).generate([p], GREEDY)[0].generated) for name, p in asked
+    ]
     assert len({tuple(answer) for _, _, answer in found}) == len(found)
     return found
 
 
 def with_both(folder: Path, **options: Any) -> Engine:
-    e = engine(weights.load(folder), **options)
+    e = engine(checkpoints.load(folder), **options)
     e.adapters.add("d", made(folder, DECODER, 1))
     e.adapters.add("w", made(folder, WHOLE, 2))
     return e
 
 
-@pytest.mark.parametrize("options", [{}, {"max_step_tokens": 16, "max_running": 5, "max_step_crops": 2}, {"kv": 200}], ids=str)
-def test_a_mixed_batch_equals_each_alone_equals_merged(folder: Path, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_step_tokens": 16, "max_running": 5, "max_step_crops": 2}, {"kv": 200}],
+    ids=str,
+)
+def test_a_mixed_batch_equals_each_alone_equals_merged(
+    folder: Path, options: dict[str, int]
+) -> None:
     expected = mixed(folder)
     e = with_both(folder, **{name: value for name, value in options.items() if name != "kv"})
     if "kv" in options:  # room for two or three at a time: caches go, and what runs gives way
@@ -223,7 +253,9 @@ def test_a_mixed_batch_equals_each_alone_equals_merged(folder: Path, options: di
         assert list(alone.stream(p, GREEDY, adapter=name))[-1].request.generated == answer
 
 
-def test_caches_do_not_mix_adapters_but_pictures_that_no_adapter_sees_are_shared(folder: Path) -> None:
+def test_caches_do_not_mix_adapters_but_pictures_that_no_adapter_sees_are_shared(
+    folder: Path,
+) -> None:
     e, asked = with_both(folder), prompt(0, 50, image=1)
     told = []
     for name in (None, "d", "w", None, "d", "w"):
@@ -243,7 +275,7 @@ def test_adapters_of_several_pictures_in_one_step(folder: Path) -> None:
     while e.busy:
         e.step()
     networks = {
-        None: weights.load(folder),
+        None: checkpoints.load(folder),
         "d": merged(folder, made(folder, DECODER, 1)),
         "w": merged(folder, made(folder, WHOLE, 2)),
     }
@@ -251,7 +283,9 @@ def test_adapters_of_several_pictures_in_one_step(folder: Path) -> None:
         assert request.generated == engine(networks[name]).generate([p], GREEDY)[0].generated
 
 
-def test_each_adapter_computes_once_a_step_and_never_for_rows_that_are_not_its_own(folder: Path) -> None:
+def test_each_adapter_computes_once_a_step_and_never_for_rows_that_are_not_its_own(
+    folder: Path,
+) -> None:
     e, rows = with_both(folder), []
     low = e.model.get_submodule("language_model.layers.1.self_attn.q_proj.low")
     for key, part in low.named_children():
@@ -271,15 +305,19 @@ def test_each_adapter_computes_once_a_step_and_never_for_rows_that_are_not_its_o
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_beside_quantised_weights(folder: Path, precision: str) -> None:
-    network, adapter = weights.load(folder, precision=precision), made(folder, WHOLE, 2)
+    network, adapter = checkpoints.load(folder, precision=precision), made(folder, WHOLE, 2)
     x, part = torch.randn(7, 64), adapter.parts["language_model.layers.0.self_attn.q_proj"]
-    expected = network.language_model.layers[0].self_attn.q_proj(x) + 5 / 3 * x @ part.a.T @ part.b.T
+    expected = (
+        network.language_model.layers[0].self_attn.q_proj(x) + 5 / 3 * x @ part.a.T @ part.b.T
+    )
     e, prompts = engine(network), [prompt(0, 50, image=1), prompt(1, 7), prompt(2, 30)]
     alone = [e.generate([p], GREEDY)[0].generated for p in prompts]
     e.adapters.add("w", adapter)
     alone += [e.generate([p], GREEDY, adapter="w")[0].generated for p in prompts]
     with e.adapters.whole("w"):
-        assert torch.allclose(network.language_model.layers[0].self_attn.q_proj(x), expected, atol=1e-5)
+        assert torch.allclose(
+            network.language_model.layers[0].self_attn.q_proj(x), expected, atol=1e-5
+        )
     e.clear()
     requests = [e.add(p, GREEDY, adapter=name) for name in (None, "w") for p in prompts]
     while e.busy:
@@ -287,7 +325,7 @@ def test_beside_quantised_weights(folder: Path, precision: str) -> None:
     assert [request.generated for request in requests] == alone
     assert len({tuple(answer) for answer in alone}) == len(alone)
     with pytest.raises(OptionError, match="merged into float weights only"):
-        merge(weights.load(folder, precision=precision), adapter)
+        merge(checkpoints.load(folder, precision=precision), adapter)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -296,10 +334,10 @@ def test_training_beside_quantised_weights_is_training_beside_what_they_stand_fo
     folder: Path, precision: str, bfloat16: bool
 ) -> None:
     """Equal losses and adapters, but for bfloat16's rounding; the same bytes of weights; afterwards the kernels answer again."""
-    packed, whole = weights.load(folder, precision=precision), weights.load(folder)
+    packed, whole = checkpoints.load(folder, precision=precision), checkpoints.load(folder)
     before = {name: value.clone() for name, value in packed.named_buffers()}
     for name, module in packed.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             linear = whole.get_submodule(name)
             assert isinstance(linear, torch.nn.Linear)
             linear.weight.data = module.unpacked()
@@ -314,29 +352,41 @@ def test_training_beside_quantised_weights_is_training_beside_what_they_stand_fo
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
                 x = network.embed(torch.tensor(asked.tokens), features)
-                said = network.logits(network.forward(x, torch.arange(len(x)), Packed([len(x)])))
-                loss = torch.nn.functional.cross_entropy(said[40 + GRID**2 : -1], torch.tensor(asked.tokens[41 + GRID**2 :]))
+                said = network.logits(
+                    network.forward(x, torch.arange(len(x)), PackedAttention([len(x)]))
+                )
+                loss = torch.nn.functional.cross_entropy(
+                    said[40 + GRID**2 : -1], torch.tensor(asked.tokens[41 + GRID**2 :])
+                )
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
             losses.append(loss.item())
         assert losses[2] < losses[0]
-        trained.append((losses, {name: (part.a.detach(), part.b.detach()) for name, part in adapter.parts.items()}))
+        trained.append(
+            (
+                losses,
+                {name: (part.a.detach(), part.b.detach()) for name, part in adapter.parts.items()},
+            )
+        )
     (losses, parts), (wanted, others) = trained
     assert losses == pytest.approx(wanted, rel=1e-3 if bfloat16 else 1e-5)
     for name, pair in parts.items() if not bfloat16 else ():
         for ours, theirs in zip(pair, others[name], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(value, before[name.replace(".base.", ".")]) for name, value in packed.named_buffers())
+    assert all(
+        torch.equal(value, before[name.replace(".base.", ".")])
+        for name, value in packed.named_buffers()
+    )
     x = torch.randn(3, 64)
     linear = packed.eval().lm_head
-    assert isinstance(linear, QuantisedLinear)
+    assert isinstance(linear, QuantizedLinear)
     torch.testing.assert_close(linear(x), linear.plain(x))
     assert not torch.allclose(linear(x), linear.train()(x))  # in training inputs are not rounded
 
 
 def test_names(folder: Path) -> None:
-    e = engine(weights.load(folder))
+    e = engine(checkpoints.load(folder))
     with pytest.raises(OptionError, match="no adapter 'd' here; there are: none"):
         e.add(prompt(0, 5), adapter="d")
     e = with_both(folder)
@@ -369,20 +419,30 @@ def theirs(folder: Path) -> Callable[[], Any]:
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return lambda: transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return lambda: transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 @torch.no_grad()
 def their_logits(network: Any, asked: Prompt) -> Tensor:
-    return network(input_ids=torch.tensor([asked.tokens]), pixel_values=asked.media[0].pixels).logits[0]
+    return network(
+        input_ids=torch.tensor([asked.tokens]), pixel_values=asked.media[0].pixels
+    ).logits[0]
 
 
-@pytest.mark.parametrize("lora", [DECODER, WHOLE, Lora(4, 8.0, 0.1, ("*.o_proj", "*.out_proj"), rslora=True)], ids=str)
-def test_peft_loads_ours(folder: Path, tmp_path: Path, theirs: Callable[[], Any], lora: Lora) -> None:
+@pytest.mark.parametrize(
+    "lora",
+    [DECODER, WHOLE, LoraConfig(4, 8.0, 0.1, ("*.o_proj", "*.out_proj"), rslora=True)],
+    ids=str,
+)
+def test_peft_loads_ours(
+    folder: Path, tmp_path: Path, theirs: Callable[[], Any], lora: LoraConfig
+) -> None:
     peft = pytest.importorskip("peft")
     asked, adapter = prompt(0, 60, image=1), made(folder, lora, 4)
     write_adapter(tmp_path / "a", adapter, base=str(folder))
-    network, adapters = carrying(folder, read_adapter(tmp_path / "a", weights.load(folder)))
+    network, adapters = carrying(folder, read_adapter(tmp_path / "a", checkpoints.load(folder)))
     with adapters.whole("a"):
         ours = logits(network, asked)
     loaded = peft.PeftModel.from_pretrained(theirs(), tmp_path / "a")
@@ -404,27 +464,39 @@ def test_peft_loads_ours(folder: Path, tmp_path: Path, theirs: Callable[[], Any]
     [
         {"target_modules": ["q_proj", "linear_2", "fc1"]},
         {"target_modules": "all-linear", "exclude_modules": ["lm_head"], "use_rslora": True},
-        {"target_modules": ["v_proj", "gate_proj"], "rank_pattern": {"gate_proj": 2}, "task_type": "CAUSAL_LM"},
+        {
+            "target_modules": ["v_proj", "gate_proj"],
+            "rank_pattern": {"gate_proj": 2},
+            "task_type": "CAUSAL_LM",
+        },
     ],
     ids=["some", "all, rslora", "ranks"],
 )
-def test_ours_loads_pefts(folder: Path, tmp_path: Path, theirs: Callable[[], Any], options: dict[str, Any]) -> None:
+def test_ours_loads_pefts(
+    folder: Path, tmp_path: Path, theirs: Callable[[], Any], options: dict[str, Any]
+) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **options)
     network, asked = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
     network.save_pretrained(tmp_path / "a")
-    own, adapters = carrying(folder, read_adapter(tmp_path / "a", weights.load(folder)))
+    own, adapters = carrying(folder, read_adapter(tmp_path / "a", checkpoints.load(folder)))
     expected = their_logits(network, asked)
     with adapters.whole("a"):
         assert (logits(own, asked) - expected).abs().max() < 1e-4 * expected.abs().max()
     adapter = read_adapter(tmp_path / "a", own)
-    assert (logits(merged(folder, adapter), asked) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (
+        logits(merged(folder, adapter), asked) - expected
+    ).abs().max() < 1e-4 * expected.abs().max()
     write_adapter(tmp_path / "again", adapter)
-    tensors, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "again"))
+    tensors, again = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "again")
+    )
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
-    assert (their_logits(peft.PeftModel.from_pretrained(theirs(), tmp_path / "again"), asked) - expected).abs().max() < 1e-5
+    assert (
+        their_logits(peft.PeftModel.from_pretrained(theirs(), tmp_path / "again"), asked) - expected
+    ).abs().max() < 1e-5
 
 
 # What adapters of each layout call a linear of the decoder, of the projector and of the tower, written out.
@@ -450,12 +522,16 @@ NAMES: dict[CheckpointLayout, tuple[str, str, str]] = {
         "model.vision_tower.encoder.layers.0.mlp.fc1",
     ),
 }
-OURS = ("language_model.layers.1.mlp.up_proj", "multi_modal_projector.linear_1", "vision_tower.encoder.layers.0.mlp.fc1")
+OURS = (
+    "language_model.layers.1.mlp.up_proj",
+    "multi_modal_projector.linear_1",
+    "vision_tower.encoder.layers.0.mlp.fc1",
+)
 
 
 def files(folder: Path, target: Path, **config: Any) -> Path:
     """A written adapter, its settings changed."""
-    write_adapter(target, made(folder, Lora(4, 8.0, targets=OURS), 1))
+    write_adapter(target, made(folder, LoraConfig(4, 8.0, targets=OURS), 1))
     settings = json.loads((target / "adapter_config.json").read_text())
     (target / "adapter_config.json").write_text(json.dumps(settings | config))
     return target
@@ -468,8 +544,10 @@ def edit(target: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     return target
 
 
-@pytest.mark.parametrize("layout", weights.LAYOUTS)
-def test_names_of_every_layout_are_read(folder: Path, tmp_path: Path, layout: CheckpointLayout) -> None:
+@pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
+def test_names_of_every_layout_are_read(
+    folder: Path, tmp_path: Path, layout: CheckpointLayout
+) -> None:
     target = files(folder, tmp_path / "a")
     expected = load_file(target / "adapter_model.safetensors")
 
@@ -479,11 +557,15 @@ def test_names_of_every_layout_are_read(folder: Path, tmp_path: Path, layout: Ch
                 value = tensors.pop(f"base_model.model.{new}.lora_{side}.weight")
                 tensors[f"base_model.model.{old}.lora_{side}.weight"] = value
 
-    adapter = read_adapter(edit(target, rename), weights.load(folder))
+    adapter = read_adapter(edit(target, rename), checkpoints.load(folder))
     assert set(adapter.parts) == set(OURS)
     for name, stored in zip(OURS, NAMES["transformers-5"], strict=True):
-        assert torch.equal(adapter.parts[name].a, expected[f"base_model.model.{stored}.lora_A.weight"])
-        assert torch.equal(adapter.parts[name].b, expected[f"base_model.model.{stored}.lora_B.weight"])
+        assert torch.equal(
+            adapter.parts[name].a, expected[f"base_model.model.{stored}.lora_A.weight"]
+        )
+        assert torch.equal(
+            adapter.parts[name].b, expected[f"base_model.model.{stored}.lora_B.weight"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -496,21 +578,29 @@ def test_names_of_every_layout_are_read(folder: Path, tmp_path: Path, layout: Ch
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern={'q_proj': 3}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
-        ({"trainable_token_indices": [1], "lora_bias": True}, r"lora_bias=True, trainable_token_indices=\[1\]"),
+        (
+            {"trainable_token_indices": [1], "lora_bias": True},
+            r"lora_bias=True, trainable_token_indices=\[1\]",
+        ),
         ({"of_next_year": 1}, "of_next_year=1"),
         ({"r": 0}, "of another network: .*rank 0, A .4, 64. and B .96, 4."),
         ({"lora_alpha": "8"}, "alpha is a number above 0, not '8'"),
     ],
     ids=str,
 )
-def test_what_is_not_computed_is_refused_by_name(folder: Path, tmp_path: Path, config: dict[str, Any], told: str) -> None:
+def test_what_is_not_computed_is_refused_by_name(
+    folder: Path, tmp_path: Path, config: dict[str, Any], told: str
+) -> None:
     with pytest.raises(CheckpointError, match=told):
-        read_adapter(files(folder, tmp_path / "a", **config), weights.load(folder))
+        read_adapter(files(folder, tmp_path / "a", **config), checkpoints.load(folder))
 
 
 def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
-    network = weights.load(folder)
-    with pytest.raises(CheckpointError, match=r"is no adapter: in PEFT's format that is a folder with adapter_config.json and"):
+    network = checkpoints.load(folder)
+    with pytest.raises(
+        CheckpointError,
+        match=r"is no adapter: in PEFT's format that is a folder with adapter_config.json and",
+    ):
         read_adapter(folder, network)
     target = files(folder, tmp_path / "a")
     tensors = (target / "adapter_model.safetensors").read_bytes()
@@ -521,30 +611,56 @@ def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="of the type None"):
         read_adapter(target, network)
     (target / "adapter_model.safetensors").rename(target / "adapter_model.bin")
-    for read in (lambda: read_adapter(target, network), lambda: weights.adapter_fingerprint(target)):
-        with pytest.raises(CheckpointError, match=r"no adapter_model.safetensors but adapter_model.bin, a pickle"):
+    for read in (
+        lambda: read_adapter(target, network),
+        lambda: checkpoints.adapter_fingerprint(target),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"no adapter_model.safetensors but adapter_model.bin, a pickle"
+        ):
             read()
     with pytest.raises(CheckpointError, match="is not empty"):
         write_adapter(target, made(folder, DECODER, 0))
 
 
-def test_an_adapter_of_another_network_is_refused_with_the_numbers(folder: Path, tmp_path: Path) -> None:
-    other = tiny_checkpoint(tmp_path / "other", tiny_config(text={"num_layers": 3, "intermediate_size": 80}))
-    write_adapter(tmp_path / "a", made(other, Lora(4, 8.0, targets=("language_model.*.mlp.up_proj",)), 1))
+def test_an_adapter_of_another_network_is_refused_with_the_numbers(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = tiny_checkpoint(
+        tmp_path / "other", tiny_config(text={"num_layers": 3, "intermediate_size": 80})
+    )
+    write_adapter(
+        tmp_path / "a",
+        made(other, LoraConfig(4, 8.0, targets=("language_model.*.mlp.up_proj",)), 1),
+    )
     name = "language_model.layers.{}.mlp.up_proj"
     with pytest.raises(CheckpointError) as caught:
-        read_adapter(tmp_path / "a", weights.load(folder))
+        read_adapter(tmp_path / "a", checkpoints.load(folder))
     told = str(caught.value)
-    assert f"model.{name.format(2)}.lora_A.weight [4, 64] stands beside no linear of the network" in told
-    assert f"{name.format(0)} has 64 inputs and 96 outputs, the adapter, of rank 4, A [4, 64] and B [80, 4]" in told
-    half = edit(files(folder, tmp_path / "b"), lambda t: t.pop(f"base_model.model.{NAMES['transformers-5'][0]}.lora_B.weight"))
+    assert (
+        f"model.{name.format(2)}.lora_A.weight [4, 64] stands beside no linear of the network"
+        in told
+    )
+    assert (
+        f"{name.format(0)} has 64 inputs and 96 outputs, the adapter, of rank 4, A [4, 64] and B [80, 4]"
+        in told
+    )
+    half = edit(
+        files(folder, tmp_path / "b"),
+        lambda t: t.pop(f"base_model.model.{NAMES['transformers-5'][0]}.lora_B.weight"),
+    )
     with pytest.raises(CheckpointError, match=r"the adapter, of rank 4, A \[4, 64\]$"):
-        read_adapter(half, weights.load(folder))
+        read_adapter(half, checkpoints.load(folder))
     with pytest.raises(CheckpointError, match="it has no tensors"):
-        read_adapter(edit(half, dict.clear), weights.load(folder))
-    head = edit(files(folder, tmp_path / "c"), lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}))
-    with pytest.raises(CheckpointError, match=r"lm_head.lora_A.weight \[4, 64\] stands beside no linear"):
-        read_adapter(head, weights.load(folder))
+        read_adapter(edit(half, dict.clear), checkpoints.load(folder))
+    head = edit(
+        files(folder, tmp_path / "c"),
+        lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.lora_A.weight \[4, 64\] stands beside no linear"
+    ):
+        read_adapter(head, checkpoints.load(folder))
 
 
 # Chatbot and commands
@@ -560,21 +676,29 @@ def stored(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bots(folder: Path, stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Chatbot]:
+def bots(
+    folder: Path, stored: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str | None, Chatbot]:
     """The network alone, and what `llava convert` merged."""
     place, found = tmp_path_factory.mktemp("merged"), {None: llava_interleave.load(folder)}
     for name in ("d", "w"):
-        done = CliRunner().invoke(app, ["convert", str(folder), str(place / name), "--adapter", str(stored / name)])
+        done = CliRunner().invoke(
+            app, ["convert", str(folder), str(place / name), "--adapter", str(stored / name)]
+        )
         assert done.exit_code == 0, done.output
         found[name] = llava_interleave.load(place / name)
     return found
 
 
 def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    )
 
 
-def test_a_question_chooses_its_adapter(folder: Path, stored: Path, bots: dict[str | None, Chatbot]) -> None:
+def test_a_question_chooses_its_adapter(
+    folder: Path, stored: Path, bots: dict[str | None, Chatbot]
+) -> None:
     bot = llava_interleave.load(folder, adapters={"d": stored / "d"})
     assert bot.adapters == ("d",)
     with pytest.raises(OptionError, match="no adapter 'w' here; there are: 'd'"):
@@ -585,23 +709,31 @@ def test_a_question_chooses_its_adapter(folder: Path, stored: Path, bots: dict[s
     for name, oracle in bots.items():
         want = oracle.chat(turn, max_new_tokens=12, ignore_eos=True)
         answers.append(want.tokens)
-        assert bot.chat(turn, max_new_tokens=12, ignore_eos=True, adapter=name).tokens == want.tokens
+        assert (
+            bot.chat(turn, max_new_tokens=12, ignore_eos=True, adapter=name).tokens == want.tokens
+        )
         (batched,) = bot.batch([turn], max_new_tokens=12, ignore_eos=True, adapter=name)
         assert batched.tokens == want.tokens
         mine, same = (b.explain(turn, want, adapter=a) for b, a in ((bot, name), (oracle, None)))
         assert mine.logprob == pytest.approx(same.logprob, abs=1e-3)
-        assert [look.attention for look in mine.images] == pytest.approx([look.attention for look in same.images], abs=1e-4)
+        assert [look.attention for look in mine.images] == pytest.approx(
+            [look.attention for look in same.images], abs=1e-4
+        )
     assert len(set(answers)) == 3
 
 
 def test_mistakes_are_told_before_the_weights_are_read(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     with pytest.raises(CheckpointError, match="there is no folder"):
-        llava_interleave.load(folder, adapters={"a": tmp_path / "none"}, progress=lambda *done: seen.append(done))
+        llava_interleave.load(
+            folder, adapters={"a": tmp_path / "none"}, progress=lambda *done: seen.append(done)
+        )
     assert seen == []
 
 
-def test_commands_take_an_adapter(folder: Path, stored: Path, bots: dict[str | None, Chatbot], tmp_path: Path) -> None:
+def test_commands_take_an_adapter(
+    folder: Path, stored: Path, bots: dict[str | None, Chatbot], tmp_path: Path
+) -> None:
     flags = ["-m", str(folder), "--adapter", str(stored / "d"), "--max-new-tokens", "9"]
     want = bots["d"].ask("Hm?", max_new_tokens=9)
     asked = CliRunner().invoke(app, ["ask", "Hm?", "--json", *flags])
@@ -612,7 +744,9 @@ def test_commands_take_an_adapter(folder: Path, stored: Path, bots: dict[str | N
     assert talk.exit_code == 0, talk.output
     assert want.text in talk.stdout
     (tmp_path / "in.jsonl").write_text('{"question": "Hm?"}\n')
-    done = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *flags])
+    done = CliRunner().invoke(
+        app, ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *flags]
+    )
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out.jsonl").read_text())["answer"] == want.text
 
@@ -620,48 +754,87 @@ def test_commands_take_an_adapter(folder: Path, stored: Path, bots: dict[str | N
 def test_a_benchmark_is_answered_through_an_adapter(
     folder: Path, stored: Path, bots: dict[str | None, Chatbot], tmp_path: Path
 ) -> None:
-    flags = ["-m", str(folder), "-n", "1", "--scenario", "single", "--max-new-tokens", "9", "-o", str(tmp_path)]
+    flags = [
+        "-m",
+        str(folder),
+        "-n",
+        "1",
+        "--scenario",
+        "single",
+        "--max-new-tokens",
+        "9",
+        "-o",
+        str(tmp_path),
+    ]
     done = CliRunner().invoke(app, ["eval", "world", "--adapter", str(stored / "d"), *flags])
     assert done.exit_code == 0, done.output
     about, row = map(json.loads, (tmp_path / "world.jsonl").read_text().splitlines())
     assert "adapter" in json.dumps(about)
-    asked = world.examples("single", 1, held_out=False)[0].ask(tmp_path)
-    assert row["answer"] == bots["d"].chat(asked, max_new_tokens=9).text != bots[None].chat(asked, max_new_tokens=9).text
+    asked = benchmark.examples("single", 1, held_out=False)[0].ask(tmp_path)
+    assert (
+        row["answer"]
+        == bots["d"].chat(asked, max_new_tokens=9).text
+        != bots[None].chat(asked, max_new_tokens=9).text
+    )
     other = CliRunner().invoke(app, ["eval", "world", *flags])
     assert other.exit_code != 0  # these rows are another model's
 
 
-def test_a_results_file_tells_adapters_apart_by_every_number(folder: Path, stored: Path, tmp_path: Path) -> None:
+def test_a_results_file_tells_adapters_apart_by_every_number(
+    folder: Path, stored: Path, tmp_path: Path
+) -> None:
     def about(adapter: Path) -> object:
-        return Model(str(folder), None, "auto", "cpu", str(adapter)).about["adapter"]
+        return LazyModel(str(folder), None, "auto", "cpu", str(adapter)).about["adapter"]
 
     copy = files(folder, tmp_path / "a")
     before = about(copy)
     assert before != about(stored / "d")
     edit(copy, lambda t: next(iter(t.values()))[-1].add_(1e-3))
     assert about(copy) != before
-    assert "adapter" not in Model(str(folder), None, "auto", "cpu").about
+    assert "adapter" not in LazyModel(str(folder), None, "auto", "cpu").about
 
 
-def test_a_server_has_an_adapter_as_a_model(folder: Path, stored: Path, bots: dict[str | None, Chatbot]) -> None:
-    bot = llava_interleave.load(folder, device="cpu", adapters={"d": stored / "d", "w": stored / "w"})
+def test_a_server_has_an_adapter_as_a_model(
+    folder: Path, stored: Path, bots: dict[str | None, Chatbot]
+) -> None:
+    bot = llava_interleave.load(
+        folder, device="cpu", adapters={"d": stored / "d", "w": stored / "w"}
+    )
     picture = Image.new("RGB", (40, 30), "teal")
     data = io.BytesIO()
     picture.save(data, "png")
     url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Hm?"}]}]
-    with TestClient(create_app(bot, Settings(name="base")), base_url="http://127.0.0.1:8000") as client:
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": "Hm?"},
+            ],
+        }
+    ]
+    with TestClient(
+        create_app(bot, Settings(name="base")), base_url="http://127.0.0.1:8000"
+    ) as client:
         told = {model["id"]: model["parent"] for model in client.get("/v1/models").json()["data"]}
         assert told == {"base": None, "d": "base", "w": "base"}
         assert client.get("/v1/models/w").json()["parent"] == "base"
-        for name, oracle in (("base", bots[None]), ("d", bots["d"]), ("w", bots["w"]), ("base", bots[None])):
+        for name, oracle in (
+            ("base", bots[None]),
+            ("d", bots["d"]),
+            ("w", bots["w"]),
+            ("base", bots[None]),
+        ):
             body = {"model": name, "messages": messages, "max_tokens": 9, "explain": True}
             said = client.post("/v1/chat/completions", json=body).json()
             want = oracle.ask("Hm?", [picture], max_new_tokens=9)
             assert (said["model"], said["choices"][0]["message"]["content"]) == (name, want.text)
             looked = oracle.explain(oracle.turn("Hm?", [picture]), want)
             assert said["explanations"][0]["logprob"] == pytest.approx(looked.logprob, abs=1e-3)
-            again = {"model": name, "messages": [*messages, {"role": "assistant", "content": want.text}]}
+            again = {
+                "model": name,
+                "messages": [*messages, {"role": "assistant", "content": want.text}],
+            }
             assert client.post("/v1/messages/explain", json=again).status_code == 200
         refused = client.post("/v1/chat/completions", json={"model": "e", "messages": messages})
         assert refused.status_code == client.get("/v1/models/e").status_code == 404

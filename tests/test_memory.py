@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 from test_engine import MIXED, VOCAB, answers, engine, expected, network
 
 from llava_interleave.config import TextConfig
-from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.memory import FEW, Slabs, Span, bytes_per_token, eight_bits
-from llava_interleave.engine.sampling import Sampling
+from llava_interleave.engine.kv_contiguous import (
+    MAX_DECODE_TOKENS,
+    ContiguousKVCache,
+    Span,
+    bytes_per_token,
+    quantize_kv,
+)
+from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
+from llava_interleave.engine.sampler import SamplingParams
 from llava_interleave.errors import OptionError
-from llava_interleave.model import Packed, arrange
+from llava_interleave.model import PackedAttention, arrange_features
 from llava_interleave.prompt import Prompt
 
 CPU = torch.device("cpu")
@@ -23,33 +29,45 @@ def config(heads: int = 4, kv_heads: int = 2, layers: int = 2) -> TextConfig:
     return TextConfig(num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=8)
 
 
-def room(capacity: int) -> KV:
-    return KV(Keys.of([]), 0, capacity)
+def room(capacity: int) -> SequenceKV:
+    return SequenceKV(CacheKey.of([]), 0, capacity)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """Keys or values as they count when they are kept in 8 bits."""
-    q, scale = eight_bits(x)
+    q, scale = quantize_kv(x)
     return q * scale.float()[..., None]
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    cuts=st.lists(st.lists(st.sampled_from([1, 2, 5, 9, FEW, FEW + 1]), min_size=1, max_size=5), min_size=1, max_size=3),
+    cuts=st.lists(
+        st.lists(
+            st.sampled_from([1, 2, 5, 9, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1]),
+            min_size=1,
+            max_size=5,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
     kv_heads=st.sampled_from([1, 2, 4]),
     in_eight_bits=st.booleans(),
 )
-def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, in_eight_bits: bool) -> None:
+def test_steps_equal_whole_sequences(
+    cuts: list[list[int]], kv_heads: int, in_eight_bits: bool
+) -> None:
     """Each sequence arrives in its own chunks, several sequences a step, while the slabs grow. In 8 bits all of it is rounded
     alike, wherever it is cut."""
     torch.manual_seed(0)
     c = config(kv_heads=kv_heads)
-    slabs = Slabs(c, torch.float32, CPU, in_eight_bits=in_eight_bits)
+    slabs = ContiguousKVCache(c, torch.float32, CPU, in_eight_bits=in_eight_bits)
     lengths = [sum(cut) for cut in cuts]
     q = [torch.randn(n, 4, 8) for n in lengths]
     k, v = ([torch.randn(n, kv_heads, 8) for n in lengths] for _ in range(2))
     kept = rounded if in_eight_bits else torch.Tensor.clone
-    whole = Packed(lengths)(0, torch.cat(q), kept(torch.cat(k)), kept(torch.cat(v))).split(lengths)
+    whole = PackedAttention(lengths)(0, torch.cat(q), kept(torch.cat(k)), kept(torch.cat(v))).split(
+        lengths
+    )
     kvs = [room(0) for _ in lengths]
     for step in range(max(map(len, cuts))):
         spans, parts = [], []
@@ -73,15 +91,19 @@ def test_answers_from_keys_and_values_in_8_bits() -> None:
 
     def slow(p: Prompt) -> list[int]:
         model, tokens = network(), list(p.tokens)
-        features = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in p.media]
+        features = [(m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in p.media]
         for _ in range(12):
-            whole = Packed([len(tokens)])
+            whole = PackedAttention([len(tokens)])
             x = model.embed(torch.tensor(tokens), features)
-            hidden = model(x, torch.arange(len(tokens)), lambda i, q, k, v, whole=whole: whole(i, q, rounded(k), rounded(v)))
+            hidden = model(
+                x,
+                torch.arange(len(tokens)),
+                lambda i, q, k, v, whole=whole: whole(i, q, rounded(k), rounded(v)),
+            )
             tokens.append(int(model.logits(hidden)[-1, :VOCAB].argmax()))
         return tokens[len(p.tokens) :]
 
-    right, how = [slow(p) for p in MIXED], Sampling(max_new_tokens=12, ignore_eos=True)
+    right, how = [slow(p) for p in MIXED], SamplingParams(max_new_tokens=12, ignore_eos=True)
     assert right != expected()  # so that it is seen
     for options in ({}, {"max_step_tokens": 7, "max_running": 3}):
         e = engine(kv_precision="int8", **options)
@@ -92,7 +114,9 @@ def test_answers_from_keys_and_values_in_8_bits() -> None:
 
 
 def test_a_precision_of_keys_and_values_that_is_not_there() -> None:
-    with pytest.raises(OptionError, match="'int4' is no precision of keys and values; there are auto, int8"):
+    with pytest.raises(
+        OptionError, match="'int4' is no precision of keys and values; there are auto, int8"
+    ):
         engine(kv_precision="int4")
 
 
@@ -111,7 +135,7 @@ def test_eight_bits_are_within_half_a_step() -> None:
 @pytest.mark.parametrize("in_eight_bits", [False, True])
 def test_a_copied_prefix_goes_on_alone(in_eight_bits: bool) -> None:
     c = config()
-    slabs = Slabs(c, torch.float32, CPU, in_eight_bits=in_eight_bits)
+    slabs = ContiguousKVCache(c, torch.float32, CPU, in_eight_bits=in_eight_bits)
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     if in_eight_bits:
         k, v = rounded(k), rounded(v)  # which rounds to itself
@@ -127,7 +151,9 @@ def test_a_copied_prefix_goes_on_alone(in_eight_bits: bool) -> None:
         other(layer, q[:1], torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))
     rest = slabs.attend([Span(target, 5, 9)])
     for layer in range(2):
-        torch.testing.assert_close(rest(layer, q[5:], k[5:], v[5:]), Packed([9])(0, q, k, v)[5:])
+        torch.testing.assert_close(
+            rest(layer, q[5:], k[5:], v[5:]), PackedAttention([9])(0, q, k, v)[5:]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,18 +161,22 @@ def test_a_copied_prefix_goes_on_alone(in_eight_bits: bool) -> None:
 def test_a_slab_takes_the_bytes_it_is_charged(dtype: torch.dtype, in_eight_bits: bool) -> None:
     c = config(layers=3)
     kv = room(10)
-    slabs = Slabs(c, dtype, CPU, in_eight_bits=in_eight_bits)
+    slabs = ContiguousKVCache(c, dtype, CPU, in_eight_bits=in_eight_bits)
     slabs.prepare(kv)
     assert kv.slab is not None
     held = sum(t.untyped_storage().nbytes() for tensors, _ in kv.slab.parts() for t in tensors)
-    assert held == 10 * bytes_per_token(c, dtype, in_eight_bits=in_eight_bits) == 10 * slabs.bytes_per_token
+    assert (
+        held
+        == 10 * bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
+        == 10 * slabs.bytes_per_token
+    )
 
 
 def test_bfloat16_is_within_its_error() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
-    exact = Packed([20])(0, q, k, v)
-    slabs, kv = Slabs(config(layers=1), torch.bfloat16, CPU), room(20)
+    exact = PackedAttention([20])(0, q, k, v)
+    slabs, kv = ContiguousKVCache(config(layers=1), torch.bfloat16, CPU), room(20)
     slabs.prepare(kv)
     for a, b in ((0, 7), (7, 19), (19, 20)):
         out = slabs.attend([Span(kv, a, b)])(0, *(x[a:b].bfloat16() for x in (q, k, v)))

@@ -16,8 +16,8 @@ import pytest
 from openai.types.chat import ChatCompletion
 from test_evals import kill_and_resume, picture
 
+from llava_interleave.batch import Answerer, JsonRow, Reply, Source, order, run
 from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, Unsupported
-from llava_interleave.offline import Answerer, Reply, Row, Source, order, run
 from llava_interleave.options import Options
 
 Asked = Sequence[Sequence[Mapping[str, Any]]]
@@ -30,16 +30,21 @@ class Echo:
         self.calls: list[tuple[list[str], Options]] = []
 
     def __call__(self, asked: Asked, options: Options) -> list[Reply | LlavaError]:
-        texts = [m[-1]["content"] if isinstance(m[-1]["content"], str) else m[-1]["content"][-1]["text"] for m in asked]
+        texts = [
+            m[-1]["content"] if isinstance(m[-1]["content"], str) else m[-1]["content"][-1]["text"]
+            for m in asked
+        ]
         self.calls.append((texts, options))
-        return [PromptError("refused") if text == "bad" else Reply(text, "stop", 7, 2) for text in texts]
+        return [
+            PromptError("refused") if text == "bad" else Reply(text, "stop", 7, 2) for text in texts
+        ]
 
 
-def lines(path: Path) -> list[Row]:
+def lines(path: Path) -> list[JsonRow]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def done(source: Path, answer: Answerer, question: str | None = None, **more: Any) -> list[Row]:
+def done(source: Path, answer: Answerer, question: str | None = None, **more: Any) -> list[JsonRow]:
     out = source.with_name("out.jsonl")
     out.unlink(missing_ok=True)
     run(Source(source, question), out, answer, Options(), {"model": "m"}, **more)
@@ -57,15 +62,33 @@ def test_lines_keep_their_order_and_failures_their_place(tmp_path: Path) -> None
         [1],
     ]
     text = (
-        "\n".join(map(json.dumps, samples)) + "\n\n{broken\n" + json.dumps({"id": "z", "question": "last", "images": ["b.png"]})
+        "\n".join(map(json.dumps, samples))
+        + "\n\n{broken\n"
+        + json.dumps({"id": "z", "question": "last", "images": ["b.png"]})
     )
     source.write_text(text)
     rows = done(source, Echo(), batch=2)
     assert [row["id"] for row in rows] == ["a", "7", "3", "d", "e", "6", "7", "z"]
-    assert [row.get("answer") for row in rows] == ["one", None, "three", None, None, None, None, "last"]
-    assert rows[0] == {"id": "a", "answer": "one", "finish_reason": "stop", "usage": {"prompt": 7, "generated": 2}}
+    assert [row.get("answer") for row in rows] == [
+        "one",
+        None,
+        "three",
+        None,
+        None,
+        None,
+        None,
+        "last",
+    ]
+    assert rows[0] == {
+        "id": "a",
+        "answer": "one",
+        "finish_reason": "stop",
+        "usage": {"prompt": 7, "generated": 2},
+    }
     told = [row["error"] for row in rows if "error" in row]
-    for error, wanted in zip(told, ("refused", "--question", "1 <image>, but", "no JSON object", "no JSON"), strict=True):
+    for error, wanted in zip(
+        told, ("refused", "--question", "1 <image>, but", "no JSON object", "no JSON"), strict=True
+    ):
         assert wanted in error
     assert not (tmp_path / "out.jsonl.part").exists()
 
@@ -74,7 +97,9 @@ def test_shared_media_meet(tmp_path: Path) -> None:
     """Also where they are shared through a third sample; the order of the rest is kept."""
     assert order([["a"], ["b"], [], ["a", "c"], ["d"], ["c"], ["b"]]) == [0, 3, 5, 1, 6, 2, 4]
     source = tmp_path / "in.jsonl"
-    source.write_text("\n".join(json.dumps({"question": str(i), "images": [f"{i % 3}.png"]}) for i in range(9)))
+    source.write_text(
+        "\n".join(json.dumps({"question": str(i), "images": [f"{i % 3}.png"]}) for i in range(9))
+    )
     echo = Echo()
     assert [row["answer"] for row in done(source, echo, batch=3)] == [str(i) for i in range(9)]
     assert [texts for texts, _ in echo.calls] == [["0", "3", "6"], ["1", "4", "7"], ["2", "5", "8"]]
@@ -82,12 +107,20 @@ def test_shared_media_meet(tmp_path: Path) -> None:
 
 def test_tables_and_folders(tmp_path: Path) -> None:
     table = tmp_path / "in.csv"
-    table.write_text('id,question,image,image_2,note\nx,"One, or two?",a.png,,1\ny,,a.png,b.mp4,2\nz,a,b,c,d,e\n')
+    table.write_text(
+        'id,question,image,image_2,note\nx,"One, or two?",a.png,,1\ny,,a.png,b.mp4,2\nz,a,b,c,d,e\n'
+    )
     sample = Source(table, "What?").sample(0)
-    parts = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "One, or two?"}]
+    parts = [
+        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "text", "text": "One, or two?"},
+    ]
     assert (sample.id, sample.messages[0]["content"]) == ("x", parts)
     media = Source(table, "What?").sample(1).messages[0]["content"][:-1]
-    assert [(part["type"], Path(part["path"]).name) for part in media] == [("image", "a.png"), ("video", "b.mp4")]
+    assert [(part["type"], Path(part["path"]).name) for part in media] == [
+        ("image", "a.png"),
+        ("video", "b.mp4"),
+    ]
     assert "more cells" in str(Source(table).sample(2).error)
     table.write_bytes(b"question\n\xff\n")
     with pytest.raises(DataError, match="UTF-8"):
@@ -99,7 +132,10 @@ def test_tables_and_folders(tmp_path: Path) -> None:
     (folder / "empty").mkdir()
     samples = [Source(folder, "What?").sample(i) for i in range(3)]
     assert [s.id for s in samples] == ["9.png", "10.png", "set"]
-    assert [Path(p["path"]).name for p in samples[2].messages[0]["content"][:-1]] == ["2.png", "10.png"]
+    assert [Path(p["path"]).name for p in samples[2].messages[0]["content"][:-1]] == [
+        "2.png",
+        "10.png",
+    ]
     assert len(Source(folder)) == 3
 
 
@@ -109,7 +145,9 @@ def test_parquet(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     path = tmp_path / "in.parquet"
-    parquet.write_table(pyarrow.table({"question": ["one", "two"], "images": [["a.png"], ["b.mp4", "a.png"]]}), path)
+    parquet.write_table(
+        pyarrow.table({"question": ["one", "two"], "images": [["a.png"], ["b.mp4", "a.png"]]}), path
+    )
     source = Source(path)
     assert [[p["path"] for p in source.sample(i).messages[0]["content"][:-1]] for i in range(2)] == [
         [str(tmp_path / "a.png")], [str(tmp_path / "b.mp4"), str(tmp_path / "a.png")],
@@ -128,7 +166,9 @@ def test_parquet(tmp_path: Path) -> None:
         Source(path)
 
 
-def test_parquet_is_refused_by_name_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_is_refused_by_name_without_pyarrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "in.parquet").write_bytes(b"")
     with pytest.raises(Unsupported, match=r"pyarrow.*llava-interleave\[parquet\]"):
@@ -158,13 +198,23 @@ def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     samples = [source.sample(i) for i in range(len(source))]
     assert [s.id for s in samples] == ["a.v1/1", "5", "a.v1/1", "b/1", "b/1"]
     assert [s.messages[0]["content"] for s in samples] == [
-        [{"type": "image", "image": b"l"}, {"type": "image", "image": b"r"}, {"type": "text", "text": "Same?"}],
+        [
+            {"type": "image", "image": b"l"},
+            {"type": "image", "image": b"r"},
+            {"type": "text", "text": "Same?"},
+        ],
         [{"type": "video", "video": b"film"}, {"type": "text", "text": "What?"}],
         [{"type": "image", "image": b"again"}, {"type": "text", "text": "What?"}],
         [{"type": "image", "image": b"first"}, {"type": "text", "text": "What?"}],
         [{"type": "image", "image": b"last"}, {"type": "text", "text": "What?"}],
     ]
-    assert [row["id"] for row in done(folder, Echo(), "What?")] == ["a.v1/1", "5", "a.v1/1", "b/1", "b/1"]
+    assert [row["id"] for row in done(folder, Echo(), "What?")] == [
+        "a.v1/1",
+        "5",
+        "a.v1/1",
+        "b/1",
+        "b/1",
+    ]
     one = Source(folder / "x-9.tar", "What?")
     assert (len(one), one.digest == source.digest) == (4, False)
 
@@ -173,26 +223,40 @@ def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Links and devices are nobody's file, names lead nowhere, a member that is too large is its sample's error alone."""
     path = tmp_path / "in.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("a.jpg", tarfile.SYMTYPE),
+            ("b.jpg", tarfile.LNKTYPE),
+            ("c.jpg", tarfile.CHRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-        for name, data in (("../../d.jpg", b"d"), ("e.jpg", b"e" * 9), ("f.json", b"[1]"), ("g.json", b"{"), ("h.jpg", b"h")):
+        for name, data in (
+            ("../../d.jpg", b"d"),
+            ("e.jpg", b"e" * 9),
+            ("f.json", b"[1]"),
+            ("g.json", b"{"),
+            ("h.jpg", b"h"),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, BytesIO(data))
-    monkeypatch.setattr("llava_interleave.offline.shards.MOST", 8)
+    monkeypatch.setattr("llava_interleave.batch.webdataset.MOST", 8)
     before = set(tmp_path.parent.rglob("*"))
     rows = done(path, Echo(), "What?")
     assert [row["id"] for row in rows] == ["../../d", "e", "f", "g", "h"]
     assert [row.get("answer") for row in rows] == ["What?", None, None, None, "What?"]
-    for row, wanted in zip(rows[1:4], ("has 9 bytes, the most is 8", "is no object", "no JSON"), strict=True):
+    for row, wanted in zip(
+        rows[1:4], ("has 9 bytes, the most is 8", "is no object", "no JSON"), strict=True
+    ):
         assert wanted in row["error"]
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "out.jsonl"}
     whole = path.read_bytes()
     for broken in (b"no tar at all", whole[: whole.index(b"e" * 9) - 600]):
         path.write_bytes(broken)
-        with pytest.raises(DataError, match=r"in\.tar (cannot be read as an uncompressed tar file|has no samples)"):
+        with pytest.raises(
+            DataError, match=r"in\.tar (cannot be read as an uncompressed tar file|has no samples)"
+        ):
             Source(path, "What?")
     shard(path, ("a.jpg", b"a"))
     packed = gzip.compress(path.read_bytes())
@@ -202,7 +266,8 @@ def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("in.txt", "x"), ("in.jsonl", "\n\n"), ("in.csv", "question\n"), ("none.jsonl", None)]
+    ("name", "content"),
+    [("in.txt", "x"), ("in.jsonl", "\n\n"), ("in.csv", "question\n"), ("none.jsonl", None)],
 )
 def test_sources_that_are_none(name: str, content: str | None, tmp_path: Path) -> None:
     if content is not None:
@@ -237,19 +302,49 @@ def test_openai_batches(tmp_path: Path) -> None:
         openai(8) | {"method": "GET"},
     ]
     samples.append(
-        {"custom_id": "r-10", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "bad"}]}}
+        {
+            "custom_id": "r-10",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "bad"}]},
+        }
     )
     source.write_text("\n".join(map(json.dumps, samples)))
     echo = Echo()
     rows = done(source, echo)
-    assert [row["custom_id"] for row in rows] == ["r-0", "r-1", "r-2", "r-3", "r-4", "r-5", "r-9", "r-8", "r-10"]
-    assert [row["response"]["status_code"] for row in rows] == [200, 200, 400, 200, 400, 400, 400, 400, 400]
+    assert [row["custom_id"] for row in rows] == [
+        "r-0",
+        "r-1",
+        "r-2",
+        "r-3",
+        "r-4",
+        "r-5",
+        "r-9",
+        "r-8",
+        "r-10",
+    ]
+    assert [row["response"]["status_code"] for row in rows] == [
+        200,
+        200,
+        400,
+        200,
+        400,
+        400,
+        400,
+        400,
+        400,
+    ]
     body = rows[1]["response"]["body"]
     parsed = ChatCompletion.model_validate(body, strict=True)  # OpenAI's own type
-    assert (parsed.choices[0].message.content, parsed.choices[0].finish_reason, parsed.model) == ("1", "stop", "m")
+    assert (parsed.choices[0].message.content, parsed.choices[0].finish_reason, parsed.model) == (
+        "1",
+        "stop",
+        "m",
+    )
     assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
     assert "tools" in rows[2]["response"]["body"]["error"]["message"]
-    assert [(o.max_new_tokens, o.temperature, o.stop) for texts, o in echo.calls if texts == ["1"]] == [(3, 0.5, ("x",))]
+    assert [
+        (o.max_new_tokens, o.temperature, o.stop) for texts, o in echo.calls if texts == ["1"]
+    ] == [(3, 0.5, ("x",))]
     assert len({row["id"] for row in rows}) == len(rows)
 
 
@@ -276,7 +371,9 @@ def test_nothing_is_overwritten_or_mixed(tmp_path: Path) -> None:
 
 def test_a_mistake_in_a_samples_options_is_its_own(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text("\n".join(json.dumps(openai(i, **({"stop": 3} if i == 1 else {}))) for i in range(3)))
+    source.write_text(
+        "\n".join(json.dumps(openai(i, **({"stop": 3} if i == 1 else {}))) for i in range(3))
+    )
     assert [row["response"]["status_code"] for row in done(source, Echo())] == [200, 400, 200]
     with pytest.raises(OptionError):
         Options(stop=("",))
@@ -287,7 +384,12 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
     """Order kept, every sample once, whatever moment the kill came; the output is never there in part."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     chance = random.Random(3)
-    source.write_text("\n".join(json.dumps({"question": str(i), "images": [f"{chance.randrange(9)}.png"]}) for i in range(400)))
+    source.write_text(
+        "\n".join(
+            json.dumps({"question": str(i), "images": [f"{chance.randrange(9)}.png"]})
+            for i in range(400)
+        )
+    )
 
     def work() -> None:
         if out.exists():

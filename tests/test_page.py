@@ -19,18 +19,27 @@ pytest.importorskip("fastapi")
 sync_api = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, Request, expect  # noqa: E402
 
-from llava_interleave.chatbot import Look, load  # noqa: E402
+from llava_interleave.chat import ImageAttribution, load  # noqa: E402
 from llava_interleave.engine import Engine  # noqa: E402
 from llava_interleave.processing import FrameSampling, Loader  # noqa: E402
 from llava_interleave.server.app import create_app  # noqa: E402
 from llava_interleave.server.run import Server  # noqa: E402
 from llava_interleave.server.settings import Settings  # noqa: E402
 from llava_interleave.testing import tiny_checkpoint  # noqa: E402
-from llava_interleave.world.draw import write_video  # noqa: E402
+from recipes.tiny_world.draw import write_video  # noqa: E402
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
 expect.set_options(timeout=20_000)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine: apt install chromium"
+)
 
 
 def serve(folder: Path, **fields: object) -> Iterator[str]:
@@ -76,7 +85,12 @@ def opened(browser: Browser, address: str) -> Iterator[Page]:
     page = context.new_page()
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if "Content Security Policy" in message.text else None)
+    page.on(
+        "console",
+        lambda message: (
+            faults.append(message.text) if "Content Security Policy" in message.text else None
+        ),
+    )
 
     def asked(request: Request) -> None:
         if not request.url.startswith((address, "blob:", "data:")):
@@ -104,7 +118,9 @@ def ask(page: Page, text: str) -> None:
     page.click("#send")
     expect(page.locator("#text")).to_have_value("")
     expect(page.locator("#send")).to_be_visible(timeout=20_000)
-    expect(page.locator("#messages > li.assistant").last.locator(".meta")).to_contain_text("tokens read")
+    expect(page.locator("#messages > li.assistant").last.locator(".meta")).to_contain_text(
+        "tokens read"
+    )
 
 
 def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> None:
@@ -121,10 +137,18 @@ def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> N
     ask(page, page.input_value("#text") + " with the others.")
     said = page.locator("#messages > li.user .said")
     assert said.locator("img").count() == 3
-    assert [img.get_attribute("alt") for img in said.locator("img").all()] == ["red.png", "green.png", "blue.png"]
+    assert [img.get_attribute("alt") for img in said.locator("img").all()] == [
+        "red.png",
+        "green.png",
+        "blue.png",
+    ]
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "And now?")
-    assert [message["role"] for message in json.loads(sent.value.post_data)["messages"]] == ["user", "assistant", "user"]
+    assert [message["role"] for message in json.loads(sent.value.post_data)["messages"]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     reused = page.locator("#messages > li.assistant").last.locator(".meta").inner_text()
     assert int(re.search(r"(\d+) of them reused", reused)[1]) > 0
     page.reload()
@@ -146,13 +170,17 @@ def test_the_parts_sent_are_the_ones_composed(page: Page, files: list[Path]) -> 
     assert [part.get("text") for part in parts] == [None, "Is ", None, " new?"]
 
 
-def test_files_are_dropped_pasted_picked_by_folder_and_dragged_into_order(page: Page, files: list[Path], tmp_path: Path) -> None:
+def test_files_are_dropped_pasted_picked_by_folder_and_dragged_into_order(
+    page: Page, files: list[Path], tmp_path: Path
+) -> None:
     def names() -> list[str | None]:
         return [img.get_attribute("alt") for img in page.locator(".chip img").all()]
 
     (tmp_path / "shots" / "more").mkdir(parents=True)
     for name in ("2.png", "10.png", "more/1.png", "notes.txt"):
-        (tmp_path / "shots" / name).write_bytes(files[0].read_bytes() if name.endswith("png") else b"text")
+        (tmp_path / "shots" / name).write_bytes(
+            files[0].read_bytes() if name.endswith("png") else b"text"
+        )
     page.set_input_files("#pick-folder", tmp_path / "shots")
     expect(page.locator(".chip")).to_have_count(3)
     assert names() == ["2.png", "10.png", "1.png"]
@@ -184,20 +212,28 @@ def drop(page: Page, paths: list[Path]) -> None:
     data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
     while not page.evaluate("() => window.taken"):
         for step in ("dragEnter", "dragOver", "dragOver", "drop"):
-            devtools.send("Input.dispatchDragEvent", {"type": step, "x": 400, "y": 200, "data": data})
+            devtools.send(
+                "Input.dispatchDragEvent", {"type": step, "x": 400, "y": 200, "data": data}
+            )
             page.wait_for_timeout(100)
 
 
-def test_which_image_an_answer_leaned_on(browser: Browser, folder: Path, files: list[Path], tmp_path: Path) -> None:
+def test_which_image_an_answer_leaned_on(
+    browser: Browser, folder: Path, files: list[Path], tmp_path: Path
+) -> None:
     """Shares, maps and frames are the library's; shown at the press of a button, hidden at the next."""
     rng = np.random.default_rng(0)
-    write_video([rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(16)], tmp_path / "v.mp4")
+    write_video(
+        [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(16)], tmp_path / "v.mp4"
+    )
     for address in serve(folder, max_tokens=12):
         with opened(browser, address) as page:
             page.set_input_files("#pick-files", [*files[:2], tmp_path / "v.mp4"])
             page.locator("#frames").fill("3")
             ask(page, "Which one?")
-            page.locator("#frames").evaluate("(slider) => { slider.value = 5; }")  # the answer was given with 3
+            page.locator("#frames").evaluate(
+                "(slider) => { slider.value = 5; }"
+            )  # the answer was given with 3
             button = page.get_by_role("button", name="Which image this answer leaned on")
             with page.expect_request("**/v1/messages/explain") as sent:
                 button.click()
@@ -208,16 +244,23 @@ def test_which_image_an_answer_leaned_on(browser: Browser, folder: Path, files: 
             asked = json.loads(sent.value.post_data)
             known = explained(folder, asked, [*files[:2], tmp_path / "v.mp4"])
             shares = page.locator(".leaned strong + meter + strong").all_inner_texts()
-            assert [share.strip() for share in shares] == [f"{round(100 * look.share)} %" for look in known]
+            assert [share.strip() for share in shares] == [
+                f"{round(100 * look.share)} %" for look in known
+            ]
             for item, look in zip(told.all(), known, strict=True):
-                assert f"{abs(look.change):.2f} nats {'likelier' if look.change < 0 else 'less likely'}" in item.inner_text()
+                assert (
+                    f"{abs(look.change):.2f} nats {'likelier' if look.change < 0 else 'less likely'}"
+                    in item.inner_text()
+                )
                 assert f"{round(100 * look.attention)} % of the attention" in item.inner_text()
             most = max(look.heat.max() for look in known)
             veils = page.locator(".veil").evaluate_all("""(all) => all.map((veil) => {
                 const { data } = veil.getContext("2d").getImageData(0, 0, veil.width, veil.height);
                 return [...data].filter((_, i) => i % 4 === 3);
             })""")
-            for veil, heat in zip(veils, np.concatenate([look.heat for look in known]), strict=True):
+            for veil, heat in zip(
+                veils, np.concatenate([look.heat for look in known]), strict=True
+            ):
                 assert np.allclose(veil, 255 * 0.85 * (1 - np.sqrt(heat.ravel() / most)), atol=2)
             page.get_by_label("pictures without maps").check()
             expect(page.locator(".veil").first).to_be_hidden()
@@ -226,12 +269,19 @@ def test_which_image_an_answer_leaned_on(browser: Browser, folder: Path, files: 
             expect(button).to_have_attribute("aria-expanded", "false")
 
 
-def explained(folder: Path, asked: dict[str, Any], sources: list[Path]) -> tuple[Look, ...]:
+def explained(
+    folder: Path, asked: dict[str, Any], sources: list[Path]
+) -> tuple[ImageAttribution, ...]:
     *messages, answer = asked["messages"]
     parts, given = messages[0]["content"], iter(sources)
-    content = [p if p["type"] == "text" else {"type": p["type"].removesuffix("_url"), "path": next(given)} for p in parts]
+    content = [
+        p if p["type"] == "text" else {"type": p["type"].removesuffix("_url"), "path": next(given)}
+        for p in parts
+    ]
     bot = load(folder, device="cpu")
-    return bot.explain([{"role": "user", "content": content}], answer["content"], frames=asked["frames"]).images
+    return bot.explain(
+        [{"role": "user", "content": content}], answer["content"], frames=asked["frames"]
+    ).images
 
 
 def test_without_a_mouse(page: Page, files: list[Path]) -> None:
@@ -257,22 +307,32 @@ def test_without_a_mouse(page: Page, files: list[Path]) -> None:
     page.keyboard.type("?")
     page.keyboard.press("Enter")
     expect(page.locator("#messages > li.user .said")).to_contain_text("What of ?")
-    assert page.locator("#messages > li.user img").evaluate_all("(all) => all.map((i) => i.alt)") == ["red.png", "green.png"]
-    expect(page.locator("#messages > li.assistant .meta")).to_contain_text("tokens read", timeout=20_000)
+    assert page.locator("#messages > li.user img").evaluate_all(
+        "(all) => all.map((i) => i.alt)"
+    ) == ["red.png", "green.png"]
+    expect(page.locator("#messages > li.assistant .meta")).to_contain_text(
+        "tokens read", timeout=20_000
+    )
 
 
-def test_a_mark_without_a_file_is_told_before_anything_is_sent(page: Page, files: list[Path]) -> None:
+def test_a_mark_without_a_file_is_told_before_anything_is_sent(
+    page: Page, files: list[Path]
+) -> None:
     page.set_input_files("#pick-files", files[:2])
     page.fill("#text", "What of [image 3]?")
     page.click("#send")
-    expect(page.locator("#problem")).to_have_text("the text has [image 3], but 2 files are attached")
+    expect(page.locator("#problem")).to_have_text(
+        "the text has [image 3], but 2 files are attached"
+    )
     expect(page.locator("#messages > li")).to_have_count(0)
     expect(page.locator("#text")).to_have_value("What of [image 3]?")
 
 
 def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, tmp_path: Path) -> None:
     """The very ones that the server looks at, by their times and by what is in them."""
-    write_video([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], tmp_path / "v.mp4")
+    write_video(
+        [np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], tmp_path / "v.mp4"
+    )
     page.set_input_files("#pick-files", tmp_path / "v.mp4")
     expect(page.locator(".strip canvas")).to_have_count(16)
     page.locator("#frames").fill("3")
@@ -280,7 +340,9 @@ def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, tmp_path: 
     expect(page.locator(".strip canvas")).to_have_count(3)
     clip = Loader().video((tmp_path / "v.mp4").read_bytes(), FrameSampling(frames=3))
     shown = page.locator(".strip canvas")
-    assert [shown.nth(i).get_attribute("title") for i in range(3)] == [f"{time:.2f} s" for time in clip.times]
+    assert [shown.nth(i).get_attribute("title") for i in range(3)] == [
+        f"{time:.2f} s" for time in clip.times
+    ]
     grey = "(canvas) => canvas.getContext('2d').getImageData(9, 9, 1, 1).data[0]"
     assert [shown.nth(i).evaluate(grey) for i in range(3)] == pytest.approx(
         [frame.getpixel((9, 9))[0] for frame in clip.frames], abs=4
@@ -317,14 +379,20 @@ def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[P
     })""")
     expect(page.locator("#budget")).to_be_hidden()
     page.get_by_label("Edit this message as a new branch").click()
-    expect(page.locator("#budget")).to_be_visible()  # counting what is left does not take the word back
-    expect(page.locator("#problem")).to_contain_text("red.png is no longer in this browser and is left out")
+    expect(
+        page.locator("#budget")
+    ).to_be_visible()  # counting what is left does not take the word back
+    expect(page.locator("#problem")).to_contain_text(
+        "red.png is no longer in this browser and is left out"
+    )
 
 
 def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -> None:
     page.set_input_files("#pick-files", files[:1])
     page.fill("#text", "See [image 2]")
-    expect(page.locator("#problem")).to_contain_text("the text has [image 2], but 1 files are attached")
+    expect(page.locator("#problem")).to_contain_text(
+        "the text has [image 2], but 1 files are attached"
+    )
     page.fill("#text", "See [image 1]")
     expect(page.locator("#problem")).to_be_hidden()
 
@@ -332,10 +400,14 @@ def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -
 def test_stop_keeps_what_was_written(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Engine.step
     # Slower, or it is over before it is stopped.
-    monkeypatch.setattr(Engine, "step", lambda engine, patience: time.sleep(0.2) or step(engine, patience))
+    monkeypatch.setattr(
+        Engine, "step", lambda engine, patience: time.sleep(0.2) or step(engine, patience)
+    )
     page.fill("#text", "Tell me a long story.")
     page.click("#send")
-    expect(page.locator("#messages")).to_have_attribute("aria-busy", "true")  # not read out word by word
+    expect(page.locator("#messages")).to_have_attribute(
+        "aria-busy", "true"
+    )  # not read out word by word
     page.click("#stop", timeout=10_000)
     expect(page.locator("#messages")).to_have_attribute("aria-busy", "false")
     expect(page.locator("#messages > li.assistant .meta")).to_contain_text("stopped")
@@ -380,7 +452,9 @@ def test_answers_become_markdown_and_never_html(page: Page) -> None:
     assert 'href="javascript' not in found
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Browser, folder: Path, tmp_path: Path) -> None:
+def test_a_key_is_asked_for_and_kept_for_the_tab(
+    browser: Browser, folder: Path, tmp_path: Path
+) -> None:
     keys = tmp_path / "keys"
     keys.write_text("k" * 32)
     for address in serve(folder, api_keys=keys):
@@ -396,7 +470,9 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Browser, folder: Path,
         page.close()
 
 
-def test_nothing_overflows_on_a_phone_and_everything_has_a_name(browser: Browser, address: str, files: list[Path]) -> None:
+def test_nothing_overflows_on_a_phone_and_everything_has_a_name(
+    browser: Browser, address: str, files: list[Path]
+) -> None:
     page = browser.new_page(viewport={"width": 360, "height": 700}, color_scheme="dark")
     page.goto(address)
     page.set_input_files("#pick-files", files)

@@ -34,40 +34,54 @@ from test_memory import config, rounded
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from llava_interleave.engine import Sampling, budget
-from llava_interleave.engine.cache import KV, Keys, Pages, Prefixes
-from llava_interleave.engine.captured import Captured, Row, sizes
-from llava_interleave.engine.memory import Span, bytes_per_token
-from llava_interleave.engine.paged import Paged
+from llava_interleave.engine import SamplingParams, kv_budget
+from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, sizes
+from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
+from llava_interleave.engine.kv_paged import PagedKVCache
+from llava_interleave.engine.prefix_cache import BlockAllocator, CacheKey, PrefixCache, SequenceKV
 from llava_interleave.errors import OptionError
-from llava_interleave.model import Packed, ragged
-from llava_interleave.model.lora import Lora, attach
+from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.model import PackedAttention, varlen
 
 CPU = torch.device("cpu")
-GREEDY = Sampling(max_new_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 LONG = prompt(text(0, 20), (0, 1), text(1, 60))
 
 
-def pool(blocks: int, block: int, *, kv_heads: int = 2, in_eight_bits: bool = False, dtype: torch.dtype = torch.float32) -> Paged:
+def pool(
+    blocks: int,
+    block: int,
+    *,
+    kv_heads: int = 2,
+    in_eight_bits: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PagedKVCache:
     c = config(kv_heads=kv_heads)
     room = blocks * block * bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
-    return Paged(c, dtype, CPU, room, block=block, in_eight_bits=in_eight_bits)
+    return PagedKVCache(c, dtype, CPU, room, block=block, in_eight_bits=in_eight_bits)
 
 
-def dealt(lengths: Sequence[int], memory: Paged) -> list[KV]:
+def dealt(lengths: Sequence[int], memory: PagedKVCache) -> list[SequenceKV]:
     """Sequences of so many tokens, in blocks from all over the pool."""
     blocks = random.Random(0).sample(range(memory.count), memory.count)
-    return [KV(Keys.of([]), blocks=[blocks.pop() for _ in range(-(-n // memory.block))]) for n in lengths]
+    return [
+        SequenceKV(CacheKey.of([]), blocks=[blocks.pop() for _ in range(-(-n // memory.block))])
+        for n in lengths
+    ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    cuts=st.lists(st.lists(st.sampled_from([1, 2, 5, 9, 17]), min_size=1, max_size=5), min_size=1, max_size=3),
+    cuts=st.lists(
+        st.lists(st.sampled_from([1, 2, 5, 9, 17]), min_size=1, max_size=5), min_size=1, max_size=3
+    ),
     kv_heads=st.sampled_from([1, 2, 4]),
     block=st.sampled_from([1, 4, 16]),
     in_eight_bits=st.booleans(),
 )
-def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, block: int, in_eight_bits: bool) -> None:
+def test_steps_equal_whole_sequences(
+    cuts: list[list[int]], kv_heads: int, block: int, in_eight_bits: bool
+) -> None:
     """Each sequence arrives in its own chunks, several sequences a step."""
     torch.manual_seed(0)
     lengths = [sum(cut) for cut in cuts]
@@ -75,17 +89,27 @@ def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, block
     q = [torch.randn(n, 4, 8) for n in lengths]
     k, v = ([torch.randn(n, kv_heads, 8) for n in lengths] for _ in range(2))
     kept = rounded if in_eight_bits else torch.Tensor.clone
-    whole = Packed(lengths)(0, torch.cat(q), kept(torch.cat(k)), kept(torch.cat(v))).split(lengths)
+    whole = PackedAttention(lengths)(0, torch.cat(q), kept(torch.cat(k)), kept(torch.cat(v))).split(
+        lengths
+    )
     kvs = dealt(lengths, memory)
     for step in range(max(map(len, cuts))):
-        parts = [(i, sum(cut[:step]), sum(cut[: step + 1])) for i, cut in enumerate(cuts) if step < len(cut)]
+        parts = [
+            (i, sum(cut[:step]), sum(cut[: step + 1]))
+            for i, cut in enumerate(cuts)
+            if step < len(cut)
+        ]
         attend = memory.attend([Span(kvs[i], a, b) for i, a, b in parts])
         for layer in (0, 1):
             out = attend(layer, *(torch.cat([x[i][a:b] for i, a, b in parts]) for x in (q, k, v)))
             torch.testing.assert_close(out, torch.cat([whole[i][a:b] for i, a, b in parts]))
 
 
-@pytest.mark.parametrize("options", [{}, {"max_step_tokens": 7, "max_running": 3}, {"tokens": 150}, {"max_running": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_step_tokens": 7, "max_running": 3}, {"tokens": 150}, {"max_running": 5}],
+    ids=str,
+)
 @pytest.mark.parametrize("block", [4, 32])
 def test_answers_are_those_of_the_naive_loop(block: int, options: dict[str, int]) -> None:
     """With room, in pieces, with room for one or two at a time, and filled up to another number."""
@@ -112,7 +136,7 @@ def test_answers_are_those_from_slabs(how: dict[str, Any], kv_precision: str) ->
 
 
 def test_answers_through_adapters_are_those_from_slabs() -> None:
-    adapter = attach(Counting(), Lora(rank=3, dropout=0.0, targets=("language_model.*",)), 1)
+    adapter = attach(Counting(), LoraConfig(rank=3, dropout=0.0, targets=("language_model.*",)), 1)
     for part in adapter.parts.values():
         part.b.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
     told = []
@@ -129,7 +153,7 @@ def test_answers_through_adapters_are_those_from_slabs() -> None:
 def test_a_pre_empted_answer_is_the_undisturbed_one() -> None:
     prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
     e, model = counted(tokens=336, kv_block=16)
-    asked = Sampling(max_new_tokens=120, ignore_eos=True)
+    asked = SamplingParams(max_new_tokens=120, ignore_eos=True)
     assert answers(e.generate(prompts, asked)) == [naive(p, 120) for p in prompts]
     assert model.rows > 3 * (49 + 119)  # some was computed again
     e.check()
@@ -139,14 +163,19 @@ def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
     """Four samples of a prompt of 179 tokens take its eleven whole blocks once, and whoever ends leaves them to the others."""
     p = prompt(text(0, 20), (0, 1), text(1, 150))
     e = engine(kv_block=16, max_running=4)
-    how = [Sampling(max_new_tokens=40, temperature=1.0, seed=n, ignore_eos=True) for n in range(4)]
+    how = [
+        SamplingParams(max_new_tokens=40, temperature=1.0, seed=n, ignore_eos=True)
+        for n in range(4)
+    ]
     requests = [e.add(p, one) for one in how]
     while len(requests[3].generated) < 2:
         e.step()
         e.check()
     blocks = [request.kv.blocks for request in requests if request.kv]
     assert len(p) == 179 and [own[:11] for own in blocks] == [blocks[0][:11]] * 4
-    assert len({block for own in blocks for block in own[11:]}) == sum(len(own) - 11 for own in blocks)
+    assert len({block for own in blocks for block in own[11:]}) == sum(
+        len(own) - 11 for own in blocks
+    )
     assert [r.usage.cached for r in requests] == [0, 178, 178, 178]
     e.abort(requests[0])
     finish(e)
@@ -159,9 +188,9 @@ def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
 def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
     """The pool has 7 blocks of 16, the cache 6 of them: it goes, but its whole blocks stay with who goes on from them."""
     e = engine(tokens=7 * 16, kv_block=16)
-    e.generate([LONG], Sampling(max_new_tokens=1))
+    e.generate([LONG], SamplingParams(max_new_tokens=1))
     assert e.load().kv_cached == 6 * 16
-    (request,) = e.generate([LONG], Sampling(max_new_tokens=20, ignore_eos=True))
+    (request,) = e.generate([LONG], SamplingParams(max_new_tokens=20, ignore_eos=True))
     assert request.usage.cached == 80
     assert request.generated == naive(LONG, 20)
     e.check()
@@ -170,7 +199,7 @@ def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
 def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> None:
     """Pieces are of 12 tokens, blocks of 16: where the 84 that were computed so cannot be copied, 80 are of no use."""
     e = engine(tokens=7 * 16, kv_block=16, deterministic=True, max_step_tokens=24, max_running=1)
-    e.generate([LONG], Sampling(max_new_tokens=1))
+    e.generate([LONG], SamplingParams(max_new_tokens=1))
     (request,) = e.generate([LONG], GREEDY)
     assert (request.usage.cached, request.generated) == (0, naive(LONG, 12))
 
@@ -182,9 +211,9 @@ def test_a_last_token_that_is_a_picture_is_not_one_of_an_answer() -> None:
 
 
 def test_the_account_of_shared_blocks() -> None:
-    pages = Pages(6, 10)
-    p = Prefixes(60, pages)
-    first, second = KV(Keys.of(range(40)), 40), KV(Keys.of(range(100)), 25)
+    pages = BlockAllocator(6, 10)
+    p = PrefixCache(60, pages)
+    first, second = SequenceKV(CacheKey.of(range(40)), 40), SequenceKV(CacheKey.of(range(100)), 25)
     assert p.reserve(first, 35) and first.capacity == 40 and p.used == 40
     p.start(first)
     p.retire(first, first.keys)
@@ -202,7 +231,9 @@ def test_the_account_of_shared_blocks() -> None:
 
 @pytest.mark.parametrize("kv_precision", ["auto", "int8"])
 def test_what_was_kept_goes_from_slabs_to_blocks_and_back(kv_precision: str) -> None:
-    slabs, blocks, third = (engine(kv_block=block, kv_precision=kv_precision) for block in (0, 16, 0))
+    slabs, blocks, third = (
+        engine(kv_block=block, kv_precision=kv_precision) for block in (0, 16, 0)
+    )
     (request,) = slabs.generate([LONG], GREEDY)
     keys = slabs.keys(LONG, request.generated)
     kept = slabs.save(keys)
@@ -231,7 +262,9 @@ def test_deterministic_answers_from_blocks() -> None:
         numbers = {e.add(MIXED[number], how).id: at for at, number in enumerate(asked)}
         found: list[list[Any]] = [[] for _ in asked]
         for event in finish(e):
-            found[numbers[event.request.id]].append((event.token, event.logprob, event.top_logprobs))
+            found[numbers[event.request.id]].append(
+                (event.token, event.logprob, event.top_logprobs)
+            )
         return found
 
     alone = [told([number])[0] for number in range(len(MIXED))]
@@ -253,34 +286,51 @@ def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
     """Against the same sequences step by step; a smaller step after a larger one finds nothing of it."""
     model = Counting()
     c = model.config.text
-    memories = [Paged(c, torch.float32, CPU, 40 * 8 * bytes_per_token(c, torch.float32), block=8) for _ in range(2)]
-    fixed = Captured(model, memories[0], vocab=VOCAB, most=7)
-    lengths = [8 * n + 7 * (n % 2) + 1 for n in range(count)]  # so that some begin a block, and some end one
-    random_tokens = torch.randint(0, VOCAB, (count, 80), generator=torch.Generator().manual_seed(0)).tolist()
+    memories = [
+        PagedKVCache(c, torch.float32, CPU, 40 * 8 * bytes_per_token(c, torch.float32), block=8)
+        for _ in range(2)
+    ]
+    fixed = CudaGraphDecoder(model, memories[0], vocab=VOCAB, most=7)
+    lengths = [
+        8 * n + 7 * (n % 2) + 1 for n in range(count)
+    ]  # so that some begin a block, and some end one
+    random_tokens = torch.randint(
+        0, VOCAB, (count, 80), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     kvs = dealt([length + 3 for length in lengths], memories[0])
     for memory in memories:
         for row, kv, length in zip(random_tokens, kvs, lengths, strict=True):
-            model.forward(model.embed(torch.tensor(row[:length])), torch.arange(length), memory.attend([Span(kv, 0, length)]))
+            model.forward(
+                model.embed(torch.tensor(row[:length])),
+                torch.arange(length),
+                memory.attend([Span(kv, 0, length)]),
+            )
     scratch = memories[0].pool[:, :, -1].clone()
     for turn in range(3):
         here = range(count) if turn < 2 else range(1)
         at = [lengths[i] + turn for i in here]
-        step = fixed([Row(kvs[i], n, random_tokens[i][n]) for i, n in zip(here, at, strict=True)])
+        step = fixed(
+            [DecodeRow(kvs[i], n, random_tokens[i][n]) for i, n in zip(here, at, strict=True)]
+        )
         tokens = torch.tensor([random_tokens[i][n] for i, n in zip(here, at, strict=True)])
         attend = memories[1].attend([Span(kvs[i], n, n + 1) for i, n in zip(here, at, strict=True)])
-        right = model.logits(model.forward(model.embed(tokens), torch.tensor(at), attend))[:, :VOCAB]
+        right = model.logits(model.forward(model.embed(tokens), torch.tensor(at), attend))[
+            :, :VOCAB
+        ]
         assert step.logits.shape == right.shape
         torch.testing.assert_close(step.logits, right)
         assert step.tokens(kvs[i] for i in here) == right.argmax(-1).tolist()
     torch.testing.assert_close(memories[0].pool[:, :, :-1], memories[1].pool[:, :, :-1])
     filled_up = next(size for size in sizes(7) if size >= count) > count
-    assert torch.equal(memories[0].pool[:, :, -1], scratch) != filled_up  # what fills up writes there, and there alone
+    assert (
+        torch.equal(memories[0].pool[:, :, -1], scratch) != filled_up
+    )  # what fills up writes there, and there alone
 
 
 class Graph:
     """Runs a step again in the tensors that it was captured in. Graphs share memory: what others found is gone then."""
 
-    def __init__(self, captured: Captured, size: int, others: list[Graph]) -> None:
+    def __init__(self, captured: CudaGraphDecoder, size: int, others: list[Graph]) -> None:
         self.captured, self.size, self.others, self.replays = captured, size, others, 0
         self.found = self.computed()
 
@@ -301,12 +351,12 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """All graphs that are captured from now on, as if there were a card."""
     found: list[Graph] = []
 
-    def capture(self: Captured, size: int) -> tuple[Graph, tuple[Tensor, Tensor]]:
+    def capture(self: CudaGraphDecoder, size: int) -> tuple[Graph, tuple[Tensor, Tensor]]:
         found.append(Graph(self, size, [graph for graph in found if graph.captured is self]))
         return found[-1], found[-1].found
 
-    monkeypatch.setattr("llava_interleave.engine.captured.why_not", lambda _: None)
-    monkeypatch.setattr(Captured, "_capture", capture)
+    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.why_not", lambda _: None)
+    monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
     return found
 
 
@@ -315,33 +365,52 @@ def test_captured_steps_are_run_again_by_what_is_given(monkeypatch: pytest.Monke
     e = engine(kv_block=16)
     assert answers(e.generate(MIXED, GREEDY)) == expected()
     assert e.attention == "sdpa over blocks of 16 tokens; CUDA graphs"
-    assert len({graph.size for graph in graphs}) == len(graphs) and sum(graph.replays for graph in graphs) >= 10
+    assert (
+        len({graph.size for graph in graphs}) == len(graphs)
+        and sum(graph.replays for graph in graphs) >= 10
+    )
 
 
 def test_where_capturing_fails_it_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen capturing")
 
-    monkeypatch.setattr("llava_interleave.engine.captured.why_not", lambda _: None)
-    monkeypatch.setattr(Captured, "_capture", capture)
+    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.why_not", lambda _: None)
+    monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
     e = engine(kv_block=16)
     assert answers(e.generate(MIXED, GREEDY)) == expected()
-    assert e.attention.endswith("no CUDA graphs (capturing a step of 8 failed: operation not permitted)")
+    assert e.attention.endswith(
+        "no CUDA graphs (capturing a step of 8 failed: operation not permitted)"
+    )
 
 
 def test_what_is_told_of_attention() -> None:
     assert engine().attention == "products of matrices and sdpa over a slab a sequence"
-    assert engine(kv_block=16).attention == "sdpa over blocks of 16 tokens; no CUDA graphs (there is no CUDA here)"
+    assert (
+        engine(kv_block=16).attention
+        == "sdpa over blocks of 16 tokens; no CUDA graphs (there is no CUDA here)"
+    )
     told = engine(kv_block=16, kv_precision="int8").attention
     assert told.endswith("no CUDA graphs (keys and values in 8 bits are unpacked)")
-    assert engine(kv_block=16, deterministic=True).attention.endswith("no CUDA graphs (each answer is computed alone)")
+    assert engine(kv_block=16, deterministic=True).attention.endswith(
+        "no CUDA graphs (each answer is computed alone)"
+    )
 
 
 def asked_for(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, seen: Tensor, lengths: Tensor, table: Tensor | None, bounds: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    seen: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    bounds: tuple[int, int],
 ) -> Tensor:
     """Causal attention as the documentation of the kernels has it, query by query."""
-    assert starts.dtype == seen.dtype == torch.int32 and (table is None or table.dtype == torch.int32)
+    assert starts.dtype == seen.dtype == torch.int32 and (
+        table is None or table.dtype == torch.int32
+    )
     assert int(starts.diff().max()) <= bounds[0] and int(lengths.max()) <= bounds[1]
     out = torch.empty_like(q)
     for n, (a, b) in enumerate(pairwise(starts.tolist())):
@@ -349,8 +418,14 @@ def asked_for(
             stop = int(lengths[n]) - (b - 1 - i)
             rows = [int(seen[n]) + t for t in range(stop)]
             if table is not None:
-                rows = [int(table[n, t // k.shape[1]]) * k.shape[1] + t % k.shape[1] for t in range(stop)]
-            keys, values = (x.flatten(0, -3)[rows].repeat_interleave(q.shape[1] // x.shape[-2], 1) for x in (k, v))
+                rows = [
+                    int(table[n, t // k.shape[1]]) * k.shape[1] + t % k.shape[1]
+                    for t in range(stop)
+                ]
+            keys, values = (
+                x.flatten(0, -3)[rows].repeat_interleave(q.shape[1] // x.shape[-2], 1)
+                for x in (k, v)
+            )
             share = (torch.einsum("hd,thd->ht", q[i], keys) * q.shape[-1] ** -0.5).softmax(-1)
             out[i] = torch.einsum("ht,thd->hd", share, values)
     return out
@@ -364,12 +439,32 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
         given.apply_defaults()
         x = SimpleNamespace(**given.arguments)
         assert x.window_size == (-1, 0) and x.scale is None and x.num_splits == 1
-        assert x.enable_gqa == (x.query.shape[1] != x.key.shape[-2]) and (x.seqused_k is None) == (x.block_table is None)
+        assert x.enable_gqa == (x.query.shape[1] != x.key.shape[-2]) and (x.seqused_k is None) == (
+            x.block_table is None
+        )
         lengths = x.cu_seq_k.diff() if x.seqused_k is None else x.seqused_k
-        return asked_for(x.query, x.key, x.value, x.cu_seq_q, x.cu_seq_k, lengths, x.block_table, (x.max_q, x.max_k))
+        return asked_for(
+            x.query,
+            x.key,
+            x.value,
+            x.cu_seq_q,
+            x.cu_seq_k,
+            lengths,
+            x.block_table,
+            (x.max_q, x.max_k),
+        )
 
     def flash(
-        q: Tensor, k: Tensor, v: Tensor, new: Tensor, seen: Tensor, most: int, most_seen: int, *, causal: bool, block_table: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: Tensor,
+        seen: Tensor,
+        most: int,
+        most_seen: int,
+        *,
+        causal: bool,
+        block_table: Any,
     ) -> Tensor:
         assert causal
         return asked_for(q, k, v, new, seen, seen.diff(), block_table, (most, most_seen))
@@ -388,26 +483,33 @@ def test_kernels_are_given_what_their_documentation_asks_for(
     kernel: str, kv_precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the pool, by what is unpacked of it, by steps of fixed shape and by whole forwards."""
-    right = answers(engine(kv_precision=kv_precision).generate(MIXED[:3], replace(GREEDY, max_new_tokens=4)))
+    right = answers(
+        engine(kv_precision=kv_precision).generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))
+    )
     pretend(monkeypatch, kernel)
     e = engine(kv_block=16, kv_precision=kv_precision, max_step_tokens=40, max_running=3)
     assert answers(e.generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))) == right
     assert e.attention.startswith(f"{kernel} over blocks of 16 tokens")
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    packed = Packed([2, 6, 1])(0, q, k, v)
-    with torch.autocast("cpu", torch.bfloat16):  # as in training, where rotated queries are float32 and values are not
-        assert Packed([2, 6, 1])(0, q, k, v.bfloat16()).dtype == torch.bfloat16
+    packed = PackedAttention([2, 6, 1])(0, q, k, v)
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # as in training, where rotated queries are float32 and values are not
+        assert PackedAttention([2, 6, 1])(0, q, k, v.bfloat16()).dtype == torch.bfloat16
     monkeypatch.undo()
-    torch.testing.assert_close(packed, Packed([2, 6, 1])(0, q, k, v))
+    torch.testing.assert_close(packed, PackedAttention([2, 6, 1])(0, q, k, v))
 
 
 def test_why_a_kernel_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     card, half = torch.device("cuda", 0), torch.bfloat16
 
     def told(dtype: torch.dtype = half, width: int = 64) -> list[str | None]:
-        return list(ragged.why_not(card, dtype, width).values())
+        return list(varlen.unavailable_reasons(card, dtype, width).values())
 
-    assert ragged.why_not(CPU, half, 64)["varlen_attn"] == "there is no CUDA here" and ragged.choose(CPU, half, 64) == "sdpa"
+    assert (
+        varlen.unavailable_reasons(CPU, half, 64)["varlen_attn"] == "there is no CUDA here"
+        and varlen.choose(CPU, half, 64) == "sdpa"
+    )
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
@@ -425,8 +527,8 @@ def test_why_a_kernel_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_room_that_a_step_leaves() -> None:
     gib = 1 << 30
-    assert budget.room(70 * gib, 80 * gib, 6 * gib, gib) == 59 * gib
-    assert budget.room(5 * gib, 80 * gib, gib) == 0
+    assert kv_budget.kv_bytes_left(70 * gib, 80 * gib, 6 * gib, gib) == 59 * gib
+    assert kv_budget.kv_bytes_left(5 * gib, 80 * gib, gib) == 0
 
 
 def test_room_is_measured_by_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,14 +546,21 @@ def test_room_is_measured_by_the_largest_step(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(f"torch.cuda.{name}", lambda _: None)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: tuple(free))
     how: dict[str, Any] = {"feature_bytes": 10_000, "max_step_tokens": 40, "max_step_crops": 3}
-    assert budget.measured(model, **how, max_running=5) == 900_000 - 50_000 - 10_000 - 50_000
+    assert (
+        kv_budget.profile_kv_bytes(model, **how, max_running=5)
+        == 900_000 - 50_000 - 10_000 - 50_000
+    )
     assert seen == [(0, 0, 0), (40, 5, 3)]
     seen.clear()
     free[:] = 10**12, 10**12
-    assert budget.measured(model, **how, max_running=5) == 5 * 1000 * bytes_per_token(model.config.text, torch.float32)
+    assert kv_budget.profile_kv_bytes(model, **how, max_running=5) == 5 * 1000 * bytes_per_token(
+        model.config.text, torch.float32
+    )
 
 
-def test_a_step_without_memory_fails_its_requests_and_gives_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_memory_fails_its_requests_and_gives_all_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     emptied = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
     e, model = failing(max_running=2, kv_block=16)
@@ -462,7 +571,9 @@ def test_a_step_without_memory_fails_its_requests_and_gives_all_back(monkeypatch
     assert [(event.request, str(event.error)) for event in failed] == [
         (request, "Tried to allocate 20.00 MiB") for request in requests[:2]
     ]
-    assert emptied == [True] and all(event.error is not None and event.error.__traceback__ is None for event in failed)
+    assert emptied == [True] and all(
+        event.error is not None and event.error.__traceback__ is None for event in failed
+    )
     e.check()
     finish(e)
     assert answers(requests)[2:] == expected()[2:]
@@ -473,6 +584,9 @@ def test_a_pool_that_the_device_has_no_room_for_is_refused(monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("Tried to allocate 9.00 GiB")
 
-    monkeypatch.setattr("llava_interleave.engine.paged.torch.zeros", full)
-    with pytest.raises(OptionError, match=r"1,024,000 bytes of keys and values have no room on cpu: Tried to allocate 9.00 GiB"):
+    monkeypatch.setattr("llava_interleave.engine.kv_paged.torch.zeros", full)
+    with pytest.raises(
+        OptionError,
+        match=r"1,024,000 bytes of keys and values have no room on cpu: Tried to allocate 9.00 GiB",
+    ):
         engine(kv_block=16)

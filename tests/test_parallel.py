@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_interleave import cli, load, weights
-from llava_interleave.chatbot import Chatbot
+from llava_interleave import checkpoints, cli, load
+from llava_interleave.chat import Chatbot
 from llava_interleave.config import TextConfig
-from llava_interleave.engine import Sampling
+from llava_interleave.distributed.process_group import ProcessGroup, place
+from llava_interleave.distributed.tensor_parallel import shard_model, share
+from llava_interleave.engine import SamplingParams
 from llava_interleave.errors import LlavaError, OptionError
-from llava_interleave.model import Llava, Packed
-from llava_interleave.model.parallel import share, split
-from llava_interleave.model.quantise import RECIPES
-from llava_interleave.model.ranks import Ranks, place
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.quantization.linear import RECIPES
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.timeout(600)  # two processes begin, on however busy a machine
@@ -29,12 +29,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "tied": {},
     "grouped": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
     "odd vocabulary": {"vocab_size": 389},
-    "divided": {"intermediate_size": 384, "head_dim": 64},  # one group of the inner width for the first, two for the second
+    "divided": {
+        "intermediate_size": 384,
+        "head_dim": 64,
+    },  # one group of the inner width for the first, two for the second
 }
 CASES = {name: (name, "float32") for name in ("tied", "grouped", "odd vocabulary")}
 CASES |= {precision: ("divided", precision) for precision in ("bfloat16", "int8", "int4")}
 CLOSE = {"bfloat16": 0.05, "int8": 0.05, "int4": 0.05}  # one rounding of an input more or less
-KV = 100 * 2 * 2 * 64 * 4  # bytes of 100 tokens' keys and values in float32; a share's 200 are for two requests of three
+KV = (
+    100 * 2 * 2 * 64 * 4
+)  # bytes of 100 tokens' keys and values in float32; a share's 200 are for two requests of three
 
 
 def pictures(folder: Path) -> list[str]:
@@ -67,9 +72,15 @@ def asked(bot: Chatbot, folder: Path) -> dict[str, Any]:
     stream.close()
     again = bot.chat(turns[0], max_new_tokens=16, prompt_lookup_num_tokens=5, ignore_eos=True)
     found["again"] = [*again.tokens, again.usage.drafted, again.usage.accepted]
-    free = bot.chat(turns[2], temperature=2.0, max_new_tokens=4)  # without a seed: another one in every process
+    free = bot.chat(
+        turns[2], temperature=2.0, max_new_tokens=4
+    )  # without a seed: another one in every process
     found["free"] = len(free.tokens)
-    guided = bot.engine.add(bot.prompt(turns[2]), Sampling(max_new_tokens=6), guide=Even(bot.processor.tokenizer.size))
+    guided = bot.engine.add(
+        bot.prompt(turns[2]),
+        SamplingParams(max_new_tokens=6),
+        guide=Even(bot.processor.tokenizer.size),
+    )
     while bot.engine.busy:
         bot.engine.step(0.001)
     found["guided"] = guided.generated
@@ -86,26 +97,35 @@ def computed(network: Llava) -> list[Tensor]:
         features = network.encode(torch.randn(3, 3, size, size, generator=random).to(place))
         tokens = torch.randint(0, 300, (20,), generator=random).to(place.device)
         x = network.embed(tokens, [(3, features[2, :4])])
-        hidden = network.forward(x, torch.cat([torch.arange(12), torch.arange(8)]).to(place.device), Packed([12, 8]))
+        hidden = network.forward(
+            x,
+            torch.cat([torch.arange(12), torch.arange(8)]).to(place.device),
+            PackedAttention([12, 8]),
+        )
         return [features.float(), network.logits(hidden).float()]
 
 
-def compared(folder: Path, precision: str, ranks: Ranks, device: str) -> dict[str, Any]:
+def compared(folder: Path, precision: str, ranks: ProcessGroup, device: str) -> dict[str, Any]:
     """How far this process's share is from the whole, and what it holds."""
     bits = precision if precision in RECIPES else None
     dtype = getattr(torch, "float32" if bits else precision)
     device = f"cuda:{ranks.rank}" if device == "cuda" else device
-    whole = weights.load(folder, dtype=dtype, precision=bits, device=device)
-    part = weights.load(folder, dtype=dtype, precision=bits)
-    together = split(part, ranks, torch.device(device), dtype)
+    whole = checkpoints.load(folder, dtype=dtype, precision=bits, device=device)
+    part = checkpoints.load(folder, dtype=dtype, precision=bits)
+    together = shard_model(part, ranks, torch.device(device), dtype)
     with together.computes():
         found = computed(part)
-    apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, computed(whole), strict=True)]
+    apart = [
+        float((a - b).abs().max() / b.abs().max())
+        for a, b in zip(found, computed(whole), strict=True)
+    ]
     try:
         computed(part)
     except LlavaError as error:
         refused = str(error)
-    layers = [sum(t.nbytes for t in n.language_model.layers.state_dict().values()) for n in (part, whole)]
+    layers = [
+        sum(t.nbytes for t in n.language_model.layers.state_dict().values()) for n in (part, whole)
+    ]
     return {
         "apart": apart,
         "refused": refused,
@@ -127,7 +147,7 @@ def told(call: Any) -> str:
 
 def together(folder: Path, device: str) -> None:
     """What each of two processes does."""
-    ranks, found = Ranks(*place()), {}
+    ranks, found = ProcessGroup(*place()), {}
     found["deterministic"] = told(lambda: load(folder / "tied", device=device, deterministic=True))
     try:
         bot = load(folder / "tied", device=device, kv_bytes=KV)
@@ -136,7 +156,9 @@ def together(folder: Path, device: str) -> None:
     else:
         found["answers"] = asked(bot, folder)
         found["info"] = bot.info()
-        found["explain"] = told(lambda: bot.explain(bot.turn("What?", pictures(folder)[:1]), "That."))
+        found["explain"] = told(
+            lambda: bot.explain(bot.turn("What?", pictures(folder)[:1]), "That.")
+        )
         found["adapter"] = told(lambda: bot.add_adapter("one", folder))
         found["second"] = told(lambda: load(folder / "tied", device=device))
         found["after"] = asked(bot, folder)["together"]
@@ -150,8 +172,18 @@ def together(folder: Path, device: str) -> None:
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *words,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two CUDA GPUs are needed")
@@ -189,53 +221,101 @@ def test_a_share_computes_what_the_whole_does(name: str, found: list[dict[str, A
         assert one["kv heads"] == 0.5
         assert one["head"] == (1 if name == "odd vocabulary" else 0.5)
         assert one["own head"] == (name in ("grouped", "int8", "int4"))
-        assert one["refused"].startswith("the network is spread over 2 processes, which compute an engine's steps together")
+        assert one["refused"].startswith(
+            "the network is spread over 2 processes, which compute an engine's steps together"
+        )
 
 
-def test_answers_are_those_of_one_process(folder: Path, device: str, found: list[dict[str, Any]]) -> None:
-    bot = load(folder / "tied", device=device, kv_bytes=2 * KV)  # a share's keys and values take half
+def test_answers_are_those_of_one_process(
+    folder: Path, device: str, found: list[dict[str, Any]]
+) -> None:
+    bot = load(
+        folder / "tied", device=device, kv_bytes=2 * KV
+    )  # a share's keys and values take half
     answers = asked(bot, folder)
     assert answers == found[0]["answers"]
     assert answers["together"] == found[0]["after"]
     assert bot.info() == found[0]["info"]
 
 
-def test_what_several_processes_cannot_do_is_refused(folder: Path, found: list[dict[str, Any]]) -> None:
+def test_what_several_processes_cannot_do_is_refused(
+    folder: Path, found: list[dict[str, Any]]
+) -> None:
     assert all("deterministic answers take one process" in rank["deterministic"] for rank in found)
     first = found[0]
     assert first["explain"].startswith("Unsupported: the network is spread over 2 processes")
-    assert first["adapter"].startswith("Unsupported: ") and "llava convert --adapter" in first["adapter"]
-    assert first["second"].startswith("Unsupported: the processes of this torchrun share a network already")
+    assert (
+        first["adapter"].startswith("Unsupported: ")
+        and "llava convert --adapter" in first["adapter"]
+    )
+    assert first["second"].startswith(
+        "Unsupported: the processes of this torchrun share a network already"
+    )
     assert not list(folder.glob("talk.json*kv*"))
 
 
 @pytest.mark.parametrize(
     ("count", "group", "sizes", "message"),
     [
-        (3, 1, {}, "3 processes cannot share 4 heads and 4 heads of .* evenly and .* width of 96: start .* 1 or 2 or 4"),
-        (4, 1, {"num_kv_heads": 2}, "4 processes cannot share 4 heads and 2 heads of .*: start .* 1 or 2$"),
-        (2, 128, {}, "width of 96 in whole groups of 128 quantised weights: start torchrun with --nproc-per-node 1$"),
+        (
+            3,
+            1,
+            {},
+            "3 processes cannot share 4 heads and 4 heads of .* evenly and .* width of 96: start .* 1 or 2 or 4",
+        ),
+        (
+            4,
+            1,
+            {"num_kv_heads": 2},
+            "4 processes cannot share 4 heads and 2 heads of .*: start .* 1 or 2$",
+        ),
+        (
+            2,
+            128,
+            {},
+            "width of 96 in whole groups of 128 quantised weights: start torchrun with --nproc-per-node 1$",
+        ),
     ],
 )
-def test_what_cannot_be_shared_evenly_is_refused(count: int, group: int, sizes: dict[str, int], message: str) -> None:
-    text = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16} | sizes
+def test_what_cannot_be_shared_evenly_is_refused(
+    count: int, group: int, sizes: dict[str, int], message: str
+) -> None:
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+    } | sizes
     with pytest.raises(OptionError, match=message):
-        share(TextConfig(**text), Ranks(0, count), group)
+        share(TextConfig(**text), ProcessGroup(0, count), group)
 
 
 def test_the_command_answers_through_two_processes(folder: Path, device: str) -> None:
     """Both run it; one of them reads, answers and writes."""
-    samples = [{"id": str(n), "image": pictures(folder)[n], "question": f"What is {n}?"} for n in range(3)]
+    samples = [
+        {"id": str(n), "image": pictures(folder)[n], "question": f"What is {n}?"} for n in range(3)
+    ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     words = ["-m", str(folder / "tied"), "--device", device, "--max-new-tokens", "5"]
-    done = launch("-m", "llava_interleave", "batch", str(folder / "samples.jsonl"), str(folder / "two.jsonl"), *words)
+    done = launch(
+        "-m",
+        "llava_interleave",
+        "batch",
+        str(folder / "samples.jsonl"),
+        str(folder / "two.jsonl"),
+        *words,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("3 samples, 0 with an error") == 1
     sys.argv = ["llava", "batch", str(folder / "samples.jsonl"), str(folder / "one.jsonl"), *words]
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 0
-    one, two = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    one, two = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
     assert [row["answer"] for row in one] == [row["answer"] for row in two]
 
 

@@ -8,11 +8,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from llava_interleave.checkpoints import load, save
 from llava_interleave.config import LlavaConfig
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Packed, arrange
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.weights import load, save
 
 IMAGE = -1  # in the token lists below: one image
 
@@ -20,14 +20,26 @@ IMAGE = -1  # in the token lists below: one image
 SHAPES = {
     "as 0.5B": tiny_config(),
     "as 7B": tiny_config(
-        text={"tie_word_embeddings": False, "num_layers": 3, "hidden_size": 96, "num_heads": 6, "num_kv_heads": 6}
+        text={
+            "tie_word_embeddings": False,
+            "num_layers": 3,
+            "hidden_size": 96,
+            "num_heads": 6,
+            "num_kv_heads": 6,
+        }
     ),
     "GQA": tiny_config(text={"num_kv_heads": 2}),
-    "one key-value head, untied": tiny_config(text={"num_kv_heads": 1, "tie_word_embeddings": False}),
+    "one key-value head, untied": tiny_config(
+        text={"num_kv_heads": 1, "tie_word_embeddings": False}
+    ),
     "wide heads": tiny_config(text={"head_dim": 24, "num_kv_heads": 2}),
     "one patch": tiny_config(vision={"image_size": 14, "patch_size": 14}),
-    "many patches": tiny_config(vision={"image_size": 54, "patch_size": 5, "num_layers": 3, "num_heads": 2}),
-    "other constants": tiny_config(vision={"layer_norm_eps": 1e-3}, text={"rms_norm_eps": 1e-3, "rope_theta": 5e3}),
+    "many patches": tiny_config(
+        vision={"image_size": 54, "patch_size": 5, "num_layers": 3, "num_heads": 2}
+    ),
+    "other constants": tiny_config(
+        vision={"layer_norm_eps": 1e-3}, text={"rms_norm_eps": 1e-3, "rope_theta": 5e3}
+    ),
 }
 PROMPTS = {
     "text only": [5, 6, 7, 8, 9, 10, 11],
@@ -56,9 +68,16 @@ def pixels_of(count: int, config: LlavaConfig, seed: int = 0) -> Tensor:
 
 @torch.inference_mode()
 def our_logits(model: Llava, tokens: list[int], starts: list[int], pixels: Tensor) -> Tensor:
-    features = [arrange(f[None], Layout(model.config.vision.grid)) for f in model.encode(pixels)] if starts else []
+    features = (
+        [
+            arrange_features(f[None], ImageTokenLayout(model.config.vision.grid))
+            for f in model.encode(pixels)
+        ]
+        if starts
+        else []
+    )
     x = model.embed(torch.tensor(tokens), zip(starts, features, strict=True))
-    return model.logits(model(x, torch.arange(len(tokens)), Packed([len(tokens)])))
+    return model.logits(model(x, torch.arange(len(tokens)), PackedAttention([len(tokens)])))
 
 
 @torch.inference_mode()
@@ -68,7 +87,9 @@ def their_logits(hf: Any, tokens: list[int], pixels: Tensor) -> Tensor:
     return logits
 
 
-def our_greedy(model: Llava, tokens: list[int], starts: list[int], pixels: Tensor, count: int) -> list[int]:
+def our_greedy(
+    model: Llava, tokens: list[int], starts: list[int], pixels: Tensor, count: int
+) -> list[int]:
     written: list[int] = []
     for _ in range(count):
         logits = our_logits(model, tokens + written, starts, pixels)[-1].clone()
@@ -81,22 +102,32 @@ def their_greedy(hf: Any, tokens: list[int], pixels: Tensor, count: int) -> list
     images = {"pixel_values": pixels} if len(pixels) else {}
     # No end, so that `count` tokens are compared; never <image>, for which transformers would then miss an image.
     config = transformers.GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=[hf.config.image_token_id]
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        suppress_tokens=[hf.config.image_token_id],
     )
     ids = torch.tensor([tokens])
-    out = hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **images)
+    out = hf.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **images
+    )
     return list(map(int, out[0, len(tokens) :]))
 
 
 def hf_of(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint in transformers, which must find nothing missing or surplus in it."""
-    hf, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    hf, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
     assert not any(info.values()), info
     return hf.eval()
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Llava, Any]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Llava, Any]:
     """Our network and transformers' of one checkpoint."""
     folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "a", SHAPES[request.param])
     return load(folder), hf_of(folder)
@@ -109,7 +140,12 @@ def test_tower_and_projector(pair: tuple[Llava, Any]) -> None:
     with torch.inference_mode():
         tower = hf.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(model.vision_tower(pixels), tower, rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.multi_modal_projector(tower), hf.model.multi_modal_projector(tower), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model.multi_modal_projector(tower),
+            hf.model.multi_modal_projector(tower),
+            rtol=0,
+            atol=1e-5,
+        )
         theirs = torch.stack(tuple(hf.get_image_features(pixels, return_dict=True).pooler_output))
         torch.testing.assert_close(model.encode(pixels), theirs, rtol=0, atol=1e-5)
 
@@ -148,7 +184,9 @@ def test_feature_layer(tmp_path: Path, layer: int) -> None:
     """vision_feature_layer indexes the embeddings, then each layer's output."""
     folder = tiny_checkpoint(tmp_path / "a", tiny_config(vision={"num_layers": 3}))
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"vision_feature_layer": -1', f'"vision_feature_layer": {layer}'))
+    config.write_text(
+        config.read_text().replace('"vision_feature_layer": -1', f'"vision_feature_layer": {layer}')
+    )
     model, hf = load(folder), hf_of(folder)
     pixels = pixels_of(2, model.config)
     with torch.inference_mode():
@@ -175,7 +213,9 @@ def test_what_transformers_saves_we_load(tmp_path: Path, name: str) -> None:
     hf_of(folder).save_pretrained(tmp_path / "b")
     ours, again = load(folder), load(tmp_path / "b")
     assert again.config == ours.config
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_processor_files(tmp_path: Path) -> None:
@@ -183,8 +223,12 @@ def test_processor_files(tmp_path: Path) -> None:
     config = tiny_config()
     processor = transformers.AutoProcessor.from_pretrained(tiny_checkpoint(tmp_path / "a"))
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What differs?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    assert text == "<|im_start|>user\n<image><image>\nWhat differs?<|im_end|>\n<|im_start|>assistant\n"
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert (
+        text == "<|im_start|>user\n<image><image>\nWhat differs?<|im_end|>\n<|im_start|>assistant\n"
+    )
     images = [torch.zeros(3, 40, 50, dtype=torch.uint8).numpy()] * 2
     inputs = processor(images=images, text=text, return_tensors="pt")
     assert inputs["pixel_values"].shape == (2, 3, 30, 30)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_interleave.errors import ContextError, MediaError, OptionError, PromptError
-from llava_interleave.layout import anyres
+from llava_interleave.image_layout import anyres
 from llava_interleave.processing import FrameSampling, Limits, Processor
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
@@ -30,7 +30,10 @@ def processor(folder: Path) -> Processor:
 
 
 def user(*parts: Any) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts],
+    }
 
 
 VIDEO = {"type": "video", "video": [IMAGE] * 5, "frames": 3}
@@ -43,11 +46,20 @@ PARTS = st.sampled_from([
     {"type": "views", "views": {"front": IMAGE, "left": IMAGE}},
     VIDEO,
 ])  # fmt: skip
-TURNS = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.lists(PARTS, max_size=4)), min_size=1, max_size=4)
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["user", "assistant"]), st.lists(PARTS, max_size=4)),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(deadline=None, max_examples=100)
-@given(turns=TURNS, preset=st.sampled_from(["interleave", "official", "hf"]), tiles=st.booleans(), times=st.booleans())
+@given(
+    turns=TURNS,
+    preset=st.sampled_from(["interleave", "official", "hf"]),
+    tiles=st.booleans(),
+    times=st.booleans(),
+)
 def test_placeholders_stand_for_their_media_and_the_estimate_is_exact(
     processor: Processor,
     tmp_path_factory: pytest.TempPathFactory,
@@ -60,15 +72,29 @@ def test_placeholders_stand_for_their_media_and_the_estimate_is_exact(
     if not path.exists():
         IMAGE.save(path)
     messages: list[dict[str, Any]] = [
-        {"role": role, "content": [{"type": "image", "path": str(path)} if p["type"] == "image_url" else p for p in parts]}
+        {
+            "role": role,
+            "content": [
+                {"type": "image", "path": str(path)} if p["type"] == "image_url" else p
+                for p in parts
+            ],
+        }
         for role, parts in turns
         if preset != "hf" or all(p["type"] != "views" for p in parts)
     ] or [user("Hi")]
-    count = sum((p["type"] == "image" and len(p) == 1) or "<image>" in p.get("text", "") for m in messages for p in m["content"])
+    count = sum(
+        (p["type"] == "image" and len(p) == 1) or "<image>" in p.get("text", "")
+        for m in messages
+        for p in m["content"]
+    )
     options: dict[str, Any] = {"preset": preset, "anyres": tiles, "frame_times": times}
     prompt = processor.prompt(messages, [IMAGE] * count, **options)
-    inside = {i for item in prompt.media for i in range(item.start, item.start + item.layout.length)}
-    assert inside == {i for i, token in enumerate(prompt.tokens) if token == processor.tokenizer.image_id}
+    inside = {
+        i for item in prompt.media for i in range(item.start, item.start + item.layout.length)
+    }
+    assert inside == {
+        i for i, token in enumerate(prompt.tokens) if token == processor.tokenizer.image_id
+    }
     assert len(inside) == sum(item.layout.length for item in prompt.media)
     size = processor.config.vision.image_size
     assert all(item.pixels.shape == (item.layout.crops, 3, size, size) for item in prompt.media)
@@ -90,9 +116,9 @@ def test_counts_are_checked_before_anything_is_opened(processor: Processor) -> N
     with pytest.raises(PromptError, match="must be a list"):
         processor.prompt([user("<image>")], "cat.png")
     with pytest.raises(PromptError, match="3 images and videos are more than the limit of 2"):
-        Processor(processor.tokenizer, processor.config, processor.images, Limits(prompt_media=2)).prompt(
-            [user("<image>" * 3)], ["x"] * 3
-        )
+        Processor(
+            processor.tokenizer, processor.config, processor.images, Limits(prompt_media=2)
+        ).prompt([user("<image>" * 3)], ["x"] * 3)
 
 
 def test_overflow_is_refused_with_the_numbers_and_the_way_out(folder: Path) -> None:
@@ -100,10 +126,15 @@ def test_overflow_is_refused_with_the_numbers_and_the_way_out(folder: Path) -> N
     config = tiny_config(text={"context": 100})
     processor = Processor.from_folder(folder, config)  # 16 tokens an image
     video = {"type": "video", "video": [IMAGE] * 9}
-    with pytest.raises(ContextError, match=r"the context is 100: at most 3 frames fit .*; ask for fewer frames") as caught:
+    with pytest.raises(
+        ContextError, match=r"the context is 100: at most 3 frames fit .*; ask for fewer frames"
+    ) as caught:
         processor.prompt([user(video, "Hi")], max_new_tokens=8)
     text = processor.estimate([user(video, "Hi")]).parts[0].tokens
-    assert f"{text + 9 * 16} tokens ({text} of text, {9 * 16} of images), and 8 are to be generated" in str(caught.value)
+    assert (
+        f"{text + 9 * 16} tokens ({text} of text, {9 * 16} of images), and 8 are to be generated"
+        in str(caught.value)
+    )
     assert len(processor.prompt([user(video | {"frames": 3}, "Hi")], max_new_tokens=8)) == text + 48
     with pytest.raises(ContextError, match="at most 3 frames fit"):
         processor.prompt([user(video | {"frames": 4}, "Hi")], max_new_tokens=8)
@@ -140,18 +171,29 @@ def _png() -> str:
 
 
 def test_padding_changes_pixels_and_key(processor: Processor) -> None:
-    plain, padded = (processor.prompt([user("<image>")], [IMAGE], pad=pad).media[0] for pad in (False, True))
+    plain, padded = (
+        processor.prompt([user("<image>")], [IMAGE], pad=pad).media[0] for pad in (False, True)
+    )
     assert plain.layout == padded.layout
     assert plain.key != padded.key
     assert not torch.equal(plain.pixels, padded.pixels)
 
 
-def test_an_image_has_one_key_wherever_it_stands_and_however_it_came(processor: Processor, tmp_path: Path) -> None:
+def test_an_image_has_one_key_wherever_it_stands_and_however_it_came(
+    processor: Processor, tmp_path: Path
+) -> None:
     IMAGE.save(tmp_path / "a.png")
     messages = [
-        user({"type": "image", "path": str(tmp_path / "a.png")}, "and", {"type": "image", "base64": _png()}, {"type": "image"})
+        user(
+            {"type": "image", "path": str(tmp_path / "a.png")},
+            "and",
+            {"type": "image", "base64": _png()},
+            {"type": "image"},
+        )
     ]
-    prompt = processor.prompt(messages, [torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8).expand(3, 40, 50)])
+    prompt = processor.prompt(
+        messages, [torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8).expand(3, 40, 50)]
+    )
     assert len({item.key for item in prompt.media}) == 1
 
 
@@ -162,7 +204,9 @@ def test_many_files_load_in_order(processor: Processor, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (i, 0, 0)).save(paths[-1])
     mixed = [Image.new("RGB", (8, 8), (i, 0, 0)) if i % 3 else path for i, path in enumerate(paths)]
     media = processor.raw("<image>" * 20, mixed).media
-    assert [round(float((item.pixels[0, 0, 0, 0] + 1) * 127.5)) for item in media] == list(range(20))
+    assert [round(float((item.pixels[0, 0, 0, 0] + 1) * 127.5)) for item in media] == list(
+        range(20)
+    )
     with pytest.raises(MediaError, match=r"absent\.png: there is no such file"):
         processor.raw("<image>" * 20, [*paths[:19], tmp_path / "absent.png"])
 
@@ -178,8 +222,14 @@ def test_examples_learn_answers_and_their_end_only(processor: Processor) -> None
         example = processor.example(messages, [IMAGE], preset=preset)
         assert example.learn is not None
         learnt = [token for token, flag in zip(example.tokens, example.learn, strict=True) if flag]
-        assert processor.tokenizer.decode(learnt, skip_special=False) == "A square.<|im_end|>Yes.<|im_end|>"
-        assert example.tokens == processor.prompt(messages, [IMAGE], preset=preset, generation=False).tokens
+        assert (
+            processor.tokenizer.decode(learnt, skip_special=False)
+            == "A square.<|im_end|>Yes.<|im_end|>"
+        )
+        assert (
+            example.tokens
+            == processor.prompt(messages, [IMAGE], preset=preset, generation=False).tokens
+        )
     with pytest.raises(PromptError, match="ends with an answer"):
         processor.example(messages[:1], [IMAGE])
 
@@ -194,7 +244,9 @@ def test_what_is_learnt_is_what_is_generated(processor: Processor) -> None:
 
 def test_estimate_names_its_parts_and_opens_no_images(processor: Processor) -> None:
     views = {"type": "views", "views": {"front": "/absent.png"}}
-    estimate = processor.estimate([user("<image>", VIDEO, views)], ["/absent/cat.png"], number_bytes=4)
+    estimate = processor.estimate(
+        [user("<image>", VIDEO, views)], ["/absent/cat.png"], number_bytes=4
+    )
     assert [part.name for part in estimate.parts] == [
         "text",
         "image 1: /absent/cat.png",
@@ -202,7 +254,10 @@ def test_estimate_names_its_parts_and_opens_no_images(processor: Processor) -> N
         "view front: /absent.png",
     ]
     text = processor.config.text
-    assert estimate.kv_bytes == 2 * text.num_layers * text.num_kv_heads * text.head_dim * 4 * estimate.total
+    assert (
+        estimate.kv_bytes
+        == 2 * text.num_layers * text.num_kv_heads * text.head_dim * 4 * estimate.total
+    )
     assert estimate.feature_bytes == text.hidden_size * 4 * 16 * 5
     assert estimate.left == text.context - estimate.total
     assert json.loads(json.dumps(dataclasses.asdict(estimate)))["total"] == estimate.total
@@ -212,7 +267,9 @@ def test_estimate_names_its_parts_and_opens_no_images(processor: Processor) -> N
 def test_media_may_be_videos(processor: Processor, tmp_path: Path) -> None:
     for i in range(3):
         IMAGE.save(tmp_path / f"{i}.png")
-    prompt = processor.raw("<image> and <image>", [tmp_path, [IMAGE] * 9], frames=FrameSampling(frames=4))
+    prompt = processor.raw(
+        "<image> and <image>", [tmp_path, [IMAGE] * 9], frames=FrameSampling(frames=4)
+    )
     assert [item.layout.crops for item in prompt.media] == [3, 4]
 
 

@@ -9,17 +9,23 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from llava_interleave import kernels, weights
-from llava_interleave.chatbot import Chatbot, estimate, load
-from llava_interleave.chatbot.place import pick_precision
+from llava_interleave import checkpoints, kernels
+from llava_interleave.chat import Chatbot, estimate, load
+from llava_interleave.checkpoints import safetensors_file
 from llava_interleave.cli import app
 from llava_interleave.errors import CheckpointError, OptionError, Unsupported
-from llava_interleave.model import Llava, Packed
-from llava_interleave.model.lora import Adapters, Lora, attach, linears
-from llava_interleave.model.quantise import QuantisedLinear, pack, parts, planned, quantised
+from llava_interleave.lora import Adapters, LoraConfig, attach, linears
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.placement import pick_precision
+from llava_interleave.quantization.linear import (
+    QuantizedLinear,
+    bits_per_linear,
+    pack,
+    parse_precision,
+    quantised,
+)
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.weights import tensors
-from llava_interleave.world.data import exam, pictures
+from recipes.tiny_world.data import exam, pictures
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def int4(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantised folder."""
     target = tmp_path_factory.mktemp("quantised") / "int4"
-    weights.save(weights.load(folder, precision="int4"), target, processor_from=folder)
+    checkpoints.save(checkpoints.load(folder, precision="int4"), target, processor_from=folder)
     return target
 
 
 def unpacked(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    module = QuantisedLinear(rows.shape[1], rows.shape[0], bits, bias=False)
+    module = QuantizedLinear(rows.shape[1], rows.shape[0], bits, bias=False)
     module.weight, module.scale = pack(rows, bits)
     return module.unpacked()
 
@@ -62,7 +68,9 @@ def test_rounding_is_half_a_step_at_most(bits: int, most: float) -> None:
     torch.manual_seed(0)
     rows, beside = torch.randn(64, 384) * torch.rand(64, 1), 32 if bits == 4 else 128
     groups = rows.unflatten(1, (-1, beside))
-    off = (unpacked(rows, bits) - rows).unflatten(1, (-1, beside)).abs().amax(-1) / groups.abs().amax(-1)
+    off = (unpacked(rows, bits) - rows).unflatten(1, (-1, beside)).abs().amax(
+        -1
+    ) / groups.abs().amax(-1)
     assert off.max() < most * 2
     assert off.mean() < most
 
@@ -88,12 +96,19 @@ def test_groups_of_noughts_and_of_almost_nothing() -> None:
 
 
 def test_which_tensors_are_quantised(folder: Path) -> None:
-    network = weights.load(folder)
-    assert {name for name, module in network.named_modules() if isinstance(module, nn.Linear)} == planned(network, "int4").keys()
-    bits = planned(network, "int4")
+    network = checkpoints.load(folder)
+    assert {
+        name for name, module in network.named_modules() if isinstance(module, nn.Linear)
+    } == bits_per_linear(network, "int4").keys()
+    bits = bits_per_linear(network, "int4")
     assert bits["language_model.layers.1.mlp.down_proj"] == 4
-    assert bits["lm_head"] == bits["vision_tower.encoder.layers.0.mlp.fc1"] == bits["multi_modal_projector.linear_1"] == 8
-    assert set(planned(network, "int8").values()) == {8}
+    assert (
+        bits["lm_head"]
+        == bits["vision_tower.encoder.layers.0.mlp.fc1"]
+        == bits["multi_modal_projector.linear_1"]
+        == 8
+    )
+    assert set(bits_per_linear(network, "int8").values()) == {8}
 
 
 @pytest.mark.parametrize(
@@ -106,30 +121,45 @@ def test_which_tensors_are_quantised(folder: Path) -> None:
         ("int4,head=float,tower=float", "int4,tower=float,head=float", (0, 4, 0)),
     ],
 )
-def test_parts_apart(asked: str, name: str, bits: tuple[int, ...], folder: Path, tmp_path: Path) -> None:
+def test_parts_apart(
+    asked: str, name: str, bits: tuple[int, ...], folder: Path, tmp_path: Path
+) -> None:
     """One name for each, stored with the weights, which the engine answers by and which are asked for by any of its spellings."""
     dtype, precision = pick_precision(asked, folder, "cpu")
     assert precision == name
-    network = weights.load(folder, dtype=dtype, precision=precision)
+    network = checkpoints.load(folder, dtype=dtype, precision=precision)
     assert quantised(network) == name
-    ends = ("vision_tower.encoder.layers.0.mlp.fc1", "language_model.layers.1.mlp.down_proj", "lm_head")
+    ends = (
+        "vision_tower.encoder.layers.0.mlp.fc1",
+        "language_model.layers.1.mlp.down_proj",
+        "lm_head",
+    )
     found = [network.get_submodule(end) for end in ends]
     assert tuple(getattr(module, "bits", 0) for module in found) == bits
-    weights.save(network, tmp_path / "out", processor_from=folder)
-    assert weights.stored_precision(tmp_path / "out") == name
+    checkpoints.save(network, tmp_path / "out", processor_from=folder)
+    assert checkpoints.stored_precision(tmp_path / "out") == name
     again = load(tmp_path / "out", precision=asked, device="cpu")
     assert again.info()["precision"] == name
     assert torch.equal(logits(again.model), logits(network))
     with pytest.raises(OptionError, match=f"holds {name} weights"):
-        load(tmp_path / "out", precision="int4,head=int4" if name == "int4" else "int4", device="cpu")
+        load(
+            tmp_path / "out", precision="int4,head=int4" if name == "int4" else "int4", device="cpu"
+        )
 
 
-@pytest.mark.parametrize("odd", ["int4,head", "int4,head=int3", "int4,neck=int4", "fp8,head=int4", "int4,", "head=int4"])
+@pytest.mark.parametrize(
+    "odd", ["int4,head", "int4,head=int3", "int4,neck=int4", "fp8,head=int4", "int4,", "head=int4"]
+)
 def test_parts_that_are_none(odd: str, folder: Path) -> None:
-    assert parts(odd) is None
-    with pytest.raises(OptionError, match=r"is no precision; .* apart, in int4, int8 or float, as in int4,head=int4"):
+    assert parse_precision(odd) is None
+    with pytest.raises(
+        OptionError,
+        match=r"is no precision; .* apart, in int4, int8 or float, as in int4,head=int4",
+    ):
         pick_precision(odd, folder, "cpu")
-    assert parts("int8,tower=float,decoder=float,head=float") is None  # nothing is left of it
+    assert (
+        parse_precision("int8,tower=float,decoder=float,head=float") is None
+    )  # nothing is left of it
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -137,29 +167,37 @@ def test_parts_that_are_none(odd: str, folder: Path) -> None:
 def test_loading_quantises_a_few_rows_at_a_time(
     precision: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tiny_checkpoint(tmp_path / "source", tiny_config(text={"tie_word_embeddings": tied}), dtype=torch.bfloat16)
-    floats = weights.load(source)
-    monkeypatch.setattr(tensors, "_CHUNK", 5000)  # 16 rows and a little
-    ours = weights.load(source, precision=precision)
+    source = tiny_checkpoint(
+        tmp_path / "source", tiny_config(text={"tie_word_embeddings": tied}), dtype=torch.bfloat16
+    )
+    floats = checkpoints.load(source)
+    monkeypatch.setattr(safetensors_file, "_CHUNK", 5000)  # 16 rows and a little
+    ours = checkpoints.load(source, precision=precision)
     assert quantised(ours) == precision and quantised(floats) is None
     state = ours.state_dict()
-    for name, bits in planned(floats, precision).items():
+    for name, bits in bits_per_linear(floats, precision).items():
         weight, scale = pack(floats.get_submodule(name).weight, bits)
         assert torch.equal(state.pop(f"{name}.weight"), weight), name
         assert torch.equal(state.pop(f"{name}.scale"), scale), name
     others = floats.state_dict()
     assert all(torch.equal(value, others[name]) for name, value in state.items())
-    assert weights.size(ours.config, torch.bfloat16, precision) == sum(v.nbytes for v in ours.state_dict().values())
+    assert checkpoints.size(ours.config, torch.bfloat16, precision) == sum(
+        v.nbytes for v in ours.state_dict().values()
+    )
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 30_000])
 def test_a_folder_is_mapped_as_it_is(folder: Path, max_shard_bytes: int, tmp_path: Path) -> None:
-    network = weights.load(folder, precision="int4")
-    weights.save(network, tmp_path / "out", processor_from=folder, max_shard_bytes=max_shard_bytes)
-    again = weights.load(tmp_path / "out")
+    network = checkpoints.load(folder, precision="int4")
+    checkpoints.save(
+        network, tmp_path / "out", processor_from=folder, max_shard_bytes=max_shard_bytes
+    )
+    again = checkpoints.load(tmp_path / "out")
     assert quantised(again) == "int4"
     right = network.state_dict()
-    assert {name: value.shape for name, value in again.state_dict().items()} == {n: v.shape for n, v in right.items()}
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        n: v.shape for n, v in right.items()
+    }
     for name, value in again.state_dict().items():
         assert torch.equal(value, right[name]), name
     files = {path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
@@ -171,59 +209,75 @@ def test_a_folder_is_mapped_as_it_is(folder: Path, max_shard_bytes: int, tmp_pat
 def logits(network: Llava) -> torch.Tensor:
     ids = torch.arange(40)
     with torch.inference_mode():
-        return network.logits(network(network.embed(ids), torch.arange(40), Packed([40])))
+        return network.logits(network(network.embed(ids), torch.arange(40), PackedAttention([40])))
 
 
 def test_the_network_computes_nearly_the_same(folder: Path) -> None:
-    right = logits(weights.load(folder))
-    off = {p: float((logits(weights.load(folder, precision=p)) - right).norm() / right.norm()) for p in ("int8", "int4")}
+    right = logits(checkpoints.load(folder))
+    off = {
+        p: float((logits(checkpoints.load(folder, precision=p)) - right).norm() / right.norm())
+        for p in ("int8", "int4")
+    }
     assert off["int8"] < 0.02 < off["int4"] < 0.2
 
 
 def test_with_and_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = weights.load(folder, precision="int4")
-    if kernels.why_not():
-        pytest.skip(str(kernels.why_not()))
+    network = checkpoints.load(folder, precision="int4")
+    if kernels.unavailable_reason():
+        pytest.skip(str(kernels.unavailable_reason()))
     compiled = logits(network)
     monkeypatch.setattr(kernels, "_library", lambda: "none for this test")
-    assert float((logits(network) - compiled).norm() / compiled.norm()) < 3e-3  # a last bit can decide how an input is rounded
-    with pytest.warns(UserWarning, match=r"no compiled kernels for int4 \(none for this test\): it is many times slower"):
+    assert (
+        float((logits(network) - compiled).norm() / compiled.norm()) < 3e-3
+    )  # a last bit can decide how an input is rounded
+    with pytest.warns(
+        UserWarning,
+        match=r"no compiled kernels for int4 \(none for this test\): it is many times slower",
+    ):
         load(folder, precision="int4")
 
 
 def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        OptionError, match="'int3' is no precision; there are auto, float32, bfloat16, float16, int8, int4, fp8, nf4"
+        OptionError,
+        match="'int3' is no precision; there are auto, float32, bfloat16, float16, int8, int4, fp8, nf4",
     ):
         load(folder, precision="int3")
     for precision in ("int8", "bfloat16"):
-        with pytest.raises(OptionError, match=f"holds int4 weights; for {precision} name the checkpoint"):
+        with pytest.raises(
+            OptionError, match=f"holds int4 weights; for {precision} name the checkpoint"
+        ):
             load(int4, precision=precision)
     with pytest.raises(OptionError, match="holds int4 weights"):
-        weights.load(int4, precision="int8")
+        checkpoints.load(int4, precision="int8")
     config = json.loads((int4 / "config.json").read_text("utf-8"))
     config["quantization_config"]["version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quantised by another release"):
-        weights.load(tmp_path)
+        checkpoints.load(tmp_path)
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(int4 / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not fit"):
-        weights.load(tmp_path)
+        checkpoints.load(tmp_path)
 
 
 def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("llava_interleave.weights.load"), "device_named", torch.device)
-    with pytest.raises(Unsupported, match="no int8 here: weights of 4 and 8 bits are for a CPU and for CUDA GPUs, not for mps"):
-        weights.load(folder, precision="int8", device="mps")
+    monkeypatch.setattr(
+        import_module("llava_interleave.checkpoints.load"), "device_named", torch.device
+    )
+    with pytest.raises(
+        Unsupported,
+        match="no int8 here: weights of 4 and 8 bits are for a CPU and for CUDA GPUs, not for mps",
+    ):
+        checkpoints.load(folder, precision="int8", device="mps")
 
 
 def test_adapters_stand_beside_quantised_linears(folder: Path) -> None:
-    network, floats = weights.load(folder, precision="int4"), weights.load(folder)
+    network, floats = checkpoints.load(folder, precision="int4"), checkpoints.load(folder)
     assert linears(network).keys() == linears(floats).keys()
     before = logits(network)
-    adapter = attach(floats, Lora(rank=2, targets=("*.q_proj",)))
+    adapter = attach(floats, LoraConfig(rank=2, targets=("*.q_proj",)))
     for part in adapter.parts.values():
         nn.init.ones_(part.b)
     adapters = Adapters(network)
@@ -246,9 +300,11 @@ def test_answers_of_the_built_in_model(bot: Chatbot) -> None:
         turn = bot.turn(text, pictures(episode, 96))
         assert bot.chat(turn, max_new_tokens=24).text == floats.chat(turn, max_new_tokens=24).text
     assert bot.info()["precision"] == "int8"
-    reason = kernels.why_not()
+    reason = kernels.unavailable_reason()
     assert bot.info()["linears"] == (
-        "compiled kernels" if reason is None else f"PyTorch, which unpacks the weights at every call: {reason}"
+        "compiled kernels"
+        if reason is None
+        else f"PyTorch, which unpacks the weights at every call: {reason}"
     )
     assert floats.info()["linears"] == "PyTorch"
     assert bot.info()["parameters"] == floats.info()["parameters"]
@@ -258,12 +314,17 @@ def test_estimates_count_the_weights(bot: Chatbot) -> None:
     counted = bot.estimate([{"role": "user", "content": "Hello"}])
     assert counted.weight_bytes == sum(value.nbytes for value in bot.model.state_dict().values())
     assert estimate("Hello", precision="int8") == counted
-    assert estimate("Hello").weight_bytes > 2.3 * counted.weight_bytes  # 192 inputs fill up two groups of 128
+    assert (
+        estimate("Hello").weight_bytes > 2.3 * counted.weight_bytes
+    )  # 192 inputs fill up two groups of 128
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "small"
     done = CliRunner().invoke(app, ["quantize", str(folder), str(target), "--precision", "int8"])
     assert (done.exit_code, done.stdout) == (0, f"{target}\n")
-    right = weights.load(folder, precision="int8").state_dict()
-    assert all(torch.equal(value, right[name]) for name, value in weights.load(target).state_dict().items())
+    right = checkpoints.load(folder, precision="int8").state_dict()
+    assert all(
+        torch.equal(value, right[name])
+        for name, value in checkpoints.load(target).state_dict().items()
+    )

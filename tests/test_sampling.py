@@ -13,19 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from llava_interleave.engine import Sampling
-from llava_interleave.engine.sampling import Sampler, draw, nucleus
+from llava_interleave.engine import SamplingParams
+from llava_interleave.engine.sampler import Sampler, nucleus, sample
 from llava_interleave.errors import OptionError
 
 CPU = torch.device("cpu")
 SIZE = 300
 
 
-def transformers_scores(raw: Tensor, s: Sampling, tokens: list[int]) -> Tensor:
+def transformers_scores(raw: Tensor, s: SamplingParams, tokens: list[int]) -> Tensor:
     """The chain that `GenerationMixin._get_logits_processor` builds from the same options."""
     chain: list[Callable[..., Any]] = []
     if s.logit_bias:
-        chain.append(hf.SequenceBiasLogitsProcessor({(token,): float(bias) for token, bias in s.logit_bias.items()}))
+        chain.append(
+            hf.SequenceBiasLogitsProcessor(
+                {(token,): float(bias) for token, bias in s.logit_bias.items()}
+            )
+        )
     if s.repetition_penalty != 1:
         chain.append(hf.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty)))
     if s.temperature:
@@ -53,14 +57,26 @@ def transformers_scores(raw: Tensor, s: Sampling, tokens: list[int]) -> Tensor:
     biased=st.booleans(),
 )
 def test_scores_are_those_of_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, biased: bool
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
+    biased: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randn(SIZE, generator=generator) * 4
     prompt = torch.randint(SIZE, (20,), generator=generator).tolist()
     bias = {3: 5.0, 17: -100.0} if biased else {}
-    s = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty, logit_bias=bias, seed=seed
+    s = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        logit_bias=bias,
+        seed=seed,
     )
     sampler, tokens = Sampler(s, prompt, SIZE, CPU), list(prompt)
     for _ in range(3):  # the tokens generated count for the repetition penalty as well
@@ -73,7 +89,7 @@ def test_scores_are_those_of_transformers(
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
     """OpenAI: mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting what was generated, not the prompt."""
-    s = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    s = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     sampler = Sampler(s, [0, 1, 2], 4, CPU)
     logits = torch.tensor([1.0, 0.9, 0.2, 0.1])
     assert [sampler.pick(logits).token for _ in range(3)] == [0, 1, 0]
@@ -83,13 +99,18 @@ def test_presence_and_frequency_count_generated_tokens_only() -> None:
 
 def test_log_probabilities_are_the_networks_own() -> None:
     raw = torch.randn(SIZE)
-    pick = Sampler(Sampling(temperature=0.7, top_k=2, seed=1, logit_bias={5: 50.0}, logprobs=3), [], SIZE, CPU).pick(raw)
+    pick = Sampler(
+        SamplingParams(temperature=0.7, top_k=2, seed=1, logit_bias={5: 50.0}, logprobs=3),
+        [],
+        SIZE,
+        CPU,
+    ).pick(raw)
     logs = raw.log_softmax(-1)
     assert pick.token == 5
     assert pick.logprob == pytest.approx(float(logs[5]))
     assert [token for token, _ in pick.top] == logs.topk(3).indices.tolist()
     assert [value for _, value in pick.top] == pytest.approx(logs.topk(3).values.tolist())
-    alone = Sampler(Sampling(logprobs=0), [], SIZE, CPU).pick(raw)
+    alone = Sampler(SamplingParams(logprobs=0), [], SIZE, CPU).pick(raw)
     assert alone.logprob == pytest.approx(float(logs.max()))
     assert alone.top == ()
 
@@ -97,20 +118,26 @@ def test_log_probabilities_are_the_networks_own() -> None:
 def test_draws_follow_the_distribution_and_never_take_what_is_cut() -> None:
     scores = torch.tensor([0.0, -math.inf, math.log(3.0), -math.inf, math.log(6.0), -math.inf])
     generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.tensor([draw(scores, generator) for _ in range(5000)]), minlength=6)
+    counts = torch.bincount(
+        torch.tensor([sample(scores, generator) for _ in range(5000)]), minlength=6
+    )
     assert counts[[1, 3, 5]].sum() == 0
-    torch.testing.assert_close(counts[[0, 2, 4]] / 5000, torch.tensor([0.1, 0.3, 0.6]), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        counts[[0, 2, 4]] / 5000, torch.tensor([0.1, 0.3, 0.6]), atol=0.02, rtol=0
+    )
 
 
-def test_the_largest_random_number_takes_the_last_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_random_number_takes_the_last_possible_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.ones(1, dtype=torch.float64))
-    assert draw(torch.tensor([0.0, 1.0, -math.inf, -math.inf]), torch.Generator()) == 1
+    assert sample(torch.tensor([0.0, 1.0, -math.inf, -math.inf]), torch.Generator()) == 1
 
 
 def test_what_is_no_number_draws_a_token_all_the_same() -> None:
     """The index was one past the vocabulary: a broken checkpoint ended in an IndexError."""
     for scores in ([math.nan] * 4, [math.inf, math.inf, 0.0, 0.0], [0.0, math.nan, 1.0, 2.0]):
-        assert 0 <= draw(torch.tensor(scores), torch.Generator()) < 4
+        assert 0 <= sample(torch.tensor(scores), torch.Generator()) < 4
 
 
 @pytest.mark.parametrize("share", [0.999, 0.3])
@@ -148,4 +175,4 @@ def test_a_large_nucleus_equals_a_whole_sort(share: float) -> None:
 )
 def test_what_is_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
-        Sampling(**wrong)
+        SamplingParams(**wrong)

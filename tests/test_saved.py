@@ -22,11 +22,11 @@ from test_cli import llava
 from test_engine import GREEDY, IMAGE, engine, naive, prompt, text
 from test_lora import DECODER, made
 
-from llava_interleave import weights
-from llava_interleave.chatbot import Answer, Chatbot, Conversation, load, saved
-from llava_interleave.engine import Sampling
-from llava_interleave.engine.cache import BLOCK, Identity, Keys
-from llava_interleave.engine.saved import Saved
+from llava_interleave import checkpoints
+from llava_interleave.chat import Answer, Chatbot, Conversation, kv_file, load
+from llava_interleave.engine import SamplingParams
+from llava_interleave.engine.kv_snapshot import KVSnapshot
+from llava_interleave.engine.prefix_cache import HASH_BLOCK, CacheKey, MediaId
 from llava_interleave.errors import DataError, OptionError
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
@@ -44,7 +44,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(5):
-        Image.fromarray(random.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(random.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
     return sorted(folder.iterdir())
 
 
@@ -82,18 +84,24 @@ def test_a_resumed_conversation_is_one_that_never_ended(
     talk = begun(bot, pictures)
     size = talk.save(tmp_path / "talk.json", kv=True)
     right = [talk.ask(question, **HOW) for question in ("More?", "Really?")]
-    assert size == (tmp_path / KEPT).stat().st_size > right[0].usage.cached * bot.engine.bytes_per_token
+    assert (
+        size
+        == (tmp_path / KEPT).stat().st_size
+        > right[0].usage.cached * bot.engine.bytes_per_token
+    )
     again = fresh(bot).resume(tmp_path / "talk.json")
     answers = [again.ask(question, **HOW) for question in ("More?", "Really?")]
     assert all(map(same, right, answers))
-    assert answers[0].usage.cached > answers[0].usage.prompt - BLOCK
+    assert answers[0].usage.cached > answers[0].usage.prompt - HASH_BLOCK
     bot.engine.check()
     cold = fresh(bot).resume(tmp_path / "talk.json", kv=False).ask("More?", **HOW)
     assert cold.usage.cached == 0
     assert precision != "float32" or cold.tokens == right[0].tokens
 
 
-def test_the_file_is_safetensors_and_the_memory_itself(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_the_file_is_safetensors_and_the_memory_itself(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     """Another program reads the same numbers; taken in, they are the file, not a copy of it, and can be written again."""
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
@@ -101,19 +109,26 @@ def test_the_file_is_safetensors_and_the_memory_itself(tiny: Path, pictures: lis
     assert kv.slab is not None
     theirs = load_file(tmp_path / KEPT)
     assert theirs.keys() - kv.slab.stored(kv.length).keys() == {"about", "crc32"}
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in kv.slab.stored(kv.length).items())
+    assert all(
+        torch.equal(theirs[name], tensor) for name, tensor in kv.slab.stored(kv.length).items()
+    )
     assert (tmp_path / KEPT).stat().st_mode & 0o777 == 0o600
     again = fresh(bot).resume(tmp_path / "talk.json")
     (kv,) = bot.engine._prefixes.idle
     assert kv.slab is not None
-    assert len({tensor.untyped_storage().data_ptr() for tensor in kv.slab.stored(kv.length).values()}) == 1
+    assert (
+        len({tensor.untyped_storage().data_ptr() for tensor in kv.slab.stored(kv.length).values()})
+        == 1
+    )
     before = (tmp_path / KEPT).read_bytes()
     assert again.save(tmp_path / "talk.json", kv=True) == len(before)
     assert (tmp_path / KEPT).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", KEPT]
 
 
-def test_what_was_taken_back_is_not_written(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_what_was_taken_back_is_not_written(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     bot = bot_of(tiny)
     talk = begun(bot, pictures)
     whole = saved_tokens(talk, tmp_path)
@@ -128,10 +143,12 @@ def test_what_was_taken_back_is_not_written(tiny: Path, pictures: list[Path], tm
 
 def saved_tokens(talk: Conversation, folder: Path) -> list[int]:
     assert talk.save(folder / "talk.json", kv=True)
-    return saved.read(folder / KEPT, 1 << 30).about["tokens"]
+    return kv_file.read(folder / KEPT, 1 << 30).about["tokens"]
 
 
-def test_a_save_without_keys_and_values_leaves_none_of_another(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_save_without_keys_and_values_leaves_none_of_another(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     talk = begun(bot_of(tiny), pictures)
     assert talk.save(tmp_path / "talk.json", kv=True)
     assert talk.save(tmp_path / "talk.json") == 0
@@ -154,7 +171,9 @@ def test_a_changed_picture_is_looked_at_and_what_stands_before_it_is_not(
     assert (warm.tokens, warm.usage.prompt) == (cold.tokens, cold.usage.prompt)
 
 
-def test_what_is_in_memory_no_more_is_not_written(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_what_is_in_memory_no_more_is_not_written(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     bot = load(tiny, device="cpu", kv_bytes=300 * bot_of(tiny).engine.bytes_per_token)
     talk = begun(bot, pictures)
     whole = saved_tokens(talk, tmp_path)
@@ -168,7 +187,10 @@ def test_what_is_in_memory_no_more_is_not_written(tiny: Path, pictures: list[Pat
 
 def test_a_part_that_is_left_of_a_sequence_is_of_use() -> None:
     """Of the long one the memory holds what another one shares with it."""
-    long, short = prompt(text(0, 35), (0, 1), (1, 2), text(1, 20)), prompt(text(0, 35), (0, 1), (2, 1), text(2, 30))
+    long, short = (
+        prompt(text(0, 35), (0, 1), (1, 2), text(1, 20)),
+        prompt(text(0, 35), (0, 1), (2, 1), text(2, 30)),
+    )
     e, other = engine(), engine()
     e.generate([short], GREEDY)
     kept = e.save(e.keys(long))
@@ -180,8 +202,11 @@ def test_a_part_that_is_left_of_a_sequence_is_of_use() -> None:
 
 
 def test_a_prefix_is_cut_within_an_image() -> None:
-    one, two = Identity(7), Identity(9)
-    keys = Keys.of([1, *[IMAGE] * 9, *[IMAGE] * 18, 2, *[IMAGE] * 9], [(1, 9, one), (10, 18, two), (29, 9, two)])
+    one, two = MediaId(7), MediaId(9)
+    keys = CacheKey.of(
+        [1, *[IMAGE] * 9, *[IMAGE] * 18, 2, *[IMAGE] * 9],
+        [(1, 9, one), (10, 18, two), (29, 9, two)],
+    )
     assert list(keys.spans()) == [(1, 9, 7), (10, 18, 9), (29, 9, 9)]
     assert list(keys.through([], 12).spans()) == [(1, 9, 7), (10, 2, 9)]
     assert list(keys.through([], 1).spans()) == []
@@ -195,7 +220,9 @@ def test_a_sequence_that_runs_is_written_as_far_as_it_is() -> None:
     e.step()
     kept = e.save(e.keys(asked))
     assert kept is not None and len(kept.about["tokens"]) == 40
-    other.restore(Saved(kept.about, {name: tensor.clone() for name, tensor in kept.tensors.items()}))
+    other.restore(
+        KVSnapshot(kept.about, {name: tensor.clone() for name, tensor in kept.tensors.items()})
+    )
     (answered,) = other.generate([asked], GREEDY)
     assert (answered.usage.cached, answered.generated) == (40, naive(asked, 12))
     other.restore(kept)  # what is there already is not kept twice
@@ -218,7 +245,8 @@ def test_room_is_made_for_it_and_what_runs_is_not_disturbed() -> None:
     running = small.add(prompt(text(6, 60)), GREEDY)
     small.step()
     with pytest.raises(
-        DataError, match=r"74 tokens have no room: there is memory for .* 140, of which \d+ are in use: raise kv_byt"
+        DataError,
+        match=r"74 tokens have no room: there is memory for .* 140, of which \d+ are in use: raise kv_byt",
     ):
         small.restore(kept)
     while small.busy:
@@ -229,7 +257,7 @@ def test_room_is_made_for_it_and_what_runs_is_not_disturbed() -> None:
 
 def test_one_that_was_restored_may_be_pre_empted() -> None:
     asked, other = prompt(text(0, 60), (0, 1), text(1, 5)), prompt(text(7, 60))
-    e, small, how = engine(), engine(230), Sampling(max_new_tokens=60, ignore_eos=True)
+    e, small, how = engine(), engine(230), SamplingParams(max_new_tokens=60, ignore_eos=True)
     e.generate([asked], GREEDY)
     kept = e.save(e.keys(asked))
     assert kept is not None
@@ -239,22 +267,29 @@ def test_one_that_was_restored_may_be_pre_empted() -> None:
     while small.busy:
         small.step()
         small.check()
-        gave_way |= requests[1].cached is not None and requests[1].kv is None and requests[1].finish_reason is None
+        gave_way |= (
+            requests[1].cached is not None
+            and requests[1].kv is None
+            and requests[1].finish_reason is None
+        )
     assert gave_way and requests[1].usage.cached == 73
     assert [request.generated for request in requests] == [naive(other, 60), naive(asked, 60)]
 
 
 def test_what_is_written_after_it_does_not_change_the_file(tmp_path: Path) -> None:
     """Where there is room for a shorter sequence, the memory that is the file is written to."""
-    long, short = prompt(text(0, 40), (0, 1), text(1, 30)), prompt(text(0, 40), (0, 1), text(1, 12), text(2, 5))
+    long, short = (
+        prompt(text(0, 40), (0, 1), text(1, 30)),
+        prompt(text(0, 40), (0, 1), text(1, 12), text(2, 5)),
+    )
     e, other = engine(), engine()
     e.generate([long], GREEDY)
     kept = e.save(e.keys(long))
     assert kept is not None
-    saved.write(tmp_path / "kv", kept)
+    kv_file.write(tmp_path / "kv", kept)
     before = (tmp_path / "kv").read_bytes()
-    other.restore(saved.read(tmp_path / "kv", 1 << 30))
-    (answered,) = other.generate([short], Sampling(max_new_tokens=3, ignore_eos=True))
+    other.restore(kv_file.read(tmp_path / "kv", 1 << 30))
+    (answered,) = other.generate([short], SamplingParams(max_new_tokens=3, ignore_eos=True))
     assert (answered.usage.cached, answered.generated) == (61, naive(short, 3))
     (kv,) = other._prefixes.idle
     assert (kv.length, kv.capacity) == (68, 79)
@@ -275,18 +310,26 @@ def test_nothing_leaves_or_enters_under_a_salt_nor_enters_where_all_is_determini
     other = engine()
     other.restore(kept)
     assert other.generate([asked], GREEDY, salt=b"tenant")[0].usage.cached == 0
-    with pytest.raises(DataError, match="deterministic answers build on nothing that was computed elsewhere"):
+    with pytest.raises(
+        DataError, match="deterministic answers build on nothing that was computed elsewhere"
+    ):
         engine(deterministic=True).restore(kept)
 
 
-def test_adapters_are_told_apart_by_their_numbers(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_adapters_are_told_apart_by_their_numbers(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     for name, seed in (("a", 1), ("b", 2)):
-        weights.write_adapter(tmp_path / name, made(tiny, DECODER, seed))
+        checkpoints.write_adapter(tmp_path / name, made(tiny, DECODER, seed))
     first = load(tiny, device="cpu", adapters={"a": tmp_path / "a", "b": tmp_path / "b"})
     talk = begun(first, pictures, adapter="b")
     talk.save(tmp_path / "talk.json", kv=True)
     right = talk.ask("More?", adapter="b", **HOW)
-    again = load(tiny, device="cpu", adapters={"other": tmp_path / "a", "mine": tmp_path / "b", "a": tmp_path / "a"})
+    again = load(
+        tiny,
+        device="cpu",
+        adapters={"other": tmp_path / "a", "mine": tmp_path / "b", "a": tmp_path / "a"},
+    )
     assert same(again.resume(tmp_path / "talk.json").ask("More?", adapter="mine", **HOW), right)
     for name in (None, "other"):
         fresh(again)
@@ -294,35 +337,48 @@ def test_adapters_are_told_apart_by_their_numbers(tiny: Path, pictures: list[Pat
         assert without.usage.cached == 0 and without.tokens != right.tokens
     alone = load(tiny, device="cpu", adapters={"b": tmp_path / "a"})
     with pytest.warns(
-        UserWarning, match="through an adapter that is not loaded here; the conversation is there, but will be read"
+        UserWarning,
+        match="through an adapter that is not loaded here; the conversation is there, but will be read",
     ):
         talk = alone.resume(tmp_path / "talk.json")
     assert len(talk.messages) == 4
-    begun(bot_of(tiny), pictures).save(tmp_path / "talk.json", kv=True)  # and of the network alone, beside adapters
+    begun(bot_of(tiny), pictures).save(
+        tmp_path / "talk.json", kv=True
+    )  # and of the network alone, beside adapters
     assert again.resume(tmp_path / "talk.json").ask("More?", **HOW).usage.cached > 0
 
 
-def test_what_was_computed_otherwise_is_refused_in_words(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_what_was_computed_otherwise_is_refused_in_words(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     begun(bot_of(tiny), pictures).save(tmp_path / "talk.json", kv=True)
-    deeper = tiny_checkpoint(tmp_path / "deeper", tiny_config(text={"tie_word_embeddings": False, "rope_theta": 1e4}))
+    deeper = tiny_checkpoint(
+        tmp_path / "deeper", tiny_config(text={"tie_word_embeddings": False, "rope_theta": 1e4})
+    )
     for bot, why in (
         (bot_of(tiny, "bfloat16"), "were computed in 'float32', here they are in 'bfloat16'"),
         (bot_of(tiny, "int8"), "were computed in 'float32', here they are in 'int8'"),
         (bot_of(tiny, "float32", "int8"), "were kept in 'float32', here they are in 'int8'"),
-        (bot_of(tiny_checkpoint(tmp_path / "other", UNTIED, seed=1)), "another network computed these"),
+        (
+            bot_of(tiny_checkpoint(tmp_path / "other", UNTIED, seed=1)),
+            "another network computed these",
+        ),
         (bot_of(deeper), "another network computed these"),
     ):
-        with pytest.warns(UserWarning, match=rf"{KEPT}: .*{why}.*; the conversation is there, but will be read again"):
+        with pytest.warns(
+            UserWarning,
+            match=rf"{KEPT}: .*{why}.*; the conversation is there, but will be read again",
+        ):
             talk = fresh(bot).resume(tmp_path / "talk.json")
         assert talk.ask("More?", **HOW).usage.cached == 0
     again = bot_of(tiny)
-    file = saved.read(tmp_path / KEPT, 1 << 30)
-    saved.write(tmp_path / KEPT, Saved({**file.about, "version": 2}, file.tensors))
+    file = kv_file.read(tmp_path / KEPT, 1 << 30)
+    kv_file.write(tmp_path / KEPT, KVSnapshot({**file.about, "version": 2}, file.tensors))
     with pytest.warns(UserWarning, match="not llava-interleave keys and values of version 1"):
         fresh(again).resume(tmp_path / "talk.json")
 
 
-def kept_by_engine() -> Saved:
+def kept_by_engine() -> KVSnapshot:
     """Of 70 tokens: 40, an image of 9, a film of two frames of 9, 3 more."""
     e, asked = engine(), prompt(text(0, 40), (0, 1), (1, 2), text(1, 4))
     e.generate([asked], GREEDY)
@@ -364,7 +420,7 @@ def test_what_a_file_tells_may_be_anything(changes: dict[str, Any]) -> None:
     assert len(e.restore(kept).numbers) == 70
     e.clear()
     with pytest.raises(DataError) as refused:
-        e.restore(Saved({**kept.about, **changes}, kept.tensors))
+        e.restore(KVSnapshot({**kept.about, **changes}, kept.tensors))
     assert len(str(refused.value)) < 300 and str(refused.value).isprintable()
     e.check()
     assert e.load().kv_cached == 0
@@ -395,13 +451,18 @@ def test_tensors_may_be_any(change: Callable[[dict[str, torch.Tensor]], None]) -
     kept, e = kept_by_engine(), engine()
     tensors = dict(kept.tensors)
     change(tensors)
-    with pytest.raises(DataError, match=r"no keys and values of 70 tokens: 1 tensors are others, first '(keys|values)\.\d'"):
-        e.restore(Saved(kept.about, tensors))
+    with pytest.raises(
+        DataError,
+        match=r"no keys and values of 70 tokens: 1 tensors are others, first '(keys|values)\.\d'",
+    ):
+        e.restore(KVSnapshot(kept.about, tensors))
     e.check()
     assert e.load().kv_cached == 0
 
 
-def test_files_that_are_no_keys_and_values(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_files_that_are_no_keys_and_values(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     """Cut anywhere, changed anywhere, or something else: told in words, and the conversation goes on."""
     bot, file = bot_of(tiny), tmp_path / KEPT
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
@@ -447,7 +508,13 @@ def test_files_that_are_no_keys_and_values(tiny: Path, pictures: list[Path], tmp
 def write_about(file: Path, about: bytes) -> None:
     """A file with the right checksum that tells this of its keys and values."""
     tensors = {"about": about, "crc32": zlib.crc32(about).to_bytes(4, "little")}
-    save_file({name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in tensors.items()}, file)
+    save_file(
+        {
+            name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            for name, data in tensors.items()
+        },
+        file,
+    )
 
 
 def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -455,17 +522,28 @@ def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
     right = bot.ask("What?", pictures[4:], max_new_tokens=8, ignore_eos=True)
-    file = saved.read(tmp_path / KEPT, 1 << 30)
+    file = kv_file.read(tmp_path / KEPT, 1 << 30)
     for odd in (float("nan"), float("inf"), 3e38):
-        saved.write(tmp_path / KEPT, Saved(file.about, {n: torch.full_like(t, odd) for n, t in file.tensors.items()}))
-        assert fresh(bot).resume(tmp_path / "talk.json").ask("More?", max_new_tokens=8, ignore_eos=True).usage.cached
+        kv_file.write(
+            tmp_path / KEPT,
+            KVSnapshot(file.about, {n: torch.full_like(t, odd) for n, t in file.tensors.items()}),
+        )
+        assert (
+            fresh(bot)
+            .resume(tmp_path / "talk.json")
+            .ask("More?", max_new_tokens=8, ignore_eos=True)
+            .usage.cached
+        )
         bot.engine.check()
-    assert fresh(bot).ask("What?", pictures[4:], max_new_tokens=8, ignore_eos=True).tokens == right.tokens
+    assert (
+        fresh(bot).ask("What?", pictures[4:], max_new_tokens=8, ignore_eos=True).tokens
+        == right.tokens
+    )
 
 
 CHILD = """
 import os, signal, sys
-from llava_interleave.chatbot import load, saved
+from llava_interleave.chat import load, saved
 bot = load(sys.argv[1], device="cpu")
 talk = bot.resume(sys.argv[2])
 assert talk.ask("More?", max_new_tokens=8, ignore_eos=True).usage.cached
@@ -480,12 +558,16 @@ talk.save(sys.argv[2], kv=True)
 """
 
 
-def test_a_kill_while_it_is_written_leaves_the_old_file_whole(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_kill_while_it_is_written_leaves_the_old_file_whole(
+    tiny: Path, pictures: list[Path], tmp_path: Path
+) -> None:
     """The words, written before, are the new ones; the keys and values are those of before, which are of use all the same."""
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
     before = (tmp_path / KEPT).read_bytes()
-    done = subprocess.run([sys.executable, "-c", CHILD, tiny, tmp_path / "talk.json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, tiny, tmp_path / "talk.json"], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / KEPT).read_bytes() == before
     again = fresh(bot).resume(tmp_path / "talk.json")
@@ -501,7 +583,7 @@ def test_a_disk_that_is_full_or_a_folder_that_is_missing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved, "write_tensors", full)
+    monkeypatch.setattr(kv_file, "write_tensors", full)
     with pytest.raises(DataError, match=rf"cannot write .*{KEPT}: No space left on device"):
         talk.save(tmp_path / "talk.json", kv=True)
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]

@@ -8,11 +8,18 @@ from itertools import count
 import pytest
 import torch
 
-from llava_interleave.engine.cache import BLOCK, KV, Features, Identity, Keys, Prefixes
+from llava_interleave.engine.prefix_cache import (
+    HASH_BLOCK,
+    CacheKey,
+    EncoderCache,
+    MediaId,
+    PrefixCache,
+    SequenceKV,
+)
 from llava_interleave.engine.request import Request
-from llava_interleave.engine.sampling import Pick, Sampling
-from llava_interleave.engine.scheduler import Plan, Scheduler
-from llava_interleave.layout import Layout
+from llava_interleave.engine.sampler import Pick, SamplingParams
+from llava_interleave.engine.scheduler import Scheduler, SchedulerOutput
+from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt
 
 EOS = frozenset({9})
@@ -20,22 +27,44 @@ GRID = 2  # four tokens a crop
 _ids = count()
 
 
-def request(length: int, *, new: int = 8, crops: tuple[int, ...] = (), first: int = 100, salt: bytes = b"") -> Request:
+def request(
+    length: int, *, new: int = 8, crops: tuple[int, ...] = (), first: int = 100, salt: bytes = b""
+) -> Request:
     """A prompt of `length` tokens that begins with media of so many crops; `first` is the first text token."""
     media, start = [], 0
     for index, n in enumerate(crops):
-        media.append(Media(torch.zeros(n, 3, 1, 1), Layout(GRID, n), bytes([index, n]), start))
+        media.append(
+            Media(torch.zeros(n, 3, 1, 1), ImageTokenLayout(GRID, n), bytes([index, n]), start)
+        )
         start += media[-1].layout.length
     prompt = Prompt([7] * start + list(range(first, first + length - start)), tuple(media))
-    images = [(m.start, m.layout.length, Identity(1000 * n + i)) for i, (m, n) in enumerate(zip(media, crops, strict=True))]
-    return Request(next(_ids), prompt, Sampling(max_new_tokens=new), Keys.of(prompt.tokens, images, salt), new, 0.0)
+    images = [
+        (m.start, m.layout.length, MediaId(1000 * n + i))
+        for i, (m, n) in enumerate(zip(media, crops, strict=True))
+    ]
+    return Request(
+        next(_ids),
+        prompt,
+        SamplingParams(max_new_tokens=new),
+        CacheKey.of(prompt.tokens, images, salt),
+        new,
+        0.0,
+    )
 
 
-def scheduler(total: int = 1000, *, tokens: int = 64, crops: int = 4, running: int = 8, features: int = 10**6) -> Scheduler:
-    return Scheduler(Prefixes(total), Features(features), max_step_tokens=tokens, max_step_crops=crops, max_running=running)
+def scheduler(
+    total: int = 1000, *, tokens: int = 64, crops: int = 4, running: int = 8, features: int = 10**6
+) -> Scheduler:
+    return Scheduler(
+        PrefixCache(total),
+        EncoderCache(features),
+        max_step_tokens=tokens,
+        max_step_crops=crops,
+        max_running=running,
+    )
 
 
-def step(s: Scheduler, token: int = 5) -> tuple[Plan, list[tuple[int, int, int]]]:
+def step(s: Scheduler, token: int = 5) -> tuple[SchedulerOutput, list[tuple[int, int, int]]]:
     """One step with a network that always says `token`; the plan, and (request, start, stop) of its works."""
     plan = s.schedule()
     for key in plan.encode:
@@ -73,7 +102,12 @@ def test_images_of_several_requests_share_a_call_and_equal_ones_are_encoded_once
     s.add(a)
     s.add(b)
     plan, done = step(s)
-    assert [unit.key for unit in plan.encode.values()] == [(b"\0\1", 0), (b"\1\1", 0), (b"\1\2", 0), (b"\1\2", 1)]
+    assert [unit.key for unit in plan.encode.values()] == [
+        (b"\0\1", 0),
+        (b"\1\1", 0),
+        (b"\1\2", 0),
+        (b"\1\2", 1),
+    ]
     assert [id_ for id_, *_ in done] == [a.id, b.id]
 
 
@@ -102,7 +136,7 @@ def test_the_last_to_start_is_preempted_and_waits_until_another_ends() -> None:
     while victim.kv is not None:
         step(s)
     assert 0 < len(victim.generated) < 300
-    assert s.prefixes.total - s.prefixes.used > len(victim.tokens) + BLOCK
+    assert s.prefixes.total - s.prefixes.used > len(victim.tokens) + HASH_BLOCK
     while grows.finish_reason is None:
         assert list(s.waiting) == [victim]
         step(s)
@@ -132,7 +166,16 @@ def test_a_cache_that_goes_on_shortly_is_taken_over_and_a_longer_one_copied() ->
     def ask(own: int) -> tuple[int, int, int]:
         """Ask with tokens of its own behind what all share: where computing begins, the tokens copied, the caches after that."""
         prompt = Prompt([*shared, *([own] * own)])
-        s.add(Request(next(_ids), prompt, Sampling(max_new_tokens=1), Keys.of(prompt.tokens), 1, 0.0))
+        s.add(
+            Request(
+                next(_ids),
+                prompt,
+                SamplingParams(max_new_tokens=1),
+                CacheKey.of(prompt.tokens),
+                1,
+                0.0,
+            )
+        )
         (work,) = step(s)[0].work
         return work.start, work.copied, len(s.prefixes.idle)
 
@@ -180,7 +223,7 @@ def test_a_cache_is_copied_for_a_branch_and_taken_over_for_a_sequel() -> None:
     assert (branch.cached, plan.work[0].source) == (99, kv)
     assert branch.kv is not kv
     prompt = Prompt([*asked.tokens, *range(500, 520)])
-    s.add(sequel := Request(99, prompt, Sampling(), Keys.of(prompt.tokens), 8, 0.0))
+    s.add(sequel := Request(99, prompt, SamplingParams(), CacheKey.of(prompt.tokens), 8, 0.0))
     plan, _ = step(s)
     assert (sequel.cached, plan.work[-1].source) == (149, None)
     assert sequel.kv is kv
@@ -209,9 +252,11 @@ def test_a_start_that_only_copies_is_still_planned() -> None:
     s = scheduler(total=2000, tokens=500, crops=1)
     s.add(request(64, new=40))
     step(s)
-    new = Media(torch.zeros(1, 3, 1, 1), Layout(GRID), b"new", 63)
+    new = Media(torch.zeros(1, 3, 1, 1), ImageTokenLayout(GRID), b"new", 63)
     prompt = Prompt([*range(100, 163), 7, 7, 7, 7, 8], (new,))
-    follow = Request(98, prompt, Sampling(), Keys.of(prompt.tokens, [(63, 4, Identity(5))]), 8, 0.0)
+    follow = Request(
+        98, prompt, SamplingParams(), CacheKey.of(prompt.tokens, [(63, 4, MediaId(5))]), 8, 0.0
+    )
     s.add(request(20, crops=(1,), first=900))
     s.add(follow)
     plan, _ = step(s)
@@ -231,10 +276,10 @@ def test_prefixes_of_different_salts_do_not_meet() -> None:
 
 
 def test_a_hash_that_collides_is_found_out_by_content() -> None:
-    p = Prefixes(100)
-    stored, asked = Keys.of(range(64)), Keys.of(range(1000, 1064))
-    forged = Keys(asked.numbers, asked.salt, asked.images, stored.chain)
-    kv = KV(stored, 64)
+    p = PrefixCache(100)
+    stored, asked = CacheKey.of(range(64)), CacheKey.of(range(1000, 1064))
+    forged = CacheKey(asked.numbers, asked.salt, asked.images, stored.chain)
+    kv = SequenceKV(stored, 64)
     assert p.reserve(kv, 64)
     p.start(kv)
     assert p.find(stored, 63).usable == 63
@@ -242,27 +287,27 @@ def test_a_hash_that_collides_is_found_out_by_content() -> None:
 
 
 def test_image_numbers_never_meet_tokens_or_each_other() -> None:
-    one, two = Identity(0), Identity(1)
-    keys = Keys.of([7] * 12, [(0, 4, one), (4, 4, two), (8, 4, one)])
+    one, two = MediaId(0), MediaId(1)
+    keys = CacheKey.of([7] * 12, [(0, 4, one), (4, 4, two), (8, 4, one)])
     assert (keys.numbers < 0).all()
     assert keys.numbers[:4].tolist() == keys.numbers[8:].tolist()
     assert len(set(keys.numbers.tolist())) == 8
 
 
 def test_prefixes_end_at_the_first_other_image() -> None:
-    images = [Identity(n) for n in range(4)]
+    images = [MediaId(n) for n in range(4)]
     tokens = [1, 2] + [7] * 150 + [3]
-    p = Prefixes(1000)
-    kv = KV(Keys.of(tokens, [(2 + 50 * i, 50, images[i]) for i in range(3)]), 153)
+    p = PrefixCache(1000)
+    kv = SequenceKV(CacheKey.of(tokens, [(2 + 50 * i, 50, images[i]) for i in range(3)]), 153)
     assert p.reserve(kv, 153)
     p.start(kv)
-    changed = Keys.of(tokens, [(2, 50, images[0]), (52, 50, images[1]), (102, 50, images[3])])
+    changed = CacheKey.of(tokens, [(2, 50, images[0]), (52, 50, images[1]), (102, 50, images[3])])
     assert p.find(changed, 152).usable == 102
-    assert p.find(Keys.of(tokens[:120] + [9] * 30), 149).source is None
+    assert p.find(CacheKey.of(tokens[:120] + [9] * 30), 149).source is None
 
 
 def test_features_are_dropped_oldest_first_and_held_ones_not() -> None:
-    f = Features(limit=3 * 8)
+    f = EncoderCache(limit=3 * 8)
     rows = torch.zeros(1, 2)  # 8 bytes
     keys = [(bytes([i]), 0) for i in range(6)]
     f.hold(keys[0])
@@ -275,7 +320,13 @@ def test_features_are_dropped_oldest_first_and_held_ones_not() -> None:
     f.hold(keys[4])
     f.limit = 8
     f.put(keys[4], rows)
-    assert [key in f for key in keys[:5]] == [True, False, False, False, True]  # over the limit, but both are in use
+    assert [key in f for key in keys[:5]] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]  # over the limit, but both are in use
     f.release(keys[0])
     f.release(keys[4])
     assert [key in f for key in keys[:5]] == [False, False, False, False, True]
@@ -285,9 +336,9 @@ def test_features_are_dropped_oldest_first_and_held_ones_not() -> None:
 
 
 def test_covered_caches_are_not_kept_twice() -> None:
-    p = Prefixes(1000)
+    p = PrefixCache(1000)
     for length in (64, 96, 80):
-        kv = KV(Keys.of(range(length)), length)
+        kv = SequenceKV(CacheKey.of(range(length)), length)
         assert p.reserve(kv, length)
         p.start(kv)
         p.retire(kv, kv.keys)
@@ -295,11 +346,20 @@ def test_covered_caches_are_not_kept_twice() -> None:
     assert [kv.length for kv in p.idle] == [96]
 
 
-@pytest.mark.parametrize(("token", "ignore", "reason"), [(9, False, "stop"), (9, True, "length"), (6, True, "stop")])
+@pytest.mark.parametrize(
+    ("token", "ignore", "reason"), [(9, False, "stop"), (9, True, "length"), (6, True, "stop")]
+)
 def test_what_ends_an_answer(token: int, ignore: bool, reason: str) -> None:
     s = scheduler()
     prompt = Prompt([1, 2, 3])
-    r = Request(0, prompt, Sampling(stop_ids=(6,), ignore_eos=ignore), Keys.of(prompt.tokens), 2, 0.0)
+    r = Request(
+        0,
+        prompt,
+        SamplingParams(stop_ids=(6,), ignore_eos=ignore),
+        CacheKey.of(prompt.tokens),
+        2,
+        0.0,
+    )
     s.add(r)
     step(s, token)
     if r.finish_reason is None:

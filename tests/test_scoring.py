@@ -42,8 +42,32 @@ def published(text: str) -> str:
     """The published steps one by one, with its two regular expressions as they stand there."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out = text
-    for mark in [";", r"/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]:
-        if (mark + " " in text or " " + mark in text) or (re.search(r"(\d)(\,)(\d)", text) is not None):
+    for mark in [
+        ";",
+        r"/",
+        "[",
+        "]",
+        '"',
+        "{",
+        "}",
+        "(",
+        ")",
+        "=",
+        "+",
+        "\\",
+        "_",
+        "-",
+        ">",
+        "<",
+        "@",
+        "`",
+        ",",
+        "?",
+        "!",
+    ]:
+        if (mark + " " in text or " " + mark in text) or (
+            re.search(r"(\d)(\,)(\d)", text) is not None
+        ):
             out = out.replace(mark, "")
         else:
             out = out.replace(mark, " ")
@@ -58,12 +82,17 @@ def text(chance: Random) -> str:
     kind = chance.random()
     if kind < 0.03:
         return "." * chance.randrange(60)
-    pieces = [chance.choice(WORDS.split(" ") + MARKS) for _ in range(chance.choice((0, 1, 3, 10, 10, 40, 40, 40, 400)))]
+    pieces = [
+        chance.choice(WORDS.split(" ") + MARKS)
+        for _ in range(chance.choice((0, 1, 3, 10, 10, 40, 40, 40, 400)))
+    ]
     return chance.choice(("", " ", " ", " ")).join(pieces)
 
 
 ROWS = [(text(Random(i)), text(Random(i + 50_000))) for i in range(1_500)]
-ROWS += [(said, said[: len(said) // 2] + text(Random(i))) for i, (said, _) in enumerate(ROWS[:1_000])]
+ROWS += [
+    (said, said[: len(said) // 2] + text(Random(i))) for i, (said, _) in enumerate(ROWS[:1_000])
+]
 
 
 @pytest.mark.parametrize(("given", "wanted"), BY_HAND)
@@ -90,7 +119,14 @@ def test_open_answers_equal_the_package() -> None:
     """Row by row, bit by bit, wherever the published scorer has a number at all."""
     package, seen = (
         Rouge(["rouge-l"]),
-        {"empty truth": 0, "empty answer": 0, "cut": 0, "stops alone": 0, "scored": 0, "above nought": 0},
+        {
+            "empty truth": 0,
+            "empty answer": 0,
+            "cut": 0,
+            "stops alone": 0,
+            "scored": 0,
+            "above nought": 0,
+        },
     )
     for said, truth in ROWS:
         score = interleave_open(said, truth, as_published=True)
@@ -141,7 +177,11 @@ def test_a_long_truth_is_scored() -> None:
 )  # fmt: skip
 def test_choices_by_hand(said: str, truth: str, wanted: int) -> None:
     """The last piece between colons that is a letter a to h; else the whole. `A. cat` is not `a`, nor is `i` a letter."""
-    assert interleave_choice(said, truth) == interleave_choice(said, truth, as_published=True) == wanted
+    assert (
+        interleave_choice(said, truth)
+        == interleave_choice(said, truth, as_published=True)
+        == wanted
+    )
 
 
 def test_choices_as_published() -> None:
@@ -149,7 +189,9 @@ def test_choices_as_published() -> None:
     for i, (said, truth) in enumerate(ROWS):
         if i % 3 == 0:
             said, truth = (
-                Random(i).choice(("{}", "Answer: {}", "{}: x", "({})", "{}.", "x: {}")).format("abcdefghi"[i % 9]),
+                Random(i)
+                .choice(("{}", "Answer: {}", "{}: x", "({})", "{}.", "x: {}"))
+                .format("abcdefghi"[i % 9]),
                 "abcdefghi"[i % 7],
             )
         answer = published(said)
@@ -181,16 +223,35 @@ def vqa_published(answer: str, people: list[str]) -> float:
     def punctuation(text: str) -> str:
         out = text
         for mark in MARKS[:-3]:
-            if (mark + " " in text or " " + mark in text) or (re.search(r"(\d)(\,)(\d)", text) is not None):
+            if (mark + " " in text or " " + mark in text) or (
+                re.search(r"(\d)(\,)(\d)", text) is not None
+            ):
                 out = out.replace(mark, "")
             else:
                 out = out.replace(mark, " ")
         return re.compile(r"(?!<=\d)(\.)(?!\d)").sub("", out, int(re.UNICODE))
 
     def words(text: str) -> str:
-        numbers = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        numbers = [
+            "none",
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+        ]
         digits = dict(zip(numbers, ["0", *map(str, range(11))], strict=True))
-        kept = [word for word in (digits.get(word, word) for word in text.lower().split()) if word not in ("a", "an", "the")]
+        kept = [
+            word
+            for word in (digits.get(word, word) for word in text.lower().split())
+            if word not in ("a", "an", "the")
+        ]
         return " ".join(CONTRACTIONS.get(word, word) for word in kept)
 
     said = words(punctuation(answer.replace("\n", " ").replace("\t", " ").strip()))
@@ -205,9 +266,13 @@ def vqa_published(answer: str, people: list[str]) -> float:
 def test_vqa_accuracy() -> None:
     """By hand: of ten people k others said the same. Then thousands of rows against the published steps."""
     for same, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
-        assert vqa_accuracy("Two", ["2"] * same + [f"x{i}" for i in range(10 - same)]) == pytest.approx(wanted)
+        assert vqa_accuracy(
+            "Two", ["2"] * same + [f"x{i}" for i in range(10 - same)]
+        ) == pytest.approx(wanted)
     # Three said `dogs`: each has two others who did. `dogs?` becomes `dogs `, with the space.
-    assert vqa_accuracy("The, dogs,", ["dogs", "dogs.", "dogs?", "dogs", "cat"]) == pytest.approx((3 * 2 / 3 + 2 * 1) / 5)
+    assert vqa_accuracy("The, dogs,", ["dogs", "dogs.", "dogs?", "dogs", "cat"]) == pytest.approx(
+        (3 * 2 / 3 + 2 * 1) / 5
+    )
     assert vqa_accuracy("dogs.", ["dogs."] * 10) == 0  # where all say the same their marks stay
     assert vqa_normalise("It's none\nof a dont, 1,000") == "it's 0 of don't 1000"
     seen = {0: 0, "between": 0, 1: 0}
@@ -249,6 +314,8 @@ def test_anls(said: str, truths: list[str], wanted: float) -> None:
     assert anls(said, truths) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("said", "wanted"), [("A  Red chair.", 1), ("red chair", 0), ("a red chair..", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("said", "wanted"), [("A  Red chair.", 1), ("red chair", 0), ("a red chair..", 0), ("", 0)]
+)
 def test_exact(said: str, wanted: float) -> None:
     assert exact(said, ["the chair", "a red Chair"]) == wanted

@@ -28,25 +28,31 @@ from llava_interleave import cli
 from llava_interleave.errors import OptionError, RemoteError
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'llava-interleave[ray]'")
-serve = pytest.importorskip("ray.serve", reason="needs ray's serve: pip install 'llava-interleave[ray]'")
+serve = pytest.importorskip(
+    "ray.serve", reason="needs ray's serve: pip install 'llava-interleave[ray]'"
+)
 httpx = pytest.importorskip("httpx")
 
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
-from llava_interleave.chatbot import load  # noqa: E402
-from llava_interleave.server import front  # noqa: E402
+from llava_interleave.chat import load  # noqa: E402
+from llava_interleave.server import ray_gateway  # noqa: E402
+from llava_interleave.server.api_errors import ApiError  # noqa: E402
 from llava_interleave.server.app import create_app  # noqa: E402
-from llava_interleave.server.files import Lent, Stored  # noqa: E402
-from llava_interleave.server.front import deployed, session  # noqa: E402
-from llava_interleave.server.refusals import Refusal  # noqa: E402
-from llava_interleave.server.routing import Meeting  # noqa: E402
+from llava_interleave.server.ray_gateway import deployed, session  # noqa: E402
+from llava_interleave.server.ray_router import SessionAffinityRouter  # noqa: E402
 from llava_interleave.server.run import Server  # noqa: E402
-from llava_interleave.server.settings import Model, Settings  # noqa: E402
+from llava_interleave.server.settings import ReplicaSpec, Settings  # noqa: E402
+from llava_interleave.server.uploads import RequestScopedFiles, Stored  # noqa: E402
 from llava_interleave.testing import tiny_checkpoint  # noqa: E402
 
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}  # room for one replica
-FAST = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+FAST = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
 CHAT = "/v1/chat/completions"
 KEYS = {name: f"{name}-" + "0" * 16 for name in ("one", "two", "three", "many", "last")}
 LIMIT = 400
@@ -56,9 +62,16 @@ LIMIT = 400
 def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    more = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}
+    more = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_worker_niceness": "0",
+    }
     os.environ |= more
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "_system_config": FAST})
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={**NODE, "include_dashboard": False, "_system_config": FAST},
+    )
     made.add_node(**NODE)
     ray.init(made.address, log_to_driver=False)
     yield made
@@ -79,13 +92,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> Settings:
     return Settings(
-        port=0, api_keys=folder / "keys", requests_per_minute=LIMIT, max_requests=8, max_tokens=3900, keep_alive=0.5, grace=0.5
+        port=0,
+        api_keys=folder / "keys",
+        requests_per_minute=LIMIT,
+        max_requests=8,
+        max_tokens=3900,
+        keep_alive=0.5,
+        grace=0.5,
     )
 
 
 @pytest.fixture(scope="module")
 def server(nodes: Any, folder: Path, settings: Settings) -> Iterator[Server]:
-    with deployed(model(str(folder / "tiny")), settings, address=nodes.address, cpus=1, replicas=(2, 2)) as app:
+    with deployed(
+        model(str(folder / "tiny")), settings, address=nodes.address, cpus=1, replicas=(2, 2)
+    ) as app:
         server = Server(app, settings)
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -99,7 +120,9 @@ def server(nodes: Any, folder: Path, settings: Settings) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(load(folder / "tiny", device="cpu"), settings), headers=bearer("one")) as client:
+    with TestClient(
+        create_app(load(folder / "tiny", device="cpu"), settings), headers=bearer("one")
+    ) as client:
         yield client
 
 
@@ -109,8 +132,8 @@ def one(server: Server) -> Iterator[Any]:
         yield made
 
 
-def model(name: str) -> Model:
-    return Model(name, None, "auto", "cpu", False, (), logging.INFO)
+def model(name: str) -> ReplicaSpec:
+    return ReplicaSpec(name, None, "auto", "cpu", False, (), logging.INFO)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -138,7 +161,9 @@ def about(colour: str, question: str = "What is this?") -> list[dict[str, Any]]:
 
 def plain(response: Any) -> tuple[int, str, str]:
     """Status, type and text of a response, without what is another one each time."""
-    text = re.sub(r'"(id|created|timings)":("chatcmpl-\w+"|\d+|\{[^}]*\})', r'"\1":0', response.text)
+    text = re.sub(
+        r'"(id|created|timings)":("chatcmpl-\w+"|\d+|\{[^}]*\})', r'"\1":0', response.text
+    )
     return response.status_code, response.headers["content-type"], text
 
 
@@ -157,7 +182,18 @@ def measured(http: Any, name: str) -> Counter[str]:
 def test_the_command(nodes: Any, folder: Path) -> None:
     """Killed and started again, it has no replicas beside those it had; told to stop, it takes them with it."""
     port = str(free())
-    given = ["-m", "tiny", "--port", port, "--ray", nodes.address, "--ray-replicas", "1", "--device", "cpu"]
+    given = [
+        "-m",
+        "tiny",
+        "--port",
+        port,
+        "--ray",
+        nodes.address,
+        "--ray-replicas",
+        "1",
+        "--device",
+        "cpu",
+    ]
     for end in (signal.SIGKILL, signal.SIGTERM):
         command = [sys.executable, "-m", "llava_interleave", "serve", *given]
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
@@ -165,7 +201,9 @@ def test_the_command(nodes: Any, folder: Path) -> None:
             assert process.stdout.readline() == f"serving tiny at http://127.0.0.1:{port}/v1\n"
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
                 assert http.post(CHAT, json=body()).status_code == 200
-                assert http.get("/ready", headers={"X-Forwarded-For": "1.2.3.4"}).status_code == 403  # no keys: not for others
+                assert (
+                    http.get("/ready", headers={"X-Forwarded-For": "1.2.3.4"}).status_code == 403
+                )  # no keys: not for others
                 assert len(measured(http, "llava_under_way")) == 1
             assert len(serve.status().applications) == 1
             process.send_signal(end)
@@ -180,7 +218,7 @@ def free() -> int:
 
 
 def test_mistakes_are_told(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "STARTS", 1)
+    monkeypatch.setattr(ray_gateway, "STARTS", 1)
     given = {"address": nodes.address, "cpus": 1, "replicas": None}
     with (
         pytest.raises(RemoteError, match=r"^the replicas do not start: [^\n]*/nowhere[^\n]*$"),
@@ -203,11 +241,13 @@ def test_mistakes_are_told(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--ray", "ray://head:10001"], "run the command on a node"),
     ):
         done = CliRunner().invoke(cli.app, ["serve", "--port", "0", *words])
-        assert done.exit_code and told in " ".join(f"{done.output} {done.exception}".replace("│", "").split())
+        assert done.exit_code and told in " ".join(
+            f"{done.output} {done.exception}".replace("│", "").split()
+        )
 
 
 def test_where_ray_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llava_interleave.server.front", None)
+    monkeypatch.setitem(sys.modules, "llava_interleave.server.ray_gateway", None)
     done = CliRunner().invoke(cli.app, ["serve", "--ray", "auto"])
     assert "pip install 'llava-interleave[serve,ray]'" in str(done.exception)
 
@@ -220,11 +260,31 @@ def test_what_meets() -> None:
 
     red = of(WHAT)
     assert (
-        red == of(user(picture(RED), picture(BLUE), "Another?"), n=2) == of(user("First", {"type": "views", "views": {"a": RED}}))
+        red
+        == of(user(picture(RED), picture(BLUE), "Another?"), n=2)
+        == of(user("First", {"type": "views", "views": {"a": RED}}))
     )
-    assert len({red, of(WHAT, "l"), of(user(picture(BLUE), picture(RED))), of(user({"type": "image", "path": "a.png"})), ""}) == 5
-    assert of(user(picture("https://a.example/b"))) == of(user({"type": "video", "video": ["https://a.example/b", RED]}))
-    assert of([{"role": "user", "content": "Hello"}]) == session("k", b"") == session("k", b"\xff{") == ""
+    assert (
+        len(
+            {
+                red,
+                of(WHAT, "l"),
+                of(user(picture(BLUE), picture(RED))),
+                of(user({"type": "image", "path": "a.png"})),
+                "",
+            }
+        )
+        == 5
+    )
+    assert of(user(picture("https://a.example/b"))) == of(
+        user({"type": "video", "video": ["https://a.example/b", RED]})
+    )
+    assert (
+        of([{"role": "user", "content": "Hello"}])
+        == session("k", b"")
+        == session("k", b"\xff{")
+        == ""
+    )
 
 
 def test_who_has_enough_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +296,7 @@ def test_who_has_enough_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ConsistentHashRouter, "choose_replicas", ranked)
     for name in ("initialize_state", "on_send_request"):
         monkeypatch.setattr(ConsistentHashRouter, name, lambda *_, **__: None)
-    router = object.__new__(Meeting)
+    router = object.__new__(SessionAffinityRouter)
     router.initialize_state(enough=2)
 
     def order() -> str:
@@ -255,14 +315,14 @@ def test_who_has_enough_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_are_lent_for_as_long_as_somebody_has_them() -> None:
-    lent, file = Lent(), Stored(b"x", "a.png", "vision", 0)
+    lent, file = RequestScopedFiles(), Stored(b"x", "a.png", "vision", 0)
     with lent.during("k", {"file-1": file}):
         with lent.during("k", {"file-1": file}), lent.during("l", {}):
             assert lent.get("k", "file-1") is file
         assert lent.get("k", "file-1") is file
-        with pytest.raises(Refusal):
+        with pytest.raises(ApiError):
             lent.get("l", "file-1")
-    with pytest.raises(Refusal):
+    with pytest.raises(ApiError):
         lent.get("k", "file-1")
 
 
@@ -270,10 +330,22 @@ def test_files_are_lent_for_as_long_as_somebody_has_them() -> None:
 
 ASKED: dict[str, tuple[str, str, Any]] = {
     "text": ("POST", CHAT, body([{"role": "user", "content": "Hello"}])),
-    "images": ("POST", CHAT, body(user(picture(RED), "is the first,", picture(BLUE), "the second"), seed=3, temperature=1.5)),
+    "images": (
+        "POST",
+        CHAT,
+        body(
+            user(picture(RED), "is the first,", picture(BLUE), "the second"),
+            seed=3,
+            temperature=1.5,
+        ),
+    ),
     "video": ("POST", CHAT, body(user(STILLS, "What moves?"), frames=2)),
     "several": ("POST", CHAT, body(n=3, seed=7, temperature=1.5, logprobs=True)),
-    "stream": ("POST", CHAT, body(stream=True, stream_options={"include_usage": True}, max_tokens=1)),
+    "stream": (
+        "POST",
+        CHAT,
+        body(stream=True, stream_options={"include_usage": True}, max_tokens=1),
+    ),
     "explained": ("POST", CHAT, body(explain="attention")),
     "count": ("POST", "/v1/messages/count", {"messages": WHAT}),
     "models": ("GET", "/v1/models", None),
@@ -318,12 +390,27 @@ def test_without_a_key(server: Server) -> None:
 
 def test_who_asks_about_the_same_image_meets_its_features(server: Server) -> None:
     """Each image's second question finds its prefix, so it came to the same replica; both replicas have images."""
-    colours = ["red", "lime", "navy", "teal", "gold", "gray", "plum", "pink", "tan", "cyan", "snow", "peru"]
+    colours = [
+        "red",
+        "lime",
+        "navy",
+        "teal",
+        "gold",
+        "gray",
+        "plum",
+        "pink",
+        "tan",
+        "cyan",
+        "snow",
+        "peru",
+    ]
     with client(server, "three") as http:
         before = measured(http, "llava_crops_encoded")
         for question, cached in (("What is this?", False), ("And what is that?", True)):
             for colour in colours:
-                usage = http.post(CHAT, json=body(about(colour, question), max_tokens=1)).json()["usage"]
+                usage = http.post(CHAT, json=body(about(colour, question), max_tokens=1)).json()[
+                    "usage"
+                ]
                 details = usage["prompt_tokens_details"]
                 assert (details["cached_tokens"] >= details["image_tokens"]) == cached
         encoded = measured(http, "llava_crops_encoded") - before
@@ -334,18 +421,38 @@ def test_what_one_key_asked_is_nothing_to_another(server: Server) -> None:
     for key in ("one", "two"):
         with client(server, key) as http:
             usage = http.post(CHAT, json=body(about("olive"), max_tokens=1)).json()["usage"]
-            assert usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens_details"]["image_tokens"]
+            assert (
+                usage["prompt_tokens_details"]["cached_tokens"]
+                < usage["prompt_tokens_details"]["image_tokens"]
+            )
 
 
 def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
     """An upload goes with the requests that name it, to whichever replica; another key neither sees nor uses it."""
     with client(server, "one") as http, client(server, "two") as other:
-        said = http.post("/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}).json()
-        told = alone.post("/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}).json()
+        said = http.post(
+            "/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}
+        ).json()
+        told = alone.post(
+            "/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}
+        ).json()
         assert said | {"created_at": 0} == told | {"created_at": 0}
         before = measured(http, "llava_requests_total")
-        for first in ("red", "lime", "navy", "teal", "gold", "gray", "plum", "pink", "tan", "cyan"):  # four met by chance on one
-            asked = body(user(picture(data_url(png(first))), "and", picture(said["id"]), "What differs?"))
+        for first in (
+            "red",
+            "lime",
+            "navy",
+            "teal",
+            "gold",
+            "gray",
+            "plum",
+            "pink",
+            "tan",
+            "cyan",
+        ):  # four met by chance on one
+            asked = body(
+                user(picture(data_url(png(first))), "and", picture(said["id"]), "What differs?")
+            )
             assert plain(http.post(CHAT, json=asked)) == plain(alone.post(CHAT, json=asked))
         after = measured(http, "llava_requests_total") - before
         assert len([replica for replica in after if replica]) == 2
@@ -360,7 +467,9 @@ def test_a_stream_streams_and_who_leaves_ends_it(one: Any) -> None:
     with one.stream("POST", CHAT, json=body(stream=True, max_tokens=3900)) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        assert sum(measured(one, "llava_under_way").values()) == 1  # it goes on, while this was read
+        assert (
+            sum(measured(one, "llava_under_way").values()) == 1
+        )  # it goes on, while this was read
     until(lambda: not sum(measured(one, "llava_under_way").values()))
     assert sum(measured(one, "llava_aborted_total").values()) >= 1
 
@@ -371,8 +480,17 @@ def test_what_everybody_asks_about_spreads(server: Server) -> None:
     with client(server, "one") as http:
         try:
             for _ in range(6):
-                going.append(http.send(http.build_request("POST", CHAT, json=body(stream=True, max_tokens=3900)), stream=True))
-            spread = {replica: count for replica, count in measured(http, "llava_under_way").items() if replica}
+                going.append(
+                    http.send(
+                        http.build_request("POST", CHAT, json=body(stream=True, max_tokens=3900)),
+                        stream=True,
+                    )
+                )
+            spread = {
+                replica: count
+                for replica, count in measured(http, "llava_under_way").items()
+                if replica
+            }
             assert sorted(spread.values()) == [2, 4]
             assert http.get("/ready").status_code == 200
         finally:
@@ -404,18 +522,26 @@ def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
             came[colour].append(line)
 
     def lost() -> set[str]:
-        return {colour for colour, lines in came.items() if any('"replica_lost"' in line for line in lines[-2:])}
+        return {
+            colour
+            for colour, lines in came.items()
+            if any('"replica_lost"' in line for line in lines[-2:])
+        }
 
     with client(server, "last") as http, ThreadPoolExecutor(len(colours)) as pool:
         going = {}
         for colour in colours:
             before = measured(http, "llava_under_way")
-            asked = http.build_request("POST", CHAT, json=body(about(colour), stream=True, max_tokens=3900))
+            asked = http.build_request(
+                "POST", CHAT, json=body(about(colour), stream=True, max_tokens=3900)
+            )
             going[colour] = http.send(asked, stream=True)
             (replica,) = measured(http, "llava_under_way") - before
             where.setdefault(replica, set()).add(colour)
         assert len(where) == 2
-        reading = {colour: pool.submit(read, colour, response) for colour, response in going.items()}
+        reading = {
+            colour: pool.submit(read, colour, response) for colour, response in going.items()
+        }
         nodes.remove_node(nodes.list_all_nodes()[1], allow_graceful=False)
         until(lambda: lost() in where.values())
         left = set(colours) - lost()
@@ -433,7 +559,10 @@ def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
 
 
 def test_what_does_not_end_in_time_is_told(server: Server) -> None:
-    with client(server, "last") as http, http.stream("POST", CHAT, json=body(stream=True, max_tokens=3900)) as response:
+    with (
+        client(server, "last") as http,
+        http.stream("POST", CHAT, json=body(stream=True, max_tokens=3900)) as response,
+    ):
         lines = response.iter_lines()
         assert next(lines)
         server.should_exit = True

@@ -31,22 +31,22 @@ from starlette.websockets import WebSocketDisconnect
 from typer.testing import CliRunner
 
 from llava_interleave import cli
-from llava_interleave.chatbot import Answer, Chatbot, Options, load
-from llava_interleave.chatbot.explain import Trial
+from llava_interleave.attribution.attribution import AttributionRun
+from llava_interleave.chat import Answer, Chatbot, Options, load
 from llava_interleave.errors import LlavaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address
 from llava_interleave.prompt import Prompt
-from llava_interleave.server import files, guard
+from llava_interleave.server import middleware, uploads
 from llava_interleave.server import service as service_module
+from llava_interleave.server.api_errors import ApiError
 from llava_interleave.server.app import create_app
-from llava_interleave.server.guard import Keys, Rate
+from llava_interleave.server.engine_thread import EngineThread, GenerationJob, TextDelta
 from llava_interleave.server.metrics import Metrics
-from llava_interleave.server.refusals import Refusal
+from llava_interleave.server.middleware import ApiKeys, RateLimit
+from llava_interleave.server.requests import ChatRequest
 from llava_interleave.server.run import Server
-from llava_interleave.server.schema import ChatRequest
 from llava_interleave.server.settings import Settings
-from llava_interleave.server.worker import Job, Piece, Worker
 from llava_interleave.testing import tiny_checkpoint
 
 LOCAL = "http://127.0.0.1:8000"
@@ -75,7 +75,11 @@ def running(tiny: Path, **changes: Any) -> Iterator[TestClient]:
 def settled(client: TestClient) -> None:
     """Whatever happened: nothing is left running, and memory is accounted for."""
     service = client.app.state.service  # type: ignore[attr-defined]
-    until(lambda: not (service.worker.load.running or service.worker.load.waiting or service.under_way))
+    until(
+        lambda: (
+            not (service.worker.load.running or service.worker.load.waiting or service.under_way)
+        )
+    )
     if not service.worker.failed:
         service.bot.engine.check()
 
@@ -108,7 +112,9 @@ def folded(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
-            into = choices.setdefault(choice["index"], {"text": "", "logprobs": [], "finish_reason": None})
+            into = choices.setdefault(
+                choice["index"], {"text": "", "logprobs": [], "finish_reason": None}
+            )
             assert into["finish_reason"] is None, "nothing comes after the end"
             into["text"] += choice["delta"].get("content", "")
             into["logprobs"] += (choice["logprobs"] or {"content": []})["content"]
@@ -148,7 +154,9 @@ def expected(oracle: Chatbot, name: str) -> list[Answer]:
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_the_answer_is_the_chatbots_and_a_stream_folds_to_it(client: TestClient, oracle: Chatbot, name: str) -> None:
+def test_the_answer_is_the_chatbots_and_a_stream_folds_to_it(
+    client: TestClient, oracle: Chatbot, name: str
+) -> None:
     messages, fields, _ = QUESTIONS[name]
     answers = expected(oracle, name)
     body = {"messages": messages, "max_tokens": 12, **fields}
@@ -176,13 +184,18 @@ def test_the_answer_is_the_chatbots_and_a_stream_folds_to_it(client: TestClient,
     assert usage["completion_tokens"] == sum(answer.usage.generated for answer in answers)
     assert "explanations" not in whole
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert {**chunks[-1]["usage"], "prompt_tokens_details": 0} == {**usage, "prompt_tokens_details": 0}
+    assert {**chunks[-1]["usage"], "prompt_tokens_details": 0} == {
+        **usage,
+        "prompt_tokens_details": 0,
+    }
     assert chunks[-1]["choices"] == [] and all(chunk["usage"] is None for chunk in chunks[:-1])
     assert whole["timings"].keys() == chunks[-2]["timings"].keys()
     assert whole["timings"]["total"] > 0 < whole["timings"]["prepare"]
 
 
-def test_a_stop_string_ends_the_answer_before_it_and_the_computation(client: TestClient, oracle: Chatbot) -> None:
+def test_a_stop_string_ends_the_answer_before_it_and_the_computation(
+    client: TestClient, oracle: Chatbot
+) -> None:
     free = oracle.chat(WHAT, max_new_tokens=30, temperature=2.0, seed=9).text
     stop = free[len(free) // 2 :][:2]
     answer = oracle.chat(WHAT, max_new_tokens=30, temperature=2.0, seed=9, stop=stop)
@@ -195,16 +208,36 @@ def test_a_stop_string_ends_the_answer_before_it_and_the_computation(client: Tes
 def test_what_runs_beside_changes_no_answer(client: TestClient, oracle: Chatbot) -> None:
     names = list(QUESTIONS)
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda n: ask(client, messages=QUESTIONS[n][0], **QUESTIONS[n][1] | {"max_tokens": 12}), names))
+        got = list(
+            pool.map(
+                lambda n: ask(
+                    client, messages=QUESTIONS[n][0], **QUESTIONS[n][1] | {"max_tokens": 12}
+                ),
+                names,
+            )
+        )
     for name, response in zip(names, got, strict=True):
-        assert [c["message"]["content"] for c in response.json()["choices"]] == [a.text for a in expected(oracle, name)]
+        assert [c["message"]["content"] for c in response.json()["choices"]] == [
+            a.text for a in expected(oracle, name)
+        ]
 
 
 def test_usage_tells_what_was_kept_and_what_images_took(client: TestClient) -> None:
-    messages = user(picture(data_url(png("orange"))), picture(RED), "One of a kind, and long enough to be worth a copy?")
+    messages = user(
+        picture(data_url(png("orange"))),
+        picture(RED),
+        "One of a kind, and long enough to be worth a copy?",
+    )
     first, again = (ask(client, messages=messages).json()["usage"] for _ in range(2))
-    assert first["prompt_tokens_details"]["image_tokens"] == again["prompt_tokens_details"]["image_tokens"] == 2 * 16
-    assert first["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens_details"]["cached_tokens"]
+    assert (
+        first["prompt_tokens_details"]["image_tokens"]
+        == again["prompt_tokens_details"]["image_tokens"]
+        == 2 * 16
+    )
+    assert (
+        first["prompt_tokens_details"]["cached_tokens"]
+        < again["prompt_tokens_details"]["cached_tokens"]
+    )
     assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
 
 
@@ -214,7 +247,10 @@ def test_counting_is_the_librarys_estimate(client: TestClient, oracle: Chatbot) 
     estimate = dataclasses.asdict(oracle.estimate(messages, frames=2))
     assert counted == json.loads(json.dumps(estimate))
     assert [len(part["times"]) for part in counted["parts"]] == [0, 0, 2, 0]
-    assert counted["total"] == ask(client, messages=messages, frames=2).json()["usage"]["prompt_tokens"]
+    assert (
+        counted["total"]
+        == ask(client, messages=messages, frames=2).json()["usage"]["prompt_tokens"]
+    )
 
 
 # Fields.
@@ -257,13 +293,31 @@ def test_every_field_of_openai_is_known_or_refused_by_name(client: TestClient) -
         ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}}}, "nope"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://a/b"}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "nope"}},
+                }
+            },
+            "nope",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"$ref": "http://a/b"}},
+                }
+            },
             "http://a/b",
         ),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["y" * 64_000]}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"enum": ["y" * 64_000]}},
+                }
+            },
             "64,000",
         ),
         ({"response_format": {"type": "regex", "regex": "("}}, "unclosed"),
@@ -283,12 +337,17 @@ def test_every_field_of_openai_is_known_or_refused_by_name(client: TestClient) -
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "name"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
         ({"messages": user({"type": "image_url", "image_url": {"url": RED, "zoom": 2}})}, "zoom"),
-        ({"messages": user({"type": "image_url", "image_url": {"url": RED, "detail": "vast"}})}, "detail"),
+        (
+            {"messages": user({"type": "image_url", "image_url": {"url": RED, "detail": "vast"}})},
+            "detail",
+        ),
         ({"messages": user({"type": "file", "file": {"file_data": RED}})}, "file_id"),
         ({"messages": user(*["x"] * 600)}, "512"),
     ],
 )
-def test_a_field_out_of_range_is_a_400_that_names_it(client: TestClient, fields: dict[str, Any], named: str) -> None:
+def test_a_field_out_of_range_is_a_400_that_names_it(
+    client: TestClient, fields: dict[str, Any], named: str
+) -> None:
     refused = ask(client, **fields)
     error = refused.json()["error"]
     assert refused.status_code == 400, error
@@ -297,19 +356,32 @@ def test_a_field_out_of_range_is_a_400_that_names_it(client: TestClient, fields:
 
 COLOUR = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 20}},
+    "properties": {
+        "colour": {"enum": ["red", "blue"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 20},
+    },
     "required": ["colour", "count"],
     "additionalProperties": False,
 }
 
 
 def form(kind: str, value: Any) -> dict[str, Any]:
-    return {"response_format": {"type": kind, kind: {"name": "it", "schema": value} if kind == "json_schema" else value}}
+    return {
+        "response_format": {
+            "type": kind,
+            kind: {"name": "it", "schema": value} if kind == "json_schema" else value,
+        }
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    "how", [{}, {"temperature": 2.0, "seed": 5, "n": 3}, {"temperature": 1.0, "seed": 1, "top_p": 0.3, "top_k": 4}]
+    "how",
+    [
+        {},
+        {"temperature": 2.0, "seed": 5, "n": 3},
+        {"temperature": 1.0, "seed": 1, "top_p": 0.3, "top_k": 4},
+    ],
 )
 def test_the_form_of_answers_is_kept(client: TestClient, how: dict[str, Any], stream: bool) -> None:
     """With random weights, which know nothing of any form: whatever comes, the form is the grammar's work."""
@@ -332,16 +404,29 @@ def test_the_form_of_answers_is_kept(client: TestClient, how: dict[str, Any], st
 
 
 def test_a_form_that_allows_all_changes_nothing(client: TestClient) -> None:
-    how: dict[str, Any] = {"temperature": 1.5, "seed": 8, "logit_bias": {"70": 3}, "frequency_penalty": 0.5}
-    free, guided = (ask(client, max_tokens=20, **how, **more).json() for more in ({}, form("regex", r"(?s:.*)")))
-    assert "\ufffd" not in free["choices"][0]["message"]["content"]  # bytes that are no text match nothing
+    how: dict[str, Any] = {
+        "temperature": 1.5,
+        "seed": 8,
+        "logit_bias": {"70": 3},
+        "frequency_penalty": 0.5,
+    }
+    free, guided = (
+        ask(client, max_tokens=20, **how, **more).json() for more in ({}, form("regex", r"(?s:.*)"))
+    )
+    assert (
+        "\ufffd" not in free["choices"][0]["message"]["content"]
+    )  # bytes that are no text match nothing
     assert guided["choices"] == free["choices"]
 
 
 def test_json_may_be_any_object(client: TestClient, oracle: Chatbot) -> None:
     """The likeliest token of this network is a newline; and where the closing brace is made likelier, it comes at once."""
     any_json = {"response_format": {"type": "json_object"}}
-    assert ask(client, max_tokens=5, **any_json).json()["choices"][0]["message"]["content"].startswith("{")
+    assert (
+        ask(client, max_tokens=5, **any_json)
+        .json()["choices"][0]["message"]["content"]
+        .startswith("{")
+    )
     brace = oracle.processor.tokenizer.encode("}")[0]
     got = ask(client, max_tokens=5, logit_bias={str(brace): 100}, **any_json).json()["choices"][0]
     assert (got["message"]["content"], got["finish_reason"]) == ("{}", "stop")
@@ -357,12 +442,21 @@ def test_a_guided_answer_changes_none_beside_it(client: TestClient) -> None:
             pool.submit(ask, client, max_tokens=20, temperature=1.0, seed=3),
             pool.submit(ask, client, max_tokens=20, **form("regex", "[ab]{9}")),
         ]
-    assert [answer.result().json()["choices"] for answer in later] == [answer["choices"] for answer in alone]
+    assert [answer.result().json()["choices"] for answer in later] == [
+        answer["choices"] for answer in alone
+    ]
 
 
 @pytest.mark.parametrize(
     "regex",
-    ["((a{1,999}){1,999}){1,999}", "(a|b|ab)*c" * 300, "(x+x+)+y", "(.*)*(.*)*(.*)*$", "a{1,100000}", "(?:" * 1000 + ")" * 1000],
+    [
+        "((a{1,999}){1,999}){1,999}",
+        "(a|b|ab)*c" * 300,
+        "(x+x+)+y",
+        "(.*)*(.*)*(.*)*$",
+        "a{1,100000}",
+        "(?:" * 1000 + ")" * 1000,
+    ],
 )
 def test_no_pattern_holds_up_the_server(client: TestClient, regex: str) -> None:
     began = time.monotonic()
@@ -373,9 +467,23 @@ def test_no_pattern_holds_up_the_server(client: TestClient, regex: str) -> None:
 def test_null_and_the_values_that_mean_nothing_are_taken(client: TestClient) -> None:
     """Clients send null for what they do not set, and an answer's message back as it came."""
     said = ask(client).json()["choices"][0]["message"]
-    nothing = {name: None for name in ChatRequest.model_fields if name not in ("messages", "model", "max_tokens")}
-    plain = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": False, "user": "someone"}
-    for fields in (nothing, plain, {"messages": [*WHAT, said | {"tool_calls": None}, {"role": "user", "content": "Sure?"}]}):
+    nothing = {
+        name: None
+        for name in ChatRequest.model_fields
+        if name not in ("messages", "model", "max_tokens")
+    }
+    plain = {
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "store": False,
+        "user": "someone",
+    }
+    for fields in (
+        nothing,
+        plain,
+        {"messages": [*WHAT, said | {"tool_calls": None}, {"role": "user", "content": "Sure?"}]},
+    ):
         assert ask(client, **fields).status_code == 200, fields
 
 
@@ -392,7 +500,11 @@ def test_what_is_counted_is_named_by_texts(client: TestClient) -> None:
 
 
 def test_a_405_tells_all_that_is_allowed(client: TestClient) -> None:
-    for path, allowed in (("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET"), (CHAT, "POST")):
+    for path, allowed in (
+        ("/v1/files", "GET, POST"),
+        ("/v1/files/x", "DELETE, GET"),
+        (CHAT, "POST"),
+    ):
         refused = client.options(path)
         assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
 
@@ -405,7 +517,10 @@ def test_another_model_is_not_found(client: TestClient) -> None:
 
 def test_too_long_says_what_would_fit(client: TestClient) -> None:
     refused = ask(client, messages=[{"role": "user", "content": "word " * 5000}])
-    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "context_length_exceeded")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (
+        413,
+        "context_length_exceeded",
+    )
     assert "4,096" in refused.json()["error"]["message"]
 
 
@@ -413,22 +528,40 @@ def test_too_long_says_what_would_fit(client: TestClient) -> None:
 
 
 def upload(client: TestClient, data: bytes, **headers: str) -> Any:
-    return client.post("/v1/files", files={"file": ("a.png", data)}, data={"purpose": "vision"}, headers=headers)
+    return client.post(
+        "/v1/files", files={"file": ("a.png", data)}, data={"purpose": "vision"}, headers=headers
+    )
 
 
-def test_a_file_is_named_by_its_content_and_stands_for_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_named_by_its_content_and_stands_for_it(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same content again is the same file to the last field, however much later it is sent."""
     ticks = itertools.count(1000)
-    monkeypatch.setattr(files.time, "time", lambda: next(ticks))
+    monkeypatch.setattr(uploads.time, "time", lambda: next(ticks))
     stored = upload(client, png("purple")).json()
     assert upload(client, png("purple")).json() == stored
     assert upload(client, png("pink")).json()["id"] != stored["id"]
     assert client.get(f"/v1/files/{stored['id']}").json() == stored
-    direct = ask(client, messages=user(picture(data_url(png("purple")), detail="high"), "What?"), temperature=1.0, seed=1)
-    named = ask(client, messages=user(picture(stored["id"], detail="high"), "What?"), temperature=1.0, seed=1)
+    direct = ask(
+        client,
+        messages=user(picture(data_url(png("purple")), detail="high"), "What?"),
+        temperature=1.0,
+        seed=1,
+    )
+    named = ask(
+        client,
+        messages=user(picture(stored["id"], detail="high"), "What?"),
+        temperature=1.0,
+        seed=1,
+    )
     assert named.json()["choices"] == direct.json()["choices"]
     by_part = ask(
-        client, messages=user({"type": "file", "file": {"file_id": stored["id"]}}, {"type": "image", "image": stored["id"]})
+        client,
+        messages=user(
+            {"type": "file", "file": {"file_id": stored["id"]}},
+            {"type": "image", "image": stored["id"]},
+        ),
     )
     assert by_part.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * 16
     assert client.delete(f"/v1/files/{stored['id']}").json()["deleted"]
@@ -441,7 +574,10 @@ def test_a_film_is_uploaded_and_looked_at(client: TestClient, tmp_path: Path) ->
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue", "white")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=200)
     name = upload(client, (tmp_path / "a.gif").read_bytes()).json()["id"]
-    for part in ({"type": "file", "file": {"file_id": name}}, {"type": "video_url", "video_url": {"url": name}}):
+    for part in (
+        {"type": "file", "file": {"file_id": name}},
+        {"type": "video_url", "video_url": {"url": name}},
+    ):
         usage = ask(client, messages=user(part, "What moves?"), frames=3).json()["usage"]
         assert usage["prompt_tokens_details"]["image_tokens"] == 3 * 16
 
@@ -458,7 +594,15 @@ def test_files_are_bounded(tiny: Path) -> None:
 
 # Which image an answer leaned on.
 
-LOOK = user("Compare", picture(RED, detail="high"), "with", {"type": "views", "views": {"front": BLUE}}, "and", STILLS, "now?")
+LOOK = user(
+    "Compare",
+    picture(RED, detail="high"),
+    "with",
+    {"type": "views", "views": {"front": BLUE}},
+    "and",
+    STILLS,
+    "now?",
+)
 
 
 def told(bot: Chatbot, answer: Answer | str, leave_out: bool, **changes: Any) -> dict[str, Any]:
@@ -475,23 +619,42 @@ def told(bot: Chatbot, answer: Answer | str, leave_out: bool, **changes: Any) ->
         }
         for name, look in zip(names, found.images, strict=True)
     ]
-    return {"layers": list(found.layers), "logprob": pytest.approx(found.logprob, abs=1e-3), "images": images}
+    return {
+        "layers": list(found.layers),
+        "logprob": pytest.approx(found.logprob, abs=1e-3),
+        "images": images,
+    }
 
 
 @pytest.mark.parametrize("how", [True, "attention"])
-def test_an_explanation_is_the_librarys_whole_or_streamed(client: TestClient, oracle: Chatbot, how: bool | str) -> None:
+def test_an_explanation_is_the_librarys_whole_or_streamed(
+    client: TestClient, oracle: Chatbot, how: bool | str
+) -> None:
     fields: dict[str, Any] = {"messages": LOOK, "temperature": 1.5, "seed": 3, "n": 2, "frames": 2}
     answers = oracle.choices(LOOK, temperature=1.5, seed=3, n=2, frames=2, max_new_tokens=4)
-    known = [{"index": i, **told(oracle, answer, how is True, frames=2)} for i, answer in enumerate(answers)]
+    known = [
+        {"index": i, **told(oracle, answer, how is True, frames=2)}
+        for i, answer in enumerate(answers)
+    ]
     whole = ask(client, explain=how, **fields).json()
     assert whole["explanations"] == known
     assert len(known[0]["images"][2]["heat"]) == 2
     assert whole["timings"]["total"] > 0
-    chunks = events(ask(client, explain=how, **fields, stream=True, stream_options={"include_usage": True}).text)
-    assert {index: choice["text"] for index, choice in folded(chunks).items()} == {i: a.text for i, a in enumerate(answers)}
-    assert chunks[-2]["explanations"] == known and chunks[-2]["choices"] == [] and chunks[-1]["usage"]
+    chunks = events(
+        ask(client, explain=how, **fields, stream=True, stream_options={"include_usage": True}).text
+    )
+    assert {index: choice["text"] for index, choice in folded(chunks).items()} == {
+        i: a.text for i, a in enumerate(answers)
+    }
+    assert (
+        chunks[-2]["explanations"] == known and chunks[-2]["choices"] == [] and chunks[-1]["usage"]
+    )
     for index, answer in enumerate(answers):
-        asked = {"messages": [*LOOK, {"role": "assistant", "content": answer.text}], "frames": 2, "explain": how}
+        asked = {
+            "messages": [*LOOK, {"role": "assistant", "content": answer.text}],
+            "frames": 2,
+            "explain": how,
+        }
         later = client.post("/v1/messages/explain", json=asked)
         assert later.json() == told(oracle, answer.text, how is True, frames=2), index
 
@@ -506,11 +669,18 @@ def test_an_explanation_is_the_librarys_whole_or_streamed(client: TestClient, or
         ({"explain": "shares"}, "explain"),
     ],
 )
-def test_what_is_not_explained_is_told_before_it_is_answered(tiny: Path, changes: dict[str, Any], named: str) -> None:
+def test_what_is_not_explained_is_told_before_it_is_answered(
+    tiny: Path, changes: dict[str, Any], named: str
+) -> None:
     with running(tiny, explain_tokens=5_000) as client:
         refused = ask(client, **{"explain": True} | changes)
         assert refused.status_code == 400 and named in refused.json()["error"]["message"]
-        assert client.app.state.service.metrics.registry.get_sample_value("llava_tokens_total", {"kind": "generated"}) is None  # type: ignore[attr-defined]
+        assert (
+            client.app.state.service.metrics.registry.get_sample_value(
+                "llava_tokens_total", {"kind": "generated"}
+            )
+            is None
+        )  # type: ignore[attr-defined]
 
 
 def test_an_answer_to_explain_is_the_last_message(client: TestClient) -> None:
@@ -520,18 +690,25 @@ def test_an_answer_to_explain_is_the_last_message(client: TestClient) -> None:
         refused = client.post("/v1/messages/explain", json={"messages": messages})
         assert refused.status_code == 400 and "assistant's answer" in refused.text
     for content in ("", "word " * 1100):
-        refused = client.post("/v1/messages/explain", json={"messages": [*WHAT, {"role": "assistant", "content": content}]})
+        refused = client.post(
+            "/v1/messages/explain",
+            json={"messages": [*WHAT, {"role": "assistant", "content": content}]},
+        )
         assert refused.status_code == 400 and "tokens" in refused.text
     unlike = client.post("/v1/messages/explain", json={"messages": [*WHAT, said], "explain": False})
     assert unlike.status_code == 400 and "explain" in unlike.text
 
 
-def test_others_are_answered_while_one_is_explained(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_answered_while_one_is_explained(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is computed in a thread of its own, and counts as an answer under way until it is told."""
     service, go, seen = client.app.state.service, threading.Event(), []  # type: ignore[attr-defined]
     real = service_module.explained
     monkeypatch.setattr(
-        service_module, "explained", lambda *a: seen.append(threading.current_thread().name) or (go.wait(60) and real(*a))
+        service_module,
+        "explained",
+        lambda *a: seen.append(threading.current_thread().name) or (go.wait(60) and real(*a)),
     )
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, client, explain=True)
@@ -562,14 +739,29 @@ def test_every_route_but_health_and_the_page_asks_for_a_key(tiny: Path, key_file
     with running(tiny, host="0.0.0.0", api_keys=key_file) as client:
         routes = [(route.path, method) for route in client.app.routes for method in route.methods]  # type: ignore[attr-defined]
         assert len(routes) >= 12 and ("/health", "GET") in routes
-        for path, method in [*routes, ("/nowhere", "GET"), (CHAT, "OPTIONS"), ("/Health", "GET"), ("/health/", "GET")]:
-            if (path in ("/health", "/docs", *guard.PAGE)) and method == "GET":
+        for path, method in [
+            *routes,
+            ("/nowhere", "GET"),
+            (CHAT, "OPTIONS"),
+            ("/Health", "GET"),
+            ("/health/", "GET"),
+        ]:
+            if (path in ("/health", "/docs", *middleware.PAGE)) and method == "GET":
                 assert client.get(path).status_code == 200
                 continue
             for headers in ({}, bearer("wrong")):
-                assert client.request(method, path, headers=headers).status_code == 401, (path, method)
+                assert client.request(method, path, headers=headers).status_code == 401, (
+                    path,
+                    method,
+                )
             assert client.request(method, path, headers=bearer(KEYS[1])).status_code != 401
-        for wrong in (f"Bearer {KEYS[0][:-1]}", KEYS[0], f"Basic {KEYS[0]}", "Bearer", f"Bearer {KEYS[0]} {KEYS[1]}"):
+        for wrong in (
+            f"Bearer {KEYS[0][:-1]}",
+            KEYS[0],
+            f"Basic {KEYS[0]}",
+            "Bearer",
+            f"Bearer {KEYS[0]} {KEYS[1]}",
+        ):
             assert client.get("/ready", headers={"Authorization": wrong}).status_code == 401, wrong
         assert "Bearer" in client.get("/ready").headers["www-authenticate"]
 
@@ -577,8 +769,10 @@ def test_every_route_but_health_and_the_page_asks_for_a_key(tiny: Path, key_file
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every key is compared, by the function made for it, whichever matches."""
     compared = []
-    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b)
-    keys = Keys(KEYS)
+    monkeypatch.setattr(
+        middleware.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b
+    )
+    keys = ApiKeys(KEYS)
     names = [keys.name(f"Bearer {key}") for key in (*KEYS, "x", "ü")]
     assert names[0] != names[1] and names[2:] == [None, None]
     assert compared == [(32, 32)] * 8
@@ -594,26 +788,36 @@ def test_an_address_of_the_network_demands_keys(tmp_path: Path) -> None:
     for text, match in (("", "has none"), ("short", "5 characters")):
         (tmp_path / "keys").write_text(text)
         with pytest.raises(OptionError, match=match):
-            Keys.read(tmp_path / "keys")
+            ApiKeys.read(tmp_path / "keys")
     with pytest.raises(OptionError, match="cannot be read"):
-        Keys.read(tmp_path / "none")
+        ApiKeys.read(tmp_path / "none")
     with pytest.raises(OptionError, match="max-body-mb"):
         Settings(max_body_mb=0)
 
 
 def test_without_keys_only_this_machine_is_answered(client: TestClient) -> None:
     """A page in a browser can reach 127.0.0.1: by a name that leads here, from its own origin, or through a proxy."""
-    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"X-Forwarded-For": "9.9.9.9"}):
+    for headers in (
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"X-Forwarded-For": "9.9.9.9"},
+    ):
         assert client.get("/v1/models", headers=headers).status_code == 403, headers
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/models"):
         pass
-    for headers in ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, {"Host": "[::1]:8000"}):
+    for headers in (
+        {"Host": "localhost:8000", "Origin": "http://localhost:8000"},
+        {"Host": "[::1]:8000"},
+    ):
         assert client.get("/v1/models", headers=headers).status_code == 200, headers
 
 
 def test_one_key_learns_nothing_of_another(tiny: Path, key_file: Path) -> None:
     """Neither its files, nor by cached tokens or time that it asked the same."""
-    messages = user(picture(RED), "A question that is long enough to be kept in the cache of prefixes, with an image")
+    messages = user(
+        picture(RED),
+        "A question that is long enough to be kept in the cache of prefixes, with an image",
+    )
     body = {"model": "tiny", "messages": messages, "max_tokens": 2}
     with running(tiny, api_keys=key_file) as client:
         engine = client.app.state.service.bot.engine  # type: ignore[attr-defined]
@@ -637,16 +841,20 @@ def test_requests_a_minute(tiny: Path, key_file: Path) -> None:
         statuses = [client.get("/v1/models", headers=bearer(KEYS[0])).status_code for _ in range(4)]
         assert statuses == [200, 200, 200, 429]
         assert client.get("/v1/models", headers=bearer(KEYS[1])).status_code == 200
-        assert 1 <= int(client.get("/v1/models", headers=bearer(KEYS[0])).headers["retry-after"]) <= 21
+        assert (
+            1 <= int(client.get("/v1/models", headers=bearer(KEYS[0])).headers["retry-after"]) <= 21
+        )
         assert client.get("/health").status_code == 200
-    rate = Rate(60)
+    rate = RateLimit(60)
     for at in [0.0] * 60 + [1.0, 2.0]:
         rate.take("a", at)
-    with pytest.raises(Refusal):
+    with pytest.raises(ApiError):
         rate.take("a", 2.5)
 
 
-def test_media_come_only_from_where_it_was_allowed(client: TestClient, tiny: Path, tmp_path: Path) -> None:
+def test_media_come_only_from_where_it_was_allowed(
+    client: TestClient, tiny: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "media"
     root.mkdir()
     (root / "a.png").write_bytes(png("red"))
@@ -661,15 +869,33 @@ def test_media_come_only_from_where_it_was_allowed(client: TestClient, tiny: Pat
     ):
         assert ask(client, messages=user(part)).status_code == 403, part
     with running(tiny, media_root=root, allow_host=("images.example.com",)) as open_client:
-        assert ask(open_client, messages=user({"type": "image", "path": "a.png"})).status_code == 200
-        outside = ("../secret.png", "link.png", str(tmp_path / "secret.png"), "/etc/passwd", "nothing.png", "..", "a.png\0")
+        assert (
+            ask(open_client, messages=user({"type": "image", "path": "a.png"})).status_code == 200
+        )
+        outside = (
+            "../secret.png",
+            "link.png",
+            str(tmp_path / "secret.png"),
+            "/etc/passwd",
+            "nothing.png",
+            "..",
+            "a.png\0",
+        )
         for path in outside:
-            for part in ({"type": "image", "path": path}, {"type": "video", "path": path}, picture(f"file:{path}")):
+            for part in (
+                {"type": "image", "path": path},
+                {"type": "video", "path": path},
+                picture(f"file:{path}"),
+            ):
                 refused = ask(open_client, messages=user(part))
                 assert refused.status_code in (400, 403, 422), part
                 assert str(tmp_path) not in refused.text.replace(path, ""), part
         broken = ask(open_client, messages=user({"type": "video", "path": "film"}))
-        assert broken.status_code == 422 and "film/1.png" in broken.text and str(tmp_path) not in broken.text
+        assert (
+            broken.status_code == 422
+            and "film/1.png" in broken.text
+            and str(tmp_path) not in broken.text
+        )
         elsewhere = ask(open_client, messages=user(picture("https://other.example.com/a.png")))
         assert elsewhere.status_code == 403 and "other.example.com:443" in elsewhere.text
 
@@ -693,7 +919,9 @@ def test_media_come_only_from_where_it_was_allowed(client: TestClient, tiny: Pat
         (None, "http://a.example:99/x", True),
     ],
 )
-def test_hosts_that_media_may_come_from(hosts: tuple[str, ...] | None, url: str, allowed: bool) -> None:
+def test_hosts_that_media_may_come_from(
+    hosts: tuple[str, ...] | None, url: str, allowed: bool
+) -> None:
     if allowed:
         Address.parse(url).check(hosts)
     else:
@@ -717,10 +945,17 @@ def test_a_redirect_leads_to_allowed_hosts_only() -> None:
         port = http.server_port
         threading.Thread(target=http.serve_forever, daemon=True).start()
         try:
-            for hosts, allowed in (((f"127.0.0.1:{port}", f"localhost:{port}"), True), ((f"127.0.0.1:{port}",), False)):
+            for hosts, allowed in (
+                ((f"127.0.0.1:{port}", f"localhost:{port}"), True),
+                ((f"127.0.0.1:{port}",), False),
+            ):
                 loader = Loader(Limits(allow_private=True, remote_hosts=hosts))
                 assert loader.image(f"http://127.0.0.1:{port}/a.png").size == (40, 30)
-                with contextlib.nullcontext() if allowed else pytest.raises(MediaRefused, match=f"localhost:{port} here"):
+                with (
+                    contextlib.nullcontext()
+                    if allowed
+                    else pytest.raises(MediaRefused, match=f"localhost:{port} here")
+                ):
                     loader.image(f"http://127.0.0.1:{port}/moved")
         finally:
             http.shutdown()
@@ -732,12 +967,20 @@ def test_hostile_requests_get_a_4xx_and_the_server_goes_on(
 ) -> None:
     began = time.monotonic()
     for path in (CHAT, "/v1/messages/count", "/v1/messages/explain"):
-        answer = client.post(path, content=sent(HOSTILE[name], path), headers={"Content-Type": "application/json"})
-        if not path.endswith("count") or answer.status_code != 200:  # what is too much to decode can still be counted
+        answer = client.post(
+            path, content=sent(HOSTILE[name], path), headers={"Content-Type": "application/json"}
+        )
+        if (
+            not path.endswith("count") or answer.status_code != 200
+        ):  # what is too much to decode can still be counted
             assert 400 <= answer.status_code < 500, answer.text
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
             assert len(answer.text) < 2000
-            assert "Traceback" not in answer.text and "object at 0x" not in answer.text and str(ROOT) not in answer.text
+            assert (
+                "Traceback" not in answer.text
+                and "object at 0x" not in answer.text
+                and str(ROOT) not in answer.text
+            )
     assert time.monotonic() - began < 30
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert ask(client, max_tokens=1).status_code == 200
@@ -747,13 +990,18 @@ def test_hostile_requests_get_a_4xx_and_the_server_goes_on(
 def test_what_is_refused_is_let_go_of_at_once(client: TestClient, stream: bool) -> None:
     """Refused requests of 2 MB lay about by the hundred till the garbage collector came: errors held frames, frames errors."""
 
-    kept = (ChatRequest, RequestValidationError, LlavaError, Refusal, guard._Body)
+    kept = (ChatRequest, RequestValidationError, LlavaError, ApiError, middleware._Body)
     gc.collect()
     before = sum(issubclass(type(thing), kept) for thing in gc.get_objects())
     gc.disable()
     try:
         for name in ("long role", "long object", "many fields", "cut", "half", "wide", "deepest"):
-            assert client.post(CHAT, content=sent(HOSTILE[name]), headers={"Content-Type": "application/json"}).status_code < 500
+            assert (
+                client.post(
+                    CHAT, content=sent(HOSTILE[name]), headers={"Content-Type": "application/json"}
+                ).status_code
+                < 500
+            )
         assert ask(client, max_tokens=5000, stream=stream).status_code == 400
         assert [thing for thing in gc.get_objects() if issubclass(type(thing), kept)][before:] == []
     finally:
@@ -765,16 +1013,26 @@ def test_a_body_over_the_limit_is_not_read(tiny: Path) -> None:
         for body in (bytes(1_000_001), iter([bytes(500_000)] * 5)):
             refused = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
             assert refused.status_code == 413 and "1 MB" in refused.text
-        assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 400
+        assert (
+            client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code
+            == 400
+        )
 
 
 # Faults.
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("fault", [RuntimeError("secret /etc/x"), ValueError("secret /etc/x"), MemoryError("secret /etc/x")])
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("secret /etc/x"), ValueError("secret /etc/x"), MemoryError("secret /etc/x")],
+)
 def test_a_fault_fails_the_requests_it_hit_and_the_next_works(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception, stream: bool
+    client: TestClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Exception,
+    stream: bool,
 ) -> None:
     runner = client.app.state.service.bot.engine._runner  # type: ignore[attr-defined]
     run, left = runner.run, [1]
@@ -790,7 +1048,9 @@ def test_a_fault_fails_the_requests_it_hit_and_the_next_works(
     assert hit.status_code == (200 if stream else 500)
     number = re.search(r"error ([0-9a-f]{12})$", error["message"])
     assert number and "secret" not in hit.text
-    assert any(number[1] in record.getMessage() and record.exc_info for record in caplog.records), "the log has it"
+    assert any(number[1] in record.getMessage() and record.exc_info for record in caplog.records), (
+        "the log has it"
+    )
     assert ask(client).status_code == 200
     settled(client)
 
@@ -821,7 +1081,9 @@ def test_an_engine_that_fails_for_good_says_so(tiny: Path, monkeypatch: pytest.M
         monkeypatch.undo()
 
 
-def test_media_are_read_in_one_thread_and_computed_in_another(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_are_read_in_one_thread_and_computed_in_another(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bot = client.app.state.service.bot  # type: ignore[attr-defined]
     seen: dict[str, str] = {}
     for owner, name in ((bot.processor.loader, "image"), (bot.engine, "add"), (bot.engine, "step")):
@@ -829,20 +1091,28 @@ def test_media_are_read_in_one_thread_and_computed_in_another(client: TestClient
         monkeypatch.setattr(
             owner,
             name,
-            lambda *a, real=real, name=name, **k: seen.update({name: threading.current_thread().name}) or real(*a, **k),
+            lambda *a, real=real, name=name, **k: (
+                seen.update({name: threading.current_thread().name}) or real(*a, **k)
+            ),
         )
     assert ask(client).status_code == 200
     assert seen.pop("image").startswith("media") and seen == {"add": "engine", "step": "engine"}
 
 
-def test_a_full_queue_is_a_503_that_says_when_to_come_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_a_503_that_says_when_to_come_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(tiny, max_requests=2) as client, ThreadPoolExecutor(2) as pool:
         service = client.app.state.service  # type: ignore[attr-defined]
         free, prompt = threading.Event(), service.bot.prompt
         monkeypatch.setattr(service.bot, "prompt", lambda *a: free.wait() and prompt(*a))
         waiting = [pool.submit(ask, client) for _ in range(2)]
         until(lambda: service.under_way == 2)
-        for refused in (ask(client), client.post("/v1/messages/count", json={"messages": WHAT}), client.get("/ready")):
+        for refused in (
+            ask(client),
+            client.post("/v1/messages/count", json={"messages": WHAT}),
+            client.get("/ready"),
+        ):
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         free.set()
         assert [answer.result().status_code for answer in waiting] == [200, 200]
@@ -885,7 +1155,12 @@ def connect(server: Server) -> socket.socket:
 
 
 def request(path: str, body: bytes = b"", **headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
     return "\r\n".join([*lines, *(f"{n}: {v}" for n, v in headers.items()), "", ""]).encode() + body
 
 
@@ -897,12 +1172,20 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
     with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as api:
         assert [model.id for model in api.models.list()] == ["tiny"]
         text = oracle.chat(WHAT, max_new_tokens=8, temperature=1.5, seed=1).text
-        how: dict[str, Any] = {"model": "tiny", "messages": WHAT, "max_completion_tokens": 8, "temperature": 1.5, "seed": 1}
+        how: dict[str, Any] = {
+            "model": "tiny",
+            "messages": WHAT,
+            "max_completion_tokens": 8,
+            "temperature": 1.5,
+            "seed": 1,
+        }
         whole = api.chat.completions.create(**how)
         assert whole.choices[0].message.content == text
         assert whole.usage and whole.usage.prompt_tokens_details
         assert whole.usage.prompt_tokens_details.cached_tokens is not None
-        chunks = list(api.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+        chunks = list(
+            api.chat.completions.create(**how, stream=True, stream_options={"include_usage": True})
+        )
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
         assert chunks[-1].usage and chunks[-1].usage.total_tokens == whole.usage.total_tokens
         extra = api.chat.completions.create(**how, extra_body={"top_k": 1, "frames": 2})
@@ -911,24 +1194,41 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
         stored = api.files.create(file=tmp_path / "a.png", purpose="vision")
         assert [file.id for file in api.files.list()] == [stored.id] and stored.filename == "a.png"
         about: Any = user(picture(stored.id), "What is this?")
-        assert api.chat.completions.create(**how | {"messages": about}).choices[0].message.content == text
+        assert (
+            api.chat.completions.create(**how | {"messages": about}).choices[0].message.content
+            == text
+        )
         assert api.files.delete(stored.id).deleted
         with pytest.raises(openai.BadRequestError, match="tools"):
-            api.chat.completions.create(**how, tools=[{"type": "function", "function": {"name": "f"}}])
+            api.chat.completions.create(
+                **how, tools=[{"type": "function", "function": {"name": "f"}}]
+            )
         with pytest.raises(openai.NotFoundError, match="no model"):
             api.chat.completions.create(**how | {"model": "gpt"})
         with pytest.raises(openai.PermissionDeniedError, match="may not be fetched"):
-            api.chat.completions.create(**how | {"messages": user(picture("https://example.com/a.png"))})
+            api.chat.completions.create(
+                **how | {"messages": user(picture("https://example.com/a.png"))}
+            )
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages/explain"])
-def test_who_leaves_is_not_explained_to(server: Server, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_who_leaves_is_not_explained_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     """Given up before the next pass through the network; the image's share would have taken two more."""
     passes, go, first = [], threading.Event(), threading.Event()
-    real = Trial.logprobs
-    monkeypatch.setattr(Trial, "logprobs", lambda *a: passes.append(first.set()) or (go.wait(60) and real(*a)))
+    real = AttributionRun.logprobs
+    monkeypatch.setattr(
+        AttributionRun,
+        "logprobs",
+        lambda *a: passes.append(first.set()) or (go.wait(60) and real(*a)),
+    )
     asked = WHAT if path == CHAT else [*WHAT, {"role": "assistant", "content": "Red."}]
-    body = {"messages": asked, "explain": True, **({"model": "tiny", "max_tokens": 3} if path == CHAT else {})}
+    body = {
+        "messages": asked,
+        "explain": True,
+        **({"model": "tiny", "max_tokens": 3} if path == CHAT else {}),
+    }
     with connect(server) as leaving:
         leaving.sendall(request(path, json.dumps(body).encode()))
         assert first.wait(60)
@@ -938,10 +1238,14 @@ def test_who_leaves_is_not_explained_to(server: Server, monkeypatch: pytest.Monk
     assert len(passes) == 1
 
 
-def test_an_explanation_that_does_not_end_in_time_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explanation_that_does_not_end_in_time_is_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go, first = threading.Event(), threading.Event()
-    real = Trial.logprobs
-    monkeypatch.setattr(Trial, "logprobs", lambda *a: first.set() or (go.wait(60) and real(*a)))
+    real = AttributionRun.logprobs
+    monkeypatch.setattr(
+        AttributionRun, "logprobs", lambda *a: first.set() or (go.wait(60) and real(*a))
+    )
     with listening(tiny, grace=0.1) as going, connect(going) as reading:
         reading.sendall(request(CHAT, chat_body(max_tokens=3, explain=True)))
         assert first.wait(60)
@@ -983,7 +1287,9 @@ def test_a_stream_says_that_it_is_alive(server: Server, monkeypatch: pytest.Monk
     [[b""], [b"POST /v1/chat"], [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v1"]],
     ids=["nothing", "half a header", "half a second header"],
 )
-def test_a_header_that_does_not_come_ends_the_connection(impatient: Server, sent: list[bytes]) -> None:
+def test_a_header_that_does_not_come_ends_the_connection(
+    impatient: Server, sent: list[bytes]
+) -> None:
     with connect(impatient) as slow:
         for data in sent[:-1]:
             slow.sendall(data)
@@ -1035,17 +1341,21 @@ def test_who_takes_nothing_is_left() -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    guarded = guard.Guard(app, Settings(body_seconds=0.05), None, Metrics())
+    guarded = middleware.GuardMiddleware(app, Settings(body_seconds=0.05), None, Metrics())
     scope = {"type": "http", "path": "/health", "headers": []}
     asyncio.run(asyncio.wait_for(guarded(scope, receive, send), 5))
     assert left and guarded.held == 0
 
 
-def test_what_runs_is_finished_before_the_server_goes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_is_finished_before_the_server_goes(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with listening(tiny, grace=20) as going, connect(going) as reading:
         step = going.service.bot.engine.step
         # Slower, or it is over unseen.
-        monkeypatch.setattr(going.service.bot.engine, "step", lambda patience: time.sleep(0.005) or step(patience))
+        monkeypatch.setattr(
+            going.service.bot.engine, "step", lambda patience: time.sleep(0.005) or step(patience)
+        )
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=100)))
         until(lambda: going.service.worker.load.running)
         going.should_exit = True
@@ -1069,7 +1379,10 @@ def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
 def test_metrics_count(client: TestClient) -> None:
     def read() -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")
+        }
 
     before = read()
     usage = ask(client, max_tokens=3).json()["usage"]
@@ -1081,32 +1394,53 @@ def test_metrics_count(client: TestClient) -> None:
         return after[name] - before.get(name, 0)
 
     assert more('llava_tokens_total{kind="prompt"}') == usage["prompt_tokens"]
-    assert more('llava_tokens_total{kind="cached"}') == usage["prompt_tokens_details"]["cached_tokens"]
+    assert (
+        more('llava_tokens_total{kind="cached"}') == usage["prompt_tokens_details"]["cached_tokens"]
+    )
     assert more('llava_tokens_total{kind="generated"}') == usage["completion_tokens"] == 3
     assert more(f'llava_requests_total{{route="{CHAT}",status="200"}}') == 1
-    assert more(f'llava_requests_total{{route="{CHAT}",status="400"}}') == more('llava_refusals_total{code="invalid_value"}') == 1
+    assert (
+        more(f'llava_requests_total{{route="{CHAT}",status="400"}}')
+        == more('llava_refusals_total{code="invalid_value"}')
+        == 1
+    )
     assert more('llava_requests_total{route="other",status="404"}') == 1
-    assert more("llava_first_token_seconds_count") == more("llava_prepare_seconds_count") == more("llava_crops_total") == 1
+    assert (
+        more("llava_first_token_seconds_count")
+        == more("llava_prepare_seconds_count")
+        == more("llava_crops_total")
+        == 1
+    )
     assert more("llava_explain_seconds_count") == 0
-    assert after["llava_kv_total"] == 8192 and after["llava_running"] == after["llava_under_way"] == 0
+    assert (
+        after["llava_kv_total"] == 8192 and after["llava_running"] == after["llava_under_way"] == 0
+    )
 
 
-def test_the_log_has_the_user_and_no_text(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_the_user_and_no_text(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "llava_interleave")
     ask(client, user="someone\nelse", messages=user("a private question"))
-    lines = [record.getMessage() for record in caplog.records if record.name == "llava_interleave.server"]
+    lines = [
+        record.getMessage() for record in caplog.records if record.name == "llava_interleave.server"
+    ]
     assert len(lines) == 1 and r"'someone\nelse'" in lines[0] and "private" not in caplog.text
 
 
 def test_the_document_of_the_api_is_whole(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
-    assert set(document["components"]["schemas"]["ChatRequest"]["properties"]) == set(ChatRequest.model_fields)
+    assert set(document["components"]["schemas"]["ChatRequest"]["properties"]) == set(
+        ChatRequest.model_fields
+    )
 
 
 def test_the_document_can_be_read_without_a_script(client: TestClient) -> None:
     page = client.get("/docs")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "<script" not in page.text and not re.search(r"(src|href)=\"(?!#|style.css|openapi.json|data:,)", page.text)
+    assert "<script" not in page.text and not re.search(
+        r"(src|href)=\"(?!#|style.css|openapi.json|data:,)", page.text
+    )
     document = client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method in methods:
@@ -1124,9 +1458,15 @@ def test_the_guide_has_every_flag_and_no_other() -> None:
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Settings)}
     assert flags <= set(re.findall(r"--[a-z-]+", told))
     assert flags <= set(re.findall(r"^\| `(--[a-z-]+)` \|", guide, re.MULTILINE))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", guide)) <= set(re.findall(r"--[a-z-]+", told)) | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", guide)) <= set(
+        re.findall(r"--[a-z-]+", told)
+    ) | {"--help"}
     for field in dataclasses.fields(Settings):
-        row = next(line for line in guide.splitlines() if line.startswith(f"| `--{field.name.replace('_', '-')}` |"))
+        row = next(
+            line
+            for line in guide.splitlines()
+            if line.startswith(f"| `--{field.name.replace('_', '-')}` |")
+        )
         default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
         assert field.default in (None, ()) or f"| {default} |" in row, row
 
@@ -1147,25 +1487,48 @@ print(switched, text.value.count(b"<heap nr"))
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="another C library than glibc")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_info"), reason="another C library than glibc"
+)
 def test_threads_of_a_server_share_one_heap() -> None:
     """Memory grew by megabytes a minute of traffic: what one thread's heap had free no other could use."""
     done = subprocess.run([sys.executable, "-c", HEAPS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "1"]
 
 
-def test_the_command_serves_what_its_flags_say(tiny: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_serves_what_its_flags_say(
+    tiny: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Server] = []
     monkeypatch.setattr(Server, "run", lambda server: made.append(server))
-    words = ["serve", "-m", str(tiny), "--host", "0.0.0.0", "--port", "81", "--api-keys", str(key_file), "--name", "mine"]
-    done = CliRunner().invoke(cli.app, [*words, "--allow-host", "a.example", "--allow-host", "*.b.example", "--grace", "2.5"])
+    words = [
+        "serve",
+        "-m",
+        str(tiny),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "81",
+        "--api-keys",
+        str(key_file),
+        "--name",
+        "mine",
+    ]
+    done = CliRunner().invoke(
+        cli.app,
+        [*words, "--allow-host", "a.example", "--allow-host", "*.b.example", "--grace", "2.5"],
+    )
     assert done.exit_code == 0, (done.output, done.exception)
     settings = made[0].service.settings
     assert (settings.host, settings.port, settings.grace) == ("0.0.0.0", 81, 2.5)
     assert settings.allow_host == ("a.example", "*.b.example")
     assert made[0].service.name == "mine"
     limits = made[0].service.bot.processor.loader.limits
-    assert limits.remote_hosts == settings.allow_host and limits.allow_remote and not limits.allow_local_files
+    assert (
+        limits.remote_hosts == settings.allow_host
+        and limits.allow_remote
+        and not limits.allow_local_files
+    )
     refused = CliRunner().invoke(cli.app, ["serve", "--host", "0.0.0.0"])
     assert isinstance(refused.exception, OptionError) and len(made) == 1
     assert gc.isenabled() and gc.get_freeze_count()
@@ -1180,16 +1543,16 @@ def test_nothing_of_it_is_imported_without_need() -> None:
 
 def test_a_reader_that_is_late_finds_one_piece_of_each_answer() -> None:
     async def read() -> None:
-        job = Job(Prompt([1]), Options(), b"", asyncio.get_running_loop())
+        job = GenerationJob(Prompt([1]), Options(), b"", asyncio.get_running_loop())
         job.hear(None)
         await job.taken()
         for index, text in ((0, "a"), (1, "x"), (0, "b")):
-            job.hear(Piece(index, text))
-        assert await job.next(60) == [Piece(0, "ab"), Piece(1, "x")]
+            job.hear(TextDelta(index, text))
+        assert await job.next(60) == [TextDelta(0, "ab"), TextDelta(1, "x")]
         assert await job.next(0.01) == []
-        job.hear(Piece(1, "y"))
+        job.hear(TextDelta(1, "y"))
         job.hear(MediaRefused("too late"))
-        assert await job.next(60) == [Piece(1, "y")]
+        assert await job.next(60) == [TextDelta(1, "y")]
         with pytest.raises(MediaRefused):
             await job.next(60)
 
@@ -1197,16 +1560,21 @@ def test_a_reader_that_is_late_finds_one_piece_of_each_answer() -> None:
 
 
 def test_a_step_wakes_the_event_loop_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker(load(tiny, device="cpu"))
-    prompt, how = worker.bot.prompt(WHAT, max_new_tokens=9), Options(max_new_tokens=9, ignore_eos=True)
+    worker = EngineThread(load(tiny, device="cpu"))
+    prompt, how = (
+        worker.bot.prompt(WHAT, max_new_tokens=9),
+        Options(max_new_tokens=9, ignore_eos=True),
+    )
     calls, steps, step = [], [], worker.engine.step
-    monkeypatch.setattr(worker.engine, "step", lambda patience: steps.append(patience) or step(patience))
+    monkeypatch.setattr(
+        worker.engine, "step", lambda patience: steps.append(patience) or step(patience)
+    )
 
     async def ask() -> None:
         loop = asyncio.get_running_loop()
         wake = loop.call_soon_threadsafe
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: calls.append(a) or wake(*a))
-        jobs = [Job(prompt, how, b"", loop) for _ in range(6)]
+        jobs = [GenerationJob(prompt, how, b"", loop) for _ in range(6)]
         for job in jobs:
             worker.submit(job)
         worker.start()
@@ -1222,15 +1590,17 @@ def test_a_step_wakes_the_event_loop_once(tiny: Path, monkeypatch: pytest.Monkey
 def test_a_loop_that_is_gone_does_not_stop_the_thread(tiny: Path) -> None:
     """A client's event loop may end before its job: the thread goes on for the others."""
     bot = load(tiny, device="cpu")
-    worker = Worker(bot)
+    worker = EngineThread(bot)
     prompt = bot.prompt(WHAT, max_new_tokens=5)
     worker.start()
 
     async def leave() -> None:
-        worker.submit(Job(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop()))
+        worker.submit(
+            GenerationJob(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
+        )
 
     async def stay() -> int:
-        job = Job(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
+        job = GenerationJob(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
         worker.submit(job)
         while True:
             for piece in await job.next(60):

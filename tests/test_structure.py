@@ -16,10 +16,14 @@ PACKAGE = ROOT / "llava_interleave"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PICTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 FLOORS = {
-    part: int(line[0]) for line in PICTURE.split("```")[1].splitlines() if re.match(r"\d ", line) for part in line[1:].split()
+    part: int(line.split()[0])
+    for line in PICTURE.split("```")[1].splitlines()
+    if re.match(r"\d+ ", line)
+    for part in line.split()[1:]
 }
 NEVER = {
-    part: re.findall(r"`(\w+)`", never) for part, never in re.findall(r"^\| `(\w+)/?` \|.*\| *(.*?) *\|$", PICTURE, re.MULTILINE)
+    part: re.findall(r"`(\w+)`", never)
+    for part, never in re.findall(r"^\| `(\w+)/?` \|.*\| *(.*?) *\|$", PICTURE, re.MULTILINE)
 }
 
 
@@ -49,7 +53,9 @@ def test_the_picture_shows_every_part() -> None:
     assert set(NEVER) == parts
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) not in ("__init__", "__main__")], ids=name)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if part_of(path) not in ("__init__", "__main__")], ids=name
+)
 def test_imports_go_down(path: Path) -> None:
     part = part_of(path)
     for line, imported in imports(path):
@@ -72,20 +78,24 @@ def test_imports_that_nobody_makes() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_modules_say_what_they_are(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{path} has no docstring"
-    assert not {"utils", "misc", "helpers", "common"} & set(path.relative_to(PACKAGE).with_suffix("").parts)
+    assert not {"utils", "misc", "helpers", "common"} & set(
+        path.relative_to(PACKAGE).with_suffix("").parts
+    )
 
 
 @pytest.mark.parametrize(
     "statement",
     [
         "import llava_interleave; llava_interleave.LlavaError",
-        "from llava_interleave import notice, options, config, layout, errors, world",
-        "from llava_interleave import journal, offline; from llava_interleave.evals import choices, interleave, report, world",
+        "from llava_interleave import license_notice, options, config, image_layout, errors",
+        "from llava_interleave import journal, batch; from llava_interleave.evals import interleave, multiple_choice, report",
         "sys.argv = ['llava', '--help']; from llava_interleave.cli import main; main()",
     ],
 )
 def test_no_torch_without_need(statement: str) -> None:
-    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {statement}"
+    code = (
+        f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {statement}"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("False\n")

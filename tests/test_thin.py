@@ -15,16 +15,25 @@ from test_engine import GREEDY, GRID, answers, engine, finish, naive, prompt, te
 from torch import Tensor
 
 from llava_interleave import load
-from llava_interleave.chatbot import Chatbot
+from llava_interleave.chat import Chatbot
 from llava_interleave.errors import ContextError, OptionError
+from llava_interleave.image_layout import ImageTokenLayout, TokenReduction, anyres
 from llava_interleave.journal import read
-from llava_interleave.layout import Layout, Thin, anyres
-from llava_interleave.model import arrange
+from llava_interleave.model import arrange_features
 from llava_interleave.processing import FrameSampling
 from llava_interleave.testing import tiny_checkpoint
 
-VIDEO = {"type": "video", "video": [Image.new("RGB", (20, 20), (0, 0, 40 * i)) for i in range(5)], "frames": 3}
-ASKED = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (90, 40), "red")}, VIDEO]}]
+VIDEO = {
+    "type": "video",
+    "video": [Image.new("RGB", (20, 20), (0, 0, 40 * i)) for i in range(5)],
+    "frames": 3,
+}
+ASKED = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": Image.new("RGB", (90, 40), "red")}, VIDEO],
+    }
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +54,34 @@ def averaged(features: Tensor, grid: int, pool: int) -> Tensor:
     return torch.stack(means, dim=1)
 
 
-@pytest.mark.parametrize(("grid", "pool"), [(27, 1), (27, 2), (27, 3), (27, 27), (3, 2), (4, 3), (5, 2), (1, 1)])
-def test_tokens_are_the_means_of_squares_and_lie_as_those_of_a_smaller_grid(grid: int, pool: int) -> None:
+@pytest.mark.parametrize(
+    ("grid", "pool"), [(27, 1), (27, 2), (27, 3), (27, 27), (3, 2), (4, 3), (5, 2), (1, 1)]
+)
+def test_tokens_are_the_means_of_squares_and_lie_as_those_of_a_smaller_grid(
+    grid: int, pool: int
+) -> None:
     side = -(-grid // pool)
     for layout, smaller in (
-        (Layout(grid, 3, pool=pool), Layout(side, 3)),
+        (ImageTokenLayout(grid, 3, pool=pool), ImageTokenLayout(side, 3)),
         (anyres(800, 300, 384, grid, pool), anyres(800, 300, 384, side)),
         (anyres(300, 3000, 384, grid, pool), anyres(300, 3000, 384, side)),
     ):
-        features = torch.randn(layout.crops, grid**2, 5, generator=torch.Generator().manual_seed(grid)).double()
-        tokens = arrange(features, layout)
+        features = torch.randn(
+            layout.crops, grid**2, 5, generator=torch.Generator().manual_seed(grid)
+        ).double()
+        tokens = arrange_features(features, layout)
         assert len(tokens) == layout.length == smaller.length
-        assert torch.allclose(tokens, arrange(averaged(features, grid, pool), smaller), rtol=1e-12)
+        assert torch.allclose(
+            tokens, arrange_features(averaged(features, grid, pool), smaller), rtol=1e-12
+        )
 
 
 def test_27_become_14_or_9() -> None:
-    assert [Layout(27, 8, pool=pool).length for pool in (1, 2, 3)] == [8 * 729, 8 * 196, 8 * 81]
+    assert [ImageTokenLayout(27, 8, pool=pool).length for pool in (1, 2, 3)] == [
+        8 * 729,
+        8 * 196,
+        8 * 81,
+    ]
 
 
 def spread(features: Tensor, count: int) -> list[int]:
@@ -75,28 +96,51 @@ def spread(features: Tensor, count: int) -> list[int]:
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9])
 def test_tokens_are_kept_that_differ_most_frame_by_frame_and_over_all_tiles(share: float) -> None:
-    for whole in (Layout(4, 3), Layout(7, 2, pool=2), anyres(800, 300, 384, 4), anyres(800, 300, 384, 5, pool=2)):
+    for whole in (
+        ImageTokenLayout(4, 3),
+        ImageTokenLayout(7, 2, pool=2),
+        anyres(800, 300, 384, 4),
+        anyres(800, 300, 384, 5, pool=2),
+    ):
         layout = replace(whole, share=share)
-        features = torch.randn(layout.crops, layout.grid**2, 6, generator=torch.Generator().manual_seed(1))
-        parts = arrange(features, whole).split(whole.length if whole.tiles else whole.side**2)
+        features = torch.randn(
+            layout.crops, layout.grid**2, 6, generator=torch.Generator().manual_seed(1)
+        )
+        parts = arrange_features(features, whole).split(
+            whole.length if whole.tiles else whole.side**2
+        )
         kept = [part[spread(part, max(1, round(len(part) * share)))] for part in parts]
         assert layout.length == sum(map(len, kept)) < whole.length
-        assert torch.equal(arrange(features, layout), torch.cat(kept))
+        assert torch.equal(arrange_features(features, layout), torch.cat(kept))
 
 
 def test_of_tokens_that_are_alike_one_is_kept() -> None:
     """A thing on a plain wall: half of the tokens still hold the thing."""
-    features = torch.ones(1, 16, 8) + 0.01 * torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.ones(1, 16, 8) + 0.01 * torch.randn(
+        1, 16, 8, generator=torch.Generator().manual_seed(0)
+    )
     features[0, 6] = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1])
-    assert any(torch.equal(row, features[0, 6]) for row in arrange(features, Layout(4, share=0.15)))
+    assert any(
+        torch.equal(row, features[0, 6])
+        for row in arrange_features(features, ImageTokenLayout(4, share=0.15))
+    )
 
 
-def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinned_otherwise() -> None:
+def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinned_otherwise() -> (
+    None
+):
     """Prefix hit or miss, batched or alone; the same frames with other tokens share neither features nor keys and values."""
     head = text(0, 40)
     ways = ((1, 1.0), (2, 1.0), (3, 1.0), (1, 0.5), (2, 0.75))
-    films = [prompt(head, (2, Layout(GRID, 4, pool=pool, share=share)), text(1, 5)) for pool, share in ways]
-    tiled = prompt(text(2, 5), (3, Layout(GRID, 5, (2, 2), (1, 0, 3, 4), pool=2, share=0.7)), text(3, 3))
+    films = [
+        prompt(head, (2, ImageTokenLayout(GRID, 4, pool=pool, share=share)), text(1, 5))
+        for pool, share in ways
+    ]
+    tiled = prompt(
+        text(2, 5),
+        (3, ImageTokenLayout(GRID, 5, (2, 2), (1, 0, 3, 4), pool=2, share=0.7)),
+        text(3, 3),
+    )
     right = [naive(p, 12) for p in (*films, tiled)]
     assert len({tuple(answer) for answer in right}) == len(right)
     e = engine(max_step_crops=3)
@@ -104,7 +148,9 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
     finish(e)
     assert answers(requests) == right
     width = e.model.config.text.hidden_size * 4
-    assert e.load().feature_bytes == width * sum(m.layout.length for p in (*films, tiled) for m in p.media)
+    assert e.load().feature_bytes == width * sum(
+        m.layout.length for p in (*films, tiled) for m in p.media
+    )
     again = [e.add(p, GREEDY) for p in (*films, tiled)]
     finish(e)
     assert answers(again) == right
@@ -118,24 +164,42 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
 
 
 @pytest.mark.parametrize(
-    "thin", [Thin(), Thin(pool_images=2), Thin(pool_frames=3), Thin(2, 4), Thin(2, 1, 0.5, 0.3), Thin(keep_images=0.8)]
+    "thin",
+    [
+        TokenReduction(),
+        TokenReduction(pool_images=2),
+        TokenReduction(pool_frames=3),
+        TokenReduction(2, 4),
+        TokenReduction(2, 1, 0.5, 0.3),
+        TokenReduction(keep_images=0.8),
+    ],
 )
 @pytest.mark.parametrize("tiles", [False, True])
-def test_the_estimate_is_exact_and_keys_differ(bot: Chatbot, thin: Thin, tiles: bool) -> None:
+def test_the_estimate_is_exact_and_keys_differ(
+    bot: Chatbot, thin: TokenReduction, tiles: bool
+) -> None:
     made = bot.processor.prompt(ASKED, thin=thin, anyres=tiles)
     image, film = made.media
     assert (image.layout.pool, film.layout.pool) == (thin.pool_images, thin.pool_frames)
     assert film.layout.length == 3 * round(film.layout.side**2 * thin.keep_frames)
-    assert made.tokens.count(bot.model.config.image_token_id) == image.layout.length + film.layout.length
+    assert (
+        made.tokens.count(bot.model.config.image_token_id)
+        == image.layout.length + film.layout.length
+    )
     counted = bot.processor.estimate(ASKED, thin=thin, anyres=tiles)
     assert (counted.total, [part.tokens for part in counted.parts[1:]]) == (
         len(made),
         [m.layout.length for m in made.media],
     )
     plain = bot.processor.prompt(ASKED, anyres=tiles)
-    same = [(thin.pool_images, thin.keep_images) == (1, 1), (thin.pool_frames, thin.keep_frames) == (1, 1)]
+    same = [
+        (thin.pool_images, thin.keep_images) == (1, 1),
+        (thin.pool_frames, thin.keep_frames) == (1, 1),
+    ]
     assert [m.key == p.key for m, p in zip(made.media, plain.media, strict=True)] == same
-    assert all(torch.equal(m.pixels, p.pixels) for m, p in zip(made.media, plain.media, strict=True))
+    assert all(
+        torch.equal(m.pixels, p.pixels) for m, p in zip(made.media, plain.media, strict=True)
+    )
 
 
 def test_more_frames_fit_and_the_error_counts_them(bot: Chatbot) -> None:
@@ -143,11 +207,15 @@ def test_more_frames_fit_and_the_error_counts_them(bot: Chatbot) -> None:
     asked = [{"role": "user", "content": [{"type": "video", "video": frames}]}]
     reserve = bot.model.config.text.context - 900  # 200 frames of 4 tokens fit, 250 do not
 
-    def length(count: int, thin: Thin) -> int:
-        return len(bot.processor.prompt(asked, frames=FrameSampling(frames=count), thin=thin, max_new_tokens=reserve))
+    def length(count: int, thin: TokenReduction) -> int:
+        return len(
+            bot.processor.prompt(
+                asked, frames=FrameSampling(frames=count), thin=thin, max_new_tokens=reserve
+            )
+        )
 
-    assert 800 < length(200, Thin(pool_frames=2)) < 900
-    for thin, tokens in ((Thin(pool_images=2), 16), (Thin(pool_frames=3), 4)):
+    assert 800 < length(200, TokenReduction(pool_frames=2)) < 900
+    for thin, tokens in ((TokenReduction(pool_images=2), 16), (TokenReduction(pool_frames=3), 4)):
         with pytest.raises(ContextError) as error:
             length(250, thin)
         most = int(str(error.value).split("at most ")[1].split(" frames fit")[0])
@@ -164,7 +232,9 @@ def test_what_cannot_be_pooled_is_refused(bot: Chatbot, wrong: Any) -> None:
 @pytest.mark.parametrize("wrong", [0, 1.01, -0.5, True, float("nan"), "1"])
 def test_what_is_no_share_is_refused(bot: Chatbot, wrong: Any) -> None:
     for name in ("keep_images", "keep_frames"):
-        with pytest.raises(OptionError, match=f"{name} is a share of the tokens, above 0 and at most 1"):
+        with pytest.raises(
+            OptionError, match=f"{name} is a share of the tokens, above 0 and at most 1"
+        ):
             bot.prompt(ASKED, **{name: wrong})
 
 
@@ -192,7 +262,9 @@ def test_commands_take_it_and_results_say_so(tiny: Path, tmp_path: Path) -> None
     assert planned["parts"][1]["tokens"] == 4
     assert asked["usage"]["prompt"] == planned["total"]
     few: Sequence[object] = ("-m", tiny, "-n", 1, "--max-new-tokens", 3, "-o", tmp_path)
-    done = llava("eval", "world", "--scenario", "video", "--pool-frames", 2, "--keep-frames", 0.5, *few)
+    done = llava(
+        "eval", "world", "--scenario", "video", "--pool-frames", 2, "--keep-frames", 0.5, *few
+    )
     assert done.code == 0, done.err
     about, rows = read(tmp_path / "world.jsonl")
     assert about["geometry"] == "squash, pool_frames 2, keep_frames 0.5"

@@ -15,7 +15,23 @@ from llava_interleave.processing import TextStream, Tokenizer
 from llava_interleave.testing import SPECIAL, tiny_checkpoint
 
 TEXTS = st.lists(
-    st.sampled_from([*SPECIAL, "\n", " ", "  ", "a", "Hello", "é", "e\u0301", "日本", "😀", "<|im", "_end|>", "'s"])
+    st.sampled_from(
+        [
+            *SPECIAL,
+            "\n",
+            " ",
+            "  ",
+            "a",
+            "Hello",
+            "é",
+            "e\u0301",
+            "日本",
+            "😀",
+            "<|im",
+            "_end|>",
+            "'s",
+        ]
+    )
 ).map("".join)
 
 
@@ -67,7 +83,11 @@ def test_stream_adds_up_to_the_text_and_never_shows_half_a_character(
 
 def test_emoji_appears_whole(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
-    assert [piece for token in tokenizer.encode("a😀b") if (piece := stream.push(token))] == ["a", "😀", "b"]
+    assert [piece for token in tokenizer.encode("a😀b") if (piece := stream.push(token))] == [
+        "a",
+        "😀",
+        "b",
+    ]
 
 
 def test_starts_are_character_indices(tokenizer: Tokenizer) -> None:
@@ -100,13 +120,17 @@ def _original(folder: Path, to: Path) -> dict[str, Any]:
     """The files of a checkpoint in the original form: vocabulary and merges, no tokenizer.json, no <image>."""
     spec: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
     (to / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in spec["model"]["merges"]]
+    merges = [
+        " ".join(pair) if isinstance(pair, list) else pair for pair in spec["model"]["merges"]
+    ]
     (to / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return spec
 
 
 @pytest.mark.parametrize("config", [True, False])
-def test_original_checkpoints_have_no_image_token(tokenizer: Tokenizer, folder: Path, tmp_path: Path, config: bool) -> None:
+def test_original_checkpoints_have_no_image_token(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, config: bool
+) -> None:
     _original(folder, tmp_path)
     if config:
         values = json.loads((folder / "tokenizer_config.json").read_text())
@@ -118,8 +142,12 @@ def test_original_checkpoints_have_no_image_token(tokenizer: Tokenizer, folder: 
     assert (ours.size, ours.eos_ids) == (tokenizer.size, tokenizer.eos_ids)
 
 
-def test_contradictions_are_refused_by_name(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"<image> is token {tokenizer.image_id} .* 7 in config.json"):
+def test_contradictions_are_refused_by_name(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"<image> is token {tokenizer.image_id} .* 7 in config.json"
+    ):
         Tokenizer.from_folder(folder, 7)
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor"):
         Tokenizer.from_folder(tmp_path)
@@ -128,9 +156,13 @@ def test_contradictions_are_refused_by_name(tokenizer: Tokenizer, folder: Path, 
         Tokenizer.from_folder(tmp_path)
     spec = json.loads((folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": []}))
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"384": {"content": "<x>"}}}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"added_tokens_decoder": {"384": {"content": "<x>"}}}'
+    )
     with pytest.raises(CheckpointError, match=r"no <\|im_start"):
         Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"9": {"content": "<x>"}}}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"added_tokens_decoder": {"9": {"content": "<x>"}}}'
+    )
     with pytest.raises(CheckpointError, match=r"<x> is token 9 in tokenizer_config\.json but 384"):
         Tokenizer.from_folder(tmp_path)

@@ -14,22 +14,30 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from llava_interleave import weights
+from llava_interleave import checkpoints
 from llava_interleave.cli import app
 from llava_interleave.errors import DataError
-from llava_interleave.model import Llava, Packed
+from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import data, recipe, tiny, tower
-from llava_interleave.train.batch import Batch, Position, Windows, ahead, batches, collate, pack
+from llava_interleave.train import formats, recipe
 from llava_interleave.train.loop import TrainConfig, groups, train
-from llava_interleave.train.loss import Loss, answers
+from llava_interleave.train.losses import Loss, sft_loss
+from llava_interleave.train.packing import (
+    Batch,
+    PackedDataset,
+    Position,
+    batches,
+    collate,
+    pack,
+    prefetch,
+)
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
-from llava_interleave.world import SCENARIOS, episode
-from llava_interleave.world.data import conversation, pictures, talk, write
-from llava_interleave.world.episodes import FRAMES
+from recipes.tiny_world import SCENARIOS, episode, patch_pretraining, training
+from recipes.tiny_world.data import conversation, pictures, talk, write
+from recipes.tiny_world.episodes import FRAMES
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> Llava:
-    return weights.load(folder).requires_grad_(True)
+    return checkpoints.load(folder).requires_grad_(True)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,9 @@ def prompts(folder: Path) -> list[Prompt]:
         rng = Random(index)
         ep = episode(SCENARIOS[index % 4], rng)
         turns, shown = conversation(ep, talk(ep, rng, questions=2, caption=0.5)), pictures(ep, 30)
-        said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
+        said, media = formats.messages(
+            {"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path()
+        )
         made.append(processor.example(said, media))
     return made
 
@@ -61,11 +71,11 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_packed_and_unpacked_gradients_are_equal(model: Llava, prompts: list[Prompt]) -> None:
-    whole = answers(model, collate(prompts))
+    whole = sft_loss(model, collate(prompts))
     whole.total.backward()
     packed = gradients(model)
     model.zero_grad()
-    parts = [answers(model, collate([prompt])) for prompt in prompts]
+    parts = [sft_loss(model, collate([prompt])) for prompt in prompts]
     sum((part.total for part in parts), torch.zeros(())).backward()
     assert whole.count == sum(part.count for part in parts)
     assert whole.right == sum(part.right for part in parts)
@@ -73,16 +83,26 @@ def test_packed_and_unpacked_gradients_are_equal(model: Llava, prompts: list[Pro
     assert alone.keys() == packed.keys()
     largest = max(float(gradient.abs().max()) for gradient in alone.values())
     for name, gradient in alone.items():  # that of a key's bias is nought but for rounding
-        torch.testing.assert_close(packed[name], gradient, rtol=1e-3, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            packed[name],
+            gradient,
+            rtol=1e-3,
+            atol=1e-6 * largest,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 def test_packed_attention_is_causal_attention_of_each_sequence() -> None:
     lengths = [5, 1, 17, 16, 3, 40]
     q, k, v = torch.randn(82, 4, 8), torch.randn(82, 2, 8), torch.randn(82, 2, 8)
-    out = Packed(lengths)(0, q, k, v)
-    for i, (q1, k1, v1) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)):
+    out = PackedAttention(lengths)(0, q, k, v)
+    for i, (q1, k1, v1) in enumerate(
+        zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    ):
         scores = torch.einsum("thd,shd->hts", q1, k1.repeat_interleave(2, 1)) / 8**0.5
-        scores = scores.masked_fill(torch.ones(lengths[i], lengths[i]).triu(1).bool(), float("-inf"))
+        scores = scores.masked_fill(
+            torch.ones(lengths[i], lengths[i]).triu(1).bool(), float("-inf")
+        )
         want = torch.einsum("hts,shd->thd", scores.softmax(-1), v1.repeat_interleave(2, 1))
         torch.testing.assert_close(out.split(lengths)[i], want, rtol=1e-4, atol=1e-5)
 
@@ -91,15 +111,20 @@ def test_only_answers_carry_loss(model: Llava, prompts: list[Prompt], folder: Pa
     prompt = prompts[0]
     assert prompt.learn is not None
     tokenizer = Processor.from_folder(folder).tokenizer
-    learnt = tokenizer.decode([t for t, learn in zip(prompt.tokens, prompt.learn, strict=True) if learn], skip_special=False)
+    learnt = tokenizer.decode(
+        [t for t, learn in zip(prompt.tokens, prompt.learn, strict=True) if learn],
+        skip_special=False,
+    )
     assert learnt.count("<|im_end|>") == learnt.rstrip().count("<|im_end|>") >= 1
     assert "<|im_start|>" not in learnt
     batch = collate([prompt])
     features = [(prompt.media[0].start, model.encode(prompt.media[0].pixels).flatten(0, 1))]
-    logits = model.logits(model(model.embed(batch.tokens, features), batch.positions, Packed(batch.lengths)))
+    logits = model.logits(
+        model(model.embed(batch.tokens, features), batch.positions, PackedAttention(batch.lengths))
+    )
     rows = batch.learn.nonzero()[:, 0]
     want = cross_entropy(logits[rows - 1], batch.tokens[rows], reduction="sum")
-    torch.testing.assert_close(answers(model, batch).total, want)
+    torch.testing.assert_close(sft_loss(model, batch).total, want)
 
 
 def test_packing_fills_batches_and_keeps_every_sample() -> None:
@@ -133,7 +158,7 @@ class Struck:
 
 def test_signals_leave_workers_alone() -> None:
     """A second worker imports PyTorch while the first one's batches are trained on; signals to a whole group killed it there."""
-    assert list(ahead(Struck(), iter([0, 2, 1]), 1)) == [0, 2, 1]
+    assert list(prefetch(Struck(), iter([0, 2, 1]), 1)) == [0, 2, 1]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
@@ -150,7 +175,7 @@ class Large:
 def test_a_worker_that_still_sends_ends_in_order() -> None:
     """Some runs that were stopped said "terminate called without an active exception" at the end, with a traceback of PyTorch's:
     the worker's interpreter was gone when the thread that sends came back from copying a tensor."""
-    made: Any = ahead(Large(), None, 1)
+    made: Any = prefetch(Large(), None, 1)
     next(made)
     (worker,) = made._workers
     made._shutdown_workers()
@@ -166,11 +191,13 @@ class Numbers:
 
 
 def test_batches_go_on_at_any_position_and_do_not_depend_on_workers() -> None:
-    windows = Windows(Numbers(), 50, size=16, tokens=10, seed=3)
+    windows = PackedDataset(Numbers(), 50, size=16, tokens=10, seed=3)
     whole = [(batch.tokens.tolist(), at) for batch, at in batches(windows, Position(), workers=0)]
     assert sorted(t for tokens, _ in whole for t in tokens[1::2]) == list(range(50))
     for cut in (0, 2, 3, 4, len(whole) - 1):
-        rest = [(batch.tokens.tolist(), at) for batch, at in batches(windows, whole[cut][1], workers=0)]
+        rest = [
+            (batch.tokens.tolist(), at) for batch, at in batches(windows, whole[cut][1], workers=0)
+        ]
         assert rest == whole[cut + 1 :]
     assert [(b.tokens.tolist(), at) for b, at in batches(windows, Position(), workers=1)] == whole
 
@@ -183,13 +210,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     folder: Path, prompts: list[Prompt], tmp_path: Path, muon: float
 ) -> None:
     """Killed after step 5, whose last checkpoint is of step 3."""
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
+    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
 
     class Killed(Exception):
         pass
 
     def run(out: Path, kill: int | None = None) -> Llava:
-        network = weights.load(folder).requires_grad_(True)
+        network = checkpoints.load(folder).requires_grad_(True)
         steps = 0
 
         def loss(model: Llava, batch: Batch) -> Loss:
@@ -197,9 +224,16 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
             steps += 1
             if kill is not None and steps > kill:
                 raise Killed
-            return answers(model, batch)
+            return sft_loss(model, batch)
 
-        return train(network, loss, lambda at: batches(windows, at, workers=0), config, out, say=lambda _: None)
+        return train(
+            network,
+            loss,
+            lambda at: batches(windows, at, workers=0),
+            config,
+            out,
+            say=lambda _: None,
+        )
 
     config = replace(CONFIG, muon=muon)
     whole = run(tmp_path / "whole")
@@ -208,18 +242,35 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     resumed = run(tmp_path / "killed")
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
     with pytest.raises(DataError, match=r"another config \(lr: 0.001 there, 0.002 here\)"):
-        train(whole, answers, lambda at: batches(windows, at, workers=0), replace(config, lr=2e-3), tmp_path / "whole")
+        train(
+            whole,
+            sft_loss,
+            lambda at: batches(windows, at, workers=0),
+            replace(config, lr=2e-3),
+            tmp_path / "whole",
+        )
 
 
 def test_frozen_parts_stay_bit_equal(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
-    config = replace(CONFIG, steps=2, scales=(("vision_tower.", 0.0), ("multi_modal_projector.", 0.5)))
-    train(model, answers, lambda at: batches(windows, at, workers=0), config, tmp_path, say=lambda _: None)
+    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
+    config = replace(
+        CONFIG, steps=2, scales=(("vision_tower.", 0.0), ("multi_modal_projector.", 0.5))
+    )
+    train(
+        model,
+        sft_loss,
+        lambda at: batches(windows, at, workers=0),
+        config,
+        tmp_path,
+        say=lambda _: None,
+    )
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("vision_tower."), name
 
@@ -232,7 +283,10 @@ def test_matrices_decay_and_vectors_do_not(model: Llava) -> None:
 def test_muon_steps_the_matrices_but_no_embedding(model: Llava) -> None:
     """Every parameter has exactly one optimiser."""
     names = {id(p): name for name, p in model.named_parameters()}
-    adamw, muon = ([names[id(p)] for g in some for p in g["params"]] for some in groups(model, replace(CONFIG, muon=2.0)))
+    adamw, muon = (
+        [names[id(p)] for g in some for p in g["params"]]
+        for some in groups(model, replace(CONFIG, muon=2.0))
+    )
     assert sorted(adamw + muon) == sorted(names.values())
     assert "language_model.layers.0.mlp.down_proj.weight" in muon
     assert "language_model.embed_tokens.weight" in adamw
@@ -241,16 +295,25 @@ def test_muon_steps_the_matrices_but_no_embedding(model: Llava) -> None:
     assert {g["scale"] for g in groups(model, replace(CONFIG, muon=2.0))[1]} == {2.0}
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(
+    model: Llava, prompts: list[Prompt], tmp_path: Path
+) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def broken(model: Llava, batch: Batch) -> Loss:
-        part = answers(model, batch)
+        part = sft_loss(model, batch)
         return replace(part, total=part.total * float("nan"))
 
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
+    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
     with pytest.raises(DataError, match="the loss is nan at step 0"):
-        train(model, broken, lambda at: batches(windows, at, workers=0), CONFIG, tmp_path, say=lambda _: None)
+        train(
+            model,
+            broken,
+            lambda at: batches(windows, at, workers=0),
+            CONFIG,
+            tmp_path,
+            say=lambda _: None,
+        )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -258,36 +321,61 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(model: Llava, 
     ("sample", "error"),
     [
         ({}, "sample without id has no `conversations`"),
-        ({"id": 7, "conversations": [{"from": "human", "value": "<image> hi"}]}, "sample 7 ends with a question"),
-        ({"id": 7, "conversations": [{"from": "cat", "value": "hi"}]}, "turn 1 of sample 7 must have a role"),
-        ({"id": 7, "conversations": [{"from": "gpt", "value": " "}]}, "turn 1 of sample 7 must have a role"),
-        ({"id": 7, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}, "sample 7 has 0 `<image>` but 1 image"),
+        (
+            {"id": 7, "conversations": [{"from": "human", "value": "<image> hi"}]},
+            "sample 7 ends with a question",
+        ),
+        (
+            {"id": 7, "conversations": [{"from": "cat", "value": "hi"}]},
+            "turn 1 of sample 7 must have a role",
+        ),
+        (
+            {"id": 7, "conversations": [{"from": "gpt", "value": " "}]},
+            "turn 1 of sample 7 must have a role",
+        ),
+        (
+            {"id": 7, "image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]},
+            "sample 7 has 0 `<image>` but 1 image",
+        ),
     ],
 )
-def test_a_sample_that_does_not_fit_is_refused_by_its_id(sample: dict[str, object], error: str) -> None:
+def test_a_sample_that_does_not_fit_is_refused_by_its_id(
+    sample: dict[str, object], error: str
+) -> None:
     with pytest.raises(DataError, match=error):
-        data.messages(sample, Path())
+        formats.messages(sample, Path())
 
 
 def test_a_file_that_is_no_list_of_samples_is_refused(tmp_path: Path) -> None:
     for text in ('[{"a": 1},]', "{}", "[]", "[1]"):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(DataError):
-            data.read(tmp_path / "a.json")
+            formats.read(tmp_path / "a.json")
     with pytest.raises(DataError, match="cannot be read"):
-        data.read(tmp_path / "none.json")
+        formats.read(tmp_path / "none.json")
 
 
 def test_fine_tuning_a_checkpoint_learns_its_samples(folder: Path, tmp_path: Path) -> None:
     """`llava train` on eight samples: the loss falls, the result is a checkpoint, a second call finds it finished."""
     annotations = write(tmp_path / "data", 8, size=30)
-    words = ["train", str(annotations), "-o", str(tmp_path / "out"), "-m", str(folder), "--steps", "6", "--lr", "0.003"]
+    words = [
+        "train",
+        str(annotations),
+        "-o",
+        str(tmp_path / "out"),
+        "-m",
+        str(folder),
+        "--steps",
+        "6",
+        "--lr",
+        "0.003",
+    ]
     result = CliRunner().invoke(app, [*words, "--warmup", "0", "--tokens", "2048"])
     assert result.exit_code == 0, (result.output, result.exception)
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
-    tuned = weights.load(tmp_path / "out" / "model")
-    assert not torch.equal(tuned.lm_head.weight, weights.load(folder).lm_head.weight)
+    tuned = checkpoints.load(tmp_path / "out" / "model")
+    assert not torch.equal(tuned.lm_head.weight, checkpoints.load(folder).lm_head.weight)
     stored = recipe.read(tmp_path / "out" / "config.toml")
     assert run(stored.but({"workers": 0}), tmp_path / "out") == tmp_path / "out" / "model"
     with pytest.raises(DataError, match=r"with other settings \(lr: 0.003 there, 0.004 here\)"):
@@ -302,18 +390,20 @@ def test_a_missing_picture_is_named_with_its_sample(folder: Path, tmp_path: Path
 
 
 @pytest.fixture
-def naming(tmp_path: Path) -> tuple[Llava, tower.Naming]:
-    config, source = tiny.prepare(tmp_path / "recipe", texts=40)
+def naming(tmp_path: Path) -> tuple[Llava, patch_pretraining.Naming]:
+    config, source = training.prepare(tmp_path / "recipe", texts=40)
     network = Llava(config)
-    tiny.initialise(network, 0)
-    return network, tower.Naming(data.processor(source).tokenizer)
+    training.initialise(network, 0)
+    return network, patch_pretraining.Naming(formats.processor(source).tokenizer)
 
 
-def test_tower_and_projector_learn_to_name_what_they_see(naming: tuple[Llava, tower.Naming], tmp_path: Path) -> None:
+def test_tower_and_projector_learn_to_name_what_they_see(
+    naming: tuple[Llava, patch_pretraining.Naming], tmp_path: Path
+) -> None:
     network, loss = naming
-    batch, _ = next(tower.pictures(tiny.VISION, 1, 1, Position()))
+    batch, _ = next(patch_pretraining.pictures(training.VISION, 1, 1, Position()))
     first = loss(network, batch)
-    config = TrainConfig(steps=12, lr=1e-3, warmup=2, scales=tiny.SEE.scales)
+    config = TrainConfig(steps=12, lr=1e-3, warmup=2, scales=training.SEE.scales)
     words = network.language_model.embed_tokens.weight.detach().clone()
 
     def same(at: Position):  # type: ignore[no-untyped-def]
@@ -326,20 +416,26 @@ def test_tower_and_projector_learn_to_name_what_they_see(naming: tuple[Llava, to
     assert torch.equal(words, network.language_model.embed_tokens.weight)
 
 
-def test_a_name_is_the_mean_of_its_tokens_with_and_without_a_space(naming: tuple[Llava, tower.Naming], tmp_path: Path) -> None:
+def test_a_name_is_the_mean_of_its_tokens_with_and_without_a_space(
+    naming: tuple[Llava, patch_pretraining.Naming], tmp_path: Path
+) -> None:
     network, loss = naming
-    tokenizer = data.processor(tmp_path / "recipe" / "processor").tokenizer
+    tokenizer = formats.processor(tmp_path / "recipe" / "processor").tokenizer
     vectors = loss.vectors(network)
-    for group, found in zip(tower.NAMES, vectors, strict=True):
+    for group, found in zip(patch_pretraining.NAMES, vectors, strict=True):
         for name, vector in zip(group, found, strict=True):
             ids = tokenizer.encode(name) + tokenizer.encode(f" {name}")
-            torch.testing.assert_close(vector, network.language_model.embed_tokens.weight[ids].mean(0))
+            torch.testing.assert_close(
+                vector, network.language_model.embed_tokens.weight[ids].mean(0)
+            )
 
 
-def test_calibration_changes_the_size_of_features_and_not_what_they_say(naming: tuple[Llava, tower.Naming]) -> None:
+def test_calibration_changes_the_size_of_features_and_not_what_they_say(
+    naming: tuple[Llava, patch_pretraining.Naming],
+) -> None:
     """Unscaled, a tower's features drowned what the decoder adds to them, and it learnt to look only much later."""
     network, loss = naming
-    batch = tower.Pictures(tiny.VISION, 1, 1)[0]
+    batch = patch_pretraining.Pictures(training.VISION, 1, 1)[0]
     with torch.no_grad():
         for p in network.vision_tower.parameters():
             p.mul_(3)
@@ -349,16 +445,25 @@ def test_calibration_changes_the_size_of_features_and_not_what_they_say(naming: 
     after = network.encode(batch.pixels)
     scale = (after * before).sum() / before.square().sum()
     # up to the epsilon of the layer norms, which does not scale
-    torch.testing.assert_close(after, before * scale, rtol=1e-2, atol=1e-2 * float(after.abs().max()))
-    assert network.vision_tower(batch.pixels).square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+    torch.testing.assert_close(
+        after, before * scale, rtol=1e-2, atol=1e-2 * float(after.abs().max())
+    )
+    assert network.vision_tower(batch.pixels).square().mean().sqrt().item() == pytest.approx(
+        1, rel=1e-3
+    )
 
 
 def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> None:
     """Two steps of each stage: every part of the recipe runs, and the folder loads."""
     short = TrainConfig(steps=2, warmup=1)
-    done = tiny.main(tmp_path, short, short, short, short, short, texts=40)
-    from llava_interleave.chatbot import load
+    done = training.main(tmp_path, short, short, short, short, short, texts=40)
+    from llava_interleave.chat import load
 
     bot = load(done)
     assert bot.processor.num_frames == FRAMES
-    assert isinstance(bot.ask("What is there?", pictures(episode("single", Random(0)), 96), max_new_tokens=3).text, str)
+    assert isinstance(
+        bot.ask(
+            "What is there?", pictures(episode("single", Random(0)), 96), max_new_tokens=3
+        ).text,
+        str,
+    )

@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 from typer.testing import CliRunner
 
-from llava_interleave import weights
+from llava_interleave import checkpoints
 from llava_interleave.cli import app
 from llava_interleave.errors import DataError
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Packed, arrange
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import checkpoints, data, loop, run, sources
-from llava_interleave.train.batch import Pair, collate_pairs
-from llava_interleave.train.check import check
-from llava_interleave.train.examples import Form, Samples, Unit
-from llava_interleave.train.loss import Preferences, logprobs
+from llava_interleave.train import checkpointing, datasets, formats, loop, run
+from llava_interleave.train.losses import DPOLoss, logprobs
+from llava_interleave.train.packing import Pair, collate_pairs
 from llava_interleave.train.recipe import Dpo, Recipe
+from llava_interleave.train.samples import PackedSample, SampleFormat, Samples
+from llava_interleave.train.validate import check
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.frombytes("RGB", (30, 30), Random(name).randbytes(2700)).save(place / name)
         told = {"chosen": "It is red. " * (1 + number), "rejected": "Blue"}
         rows.append(
-            {"id": f"p{number}", "image": names, "prompt": "<image> " * len(names) + f"Which colour is {number}?", **told}
+            {
+                "id": f"p{number}",
+                "image": names,
+                "prompt": "<image> " * len(names) + f"Which colour is {number}?",
+                **told,
+            }
         )
     (place / "pairs.json").write_text(json.dumps(rows))
     return place / "pairs.json"
 
 
-def units(source: Path, folder: Path) -> list[Unit]:
-    checked = check(sources.rows(source), data.processor(folder))
+def units(source: Path, folder: Path) -> list[PackedSample]:
+    checked = check(datasets.rows(source), formats.processor(folder))
     assert not any(one.error for one in checked)
     return [
-        Unit((a.row, b.row), (a.tokens or 0) + (b.tokens or 0), 0, a.images or 0)
+        PackedSample((a.row, b.row), (a.tokens or 0) + (b.tokens or 0), 0, a.images or 0)
         for a, b in zip(checked[::2], checked[1::2], strict=True)
     ]
 
@@ -65,8 +70,12 @@ def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
     rows = []
     for prompt in prompts:
         tokens = torch.tensor(prompt.tokens + [0] * (longest - len(prompt)))
-        features = [(m.start, arrange(model.encode(m.pixels), m.layout)) for m in prompt.media]
-        hidden = model(model.embed(tokens, features), torch.arange(longest), Packed([longest]))
+        features = [
+            (m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in prompt.media
+        ]
+        hidden = model(
+            model.embed(tokens, features), torch.arange(longest), PackedAttention([longest])
+        )
         each = log_softmax(model.logits(hidden)[:-1], -1).gather(1, tokens[1:, None])[:, 0]
         mask = torch.tensor([*(prompt.learn or []), *[False] * (longest - len(prompt))])[1:]
         rows.append((each * mask).sum())
@@ -74,13 +83,17 @@ def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
 
 
 @pytest.mark.parametrize(("smoothing", "ipo"), [(0.0, False), (0.2, False), (0.0, True)])
-def test_loss_and_gradients_are_those_of_plain_padded_sequences(smoothing: float, ipo: bool, folder: Path, source: Path) -> None:
+def test_loss_and_gradients_are_those_of_plain_padded_sequences(
+    smoothing: float, ipo: bool, folder: Path, source: Path
+) -> None:
     beta = 0.3
     made = Samples(units(source, folder), folder, 0)
     pairs = [pair for unit in made.units if isinstance(pair := made.make(unit), Pair)]
     reference = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1)) * 3 - 20
-    model = weights.load(folder).requires_grad_(True)
-    chosen, rejected = (padded(model, [getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected"))
+    model = checkpoints.load(folder).requires_grad_(True)
+    chosen, rejected = (
+        padded(model, [getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected")
+    )
     h = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
     if ipo:
         want = ((h - 1 / (2 * beta)) ** 2).sum()
@@ -90,9 +103,12 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(smoothing: float
     slow = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     batch = collate_pairs(
-        [Pair(p.chosen, p.rejected, (float(a), float(b))) for p, (a, b) in zip(pairs, reference.tolist(), strict=True)]
+        [
+            Pair(p.chosen, p.rejected, (float(a), float(b)))
+            for p, (a, b) in zip(pairs, reference.tolist(), strict=True)
+        ]
     )
-    found = Preferences(beta, smoothing, ipo)(model, batch)
+    found = DPOLoss(beta, smoothing, ipo)(model, batch)
     found.total.backward()
     torch.testing.assert_close(found.total, want, rtol=1e-4, atol=1e-4)
     assert (found.count, found.right) == (len(pairs), int((h > 0).sum()))
@@ -100,7 +116,9 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(smoothing: float
     assert fast.keys() == slow.keys()
     largest = max(float(gradient.abs().max()) for gradient in slow.values())
     for name, gradient in slow.items():
-        torch.testing.assert_close(fast[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            fast[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_pictures_go_through_the_tower_once_a_pair(folder: Path, source: Path) -> None:
@@ -108,8 +126,8 @@ def test_pictures_go_through_the_tower_once_a_pair(folder: Path, source: Path) -
     pairs = [pair for unit in made.units if isinstance(pair := made.make(unit), Pair)]
     batch = collate_pairs(pairs)
     assert len(batch.pixels) == sum(len(pair.chosen.media) for pair in pairs) == 6
-    assert [layout for *_, layout in batch.media] == [Layout(4)] * 6
-    model = weights.load(folder)
+    assert [layout for *_, layout in batch.media] == [ImageTokenLayout(4)] * 6
+    model = checkpoints.load(folder)
     with torch.no_grad():
         torch.testing.assert_close(
             logprobs(model, batch).flatten(),
@@ -119,14 +137,21 @@ def test_pictures_go_through_the_tower_once_a_pair(folder: Path, source: Path) -
         )
 
 
-def test_both_sides_are_the_tokens_of_the_whole_conversation_and_the_last_answer_is_learnt(folder: Path, tmp_path: Path) -> None:
+def test_both_sides_are_the_tokens_of_the_whole_conversation_and_the_last_answer_is_learnt(
+    folder: Path, tmp_path: Path
+) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "1"},
     ]
     turns.append({"role": "user", "content": "Two?"})
-    row = {"id": "x", "prompt": turns, "chosen": [{"role": "assistant", "content": "2 it is"}], "rejected": "3"}
+    row = {
+        "id": "x",
+        "prompt": turns,
+        "chosen": [{"role": "assistant", "content": "2 it is"}],
+        "rejected": "3",
+    }
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (unit,) = units(tmp_path / "a.jsonl", folder)
     pair = Samples([unit], folder, 0).make(unit)
@@ -174,18 +199,32 @@ def test_all_forms_of_pairs_become_the_same(form: str, folder: Path, tmp_path: P
         assert [m.start for m in side.media] == [m.start for m in want.media]
 
 
-def test_pairs_that_are_none_are_refused_by_name(folder: Path, source: Path, tmp_path: Path) -> None:
+def test_pairs_that_are_none_are_refused_by_name(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
     def refused(rows: list[dict[str, Any]], error: str, **more: Any) -> None:
         (tmp_path / "a.json").write_text(json.dumps(rows))
         with pytest.raises(DataError, match=error):
-            run.run(Recipe(model=str(folder), source=tmp_path / "a.json", steps=1, **more), tmp_path / "out", say=lambda _: None)
+            run.run(
+                Recipe(model=str(folder), source=tmp_path / "a.json", steps=1, **more),
+                tmp_path / "out",
+                say=lambda _: None,
+            )
 
     plain = {"id": "plain", "messages": [{"role": "user", "content": "a"}, YES]}
     pair = {"id": "pair", "prompt": "Who?", "chosen": "A cat.", "rejected": "A dog."}
     refused([pair], "sample pair has a chosen and a rejected answer.*take the recipe dpo")
     refused([pair, plain], "sample plain is no pair", dpo=Dpo())
-    refused([pair | {"rejected": "A cat."}], "pair pair has one answer twice: there is nothing to prefer", dpo=Dpo())
-    refused([pair | {"rejected": " "}], "sample pair, rejected must have a role|its text is empty", dpo=Dpo())
+    refused(
+        [pair | {"rejected": "A cat."}],
+        "pair pair has one answer twice: there is nothing to prefer",
+        dpo=Dpo(),
+    )
+    refused(
+        [pair | {"rejected": " "}],
+        "sample pair, rejected must have a role|its text is empty",
+        dpo=Dpo(),
+    )
     refused([pair | {"prompt": None}], "sample pair, chosen begins with an answer", dpo=Dpo())
     (tmp_path / "b.json").write_text(json.dumps([pair]))
     (unit,) = units(tmp_path / "b.json", folder)
@@ -234,7 +273,7 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
         run.run(recipe, tmp_path / "killed", say=lambda _: None)
     step = loop.step
 
-    def deadly(*given: Any) -> loop.Step:
+    def deadly(*given: Any) -> loop.StepStats:
         if given[5] == 5:
             raise Killed
         return step(*given)
@@ -246,28 +285,41 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
     before = times
     resumed = run.run(recipe, tmp_path / "killed", say=lambda _: None)
     assert times == before
-    assert checkpoints.every(tmp_path / "killed")[-1].name == checkpoints.every(tmp_path / "whole")[-1].name
-    a, b = (weights.load(path) for path in (whole, resumed))
+    assert (
+        checkpointing.list_checkpoints(tmp_path / "killed")[-1].name
+        == checkpointing.list_checkpoints(tmp_path / "whole")[-1].name
+    )
+    a, b = (checkpoints.load(path) for path in (whole, resumed))
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q), name
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    ]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # nothing is preferred yet: log 2
     assert losses[-1] < losses[0]
     assert [line for line in lines if "loss" in line][-1]["right"] == 1
 
 
-def test_the_reference_is_the_model_before_training(folder: Path, source: Path, tmp_path: Path) -> None:
+def test_the_reference_is_the_model_before_training(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
     recipe = Recipe(model=str(folder), source=source, steps=1, lr=1e-3, workers=0, dpo=Dpo())
     run.run(recipe, tmp_path / "out", say=lambda _: None)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "reference.jsonl").read_text().splitlines()[1:]]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "reference.jsonl").read_text().splitlines()[1:]
+    ]
     stored = {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
-    model = weights.load(folder)
-    made = Samples(units(source, folder), folder, 0, Form())
+    model = checkpoints.load(folder)
+    made = Samples(units(source, folder), folder, 0, SampleFormat())
     for unit in made.units:
         pair = made.make(unit)
         assert isinstance(pair, Pair)
         with torch.no_grad():
             torch.testing.assert_close(
-                torch.tensor(stored[unit.name]), padded(model, [pair.chosen, pair.rejected]), rtol=1e-4, atol=1e-3
+                torch.tensor(stored[unit.name]),
+                padded(model, [pair.chosen, pair.rejected]),
+                rtol=1e-4,
+                atol=1e-3,
             )

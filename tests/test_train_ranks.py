@@ -16,15 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_interleave import cli, weights
+from llava_interleave import checkpoints, cli
+from llava_interleave.distributed.process_group import ProcessGroup
 from llava_interleave.errors import OptionError, Unsupported
-from llava_interleave.model.ranks import Ranks
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.train import checkpoints, loop, recipe
-from llava_interleave.train.batch import Idle, Plan, Position, dealt
+from llava_interleave.train import checkpointing, loop, recipe
 from llava_interleave.train.loop import TrainConfig, train
-from llava_interleave.train.loss import answers
+from llava_interleave.train.losses import sft_loss
+from llava_interleave.train.packing import (
+    DummyBatch,
+    PlannedPackedDataset,
+    Position,
+    distributed_batches,
+)
 from llava_interleave.train.recipe import Adapter, Dpo, Recipe
 from llava_interleave.train.run import run
 
@@ -46,7 +51,7 @@ def dying(number: int, how: Any) -> Any:
     """A step of the loop, before whose `number` something happens."""
     step = loop.step
 
-    def taken(*words: Any) -> loop.Step:
+    def taken(*words: Any) -> loop.StepStats:
         if words[5] == number:
             how()
         return step(*words)
@@ -70,12 +75,28 @@ def prepare(place: Path) -> None:
         asked, said = "<image>\n" * len(names) + "What?", f"Number {number}." * (1 + number % 4)
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
         samples.append({"id": f"s{number}", "image": names, "conversations": turns})
-        pairs.append({"id": f"s{number}", "images": names, "prompt": asked, "chosen": said, "rejected": "No!"})
+        pairs.append(
+            {
+                "id": f"s{number}",
+                "images": names,
+                "prompt": asked,
+                "chosen": said,
+                "rejected": "No!",
+            }
+        )
     (place / "samples.json").write_text(json.dumps(samples))
     (place / "pairs.json").write_text(json.dumps(pairs))
     for stage, more in STAGES.items():
         source = place / ("pairs.json" if stage == "dpo" else "samples.json")
-        settings = {"lr": LR, "tokens": 250, "accumulate": 4, "workers": 0, "save_every": 2, "log_every": 1, "warmup": 0.5}
+        settings = {
+            "lr": LR,
+            "tokens": 250,
+            "accumulate": 4,
+            "workers": 0,
+            "save_every": 2,
+            "log_every": 1,
+            "warmup": 0.5,
+        }
         if "epochs" not in more:
             settings["steps"] = 4
         made = Recipe(model=str(model), source=source, **{**settings, **more})
@@ -84,7 +105,11 @@ def prepare(place: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "step", dying(2, killed))
         with pytest.raises(Killed):
-            run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one", say=lambda _: None)
+            run(
+                recipe.read(place / "adapter.toml"),
+                place / "adapter" / "begun by one",
+                say=lambda _: None,
+            )
 
 
 def together(place: Path) -> None:
@@ -94,7 +119,14 @@ def together(place: Path) -> None:
     run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one")
     if os.environ["RANK"] == "1":
         loop.step = dying(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    sys.argv = ["llava", "train", "-r", str(place / "all.toml"), "-o", str(place / "all" / "begun by two")]
+    sys.argv = [
+        "llava",
+        "train",
+        "-r",
+        str(place / "all.toml"),
+        "-o",
+        str(place / "all" / "begun by two"),
+    ]
     try:
         cli.main()
     except SystemExit as end:
@@ -105,8 +137,19 @@ def together(place: Path) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ranks")
     prepare(place)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(place)]
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        str(place),
+    ]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "said").write_text(done.stdout)
     return place
@@ -119,7 +162,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 def tensors(path: Path) -> dict[str, Tensor]:
     if path.name == "adapter":
         return load_file(path / "adapter_model.safetensors")
-    return dict(weights.load(path).named_parameters())
+    return dict(checkpoints.load(path).named_parameters())
 
 
 def alike(one: Path, other: Path) -> None:
@@ -132,7 +175,11 @@ def alike(one: Path, other: Path) -> None:
         assert a["right"] == pytest.approx(b["right"])
     name = "adapter" if (one / "adapter").exists() else "model"
     a, b = tensors(one / name), tensors(other / name)
-    before = tensors(one.parent.parent / "tiny") if name == "model" else {key: torch.zeros(()) for key in a}
+    before = (
+        tensors(one.parent.parent / "tiny")
+        if name == "model"
+        else {key: torch.zeros(()) for key in a}
+    )
     assert a.keys() == b.keys()
     apart, moved = (sum(float((a[k] - x[k]).square().sum()) for k in a) ** 0.5 for x in (b, before))
     assert apart < 0.02 * moved
@@ -157,7 +204,7 @@ def test_a_signal_to_one_ends_all_and_one_goes_on_with_what_two_have_saved(place
     """At the third step, after which nothing was due to be saved."""
     begun = place / "all" / "begun by two"
     assert [(place / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]
-    assert checkpoints.every(begun)[-1].name == "checkpoint-3"
+    assert checkpointing.list_checkpoints(begun)[-1].name == "checkpoint-3"
     assert len(list((begun / "checkpoint-3").glob("*.safetensors"))) == 2
     run(recipe.read(place / "all.toml"), begun, say=lambda _: None)
     alike(place / "all" / "one", begun)
@@ -185,40 +232,51 @@ class Numbers:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_batch_of_a_step_has_one_rank_and_those_of_the_same_time_are_alike(count: int) -> None:
-    plan, each = Plan(Numbers(), 60, size=16, tokens=20, seed=3), 6
+def test_every_batch_of_a_step_has_one_rank_and_those_of_the_same_time_are_alike(
+    count: int,
+) -> None:
+    plan, each = PlannedPackedDataset(Numbers(), 60, size=16, tokens=20, seed=3), 6
 
     def read(rank: int, start: Position = Position()) -> list[tuple[Any, Position]]:  # noqa: B008  frozen
-        return list(dealt(plan, start, workers=0, each=each, ranks=Ranks(rank, count)))
+        return list(
+            distributed_batches(plan, start, workers=0, each=each, ranks=ProcessGroup(rank, count))
+        )
 
     found = [read(rank) for rank in range(count)]
     assert len({len(one) for one in found}) == 1
     assert all(len({after for _, after in turn}) == 1 for turn in zip(*found, strict=True))
-    batches = [batch for one in found for batch, _ in one if not isinstance(batch, Idle)]
+    batches = [batch for one in found for batch, _ in one if not isinstance(batch, DummyBatch)]
     assert sorted({int(token) for batch in batches for token in batch.tokens}) == list(range(60))
     assert sum(len(batch.lengths) for batch in batches) == 60
     share = each // count
     assert len(found[0]) == -(-len(batches) // count)
     assert plan.steps(each) == -(-len(batches) // each) == -(-len(found[0]) // share)
-    times = [[len(b.tokens) for b, _ in turn if not isinstance(b, Idle)] for turn in zip(*found, strict=True)]
+    times = [
+        [len(b.tokens) for b, _ in turn if not isinstance(b, DummyBatch)]
+        for turn in zip(*found, strict=True)
+    ]
     for number, (turn, after) in enumerate(pairwise(times), 1):
-        assert number % share == 0 or min(turn) >= max(after)  # of another step, or as long as what comes next
+        assert number % share == 0 or min(turn) >= max(
+            after
+        )  # of another step, or as long as what comes next
     for rank in range(count):  # from the end of any step
         for cut in range(share, len(found[rank]), share):
             rest = read(rank, found[rank][cut - 1][1])
             assert [after for _, after in rest] == [after for _, after in found[rank][cut:]]
-            assert [b.tokens.tolist() for b, _ in rest if not isinstance(b, Idle)] == [
-                b.tokens.tolist() for b, _ in found[rank][cut:] if not isinstance(b, Idle)
+            assert [b.tokens.tolist() for b, _ in rest if not isinstance(b, DummyBatch)] == [
+                b.tokens.tolist() for b, _ in found[rank][cut:] if not isinstance(b, DummyBatch)
             ]
 
 
 def test_what_cannot_be_shared_is_refused(place: Path, tmp_path: Path) -> None:
-    model = weights.load(place / "tiny").requires_grad_(True)
+    model = checkpoints.load(place / "tiny").requires_grad_(True)
 
     def go(config: TrainConfig, count: int) -> None:
-        train(model, answers, lambda _: iter(()), config, tmp_path, ranks=Ranks(0, count))
+        train(model, sft_loss, lambda _: iter(()), config, tmp_path, ranks=ProcessGroup(0, count))
 
-    with pytest.raises(OptionError, match="3 processes cannot share 4 batches a step evenly: give accumulate 6"):
+    with pytest.raises(
+        OptionError, match="3 processes cannot share 4 batches a step evenly: give accumulate 6"
+    ):
         go(TrainConfig(steps=1, accumulate=4), 3)
     with pytest.raises(Unsupported, match="Muon needs whole matrices, and 2 processes have shards"):
         go(TrainConfig(steps=1, accumulate=4, muon=1.0), 2)

@@ -10,13 +10,15 @@ from typer.testing import CliRunner
 from llava_interleave.cli import app
 from llava_interleave.cli import train as command
 from llava_interleave.errors import OptionError
-from llava_interleave.model.lora import Lora
+from llava_interleave.lora import LoraConfig
 from llava_interleave.train import recipe, run
 from llava_interleave.train.recipe import Adapter, Dpo, Recipe
 
 
 @pytest.mark.parametrize("name", recipe.SHIPPED)
-def test_a_shipped_recipe_is_whole_and_comes_back_from_its_own_file(name: str, tmp_path: Path) -> None:
+def test_a_shipped_recipe_is_whole_and_comes_back_from_its_own_file(
+    name: str, tmp_path: Path
+) -> None:
     found = recipe.read(recipe.find(name))
     assert found.epochs
     (tmp_path / "again.toml").write_text(found.toml())
@@ -26,11 +28,28 @@ def test_a_shipped_recipe_is_whole_and_comes_back_from_its_own_file(name: str, t
 def test_shipped_recipes_have_what_was_published() -> None:
     """Of LLaVA-NeXT: scripts pretrain_siglip.sh, direct_finetune_siglip_a4.sh and dpo.sh; config.json of the checkpoints."""
     align, dpo, instruct, interleave = (recipe.read(recipe.find(name)) for name in recipe.SHIPPED)
-    assert (align.tower, align.projector, align.decoder, align.lr, align.template) == (0, 1, 0, 1e-3, "plain")
+    assert (align.tower, align.projector, align.decoder, align.lr, align.template) == (
+        0,
+        1,
+        0,
+        1e-3,
+        "plain",
+    )
     assert instruct.lr * instruct.tower == pytest.approx(2e-6)
     assert (instruct.lr, instruct.anyres, instruct.tokens) == (1e-5, True, 32768)
-    assert (interleave.tower, interleave.projector, interleave.decoder, interleave.tokens) == (0, 1, 1, 32768)
-    assert (dpo.dpo, dpo.lr, dpo.schedule, dpo.warmup, dpo.epochs) == (Dpo(beta=0.1), 5e-7, "linear", 0.1, 3)
+    assert (interleave.tower, interleave.projector, interleave.decoder, interleave.tokens) == (
+        0,
+        1,
+        1,
+        32768,
+    )
+    assert (dpo.dpo, dpo.lr, dpo.schedule, dpo.warmup, dpo.epochs) == (
+        Dpo(beta=0.1),
+        5e-7,
+        "linear",
+        0.1,
+        3,
+    )
     assert {one.warmup for one in (align, instruct, interleave)} == {0.03}
     for one in (align, dpo, instruct, interleave):
         assert (one.decay, one.final, one.beta2, one.clip) == (0, 0, 0.999, 1)
@@ -76,7 +95,9 @@ def test_every_value_that_can_be_set_is_stored_and_read(tmp_path: Path) -> None:
         ("steps = ", "cannot be read as TOML"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_name_of_file_and_field(text: str, error: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_with_the_name_of_file_and_field(
+    text: str, error: str, tmp_path: Path
+) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(OptionError, match=rf"mine\.toml.*{error}"):
         recipe.read(tmp_path / "mine.toml")
@@ -93,16 +114,22 @@ def test_relative_paths_begin_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     (tmp_path / "mine.toml").write_text('model = "start"\nsource = "a/b.json"\nmedia = "m"')
     found = recipe.read(tmp_path / "mine.toml")
-    assert (found.model, found.source, found.media) == (str(tmp_path / "start"), tmp_path / "a" / "b.json", tmp_path / "m")
+    assert (found.model, found.source, found.media) == (
+        str(tmp_path / "start"),
+        tmp_path / "a" / "b.json",
+        tmp_path / "m",
+    )
     (tmp_path / "mine.toml").write_text('model = "org/name"')
     assert recipe.read(tmp_path / "mine.toml").model == "org/name"
 
 
-def test_flags_change_single_settings_and_the_result_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_change_single_settings_and_the_result_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every setting has a flag; one that is not used leaves the file's value."""
     seen: list[Any] = []
     monkeypatch.setattr(run, "run", lambda chosen, out: seen.append((chosen, out)))
-    monkeypatch.setattr("llava_interleave.chatbot.locate", lambda name, _: Path(name))
+    monkeypatch.setattr("llava_interleave.chat.locate", lambda name, _: Path(name))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(
         'model = "org/x"\nsource = "s.json"\nepochs = 2\nlr = 1.0\nbfloat16 = true\n[dpo]\nipo = true'
@@ -117,12 +144,36 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(tmp_path: Path
     stored = recipe.read(tmp_path / "mine.toml")
     model = str(tmp_path / "org" / "x")
     assert told("-r", "mine.toml") == dataclasses.replace(stored, model=model)
-    assert told("other", "-r", "mine.toml", "--steps", "5", "--no-bfloat16", "--dpo-beta", "0.3") == dataclasses.replace(
-        stored, model=model, source=tmp_path / "other", steps=5, epochs=None, bfloat16=False, dpo=Dpo(beta=0.3, ipo=True)
+    assert told(
+        "other", "-r", "mine.toml", "--steps", "5", "--no-bfloat16", "--dpo-beta", "0.3"
+    ) == dataclasses.replace(
+        stored,
+        model=model,
+        source=tmp_path / "other",
+        steps=5,
+        epochs=None,
+        bfloat16=False,
+        dpo=Dpo(beta=0.3, ipo=True),
     )
-    again = told("x.json", "-m", "m", "--adapter-targets", "a*", "--adapter-targets", "b", "--epochs", "1.5", "--lr", "1")
+    again = told(
+        "x.json",
+        "-m",
+        "m",
+        "--adapter-targets",
+        "a*",
+        "--adapter-targets",
+        "b",
+        "--epochs",
+        "1.5",
+        "--lr",
+        "1",
+    )
     assert again == Recipe(
-        model=str(tmp_path / "m"), source=tmp_path / "x.json", epochs=1.5, lr=1.0, adapter=Adapter(targets=("a*", "b"))
+        model=str(tmp_path / "m"),
+        source=tmp_path / "x.json",
+        epochs=1.5,
+        lr=1.0,
+        adapter=Adapter(targets=("a*", "b")),
     )
     with pytest.raises(OptionError, match="name samples, or a recipe"):
         told("-r", "align")
@@ -130,12 +181,16 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(tmp_path: Path
         told("-r", "mine.toml", "--dpo-smoothing", "0.1")
     keys = {key for key, _ in command._flags()}
     fields = {f.name for f in dataclasses.fields(Recipe)} - set(command.SPECIAL)
-    assert keys == fields | {f"{name}.{f.name}" for name, table in recipe.TABLES.items() for f in dataclasses.fields(table)}
+    assert keys == fields | {
+        f"{name}.{f.name}"
+        for name, table in recipe.TABLES.items()
+        for f in dataclasses.fields(table)
+    }
 
 
 def test_an_adapter_has_the_settings_of_the_network_s_adapters() -> None:
     """`Recipe` must be imported without torch, so it repeats the fields."""
-    assert dataclasses.asdict(Lora()) == dataclasses.asdict(Adapter())
+    assert dataclasses.asdict(LoraConfig()) == dataclasses.asdict(Adapter())
 
 
 def test_every_setting_has_a_sentence() -> None:

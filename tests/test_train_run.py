@@ -21,23 +21,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from llava_interleave import kernels, weights
+from llava_interleave import checkpoints, kernels
+from llava_interleave.checkpoints.adapters import read_adapter
 from llava_interleave.cli import app
 from llava_interleave.errors import DataError, OptionError, Unsupported
+from llava_interleave.lora import LoraConfig, attach, linears
 from llava_interleave.model import Llava
-from llava_interleave.model.lora import Lora, attach, linears
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import checkpoints, loop, recipe, run, shards, sources
-from llava_interleave.train.batch import Batch, Windows, batches, collate, pack
-from llava_interleave.train.check import check
-from llava_interleave.train.examples import Form, Samples, Unit, in_front
+from llava_interleave.train import checkpointing, datasets, fsdp, loop, recipe, run
 from llava_interleave.train.loop import TrainConfig, train
-from llava_interleave.train.loss import Loss, answers
+from llava_interleave.train.losses import Loss, sft_loss
+from llava_interleave.train.packing import Batch, PackedDataset, batches, collate, pack
 from llava_interleave.train.recipe import Adapter, Recipe
-from llava_interleave.weights.adapters import read_adapter
-from llava_interleave.world.data import write
+from llava_interleave.train.samples import PackedSample, SampleFormat, Samples, in_front
+from llava_interleave.train.validate import check
+from recipes.tiny_world.data import write
 
 
 def quiet(_: str) -> None:
@@ -58,38 +58,68 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{number}-{i}.png" for i in range(1 + number % 3)]
         for name in names:
             Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
-        asked = ("<image>\nWhat?", "Is <image> like <image> here?", "<image>\n<image>\n<image>\nWhich?")[number % 3]
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"Noise, number {number}." + " Yes." * number}]
+        asked = (
+            "<image>\nWhat?",
+            "Is <image> like <image> here?",
+            "<image>\n<image>\n<image>\nWhich?",
+        )[number % 3]
+        turns = [
+            {"from": "human", "value": asked},
+            {"from": "gpt", "value": f"Noise, number {number}." + " Yes." * number},
+        ]
         rows.append({"id": f"s{number}", "image": names, "conversations": turns})
     (place / "some.json").write_text(json.dumps(rows))
     return place / "some.json"
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
-    return dict(weights.load(path).named_parameters())
+    return dict(checkpoints.load(path).named_parameters())
 
 
 def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
     """What was trained, of the one rank that wrote a checkpoint."""
     (file,) = checkpoint.glob("*.safetensors")
-    return {name: tensor for name, tensor in load_file(file).items() if not name.startswith(checkpoints.MOMENT)}
+    return {
+        name: tensor
+        for name, tensor in load_file(file).items()
+        if not name.startswith(checkpointing.MOMENT)
+    }
 
 
 def log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-PARTS = {"tower": "vision_tower.", "projector": "multi_modal_projector.", "decoder": "language_model."}
+PARTS = {
+    "tower": "vision_tower.",
+    "projector": "multi_modal_projector.",
+    "decoder": "language_model.",
+}
 
 
-@pytest.mark.parametrize(("stage", "trained"), [("align", ["projector"]), ("instruct", [*PARTS]), ("interleave", [*PARTS][1:])])
+@pytest.mark.parametrize(
+    ("stage", "trained"),
+    [("align", ["projector"]), ("instruct", [*PARTS]), ("interleave", [*PARTS][1:])],
+)
 def test_a_stage_trains_its_parts_and_leaves_all_others_bit_equal(
     stage: str, trained: list[str], folder: Path, source: Path, tmp_path: Path
 ) -> None:
     """And says so before it starts."""
     words = ["train", str(source), "-r", stage, "-m", str(folder), "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(
-        app, [*words, "--steps", "2", "--tokens", "2000", "--workers", "0", "--lr", "0.01", "--no-bfloat16"]
+        app,
+        [
+            *words,
+            "--steps",
+            "2",
+            "--tokens",
+            "2000",
+            "--workers",
+            "0",
+            "--lr",
+            "0.01",
+            "--no-bfloat16",
+        ],
     )
     assert done.exit_code == 0, (done.output, done.exception)
     before, after = state(folder), state(tmp_path / "out" / "model")
@@ -101,9 +131,13 @@ def test_a_stage_trains_its_parts_and_leaves_all_others_bit_equal(
         count = sum(p.numel() for name, p in before.items() if name.startswith(prefix))
         pair = (count, 0) if part in trained else (0, count)
         rate = (rates.get(stage) if part == "tower" else "0.01") if part in trained else "frozen"
-        assert re.search(rf"^{part} +{pair[0]:,} +{pair[1]:,}  {rate}$", done.output, re.MULTILINE), done.output
+        assert re.search(
+            rf"^{part} +{pair[0]:,} +{pair[1]:,}  {rate}$", done.output, re.MULTILINE
+        ), done.output
     assert recipe.read(tmp_path / "out" / "config.toml").lr == 0.01
-    about = json.loads((checkpoints.every(tmp_path / "out")[-1] / "state.json").read_text())["about"]
+    about = json.loads(
+        (checkpointing.list_checkpoints(tmp_path / "out")[-1] / "state.json").read_text()
+    )["about"]
     assert about == recipe.read(tmp_path / "out" / "config.toml").stored()
 
 
@@ -113,7 +147,20 @@ def test_where_bfloat16_is_slow_it_is_float32(
 ) -> None:
     """Without AVX-512 a step took 65 times as long by the published recipes, which ask for bfloat16."""
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    words = ["train", str(source), "-r", "instruct", "-m", str(folder), "--steps", "2", "--tokens", "2000", "--workers", "0"]
+    words = [
+        "train",
+        str(source),
+        "-r",
+        "instruct",
+        "-m",
+        str(folder),
+        "--steps",
+        "2",
+        "--tokens",
+        "2000",
+        "--workers",
+        "0",
+    ]
     words += ["--log-every", "1", *(["--adapter-rank", "4"] if adapter else [])]
     logs = []
     for name in ("bfloat16", "no-bfloat16"):
@@ -124,19 +171,29 @@ def test_where_bfloat16_is_slow_it_is_float32(
     assert logs[0] == logs[1] and len(logs[0]) == 2
 
 
-def units(source: Path, folder: Path, form: Form) -> list[Unit]:
-    checked = check(sources.rows(source), Processor.from_folder(folder), form=form)
-    return [Unit((one.row,), one.tokens or 0, one.front or 0, one.images or 0) for one in checked]
+def units(source: Path, folder: Path, form: SampleFormat) -> list[PackedSample]:
+    checked = check(datasets.rows(source), Processor.from_folder(folder), form=form)
+    return [
+        PackedSample((one.row,), one.tokens or 0, one.front or 0, one.images or 0)
+        for one in checked
+    ]
 
 
-@pytest.mark.parametrize("form", [Form(), Form("plain"), Form(anyres=True), Form(front=0.5)])
-def test_what_is_counted_is_what_is_trained_on(form: Form, folder: Path, source: Path) -> None:
+@pytest.mark.parametrize(
+    "form",
+    [SampleFormat(), SampleFormat("plain"), SampleFormat(anyres=True), SampleFormat(front=0.5)],
+)
+def test_what_is_counted_is_what_is_trained_on(
+    form: SampleFormat, folder: Path, source: Path
+) -> None:
     samples = Samples(units(source, folder, form), folder, 3, form)
     for index in range(30):
         made = samples(index)
         assert isinstance(made, Prompt)
         assert samples.length(index) == len(made), index
-        assert samples.images(index) == sum(1 if m.layout.tiles else m.layout.crops for m in made.media), index
+        assert samples.images(index) == sum(
+            1 if m.layout.tiles else m.layout.crops for m in made.media
+        ), index
 
 
 def test_batches_are_bounded_in_images_too(folder: Path, source: Path, tmp_path: Path) -> None:
@@ -146,45 +203,62 @@ def test_batches_are_bounded_in_images_too(folder: Path, source: Path, tmp_path:
     assert sorted(i for group in groups for i in group) == list(range(6))
     assert all(sum(images[i] for i in group) <= 2 for group in groups)
     seen: list[int] = []
-    given = Recipe(model=str(folder), source=source, epochs=1, lr=1e-3, tokens=4000, images=3, workers=0)
+    given = Recipe(
+        model=str(folder), source=source, epochs=1, lr=1e-3, tokens=4000, images=3, workers=0
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "answers", lambda model, batch: seen.append(len(batch.pixels)) or answers(model, batch))
+        patch.setattr(
+            run,
+            "answers",
+            lambda model, batch: seen.append(len(batch.pixels)) or sft_loss(model, batch),
+        )
         run.run(given, tmp_path / "out", say=quiet)
     assert sum(seen) == 18
     assert max(seen) <= 3
-    with pytest.raises(DataError, match=r"sample s2 has 3 images and frames, more than the 2 of a batch: raise --images"):
+    with pytest.raises(
+        DataError,
+        match=r"sample s2 has 3 images and frames, more than the 2 of a batch: raise --images",
+    ):
         run.run(given.but({"images": 2}), tmp_path / "two", say=quiet)
 
 
 @pytest.mark.parametrize("trained", ["", "multi_modal_projector", ".low."])
-def test_operations_are_those_that_pytorch_counts(trained: str, folder: Path, prompts: list[Prompt]) -> None:
+def test_operations_are_those_that_pytorch_counts(
+    trained: str, folder: Path, prompts: list[Prompt]
+) -> None:
     """It sees all of attention, of which half is in the future, and the head's logits twice, as the loss computes them.
 
     It does not see gradients of what goes into the first layer where only adapters train, or into the projector: there are none.
     """
-    network = weights.load(folder)
-    attach(network, Lora(rank=2, dropout=0.0))
+    network = checkpoints.load(folder)
+    attach(network, LoraConfig(rank=2, dropout=0.0))
     for name, p in network.named_parameters():
         p.requires_grad_(trained in name if trained else "vision_tower" not in name)
     batch, text = collate(prompts[2:3]), network.config.text
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        part = answers(network, batch)
+        part = sft_loss(network, batch)
         part.total.backward()
     future = 2 * len(batch.tokens) ** 2 * text.num_heads * text.head_dim * text.num_layers * 3
     again = 2 * part.count * text.hidden_size * text.vocab_size
-    first = 2 * len(batch.tokens) * 3 * text.hidden_size * (text.hidden_size + 2) if trained == ".low." else 0
+    first = (
+        2 * len(batch.tokens) * 3 * text.hidden_size * (text.hidden_size + 2)
+        if trained == ".low."
+        else 0
+    )
     assert part.flops == pytest.approx(counter.get_total_flops() - future - again + first, rel=0.01)
 
 
-def test_layers_computed_again_give_the_same_gradients_from_less_memory(folder: Path, prompts: list[Prompt]) -> None:
+def test_layers_computed_again_give_the_same_gradients_from_less_memory(
+    folder: Path, prompts: list[Prompt]
+) -> None:
     """With an adapter's dropout, which must leave out the same again. What goes into layers is kept in both."""
     found, kept = [], []
     for again in (False, True):
-        network = weights.load(folder)
-        attach(network, Lora(rank=2, dropout=0.3))
+        network = checkpoints.load(folder)
+        attach(network, LoraConfig(rank=2, dropout=0.3))
         network.requires_grad_(True).train()
         if again:
-            shards.recompute(network)
+            fsdp.enable_activation_checkpointing(network)
         held: dict[int, int] = {}
 
         def keep(x: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
@@ -193,8 +267,10 @@ def test_layers_computed_again_give_the_same_gradients_from_less_memory(folder: 
 
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            part = answers(network, collate(prompts))
-        kept.append(sum(held.values()) - sum(p.nbytes for p in network.parameters() if p.data_ptr() in held))
+            part = sft_loss(network, collate(prompts))
+        kept.append(
+            sum(held.values()) - sum(p.nbytes for p in network.parameters() if p.data_ptr() in held)
+        )
         part.total.backward()
         found.append({name: p.grad for name, p in network.named_parameters()})
     for name, gradient in found[0].items():
@@ -205,9 +281,9 @@ def test_layers_computed_again_give_the_same_gradients_from_less_memory(folder: 
 
 def test_plain_is_images_then_the_answer(folder: Path, source: Path) -> None:
     processor = Processor.from_folder(folder)
-    row = sources.rows(source)[1]
+    row = datasets.rows(source)[1]
     said, media = row.messages()
-    made = Form("plain").example(processor, said, media)
+    made = SampleFormat("plain").example(processor, said, media)
     assert made.learn is not None
     image = processor.tokenizer.image_id
     assert made.tokens[:32] == [image] * 32
@@ -215,61 +291,108 @@ def test_plain_is_images_then_the_answer(folder: Path, source: Path) -> None:
     assert processor.tokenizer.decode(made.tokens[32:]) == "Noise, number 1. Yes.\n"
     more = [*said, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
     with pytest.raises(DataError, match="takes one question and its answer"):
-        Form("plain").example(processor, more, media)
+        SampleFormat("plain").example(processor, more, media)
 
 
 def test_tiles_are_for_a_sample_with_one_image(folder: Path, source: Path) -> None:
     processor = Processor.from_folder(folder)
     crops = []
-    for row in sources.rows(source)[:3]:
-        crops += [media.layout.crops for media in Form(anyres=True).example(processor, *row.messages()).media]
+    for row in datasets.rows(source)[:3]:
+        crops += [
+            media.layout.crops
+            for media in SampleFormat(anyres=True).example(processor, *row.messages()).media
+        ]
     assert crops[0] > 1
     assert crops[1:] == [1] * 5
 
 
-def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(folder: Path, source: Path) -> None:
-    rows = sources.rows(source)
+def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
+    folder: Path, source: Path
+) -> None:
+    rows = datasets.rows(source)
     first, second, third = (row.messages()[0] for row in rows[:3])
     assert in_front(first) is first
     assert in_front(third) is third  # they are in front
     mark = {"type": "text", "text": "<image>"}
-    assert in_front(second)[0]["content"] == [mark, mark, {"type": "text", "text": "Is [image 1] like [image 2] here?"}]
+    assert in_front(second)[0]["content"] == [
+        mark,
+        mark,
+        {"type": "text", "text": "Is [image 1] like [image 2] here?"},
+    ]
     processor = Processor.from_folder(folder)
     said, media = rows[1].messages()
-    made, plain = (Form().example(processor, said, media, front=front) for front in (True, False))
+    made, plain = (
+        SampleFormat().example(processor, said, media, front=front) for front in (True, False)
+    )
     assert [m.key for m in made.media] == [m.key for m in plain.media]
-    learnt = [[t for t, learn in zip(p.tokens, p.learn or [], strict=True) if learn] for p in (made, plain)]
+    learnt = [
+        [t for t, learn in zip(p.tokens, p.learn or [], strict=True) if learn]
+        for p in (made, plain)
+    ]
     assert learnt[0] == learnt[1]
     chat = [
-        {"role": "user", "content": [{"type": "text", "text": "Old"}, {"type": "image", "path": "a.png"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Old"}, {"type": "image", "path": "a.png"}],
+        },
         {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": [{"type": "text", "text": "New"}, {"type": "image", "path": "b.png"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "New"}, {"type": "image", "path": "b.png"}],
+        },
     ]
     assert in_front(chat) == [
-        {"role": "user", "content": [chat[0]["content"][1], chat[2]["content"][1], {"type": "text", "text": "Old[image 1]"}]},
+        {
+            "role": "user",
+            "content": [
+                chat[0]["content"][1],
+                chat[2]["content"][1],
+                {"type": "text", "text": "Old[image 1]"},
+            ],
+        },
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "New[image 2]"},
     ]
-    views = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "views", "views": ["a.png", "b.png"]}]}]
+    views = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "x"},
+                {"type": "views", "views": ["a.png", "b.png"]},
+            ],
+        }
+    ]
     assert in_front(views) is views
 
 
-def test_as_many_are_in_front_as_was_said_and_others_in_the_next_pass(folder: Path, source: Path) -> None:
-    form = Form(front=0.3)
+def test_as_many_are_in_front_as_was_said_and_others_in_the_next_pass(
+    folder: Path, source: Path
+) -> None:
+    form = SampleFormat(front=0.3)
     samples = Samples(units(source, folder, form)[1:2], folder, 0, form)
     drawn = [samples._drawn(index)[1] for index in range(2000)]
     assert 0.27 < sum(drawn) / 2000 < 0.33
 
 
-def test_epochs_show_every_sample_as_often(folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epochs_show_every_sample_as_often(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In every pass once."""
     seen: list[tuple[str, ...]] = []
     make = Samples.make
-    monkeypatch.setattr(Samples, "make", lambda self, unit, front=False: seen.append(unit.name) or make(self, unit, front))
-    given = Recipe(model=str(folder), source=source, epochs=3, tokens=200, workers=0, lr=1e-3, front=0.5)
+    monkeypatch.setattr(
+        Samples,
+        "make",
+        lambda self, unit, front=False: seen.append(unit.name) or make(self, unit, front),
+    )
+    given = Recipe(
+        model=str(folder), source=source, epochs=3, tokens=200, workers=0, lr=1e-3, front=0.5
+    )
     run.run(given, tmp_path / "out", say=quiet)
     assert sorted(seen) == sorted([f"s{i}" for i in range(9)] * 3)
-    assert {frozenset(seen[i : i + 9]) for i in (0, 9, 18)} == {frozenset(f"s{i}" for i in range(9))}
+    assert {frozenset(seen[i : i + 9]) for i in (0, 9, 18)} == {
+        frozenset(f"s{i}" for i in range(9))
+    }
 
 
 CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log_every=1)
@@ -278,7 +401,7 @@ CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log
 @pytest.fixture(scope="module")
 def prompts(folder: Path, source: Path) -> list[Prompt]:
     processor = Processor.from_folder(folder)
-    return [processor.example(*row.messages()) for row in sources.rows(source)]
+    return [processor.example(*row.messages()) for row in datasets.rows(source)]
 
 
 class Killed(BaseException):
@@ -286,11 +409,17 @@ class Killed(BaseException):
 
 
 def go(
-    folder: Path, prompts: list[Prompt], out: Path, config: TrainConfig = CONFIG, at: int = 0, what: Any = None, **more: Any
+    folder: Path,
+    prompts: list[Prompt],
+    out: Path,
+    config: TrainConfig = CONFIG,
+    at: int = 0,
+    what: Any = None,
+    **more: Any,
 ) -> Llava:
     """A small run; before batch number `at` of this call `what` happens."""
-    network = weights.load(folder).requires_grad_(True)
-    windows = Windows(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=300, seed=1)
+    network = checkpoints.load(folder).requires_grad_(True)
+    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=300, seed=1)
     done = 0
 
     def loss(model: Llava, batch: Batch) -> Loss:
@@ -298,9 +427,16 @@ def go(
         done += 1
         if done == at:
             what()
-        return answers(model, batch)
+        return sft_loss(model, batch)
 
-    return train(network, loss, lambda start: batches(windows, start, workers=0), config, out, **{"say": quiet, **more})
+    return train(
+        network,
+        loss,
+        lambda start: batches(windows, start, workers=0),
+        config,
+        out,
+        **{"say": quiet, **more},
+    )
 
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -316,33 +452,58 @@ def foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("foreground")
-@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
-    number: signal.Signals, end: type[BaseException], folder: Path, prompts: list[Prompt], tmp_path: Path
+    number: signal.Signals,
+    end: type[BaseException],
+    folder: Path,
+    prompts: list[Prompt],
+    tmp_path: Path,
 ) -> None:
     """At the tenth batch, the second of step 5; checkpoints are due at 3 and 6."""
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     whole = go(folder, prompts, tmp_path / "whole")
     said: list[str] = []
     with pytest.raises(end) as ended:
-        go(folder, prompts, tmp_path / "out", at=10, what=lambda: os.kill(os.getpid(), number), say=said.append)
+        go(
+            folder,
+            prompts,
+            tmp_path / "out",
+            at=10,
+            what=lambda: os.kill(os.getpid(), number),
+            say=said.append,
+        )
     assert number == signal.SIGINT or ended.value.code == 128 + signal.SIGTERM
     assert said[-1].startswith(f"stopped by {number.name} after step 5: ")
-    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-5"]
+    assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-5"
+    ]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert equal(whole, go(folder, prompts, tmp_path / "out"))
     assert [line["step"] for line in log(tmp_path / "out")] == list(range(1, 9))
 
 
-def test_ctrl_c_that_was_ignored_stays_so(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_ctrl_c_that_was_ignored_stays_so(
+    folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
     """A run in the background of a shell was stopped by a Ctrl-C meant for something else."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        go(folder, prompts, tmp_path / "out", at=10, what=lambda: os.kill(os.getpid(), signal.SIGINT))
+        go(
+            folder,
+            prompts,
+            tmp_path / "out",
+            at=10,
+            what=lambda: os.kill(os.getpid(), signal.SIGINT),
+        )
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-8"]
+    assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-8"
+    ]
 
 
 @pytest.mark.usefixtures("foreground")
@@ -354,7 +515,9 @@ def test_a_second_ctrl_c_does_not_wait(folder: Path, prompts: list[Prompt], tmp_
 
     with pytest.raises(KeyboardInterrupt):
         go(folder, prompts, tmp_path / "out", at=10, what=twice)
-    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-3"]
+    assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-3"
+    ]
 
 
 @pytest.mark.parametrize("point", range(5))
@@ -364,7 +527,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(
     """Killed at each of the places where the second save changes the disk: at half a file, before and after it is named ..."""
     out = tmp_path / "out"
     whole = go(folder, prompts, tmp_path / "whole")
-    write, replace, rmtree = safetensors.torch.save, Path.replace, checkpoints.shutil.rmtree
+    write, replace, rmtree = safetensors.torch.save, Path.replace, checkpointing.shutil.rmtree
     saves = 0
 
     def half(tensors: Any, **more: Any) -> bytes:
@@ -394,10 +557,12 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(
         patch.setattr(checkpoints, "FILE", 400_000)
         patch.setattr(safetensors.torch, "save", half)
         patch.setattr(Path, "replace", named)
-        patch.setattr(checkpoints.shutil, "rmtree", removed)
+        patch.setattr(checkpointing.shutil, "rmtree", removed)
         with pytest.raises(Killed):
             go(folder, prompts, out)
-    assert checkpoints.every(out)[-1].name == ("checkpoint-6" if point > 2 else "checkpoint-3")
+    assert checkpointing.list_checkpoints(out)[-1].name == (
+        "checkpoint-6" if point > 2 else "checkpoint-3"
+    )
     assert equal(whole, go(folder, prompts, out))
     assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-8"]
 
@@ -414,7 +579,13 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
         monkeypatch.context() as patch,
         pytest.raises(DataError, match=r"cannot write .*checkpoint-6.*No space.*before it are as"),
     ):
-        go(folder, prompts, tmp_path / "out", at=8, what=lambda: patch.setattr(safetensors.torch, "save", full))
+        go(
+            folder,
+            prompts,
+            tmp_path / "out",
+            at=8,
+            what=lambda: patch.setattr(safetensors.torch, "save", full),
+        )
     assert equal(whole, go(folder, prompts, tmp_path / "out"))
 
 
@@ -424,14 +595,20 @@ def full(*_: Any, **__: Any) -> None:
 
 def test_a_line_that_a_kill_cut_short_is_taken_off(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    for before, after in ((b'{"step": 1}\n{"st', b'{"step": 1}\nx\n'), (b'{"st', b"x\n"), (b"a\n", b"a\nx\n")):
+    for before, after in (
+        (b'{"step": 1}\n{"st', b'{"step": 1}\nx\n'),
+        (b'{"st', b"x\n"),
+        (b"a\n", b"a\nx\n"),
+    ):
         path.write_bytes(before)
         with loop.appending(path) as file:
             file.write("x\n")
         assert path.read_bytes() == after
 
 
-def test_the_last_few_and_the_best_are_kept(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_the_last_few_and_the_best_are_kept(
+    folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
     """Held-out losses are made up: lowest after step 4, which is saved although it is not due."""
     losses = {0: 3.0, 2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
     config = TrainConfig(steps=8, warmup=1, save_every=3, keep=2, evaluate_every=2, log_every=1)
@@ -443,9 +620,18 @@ def test_the_last_few_and_the_best_are_kept(folder: Path, prompts: list[Prompt],
 
     go(folder, prompts, tmp_path / "out", config, measure=measure)
     assert seen == [0, 2, 4, 6, 8]
-    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
-    assert json.loads((tmp_path / "out" / "checkpoint-8" / "state.json").read_text())["best"] == [1.0, 4]
-    assert [line["held_out"]["loss"] for line in log(tmp_path / "out") if "held_out" in line] == list(losses.values())
+    assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+    assert json.loads((tmp_path / "out" / "checkpoint-8" / "state.json").read_text())["best"] == [
+        1.0,
+        4,
+    ]
+    assert [
+        line["held_out"]["loss"] for line in log(tmp_path / "out") if "held_out" in line
+    ] == list(losses.values())
 
 
 def test_checkpoints_come_by_time_too(
@@ -454,8 +640,17 @@ def test_checkpoints_come_by_time_too(
     """A clock that goes on half a minute at every look: each step is looked at once, and a save looks once."""
     now = iter(range(0, 10**6, 30))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    go(folder, prompts, tmp_path / "out", TrainConfig(steps=6, warmup=1, save_every=100, save_minutes=1, keep=9))
-    assert [path.name for path in checkpoints.every(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    go(
+        folder,
+        prompts,
+        tmp_path / "out",
+        TrainConfig(steps=6, warmup=1, save_every=100, save_minutes=1, keep=9),
+    )
+    assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
 
 
 def test_a_straight_decay_is_straight() -> None:
@@ -466,9 +661,22 @@ def test_a_straight_decay_is_straight() -> None:
 
 
 @pytest.mark.usefixtures("foreground")
-def test_signals_to_a_whole_group_of_processes_end_a_run_in_order(folder: Path, source: Path, tmp_path: Path) -> None:
+def test_signals_to_a_whole_group_of_processes_end_a_run_in_order(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
     """As a terminal's Ctrl-C, and as batch systems stop jobs: the workers get them as well."""
-    words = ["train", str(source), "-m", str(folder), "-o", str(tmp_path / "out"), "--steps", "100000", "--log-every", "1"]
+    words = [
+        "train",
+        str(source),
+        "-m",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+        "--steps",
+        "100000",
+        "--log-every",
+        "1",
+    ]
     code = "import sys; from llava_interleave.cli import main; sys.argv[0] = 'llava'; main()"
     for number, left in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process = subprocess.Popen(
@@ -499,18 +707,22 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
     said: list[str] = []
     whole = run.run(given, tmp_path / "whole", say=said.append)
     assert whole == tmp_path / "whole" / "adapter"
-    network = weights.load(folder)
+    network = checkpoints.load(folder)
     adapter = read_adapter(whole, network)
-    assert set(adapter.parts) == {name for name in linears(network) if name.startswith("language_model.")}
+    assert set(adapter.parts) == {
+        name for name in linears(network) if name.startswith("language_model.")
+    }
     assert all(part.b.abs().max() > 0 for part in adapter.parts.values())
     count = sum(part.a.numel() + part.b.numel() for part in adapter.parts.values())
-    base = sum(p.numel() for name, p in network.named_parameters() if name.startswith("language_model."))
+    base = sum(
+        p.numel() for name, p in network.named_parameters() if name.startswith("language_model.")
+    )
     assert any(re.fullmatch(rf"decoder +{count:,} +{base:,}  0.01", line) for line in said), said
     stored = saved(tmp_path / "whole" / "checkpoint-6")
     assert sum(tensor.numel() for tensor in stored.values()) == count
     step = loop.step
 
-    def deadly(*words: Any) -> loop.Step:
+    def deadly(*words: Any) -> loop.StepStats:
         if words[5] == 5:
             raise Killed
         return step(*words)
@@ -560,7 +772,10 @@ def test_what_is_held_out_is_measured_and_answered(finished: tuple[Path, list[st
 def test_the_best_measurement_is_a_checkpoint_of_its_own(finished: tuple[Path, list[str]]) -> None:
     out, said = finished
     assert said[-1] == f"the held-out loss was lowest after step 2, 1.0000: {out / 'best'}"
-    assert not torch.equal(state(out / "best")["language_model.norm.weight"], state(out / "model")["language_model.norm.weight"])
+    assert not torch.equal(
+        state(out / "best")["language_model.norm.weight"],
+        state(out / "model")["language_model.norm.weight"],
+    )
     stored = saved(out / "checkpoint-2")
     assert stored.keys() <= (best := state(out / "best")).keys()
     assert all(torch.equal(best[name], tensor) for name, tensor in stored.items())
@@ -575,7 +790,15 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
     assert not re.search(r"https?://|<script|<link|url\(|@import", page)
     assert "default-src 'none'" in page
     assert set(re.findall(r'src="([^:"]*)', page)) == {"data"}
-    for title in ("Loss", "Right", "Learning rate", "Tokens a second", "Images a second", "MFU", "Peak memory, GiB"):
+    for title in (
+        "Loss",
+        "Right",
+        "Learning rate",
+        "Tokens a second",
+        "Images a second",
+        "MFU",
+        "Peak memory, GiB",
+    ):
         (curve,) = re.findall(rf'<svg [^>]*aria-label="{title} by step">(.*?)</svg>', page)
         (way,) = re.findall(r'<path class="train" d="M([^"]*)"', curve)
         assert len(way.split("L")) == 6
@@ -586,16 +809,29 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
     assert page.count("<article>") == 3
     assert page.count("held_out = 0.34") == 1
     with pytest.raises(DataError, match="holds no run"):
-        raise CliRunner().invoke(app, ["train", "report", str(out.parent)]).exception or AssertionError
+        raise (
+            CliRunner().invoke(app, ["train", "report", str(out.parent)]).exception
+            or AssertionError
+        )
 
 
 def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: Path) -> None:
     """Steps that were done again count once, as they were done last; many points are thinned."""
-    lines = [{"step": s, "loss": float(s), "right": 0.0, "lr": 1.0, "norm": 1.0, "rate": 1.0} for s in [*range(1, 1001), 1000]]
+    lines = [
+        {"step": s, "loss": float(s), "right": 0.0, "lr": 1.0, "norm": 1.0, "rate": 1.0}
+        for s in [*range(1, 1001), 1000]
+    ]
     lines[-1]["loss"] = 7.0
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 100')
+    (tmp_path / "log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 100'
+    )
     (tmp_path / "config.toml").write_text('question = "<script>"\n')
-    assert CliRunner().invoke(app, ["train", "report", str(tmp_path), "-o", str(tmp_path / "x.html")]).exit_code == 0
+    assert (
+        CliRunner()
+        .invoke(app, ["train", "report", str(tmp_path), "-o", str(tmp_path / "x.html")])
+        .exit_code
+        == 0
+    )
     page = (tmp_path / "x.html").read_text()
     assert "1,000 steps, loss 7.0000" in page
     assert "&lt;script&gt;" in page
@@ -604,15 +840,32 @@ def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: P
     assert len(way.split("L")) == 334
 
 
-def test_of_a_quantised_checkpoint_adapters_alone_are_trained(folder: Path, source: Path, tmp_path: Path) -> None:
-    weights.save(weights.load(folder, precision="int4"), tmp_path / "int4", processor_from=folder)
-    given = Recipe(model=str(tmp_path / "int4"), source=source, steps=3, workers=0, lr=0.01, held_out=0.2, tokens=400)
-    with pytest.raises(Unsupported, match="holds int4 weights, which stay as they are: train an adapter"):
+def test_of_a_quantised_checkpoint_adapters_alone_are_trained(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    checkpoints.save(
+        checkpoints.load(folder, precision="int4"), tmp_path / "int4", processor_from=folder
+    )
+    given = Recipe(
+        model=str(tmp_path / "int4"),
+        source=source,
+        steps=3,
+        workers=0,
+        lr=0.01,
+        held_out=0.2,
+        tokens=400,
+    )
+    with pytest.raises(
+        Unsupported, match="holds int4 weights, which stay as they are: train an adapter"
+    ):
         run.run(given, tmp_path / "out", say=quiet)
     assert not (tmp_path / "out").exists()
     done = run.run(given.but({"adapter.rank": 2}), tmp_path / "out", say=quiet)
     for base in (tmp_path / "int4", folder):
-        assert all(part.b.abs().max() > 0 for part in read_adapter(done, weights.load(base)).parts.values())
+        assert all(
+            part.b.abs().max() > 0
+            for part in read_adapter(done, checkpoints.load(base)).parts.values()
+        )
     losses = [line["held_out"]["loss"] for line in log(tmp_path / "out") if "held_out" in line]
     assert losses[-1] < losses[0]
 
@@ -639,9 +892,21 @@ def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
         def add_scalar(self, name: str, value: float, step: int) -> None:
             seen.append((name, value, step))
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer}))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer})
+    )
     run.run(given.but({"held_out": 0.3}), tmp_path / "out", say=quiet)
-    written = {(f"train/{k}", v, 1) for line in log(tmp_path / "out") if "loss" in line for k, v in line.items() if k != "step"}
-    measured = {(f"held out/{k}", v, line["step"]) for line in log(tmp_path / "out") for k, v in line.get("held_out", {}).items()}
+    written = {
+        (f"train/{k}", v, 1)
+        for line in log(tmp_path / "out")
+        if "loss" in line
+        for k, v in line.items()
+        if k != "step"
+    }
+    measured = {
+        (f"held out/{k}", v, line["step"])
+        for line in log(tmp_path / "out")
+        for k, v in line.get("held_out", {}).items()
+    }
     assert set(seen) == written | measured
     assert len(measured) == 4

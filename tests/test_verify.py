@@ -11,32 +11,37 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llava_interleave import kernels, load, weights
+from llava_interleave import checkpoints, kernels, load
 from llava_interleave.cli import app
 from llava_interleave.errors import Unsupported
-from llava_interleave.model.lora import Lora, attach
-from llava_interleave.model.quantise import QuantisedLinear
+from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.quantization.linear import QuantizedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.verify import ours, parity, switches, why
+from llava_interleave.verify import ablations, candidate, parity, why
 
-WHOLE = Lora(
-    rank=3, alpha=5.0, dropout=0.0, targets=("vision_tower.*", "multi_modal_projector.linear_1", "*.q_proj", "*.down_proj")
+WHOLE = LoraConfig(
+    rank=3,
+    alpha=5.0,
+    dropout=0.0,
+    targets=("vision_tower.*", "multi_modal_projector.linear_1", "*.q_proj", "*.down_proj"),
 )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a head of its own, so that greedy tokens of random weights are not one token again and again."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False}))
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False})
+    )
 
 
 @pytest.fixture(scope="module")
 def adapter(folder: Path) -> Path:
     """An adapter as training leaves it, beside linears of tower, projector and decoder."""
-    made = attach(weights.load(folder), WHOLE, 1)
+    made = attach(checkpoints.load(folder), WHOLE, 1)
     for part in made.parts.values():
         part.b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
-    weights.write_adapter(folder.parent / "adapter", made)
+    checkpoints.write_adapter(folder.parent / "adapter", made)
     return folder.parent / "adapter"
 
 
@@ -44,12 +49,16 @@ def adapter(folder: Path) -> Path:
 def packed(folder: Path, request: pytest.FixtureRequest) -> Path:
     """The same weights quantised."""
     target = folder.parent / request.param
-    weights.save(weights.load(folder, precision=request.param), target, processor_from=folder)
+    checkpoints.save(
+        checkpoints.load(folder, precision=request.param), target, processor_from=folder
+    )
     return target
 
 
 @pytest.mark.parametrize("layout", ["hub", "original", "transformers-5"])
-def test_our_networks_agree_with_transformers(tmp_path: Path, layout: weights.CheckpointLayout) -> None:
+def test_our_networks_agree_with_transformers(
+    tmp_path: Path, layout: checkpoints.CheckpointLayout
+) -> None:
     config = tiny_config(text={"num_kv_heads": 2, "tie_word_embeddings": layout == "hub"})
     cases = parity.verify(tiny_checkpoint(tmp_path / "tiny", config, layout=layout), tokens=12)
     assert [case.name for case in cases] == ["text only", "one image", "three images", "two turns"]
@@ -57,20 +66,31 @@ def test_our_networks_agree_with_transformers(tmp_path: Path, layout: weights.Ch
     for case in cases:
         assert case.passed, case
         assert (case.ids, case.same, case.tokens, case.ours == case.theirs) == (True, 12, 12, True)
-        assert [stage.name for stage in case.stages] == [*(["pixels", "tower", "projector"] if case.images else []), *layers]
-        assert all(stage.relative <= parity.TOLERANCE and stage.largest > 0 for stage in case.stages)
+        assert [stage.name for stage in case.stages] == [
+            *(["pixels", "tower", "projector"] if case.images else []),
+            *layers,
+        ]
+        assert all(
+            stage.relative <= parity.TOLERANCE and stage.largest > 0 for stage in case.stages
+        )
         assert case.kl is not None and 0 <= case.kl < 1e-9
     assert [case.images for case in cases] == [False, True, True, True]
     assert all(case.stage("pixels").error == 0 for case in cases[1:])
 
 
 @pytest.mark.parametrize(
-    ("where", "first"), [("language_model.layers.1.mlp.down_proj", "layer 2"), ("multi_modal_projector.linear_2", "projector")]
+    ("where", "first"),
+    [
+        ("language_model.layers.1.mlp.down_proj", "layer 2"),
+        ("multi_modal_projector.linear_2", "projector"),
+    ],
 )
-def test_a_wrong_network_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, first: str) -> None:
+def test_a_wrong_network_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, first: str
+) -> None:
     """A table that cannot fail would say nothing: one matrix is off by a hundredth here, and the stage where it is is named."""
     folder = tiny_checkpoint(tmp_path / "tiny")
-    loaded = weights.load
+    loaded = checkpoints.load
 
     def slightly_off(*given: object, **named: object) -> object:
         model = loaded(*given, **named)
@@ -78,7 +98,7 @@ def test_a_wrong_network_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monke
             model.get_submodule(where).weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(weights, "load", slightly_off)
+    monkeypatch.setattr(checkpoints, "load", slightly_off)
     cases = parity.verify(folder, tokens=2)
     for case in cases:
         wrong = [stage.name for stage in case.stages if stage.relative > parity.TOLERANCE]
@@ -90,10 +110,17 @@ def test_a_wrong_network_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monke
 def test_other_ids_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compared beyond the pixels where the template makes other tokens."""
     made = parity.Processor.prompt
-    monkeypatch.setattr(parity.Processor, "prompt", lambda self, chat, **_: made(self, chat, preset="official"))
+    monkeypatch.setattr(
+        parity.Processor, "prompt", lambda self, chat, **_: made(self, chat, preset="official")
+    )
     cases = parity.verify(tiny_checkpoint(tmp_path / "tiny"), tokens=2)
     assert not any(case.ids or case.passed for case in cases)
-    assert [[stage.name for stage in case.stages] for case in cases] == [[], ["pixels"], ["pixels"], ["pixels"]]
+    assert [[stage.name for stage in case.stages] for case in cases] == [
+        [],
+        ["pixels"],
+        ["pixels"],
+        ["pixels"],
+    ]
     told = cases[0].told()
     assert (told["passed"], math.isinf(cases[0].stage("logits").error)) == (False, True)
     json.dumps(told, allow_nan=False)
@@ -103,24 +130,47 @@ def test_switches() -> None:
     """The baseline is transformers' answer; what is switched changes prompts and distributions as it must."""
     said: list[tuple[int, int]] = []
     effects = why(tokens=6, say=lambda done, total: said.append((done, total)))
-    names = ["baseline", *switches.PROMPTS, "layer before the last", "bfloat16", "float16", "int8", "int4"]
-    assert [(e.switch, e.case) for e in effects] == [(name, case) for name in names for case in switches.CASES]
+    names = [
+        "baseline",
+        *ablations.PROMPTS,
+        "layer before the last",
+        "bfloat16",
+        "float16",
+        "int8",
+        "int4",
+    ]
+    assert [(e.switch, e.case) for e in effects] == [
+        (name, case) for name in names for case in ablations.CASES
+    ]
     assert said[-1] == (len(effects), len(effects))
     found = {(e.switch, e.case): e for e in effects}
     for case, passed in ((c.name, c) for c in parity.verify(tokens=6)[1:3]):
         base = found["baseline", case]
-        assert (base.text, base.kl, base.likeliest, base.same, base.prompt) == (passed.theirs, 0, True, 6, passed.prompt)
+        assert (base.text, base.kl, base.likeliest, base.same, base.prompt) == (
+            passed.theirs,
+            0,
+            True,
+            6,
+            passed.prompt,
+        )
         assert found["geometry pad", case].kl > 1e-6
         assert found["layer before the last", case].kl > 1e-6
         assert 0 < found["float16", case].kl < 0.1
         assert 0 < found["bfloat16", case].kl < 0.1
         assert 0 < found["int8", case].kl < 0.1
         assert found["int8", case].kl < found["int4", case].kl < 0.5
-        assert found["preset official", case].prompt != base.prompt != found["preset interleave", case].prompt
+        assert (
+            found["preset official", case].prompt
+            != base.prompt
+            != found["preset interleave", case].prompt
+        )
     assert found["geometry anyres", "one image"].prompt > found["baseline", "one image"].prompt
     chat = parity.conversations()["one image"]
     bot = load()
-    assert found["preset official", "one image"].text == bot.chat(chat, preset="official", max_new_tokens=6, ignore_eos=True).text
+    assert (
+        found["preset official", "one image"].text
+        == bot.chat(chat, preset="official", max_new_tokens=6, ignore_eos=True).text
+    )
 
 
 class Tags(HTMLParser):
@@ -136,9 +186,19 @@ class Tags(HTMLParser):
 
 def test_command(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
-    command = [sys.executable, "-c", "from llava_interleave.cli import main; main()", "verify", str(folder), "--tokens", "3"]
+    command = [
+        sys.executable,
+        "-c",
+        "from llava_interleave.cli import main; main()",
+        "verify",
+        str(folder),
+        "--tokens",
+        "3",
+    ]
     page = tmp_path / "report.html"
-    done = subprocess.run([*command, "--json", "--why", "--html", str(page)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--json", "--why", "--html", str(page)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert [case["passed"] for case in told["cases"]] == [True] * 4
@@ -147,25 +207,37 @@ def test_command(tmp_path: Path) -> None:
     tags = Tags()
     tags.feed(page.read_text())
     assert (tags.found.count("table"), tags.sources, "script" in tags.found) == (6, [], False)
-    for shown in ("layer 2", "geometry anyres", "two turns", switches.BASELINE):
+    for shown in ("layer 2", "geometry anyres", "two turns", ablations.BASELINE):
         assert shown in page.read_text()
 
 
 def test_command_with_everything(packed: Path, folder: Path, adapter: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    given = [str(packed), "--against", str(folder), "--adapter", str(adapter), "--tokens", "2", "--html", str(page)]
+    given = [
+        str(packed),
+        "--against",
+        str(folder),
+        "--adapter",
+        str(adapter),
+        "--tokens",
+        "2",
+        "--html",
+        str(page),
+    ]
     done = CliRunner().invoke(app, ["verify", *given, "--why", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["adapter"], told["against"]) == (str(adapter), str(folder))
     assert [effect["switch"] for effect in told["why"]][::2] == [
         "baseline",
-        *switches.PROMPTS,
+        *ablations.PROMPTS,
         "layer before the last",
         "bfloat16",
     ]
-    assert told["cases"][0]["standard"].startswith("equal ids, equal pixels, every quantised linear")
-    for shown in (ours.LINEARS, str(adapter), parity.COST.told):
+    assert told["cases"][0]["standard"].startswith(
+        "equal ids, equal pixels, every quantised linear"
+    )
+    for shown in (candidate.LINEARS, str(adapter), parity.COST.told):
         assert shown in page.read_text()
 
 
@@ -175,57 +247,76 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         parity.verify(tiny_checkpoint(tmp_path / "tiny"))
 
 
-def test_an_adapter_agrees_with_peft(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, through = parity.verify(folder, tokens=8), parity.verify(folder, adapter=adapter, tokens=8)
+def test_an_adapter_agrees_with_peft(
+    folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, through = (
+        parity.verify(folder, tokens=8),
+        parity.verify(folder, adapter=adapter, tokens=8),
+    )
     for case, other in zip(through, plain, strict=True):
         assert case.passed, case
         assert all(stage.relative <= parity.TOLERANCE for stage in case.stages)
-        assert abs(case.stage("logits").largest - other.stage("logits").largest) > 1e-3  # it is there, on both sides
+        assert (
+            abs(case.stage("logits").largest - other.stage("logits").largest) > 1e-3
+        )  # it is there, on both sides
     assert [case.theirs for case in through] != [case.theirs for case in plain]
-    monkeypatch.setattr(Lora, "scale", lambda self, rank: 1.01 * self.alpha / rank)
+    monkeypatch.setattr(LoraConfig, "scale", lambda self, rank: 1.01 * self.alpha / rank)
     assert not any(case.passed for case in parity.verify(folder, adapter=adapter, tokens=1))
 
 
-def test_quantised_weights_are_computed_right(packed: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_weights_are_computed_right(
+    packed: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the same weights as floats; also with an adapter beside them. What a kernel gets wrong by a thousandth is told."""
     for beside in (None, adapter):
         for case in parity.verify(packed, adapter=beside, tokens=8):
             assert case.passed, case
-            assert (case.standard, case.stages[-1].name) == (parity.ROUNDED, ours.LINEARS)
+            assert (case.standard, case.stages[-1].name) == (parity.ROUNDED, candidate.LINEARS)
             assert case.stages[-1].largest > 0
             assert case.stage("layer 1").relative < 0.05
     monkeypatch.setattr(kernels, "why_not", lambda: None)
-    monkeypatch.setattr(QuantisedLinear, "forward", lambda self, x: self.plain(x) * 1.001)
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: self.plain(x) * 1.001)
     cases = parity.verify(packed, tokens=1)
     assert not any(case.passed for case in cases)
-    assert all(case.stage(ours.LINEARS).relative == pytest.approx(1e-3, rel=0.01) for case in cases)
+    assert all(
+        case.stage(candidate.LINEARS).relative == pytest.approx(1e-3, rel=0.01) for case in cases
+    )
     assert all(case.stage("logits").relative < parity.ROUNDED.within for case in cases)
 
 
 def test_what_quantising_costs(packed: Path, folder: Path) -> None:
     """Against the checkpoint it was made from every stage is off, a little; nothing is asked of it."""
-    other = tiny_checkpoint(packed.parent / f"beside-{packed.name}", weights.read_config(folder), seed=1)
-    own, against, foreign = (parity.verify(packed, against=source, tokens=2) for source in (None, folder, other))
+    other = tiny_checkpoint(
+        packed.parent / f"beside-{packed.name}", checkpoints.read_config(folder), seed=1
+    )
+    own, against, foreign = (
+        parity.verify(packed, against=source, tokens=2) for source in (None, folder, other)
+    )
     lost = [sum(case.kl or 0.0 for case in cases) for cases in (own, against, foreign)]
     assert 0 < 2 * lost[0] < lost[1] < 0.1 * lost[2]
     for case, right in zip(against, own, strict=True):
         assert case.passed
         assert case.standard is parity.COST
         assert 1e-3 < case.stage("layer 1").relative < 0.2
-        assert case.stage(ours.LINEARS) == right.stage(ours.LINEARS)
+        assert case.stage(candidate.LINEARS) == right.stage(candidate.LINEARS)
         assert json.dumps(case.told(), allow_nan=False)
     assert not any(case.passed for case in parity.verify(folder, against=other, tokens=1))
 
 
 def test_without_peft(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(Unsupported, match=r"peft is not installed; pip install 'llava-interleave\[verify\]'"):
+    with pytest.raises(
+        Unsupported, match=r"peft is not installed; pip install 'llava-interleave\[verify\]'"
+    ):
         parity.verify(folder, adapter=adapter)
 
 
 def test_measured() -> None:
-    assert ours.measured("x", torch.zeros(2), torch.tensor([0.0, -3.0])) == ours.Stage("x", 3.0, 3.0)
-    assert ours.measured("x", torch.zeros(0), torch.zeros(0)).relative == 0
-    assert math.isinf(ours.measured("x", torch.zeros(2), torch.zeros(3)).error)
+    assert candidate.measured(
+        "x", torch.zeros(2), torch.tensor([0.0, -3.0])
+    ) == candidate.LayerDiff("x", 3.0, 3.0)
+    assert candidate.measured("x", torch.zeros(0), torch.zeros(0)).relative == 0
+    assert math.isinf(candidate.measured("x", torch.zeros(2), torch.zeros(3)).error)
     assert parity.agreeing([1, 2, 3], [1, 2]) == 2
     assert parity.agreeing([1, 2, 3], [1, 5, 3]) == 1

@@ -17,10 +17,17 @@ from PIL import Image
 
 from llava_interleave.errors import MediaError, MediaRefused, OptionError
 from llava_interleave.processing import FrameSampling, Limits, Loader
-from llava_interleave.processing.video import Clock
+from llava_interleave.processing.video import FrameTimeline
 
 SIZE = (64, 48)
-KINDS = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "ts": "mpeg2video", "mov": "mpeg4"}
+KINDS = {
+    "mp4": "libx264",
+    "mkv": "libx264",
+    "webm": "libvpx-vp9",
+    "avi": "mpeg4",
+    "ts": "mpeg2video",
+    "mov": "mpeg4",
+}
 
 
 def picture(index: int) -> Image.Image:
@@ -28,7 +35,13 @@ def picture(index: int) -> Image.Image:
     return Image.new("RGB", SIZE, (index * 6 % 256,) * 3)
 
 
-def film(path: Path, stamps: list[int] | None = None, unit: Fraction = Fraction(1, 10), codec: str = "", gop: int = 8) -> Path:
+def film(
+    path: Path,
+    stamps: list[int] | None = None,
+    unit: Fraction = Fraction(1, 10),
+    codec: str = "",
+    gop: int = 8,
+) -> Path:
     """A film whose frame i, of grey 6 * i, is shown at stamps[i] * unit seconds."""
     stamps = list(range(40)) if stamps is None else stamps
     with av.open(str(path), "w") as out:
@@ -66,7 +79,9 @@ def test_seeking_finds_the_frames_of_every_container(films: dict[str, Path], kin
         clip = Loader().video(films[kind], FrameSampling(times=tuple(i / 10 for i in wanted)))
         assert greys(clip.frames) == wanted
     whole = Loader().video(films[kind], FrameSampling(frames=16))
-    assert Loader().video_times(films[kind], FrameSampling(frames=16)) == type(clip)([], whole.times, whole.duration)
+    assert Loader().video_times(films[kind], FrameSampling(frames=16)) == type(clip)(
+        [], whole.times, whole.duration
+    )
 
 
 def test_bytes_urls_and_paths_are_one(films: dict[str, Path]) -> None:
@@ -98,17 +113,25 @@ def test_samplings(films: dict[str, Path], sampling: FrameSampling, wanted: list
 
 def test_moments_outside_the_video(films: dict[str, Path]) -> None:
     for sampling in (FrameSampling(times=(9.0,)), FrameSampling(start=9)):
-        with pytest.raises(OptionError, match=r"9 s was asked for, but the video's last frame is at 3\.90 s"):
+        with pytest.raises(
+            OptionError, match=r"9 s was asked for, but the video's last frame is at 3\.90 s"
+        ):
             Loader().video(films["mp4"], sampling)
 
 
 CLOCKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True).map(sorted)
 
 
-@given(CLOCKS, st.integers(1, 80), st.sampled_from([Fraction(1, 90000), Fraction(1, 1000), Fraction(1001, 30000)]))
-def test_uniform_frames_are_distinct_and_have_both_ends(stamps: list[int], frames: int, unit: Fraction) -> None:
+@given(
+    CLOCKS,
+    st.integers(1, 80),
+    st.sampled_from([Fraction(1, 90000), Fraction(1, 1000), Fraction(1001, 30000)]),
+)
+def test_uniform_frames_are_distinct_and_have_both_ends(
+    stamps: list[int], frames: int, unit: Fraction
+) -> None:
     """The original demo divided by zero for a video shorter than the frames asked for, and gave the early part of others."""
-    chosen = FrameSampling(frames=frames).choose(Clock(stamps, unit), 100)
+    chosen = FrameSampling(frames=frames).choose(FrameTimeline(stamps, unit), 100)
     assert chosen[0] == 0
     assert all(a < b for a, b in pairwise(chosen))
     assert len(chosen) == len(stamps) if len(stamps) <= frames else len(chosen) <= frames
@@ -116,10 +139,14 @@ def test_uniform_frames_are_distinct_and_have_both_ends(stamps: list[int], frame
 
 
 @given(st.integers(2, 500), st.integers(2, 64))
-def test_at_a_constant_rate_the_frames_are_those_of_the_training_code(total: int, frames: int) -> None:
+def test_at_a_constant_rate_the_frames_are_those_of_the_training_code(
+    total: int, frames: int
+) -> None:
     """Source: LLaVA-NeXT llava/train/train.py: np.linspace(0, total - 1, frames, dtype=int)."""
-    chosen = FrameSampling(frames=frames).choose(Clock(range(total), Fraction(1, 25)), 100)
-    assert chosen == sorted({i * (total - 1) // (frames - 1) for i in range(frames)} if total > frames else range(total))
+    chosen = FrameSampling(frames=frames).choose(FrameTimeline(range(total), Fraction(1, 25)), 100)
+    assert chosen == sorted(
+        {i * (total - 1) // (frames - 1) for i in range(frames)} if total > frames else range(total)
+    )
 
 
 def test_a_short_film(tmp_path: Path) -> None:
@@ -187,9 +214,20 @@ def test_animations(kind: str) -> None:
     file = BytesIO()
     durations = [100, 100, 300, 100]
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
-    picture(0).save(file, kind, save_all=True, append_images=[picture(i) for i in (10, 20, 30)], duration=durations, **options)
+    picture(0).save(
+        file,
+        kind,
+        save_all=True,
+        append_images=[picture(i) for i in (10, 20, 30)],
+        duration=durations,
+        **options,
+    )
     clip = Loader().video(file.getvalue())
-    assert (greys(clip.frames), clip.times, clip.duration) == ([0, 10, 20, 30], [0, 0.1, 0.2, 0.5], 0.6)
+    assert (greys(clip.frames), clip.times, clip.duration) == (
+        [0, 10, 20, 30],
+        [0, 0.1, 0.2, 0.5],
+        0.6,
+    )
     assert greys(Loader().video(file.getvalue(), FrameSampling(times=(0.45,))).frames) == [20]
     assert len(Loader().video_times(file.getvalue(), FrameSampling(frames=2)).times) == 2
 
@@ -201,8 +239,13 @@ def test_folders_and_lists_of_frames(tmp_path: Path) -> None:
     (tmp_path / ".hidden.png").write_text("no frame")
     clip = Loader().video(tmp_path)
     assert (greys(clip.frames), clip.times, clip.duration) == ([1, 2, 3, 10], [0, 0.5, 1, 1.5], 2.0)
-    assert greys(Loader().video([picture(i) for i in range(9)], FrameSampling(frames=3)).frames) == [0, 4, 8]
-    assert greys(Loader().video(np.stack([np.asarray(picture(i)) for i in (4, 5)])).frames) == [4, 5]
+    assert greys(
+        Loader().video([picture(i) for i in range(9)], FrameSampling(frames=3)).frames
+    ) == [0, 4, 8]
+    assert greys(Loader().video(np.stack([np.asarray(picture(i)) for i in (4, 5)])).frames) == [
+        4,
+        5,
+    ]
     wrong: Any
     for wrong in ([], tmp_path / "absent", picture(1)):
         with pytest.raises(MediaError):
@@ -213,7 +256,9 @@ def test_folders_and_lists_of_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "avi"])
-def test_a_film_that_breaks_off_is_not_taken_for_a_shorter_one(films: dict[str, Path], kind: str) -> None:
+def test_a_film_that_breaks_off_is_not_taken_for_a_shorter_one(
+    films: dict[str, Path], kind: str
+) -> None:
     data = films[kind].read_bytes()
     for part in (0.2, 0.5, 0.9):
         with pytest.raises(MediaError, match="cut short"):

@@ -13,19 +13,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_interleave import weights
+from llava_interleave import checkpoints
+from llava_interleave.checkpoints import CheckpointLayout, fingerprint, load, read_config, save
 from llava_interleave.config import LlavaConfig
 from llava_interleave.errors import CheckpointError, OptionError, Unsupported
 from llava_interleave.model import Llava
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.weights import CheckpointLayout, fingerprint, load, read_config, save
 
 UNTIED = tiny_config(text={"tie_word_embeddings": False, "num_kv_heads": 2})
 
 
 def same(a: Llava, b: Llava) -> bool:
     left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
@@ -33,7 +35,9 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "new.safetensors", metadata={"format": "pt"})
-    (folder / "new.safetensors").replace(folder / "model.safetensors")  # networks that were loaded from the old one live on
+    (folder / "new.safetensors").replace(
+        folder / "model.safetensors"
+    )  # networks that were loaded from the old one live on
     return folder
 
 
@@ -86,20 +90,28 @@ NAMES: dict[CheckpointLayout, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("layout", weights.LAYOUTS)
+@pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
 @pytest.mark.parametrize("config", [tiny_config(), UNTIED], ids=["tied", "untied, GQA"])
 @pytest.mark.parametrize("shard", [5_000_000_000, 60_000], ids=["single", "shards"])
-def test_layouts_hold_the_same_network(tmp_path: Path, layout: CheckpointLayout, config: LlavaConfig, shard: int) -> None:
+def test_layouts_hold_the_same_network(
+    tmp_path: Path, layout: CheckpointLayout, config: LlavaConfig, shard: int
+) -> None:
     reference = load(tiny_checkpoint(tmp_path / "reference", config))
     folder = tiny_checkpoint(tmp_path / layout, config, layout=layout, max_shard_bytes=shard)
     assert read_config(folder) == config
     assert same(load(folder), reference)
     files = sorted(folder.glob("*.safetensors"))
-    assert (len(files) > 1) == (shard == 60_000) == (folder / "model.safetensors.index.json").exists()
+    assert (
+        (len(files) > 1) == (shard == 60_000) == (folder / "model.safetensors.index.json").exists()
+    )
     stored = [name for file in files for name in load_file(file)]
     expected = NAMES[layout] if not config.text.tie_word_embeddings else NAMES[layout][1:]
     assert set(expected) <= set(stored), "names"
-    assert len(stored) == len(set(stored)) == len(reference.state_dict()) + 2 - config.text.tie_word_embeddings
+    assert (
+        len(stored)
+        == len(set(stored))
+        == len(reference.state_dict()) + 2 - config.text.tie_word_embeddings
+    )
 
 
 def test_our_files_are_the_packages_files(tmp_path: Path) -> None:
@@ -114,10 +126,16 @@ def test_our_files_are_the_packages_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16, None])
-def test_types(tmp_path: Path, stored: torch.dtype, held: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types(
+    tmp_path: Path, stored: torch.dtype, held: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cast in pieces of a staging buffer, which must give what a cast of the whole gives."""
-    monkeypatch.setattr(weights.tensors, "_CHUNK", 1000)  # smaller than most tensors and no divisor of them
-    folder = edit(tiny_checkpoint(tmp_path / "a"), lambda t: t.update({k: v.to(stored) for k, v in t.items()}))
+    monkeypatch.setattr(
+        checkpoints.tensors, "_CHUNK", 1000
+    )  # smaller than most tensors and no divisor of them
+    folder = edit(
+        tiny_checkpoint(tmp_path / "a"), lambda t: t.update({k: v.to(stored) for k, v in t.items()})
+    )
     model = load(folder, dtype=held)
     expected = held or (torch.float32 if stored == torch.float64 else stored)
     name = "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"
@@ -169,7 +187,9 @@ def test_spare_tower_layers_are_dropped_where_config_says_so(tmp_path: Path) -> 
     assert same(load(folder), load(two))
     values["vision_config"]["num_hidden_layers"] = 2
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"16 surplus: vision_tower.vision_model.encoder.layers.2"):
+    with pytest.raises(
+        CheckpointError, match=r"16 surplus: vision_tower.vision_model.encoder.layers.2"
+    ):
         load(folder)
 
 
@@ -210,7 +230,9 @@ BROKEN: dict[str, bytes | Callable[[bytes], bytes]] = {
     "wrong length": one(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'),
     "unknown type": one(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'),
     "gap": one(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}'),
-    "overlap": one(b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[3],"data_offsets":[1,4]}}'),
+    "overlap": one(
+        b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[3],"data_offsets":[1,4]}}'
+    ),
 }
 
 
@@ -244,9 +266,13 @@ def index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
         (lambda v: v["weight_map"].update(x="model-00001-of-00010.safetensors"), "do not hold: x"),
     ],
 )
-def test_broken_index(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+def test_broken_index(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
     folder = index(tiny_checkpoint(tmp_path / "a", max_shard_bytes=60_000), change)
-    (folder / "model-00001-of-00010.safetensors").write_bytes((folder / sorted(folder.glob("*.safetensors"))[0]).read_bytes())
+    (folder / "model-00001-of-00010.safetensors").write_bytes(
+        (folder / sorted(folder.glob("*.safetensors"))[0]).read_bytes()
+    )
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 
@@ -284,13 +310,20 @@ def test_places_and_types_that_cannot_be(tmp_path: Path) -> None:
             load(folder, device="cuda")
 
 
-@pytest.mark.parametrize("layout", weights.LAYOUTS)
+@pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
 def test_saved_is_loaded(tmp_path: Path, layout: CheckpointLayout) -> None:
     source = tiny_checkpoint(tmp_path / "a", UNTIED)
     model = load(source)
-    save(model, tmp_path / "new" / "b", processor_from=source, layout=layout, max_shard_bytes=50_000)
+    save(
+        model, tmp_path / "new" / "b", processor_from=source, layout=layout, max_shard_bytes=50_000
+    )
     assert same(load(tmp_path / "new" / "b"), model)
-    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.json", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "chat_template.json",
+        "generation_config.json",
+    ):
         assert (tmp_path / "new" / "b" / name).read_bytes() == (source / name).read_bytes()
     save(model, tmp_path / "half", processor_from=None, dtype=torch.bfloat16, layout=layout)
     assert load(tmp_path / "half").lm_head.weight.dtype == torch.bfloat16
@@ -376,12 +409,12 @@ def test_progress(tmp_path: Path) -> None:
 
 PEAK = """
 import sys, torch
-from llava_interleave.weights import load
+from llava_interleave.checkpoints import load
 from llava_interleave.testing import tiny_checkpoint  # the same imports for both children
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 if sys.argv[4] == "meta":  # a device that takes everything and keeps nothing
-    sys.modules["llava_interleave.weights.load"].device_named = torch.device
+    sys.modules["llava_interleave.checkpoints.load"].device_named = torch.device
 load(sys.argv[1], device=sys.argv[4])  # a tiny one: what torch itself takes for the first load is not the checkpoint's
 before = peak()
 model = load(sys.argv[2], dtype=getattr(torch, sys.argv[3]), device=sys.argv[4])
@@ -393,17 +426,31 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("held", "device", "most"), [("float32", "cpu", 1.15), ("bfloat16", "cpu", 1.15), ("bfloat16", "meta", 0.1)]
+    ("held", "device", "most"),
+    [("float32", "cpu", 1.15), ("bfloat16", "cpu", 1.15), ("bfloat16", "meta", 0.1)],
 )
-def test_peak_memory(tmp_path: Path, stored: torch.dtype, held: str, device: str, most: float) -> None:
+def test_peak_memory(
+    tmp_path: Path, stored: torch.dtype, held: str, device: str, most: float
+) -> None:
     """At most 1.15 times the weights as held, casting included. Pages of mapped files count. What goes to another device is here
     a few megabytes at a time only, so that it may be larger than the memory."""
     config = tiny_config(
-        text={"hidden_size": 1024, "intermediate_size": 4096, "num_layers": 4, "num_heads": 16, "num_kv_heads": 16}
+        text={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_layers": 4,
+            "num_heads": 16,
+            "num_kv_heads": 16,
+        }
     )
     folder = tiny_checkpoint(tmp_path / "a", config, dtype=stored)
     tiny = tiny_checkpoint(tmp_path / "tiny")
-    done = subprocess.run([sys.executable, "-c", PEAK, tiny, folder, held, device], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tiny, folder, held, device],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     peak, size = map(int, done.stdout.split())
     assert size > 130_000_000
     assert peak <= most * size, f"{peak / size:.2f} times the weights"

@@ -14,11 +14,11 @@ import pytest
 from llava_interleave.processing import Limits, Processor
 from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.video import FrameSampling
-from llava_interleave.train import data
-from llava_interleave.world import SCENARIOS, ask, draw, episode
-from llava_interleave.world.data import conversation, exam, pictures, talk, write
-from llava_interleave.world.draw import COLOURS, Background, Thing, owners, patches, visible
-from llava_interleave.world.episodes import (
+from llava_interleave.train import formats
+from recipes.tiny_world import SCENARIOS, ask, draw, episode
+from recipes.tiny_world.data import conversation, exam, pictures, talk, write
+from recipes.tiny_world.draw import COLOURS, Background, Thing, owners, patches, visible
+from recipes.tiny_world.episodes import (
     DEPTHS,
     FRAMES,
     LEVELS,
@@ -34,7 +34,7 @@ from llava_interleave.world.episodes import (
     seen_from,
     stands,
 )
-from llava_interleave.world.questions import HELD_OUT, WORDINGS, Question
+from recipes.tiny_world.questions import HELD_OUT, WORDINGS, Question
 
 every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 
@@ -59,7 +59,9 @@ def seen(ep: Episode, index: int) -> list[Thing]:
 def test_the_same_lots_draw_the_same_episode(scenario: str) -> None:
     one, two = episode(scenario, Random(5)), episode(scenario, Random(5))
     assert (one.caption, one.questions) == (two.caption, two.questions)
-    assert all((draw(a, 96) == draw(b, 96)).all() for a, b in zip(one.scenes, two.scenes, strict=True))
+    assert all(
+        (draw(a, 96) == draw(b, 96)).all() for a, b in zip(one.scenes, two.scenes, strict=True)
+    )
     assert episode(scenario, Random(6)).caption != one.caption
 
 
@@ -103,26 +105,53 @@ def test_what_answers_follow_from_agrees_with_the_pixels(level: Level) -> None:
                 elif q.about == "same_count":
                     assert q.because == " and ".join(str(len(things)) for things in shown)
                 elif q.about == "same_at":
-                    both = [{place_of(t): t.name for t in things}.get(q.place, "nothing") for things in shown]
+                    both = [
+                        {place_of(t): t.name for t in things}.get(q.place, "nothing")
+                        for things in shown
+                    ]
                     assert q.because == " and ".join(both)
                     assert q.answer == ("yes" if both[0] == both[1] else "no")
                 elif q.about in ("event", "direction", "speed") and "turns" not in q.answer:
-                    ends = [{t.short: place_of(t) for t in shown[i]}.get(q.thing, "nothing") for i in (0, -1)]
+                    ends = [
+                        {t.short: place_of(t) for t in shown[i]}.get(q.thing, "nothing")
+                        for i in (0, -1)
+                    ]
                     assert q.because == ", then ".join(ends)
                 elif q.about == "changed":
                     here, there = ({cell_of(t): t.name for t in things} for things in shown)
                     cells = sorted(here.keys() | there.keys())
-                    pairs = [(PLACES[c], here.get(c, "nothing"), there.get(c, "nothing")) for c in cells]
-                    both = [f"{place} {a} and {b} {'same' if a == b else 'different'}" for place, a, b in pairs]
+                    pairs = [
+                        (PLACES[c], here.get(c, "nothing"), there.get(c, "nothing")) for c in cells
+                    ]
+                    both = [
+                        f"{place} {a} and {b} {'same' if a == b else 'different'}"
+                        for place, a, b in pairs
+                    ]
                     assert q.because == ", ".join(both)
                 elif q.about in ("appears", "disappears", "still"):
                     courses = [course.split(", then ") for course in q.because.split("; ")]
                     for index, frame in ((0, shown[0]), (1, shown[-1])):
-                        there_told = sorted(course[index] for course in courses if course[index] != "nothing")
+                        there_told = sorted(
+                            course[index] for course in courses if course[index] != "nothing"
+                        )
                         assert there_told == sorted(f"{place_of(t)} {t.short}" for t in frame)
-                    (its,) = [c for c in courses if any(end.endswith(f" {q.answer.removeprefix('the ')}") for end in c)]
-                    assert {"appears": its[0] == "nothing", "disappears": its[1] == "nothing", "still": its[0] == its[1]}[q.about]
-                elif q.about in ("order_events", "first_appears", "last_appears", "first_disappears", "last_disappears"):
+                    (its,) = [
+                        c
+                        for c in courses
+                        if any(end.endswith(f" {q.answer.removeprefix('the ')}") for end in c)
+                    ]
+                    assert {
+                        "appears": its[0] == "nothing",
+                        "disappears": its[1] == "nothing",
+                        "still": its[0] == its[1],
+                    }[q.about]
+                elif q.about in (
+                    "order_events",
+                    "first_appears",
+                    "last_appears",
+                    "first_disappears",
+                    "last_disappears",
+                ):
                     named = [[t.short for t in sorted(things, key=cell_of)] for things in shown]
                     for i, told_of in enumerate(q.because.split(". ")):
                         listed, _, change = told_of.removeprefix(f"frame {i + 1}: ").partition("; ")
@@ -133,27 +162,50 @@ def test_what_answers_follow_from_agrees_with_the_pixels(level: Level) -> None:
                             assert (change in named[i]) != (change in named[i - 1])
                 elif q.about in ("faster", "slower"):
                     ends = [{t.short: place_of(t) for t in shown[i]} for i in (0, -1)]
-                    assert q.because == "; ".join(f"{name} {ends[0][name]}, then {ends[1][name]}" for name in (q.a, q.b))
+                    assert q.because == "; ".join(
+                        f"{name} {ends[0][name]}, then {ends[1][name]}" for name in (q.a, q.b)
+                    )
                 elif q.about in ("hidden", "seen"):
                     scene = ep.scenes[SIDES.index(q.side)]
-                    clear = {t.short for t, share in zip(scene.things, visible(scene), strict=True) if share > 0.25}
+                    clear = {
+                        t.short
+                        for t, share in zip(scene.things, visible(scene), strict=True)
+                        if share > 0.25
+                    }
                     assert sorted(q.because.split(", ")) == sorted(clear)
                 elif q.about in ("behind", "in_front"):
                     lined = [thing.split(" ", 1)[1] for thing in q.because.split(", ")]
                     depths = [thing.split(" ", 1)[0] for thing in q.because.split(", ")]
                     assert depths == [depth for depth in DEPTHS if depth in depths]
-                    nearer, farther = lined[: lined.index(q.thing)], lined[lined.index(q.thing) + 1 :]
+                    nearer, farther = (
+                        lined[: lined.index(q.thing)],
+                        lined[lined.index(q.thing) + 1 :],
+                    )
                     there = farther[:1] if q.about == "behind" else nearer[-1:]
                     assert q.answer == (f"the {there[0]}" if there else "nothing")
-    assert all(told[about] > 5 for about in ("relation", "same_at", "event", "hidden", "behind", "side_of"))
+    assert all(
+        told[about] > 5 for about in ("relation", "same_at", "event", "hidden", "behind", "side_of")
+    )
 
 
 def test_wordings_kept_out_of_training_are_not_in_it() -> None:
     assert WORDINGS.keys() == HELD_OUT.keys()
     for about, wordings in HELD_OUT.items():
         assert not set(wordings) & set(WORDINGS[about])
-    asked = {ask(q, Random(i)) for i in range(20) for s in SCENARIOS for ep in many(s, 5) for q in ep.questions}
-    kept = {ask(q, Random(i), held_out=True) for i in range(5) for s in SCENARIOS for ep in many(s, 5) for q in ep.questions}
+    asked = {
+        ask(q, Random(i))
+        for i in range(20)
+        for s in SCENARIOS
+        for ep in many(s, 5)
+        for q in ep.questions
+    }
+    kept = {
+        ask(q, Random(i), held_out=True)
+        for i in range(5)
+        for s in SCENARIOS
+        for ep in many(s, 5)
+        for q in ep.questions
+    }
     assert not asked & kept
 
 
@@ -185,7 +237,9 @@ def test_answers_about_several_pictures_agree_with_them(level: Level) -> None:
         for q in ep.questions:
             told[q.about] += 1
             if q.about == "which":
-                assert [f"image {i}" for i, things in enumerate(shown, 1) if q.thing in things] == [q.answer]
+                assert [f"image {i}" for i, things in enumerate(shown, 1) if q.thing in things] == [
+                    q.answer
+                ]
             if q.about in ("most", "fewest"):
                 count = (max if q.about == "most" else min)(counts)
                 assert [f"image {i}" for i, n in enumerate(counts, 1) if n == count] == [q.answer]
@@ -197,7 +251,10 @@ def test_answers_about_several_pictures_agree_with_them(level: Level) -> None:
                 assert q.answer == str(len(shown))
             if q.about == "count":
                 assert q.answer == str(counts[int(q.where.removeprefix("image ")) - 1])
-    assert all(told[about] > 3 for about in ("which", "most", "fewest", "order_up", "order_down", "images", "count"))
+    assert all(
+        told[about] > 3
+        for about in ("which", "most", "fewest", "order_up", "order_down", "images", "count")
+    )
 
 
 @every_level
@@ -233,14 +290,21 @@ def test_answers_about_videos_agree_with_their_frames(level: Level) -> None:
             if q.about == "direction":
                 a, b = first[q.thing], last[q.thing]
                 dx, dy = b.x - a.x, b.y - a.y
-                assert q.answer == (("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up"))
+                assert q.answer == (
+                    ("right" if dx > 0 else "left")
+                    if abs(dx) > abs(dy)
+                    else ("down" if dy > 0 else "up")
+                )
             if q.about == "appears":
                 assert q.answer.removeprefix("the ") in last.keys() - first.keys()
             if q.about == "disappears":
                 assert q.answer.removeprefix("the ") in first.keys() - last.keys()
             if q.about == "order_events":
                 frames = [{t.short for t in seen(ep, i)} for i in range(level.frames)]
-                there = [[name in frame for frame in frames] for name in q.answer.replace("the ", "").split(", then ")]
+                there = [
+                    [name in frame for frame in frames]
+                    for name in q.answer.replace("the ", "").split(", then ")
+                ]
                 when = [its.index(not its[0]) for its in there]  # no two in the same frame
                 assert when == sorted(set(when))
 
@@ -251,10 +315,17 @@ def test_views_show_one_arrangement_from_four_sides(level: Level) -> None:
         for j in range(3):
             assert seen_from("back", *seen_from("back", i, j)) == (i, j)
             assert seen_from("right", *seen_from("left", i, j)) == (i, j)
-    amid = episode("views", Random("views427"), level)  # a hard one had one thing amid four others, seen from nowhere
+    amid = episode(
+        "views", Random("views427"), level
+    )  # a hard one had one thing amid four others, seen from nowhere
     for ep in [*many("views", level=level), amid]:
         assert ep.names == SIDES
-        shown = {t.short for scene in ep.scenes for t, share in zip(scene.things, visible(scene), strict=True) if share > 0.25}
+        shown = {
+            t.short
+            for scene in ep.scenes
+            for t, share in zip(scene.things, visible(scene), strict=True)
+            if share > 0.25
+        }
         assert len(shown) == len(ep.scenes[0].things)  # nothing is hidden from every side
         for q in ep.questions:
             scene = ep.scenes[SIDES.index(q.side)] if q.side else ep.scenes[0]
@@ -303,7 +374,11 @@ def test_what_is_drawn_for_training_and_for_its_exam_stays_the_same() -> None:
         trained = episode(scenario, rng)
         talked = talk(trained, rng, questions=6, caption=0.1)
         text = reading(rng, Background.sample(rng))
-        drawn.update(repr((ep.scenes, ep.questions, asked, trained.scenes, talked, text.scenes, rng.random())).encode())
+        drawn.update(
+            repr(
+                (ep.scenes, ep.questions, asked, trained.scenes, talked, text.scenes, rng.random())
+            ).encode()
+        )
     assert drawn.hexdigest() == "0d8f5e322f66a2cb2da4594ba0707320"
 
 
@@ -312,9 +387,14 @@ def test_easy_is_within_what_training_shows_and_hard_beyond_it() -> None:
         found: dict[str, set[int]] = {}
         for scenario in SCENARIOS:
             for ep in many(scenario, 150, level):
-                name = next((q.about for q in ep.questions if q.about in ("characters", "changed")), scenario)
+                name = next(
+                    (q.about for q in ep.questions if q.about in ("characters", "changed")),
+                    scenario,
+                )
                 things = len(ep.scenes[0].things)
-                found.setdefault(name, set()).add(len(ep.scenes) if name in ("multi", "video") else things)
+                found.setdefault(name, set()).add(
+                    len(ep.scenes) if name in ("multi", "video") else things
+                )
         return found
 
     easy, normal, hard = (sizes(level) for level in LEVELS.values())
@@ -339,14 +419,17 @@ def test_exams_are_the_same_for_everybody() -> None:
 def test_written_samples_are_read_back(tmp_path: Path) -> None:
     """The files of a sample and the sample in memory are the same to the network, up to the film's compression."""
     path = write(tmp_path, 8, size=96)
-    samples = data.read(path)
+    samples = formats.read(path)
     assert [s["sample_id"].split("-")[0] for s in samples] == list(SCENARIOS) * 2
     assert json.loads(path.read_text()) == samples
     for index, sample in enumerate(samples):
         rng = Random(f"written/0/{index}")
         ep = episode(SCENARIOS[index % 4], rng)
-        said, media = data.messages(sample, tmp_path)
-        assert said[-1]["content"] == conversation(ep, talk(ep, rng, questions=4, caption=0.5))[-1]["value"]
+        said, media = formats.messages(sample, tmp_path)
+        assert (
+            said[-1]["content"]
+            == conversation(ep, talk(ep, rng, questions=4, caption=0.5))[-1]["value"]
+        )
         loader = Loader(Limits())
         if ep.clip:
             frames = loader.video(media[0], FrameSampling(frames=FRAMES)).frames
@@ -358,7 +441,9 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
                 assert (np.asarray(loader.image(source)) == np.asarray(picture)).all()
 
 
-def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(tmp_path: Path) -> None:
+def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(
+    tmp_path: Path,
+) -> None:
     """Training reads "front: <image>" in a text, people hand over named views: the model must not see a difference."""
     from llava_interleave.testing import tiny_checkpoint
 
@@ -367,7 +452,9 @@ def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(tm
         ep = episode(scenario, Random(2))
         turns = conversation(ep, talk(ep, Random(1), questions=1, caption=0.0))
         shown = pictures(ep, 30)
-        said, media = data.messages({"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path())
+        said, media = formats.messages(
+            {"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path()
+        )
         text = said[0]["content"].rsplit("\n", 1)[1]
         if ep.clip:
             parts = [{"type": "video", "video": shown}]

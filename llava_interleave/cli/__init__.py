@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import LlavaError
-from . import ask, batch, bench, chat, checkpoint, demo, evaluate, plan, quantize, serve, train
+from . import ask, batch, bench, chat, checkpoint, demo, estimate, evaluate, quantize, serve, train
 
 app = typer.Typer(
     name="llava",
@@ -31,12 +31,26 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Many images, videos and views in, text out."""
 
 
-for module in (ask, chat, serve, batch, plan, demo, evaluate, train, checkpoint, quantize, bench):
+for module in (
+    ask,
+    chat,
+    serve,
+    batch,
+    estimate,
+    demo,
+    evaluate,
+    train,
+    checkpoint,
+    quantize,
+    bench,
+):
     module.register(app)
 
 
@@ -54,7 +68,13 @@ def reference() -> str:
         below = getattr(command, "commands", None)  # those of a group
         names += [(name, own) for own in below] if below else [] if command.hidden else [(name,)]
     sections = [f"## llava {' '.join(words)}\n\n{told(*words)}" for words in names]
-    return "\n".join(["# The command line\n\nWritten by `llava reference`; a test compares.\n", told(), *sections])
+    return "\n".join(
+        [
+            "# The command line\n\nWritten by `llava reference`; a test compares.\n",
+            told(),
+            *sections,
+        ]
+    )
 
 
 @app.command("reference", hidden=True)

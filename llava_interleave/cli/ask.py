@@ -12,29 +12,39 @@ import typer
 
 from ..errors import OptionError
 from ..options import Options
-from . import show
+from . import terminal
 
 if TYPE_CHECKING:
-    from ..chatbot import Answer, Chatbot
+    from ..chat import Answer, Chatbot
 
 
 def register(app: typer.Typer) -> None:
-    app.command("ask")(show.with_options(ask))
+    app.command("ask")(terminal.with_options(ask))
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="What to ask, or '-' for standard input; <image> places an attachment.")],
-    attach: show.Attach = None,
-    view: show.View = None,
-    model: show.ModelName = None,
-    revision: show.Revision = None,
-    precision: show.Precision = "auto",
-    device: show.Device = "auto",
-    as_json: show.Json = False,
-    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the answer while it is written.")] = True,
+    question: Annotated[
+        str,
+        typer.Argument(
+            help="What to ask, or '-' for standard input; <image> places an attachment."
+        ),
+    ],
+    attach: terminal.Attach = None,
+    view: terminal.View = None,
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
+    as_json: terminal.Json = False,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print the answer while it is written.")
+    ] = True,
     explain: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write a page that shows which images the answer leaned on, and where in them."),
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page that shows which images the answer leaned on, and where in them.",
+        ),
     ] = None,
     *,
     options: Options,
@@ -46,28 +56,31 @@ def ask(
         raise OptionError("--logprobs are reported with --json")
     if question == "-":
         question = sys.stdin.read().strip()
-    sources = show.attachments(attach, view)
+    sources = terminal.attachments(attach, view)
     if explain is not None and (options.n > 1 or not sources):
-        raise OptionError("--explain tells of one answer about images: " + ("leave out -n" if options.n > 1 else "attach one"))
-    bot = show.load(model, revision, precision, device, options.adapter)
+        raise OptionError(
+            "--explain tells of one answer about images: "
+            + ("leave out -n" if options.n > 1 else "attach one")
+        )
+    bot = terminal.load(model, revision, precision, device, options.adapter)
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json:
         answers = [write(bot, messages, options)]
     else:
-        with show.busy("answering"):
+        with terminal.busy("answering"):
             answers = bot.choices(messages, options)
         if as_json:
             print(json.dumps(report(bot, options, answers), ensure_ascii=False))
         else:
             print(*answers, sep="\n")
     if explain is not None:
-        with show.busy("explaining"):
+        with terminal.busy("explaining"):
             bot.explain(messages, answers[0], options).save(explain)
 
 
 def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:
     """Print the answer to stdout piece by piece; until the first one comes, how much of the prompt is read."""
-    with show.busy("looking and reading") as progress:
+    with terminal.busy("looking and reading") as progress:
         pieces = bot.stream(messages, options, progress=progress)
         chunk = next(chunk for chunk in pieces if chunk.text or chunk.answer)
     print(chunk.text, end="", flush=True)
@@ -80,7 +93,11 @@ def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Ans
 
 def report(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
     """What --json prints: the fields of the answer, or a list of them under `answers` where several were asked for."""
-    source: dict[str, Any] = {"model": bot.source.name, "adapter": options.adapter, "preset": options.preset}
+    source: dict[str, Any] = {
+        "model": bot.source.name,
+        "adapter": options.adapter,
+        "preset": options.preset,
+    }
     if options.n > 1:
         return source | {"answers": [dataclasses.asdict(answer) for answer in answers]}
     return source | dataclasses.asdict(answers[0])

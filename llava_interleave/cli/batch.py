@@ -12,28 +12,37 @@ import typer
 
 from ..errors import OptionError
 from ..options import Options
-from . import show
+from . import terminal
 
 
 def register(app: typer.Typer) -> None:
-    app.command("batch")(show.with_options(batch))
+    app.command("batch")(terminal.with_options(batch))
 
 
 def batch(
     source: Annotated[
         Path,
-        typer.Argument(help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, WebDataset's .tar, or a folder."),
+        typer.Argument(
+            help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, WebDataset's .tar, or a folder."
+        ),
     ],
     out: Annotated[
-        Path, typer.Argument(help="The answers, .jsonl: a line a sample, in their order; it appears when all are there.")
+        Path,
+        typer.Argument(
+            help="The answers, .jsonl: a line a sample, in their order; it appears when all are there."
+        ),
     ],
-    question: Annotated[str | None, typer.Option(help="Asked of samples that have no question of their own.")] = None,
-    together: Annotated[int, typer.Option("--batch", min=1, help="Samples that are computed together.")] = 32,
-    model: show.ModelName = None,
-    revision: show.Revision = None,
-    precision: show.Precision = "auto",
-    device: show.Device = "auto",
-    deterministic: show.Deterministic = False,
+    question: Annotated[
+        str | None, typer.Option(help="Asked of samples that have no question of their own.")
+    ] = None,
+    together: Annotated[
+        int, typer.Option("--batch", min=1, help="Samples that are computed together.")
+    ] = 32,
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
+    deterministic: terminal.Deterministic = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +52,11 @@ def batch(
         ),
     ] = None,
     ray_cpus: Annotated[
-        int, typer.Option(min=1, help="CPUs of each model on the cluster; there is one a GPU, else one a CPU slot.")
+        int,
+        typer.Option(
+            min=1,
+            help="CPUs of each model on the cluster; there is one a GPU, else one a CPU slot.",
+        ),
     ] = 1,
     *,
     options: Options,
@@ -53,28 +66,50 @@ def batch(
         raise OptionError(f"the answers are JSON lines: name {out} .jsonl")
     if options.n != 1 or options.logprobs is not None:
         raise OptionError("batch writes one answer to each sample, without log-probabilities")
-    from ..offline import Source, cluster, run
-    from .answering import Elsewhere, Model, replies
+    from ..batch import Source, ray_cluster, run
+    from .local_model import ClusterWorker, LazyModel, replies
 
     samples = Source(source, question)
     about = {"options": dataclasses.asdict(options)}
     started = time.monotonic()
     if ray:
-        with show.counting("answering") as progress:
+        with terminal.counting("answering") as progress:
             options = options.but({"adapter": absolute(options.adapter)})
-            worker = Elsewhere(absolute(model), revision, precision, device, options.adapter, deterministic)
-            count, failed = cluster.run(
-                samples, out, worker, options, about, address=ray, cpus=ray_cpus, batch=together, say=progress
+            worker = ClusterWorker(
+                absolute(model), revision, precision, device, options.adapter, deterministic
+            )
+            count, failed = ray_cluster.run(
+                samples,
+                out,
+                worker,
+                options,
+                about,
+                address=ray,
+                cpus=ray_cpus,
+                batch=together,
+                say=progress,
             )
     else:
-        named = Model(model, revision, precision, device, options.adapter, deterministic)
+        named = LazyModel(model, revision, precision, device, options.adapter, deterministic)
         answer = replies(named.ready(options).batch)
-        with show.counting("answering") as progress:
-            count, failed = run(samples, out, answer, options, {**named.about, **about}, batch=together, say=progress)
+        with terminal.counting("answering") as progress:
+            count, failed = run(
+                samples,
+                out,
+                answer,
+                options,
+                {**named.about, **about},
+                batch=together,
+                say=progress,
+            )
     seconds = time.monotonic() - started
     print(f"{out}: {count} samples, {failed} with an error, in {seconds:.0f} s", file=sys.stderr)
 
 
 def absolute(name: str | None) -> str | None:
     """A folder as processes name it that began in other ones; a name on the hub, or none, as it is."""
-    return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
+    return (
+        str(Path(name).expanduser().absolute())
+        if name and Path(name).expanduser().is_dir()
+        else name
+    )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import show
+from . import terminal
 
 
 def register(app: typer.Typer) -> None:
@@ -16,18 +16,20 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    model: show.ModelName = None,
-    revision: show.Revision = None,
-    precision: show.Precision = "auto",
-    device: show.Device = "auto",
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
     images: Annotated[int, typer.Option(min=1, help="Pictures in each question.")] = 2,
     tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="How often all is measured; the medians are told.")] = 3,
-    as_json: show.Json = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often all is measured; the medians are told.")
+    ] = 3,
+    as_json: terminal.Json = False,
 ) -> None:
     """Measure how fast a model reads pictures and prompts and writes here, as shares of what this machine gives."""
-    bot = show.load(model, revision, precision, device)
-    with show.busy("measuring") as progress:
+    bot = terminal.load(model, revision, precision, device)
+    with terminal.busy("measuring") as progress:
         from ..bench import measure
 
         report = measure(bot, images=images, tokens=tokens, rounds=rounds, progress=progress)
@@ -45,7 +47,7 @@ def bench(
         ]
         for f in report.figures
     ]
-    show.table("", ["", "median", "least to most", "of the ceiling"], rows)
+    terminal.table("", ["", "median", "least to most", "of the ceiling"], rows)
 
 
 def number(value: float) -> str:

@@ -11,10 +11,10 @@ import typer
 
 from ..errors import LlavaError, OptionError
 from ..options import Options
-from . import show
+from . import terminal
 
 if TYPE_CHECKING:
-    from ..chatbot import Conversation
+    from ..chat import Conversation
 
 HELP = """\
 /attach FILE...  attach pictures, videos or folders of frames to the next question
@@ -30,19 +30,25 @@ A line that ends in \\ goes on in the next one. Ctrl-C breaks an answer off."""
 
 
 def register(app: typer.Typer) -> None:
-    app.command("chat")(show.with_options(chat))
+    app.command("chat")(terminal.with_options(chat))
 
 
 def chat(
-    attach: show.Attach = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with a saved conversation; /save writes it there again.")] = None,
+    attach: terminal.Attach = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with a saved conversation; /save writes it there again."),
+    ] = None,
     kv: Annotated[
-        bool, typer.Option(help="Keep keys and values beside a saved conversation, which then goes on without being read again.")
+        bool,
+        typer.Option(
+            help="Keep keys and values beside a saved conversation, which then goes on without being read again."
+        ),
     ] = True,
-    model: show.ModelName = None,
-    revision: show.Revision = None,
-    precision: show.Precision = "auto",
-    device: show.Device = "auto",
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
     *,
     options: Options,
 ) -> None:
@@ -53,12 +59,12 @@ def chat(
         raise OptionError(f"a conversation goes on with one answer, not n = {options.n}")
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
-    bot = show.load(model, revision, precision, device, options.adapter)
-    terminal = Terminal(bot.conversation(), options, kv)
+    bot = terminal.load(model, revision, precision, device, options.adapter)
+    session = Terminal(bot.conversation(), options, kv)
     if resume:
-        terminal.load([str(resume)])
-    terminal.talk.attach(*(attach or []))
-    terminal.run()
+        session.load([str(resume)])
+    session.talk.attach(*(attach or []))
+    session.run()
 
 
 class Terminal:
@@ -100,7 +106,9 @@ class Terminal:
         lines: list[str] = []
         while True:
             try:
-                line = input(("  " if lines else "> ") if sys.stdin.isatty() and sys.stdout.isatty() else "")
+                line = input(
+                    ("  " if lines else "> ") if sys.stdin.isatty() and sys.stdout.isatty() else ""
+                )
             except EOFError:
                 return "\n".join(lines).strip() if lines else None
             lines.append(line.removesuffix("\\"))
@@ -120,7 +128,7 @@ class Terminal:
     def answer(self, question: str) -> None:
         pieces = None
         try:
-            with show.busy("looking and reading") as progress:
+            with terminal.busy("looking and reading") as progress:
                 pieces = self.talk.stream(question, self.options, progress=progress)
                 text = next((chunk.text for chunk in pieces if chunk.text), "")
             print(text, end="", flush=True)
@@ -155,9 +163,12 @@ class Terminal:
         self.file = Path(words[0]) if words else self.file
         if self.file is None:
             raise OptionError("give a file name: /save chat.json")
-        with show.busy("saving"):
+        with terminal.busy("saving"):
             size = self.talk.save(self.file, embed=embed, kv=self.kv)
-        self.tell(f"saved {self.file}" + f", and {size / 1e6:,.1f} MB beside it to go on at once" * bool(size))
+        self.tell(
+            f"saved {self.file}"
+            + f", and {size / 1e6:,.1f} MB beside it to go on at once" * bool(size)
+        )
 
     def embed(self, words: list[str]) -> None:
         self.save(words, embed=True)
@@ -168,7 +179,7 @@ class Terminal:
         self.talk, self.file = self.talk.bot.resume(words[0], kv=False), Path(words[0])
         self.tell(f"{len(self.talk.messages)} messages")
         try:
-            with show.busy("reading keys and values"):
+            with terminal.busy("reading keys and values"):
                 known = self.talk.recall(self.file) if self.kv else 0
         except LlavaError as error:
             self.tell(f"llava: {error}; the conversation is there, but will be read again")

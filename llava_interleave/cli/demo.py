@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..options import Options
-from . import show
+from . import terminal
 
 if TYPE_CHECKING:
-    from ..chatbot import Answer
-    from ..world import Episode, Question
+    from recipes.tiny_world import Episode, Question
+
+    from ..chat import Answer
 
 SIZE = 384
 
@@ -30,19 +31,24 @@ class Exhibit:
     about: tuple[str, ...]
 
     def episode(self) -> Episode:
-        from ..world import episode
+        from recipes.tiny_world import episode
 
         # Seeds that neither training nor the evaluation has.
-        drawn = (episode(self.scenario, Random(f"demo {self.files[0]} {number}")) for number in range(10_000))
+        drawn = (
+            episode(self.scenario, Random(f"demo {self.files[0]} {number}"))
+            for number in range(10_000)
+        )
         return next(e for e in drawn if self._is_about(e))
 
     def _is_about(self, episode: Episode) -> bool:
         pictures = 1 if episode.clip else len(episode.scenes)
-        return pictures == len(self.files) and {q.about for q in episode.questions} >= set(self.about)
+        return pictures == len(self.files) and {q.about for q in episode.questions} >= set(
+            self.about
+        )
 
     def questions(self, episode: Episode) -> Iterator[tuple[str, Question]]:
         """Each question in words, and with its truth."""
-        from ..world import ask
+        from recipes.tiny_world import ask
 
         for about in self.about:
             question = next(q for q in episode.questions if q.about == about)
@@ -55,10 +61,18 @@ EXHIBITS = (
     Exhibit("two pictures", "multi", ("before.png", "after.png"), ("changed", "which")),
     Exhibit("a video", "video", ("clip.mp4",), ("event", "faster", "direction")),
     Exhibit(
-        "one scene from four sides", "views", ("front.png", "right.png", "back.png", "left.png"), ("total", "hidden", "behind")
+        "one scene from four sides",
+        "views",
+        ("front.png", "right.png", "back.png", "left.png"),
+        ("total", "hidden", "behind"),
     ),
 )
-TALK = Exhibit("a follow-up question", "multi", ("album-1.png", "album-2.png", "album-3.png"), ("which", "order_up"))
+TALK = Exhibit(
+    "a follow-up question",
+    "multi",
+    ("album-1.png", "album-2.png", "album-3.png"),
+    ("which", "order_up"),
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -66,16 +80,18 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the pictures and the video are written.")] = Path("demo"),
-    model: show.ModelName = None,
-    revision: show.Revision = None,
-    precision: show.Precision = "auto",
-    device: show.Device = "auto",
+    folder: Annotated[
+        Path, typer.Option(help="Where the pictures and the video are written.")
+    ] = Path("demo"),
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
 ) -> None:
     """Draw pictures, a video and views, ask about them, and show the answers beside the truth."""
-    with show.busy("drawing"):
+    with terminal.busy("drawing"):
         episodes = [write(exhibit, folder) for exhibit in (*EXHIBITS, TALK)]
-    bot = show.load(model, revision, precision, device)
+    bot = terminal.load(model, revision, precision, device)
     named = f" -m {model}" if model else ""
     options = Options(max_new_tokens=64)
     right = []
@@ -84,7 +100,7 @@ def demo(
         words, views = sources(exhibit, folder)
         for text, question in exhibit.questions(episode):
             print(f'$ llava ask{named}{flags(words, views)} "{text}"')
-            answer = bot.ask(text, show.attachments(words, views), options)
+            answer = bot.ask(text, terminal.attachments(words, views), options)
             right.append(tell(answer, question))
 
     print(f"\n{TALK.title}")
@@ -99,14 +115,16 @@ def demo(
         right.append(tell(answer, question))
         times.append(answer.timings.first_token)
     kept = f"{answer.usage.cached} of {answer.usage.prompt} tokens were kept from before"
-    print(f"  {kept}: first token after {milliseconds(times[-1])} instead of {milliseconds(times[0])}")
+    print(
+        f"  {kept}: first token after {milliseconds(times[-1])} instead of {milliseconds(times[0])}"
+    )
     print(f"\n{sum(right)} of {len(right)} right; the files are in {folder}")
 
 
 def write(exhibit: Exhibit, folder: Path) -> Episode:
     """Draw an exhibit's files into `folder`."""
-    from ..world import draw, write_video
-    from ..world.data import VIDEO_FRAMES, pictures
+    from recipes.tiny_world import draw, write_video
+    from recipes.tiny_world.data import VIDEO_FRAMES, pictures
 
     folder.mkdir(parents=True, exist_ok=True)
     episode = exhibit.episode()
@@ -123,7 +141,9 @@ def sources(exhibit: Exhibit, folder: Path) -> tuple[list[str], list[str]]:
     """What -a and --view say for an exhibit."""
     paths = [str(folder / name) for name in exhibit.files]
     if exhibit.scenario == "views":
-        return [], [f"{Path(name).stem}={path}" for name, path in zip(exhibit.files, paths, strict=True)]
+        return [], [
+            f"{Path(name).stem}={path}" for name, path in zip(exhibit.files, paths, strict=True)
+        ]
     return paths, []
 
 

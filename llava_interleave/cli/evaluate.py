@@ -14,12 +14,12 @@ import typer
 
 from ..errors import DataError, LlavaError, OptionError
 from ..options import Options, unknown
-from . import show
+from . import terminal
 
 if TYPE_CHECKING:
     from ..evals.stats import Line
     from ..evals.task import Answerer, Task
-    from ..journal import Row
+    from ..journal import JsonRow
 
 SCENARIOS = ("single", "multi", "video", "views")
 LEVELS = ("easy", "normal", "hard")
@@ -40,52 +40,108 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     ctx: typer.Context,
     tasks: Annotated[
-        list[str], typer.Argument(metavar="TASK... | diff A B", help=f"{', '.join(TASKS)}; or two files to compare.")
+        list[str],
+        typer.Argument(
+            metavar="TASK... | diff A B", help=f"{', '.join(TASKS)}; or two files to compare."
+        ),
     ],
-    model: show.ModelName = None,
-    url: Annotated[str | None, typer.Option(help="Ask an OpenAI-compatible server instead: http://host:port/v1.")] = None,
-    key_file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="File with the server's API key.")] = None,
-    data: Annotated[Path, typer.Option(help="Folder of the data sets; a missing file says what to fetch.")] = Path("data"),
+    model: terminal.ModelName = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask an OpenAI-compatible server instead: http://host:port/v1."),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File with the server's API key."),
+    ] = None,
+    data: Annotated[
+        Path, typer.Option(help="Folder of the data sets; a missing file says what to fetch.")
+    ] = Path("data"),
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of TASK.jsonl; a run that was stopped goes on there.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder of TASK.jsonl; a run that was stopped goes on there."
+        ),
     ] = None,
     html: Annotated[
-        bool, typer.Option("--html", help="Also write TASK.html to --out, with every example and its pictures.")
+        bool,
+        typer.Option(
+            "--html", help="Also write TASK.html to --out, with every example and its pictures."
+        ),
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Only list broken samples; exit code 1 if there are any.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only list broken samples; exit code 1 if there are any."),
+    ] = False,
     as_published: Annotated[
-        bool, typer.Option("--as-published", help="LLaVA-Interleave Bench with the slips of its published scripts.")
+        bool,
+        typer.Option(
+            "--as-published", help="LLaVA-Interleave Bench with the slips of its published scripts."
+        ),
     ] = False,
     questions: Annotated[
         int | None,
-        typer.Option("-n", min=1, help="Questions of each scenario or data set; without it all, and 500 of the world."),
+        typer.Option(
+            "-n",
+            min=1,
+            help="Questions of each scenario or data set; without it all, and 500 of the world.",
+        ),
     ] = None,
     scenario: Annotated[
-        list[str] | None, typer.Option(help="Of the world: single, multi, video or views; several times.")
+        list[str] | None,
+        typer.Option(help="Of the world: single, multi, video or views; several times."),
     ] = None,
     level: Annotated[
-        str, typer.Option(help="Of the world: easy, normal (as in training) or hard (more pictures, things and frames).")
+        str,
+        typer.Option(
+            help="Of the world: easy, normal (as in training) or hard (more pictures, things and frames)."
+        ),
     ] = "normal",
-    held_out: Annotated[bool, typer.Option(help="The world in wordings that were kept out of training.")] = False,
-    wrong: Annotated[Path | None, typer.Option(help="Write the world's wrongly answered questions here, as JSON lines.")] = None,
-    preset: Annotated[str | None, typer.Option(help="How messages become tokens; without it as the task was published.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer; without it the task's.")] = None,
+    held_out: Annotated[
+        bool, typer.Option(help="The world in wordings that were kept out of training.")
+    ] = False,
+    wrong: Annotated[
+        Path | None,
+        typer.Option(help="Write the world's wrongly answered questions here, as JSON lines."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="How messages become tokens; without it as the task was published."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer; without it the task's.")
+    ] = None,
     anyres: Annotated[bool, typer.Option("--anyres", help="Cut single images into tiles.")] = False,
-    frames: Annotated[int | None, typer.Option(min=1, help="At most this many frames of a video.")] = None,
-    pool_images: Annotated[int, typer.Option(min=1, help="Average each square of so many features a side of an image.")] = 1,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="At most this many frames of a video.")
+    ] = None,
+    pool_images: Annotated[
+        int, typer.Option(min=1, help="Average each square of so many features a side of an image.")
+    ] = 1,
     pool_frames: Annotated[int, typer.Option(min=1, help="The same of a video's frames.")] = 1,
-    keep_images: Annotated[float, typer.Option(help="Keep this share of an image's tokens, those that differ most.")] = 1.0,
+    keep_images: Annotated[
+        float, typer.Option(help="Keep this share of an image's tokens, those that differ most.")
+    ] = 1.0,
     keep_frames: Annotated[float, typer.Option(help="The same of each frame of a video.")] = 1.0,
-    adapter: Annotated[str | None, typer.Option(help="Answer through this adapter: its folder or Hugging Face name.")] = None,
-    together: Annotated[int, typer.Option("--batch", min=1, help="Questions that are computed together.")] = 50,
-    revision: show.Revision = None,
-    precision: show.Precision = "auto",
-    device: show.Device = "auto",
-    as_json: show.Json = False,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Answer through this adapter: its folder or Hugging Face name."),
+    ] = None,
+    together: Annotated[
+        int, typer.Option("--batch", min=1, help="Questions that are computed together.")
+    ] = 50,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
+    as_json: terminal.Json = False,
 ) -> None:
     """Ask the questions of benchmarks and score the answers; `diff A B` compares two result files example by example."""
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    given = {
+        name
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
     if tasks[0] == "diff":
         _only_given(given, {"tasks", "as_json"}, "diff takes two result files and --json")
         compare(tasks[1:], as_json)
@@ -100,9 +156,15 @@ def evaluate(
         raise OptionError(f"there is no level {level!r}; there are {', '.join(LEVELS)}")
     if "world" not in tasks:
         of_world = {"scenario", "level", "held_out", "wrong"}
-        _only_given(given, ctx.params.keys() - of_world, "--scenario, --level, --held-out, --wrong are for world")
+        _only_given(
+            given,
+            ctx.params.keys() - of_world,
+            "--scenario, --level, --held-out, --wrong are for world",
+        )
     if frames and level == "hard":
-        raise OptionError("the videos of --level hard say how many frames are looked at: leave out --frames")
+        raise OptionError(
+            "the videos of --level hard say how many frames are looked at: leave out --frames"
+        )
     if as_published and not set(tasks) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
     if html and not out:
@@ -114,7 +176,10 @@ def evaluate(
         raise OptionError("--key-file is for --url")
     if check:
         _only_given(given, {"tasks", "data", "check"}, "--check asks nothing")
-    loaded = [_task(name, data, as_published, questions, scenario, level, held_out) for name in dict.fromkeys(tasks)]
+    loaded = [
+        _task(name, data, as_published, questions, scenario, level, held_out)
+        for name in dict.fromkeys(tasks)
+    ]
     if check:
         faults = [f"{task.name}: {fault}" for task in loaded for fault in task.faults]
         print("\n".join(faults) or "no broken samples")
@@ -138,23 +203,32 @@ def evaluate(
             adapter=adapter,
         )
         answer, how = answerers.of(options)
-        about = run.about(task, how | ({"as_published": as_published} if task.name in INTERLEAVE else {}))
+        about = run.about(
+            task, how | ({"as_published": as_published} if task.name in INTERLEAVE else {})
+        )
         with TemporaryDirectory() as scratch:
             folder = out or Path(scratch)
-            with Journal(folder / f"{task.name}.jsonl", about) as journal, show.counting(task.name) as progress:
+            with (
+                Journal(folder / f"{task.name}.jsonl", about) as journal,
+                terminal.counting(task.name) as progress,
+            ):
                 rows = run.run(task, answer, journal, batch=together, say=progress)
         lines = stats.summary(task, rows) if task.name != "world" or html else []
         if html:
-            with show.busy("writing the report"):
+            with terminal.busy("writing the report"):
                 report.write(folder / f"{task.name}.html", task, rows, lines, about)
         if task.name == "world":
             told["world"], table = _world(rows, level, wrong)
             title = f"the world, {task.data}"
         else:
-            told[task.name] = {"run": about, "lines": [dataclasses.asdict(line) for line in lines], "faults": list(task.faults)}
+            told[task.name] = {
+                "run": about,
+                "lines": [dataclasses.asdict(line) for line in lines],
+                "faults": list(task.faults),
+            }
             table, title = _table(task, lines), task.name
         if not as_json:
-            show.table(f"{answerers.title}: {title}", *table)
+            terminal.table(f"{answerers.title}: {title}", *table)
             _remarks(task)
     if as_json:
         print(json.dumps(told["world"] if tasks == ["world"] else told))
@@ -165,20 +239,31 @@ def _only_given(given: Collection[str], allowed: Collection[str], why: str) -> N
         raise OptionError(f"{why}: leave out {', '.join(others)}")
 
 
-def _world(rows: Sequence[Row], level: str, wrong: Path | None) -> tuple[dict[str, Any], tuple[list[str], list[list[str]]]]:
+def _world(
+    rows: Sequence[JsonRow], level: str, wrong: Path | None
+) -> tuple[dict[str, Any], tuple[list[str], list[list[str]]]]:
     """What --json prints of the world, and its table; what was answered wrongly goes to `wrong`."""
-    from ..evals.world import scored
+    from recipes.tiny_world.benchmark import scored
 
-    scores = {name: scored([row for row in rows if row["group"] == name]) for name in dict.fromkeys(row["group"] for row in rows)}
+    scores = {
+        name: scored([row for row in rows if row["group"] == name])
+        for name in dict.fromkeys(row["group"] for row in rows)
+    }
     if wrong:
         names = ("scenario", "number", "question", "truth", "answer")
-        missed = [dict(zip(names, (name, *row), strict=True)) for name, score in scores.items() for row in score.wrong]
+        missed = [
+            dict(zip(names, (name, *row), strict=True))
+            for name, score in scores.items()
+            for row in score.wrong
+        ]
         wrong.write_text("".join(json.dumps(row) + "\n" for row in missed))
     told = {
-        name: {"level": level} | dataclasses.asdict(s) | {"share": s.share, "interval": s.interval} for name, s in scores.items()
+        name: {"level": level} | dataclasses.asdict(s) | {"share": s.share, "interval": s.interval}
+        for name, s in scores.items()
     }
     table = [
-        [name, str(s.right), str(s.asked), f"{s.share:.1%}", "{:.1%} to {:.1%}".format(*s.interval)] for name, s in scores.items()
+        [name, str(s.right), str(s.asked), f"{s.share:.1%}", "{:.1%} to {:.1%}".format(*s.interval)]
+        for name, s in scores.items()
     ]
     return told, (["scenario", "right", "asked", "share", "95 % interval"], table)
 
@@ -187,30 +272,57 @@ def _table(task: Task, lines: Sequence[Line]) -> tuple[list[str], list[list[str]
     """The means, with what was published beside them."""
     rows = []
     for line in lines:
-        published = [f"{figures[line.name]:.1f}" if line.name in figures else "" for figures in task.paper.values()]
-        own = [f"{line.mean:.2%}", f"{line.low:.1%} to {line.high:.1%}", str(line.asked), str(line.failed)]
+        published = [
+            f"{figures[line.name]:.1f}" if line.name in figures else ""
+            for figures in task.paper.values()
+        ]
+        own = [
+            f"{line.mean:.2%}",
+            f"{line.low:.1%} to {line.high:.1%}",
+            str(line.asked),
+            str(line.failed),
+        ]
         rows.append([line.name, *own, *published])
     return ["", "mean", "95 % interval", "asked", "failed", *task.paper], rows
 
 
 def _remarks(task: Task) -> None:
     if task.paper:
-        print(f"The columns {', '.join(task.paper)} are published figures in percent, made with {task.pipeline}.")
+        print(
+            f"The columns {', '.join(task.paper)} are published figures in percent, made with {task.pipeline}."
+        )
     if task.faults:
-        print(f"{len(task.faults)} broken samples were left out (--check lists them).", file=sys.stderr)
+        print(
+            f"{len(task.faults)} broken samples were left out (--check lists them).",
+            file=sys.stderr,
+        )
 
 
 def _task(
-    name: str, data: Path, as_published: bool, questions: int | None, scenario: list[str] | None, level: str, held_out: bool
+    name: str,
+    data: Path,
+    as_published: bool,
+    questions: int | None,
+    scenario: list[str] | None,
+    level: str,
+    held_out: bool,
 ) -> Task:
     """A task, of each data set only the first `questions` conversations if that is given."""
-    from ..evals import interleave, published, world
+    from recipes.tiny_world import benchmark
+
+    from ..evals import interleave, published
 
     if name == "world":
         scenarios = list(dict.fromkeys(scenario or SCENARIOS))
-        return world.load(questions or WORLD_QUESTIONS, scenarios=scenarios, held_out=held_out, level=level)
-    with show.busy(f"reading {name}"):
-        task = interleave.load(name, data, as_published=as_published) if name in INTERLEAVE else published.load(name, data)
+        return benchmark.load(
+            questions or WORLD_QUESTIONS, scenarios=scenarios, held_out=held_out, level=level
+        )
+    with terminal.busy(f"reading {name}"):
+        task = (
+            interleave.load(name, data, as_published=as_published)
+            if name in INTERLEAVE
+            else published.load(name, data)
+        )
     if not task.examples:
         raise DataError(f"{name} has no sample that can be asked; --check says why")
     if questions is None:
@@ -218,7 +330,9 @@ def _task(
     taken: dict[str, int] = {}
     chosen: dict[str, Any] = {}
     for example in task.examples:
-        if example.follows in chosen or (not example.follows and taken.get(example.group, 0) < questions):
+        if example.follows in chosen or (
+            not example.follows and taken.get(example.group, 0) < questions
+        ):
             chosen[example.id] = example
             taken[example.group] = taken.get(example.group, 0) + (not example.follows)
     return dataclasses.replace(task, examples=list(chosen.values()))
@@ -243,9 +357,9 @@ class _Answerers:
 
             self.title = model or remote.only_model(url, self.key)
         else:
-            from .answering import Model
+            from .local_model import LazyModel
 
-            self.local = Model(model, revision, precision, device, adapter)
+            self.local = LazyModel(model, revision, precision, device, adapter)
             self.title = self.local.folder.name
 
     def of(self, options: Options) -> tuple[Answerer, dict[str, Any]]:
@@ -253,64 +367,98 @@ class _Answerers:
         if self.url:
             from . import remote
 
-            answer = remote.answerer(self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens)
-            servers = dict.fromkeys(("fingerprint", "precision", "device", "preset", "geometry"), "the server's")
+            answer = remote.answerer(
+                self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens
+            )
+            servers = dict.fromkeys(
+                ("fingerprint", "precision", "device", "preset", "geometry"), "the server's"
+            )
             return answer, {"model": self.title, "url": self.url, **servers, "sampling": sampling}
 
-        from .answering import answers
+        from .local_model import answer_all
 
         def here(asked: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
             bot = self.local.ready(options)  # loaded only when something is left to ask
-            return [said if isinstance(said, LlavaError) else said.text for said in answers(bot.batch, asked, options)]
+            return [
+                said if isinstance(said, LlavaError) else said.text
+                for said in answer_all(bot.batch, asked, options)
+            ]
 
         geometry = "anyres" if options.anyres else "squash"
-        geometry += "".join(f", {name} {getattr(options, name)}" for name in THIN if getattr(options, name) != 1)
+        geometry += "".join(
+            f", {name} {getattr(options, name)}" for name in THIN if getattr(options, name) != 1
+        )
         sampling |= {"frames": options.frames}
-        return here, {**self.local.about, "preset": options.preset, "geometry": geometry, "sampling": sampling}
+        return here, {
+            **self.local.about,
+            "preset": options.preset,
+            "geometry": geometry,
+            "sampling": sampling,
+        }
 
 
 def compare(files: Sequence[str], as_json: bool) -> None:
     """Print how two runs differ, by group and in all, and what was different in how they were made."""
     if len(files) != 2:
-        raise OptionError(f"diff takes two result files, not {len(files)}: llava eval diff A.jsonl B.jsonl")
+        raise OptionError(
+            f"diff takes two result files, not {len(files)}: llava eval diff A.jsonl B.jsonl"
+        )
     from ..evals import stats
     from ..journal import read
 
     (made_a, a), (made_b, b) = (read(Path(file)) for file in files)
     for key in ("task", "data"):
         if made_a.get(key) != made_b.get(key):
-            raise DataError(f"the two runs have another {key}: {made_a.get(key)!r} and {made_b.get(key)!r}")
+            raise DataError(
+                f"the two runs have another {key}: {made_a.get(key)!r} and {made_b.get(key)!r}"
+            )
     found = stats.compare(a, b)
-    changed = {key: [made_a.get(key), made_b.get(key)] for key in made_a | made_b if made_a.get(key) != made_b.get(key)}
+    changed = {
+        key: [made_a.get(key), made_b.get(key)]
+        for key in made_a | made_b
+        if made_a.get(key) != made_b.get(key)
+    }
     alone = [_only(a, b), _only(b, a)]
     if as_json:
-        print(json.dumps({"changed": changed, "only_in": alone, "lines": [dataclasses.asdict(line) for line in found]}))
+        print(
+            json.dumps(
+                {
+                    "changed": changed,
+                    "only_in": alone,
+                    "lines": [dataclasses.asdict(line) for line in found],
+                }
+            )
+        )
         return
     rows = []
     for d in found:
         shares = [f"{d.a:.2%}", f"{d.b:.2%}", f"{d.b - d.a:+.2%}", f"{d.low:+.1%} to {d.high:+.1%}"]
         rows.append([d.name, *shares, *map(str, (d.pairs, d.better, d.worse)), f"{d.p:.3g}"])
     columns = ["", "A", "B", "B - A", "95 % interval", "pairs", "B > A", "A > B", "p"]
-    show.table(f"{made_a['task']}: A is {files[0]}, B is {files[1]}", columns, rows)
+    terminal.table(f"{made_a['task']}: A is {files[0]}, B is {files[1]}", columns, rows)
     for key, (old, new) in changed.items():
         print(f"{key}: {old} | {new}")
     if any(alone):
         print(f"left out: {alone[0]} examples that only A has, {alone[1]} that only B has")
 
 
-def _only(rows: Sequence[Row], others: Sequence[Row]) -> int:
+def _only(rows: Sequence[JsonRow], others: Sequence[JsonRow]) -> int:
     return len({row["id"] for row in rows} - {row["id"] for row in others})
 
 
 def world(
-    folder: Annotated[Path, typer.Argument(help="Where to write annotations.json and the files it names.")],
-    samples: Annotated[int, typer.Option("-n", min=1, help="How many samples; the scenarios take turns.")] = 8,
+    folder: Annotated[
+        Path, typer.Argument(help="Where to write annotations.json and the files it names.")
+    ],
+    samples: Annotated[
+        int, typer.Option("-n", min=1, help="How many samples; the scenarios take turns.")
+    ] = 8,
     size: Annotated[int, typer.Option(min=32, max=4096, help="Pixels a side.")] = 384,
     seed: Annotated[int, typer.Option(help="Other seeds draw other scenes.")] = 0,
 ) -> None:
     """Draw samples of the built-in model's world: pictures, videos and views with conversations, in the M4-Instruct form."""
-    from ..world.data import write
+    from recipes.tiny_world.data import write
 
-    with show.busy("drawing"):
+    with terminal.busy("drawing"):
         path = write(folder, samples, size=size, seed=seed)
     print(path)

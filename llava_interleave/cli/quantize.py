@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import show
+from . import terminal
 
 
 def register(app: typer.Typer) -> None:
@@ -15,21 +15,34 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or a Hugging Face name.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty.")],
-    precision: Annotated[str, typer.Option(help=f"What the weights become: int4 or int8, or with {show.APART}")] = "int4",
-    revision: show.Revision = None,
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint folder or a Hugging Face name.")
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty."),
+    ],
+    precision: Annotated[
+        str, typer.Option(help=f"What the weights become: int4 or int8, or with {terminal.APART}")
+    ] = "int4",
+    revision: terminal.Revision = None,
 ) -> None:
     """Write a checkpoint with quantised weights: a CPU loads it at once, in no more memory than its bytes. CUDA GPUs read it."""
-    with show.busy(f"quantising {source}") as progress:
-        from ..chatbot.place import pick_precision
+    with terminal.busy(f"quantising {source}") as progress:
+        from ..checkpoints import load, resolve, save
         from ..errors import OptionError
-        from ..model.quantise import parts
-        from ..weights import load, resolve, save
+        from ..placement import pick_precision
+        from ..quantization.linear import parse_precision
 
-        if not parts(precision):
-            raise OptionError(f"{precision!r} is no precision to store: int4 or int8, or with {show.APART}")
+        if not parse_precision(precision):
+            raise OptionError(
+                f"{precision!r} is no precision to store: int4 or int8, or with {terminal.APART}"
+            )
         folder = resolve(source, revision)
         dtype, bits = pick_precision(precision, folder, "cpu")
-        save(load(folder, dtype=dtype, precision=bits, progress=progress), target, processor_from=folder)
+        save(
+            load(folder, dtype=dtype, precision=bits, progress=progress),
+            target,
+            processor_from=folder,
+        )
     print(target)

@@ -23,12 +23,18 @@ REFUSED = (400, 413, 422)
 """The server's verdict on one sample, kept beside it; any other status ends the run, which can be resumed."""
 
 
-def answerer(url: str, model: str, key: str | None, **body: Any) -> Callable[[Sequence[Messages]], list[str | LlavaError]]:
+def answerer(
+    url: str, model: str, key: str | None, **body: Any
+) -> Callable[[Sequence[Messages]], list[str | LlavaError]]:
     """Answers from the server whose API begins at `url` (…/v1)."""
 
     def one(messages: Messages) -> str | LlavaError:
         try:
-            sent = {"model": model, "messages": [_portable(message) for message in messages], **body}
+            sent = {
+                "model": model,
+                "messages": [_portable(message) for message in messages],
+                **body,
+            }
             reply = request(f"{url.rstrip('/')}/chat/completions", key, sent)
         except (MediaError, Refused) as error:
             return error
@@ -50,9 +56,14 @@ class Refused(LlavaError):
 
 def only_model(url: str, key: str | None) -> str:
     """The name of the one model that the server offers."""
-    names = [str(model.get("id")) for model in request(f"{url.rstrip('/')}/models", key, None).get("data", [])]
+    names = [
+        str(model.get("id"))
+        for model in request(f"{url.rstrip('/')}/models", key, None).get("data", [])
+    ]
     if len(names) != 1:
-        raise RemoteError(f"{url} offers {len(names)} models ({', '.join(names[:8])}); name one with -m")
+        raise RemoteError(
+            f"{url} offers {len(names)} models ({', '.join(names[:8])}); name one with -m"
+        )
     return names[0]
 
 
@@ -60,11 +71,15 @@ def request(url: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
     """The JSON that the server answers with. Where it is busy it is asked again, five times in all."""
     if not url.startswith(("http://", "https://")):
         raise RemoteError(f"{url} is no http or https URL")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
     data = None if body is None else json.dumps(body).encode()
     for attempt in range(TRIES):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=SECONDS) as reply:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, data, headers), timeout=SECONDS
+            ) as reply:
                 value = json.load(reply)
                 if isinstance(value, dict):
                     return value
@@ -74,7 +89,9 @@ def request(url: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
             if error.code in REFUSED:
                 raise Refused(f"status {error.code}: {told[:500]}") from error
             if error.code not in BUSY or attempt == TRIES - 1:
-                raise RemoteError(f"{url} answered with status {error.code}: {told[:500]}") from error
+                raise RemoteError(
+                    f"{url} answered with status {error.code}: {told[:500]}"
+                ) from error
             wait = error.headers.get("Retry-After") or ""
             time.sleep(min(float(wait), 60.0) if wait.isdigit() else 2.0**attempt)
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -108,6 +125,9 @@ def _portable(message: dict[str, Any]) -> dict[str, Any]:
 def _media(kind: str, path: Path) -> dict[str, Any]:
     mime = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     try:
-        return {"type": kind, kind: {"url": f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"}}
+        return {
+            "type": kind,
+            kind: {"url": f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"},
+        }
     except OSError as error:
         raise MediaError(f"cannot read {path}: {error.strerror}") from error

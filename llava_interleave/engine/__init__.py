@@ -2,8 +2,19 @@
 
 from .engine import Engine, Load
 from .events import Event, FinishReason, Timings, Usage
-from .memory import bytes_per_token
+from .kv_contiguous import bytes_per_token
 from .request import Request
-from .sampling import Guide, Sampling
+from .sampler import SamplingParams, TokenConstraint
 
-__all__ = ["Engine", "Event", "FinishReason", "Guide", "Load", "Request", "Sampling", "Timings", "Usage", "bytes_per_token"]
+__all__ = [
+    "Engine",
+    "Event",
+    "FinishReason",
+    "Load",
+    "Request",
+    "SamplingParams",
+    "Timings",
+    "TokenConstraint",
+    "Usage",
+    "bytes_per_token",
+]

@@ -13,18 +13,27 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..errors import ContextError, DataError, OptionError, PromptError, Unsupported
+from ..lora import Adapters
 from ..model import Llava
-from ..model.lora import Adapters
 from ..prompt import Media, Prompt
-from .cache import BLOCK, KV, Features, Identity, Keys, Pages, Prefixes, salted
 from .events import Event
-from .lookup import GUESSED, Lookup
-from .paged import BLOCK_TOKENS, Paged
+from .kv_paged import KV_BLOCK_SIZE, PagedKVCache
+from .kv_snapshot import KVSnapshot, adapter_hash, made_by, mismatch_reason, sequence
+from .model_runner import Runner
+from .prefix_cache import (
+    HASH_BLOCK,
+    BlockAllocator,
+    CacheKey,
+    EncoderCache,
+    MediaId,
+    PrefixCache,
+    SequenceKV,
+    salted,
+)
+from .prompt_lookup import DEFAULT_DRAFT_TOKENS, PromptLookupDrafter
 from .request import Request
-from .runner import Runner
-from .sampling import Guide, Pick, Sampling
-from .saved import Saved, adapter_hash, made_by, sequence, why_not
-from .scheduler import Plan, Scheduler
+from .sampler import Pick, SamplingParams, TokenConstraint
+from .scheduler import Scheduler, SchedulerOutput
 
 KV_PRECISIONS = ("auto", "int8")
 
@@ -82,19 +91,25 @@ class Engine:
     ) -> None:
         text, device = model.config.text, model.lm_head.weight.device.type
         if not 0 < vocab <= text.vocab_size:
-            raise OptionError(f"vocab must be between 1 and the network's {text.vocab_size}, not {vocab}")
+            raise OptionError(
+                f"vocab must be between 1 and the network's {text.vocab_size}, not {vocab}"
+            )
         if max_running < 1 or max_step_crops < 1 or max_step_tokens < max_running:
             raise OptionError(
                 f"max_running ({max_running}) and max_step_crops ({max_step_crops}) must be at least 1, "
                 f"and max_step_tokens ({max_step_tokens}) at least max_running"
             )
         if kv_precision not in KV_PRECISIONS:
-            raise OptionError(f"{kv_precision!r} is no precision of keys and values; there are {', '.join(KV_PRECISIONS)}")
+            raise OptionError(
+                f"{kv_precision!r} is no precision of keys and values; there are {', '.join(KV_PRECISIONS)}"
+            )
         if deterministic and device not in ("cpu", "cuda"):
-            raise Unsupported(f"deterministic answers are there on a CPU or a CUDA GPU, not on {device}; add device='cpu'")
+            raise Unsupported(
+                f"deterministic answers are there on a CPU or a CUDA GPU, not on {device}; add device='cpu'"
+            )
         self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
         self.adapters = Adapters(model)
-        self._features = Features(feature_bytes)
+        self._features = EncoderCache(feature_bytes)
         self._runner = Runner(
             model,
             self._features,
@@ -103,15 +118,19 @@ class Engine:
             max_step_crops=max_step_crops,
             max_running=max_running,
             kv_bytes=kv_bytes,
-            kv_block=(BLOCK_TOKENS if device == "cuda" else 0) if kv_block is None else kv_block,
+            kv_block=(KV_BLOCK_SIZE if device == "cuda" else 0) if kv_block is None else kv_block,
             kv_in_eight_bits=kv_precision == "int8",
             alone=deterministic,
             clock=clock,
         )
         memory = self._runner.memory
         self.bytes_per_token = memory.bytes_per_token
-        pages = Pages(memory.count, memory.block) if isinstance(memory, Paged) else None
-        self._prefixes = Prefixes(pages.size * len(pages.free) if pages else kv_bytes // self.bytes_per_token, pages)
+        pages = (
+            BlockAllocator(memory.count, memory.block) if isinstance(memory, PagedKVCache) else None
+        )
+        self._prefixes = PrefixCache(
+            pages.size * len(pages.free) if pages else kv_bytes // self.bytes_per_token, pages
+        )
         self._scheduler = Scheduler(
             self._prefixes,
             self._features,
@@ -121,7 +140,7 @@ class Engine:
             piece=max_step_tokens // 2 if deterministic else 0,
         )
         self.deterministic = deterministic
-        self._identities: WeakValueDictionary[bytes, Identity] = WeakValueDictionary()
+        self._identities: WeakValueDictionary[bytes, MediaId] = WeakValueDictionary()
         self._numbers, self._ids = count(), count()
         self._events: deque[Event] = deque()  # of requests that nobody streams
         self._streams: dict[Request, deque[Event]] = {}
@@ -129,10 +148,10 @@ class Engine:
     def add(
         self,
         prompt: Prompt,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         salt: bytes = b"",
-        guide: Guide | None = None,
+        guide: TokenConstraint | None = None,
         adapter: str | None = None,
     ) -> Request:
         """Queue a request, whose events `step` returns. Prefixes and features are shared among requests of equal `salt` only.
@@ -141,7 +160,7 @@ class Engine:
         ContextError if it could never fit, PromptError if placeholders and media do not agree, OptionError for a name that is
         not there.
         """
-        request = self._request(prompt, sampling or Sampling(), salt, adapter)
+        request = self._request(prompt, sampling or SamplingParams(), salt, adapter)
         if guide is not None:
             request.guide, request.plain, request.lookup = guide, False, None
         self._scheduler.add(request)
@@ -178,7 +197,7 @@ class Engine:
     def stream(
         self,
         prompt: Prompt,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         salt: bytes = b"",
         adapter: str | None = None,
@@ -189,18 +208,24 @@ class Engine:
         Closing the iterator aborts the request. Several may be read in turn, each step advances all. An error is raised.
         progress: called after each step before the first token with the prompt's tokens read so far and in all.
         """
-        return self._stream(self._request(prompt, sampling or Sampling(), salt, adapter), progress)
+        return self._stream(
+            self._request(prompt, sampling or SamplingParams(), salt, adapter), progress
+        )
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         salt: bytes = b"",
         adapter: str | None = None,
     ) -> list[Request]:
         """Answer all prompts together; the requests when all have ended. One sampling for all, or one each."""
-        each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+        each = (
+            [sampling or SamplingParams()] * len(prompts)
+            if sampling is None or isinstance(sampling, SamplingParams)
+            else sampling
+        )
         requests = [self._request(p, s, salt, adapter) for p, s in zip(prompts, each, strict=True)]
         streams = [self._stream(request) for request in requests]
         try:
@@ -214,7 +239,9 @@ class Engine:
                 self._close(request)
         return requests
 
-    def _stream(self, request: Request, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
+    def _stream(
+        self, request: Request, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[Event]:
         self._open(request)
         try:
             events = self._streams[request]
@@ -241,7 +268,7 @@ class Engine:
             self.abort(request)
 
     def _advance(self, patience: float = math.inf) -> None:
-        plan, error = Plan(), None
+        plan, error = SchedulerOutput(), None
         try:
             plan = self._scheduler.schedule(patience)
             if not plan.work:
@@ -256,16 +283,24 @@ class Engine:
             events = self._scheduler.commit(plan, picks, self.eos_ids, ended)
         except BaseException as caught:
             error = (
-                caught if isinstance(caught, (RuntimeError, MemoryError)) else RuntimeError(f"the step was cut off: {caught!r}")
+                caught
+                if isinstance(caught, (RuntimeError, MemoryError))
+                else RuntimeError(f"the step was cut off: {caught!r}")
             )
-            self._deliver([self._fail(work.request, error) for work in plan.work if work.request.finish_reason is None])
+            self._deliver(
+                [
+                    self._fail(work.request, error)
+                    for work in plan.work
+                    if work.request.finish_reason is None
+                ]
+            )
             self._runner.recover(error)
             if error is not caught:
                 raise
         else:
             self._deliver(events)
 
-    def _run(self, plan: Plan) -> list[list[Pick]]:
+    def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
         return self._runner.run(plan)
 
     def _fail(self, request: Request, error: Exception) -> Event:
@@ -275,15 +310,21 @@ class Engine:
         for event in events:
             self._streams.get(event.request, self._events).append(event)
 
-    def _request(self, prompt: Prompt, sampling: Sampling, salt: bytes, adapter: str | None) -> Request:
+    def _request(
+        self, prompt: Prompt, sampling: SamplingParams, salt: bytes, adapter: str | None
+    ) -> Request:
         config, length = self.model.config, len(prompt)
         if not length:
             raise PromptError("the prompt has no tokens")
         tokens = np.array(prompt.tokens, dtype=np.int64)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= config.text.vocab_size:
-            raise PromptError(f"token ids must be between 0 and {config.text.vocab_size - 1}; the prompt has {low} to {high}")
-        expected = [media.start + offset for media in prompt.media for offset in range(media.layout.length)]
+            raise PromptError(
+                f"token ids must be between 0 and {config.text.vocab_size - 1}; the prompt has {low} to {high}"
+            )
+        expected = [
+            media.start + offset for media in prompt.media for offset in range(media.layout.length)
+        ]
         found = np.flatnonzero(tokens == config.image_token_id).tolist()
         if found != expected:
             raise PromptError(
@@ -292,14 +333,20 @@ class Engine:
             )
         for token in sampling.logit_bias:
             if token >= self.vocab:
-                raise OptionError(f"logit_bias names token {token}, but the vocabulary has {self.vocab}")
+                raise OptionError(
+                    f"logit_bias names token {token}, but the vocabulary has {self.vocab}"
+                )
         left, context = config.text.context - length, config.text.context
         fits = min(left, self._prefixes.total - length + 1)
         wanted = sampling.max_new_tokens or max(1, fits)
         if wanted > left:
             raise ContextError(
                 f"the prompt has {length} tokens and {wanted} more were asked for, but the context is {context}: "
-                + (f"ask for at most {left}" if left > 0 else f"use {1 - left} fewer, with fewer images or frames")
+                + (
+                    f"ask for at most {left}"
+                    if left > 0
+                    else f"use {1 - left} fewer, with fewer images or frames"
+                )
             )
         if wanted > fits:
             need, have = length + wanted - 1, self._prefixes.total
@@ -308,9 +355,14 @@ class Engine:
                 f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
             )
         through, encoder = self.adapters.keys(adapter)
-        guessed, exact = sampling.prompt_lookup_num_tokens, self._runner.fused is not None and not through
-        if guessed is None or (self.deterministic and not exact):  # else several tokens are rounded otherwise than one
-            guessed = GUESSED if exact else 0
+        guessed, exact = (
+            sampling.prompt_lookup_num_tokens,
+            self._runner.fused is not None and not through,
+        )
+        if guessed is None or (
+            self.deterministic and not exact
+        ):  # else several tokens are rounded otherwise than one
+            guessed = DEFAULT_DRAFT_TOKENS if exact else 0
         return Request(
             next(self._ids),
             prompt,
@@ -321,24 +373,28 @@ class Engine:
             adapter=through,
             encoder=encoder,
             salt=salted(salt, encoder),
-            lookup=Lookup(guessed, config.image_token_id) if guessed else None,
+            lookup=PromptLookupDrafter(guessed, config.image_token_id) if guessed else None,
         )
 
-    def _keys(self, tokens: Sequence[int], media: Sequence[Media], salt: bytes) -> Keys:
-        return Keys.of(tokens, [(m.start, m.layout.length, self._identity(m.key)) for m in media], salt)
+    def _keys(self, tokens: Sequence[int], media: Sequence[Media], salt: bytes) -> CacheKey:
+        return CacheKey.of(
+            tokens, [(m.start, m.layout.length, self._identity(m.key)) for m in media], salt
+        )
 
-    def _identity(self, key: bytes) -> Identity:
+    def _identity(self, key: bytes) -> MediaId:
         identity = self._identities.get(key)
         if identity is None:
-            identity = self._identities[key] = Identity(next(self._numbers))
+            identity = self._identities[key] = MediaId(next(self._numbers))
         return identity
 
-    def keys(self, prompt: Prompt, answer: Sequence[int] = (), *, adapter: str | None = None) -> Keys:
+    def keys(
+        self, prompt: Prompt, answer: Sequence[int] = (), *, adapter: str | None = None
+    ) -> CacheKey:
         """What the tokens of a prompt and of its answer stand for: `save` finds by it what was computed of them."""
         salt = salted(b"", self.adapters.keys(adapter)[0])
         return self._keys([*prompt.tokens, *answer], prompt.media, salt)
 
-    def save(self, keys: Keys) -> Saved | None:
+    def save(self, keys: CacheKey) -> KVSnapshot | None:
         """Keys and values of as much of the beginning of a sequence as is in memory; None where that is too little to be of use.
 
         The tensors are this engine's memory and hold until its next step. OptionError for what was asked under a salt: it is for
@@ -346,20 +402,26 @@ class Engine:
         """
         adapter = next((key for key in self._adapters() if salted(b"", key) == keys.salt), None)
         if adapter is None:
-            raise OptionError("what was computed under a salt is for requests of that salt only: it is not saved")
+            raise OptionError(
+                "what was computed under a salt is for requests of that salt only: it is not saved"
+            )
         kv, length, _ = self._prefixes.find(keys, len(keys.numbers))
-        if kv is None or length < BLOCK:
+        if kv is None or length < HASH_BLOCK:
             return None
         keys = keys.through([], length)
         media = {identity.number: key for key, identity in self._identities.items()}
         about = made_by(self.model, self._runner.memory.dtype) | {
             "adapter": adapter_hash(self.model, adapter),
-            "tokens": np.where(keys.numbers < 0, self.model.config.image_token_id, keys.numbers).tolist(),
-            "images": [[start, count, media[number].hex()] for start, count, number in keys.spans()],
+            "tokens": np.where(
+                keys.numbers < 0, self.model.config.image_token_id, keys.numbers
+            ).tolist(),
+            "images": [
+                [start, count, media[number].hex()] for start, count, number in keys.spans()
+            ],
         }
-        return Saved(about, self._runner.memory.stored(kv, length))
+        return KVSnapshot(about, self._runner.memory.stored(kv, length))
 
-    def restore(self, saved: Saved) -> Keys:
+    def restore(self, saved: KVSnapshot) -> CacheKey:
         """Take in what `save` gave, of this engine or another, as a cached prefix; what it is of.
 
         Requests without a salt find it. On a CPU the tensors given become this engine's memory. Raises DataError, in words, for
@@ -367,15 +429,24 @@ class Engine:
         """
         if self.deterministic:
             raise DataError("deterministic answers build on nothing that was computed elsewhere")
-        if reason := why_not(saved.about, made_by(self.model, self._runner.memory.dtype)):
+        if reason := mismatch_reason(saved.about, made_by(self.model, self._runner.memory.dtype)):
             raise DataError(reason)
-        adapter = next((key for key in self._adapters() if adapter_hash(self.model, key) == saved.about.get("adapter")), None)
+        adapter = next(
+            (
+                key
+                for key in self._adapters()
+                if adapter_hash(self.model, key) == saved.about.get("adapter")
+            ),
+            None,
+        )
         if adapter is None:
-            raise DataError("these keys and values were computed through an adapter that is not loaded here")
+            raise DataError(
+                "these keys and values were computed through an adapter that is not loaded here"
+            )
         text = self.model.config.text
         tokens, images = sequence(saved.about, text.vocab_size, self.model.config.image_token_id)
         found = [(start, count, self._identity(key)) for start, count, key in images]
-        kv = KV(Keys.of(tokens, found, salted(b"", adapter)), len(tokens))
+        kv = SequenceKV(CacheKey.of(tokens, found, salted(b"", adapter)), len(tokens))
         slab, keys = self._runner.memory.slab(saved.tensors, len(tokens)), kv.keys
         if not self._prefixes.insert(kv):
             load = self.load()
@@ -418,9 +489,16 @@ class Engine:
         """Assert that memory is accounted for to the last token; for tests."""
         scheduler = self._scheduler
         self._prefixes.check()
-        assert {id(request.kv) for request in scheduler.running} == {id(kv) for kv in self._prefixes.running}
-        assert all(request.kv is None and request.first_unit == request.held_unit == 0 for request in scheduler.waiting)
-        assert all(request.finish_reason is None for request in [*scheduler.running, *scheduler.waiting])
+        assert {id(request.kv) for request in scheduler.running} == {
+            id(kv) for kv in self._prefixes.running
+        }
+        assert all(
+            request.kv is None and request.first_unit == request.held_unit == 0
+            for request in scheduler.waiting
+        )
+        assert all(
+            request.finish_reason is None for request in [*scheduler.running, *scheduler.waiting]
+        )
         held: Counter[tuple[bytes, int]] = Counter()
         for request in scheduler.running:
             held.update(unit.key for unit in request.units[request.first_unit : request.held_unit])

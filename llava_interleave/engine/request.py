@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..layout import Layout
+from ..image_layout import ImageTokenLayout
 from ..prompt import Media, Prompt
 from .events import FinishReason, Timings, Usage
-from .lookup import Lookup
-from .sampling import Guide, Sampler, Sampling
+from .prompt_lookup import PromptLookupDrafter
+from .sampler import Sampler, SamplingParams, TokenConstraint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .cache import KV, Keys
+    from .prefix_cache import CacheKey, SequenceKV
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unit:
+class EncoderInput:
     """The smallest piece of a media that the tower encodes and the cache keeps: a crop, or all tiles of an anyres image.
 
     start, stop: the tokens of the prompt that stand for it. adapter: key of the one it is encoded through, "" for none.
@@ -29,20 +29,24 @@ class Unit:
     start: int
     stop: int
     pixels: Tensor
-    layout: Layout
+    layout: ImageTokenLayout
     adapter: str = ""
 
 
-def units(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[Unit]:
+def units(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[EncoderInput]:
     """The units of a media in the order of their tokens; of a video each frame is one. Features are shared within a `salt`."""
     layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
-        yield Unit((key, -1), media.start, media.start + layout.length, media.pixels, layout, adapter)
+        yield EncoderInput(
+            (key, -1), media.start, media.start + layout.length, media.pixels, layout, adapter
+        )
         return
     one = replace(layout, crops=1)
     for crop in range(layout.crops):
         start = media.start + crop * one.length
-        yield Unit((key, crop), start, start + one.length, media.pixels[crop : crop + 1], one, adapter)
+        yield EncoderInput(
+            (key, crop), start, start + one.length, media.pixels[crop : crop + 1], one, adapter
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -51,22 +55,22 @@ class Request:
 
     id: int
     prompt: Prompt = field(repr=False)
-    sampling: Sampling
-    keys: Keys = field(repr=False)
+    sampling: SamplingParams
+    keys: CacheKey = field(repr=False)
     max_new_tokens: int  # as resolved at `add`
     added: float
     adapter: str = ""  # key of the one that its tokens go through
     encoder: str = ""  # and its media
     salt: bytes = field(default=b"", repr=False)  # of their features
     tokens: list[int] = field(init=False, repr=False)  # prompt and answer
-    units: tuple[Unit, ...] = field(init=False, repr=False)
+    units: tuple[EncoderInput, ...] = field(init=False, repr=False)
     plain: bool = field(init=False)  # as its sampling says; asked at every token
     first_unit: int = 0  # units before it are prefilled
     held_unit: int = 0  # units from first_unit up to it keep their features
-    kv: KV | None = None  # while running
+    kv: SequenceKV | None = None  # while running
     sampler: Sampler | None = None
-    guide: Guide | None = field(default=None, repr=False)
-    lookup: Lookup | None = field(default=None, repr=False)
+    guide: TokenConstraint | None = field(default=None, repr=False)
+    lookup: PromptLookupDrafter | None = field(default=None, repr=False)
     drafted: int = 0  # tokens guessed
     accepted: int = 0  # of them right
     cached: int | None = None
@@ -79,7 +83,9 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.tokens)
         self.plain = self.sampling.plain
-        self.units = tuple(unit for media in self.prompt.media for unit in units(media, self.salt, self.encoder))
+        self.units = tuple(
+            unit for media in self.prompt.media for unit in units(media, self.salt, self.encoder)
+        )
 
     @property
     def generated(self) -> list[int]:
@@ -94,11 +100,17 @@ class Request:
     @property
     def usage(self) -> Usage:
         written = len(self.tokens) - len(self.prompt.tokens)
-        return Usage(len(self.prompt.tokens), self.cached or 0, written, self.drafted, self.accepted)
+        return Usage(
+            len(self.prompt.tokens), self.cached or 0, written, self.drafted, self.accepted
+        )
 
     def timings(self, now: float) -> Timings:
         """As of the time `now`, or of its end if it has ended."""
-        end, first, started = now if self.ended is None else self.ended, self.first_token, self.started
+        end, first, started = (
+            now if self.ended is None else self.ended,
+            self.first_token,
+            self.started,
+        )
         later = len(self.tokens) - len(self.prompt.tokens) - 1
         return Timings(
             queue=(end if started is None else started) - self.added,
@@ -106,5 +118,7 @@ class Request:
             prefill=None if first is None or started is None else first - started - self.vision,
             first_token=None if first is None else first - self.added,
             total=end - self.added,
-            tokens_per_second=None if first is None or later < 1 or end <= first else later / (end - first),
+            tokens_per_second=None
+            if first is None or later < 1 or end <= first
+            else later / (end - first),
         )

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from .cache import BLOCK, KV, Features, Keys, Prefixes
 from .events import Event, FinishReason
-from .request import Request, Unit
-from .sampling import Pick
+from .prefix_cache import HASH_BLOCK, CacheKey, EncoderCache, PrefixCache, SequenceKV
+from .request import EncoderInput, Request
+from .sampler import Pick
 
-ROOM = 256
+DECODE_RESERVE = 256
 """Tokens of an answer that a sequence gets room for at a time, memory permitting."""
 
-WORTH_WAITING = 4 * BLOCK
+WORTH_WAITING = 4 * HASH_BLOCK
 """A request waits while another one computes a prefix of so many tokens that both have; a system prompt alone is shorter."""
 
 WORTH_KEEPING = 16
@@ -26,12 +26,12 @@ WORTH_KEEPING = 16
 SHARED = 16
 """Tokens that answers compute in a step, guesses included: up to about so many share the reading of the weights."""
 
-LEAST_PIECE = 64
+MIN_CHUNK_SIZE = 64
 """Tokens of a prompt that are read at a time beside answers, however slow the network is."""
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ScheduledRequest:
     """Tokens `start` to `stop` of a request, after `copied` tokens of `source` were copied to its beginning.
 
     No tokens: the copy is all.
@@ -41,12 +41,12 @@ class Work:
     """
 
     request: Request
-    kv: KV
+    kv: SequenceKV
     start: int
     stop: int
     sample: bool
     encodes: bool = False
-    source: KV | None = None
+    source: SequenceKV | None = None
     copied: int = 0
     guesses: Sequence[int] = ()
 
@@ -57,17 +57,17 @@ class Work:
 
 
 @dataclass(slots=True, eq=False)
-class Plan:
+class SchedulerOutput:
     """One step: `encode` these units, then run `work` as one flat batch. decodes: tokens of works that write on an answer."""
 
-    work: list[Work] = field(default_factory=list)
-    encode: dict[tuple[bytes, int], Unit] = field(default_factory=dict)
+    work: list[ScheduledRequest] = field(default_factory=list)
+    encode: dict[tuple[bytes, int], EncoderInput] = field(default_factory=dict)
     crops: int = 0
     decodes: int = 0
 
 
 @dataclass(slots=True)
-class Pace:
+class StepTimeModel:
     """Seconds that the parts of a step took last, so that prompts can be read in pieces for which answers do not wait long.
 
     decode: of a step without prompts. token, crop: what each of a prompt added to one. owed: what answers have waited for
@@ -79,7 +79,7 @@ class Pace:
     crop: float = 0.0
     owed: float = 0.0
 
-    def learn(self, plan: Plan, seconds: float, tower: float) -> None:
+    def learn(self, plan: SchedulerOutput, seconds: float, tower: float) -> None:
         """From what a step took, and the tower's part of it."""
         tokens = sum(work.stop - work.start for work in plan.work) - plan.decodes
         if not tokens:
@@ -95,7 +95,7 @@ class Pace:
         """Tokens of prompts and crops for a step beside answers that wait for `patience` seconds; at least some, or none now."""
         if self.owed:
             return 0, 0
-        piece = max(LEAST_PIECE, int(patience / self.token)) if self.token else LEAST_PIECE
+        piece = max(MIN_CHUNK_SIZE, int(patience / self.token)) if self.token else MIN_CHUNK_SIZE
         several = max(1, int(patience / self.crop)) if self.crop else 1
         return min(tokens, piece), min(crops, several)
 
@@ -113,8 +113,8 @@ class Scheduler:
 
     def __init__(
         self,
-        prefixes: Prefixes,
-        features: Features,
+        prefixes: PrefixCache,
+        features: EncoderCache,
         *,
         max_step_tokens: int,
         max_step_crops: int,
@@ -122,18 +122,22 @@ class Scheduler:
         piece: int = 0,
     ) -> None:
         self.prefixes, self.features, self.piece = prefixes, features, piece
-        self.max_step_tokens, self.max_step_crops, self.max_running = max_step_tokens, max_step_crops, max_running
+        self.max_step_tokens, self.max_step_crops, self.max_running = (
+            max_step_tokens,
+            max_step_crops,
+            max_running,
+        )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.full = False
-        self.pace = Pace()
+        self.pace = StepTimeModel()
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self, patience: float = math.inf) -> Plan:
+    def schedule(self, patience: float = math.inf) -> SchedulerOutput:
         """The next step; empty only if there is nothing to do. patience: as `Engine.step`."""
-        plan, running, index = Plan(), self.running, 0
+        plan, running, index = SchedulerOutput(), self.running, 0
         self.prefixes.pinned.clear()
         while index < len(running):
             request = running[index]
@@ -143,8 +147,10 @@ class Scheduler:
             start, stop = kv.length, len(request.tokens)
             decodes = stop - start == 1 and request.first_unit == len(request.units)
             if decodes and (stop <= kv.capacity or self._grow(request, kv)):
-                plan.work.append(Work(request, kv, start, stop, True))
-        planned = {id(work.request) for work in plan.work} if len(plan.work) < len(running) else None
+                plan.work.append(ScheduledRequest(request, kv, start, stop, True))
+        planned = (
+            {id(work.request) for work in plan.work} if len(plan.work) < len(running) else None
+        )
         self._guess(plan)
         plan.decodes = sum(work.stop - work.start for work in plan.work)
         budget, most_crops = self.max_step_tokens - plan.decodes, self.max_step_crops
@@ -157,10 +163,12 @@ class Scheduler:
         if self.waiting and budget:
             self._admit(plan, budget, most_crops)
         assert plan.work or not (running or self.waiting)
-        plan.work.sort(key=lambda work: work.request.adapter)  # so that each adapter's rows lie together
+        plan.work.sort(
+            key=lambda work: work.request.adapter
+        )  # so that each adapter's rows lie together
         return plan
 
-    def _guess(self, plan: Plan) -> None:
+    def _guess(self, plan: SchedulerOutput) -> None:
         """Let answers be written several tokens at a time where they repeat what was said, as long as they are few."""
         most = min(SHARED, self.max_step_tokens) // max(1, len(plan.work)) - 1
         for work in plan.work if most else ():
@@ -169,11 +177,11 @@ class Scheduler:
                 work.guesses = lookup.guess(work.request.tokens, room)
                 work.stop += len(work.guesses)
 
-    def _grow(self, request: Request, kv: KV) -> bool:
+    def _grow(self, request: Request, kv: SequenceKV) -> bool:
         """More room for a sequence that decodes; others are pre-empted for it, or else it is itself."""
         length = len(request.tokens)
         while True:
-            for more in (max(ROOM, length // 4), BLOCK):
+            for more in (max(DECODE_RESERVE, length // 4), HASH_BLOCK):
                 if self.prefixes.reserve(kv, min(length + more, request.most)):
                     return True
             victim = self.running[-1]
@@ -200,7 +208,9 @@ class Scheduler:
             self.features.release(unit.key)
         request.first_unit = request.held_unit = 0
 
-    def _prefill(self, request: Request, plan: Plan, budget: int, most_crops: int) -> int:
+    def _prefill(
+        self, request: Request, plan: SchedulerOutput, budget: int, most_crops: int
+    ) -> int:
         """Plan the next tokens of a prompt, as far as images are encoded or can be in this step; how many it were."""
         kv = request.kv
         assert kv is not None
@@ -222,10 +232,14 @@ class Scheduler:
             encodes |= unit.key in plan.encode
         if stop <= start:
             return 0
-        while request.held_unit < len(request.units) and request.units[request.held_unit].start < stop:
+        while (
+            request.held_unit < len(request.units) and request.units[request.held_unit].start < stop
+        ):
             self.features.hold(request.units[request.held_unit].key)
             request.held_unit += 1
-        plan.work.append(Work(request, kv, start, stop, stop == len(request.tokens), encodes))
+        plan.work.append(
+            ScheduledRequest(request, kv, start, stop, stop == len(request.tokens), encodes)
+        )
         return stop - start
 
     def _cut(self, request: Request, start: int) -> int:
@@ -233,7 +247,7 @@ class Scheduler:
         prompt = len(request.prompt.tokens)
         return min(prompt, (start // self.piece + 1) * self.piece) if start < prompt else start + 1
 
-    def _admit(self, plan: Plan, budget: int, most_crops: int) -> None:
+    def _admit(self, plan: SchedulerOutput, budget: int, most_crops: int) -> None:
         """Start waiting requests in order of arrival, while there is room and something left of the step.
 
         Only a request whose prefix another one is about to compute steps aside: it starts when it can copy it.
@@ -242,9 +256,9 @@ class Scheduler:
             if not budget or len(self.running) >= self.max_running or (self.full and self.running):
                 return
             match = self.prefixes.find(request.keys, len(request.tokens) - 1)
-            if match.coming >= WORTH_WAITING and match.coming - match.usable >= BLOCK:
+            if match.coming >= WORTH_WAITING and match.coming - match.usable >= HASH_BLOCK:
                 continue
-            copied = match.usable if match.usable >= BLOCK else 0
+            copied = match.usable if match.usable >= HASH_BLOCK else 0
             if self.piece and match.source is not None:
                 copied = min(copied, match.source.whole) // self.piece * self.piece
             source = match.source if copied else None
@@ -256,7 +270,10 @@ class Scheduler:
             self.running.append(request)
             self.full = False
             request.kv, kv.whole = kv, copied
-            while request.first_unit < len(request.units) and request.units[request.first_unit].stop <= copied:
+            while (
+                request.first_unit < len(request.units)
+                and request.units[request.first_unit].stop <= copied
+            ):
                 request.first_unit += 1
             request.held_unit = request.first_unit
             if request.cached is None:
@@ -264,26 +281,26 @@ class Scheduler:
             used = self._prefill(request, plan, budget, most_crops)
             if source is not None and source is not kv and copied > self.prefixes.shared(copied):
                 if not used:
-                    plan.work.append(Work(request, kv, copied, copied, False))
+                    plan.work.append(ScheduledRequest(request, kv, copied, copied, False))
                 plan.work[-1].source, plan.work[-1].copied = source, copied
             budget -= used
 
-    def _room(self, request: Request, source: KV | None, copied: int) -> KV | None:
+    def _room(self, request: Request, source: SequenceKV | None, copied: int) -> SequenceKV | None:
         """Room for a request that starts with `copied` tokens of `source`; None: there is none now.
 
         A cache that ends soon after the request leaves it is taken over, and so is one that there is no memory to copy.
         """
         prefixes, length = self.prefixes, len(request.tokens)
         keys = request.keys.through(request.tokens[len(request.keys.numbers) :], length)
-        sizes = [min(length + more, request.most) for more in (ROOM, BLOCK)]
+        sizes = [min(length + more, request.most) for more in (DECODE_RESERVE, HASH_BLOCK)]
         if prefixes.pages and source is not None:
             return self._branch(keys, source, copied, sizes)
         idle = source if source is not None and not source.running else None
-        if idle is None or idle.length - copied > max(BLOCK, copied // WORTH_KEEPING):
+        if idle is None or idle.length - copied > max(HASH_BLOCK, copied // WORTH_KEEPING):
             if idle is not None:
                 prefixes.pinned.add(idle)
             for size in sizes:
-                kv = KV(keys, copied)
+                kv = SequenceKV(keys, copied)
                 if prefixes.reserve(kv, size):
                     prefixes.start(kv)
                     if idle is not None:
@@ -296,12 +313,14 @@ class Scheduler:
                     return idle
         return None
 
-    def _branch(self, keys: Keys, source: KV, copied: int, sizes: list[int]) -> KV | None:
+    def _branch(
+        self, keys: CacheKey, source: SequenceKV, copied: int, sizes: list[int]
+    ) -> SequenceKV | None:
         """A sequence that has the whole blocks of `copied` tokens with `source`, and a copy of the rest. Where there is no memory
         for that beside `source`, the rest is computed again."""
         prefixes, whole = self.prefixes, self.prefixes.shared(copied)
         for length in dict.fromkeys((copied, 0 if self.piece and whole % self.piece else whole)):
-            kv = KV(keys, length)
+            kv = SequenceKV(keys, length)
             prefixes.share(kv, source, length)
             pins = {source} - prefixes.pinned if length > whole else set()
             prefixes.pinned |= pins
@@ -314,7 +333,13 @@ class Scheduler:
             prefixes.pinned -= pins
         return None
 
-    def commit(self, plan: Plan, picks: Sequence[Sequence[Pick]], eos_ids: frozenset[int], now: float) -> list[Event]:
+    def commit(
+        self,
+        plan: SchedulerOutput,
+        picks: Sequence[Sequence[Pick]],
+        eos_ids: frozenset[int],
+        now: float,
+    ) -> list[Event]:
         """Write down what a step computed; its events. picks: of each work that samples, its right guesses and one token more."""
         events, chosen = [], iter(picks)
         for work in plan.work:
@@ -322,7 +347,10 @@ class Scheduler:
             work.kv.length = work.stop
             if self.piece and work.start == work.kv.whole and work.stop % self.piece == 0:
                 work.kv.whole = work.stop
-            while request.first_unit < request.held_unit and request.units[request.first_unit].stop <= work.stop:
+            while (
+                request.first_unit < request.held_unit
+                and request.units[request.first_unit].stop <= work.stop
+            ):
                 self.features.release(request.units[request.first_unit].key)
                 request.first_unit += 1
             if not work.sample:
@@ -345,7 +373,12 @@ class Scheduler:
         return events
 
     def end(
-        self, request: Request, reason: FinishReason, now: float, pick: Pick | None = None, error: Exception | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        now: float,
+        pick: Pick | None = None,
+        error: Exception | None = None,
     ) -> Event:
         """Take a request out; what it computed stays as cache unless the reason is an error."""
         kv = request.kv
@@ -356,12 +389,16 @@ class Scheduler:
         else:
             self.running.remove(request)
             self._release(request)
-            self.prefixes.retire(kv, request.keys.through(request.tokens[len(request.keys.numbers) :], kv.length))
+            self.prefixes.retire(
+                kv, request.keys.through(request.tokens[len(request.keys.numbers) :], kv.length)
+            )
             request.kv = None
         self.full = False
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top = pick or (None, None, ())
-        return Event(request, token, logprob, top, reason, request.usage, request.timings(now), error)
+        return Event(
+            request, token, logprob, top, reason, request.usage, request.timings(now), error
+        )
 
 
 def _reason(request: Request, token: int, eos_ids: frozenset[int]) -> FinishReason | None:

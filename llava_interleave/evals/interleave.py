@@ -35,7 +35,12 @@ CATEGORIES = {
     "visual_story_telling": ("AESOP", "FlintstonesSV", "PororoSV", "VIST"),
     "visual_cloze": ("COMICS_Dialogue", "RecipeQA_VisualCloze"),
     "text_rich_vqa": ("WebQA", "TQA", "OCR-VQA", "DocVQA"),
-    "multi_image_vqa": ("MIT-States_StateCoherence", "MIT-States_PropertyCoherence", "VISION", "RecipeQA_ImageCoherence"),
+    "multi_image_vqa": (
+        "MIT-States_StateCoherence",
+        "MIT-States_PropertyCoherence",
+        "VISION",
+        "RecipeQA_ImageCoherence",
+    ),
     "puzzle": ("RAVEN",),
     "nlrv2": ("NLVR2_Mantis",),
     "qbench": ("QBench",),
@@ -72,7 +77,13 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 PIPELINE = "float16, pictures squashed to 384 x 384, preset official, greedy, at most 1024 new tokens, --as-published"
 
 
-def load(name: str, root: Path, *, as_published: bool = False, system: str = "You are a helpful assistant.") -> Task:
+def load(
+    name: str,
+    root: Path,
+    *,
+    as_published: bool = False,
+    system: str = "You are a helpful assistant.",
+) -> Task:
     """One of the three files below `root/interleave` as a task. Broken samples are its faults, the rest its examples."""
     folder = root / "interleave"
     path = find(folder / FILES[name], FETCH)
@@ -85,7 +96,11 @@ def load(name: str, root: Path, *, as_published: bool = False, system: str = "Yo
     seen: dict[str, int] = {}
     for index, sample in enumerate(samples):
         if fault := check(sample, folder):
-            where = sample.get("sample_id", "without an id") if isinstance(sample, dict) else "that is no object"
+            where = (
+                sample.get("sample_id", "without an id")
+                if isinstance(sample, dict)
+                else "that is no object"
+            )
             faults.append(f"sample {where} (number {index + 1}): {fault}")
             continue
         dataset, kind = sample["metadata"]["dataset"], sample["metadata"]["question_type"]
@@ -142,15 +157,25 @@ def check(sample: Any, folder: Path) -> str:
         who = [turn["from"] for turn in said]
         kind, dataset, _ = about["question_type"], about["dataset"], sample["sample_id"]
     except (KeyError, TypeError) as error:
-        return f"it lacks {error}" if isinstance(error, KeyError) else "a part of it has another form than the benchmark's"
-    if not isinstance(dataset, str) or not isinstance(pictures, list) or not all(isinstance(p, str) for p in pictures):
+        return (
+            f"it lacks {error}"
+            if isinstance(error, KeyError)
+            else "a part of it has another form than the benchmark's"
+        )
+    if (
+        not isinstance(dataset, str)
+        or not isinstance(pictures, list)
+        or not all(isinstance(p, str) for p in pictures)
+    ):
         return "its image is no list of file names, or its dataset no name"
     if kind not in ("open-ended", "multi-choice"):
         return f"its question type is {kind!r}, not open-ended or multi-choice"
     if not all(isinstance(value, str) for value in values):
         return "a turn's value is no text"
     if not who or who != ["human", "gpt"] * (len(who) // 2):
-        return f"its turns are {', '.join(map(str, who)) or 'none'} instead of human and gpt in pairs"
+        return (
+            f"its turns are {', '.join(map(str, who)) or 'none'} instead of human and gpt in pairs"
+        )
     placeholders = sum(value.count("<image>") for value in values[::2])
     if placeholders != len(pictures):
         return f"its questions have {placeholders} <image>, but it has {len(pictures)} pictures"

@@ -9,8 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, LlavaError
-from .choices import POPE, VIDEOS, ai2d, blink, muirbench, mvbench, nextqa, nlvr2, pope, qbench, raven
-from .free import SCANQA, docvqa, scanqa, vqav2
+from .multiple_choice import (
+    POPE,
+    VIDEOS,
+    ai2d,
+    blink,
+    muirbench,
+    mvbench,
+    nextqa,
+    nlvr2,
+    pope,
+    qbench,
+    raven,
+)
+from .open_ended import SCANQA, docvqa, scanqa, vqav2
 from .task import Example, Figures, Task, digest, find
 
 Reader = Callable[[Path, Path], Iterator[Example]]
@@ -101,10 +113,19 @@ def load(name: str, root: Path) -> Task:
     for path in paths:
         try:
             examples += source.read(folder, path)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OSError,
+            zipfile.BadZipFile,
+        ) as error:
             if isinstance(error, LlavaError):
                 raise
-            raise DataError(f"{path}, after {len(examples)} samples: not of the published form ({error!r})") from error
+            raise DataError(
+                f"{path}, after {len(examples)} samples: not of the published form ({error!r})"
+            ) from error
     return Task(
         name=name,
         examples=examples,
@@ -120,10 +141,14 @@ def _files(folder: Path, pattern: str, fetch: str) -> list[Path]:
         return [find(folder / pattern, fetch)]
     found = sorted(folder.glob(pattern))
     if not found:
-        raise DataError(f"{folder / pattern} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder")
+        raise DataError(
+            f"{folder / pattern} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder"
+        )
     for path in found:
         if parts := re.search(r"-(\d{5})-of-(\d{5})", path.name):
             others = f"{path.name[: parts.start()]}-*-of-{parts[2]}*{path.suffix}"
             if len(list(path.parent.glob(others))) != int(parts[2]):
-                raise DataError(f"of the {int(parts[2])} parts of {path.parent / others} some are missing: {fetch}")
+                raise DataError(
+                    f"of the {int(parts[2])} parts of {path.parent / others} some are missing: {fetch}"
+                )
     return found

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import MediaError
-from ..journal import Row
+from ..journal import JsonRow
 from .stats import Line
 from .task import Example, Messages, Task
 
@@ -32,7 +32,9 @@ pre{{white-space:pre-wrap;margin:.3rem 0;font:inherit}}small{{opacity:.7}}#wrong
 """
 
 
-def write(path: Path, task: Task, rows: Sequence[Row], lines: Sequence[Line], about: dict[str, Any]) -> None:
+def write(
+    path: Path, task: Task, rows: Sequence[JsonRow], lines: Sequence[Line], about: dict[str, Any]
+) -> None:
     """Write the report; the file appears when it is complete."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +53,23 @@ def _head(task: Task, lines: Sequence[Line], about: dict[str, Any]) -> Iterator[
     yield table(("made with", ""), [(key, str(value)) for key, value in about.items()])
     papers = list(task.paper)
     cells = [
-        (line.name, f"{line.mean:.2%}", f"{line.low:.1%} to {line.high:.1%}", str(line.asked), str(line.failed)) for line in lines
+        (
+            line.name,
+            f"{line.mean:.2%}",
+            f"{line.low:.1%} to {line.high:.1%}",
+            str(line.asked),
+            str(line.failed),
+        )
+        for line in lines
     ]
-    published = [[f"{task.paper[m][line.name]:.1f}" if line.name in task.paper[m] else "" for m in papers] for line in lines]
+    published = [
+        [f"{task.paper[m][line.name]:.1f}" if line.name in task.paper[m] else "" for m in papers]
+        for line in lines
+    ]
     columns = ("", "mean", "95 % interval", "examples", "not answered", *papers)
-    yield table(columns, [(*cell, *figures) for cell, figures in zip(cells, published, strict=True)])
+    yield table(
+        columns, [(*cell, *figures) for cell, figures in zip(cells, published, strict=True)]
+    )
     if task.paper:
         yield f"<p>{escape(', '.join(papers))}: published figures in percent, made with {escape(task.pipeline)}.</p>"
     if task.faults:
@@ -67,16 +81,22 @@ def _head(task: Task, lines: Sequence[Line], about: dict[str, Any]) -> Iterator[
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in HTML."""
     head = "".join(f"<th>{escape(name)}" for name in columns)
-    return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{escape(c)}" for c in row) for row in rows) + "</table>\n"
+    return (
+        f"<table><tr>{head}"
+        + "".join("<tr>" + "".join(f"<td>{escape(c)}" for c in row) for row in rows)
+        + "</table>\n"
+    )
 
 
-def _article(example: Example, row: Row) -> str:
+def _article(example: Example, row: JsonRow) -> str:
     score = row["score"]
     mark = "open" if score is None else "right" if score == 1 else "wrong"
     with TemporaryDirectory() as folder:
         shown = "".join(_pictures(example.ask(Path(folder))))
     judged = "not counted" if score is None else f"{score:.3g}"
-    said = f"<i>{escape(row['error'])}</i>" if row["error"] else f"<pre>{escape(row['answer'])}</pre>"
+    said = (
+        f"<i>{escape(row['error'])}</i>" if row["error"] else f"<pre>{escape(row['answer'])}</pre>"
+    )
     return (
         f'<article class="{mark}"><small>{escape(row["id"])} {escape(row["kind"])}</small>'
         f"<pre>{escape(row['question'])}</pre>{shown}<table><tr><th>truth<td><pre>{escape(row['truth'])}</pre><tr><th>answer<td>{said}<tr><th>score<td>{judged}</table></article>\n"
@@ -89,15 +109,25 @@ def _pictures(messages: Messages) -> Iterator[str]:
     from ..processing.video import FrameSampling
 
     loader = Loader()
-    for part in (p for message in messages if not isinstance(message["content"], str) for p in message["content"]):
+    for part in (
+        p
+        for message in messages
+        if not isinstance(message["content"], str)
+        for p in message["content"]
+    ):
         try:
             if part["type"] == "image":
                 yield _img(loader.image(part["path"]))
             elif part["type"] == "views":
-                yield from (_img(loader.image(source), name) for name, source in part["views"].items())
+                yield from (
+                    _img(loader.image(source), name) for name, source in part["views"].items()
+                )
             elif part["type"] == "video":
                 yield from (
-                    _img(frame) for frame in loader.video(part.get("path") or part["video"], FrameSampling(frames=FRAMES)).frames
+                    _img(frame)
+                    for frame in loader.video(
+                        part.get("path") or part["video"], FrameSampling(frames=FRAMES)
+                    ).frames
                 )
         except MediaError as error:
             yield f"<i>{escape(str(error))}</i>"

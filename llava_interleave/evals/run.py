@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import DataError, LlavaError
-from ..journal import Journal, Row
+from ..journal import Journal, JsonRow
 from .task import Answerer, Example, Messages, Task
 
 BEFORE = "the turn before it could not be answered"
@@ -28,8 +28,13 @@ def about(task: Task, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(
-    task: Task, answer: Answerer, journal: Journal, *, batch: int = 50, say: Callable[[int, int], None] | None = None
-) -> list[Row]:
+    task: Task,
+    answer: Answerer,
+    journal: Journal,
+    *,
+    batch: int = 50,
+    say: Callable[[int, int], None] | None = None,
+) -> list[JsonRow]:
     """Ask what the journal does not have yet; the rows of all examples, in the task's order.
 
     An example that cannot be answered has its reason in `error` and scores as an empty answer. say: told how many are done,
@@ -40,16 +45,28 @@ def run(
     for name in examples.keys() & journal.done.keys():
         row = journal.row(name)
         if (row["question"], row["truth"]) != (examples[name].question, examples[name].truth):
-            raise DataError(f"{journal.path} has {name} with another question or truth than the task has now; name another file")
+            raise DataError(
+                f"{journal.path} has {name} with another question or truth than the task has now; name another file"
+            )
     waiting = [example for example in task.examples if example.id not in journal.done]
     while waiting:
         if say:
             say(len(examples) - len(waiting), len(examples))
-        ready = [example for example in waiting if not example.follows or example.follows in journal.done][:batch]
+        ready = [
+            example for example in waiting if not example.follows or example.follows in journal.done
+        ][:batch]
         with TemporaryDirectory() as folder:
-            asked = {example.id: _conversation(example, examples, journal, Path(folder)) for example in ready}
+            asked = {
+                example.id: _conversation(example, examples, journal, Path(folder))
+                for example in ready
+            }
             said = iter(answer([messages for messages in asked.values() if messages is not None]))
-            journal.add([_row(e, next(said) if asked[e.id] is not None else LlavaError(BEFORE)) for e in ready])
+            journal.add(
+                [
+                    _row(e, next(said) if asked[e.id] is not None else LlavaError(BEFORE))
+                    for e in ready
+                ]
+            )
             assert next(said, None) is None, "one answer to each conversation"
         waiting = [example for example in waiting if example.id not in journal.done]
     if say:
@@ -57,7 +74,9 @@ def run(
     return [journal.row(name) for name in examples]
 
 
-def _conversation(example: Example, examples: dict[str, Example], journal: Journal, folder: Path) -> Messages | None:
+def _conversation(
+    example: Example, examples: dict[str, Example], journal: Journal, folder: Path
+) -> Messages | None:
     """All messages up to the example's question; None if an earlier one has no answer."""
     if not example.follows:
         return list(example.ask(folder))
@@ -68,14 +87,25 @@ def _conversation(example: Example, examples: dict[str, Example], journal: Journ
     return [*before, {"role": "assistant", "content": row["answer"]}, *example.ask(folder)]
 
 
-def _row(example: Example, said: str | LlavaError) -> Row:
+def _row(example: Example, said: str | LlavaError) -> JsonRow:
     failed = isinstance(said, LlavaError)
     text = "" if failed else str(said)
-    names = {"id": example.id, "group": example.group, "kind": example.kind, "question": example.question}
+    names = {
+        "id": example.id,
+        "group": example.group,
+        "kind": example.kind,
+        "question": example.question,
+    }
     score = example.judge(text)
-    return {**names, "truth": example.truth, "answer": text, "score": score, "error": str(said) if failed else None}
+    return {
+        **names,
+        "truth": example.truth,
+        "answer": text,
+        "score": score,
+        "error": str(said) if failed else None,
+    }
 
 
-def counted(rows: Iterable[Row]) -> list[Row]:
+def counted(rows: Iterable[JsonRow]) -> list[JsonRow]:
     """The rows whose score counts."""
     return [row for row in rows if row["score"] is not None]

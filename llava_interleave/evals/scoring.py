@@ -21,7 +21,9 @@ def normalise(text: str, as_published: bool = False) -> str:
     A mark is dropped where it stands beside a space anywhere in the text, or where any number in it has a comma; else it
     becomes a space. The rule is that of VQA's scorer and makes `red/blue` two words, `red/blue / 2` one. A colon stays.
     """
-    out = _unpunctuated(text.replace("\n", " ").replace("\t", " ").strip(), DOTS if as_published else 0)
+    out = _unpunctuated(
+        text.replace("\n", " ").replace("\t", " ").strip(), DOTS if as_published else 0
+    )
     return out.strip("'").strip('"').strip(")").strip("(").strip().lower()
 
 
@@ -55,7 +57,9 @@ def rouge_l(said: str, truth: str) -> float:
     The package recurses once a word, and stops with an error at references of about 900 words and at texts of full stops alone;
     this goes on, and the latter have no word in common with anything: 0.
     """
-    sentences, references = ([" ".join(s.split()).split(" ") for s in text.split(".") if s] for text in (said, truth))
+    sentences, references = (
+        [" ".join(s.split()).split(" ") for s in text.split(".") if s] for text in (said, truth)
+    )
     if not sentences or not references:
         return 0.0
     common: set[str] = set()
@@ -72,7 +76,9 @@ def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
     table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i, a in enumerate(x, 1):
         for j, b in enumerate(y, 1):
-            table[i][j] = table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
+            table[i][j] = (
+                table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
+            )
     words, i, j = set(), len(x), len(y)
     while i and j:
         if x[i - 1] == y[j - 1]:
@@ -89,7 +95,9 @@ def letter(answer: str, choices: int) -> str:
     """The option's letter that an answer names: `B`, `(B)`, `B. cat`, `Answer: B`; "" for none or one that is not offered."""
     offered = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:choices]
     found = re.match(
-        rf"\s*(?:(?:the\s+)?(?:best\s+)?(?:answer|option)(?:\s+is)?\s*:?\s*)?\(?([{offered}])(?:[).:,\s]|$)", answer, re.I
+        rf"\s*(?:(?:the\s+)?(?:best\s+)?(?:answer|option)(?:\s+is)?\s*:?\s*)?\(?([{offered}])(?:[).:,\s]|$)",
+        answer,
+        re.I,
     )
     return found[1].upper() if found else ""
 
@@ -138,7 +146,9 @@ def vqa_normalise(text: str) -> str:
     """An answer as VQA compares it: no marks, lower case, numbers up to ten as digits, no articles, apostrophes put back."""
     text = _unpunctuated(text.replace("\n", " ").replace("\t", " ").strip(), DOTS)
     words = (NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    return " ".join(
+        CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the")
+    )
 
 
 NUMBERS = {

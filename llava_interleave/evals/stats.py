@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from ..journal import Row
+from ..journal import JsonRow
 from .run import counted
 from .task import Figures, Task
 
@@ -30,7 +30,7 @@ class Line:
     failed: int
 
 
-def summary(task: Task, rows: Sequence[Row]) -> list[Line]:
+def summary(task: Task, rows: Sequence[JsonRow]) -> list[Line]:
     """The mean of every group, every category, the average and all examples, and the task's figures, in the task's order."""
     scores = _by_group(rows)
     failed: dict[str, int] = {}
@@ -38,14 +38,22 @@ def summary(task: Task, rows: Sequence[Row]) -> list[Line]:
         failed[row["group"]] = failed.get(row["group"], 0) + bool(row["error"])
     lines = [_line(name, "group", [name], scores, failed, _mean_of_groups) for name in scores]
     # A category's data sets are added in the order they come in the results, as published: it decides the last digit.
-    members = {name: [group for group in scores if group in groups] for name, groups in task.categories.items()}
+    members = {
+        name: [group for group in scores if group in groups]
+        for name, groups in task.categories.items()
+    }
     members = {name: groups for name, groups in members.items() if groups}
-    lines += [_line(name, "category", groups, scores, failed, _mean_of_groups) for name, groups in members.items()]
+    lines += [
+        _line(name, "category", groups, scores, failed, _mean_of_groups)
+        for name, groups in members.items()
+    ]
     if task.average and set(task.average) <= members.keys():
         groups = [group for name in task.average for group in members[name]]
 
         def mean(drawn: Mapping[str, float]) -> float:
-            return sum(_mean_of_groups({g: drawn[g] for g in members[name]}) for name in task.average) / len(task.average)
+            return sum(
+                _mean_of_groups({g: drawn[g] for g in members[name]}) for name in task.average
+            ) / len(task.average)
 
         lines.append(_line("average", "average", groups, scores, failed, mean))
     elif not task.categories and len(scores) > 1:
@@ -60,7 +68,7 @@ def summary(task: Task, rows: Sequence[Row]) -> list[Line]:
     return lines + (list(_figures(task.figures, rows, failed)) if task.figures else [])
 
 
-def _by_group(rows: Sequence[Row]) -> Scores:
+def _by_group(rows: Sequence[JsonRow]) -> Scores:
     groups: dict[str, list[float]] = {}
     for row in counted(rows):
         groups.setdefault(row["group"], []).append(row["score"])
@@ -80,16 +88,21 @@ def _line(
     mean: Callable[[Mapping[str, float]], float],
 ) -> Line:
     chance = np.random.default_rng(0)
-    drawn = [mean({g: float(chance.choice(scores[g], len(scores[g])).mean()) for g in groups}) for _ in range(RESAMPLES)]
+    drawn = [
+        mean({g: float(chance.choice(scores[g], len(scores[g])).mean()) for g in groups})
+        for _ in range(RESAMPLES)
+    ]
     low, high = np.percentile(drawn, (2.5, 97.5))
     value = mean({g: float(np.mean(scores[g])) for g in groups})
     asked = sum(len(scores[g]) for g in groups)
     return Line(name, kind, value, float(low), float(high), asked, sum(failed[g] for g in groups))
 
 
-def _figures(figures: Figures, rows: Sequence[Row], failed: Mapping[str, int]) -> Iterator[Line]:
+def _figures(
+    figures: Figures, rows: Sequence[JsonRow], failed: Mapping[str, int]
+) -> Iterator[Line]:
     """The figures of every group and of all examples; one that has no number, as the precision of never a yes, is 0."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[JsonRow]] = {}
     for row in counted(rows):
         groups.setdefault(row["group"], []).append(row)
     if len(groups) > 1:
@@ -97,14 +110,19 @@ def _figures(figures: Figures, rows: Sequence[Row], failed: Mapping[str, int]) -
     for name, members in groups.items():
         counts = np.array([figures.count(row) for row in members], dtype=np.float64)
         chance = np.random.default_rng(0)
-        draws = [counts[chance.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(RESAMPLES)]
+        draws = [
+            counts[chance.integers(0, len(counts), len(counts))].sum(axis=0)
+            for _ in range(RESAMPLES)
+        ]
         sums = np.array([counts.sum(axis=0), *draws]).T
         lost = failed.get(name, sum(failed.values()))
         for figure, of in figures.of.items():
             with np.errstate(divide="ignore", invalid="ignore"):
                 value, *drawn = np.nan_to_num(of(sums)).tolist()
             low, high = np.percentile(drawn, (2.5, 97.5))
-            yield Line(f"{name}: {figure}", "figure", value, float(low), float(high), len(members), lost)
+            yield Line(
+                f"{name}: {figure}", "figure", value, float(low), float(high), len(members), lost
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +144,23 @@ class Difference:
     p: float
 
 
-def compare(a: Sequence[Row], b: Sequence[Row]) -> list[Difference]:
+def compare(a: Sequence[JsonRow], b: Sequence[JsonRow]) -> list[Difference]:
     """The differences by group and over all examples that both runs counted. Raises `DataError` where there is none."""
     of_a, of_b = ({row["id"]: row for row in counted(rows)} for rows in (a, b))
     both = [name for name in of_a if name in of_b]
     if not both:
-        raise DataError(f"the two runs have no example in common: {len(of_a)} and {len(of_b)} rows with other ids")
+        raise DataError(
+            f"the two runs have no example in common: {len(of_a)} and {len(of_b)} rows with other ids"
+        )
     groups: dict[str, list[str]] = {}
     for name in both:
         groups.setdefault(of_a[name]["group"], []).append(name)
     if len(groups) > 1:
         groups["all examples"] = both
     return [
-        _difference(group, *(np.array([rows[name]["score"] for name in names]) for rows in (of_a, of_b)))
+        _difference(
+            group, *(np.array([rows[name]["score"] for name in names]) for rows in (of_a, of_b))
+        )
         for group, names in groups.items()
     ]
 
@@ -149,7 +171,9 @@ def _difference(name: str, a: NDArray[np.float64], b: NDArray[np.float64]) -> Di
     low, high = np.percentile(drawn, (2.5, 97.5))
     better, worse = int((gained > 0).sum()), int((gained < 0).sum())
     p = sign_test(better, worse)
-    return Difference(name, float(a.mean()), float(b.mean()), float(low), float(high), len(a), better, worse, p)
+    return Difference(
+        name, float(a.mean()), float(b.mean()), float(low), float(high), len(a), better, worse, p
+    )
 
 
 def sign_test(better: int, worse: int) -> float:

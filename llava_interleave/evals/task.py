@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, LlavaError
-from ..journal import Row
-from ..tables import Parquet
+from ..journal import JsonRow
+from ..parquet import Parquet
 from .scoring import Judge
 
-Part = dict[str, Any]
-Messages = list[Part]
-Media = Sequence[Part] | Callable[[Path], Sequence[Part]]
+ContentPart = dict[str, Any]
+Messages = list[ContentPart]
+Media = Sequence[ContentPart] | Callable[[Path], Sequence[ContentPart]]
 """The pictures and videos of a question, or what writes them into a folder when it is asked."""
 Answerer = Callable[[Sequence[Messages]], Sequence[str | LlavaError]]
 """Answers several conversations; one that cannot be answered gets the reason."""
@@ -47,7 +47,7 @@ class Example:
 class Figures:
     """What a benchmark reports beside means. count: what a row adds to its sums. of: shares computed from the sums, by name."""
 
-    count: Callable[[Row], Sequence[float]]
+    count: Callable[[JsonRow], Sequence[float]]
     of: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]
 
 
@@ -77,7 +77,9 @@ class Task:
 def find(path: Path, fetch: str) -> Path:
     """The path, if it is there; else a `DataError` that says what to fetch. Nothing is ever downloaded here."""
     if not path.exists():
-        raise DataError(f"{path} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder")
+        raise DataError(
+            f"{path} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder"
+        )
     return path
 
 
@@ -108,38 +110,49 @@ def digest(*paths: Path) -> str:
     return state.hexdigest()
 
 
-def asked(text: str, pictures: Sequence[Path]) -> list[Part]:
+def asked(text: str, pictures: Sequence[Path]) -> list[ContentPart]:
     """The content of a turn: `<image>` in the text becomes the pictures in order; as many as there are (else an assert)."""
     assert text.count("<image>") == len(pictures)
     return placed(text, [{"type": "image", "path": str(path)} for path in pictures])
 
 
-def placed(text: str, media: Sequence[Part]) -> list[Part]:
+def placed(text: str, media: Sequence[ContentPart]) -> list[ContentPart]:
     """Text with media where it says `<image>`; before it where it says so never, or another number of times."""
     pieces = text.split("<image>")
     if len(pieces) != len(media) + 1:
         return [*media, {"type": "text", "text": text}]
-    parts: list[Part] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+    parts: list[ContentPart] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
     for one, piece in zip(media, pieces[1:], strict=True):
         parts += [one, {"type": "text", "text": piece}] if piece else [one]
     return parts
 
 
-def example(name: str, group: str, media: Media, text: str, truth: str, judge: Judge, kind: str = "") -> Example:
+def example(
+    name: str, group: str, media: Media, text: str, truth: str, judge: Judge, kind: str = ""
+) -> Example:
     """One question in one turn."""
 
     def ask(folder: Path) -> Messages:
-        return [{"role": "user", "content": placed(text, media(folder) if callable(media) else media)}]
+        return [
+            {"role": "user", "content": placed(text, media(folder) if callable(media) else media)}
+        ]
 
-    return Example(id=name, group=group, kind=kind, ask=ask, question=text, truth=truth, judge=judge)
+    return Example(
+        id=name, group=group, kind=kind, ask=ask, question=text, truth=truth, judge=judge
+    )
 
 
-def embedded(table: Parquet, number: int, *columns: str) -> Callable[[Path], list[Part]]:
+def embedded(table: Parquet, number: int, *columns: str) -> Callable[[Path], list[ContentPart]]:
     """The pictures in columns of a row, or in lists of them, as files; those that are not there are left out."""
 
-    def write(folder: Path) -> list[Part]:
+    def write(folder: Path) -> list[ContentPart]:
         row = table.row(number, columns)
-        cells = [cell for name in columns for cell in (row[name] if isinstance(row[name], list) else [row[name]]) if cell]
+        cells = [
+            cell
+            for name in columns
+            for cell in (row[name] if isinstance(row[name], list) else [row[name]])
+            if cell
+        ]
         paths = []
         for index, cell in enumerate(cells):
             suffix = ".png" if cell["bytes"].startswith(b"\x89PNG") else ".jpg"

@@ -43,7 +43,7 @@ class NoKernels(Exception):
     """Why there are no kernels here."""
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """None where the kernels are ready, else the reason. The first call compiles them, which takes seconds."""
     found = _library()
     return found if isinstance(found, str) else None
@@ -53,7 +53,9 @@ def why_not() -> str | None:
 def multiplies_bfloat16() -> bool:
     """Whether PyTorch multiplies matrices in bfloat16 on this CPU by more than single steps. Where not, which is without AVX-512
     or AMX, it takes a hundred times as long as in float32."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: int) -> Tensor:
@@ -63,9 +65,23 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: i
     bits = 4 if weight.shape[-1] == group_bytes(4) else 8
     assert weight.shape == (panels, groups, group_bytes(bits)), (x.shape, weight.shape, out)
     assert scale.shape == (panels, groups, PANEL), (weight.shape, scale.shape)
-    assert weight.is_contiguous() and scale.is_contiguous() and x.is_cpu and weight.is_cpu and scale.is_cpu, weight.device
-    assert weight.dtype == torch.uint8 and scale.dtype == torch.float16 and x.dtype in (torch.float32, torch.bfloat16), x.dtype
-    assert bias is None or (bias.shape == (out,) and bias.dtype == x.dtype), (bias.shape, bias.dtype, x.dtype)
+    assert (
+        weight.is_contiguous()
+        and scale.is_contiguous()
+        and x.is_cpu
+        and weight.is_cpu
+        and scale.is_cpu
+    ), weight.device
+    assert (
+        weight.dtype == torch.uint8
+        and scale.dtype == torch.float16
+        and x.dtype in (torch.float32, torch.bfloat16)
+    ), x.dtype
+    assert bias is None or (bias.shape == (out,) and bias.dtype == x.dtype), (
+        bias.shape,
+        bias.dtype,
+        x.dtype,
+    )
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     functions = _library()
@@ -86,7 +102,13 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: i
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: int, scales: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: int,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What each q `[T, H, d]` of new tokens sees of the tokens up to its own, `[T, H, d]`, in bfloat16; d is a multiple of 16.
 
@@ -94,34 +116,72 @@ def attend(
     first: bfloat16, or int8 with float16 scales `[Hkv, capacity]` for both. A token's result is the same in any company.
     """
     (tokens, heads, d), (kv_heads, capacity, _) = q.shape, values.shape
-    assert d % PANEL == 0 and heads % kv_heads == 0 and 0 <= at <= capacity - tokens, (q.shape, values.shape, at)
-    assert k.shape == v.shape == (tokens, kv_heads, d) and keys.shape == (kv_heads, d, capacity), (k.shape, keys.shape)
+    assert d % PANEL == 0 and heads % kv_heads == 0 and 0 <= at <= capacity - tokens, (
+        q.shape,
+        values.shape,
+        at,
+    )
+    assert k.shape == v.shape == (tokens, kv_heads, d) and keys.shape == (kv_heads, d, capacity), (
+        k.shape,
+        keys.shape,
+    )
     assert {(t.dtype, t.is_cpu) for t in (q, k, v)} == {(torch.bfloat16, True)}, (q.dtype, q.device)
-    assert keys.dtype == values.dtype == (torch.int8 if scales else torch.bfloat16) and keys.is_cpu, (keys.dtype, keys.device)
-    assert all(t.shape == (kv_heads, capacity) and t.dtype == torch.float16 and t.is_contiguous() for t in scales or ())
+    assert (
+        keys.dtype == values.dtype == (torch.int8 if scales else torch.bfloat16) and keys.is_cpu
+    ), (keys.dtype, keys.device)
+    assert all(
+        t.shape == (kv_heads, capacity) and t.dtype == torch.float16 and t.is_contiguous()
+        for t in scales or ()
+    )
     assert keys.is_contiguous() and values.is_contiguous()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    pointers = (None if t is None else t.data_ptr() for t in (q, k, v, keys, values, *(scales or (None, None)), out))
+    pointers = (
+        None if t is None else t.data_ptr()
+        for t in (q, k, v, keys, values, *(scales or (None, None)), out)
+    )
     functions = _library()
     assert not isinstance(functions, str), functions
     functions[1](*pointers, tokens, heads, kv_heads, d, capacity, at)
     return out
 
 
-def decode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float, sequences: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+def decode(
+    hidden: Tensor,
+    weights: Tensor,
+    shape: Tensor,
+    eps: float,
+    sequences: Tensor,
+    rope: tuple[Tensor, Tensor],
+) -> None:
     """What all layers of a decoder make of `[T, D]` hidden states in bfloat16, in place, in one call (see `model.fused`).
 
     weights, shape, sequences: int64, the kernel's structures of these names: addresses, and numbers of things. rope: `[T, 1, d]`.
     """
-    assert {t.dtype for t in (weights, shape, sequences)} == {torch.int64} and hidden.dtype == torch.bfloat16, hidden.dtype
-    assert all(t.is_contiguous() and t.is_cpu for t in (hidden, weights, shape, sequences, *rope)) and len(rope[0]) == len(hidden)
+    assert {t.dtype for t in (weights, shape, sequences)} == {
+        torch.int64
+    } and hidden.dtype == torch.bfloat16, hidden.dtype
+    assert all(
+        t.is_contiguous() and t.is_cpu for t in (hidden, weights, shape, sequences, *rope)
+    ) and len(rope[0]) == len(hidden)
     cos, sin = rope
-    assert cos.shape == sin.shape and cos.dtype == sin.dtype == torch.bfloat16, (cos.shape, cos.dtype)
+    assert cos.shape == sin.shape and cos.dtype == sin.dtype == torch.bfloat16, (
+        cos.shape,
+        cos.dtype,
+    )
     functions = _library()
     assert not isinstance(functions, str), functions
     threads, pointers = torch.get_num_threads(), (t.data_ptr() for t in (cos, sin, hidden))
-    functions[2](threads, shape.data_ptr(), weights.data_ptr(), eps, sequences.data_ptr(), len(sequences), *pointers, len(hidden))
+    functions[2](
+        threads,
+        shape.data_ptr(),
+        weights.data_ptr(),
+        eps,
+        sequences.data_ptr(),
+        len(sequences),
+        *pointers,
+        len(hidden),
+    )
 
 
 def encode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float) -> None:
@@ -129,7 +189,9 @@ def encode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float) -> None:
 
     weights, shape: int64, the kernel's structures of these names.
     """
-    assert weights.dtype == shape.dtype == torch.int64 and hidden.dtype == torch.bfloat16, hidden.dtype
+    assert weights.dtype == shape.dtype == torch.int64 and hidden.dtype == torch.bfloat16, (
+        hidden.dtype
+    )
     assert all(t.is_contiguous() and t.is_cpu for t in (hidden, weights, shape))
     functions = _library()
     assert not isinstance(functions, str), functions
@@ -149,14 +211,28 @@ def _library() -> tuple[Callable[..., None], ...] | str:
 def functions(path: Path) -> tuple[Callable[..., None], ...]:
     """`llava_linear`, `llava_attend`, `llava_decode` and `llava_encode` of a compiled file, computing on PyTorch's threads."""
     try:
-        threads = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).torch_parallel_for
+        threads = ctypes.CDLL(
+            str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        ).torch_parallel_for
     except (OSError, AttributeError) as error:
-        raise NoKernels(f"PyTorch {torch.__version__} does not lend its threads; 2.10 and later do") from error
+        raise NoKernels(
+            f"PyTorch {torch.__version__} does not lend its threads; 2.10 and later do"
+        ) from error
     library, lent = ctypes.CDLL(str(path)), ctypes.cast(threads, _POINTER)
     found = library.llava_linear, library.llava_attend, library.llava_decode, library.llava_encode
     found[0].argtypes = [_POINTER, _INT, _INT, *[_POINTER] * 5, *[_LONG] * 3]
     found[1].argtypes = [*[_POINTER] * 9, *[_LONG] * 6]
-    found[2].argtypes = [_POINTER, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _LONG, *[_POINTER] * 3, _LONG]
+    found[2].argtypes = [
+        _POINTER,
+        _LONG,
+        _POINTER,
+        _POINTER,
+        ctypes.c_float,
+        _POINTER,
+        _LONG,
+        *[_POINTER] * 3,
+        _LONG,
+    ]
     found[3].argtypes = [_POINTER, _LONG, _POINTER, _POINTER, ctypes.c_float, _POINTER, _LONG]
     for function in found:
         function.restype = None
@@ -166,11 +242,18 @@ def functions(path: Path) -> tuple[Callable[..., None], ...]:
 def instructions() -> tuple[str, ...]:
     """The compiler's flags for the best instructions of this CPU that there is a kernel for."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise NoKernels(f"they are written for x86-64 on Linux, and this is {platform.machine()} on {sys.platform}")
+        raise NoKernels(
+            f"they are written for x86-64 on Linux, and this is {platform.machine()} on {sys.platform}"
+        )
     if not hasattr(torch.cpu, "get_capabilities"):
-        raise NoKernels(f"PyTorch {torch.__version__} does not tell what this CPU can do; newer ones do")
+        raise NoKernels(
+            f"PyTorch {torch.__version__} does not tell what this CPU can do; newer ones do"
+        )
     able = torch.cpu.get_capabilities()
-    if all(able.get(name) for name in ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")):
+    if all(
+        able.get(name)
+        for name in ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
+    ):
         return _BFLOAT16 if able.get("avx512_bf16") else _AVX512
     if all(able.get(name) for name in ("avx2", "fma3", "f16c")):
         return _AVX2
@@ -191,9 +274,13 @@ def compiled(flags: tuple[str, ...], folder: Path | None = None) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
-            done = subprocess.run([*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True
+            )
             if done.returncode:
-                raise NoKernels(f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0][:200]}")
+                raise NoKernels(
+                    f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0][:200]}"
+                )
             return made.replace(path)
     except OSError as error:
         raise NoKernels(f"they cannot be compiled into {folder}: {error.strerror}") from error
@@ -208,5 +295,7 @@ def own_folder() -> Path:
     except OSError as error:
         raise NoKernels(f"{folder} cannot be made: {error.strerror}") from error
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
-        raise NoKernels(f"{folder} can be written to by others, and what lies in it is run; chmod go-w and own it")
+        raise NoKernels(
+            f"{folder} can be written to by others, and what lies in it is run; chmod go-w and own it"
+        )
     return folder

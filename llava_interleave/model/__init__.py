@@ -1,6 +1,6 @@
 """The network: SigLIP tower, projector, Qwen2 decoder. Knows no caches, batches, padding, tokenizers or files."""
 
-from .attend import Attend, Packed, Recorded
-from .llava import Llava, arrange
+from .attention import AttentionFn, AttentionRecorder, PackedAttention
+from .llava import Llava, arrange_features
 
-__all__ = ["Attend", "Llava", "Packed", "Recorded", "arrange"]
+__all__ = ["AttentionFn", "AttentionRecorder", "Llava", "PackedAttention", "arrange_features"]

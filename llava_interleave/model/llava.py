@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, gelu, normalize
 
 from ..config import LlavaConfig
-from ..layout import Layout
-from .attend import Attend
-from .text import Qwen2
-from .vision import SigLIP
+from ..image_layout import ImageTokenLayout
+from .attention import AttentionFn
+from .qwen2 import Qwen2
+from .siglip import SigLIP
 
 
 class Projector(nn.Module):
@@ -59,7 +59,7 @@ class Llava(nn.Module):
             end = start + len(rows)
         return torch.cat([*parts, x[end:]])
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
         """Embeddings `[T, D]` at `positions [T]` -> hidden states `[T, D]`; `attend` decides what sees what."""
         return self.language_model(x, positions, attend)
 
@@ -68,7 +68,7 @@ class Llava(nn.Module):
         return self.lm_head(hidden)
 
 
-def arrange(features: Tensor, layout: Layout) -> Tensor:
+def arrange_features(features: Tensor, layout: ImageTokenLayout) -> Tensor:
     """Features of a media's crops `[crops, grid * grid, D]` in the order of its tokens, `[layout.length, D]`."""
     assert features.shape[:2] == (layout.crops, layout.grid**2)
     side = layout.side
@@ -76,15 +76,17 @@ def arrange(features: Tensor, layout: Layout) -> Tensor:
         squares = features.unflatten(1, (layout.grid, layout.grid)).permute(0, 3, 1, 2)
         features = avg_pool2d(squares, layout.pool, ceil_mode=True).flatten(2).transpose(1, 2)
     if layout.tiles is None or layout.keep is None:
-        return diverse(features, layout.length // layout.crops).flatten(0, 1)
+        return divprune(features, layout.length // layout.crops).flatten(0, 1)
     rows, columns = layout.tiles
     top, left, height, width = layout.keep
-    tiled = features[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
+    tiled = (
+        features[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
+    )
     tiled = tiled.reshape(rows * side, columns * side, -1)[top : top + height, left : left + width]
-    return diverse(torch.cat([features[0], tiled.flatten(0, 1)])[None], layout.length)[0]
+    return divprune(torch.cat([features[0], tiled.flatten(0, 1)])[None], layout.length)[0]
 
 
-def diverse(features: Tensor, count: int) -> Tensor:
+def divprune(features: Tensor, count: int) -> Tensor:
     """Of `[N, T, D]` the `count` of each T that differ most from each other, by angle, in their order: `[N, count, D]`.
 
     First the one that is farthest from its nearest, then each time the one that is farthest from all that are chosen.
@@ -93,7 +95,10 @@ def diverse(features: Tensor, count: int) -> Tensor:
     n, tokens = features.shape[:2]
     if count == tokens:
         return features
-    sight, each = normalize(features.detach().float(), dim=-1), torch.arange(n, device=features.device)
+    sight, each = (
+        normalize(features.detach().float(), dim=-1),
+        torch.arange(n, device=features.device),
+    )
     apart = 1 - sight @ sight.transpose(1, 2)
     chosen = torch.zeros(n, tokens, dtype=torch.bool, device=features.device)
     nearest = (apart + 4 * torch.eye(tokens, device=features.device)).amin(-1)

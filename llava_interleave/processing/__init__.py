@@ -2,8 +2,19 @@
 
 from .limits import Limits
 from .loader import Loader
-from .processor import DEFAULT, Estimate, Part, Processor
+from .processor import DEFAULT, Estimate, EstimateItem, Processor
 from .tokenizer import TextStream, Tokenizer
 from .video import Clip, FrameSampling
 
-__all__ = ["DEFAULT", "Clip", "Estimate", "FrameSampling", "Limits", "Loader", "Part", "Processor", "TextStream", "Tokenizer"]
+__all__ = [
+    "DEFAULT",
+    "Clip",
+    "Estimate",
+    "FrameSampling",
+    "Limits",
+    "Loader",
+    "EstimateItem",
+    "Processor",
+    "TextStream",
+    "Tokenizer",
+]

@@ -21,7 +21,11 @@ from .limits import Deadline, Limits
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-HEADERS = [("User-Agent", "llava-interleave"), ("Accept", "image/*,video/*"), ("Accept-Encoding", "identity")]
+HEADERS = [
+    ("User-Agent", "llava-interleave"),
+    ("Accept", "image/*,video/*"),
+    ("Accept-Encoding", "identity"),
+]
 IN_MEMORY = 32_000_000
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_.])?")
 NUMERIC_END = re.compile(r"(^|\.)(\d+|0[xX][0-9a-fA-F]*)\.?$")
@@ -65,13 +69,17 @@ class Address:
             elif NUMERIC_END.search(host):
                 host = str(ipaddress.IPv4Address(host))
         except ValueError as error:
-            raise MediaRefused("the URL's address or port is not written in the one plain way") from error
+            raise MediaRefused(
+                "the URL's address or port is not written in the one plain way"
+            ) from error
         if parts.scheme not in PORTS:
             raise MediaRefused("only http and https URLs are fetched")
         if "@" in parts.netloc:
             raise MediaRefused("the URL holds a user name or password")
         if ":" not in host and not HOST.fullmatch(host):
-            raise MediaRefused("the URL's host name is not plain ASCII (write international names in punycode)")
+            raise MediaRefused(
+                "the URL's host name is not plain ASCII (write international names in punycode)"
+            )
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return cls(text, parts.scheme, host, PORTS[parts.scheme] if port is None else port, target)
 
@@ -86,7 +94,9 @@ class Address:
     def check(self, hosts: tuple[str, ...] | None) -> None:
         """Raises MediaRefused unless one of `hosts` allows it, in the form of `Limits.remote_hosts`."""
         if hosts is not None and not any(self._under(pattern) for pattern in hosts):
-            raise MediaRefused(f"media may not be fetched from {self.host}:{self.port} here; send the file itself")
+            raise MediaRefused(
+                f"media may not be fetched from {self.host}:{self.port} here; send the file itself"
+            )
 
     def _under(self, pattern: str) -> bool:
         name, _, port = pattern.lower().partition(":")
@@ -115,7 +125,10 @@ def fetch(url: str, most: int, limits: Limits) -> BinaryIO:
 def _get(address: Address, backend: httpcore.NetworkBackend, most: int) -> BinaryIO | str:
     """The body, or where a redirect leads."""
     url = httpcore.URL(
-        scheme=address.scheme.encode(), host=address.host.encode(), port=address.port, target=address.target.encode()
+        scheme=address.scheme.encode(),
+        host=address.host.encode(),
+        port=address.port,
+        target=address.target.encode(),
     )
     with (
         httpcore.ConnectionPool(network_backend=backend, max_connections=1) as pool,
@@ -163,7 +176,9 @@ class CheckedBackend(httpcore.NetworkBackend):
         failure: Exception = httpcore.ConnectError("no address")
         for address in addresses:
             try:
-                stream = httpcore.SyncBackend().connect_tcp(address, port, self._deadline.left(), local_address, socket_options)
+                stream = httpcore.SyncBackend().connect_tcp(
+                    address, port, self._deadline.left(), local_address, socket_options
+                )
                 return TimedStream(stream, self._deadline)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
@@ -192,7 +207,10 @@ class TimedStream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        return TimedStream(self._stream.start_tls(ssl_context, server_hostname, self._deadline.left()), self._deadline)
+        return TimedStream(
+            self._stream.start_tls(ssl_context, server_hostname, self._deadline.left()),
+            self._deadline,
+        )
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
@@ -204,7 +222,10 @@ def resolve(host: str, port: int, deadline: Deadline) -> list[str]:
 
     def ask() -> None:
         with suppress(OSError, UnicodeError):
-            found.extend(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            found.extend(
+                str(entry[4][0])
+                for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            )
 
     thread = Thread(target=ask, daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from ..config import read_json
 from ..errors import CheckpointError, MediaError
-from ..layout import Layout, best_pinpoint
+from ..image_layout import ImageTokenLayout, best_pinpoint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held; from 5 on the sides are swapped."""
-ACTIONS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "do_pad": False}
+ACTIONS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_center_crop": False,
+    "do_pad": False,
+}
 KNOWN = {"size", "image_mean", "image_std", "resample", "rescale_factor", *ACTIONS}
 PLAIN = ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")
 
@@ -50,7 +56,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode not in PLAIN:
-        raise MediaError(f"pictures of mode {image.mode} have no defined way to RGB here; convert to L, RGB or RGBA first")
+        raise MediaError(
+            f"pictures of mode {image.mode} have no defined way to RGB here; convert to L, RGB or RGBA first"
+        )
     return image.convert("RGB")
 
 
@@ -61,8 +69,14 @@ def from_array(array: Any) -> Image.Image:
     shape = array.shape
     if array.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in shape:
-        raise MediaError(f"an array of shape {tuple(shape)} is not a picture: [H, W], [H, W, C] or [C, H, W] with C in 1, 3, 4")
+    if (
+        array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] not in (1, 3, 4))
+        or 0 in shape
+    ):
+        raise MediaError(
+            f"an array of shape {tuple(shape)} is not a picture: [H, W], [H, W, C] or [C, H, W] with C in 1, 3, 4"
+        )
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise MediaError("a picture of floats must lie in 0..1; pass uint8 for 0..255")
@@ -91,21 +105,36 @@ class ImageSettings:
         Raises CheckpointError for settings of another kind of preprocessing, or of another size.
         """
         given: dict[str, Any] = {}
-        for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        for name, key in (
+            ("preprocessor_config.json", None),
+            ("processor_config.json", "image_processor"),
+        ):
             found = read_json(folder / name, optional=True)
             found = (found.get(key) or {}) if key else found
-            if clash := sorted(k for k in KNOWN & found.keys() & given.keys() if found[k] != given[k]):
-                raise CheckpointError(f"{name} and preprocessor_config.json disagree about {', '.join(clash)}")
+            if clash := sorted(
+                k for k in KNOWN & found.keys() & given.keys() if found[k] != given[k]
+            ):
+                raise CheckpointError(
+                    f"{name} and preprocessor_config.json disagree about {', '.join(clash)}"
+                )
             given |= found
         kind = given.get("image_processor_type", "SiglipImageProcessor")
         if not kind.startswith("Siglip"):
-            raise CheckpointError(f"the checkpoint's pictures are prepared by {kind}, this family's by SiglipImageProcessor")
-        if wrong := [k for k, ours in ACTIONS.items() if given.get(k) is not None and bool(given[k]) != ours]:
-            raise CheckpointError(f"preprocessing with {', '.join(f'{k}={given[k]}' for k in wrong)} is not of this family")
+            raise CheckpointError(
+                f"the checkpoint's pictures are prepared by {kind}, this family's by SiglipImageProcessor"
+            )
+        if wrong := [
+            k for k, ours in ACTIONS.items() if given.get(k) is not None and bool(given[k]) != ours
+        ]:
+            raise CheckpointError(
+                f"preprocessing with {', '.join(f'{k}={given[k]}' for k in wrong)} is not of this family"
+            )
         sides = given.get("size", size)
         sides = set(sides.values()) if isinstance(sides, dict) else {sides}
         if sides != {size}:
-            raise CheckpointError(f"pictures are prepared at {given['size']} but the vision tower takes {size} x {size} pixels")
+            raise CheckpointError(
+                f"pictures are prepared at {given['size']} but the vision tower takes {size} x {size} pixels"
+            )
         try:
             mean, std = (_triple(given.get(k, 0.5)) for k in ("image_mean", "image_std"))
             resample = Image.Resampling(given.get("resample", 3))
@@ -115,7 +144,9 @@ class ImageSettings:
                 "image_mean, image_std, resample or rescale_factor of the preprocessing is malformed"
             ) from error
         if not (all(std) and all(map(math.isfinite, (*mean, *std, rescale)))):
-            raise CheckpointError(f"image_mean {mean}, image_std {std} and rescale_factor {rescale} cannot normalise a picture")
+            raise CheckpointError(
+                f"image_mean {mean}, image_std {std} and rescale_factor {rescale} cannot normalise a picture"
+            )
         return cls(size, mean, std, rescale, resample)
 
     @cached_property
@@ -136,7 +167,11 @@ class ImageSettings:
             square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in self.mean))
             square.paste(image, ((side - width) // 2, (side - height) // 2))
             image = square
-        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), self.resample)
+        return (
+            image
+            if image.size == (self.size, self.size)
+            else image.resize((self.size, self.size), self.resample)
+        )
 
     def tile(self, image: Image.Image) -> list[Image.Image]:
         """An RGB picture for anyres: the squashed whole first, then tiles, row by row, of it letterboxed in black.
@@ -150,11 +185,18 @@ class ImageSettings:
         else:
             width, height = min(math.ceil(image.width * scale_h), pin_w), pin_h
         canvas = Image.new("RGB", (pin_w, pin_h))
-        canvas.paste(image.resize((width, height), self.resample), ((pin_w - width) // 2, (pin_h - height) // 2))
+        canvas.paste(
+            image.resize((width, height), self.resample),
+            ((pin_w - width) // 2, (pin_h - height) // 2),
+        )
         corners = [(x, y) for y in range(0, pin_h, self.size) for x in range(0, pin_w, self.size)]
-        return [self.fit(image)] + [canvas.crop((x, y, x + self.size, y + self.size)) for x, y in corners]
+        return [self.fit(image)] + [
+            canvas.crop((x, y, x + self.size, y + self.size)) for x, y in corners
+        ]
 
-    def pixels(self, crops: Iterable[Image.Image], layout: Layout) -> tuple[Tensor, bytes]:
+    def pixels(
+        self, crops: Iterable[Image.Image], layout: ImageTokenLayout
+    ) -> tuple[Tensor, bytes]:
         """Crops of the right size as the tower's input `[crops, 3, S, S]`, and the key of that input under `layout`.
 
         The key hashes the bytes of the crops with their number and size, the normalisation and the layout: all that decides
@@ -162,14 +204,18 @@ class ImageSettings:
         """
         import torch
 
-        digest = hashlib.sha256(repr((self.size, self.mean, self.std, self.rescale, layout)).encode())
+        digest = hashlib.sha256(
+            repr((self.size, self.mean, self.std, self.rescale, layout)).encode()
+        )
         out = np.empty((layout.crops, 3, self.size, self.size), np.float32)
         for index, crop in enumerate(crops):
             assert crop.size == (self.size, self.size) and crop.mode == "RGB"
             values = np.asarray(crop)
             digest.update(values.data)
             for channel in range(3):
-                np.take(self.table[channel], values[..., channel], out=out[index, channel], mode="clip")
+                np.take(
+                    self.table[channel], values[..., channel], out=out[index, channel], mode="clip"
+                )
         return torch.from_numpy(out), digest.digest()
 
 

@@ -63,22 +63,34 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or field.name == "redirects"):
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and not (value > 0 or field.name == "redirects")
+            ):
                 raise OptionError(f"the limit {field.name} must be above 0, not {value!r}")
         for pattern in self.remote_hosts or ():
             if not HOST_PATTERN.fullmatch(pattern):
-                raise OptionError(f"{pattern!r} is no host: write images.example.com, *.example.com or *, with :port if need be")
+                raise OptionError(
+                    f"{pattern!r} is no host: write images.example.com, *.example.com or *, with :port if need be"
+                )
         if self.image_pixels > PILLOW_MOST:
-            raise OptionError(f"image_pixels can be at most {PILLOW_MOST:,}, not {self.image_pixels:,}")
+            raise OptionError(
+                f"image_pixels can be at most {PILLOW_MOST:,}, not {self.image_pixels:,}"
+            )
 
     def check_size(self, width: int, height: int) -> None:
         """Raise MediaError for a picture whose header promises more than the limits allow."""
         if width < 1 or height < 1:
             raise MediaError(f"a picture of {width} x {height} pixels shows nothing")
         if width * height > self.image_pixels:
-            raise MediaError(f"{width} x {height} pixels are more than the limit of {self.image_pixels:,} pixels")
+            raise MediaError(
+                f"{width} x {height} pixels are more than the limit of {self.image_pixels:,} pixels"
+            )
         if max(width, height) > self.side_ratio * min(width, height):
-            raise MediaError(f"{width} x {height} pixels: one side may be at most {self.side_ratio:g} times the other")
+            raise MediaError(
+                f"{width} x {height} pixels: one side may be at most {self.side_ratio:g} times the other"
+            )
 
 
 class PixelBudget:
@@ -95,9 +107,13 @@ class PixelBudget:
             self._left -= size[0] * size[1]
             self._frames -= 1
             if self._left < 0:
-                raise MediaError(f"the prompt's pictures have more than the limit of {self._most:,} pixels in all")
+                raise MediaError(
+                    f"the prompt's pictures have more than the limit of {self._most:,} pixels in all"
+                )
             if self._frames < 0:
-                raise MediaError(f"the prompt has more than the limit of {self._most_frames} images and frames; ask for fewer")
+                raise MediaError(
+                    f"the prompt has more than the limit of {self._most_frames} images and frames; ask for fewer"
+                )
 
 
 class Deadline:

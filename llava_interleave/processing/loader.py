@@ -22,12 +22,12 @@ from ..errors import LlavaError, MediaError, MediaRefused
 from .fetch import fetch
 from .images import ORIENTATION, from_array, to_rgb
 from .limits import Deadline, Limits, PixelBudget
-from .video import Clip, Clock, Each, FrameSampling, read_film
+from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 
 IMAGES = "JPEG, PNG, WEBP, GIF or BMP"
-FILMS = "MP4/MOV, WEBM/MKV, AVI, MPEG-TS, animated GIF or WEBP"
+VIDEOS = "MP4/MOV, WEBM/MKV, AVI, MPEG-TS, animated GIF or WEBP"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts")
 MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot")
 STILLS_RATE = 2
 """Frames a second that a folder or list of frames counts as: what the frame folders of the training data were cut at."""
@@ -84,13 +84,19 @@ class Loader:
         if isinstance(source, list | tuple) or getattr(source, "ndim", 0) == 4:
             return True
         if isinstance(source, bytes):
-            return film_format(source[:512]) is not None
+            return video_format(source[:512]) is not None
         if not isinstance(source, str | os.PathLike):
             return False
         text = os.fspath(source)
-        if isinstance(text, str) and (scheme := _scheme(text)) and not isinstance(source, os.PathLike):
-            return scheme.startswith("data:video/") or urlsplit(text).path.lower().endswith(FILM_SUFFIXES)
-        return str(text).lower().endswith(FILM_SUFFIXES) or (
+        if (
+            isinstance(text, str)
+            and (scheme := _scheme(text))
+            and not isinstance(source, os.PathLike)
+        ):
+            return scheme.startswith("data:video/") or urlsplit(text).path.lower().endswith(
+                VIDEO_SUFFIXES
+            )
+        return str(text).lower().endswith(VIDEO_SUFFIXES) or (
             self.limits.allow_local_files and self._locate(Path(source)).is_dir()
         )
 
@@ -121,7 +127,11 @@ class Loader:
                 source = list(source)  # type: ignore[call-overload]
             if isinstance(source, list | tuple):
                 return self._stills(source, sampling, each)
-            if isinstance(source, str | os.PathLike) and (path := _as_path(source)) and self._locate(path).is_dir():
+            if (
+                isinstance(source, str | os.PathLike)
+                and (path := _as_path(source))
+                and self._locate(path).is_dir()
+            ):
                 return self._stills(self._folder(self._locate(path)), sampling, each)
             if isinstance(source, Image.Image):
                 raise MediaError("one picture is not a video; pass a list of pictures")
@@ -131,14 +141,16 @@ class Loader:
                 if (still := image_format(head)) in ("GIF", "WEBP"):
                     with _guarding("the animation is damaged or cut short"):
                         return self._animation(file, still, sampling, each)
-                if (kind := film_format(head)) is None:
-                    raise MediaError(f"not a video in a known format ({FILMS})")
-                return read_film(file, kind, sampling, self.limits, each)
+                if (kind := video_format(head)) is None:
+                    raise MediaError(f"not a video in a known format ({VIDEOS})")
+                return read_video(file, kind, sampling, self.limits, each)
 
-    def _stills(self, sources: Sequence[object], sampling: FrameSampling, each: Each | None) -> Clip:
+    def _stills(
+        self, sources: Sequence[object], sampling: FrameSampling, each: Each | None
+    ) -> Clip:
         if not sources:
             raise MediaError("a video needs at least one frame")
-        clock = Clock(range(len(sources)), Fraction(1, STILLS_RATE))
+        clock = FrameTimeline(range(len(sources)), Fraction(1, STILLS_RATE))
         chosen = sampling.choose(clock, self.limits.video_frames)
         frames = [each(self.image(sources[i])) for i in chosen] if each else []
         return Clip(frames, [float(clock.time(i)) for i in chosen], clock.duration)
@@ -146,14 +158,20 @@ class Loader:
     def _folder(self, folder: Path) -> list[Path]:
         """The pictures of a folder in natural order: 2.png before 10.png. Below a `media_root` as they are known there."""
         with _guarding("the folder cannot be read"):
-            files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+            files = [
+                p
+                for p in folder.iterdir()
+                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            ]
         if not files:
             raise MediaError(f"the folder holds no pictures ({IMAGES})")
         if self.limits.media_root is not None:
             files = [p.relative_to(self.limits.media_root.resolve()) for p in files]
         return sorted(files, key=lambda p: _natural(p.name))
 
-    def _animation(self, file: BinaryIO, kind: str, sampling: FrameSampling, each: Each | None) -> Clip:
+    def _animation(
+        self, file: BinaryIO, kind: str, sampling: FrameSampling, each: Each | None
+    ) -> Clip:
         deadline = Deadline(self.limits.video_work_seconds, "reading the animation")
         with Image.open(file, formats=[kind]) as picture:
             self.limits.check_size(*picture.size)
@@ -161,12 +179,16 @@ class Loader:
             for _ in _frames(picture):
                 deadline.left()
                 if len(stamps) > self.limits.decoded_frames:
-                    raise MediaError(f"the animation has more than the limit of {self.limits.decoded_frames} frames")
+                    raise MediaError(
+                        f"the animation has more than the limit of {self.limits.decoded_frames} frames"
+                    )
                 # Browsers show frames of no duration for a tenth of a second.
                 stamps.append(stamps[-1] + (int(picture.info.get("duration") or 0) or 100))
-            clock = Clock(stamps[:-1], Fraction(1, 1000))
+            clock = FrameTimeline(stamps[:-1], Fraction(1, 1000))
             if stamps[-1] > self.limits.video_seconds * 1000:
-                raise MediaError(f"the animation lasts {stamps[-1] / 1000:.0f} s, the limit is {self.limits.video_seconds:g} s")
+                raise MediaError(
+                    f"the animation lasts {stamps[-1] / 1000:.0f} s, the limit is {self.limits.video_seconds:g} s"
+                )
             chosen = sampling.choose(clock, self.limits.video_frames)
             frames = []
             if each:
@@ -189,7 +211,9 @@ class Loader:
             elif str(source)[:5].lower() == "data:":
                 file = BytesIO(_data_url(str(source), most))
             elif not self.limits.allow_remote:
-                raise MediaRefused("URLs may not be fetched here; send the file itself (bytes or a data: URL)")
+                raise MediaRefused(
+                    "URLs may not be fetched here; send the file itself (bytes or a data: URL)"
+                )
             else:
                 file = fetch(str(source), most, self.limits)
         else:
@@ -202,7 +226,9 @@ class Loader:
     def _locate(self, path: Path) -> Path:
         """Where a path leads, symbolic links followed. Raises MediaRefused where that is not allowed."""
         if not self.limits.allow_local_files:
-            raise MediaRefused("local files may not be read here; send the file itself (bytes or a data: URL)")
+            raise MediaRefused(
+                "local files may not be read here; send the file itself (bytes or a data: URL)"
+            )
         if self.limits.media_root is None:
             return path
         root = self.limits.media_root.resolve()
@@ -214,9 +240,16 @@ class Loader:
 
     def _open_file(self, path: Path, most: int) -> BinaryIO:
         real = self._locate(path)
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        flags = (
+            os.O_RDONLY
+            | getattr(os, "O_NONBLOCK", 0)
+            | getattr(os, "O_CLOEXEC", 0)
+            | getattr(os, "O_BINARY", 0)
+        )
         if self.limits.media_root is not None:
-            flags |= getattr(os, "O_NOFOLLOW", 0)  # `real` has no links left: one that appeared since is not followed
+            flags |= getattr(
+                os, "O_NOFOLLOW", 0
+            )  # `real` has no links left: one that appeared since is not followed
         try:
             number = os.open(real, flags)
         except FileNotFoundError as error:
@@ -239,7 +272,9 @@ def name_of(source: object) -> str:
     if isinstance(source, str | os.PathLike):
         text = str(source)
         scheme = _scheme(text)
-        text = "data URL" if scheme.startswith("data:") else text.partition("?")[0] if scheme else text
+        text = (
+            "data URL" if scheme.startswith("data:") else text.partition("?")[0] if scheme else text
+        )
         text = "".join(c if c.isprintable() else "?" for c in text)
         return text if len(text) <= 120 else f"{text[:50]}...{text[-50:]}"
     if isinstance(source, list | tuple):
@@ -282,7 +317,11 @@ def _frames(picture: Image.Image) -> Iterator[int]:
 
 def _scheme(text: str) -> str:
     """The scheme and what follows of something that is a URL, in lower case; "" for a path."""
-    return text[:64].lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:", text, re.IGNORECASE) else ""
+    return (
+        text[:64].lower()
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:", text, re.IGNORECASE)
+        else ""
+    )
 
 
 def _as_path(source: str | os.PathLike[str]) -> Path | None:
@@ -305,7 +344,9 @@ def _data_url(url: str, most: int) -> bytes:
     if not comma or not header.lower().endswith(";base64"):
         raise MediaError("a data URL must be of the form data:image/png;base64,...")
     if len(data) * 3 // 4 > most + 3:
-        raise MediaError(f"about {len(data) * 3 // 4:,} bytes are more than the limit of {most:,} bytes")
+        raise MediaError(
+            f"about {len(data) * 3 // 4:,} bytes are more than the limit of {most:,} bytes"
+        )
     try:
         decoded = base64.b64decode(data, validate=True)
     except ValueError as error:
@@ -321,7 +362,12 @@ def _at_most(data: bytes, most: int) -> bytes:
 
 def image_format(head: bytes) -> str | None:
     """Pillow's name of the format that a file's first bytes announce."""
-    for magic, kind in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF")):
+    for magic, kind in (
+        (b"\xff\xd8\xff", "JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "PNG"),
+        (b"GIF87a", "GIF"),
+        (b"GIF89a", "GIF"),
+    ):
         if head.startswith(magic):
             return kind
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
@@ -329,7 +375,7 @@ def image_format(head: bytes) -> str | None:
     return "BMP" if head.startswith(b"BM") else None
 
 
-def film_format(head: bytes) -> str | None:
+def video_format(head: bytes) -> str | None:
     """FFmpeg's name of the format that a file's first 512 bytes announce."""
     if head[4:8] in MOV_BOXES:
         return "mov"
@@ -337,10 +383,15 @@ def film_format(head: bytes) -> str | None:
         return "matroska"
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         return "avi"
-    if len(head) == 512 and any(head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))):
+    if len(head) == 512 and any(
+        head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))
+    ):
         return "mpegts"
     return None
 
 
 def _natural(name: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+    ]

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ..config import LlavaConfig, read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
-from ..layout import Layout, Thin, anyres
+from ..image_layout import ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
-from .chat import PRESETS, SYSTEM, Rendered, Slot, Turn, parse, render
+from .chat_template import PRESETS, SYSTEM, MediaPlaceholder, Rendered, Turn, parse, render
 from .images import ImageSettings
 from .limits import Limits, PixelBudget
 from .loader import Loader, name_of
@@ -31,7 +31,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EstimateItem:
     """A part of a prompt and how many tokens it takes; of a video the seconds of the frames that are looked at."""
 
     name: str
@@ -48,7 +48,7 @@ class Estimate:
     kv_bytes: keys and values of the prompt. feature_bytes: features of its images. weight_bytes: the network; 0 if not counted.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[EstimateItem, ...]
     total: int
     context: int
     left: int
@@ -58,7 +58,11 @@ class Estimate:
 
     def __str__(self) -> str:
         rows = [(part.name, f"{part.tokens:,}") for part in self.parts]
-        rows += [("total", f"{self.total:,}"), ("context", f"{self.context:,}"), ("left for the answer", f"{self.left:,}")]
+        rows += [
+            ("total", f"{self.total:,}"),
+            ("context", f"{self.context:,}"),
+            ("left for the answer", f"{self.left:,}"),
+        ]
         rows += [("KV memory", _size(self.kv_bytes)), ("image features", _size(self.feature_bytes))]
         rows += [("weights", _size(self.weight_bytes))] * bool(self.weight_bytes)
         width, number = (max(len(row[i]) for row in rows) for i in (0, 1))
@@ -66,7 +70,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _MediaRequest:
     """One image or video to load, all questions about it answered."""
 
     name: str
@@ -86,7 +90,12 @@ class Processor:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: LlavaConfig, images: ImageSettings, limits: Limits, num_frames: int = UNIFORM
+        self,
+        tokenizer: Tokenizer,
+        config: LlavaConfig,
+        images: ImageSettings,
+        limits: Limits,
+        num_frames: int = UNIFORM,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
@@ -95,7 +104,9 @@ class Processor:
         self.num_frames = num_frames
 
     @classmethod
-    def from_folder(cls, folder: str | Path, config: LlavaConfig | None = None, limits: Limits | None = None) -> Processor:
+    def from_folder(
+        cls, folder: str | Path, config: LlavaConfig | None = None, limits: Limits | None = None
+    ) -> Processor:
         """Read tokenizer and preprocessing of a checkpoint folder, and its config.json if `config` is not given.
 
         Raises CheckpointError.
@@ -107,7 +118,9 @@ class Processor:
         video = folder / "video_preprocessor_config.json"
         num_frames = read_json(video, optional=True).get("num_frames", UNIFORM)
         if type(num_frames) is not int or num_frames < 1:
-            raise CheckpointError(f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}")
+            raise CheckpointError(
+                f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}"
+            )
         return cls(tokenizer, config, images, limits or Limits(), num_frames)
 
     def prompt(
@@ -120,7 +133,7 @@ class Processor:
         anyres: bool = False,
         pad: bool = False,
         frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
-        thin: Thin = Thin(),  # noqa: B008  frozen
+        thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
         frame_times: bool = False,
         generation: bool = True,
         max_new_tokens: int = 0,
@@ -136,7 +149,9 @@ class Processor:
         """
         turns = parse(messages, frames)
         rendering = self._rendering(turns, preset, system, generation)
-        return self._prompt(rendering, media, anyres, pad, frames, frame_times, max_new_tokens, thin=thin)
+        return self._prompt(
+            rendering, media, anyres, pad, frames, frame_times, max_new_tokens, thin=thin
+        )
 
     def raw(
         self,
@@ -150,7 +165,7 @@ class Processor:
     ) -> Prompt:
         """The prompt of a text that is already rendered, taken as it is: control tokens in it count, `<image>` are `media`."""
         tokens = self.tokenizer.encode(text)
-        slots = [Slot() for token in tokens if token == self.tokenizer.image_id]
+        slots = [MediaPlaceholder() for token in tokens if token == self.tokenizer.image_id]
         rendered = Rendered(tokens, [False] * len(tokens), slots)
         return self._prompt(lambda _: rendered, media, anyres, pad, frames, False, max_new_tokens)
 
@@ -169,7 +184,9 @@ class Processor:
         """A finished conversation to train on: as `prompt`, with `learn` True on answers and the tokens that end them."""
         turns = parse(messages, frames)
         if turns[-1].role != "assistant":
-            raise PromptError(f"an example ends with an answer, this one with a message of the {turns[-1].role}")
+            raise PromptError(
+                f"an example ends with an answer, this one with a message of the {turns[-1].role}"
+            )
         rendering = self._rendering(turns, preset, system, generation=False)
         return self._prompt(rendering, media, anyres, pad, frames, frame_times, 0, learn=True)
 
@@ -183,7 +200,7 @@ class Processor:
         anyres: bool = False,
         pad: bool = False,
         frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
-        thin: Thin = Thin(),  # noqa: B008  frozen
+        thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
         frame_times: bool = False,
         generation: bool = True,
         number_bytes: int = 2,
@@ -202,11 +219,13 @@ class Processor:
             rendered = rendering(_notes(rendered.slots, [clip for _, clip in sizes]))
         lengths = [layout.length for layout, _ in sizes]
         text = len(rendered.tokens) - len(jobs)
-        parts = [_part(job.name, layout, clip) for job, (layout, clip) in zip(jobs, sizes, strict=True)]
+        parts = [
+            _part(job.name, layout, clip) for job, (layout, clip) in zip(jobs, sizes, strict=True)
+        ]
         decoder = self.config.text
         total = text + sum(lengths)
         return Estimate(
-            (Part("text", text), *parts),
+            (EstimateItem("text", text), *parts),
             total,
             decoder.context,
             decoder.context - total,
@@ -216,18 +235,22 @@ class Processor:
 
     def _rendering(
         self, turns: list[Turn], preset: str, system: str | EllipsisType | None, generation: bool
-    ) -> Callable[[Mapping[Slot, str]], Rendered]:
+    ) -> Callable[[Mapping[MediaPlaceholder, str]], Rendered]:
         if preset not in PRESETS:
-            raise OptionError(f"there is no preset {preset!r}; the presets are {', '.join(PRESETS)}")
+            raise OptionError(
+                f"there is no preset {preset!r}; the presets are {', '.join(PRESETS)}"
+            )
         if isinstance(system, str) and any(turn.role == "system" for turn in turns):
-            raise OptionError("a system prompt was given beside the system message among the messages; give one of them")
+            raise OptionError(
+                "a system prompt was given beside the system message among the messages; give one of them"
+            )
         own = None if preset == "hf" else SYSTEM
         chosen = own if isinstance(system, EllipsisType) else system
         return lambda notes: render(self.tokenizer, turns, preset, chosen, generation, notes)
 
     def _prompt(
         self,
-        rendering: Callable[[Mapping[Slot, str]], Rendered],
+        rendering: Callable[[Mapping[MediaPlaceholder, str]], Rendered],
         media: Sequence[object],
         anyres: bool,
         pad: bool,
@@ -235,7 +258,7 @@ class Processor:
         frame_times: bool,
         max_new_tokens: int,
         learn: bool = False,
-        thin: Thin = Thin(),  # noqa: B008  frozen
+        thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
     ) -> Prompt:
         rendered = rendering({})
         jobs = self._jobs(rendered.slots, media, anyres, pad, frames, thin)
@@ -246,7 +269,9 @@ class Processor:
         loaded = _each(lambda job: self._load(job, budget), jobs)
         if frame_times:
             rendered = rendering(_notes(rendered.slots, [clip for _, clip in loaded]))
-        self._check_context(len(rendered.tokens), jobs, [item.layout for item, _ in loaded], max_new_tokens)
+        self._check_context(
+            len(rendered.tokens), jobs, [item.layout for item, _ in loaded], max_new_tokens
+        )
         return self._expand(rendered, [item for item, _ in loaded], learn)
 
     def _expand(self, rendered: Rendered, loaded: list[Media], learn: bool) -> Prompt:
@@ -268,19 +293,36 @@ class Processor:
         return Prompt(tokens, tuple(placed), flags if learn else None)
 
     def _jobs(
-        self, slots: list[Slot], media: Sequence[object], anyres: bool, pad: bool, frames: FrameSampling, thin: Thin
-    ) -> list[_Job]:
+        self,
+        slots: list[MediaPlaceholder],
+        media: Sequence[object],
+        anyres: bool,
+        pad: bool,
+        frames: FrameSampling,
+        thin: TokenReduction,
+    ) -> list[_MediaRequest]:
         """Give each slot its source. Raises PromptError where the counts differ."""
         if anyres and pad:
-            raise OptionError("anyres and pad are two ways to keep the proportions of an image; give one of them")
+            raise OptionError(
+                "anyres and pad are two ways to keep the proportions of an image; give one of them"
+            )
         grid = self.config.vision.grid
-        for name, side, share in (("images", thin.pool_images, thin.keep_images), ("frames", thin.pool_frames, thin.keep_frames)):
+        for name, side, share in (
+            ("images", thin.pool_images, thin.keep_images),
+            ("frames", thin.pool_frames, thin.keep_frames),
+        ):
             if type(side) is not int or not 1 <= side <= grid:
-                raise OptionError(f"pool_{name} must be a whole number from 1 to {grid}, the features on a side, not {side!r}")
+                raise OptionError(
+                    f"pool_{name} must be a whole number from 1 to {grid}, the features on a side, not {side!r}"
+                )
             if type(share) not in (int, float) or not 0 < share <= 1:
-                raise OptionError(f"keep_{name} is a share of the tokens, above 0 and at most 1, not {share!r}")
+                raise OptionError(
+                    f"keep_{name} is a share of the tokens, above 0 and at most 1, not {share!r}"
+                )
         if isinstance(media, str | bytes | os.PathLike) or not isinstance(media, Sequence):
-            raise PromptError(f"media must be a list of images and videos, not {type(media).__name__}")
+            raise PromptError(
+                f"media must be a list of images and videos, not {type(media).__name__}"
+            )
         open_slots = sum(slot.source is None for slot in slots)
         if open_slots != len(media):
             raise PromptError(
@@ -289,7 +331,9 @@ class Processor:
             )
         limits = self.loader.limits
         if len(slots) > limits.prompt_media:
-            raise PromptError(f"{len(slots)} images and videos are more than the limit of {limits.prompt_media} in a prompt")
+            raise PromptError(
+                f"{len(slots)} images and videos are more than the limit of {limits.prompt_media} in a prompt"
+            )
         rest = iter(media)
         jobs = []
         for number, slot in enumerate(slots, 1):
@@ -301,31 +345,44 @@ class Processor:
             if sampling and (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
                 sampling = replace(sampling, frames=self.num_frames)
             name = f"{kind}: {name_of(source)}"
-            pool, share = (thin.pool_frames, thin.keep_frames) if video else (thin.pool_images, thin.keep_images)
-            jobs.append(_Job(name, source, sampling, tiles and not video, pad, pool, share))
+            pool, share = (
+                (thin.pool_frames, thin.keep_frames)
+                if video
+                else (thin.pool_images, thin.keep_images)
+            )
+            jobs.append(
+                _MediaRequest(name, source, sampling, tiles and not video, pad, pool, share)
+            )
         return jobs
 
-    def _crop(self, job: _Job) -> Layout:
+    def _crop(self, job: _MediaRequest) -> ImageTokenLayout:
         """The layout of one crop."""
-        return Layout(self.config.vision.grid, pool=job.pool, share=float(job.share))
+        return ImageTokenLayout(self.config.vision.grid, pool=job.pool, share=float(job.share))
 
-    def _tiles(self, job: _Job, width: int, height: int) -> Layout:
+    def _tiles(self, job: _MediaRequest, width: int, height: int) -> ImageTokenLayout:
         """The layout of an image of this size cut into tiles."""
         one = self._crop(job)
-        return replace(anyres(width, height, self.config.vision.image_size, one.grid, one.pool), share=one.share)
+        return replace(
+            anyres(width, height, self.config.vision.image_size, one.grid, one.pool),
+            share=one.share,
+        )
 
-    def _measure(self, job: _Job) -> tuple[Layout, Clip | None]:
+    def _measure(self, job: _MediaRequest) -> tuple[ImageTokenLayout, Clip | None]:
         """Layout, and the times of a video, without decoding."""
         if job.sampling is not None:
             clip = self.loader.video_times(job.source, job.sampling)
             return replace(self._crop(job), crops=len(clip.times)), clip
-        return self._tiles(job, *self.loader.image_size(job.source)) if job.anyres else self._crop(job), None
+        return self._tiles(job, *self.loader.image_size(job.source)) if job.anyres else self._crop(
+            job
+        ), None
 
-    def _load(self, job: _Job, budget: PixelBudget) -> tuple[Media, Clip | None]:
+    def _load(self, job: _MediaRequest, budget: PixelBudget) -> tuple[Media, Clip | None]:
         """An image or video ready for the tower; its place in the prompt is not known yet."""
         clip = None
         if job.sampling is not None:
-            clip = self.loader.video(job.source, job.sampling, budget, lambda frame: self.images.fit(frame, job.pad))
+            clip = self.loader.video(
+                job.source, job.sampling, budget, lambda frame: self.images.fit(frame, job.pad)
+            )
             layout, crops = replace(self._crop(job), crops=len(clip.frames)), clip.frames
         else:
             image = self.loader.image(job.source, budget)
@@ -336,7 +393,9 @@ class Processor:
         pixels, key = self.images.pixels(crops, layout)
         return Media(pixels, layout, key, 0), clip
 
-    def _check_context(self, text: int, jobs: list[_Job], layouts: list[Layout], reserve: int) -> None:
+    def _check_context(
+        self, text: int, jobs: list[_MediaRequest], layouts: list[ImageTokenLayout], reserve: int
+    ) -> None:
         context = self.config.text.context
         lengths = [layout.length for layout in layouts]
         text -= len(jobs)
@@ -350,9 +409,7 @@ class Processor:
         fit = (context - reserve - (total - videos)) // sum(frames) if clips else 0
         pictures = (context - reserve - text) // max(ones, default=1)
         if clips and fit > 0:
-            way = (
-                f"at most {fit} frame{'s' * (fit != 1)} {'of each video ' * (clips > 1)}fit beside the rest; ask for fewer frames"
-            )
+            way = f"at most {fit} frame{'s' * (fit != 1)} {'of each video ' * (clips > 1)}fit beside the rest; ask for fewer frames"
         elif any(layout.tiles for layout in layouts) and text + sum(ones) + reserve <= context:
             way = f"without anyres it would be {text + sum(ones):,} tokens"
         elif jobs and pictures > 0:
@@ -366,26 +423,34 @@ class Processor:
         )
 
 
-def _each(work: Callable[[_Job], T], jobs: list[_Job]) -> list[T]:
+def _each(work: Callable[[_MediaRequest], T], jobs: list[_MediaRequest]) -> list[T]:
     """Work on all jobs, in threads if several have to be read. PIL images stay in this thread: they load lazily, not safely."""
     if sum(not isinstance(job.source, Image.Image) for job in jobs) < 2:
         return [work(job) for job in jobs]
     with ThreadPoolExecutor(min(THREADS, len(jobs))) as pool:
         try:
-            later = {i: pool.submit(work, job) for i, job in enumerate(jobs) if not isinstance(job.source, Image.Image)}
+            later = {
+                i: pool.submit(work, job)
+                for i, job in enumerate(jobs)
+                if not isinstance(job.source, Image.Image)
+            }
             return [later[i].result() if i in later else work(job) for i, job in enumerate(jobs)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _part(name: str, layout: Layout, clip: Clip | None) -> Part:
+def _part(name: str, layout: ImageTokenLayout, clip: Clip | None) -> EstimateItem:
     if clip is None:
-        return Part(name, layout.length)
-    return Part(f"{name} ({len(clip.times)} frames)", layout.length, tuple(clip.times))
+        return EstimateItem(name, layout.length)
+    return EstimateItem(f"{name} ({len(clip.times)} frames)", layout.length, tuple(clip.times))
 
 
-def _notes(slots: list[Slot], clips: Sequence[Clip | None]) -> dict[Slot, str]:
-    return {slot: clip.sentence() for slot, clip in zip(slots, clips, strict=True) if clip is not None}
+def _notes(
+    slots: list[MediaPlaceholder], clips: Sequence[Clip | None]
+) -> dict[MediaPlaceholder, str]:
+    return {
+        slot: clip.sentence() for slot, clip in zip(slots, clips, strict=True) if clip is not None
+    }
 
 
 def _size(number: float) -> str:

@@ -30,21 +30,31 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, image_id: int | None = None) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
-            raise CheckpointError("the tokenizer is not the byte-level BPE of Qwen2, the only one this family has")
+            raise CheckpointError(
+                "the tokenizer is not the byte-level BPE of Qwen2, the only one this family has"
+            )
         self.im_start, self.im_end = _id_of(backend, IM_START), _id_of(backend, IM_END)
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (IM_START, IM_END, IMAGE)])
+        backend.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in (IM_START, IM_END, IMAGE)]
+        )
         backend.encode_special_tokens = True
         self._backend = backend
         self.image_id = _id_of(backend, IMAGE)
         if image_id is not None and self.image_id != image_id:
-            raise CheckpointError(f"{IMAGE} is token {self.image_id} in the tokenizer but {image_id} in config.json")
+            raise CheckpointError(
+                f"{IMAGE} is token {self.image_id} in the tokenizer but {image_id} in config.json"
+            )
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
         self._special_ids = frozenset(self._special.values())
-        self._at_special = re.compile("(" + "|".join(_pattern(t) for t in _longest_first(added.values())) + ")")
+        self._at_special = re.compile(
+            "(" + "|".join(_pattern(t) for t in _longest_first(added.values())) + ")"
+        )
         self._bytes = {char: byte for byte, char in enumerate(_alphabet())}
         self.eos_ids = frozenset({self.im_end, self._special.get(END_OF_TEXT, self.im_end)})
-        self.size: int = 1 + max(backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id}))
+        self.size: int = 1 + max(
+            backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id})
+        )
         """Ids from here on have no meaning and must not be sampled (the placeholder, if it is last, counts among them)."""
 
     @classmethod
@@ -59,24 +69,37 @@ class Tokenizer:
             try:
                 backend = Backend.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # the library raises nothing narrower
-                raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer that can be read") from error
+                raise CheckpointError(
+                    f"{folder / 'tokenizer.json'} is not a tokenizer that can be read"
+                ) from error
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             try:
-                backend = qwen2_tokenizer(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+                backend = qwen2_tokenizer(
+                    BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+                )
             except Exception as error:  # the library raises nothing narrower
-                raise CheckpointError(f"vocab.json and merges.txt in {folder} do not make a tokenizer") from error
+                raise CheckpointError(
+                    f"vocab.json and merges.txt in {folder} do not make a tokenizer"
+                ) from error
         else:
-            raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+            raise CheckpointError(
+                f"{folder} has neither tokenizer.json nor vocab.json with merges.txt"
+            )
         known = settings.get("added_tokens_decoder") or {}
         if not known and backend.token_to_id(IM_START) is None:
-            known = {str(backend.get_vocab_size() + i): {"content": t} for i, t in enumerate((END_OF_TEXT, IM_START, IM_END))}
+            known = {
+                str(backend.get_vocab_size() + i): {"content": t}
+                for i, t in enumerate((END_OF_TEXT, IM_START, IM_END))
+            }
         for number, token in sorted(known.items(), key=lambda item: int(item[0])):
             content, special = token["content"], bool(token.get("special", True))
             if backend.token_to_id(content) is None:
                 added = AddedToken(content, special=special, normalized=False)
                 backend.add_special_tokens([added]) if special else backend.add_tokens([added])
             if (found := backend.token_to_id(content)) != int(number):
-                raise CheckpointError(f"{content} is token {number} in tokenizer_config.json but {found} in the tokenizer")
+                raise CheckpointError(
+                    f"{content} is token {number} in tokenizer_config.json but {found} in the tokenizer"
+                )
         return cls(backend, image_id)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -103,11 +126,15 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=False)
         except TypeError as error:
-            raise PromptError("the text holds a character that is not Unicode (half of a surrogate pair)") from error
+            raise PromptError(
+                "the text holds a character that is not Unicode (half of a surrogate pair)"
+            ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; broken UTF-8 becomes U+FFFD, ids without a meaning become nothing."""
-        return b"".join(self.token_bytes(token, skip_special) for token in ids).decode("utf-8", "replace")
+        return b"".join(self.token_bytes(token, skip_special) for token in ids).decode(
+            "utf-8", "replace"
+        )
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
         """The bytes that one token stands for: b"" for control tokens under `skip_special` and for ids without a meaning."""
@@ -140,13 +167,19 @@ class TextStream:
 def _id_of(backend: Backend, token: str) -> int:
     number = backend.token_to_id(token)
     if number is None:
-        raise CheckpointError(f"the tokenizer has no {token} token; the chat format of this family needs it")
+        raise CheckpointError(
+            f"the tokenizer has no {token} token; the chat format of this family needs it"
+        )
     return number
 
 
 def _pattern(token: AddedToken) -> str:
     word = r"(?<!\w){}(?!\w)" if token.single_word else "{}"
-    return (r"\s*" if token.lstrip else "") + word.format(re.escape(token.content)) + (r"\s*" if token.rstrip else "")
+    return (
+        (r"\s*" if token.lstrip else "")
+        + word.format(re.escape(token.content))
+        + (r"\s*" if token.rstrip else "")
+    )
 
 
 def _longest_first(tokens: Iterable[AddedToken]) -> list[AddedToken]:

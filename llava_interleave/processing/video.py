@@ -40,32 +40,46 @@ class FrameSampling:
 
     def __post_init__(self) -> None:
         if self.times is not None and (self.frames, self.fps, self.start, self.end) != (None,) * 4:
-            raise OptionError("`times` says everything; frames, fps, start and end cannot be given with it")
-        if self.frames is not None and (isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1):
+            raise OptionError(
+                "`times` says everything; frames, fps, start and end cannot be given with it"
+            )
+        if self.frames is not None and (
+            isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1
+        ):
             raise OptionError(f"frames must be a whole number from 1 on, not {self.frames!r}")
         if self.fps is not None and not (_is_number(self.fps) and _exact(self.fps) > 0):
-            raise OptionError(f"fps must be a number above 0, at least a millionth, not {self.fps!r}")
-        if self.times is not None and not (self.times and all(_is_number(t) and t >= 0 for t in self.times)):
-            raise OptionError(f"times must be one or more numbers of seconds from 0 on, not {self.times!r}")
+            raise OptionError(
+                f"fps must be a number above 0, at least a millionth, not {self.fps!r}"
+            )
+        if self.times is not None and not (
+            self.times and all(_is_number(t) and t >= 0 for t in self.times)
+        ):
+            raise OptionError(
+                f"times must be one or more numbers of seconds from 0 on, not {self.times!r}"
+            )
         for name, value in (("start", self.start), ("end", self.end)):
             if value is not None and not (_is_number(value) and value >= 0):
                 raise OptionError(f"{name} must be a number of seconds from 0 on, not {value!r}")
         if self.start is not None and self.end is not None and self.start > self.end:
             raise OptionError(f"start {self.start} s lies after end {self.end} s")
 
-    def choose(self, clock: Clock, limit: int) -> list[int]:
+    def choose(self, clock: FrameTimeline, limit: int) -> list[int]:
         """Indices, ascending, of the frames to look at. Raises OptionError for moments outside the video, or over `limit`."""
         chosen = sorted({clock.shown_at(moment) for moment in self._moments(clock, limit + 1)})
         if len(chosen) > limit:
-            raise OptionError(f"more frames were asked of a video than the limit of {limit}; ask for fewer")
+            raise OptionError(
+                f"more frames were asked of a video than the limit of {limit}; ask for fewer"
+            )
         return chosen
 
-    def _moments(self, clock: Clock, most: int) -> Iterator[Fraction]:
+    def _moments(self, clock: FrameTimeline, most: int) -> Iterator[Fraction]:
         """Moments that name the frames; never more than are needed to name `most` of them, whatever is asked for."""
         for asked in (self.start or 0, *(self.times or ())):
             if asked > clock.duration:
                 end = float(clock.time(len(clock.stamps) - 1))
-                raise OptionError(f"{asked:g} s was asked for, but the video's last frame is at {end:.2f} s")
+                raise OptionError(
+                    f"{asked:g} s was asked for, but the video's last frame is at {end:.2f} s"
+                )
         if self.times is not None:
             yield from map(_exact, self.times)
             return
@@ -91,7 +105,7 @@ class FrameSampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class FrameTimeline:
     """When a video's frames appear: `stamps`, ascending, in `unit` seconds; times count from the first frame."""
 
     stamps: Sequence[int]
@@ -135,7 +149,9 @@ class Clip:
         )
 
 
-def read_film(file: BinaryIO, container: str, sampling: FrameSampling, limits: Limits, each: Each | None) -> Clip:
+def read_video(
+    file: BinaryIO, container: str, sampling: FrameSampling, limits: Limits, each: Each | None
+) -> Clip:
     """Sample a film in FFmpeg's `container` format; without `each` nothing is decoded.
 
     The time stamps of all packets are read first: they tell the frames, also of variable rate and without a duration in
@@ -146,7 +162,9 @@ def read_film(file: BinaryIO, container: str, sampling: FrameSampling, limits: L
 
     head = file.read(512)
     if (size := file.seek(0, os.SEEK_END)) < (promised := _promised_bytes(head)):
-        raise MediaError(f"the video is cut short: its header promises {promised:,} bytes, the file holds {size:,}")
+        raise MediaError(
+            f"the video is cut short: its header promises {promised:,} bytes, the file holds {size:,}"
+        )
     file.seek(0)
     deadline = Deadline(limits.video_work_seconds, "reading the video")
     try:
@@ -160,21 +178,27 @@ def read_film(file: BinaryIO, container: str, sampling: FrameSampling, limits: L
             limits.check_size(stream.codec_context.width, stream.codec_context.height)
             clock, keys = _index(source, stream, deadline)
             if clock.duration > limits.video_seconds:
-                raise MediaError(f"the video lasts {clock.duration:.0f} s, the limit is {limits.video_seconds:g} s")
+                raise MediaError(
+                    f"the video lasts {clock.duration:.0f} s, the limit is {limits.video_seconds:g} s"
+                )
             chosen = sampling.choose(clock, limits.video_frames)
             if each is None:
                 return Clip([], [float(clock.time(i)) for i in chosen], clock.duration)
             clip = Clip([], [], clock.duration)
-            for stamp, frame in _decode(source, stream, [clock.stamps[i] for i in chosen], keys, limits, deadline):
+            for stamp, frame in _decode(
+                source, stream, [clock.stamps[i] for i in chosen], keys, limits, deadline
+            ):
                 limits.check_size(frame.width, frame.height)
                 clip.frames.append(each(_upright(frame)))
                 clip.times.append(float((stamp - clock.stamps[0]) * clock.unit))
     except av.error.FFmpegError as error:
-        raise MediaError("the video cannot be decoded: it is damaged, cut short or of an unknown codec") from error
+        raise MediaError(
+            "the video cannot be decoded: it is damaged, cut short or of an unknown codec"
+        ) from error
     return clip
 
 
-def _index(source: Any, stream: Any, deadline: Deadline) -> tuple[Clock, dict[int, int]]:
+def _index(source: Any, stream: Any, deadline: Deadline) -> tuple[FrameTimeline, dict[int, int]]:
     """When the frames appear, and for each keyframe's stamp where to seek for it, ascending; nothing is decoded."""
     stamps: set[int] = set()
     keys: dict[int, int] = {}
@@ -189,15 +213,24 @@ def _index(source: Any, stream: Any, deadline: Deadline) -> tuple[Clock, dict[in
                 # Containers are searched by decoding time, which may lie before the time of showing.
                 keys[stamp] = stamp if packet.dts is None else min(stamp, packet.dts)
     if packets < stream.frames and "mov" in source.format.name:
-        raise MediaError(f"the video is cut short: its header promises {stream.frames} frames, the file holds {packets}")
+        raise MediaError(
+            f"the video is cut short: its header promises {stream.frames} frames, the file holds {packets}"
+        )
     if not keys:
         raise MediaError("the video has no frame that can be shown")
     # What comes before the first keyframe cannot be decoded.
-    return Clock(sorted(s for s in stamps if s >= min(keys)), stream.time_base), dict(sorted(keys.items()))
+    return FrameTimeline(sorted(s for s in stamps if s >= min(keys)), stream.time_base), dict(
+        sorted(keys.items())
+    )
 
 
 def _decode(
-    source: Any, stream: Any, wanted: list[int], keys: dict[int, int], limits: Limits, deadline: Deadline
+    source: Any,
+    stream: Any,
+    wanted: list[int],
+    keys: dict[int, int],
+    limits: Limits,
+    deadline: Deadline,
 ) -> Iterator[tuple[int, Any]]:
     """The wanted frames with their stamps, ascending. Where a container stamps half frames, the next whole frame is given."""
     decoded = 0
@@ -209,7 +242,9 @@ def _decode(
             deadline.left()
             decoded += 1
             if decoded > limits.decoded_frames:
-                raise MediaError(f"reaching the frames meant decoding more than the limit of {limits.decoded_frames} frames")
+                raise MediaError(
+                    f"reaching the frames meant decoding more than the limit of {limits.decoded_frames} frames"
+                )
             if frame.is_corrupt:
                 raise MediaError("the video is damaged: a frame could not be decoded whole")
             stamp = frame.pts if frame.pts is not None else frame.dts
@@ -241,18 +276,26 @@ def _promised_bytes(head: bytes) -> int:
     """How many bytes the header of an AVI or Matroska file says it has; 0 where it does not say. (MP4 counts its frames.)"""
     if head.startswith(b"RIFF"):
         return 8 + int.from_bytes(head[4:8], "little")
-    at = head.find(b"\x18\x53\x80\x67", 0, 256) + 4  # the Segment element; its size is a number of 1 to 8 bytes
+    at = (
+        head.find(b"\x18\x53\x80\x67", 0, 256) + 4
+    )  # the Segment element; its size is a number of 1 to 8 bytes
     if at < 4 or at >= len(head) or not head[at]:
         return 0
     length = 9 - head[at].bit_length()
     value = int.from_bytes(head[at : at + length], "big") ^ 1 << 7 * length
-    return 0 if value == (1 << 7 * length) - 1 else at + length + value  # all ones: written live, size unknown
+    return (
+        0 if value == (1 << 7 * length) - 1 else at + length + value
+    )  # all ones: written live, size unknown
 
 
 def _upright(frame: Any) -> Image.Image:
     """A frame as RGB, turned as its display matrix says (counter-clockwise, in degrees)."""
     image: Image.Image = frame.to_image()
-    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    turns = {
+        90: Image.Transpose.ROTATE_90,
+        180: Image.Transpose.ROTATE_180,
+        270: Image.Transpose.ROTATE_270,
+    }
     turn = turns.get(round(frame.rotation) % 360)
     return image if turn is None else image.transpose(turn)
 

@@ -11,25 +11,31 @@ from typing import Annotated, Any, Protocol, TypeVar
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+)
 from starlette.routing import Match, Route
 
 from .. import __version__
-from ..chatbot import Chatbot
+from ..chat import Chatbot
 from ..processing import Estimate
-from . import document
-from .chat import respond, respond_explained
-from .files import Files
-from .guard import DOCS, PAGE, Guard, Keys
+from . import responses
+from .api_errors import response, to_api_error
+from .chat_completions import respond, respond_explained
+from .docs_page import reference
 from .metrics import PROMETHEUS, Metrics
-from .reference import reference
-from .refusals import explain, response
-from .schema import ChatRequest, ExplainRequest, Question, adapter_of
+from .middleware import DOCS, PAGE, ApiKeys, GuardMiddleware
+from .requests import ChatRequest, ExplainRequest, PromptRequest, adapter_of
 from .service import Service
 from .settings import Settings
+from .uploads import Files
 
 T = TypeVar("T")
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parent / "web"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src blob:; "
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -54,9 +60,9 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     Its threads start and end with the application's lifespan; `app.state.service` is what the routes share.
     """
     service = Service(bot, settings)
-    keys = None if settings.api_keys is None else Keys.read(settings.api_keys)
+    keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
     app = application(service)
-    app.add_middleware(Guard, settings=settings, keys=keys, metrics=service.metrics)
+    app.add_middleware(GuardMiddleware, settings=settings, keys=keys, metrics=service.metrics)
     return app
 
 
@@ -78,7 +84,7 @@ def application(service: Service) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=document.REFUSED,
+        responses=responses.REFUSED,
     )
     app.state.service = service
     for routes in (refusal_routes, _pages, _state, _models, _answers, file_routes):
@@ -92,10 +98,16 @@ def refusal_routes(app: FastAPI, service: Shared) -> None:
     @app.exception_handler(HTTPException)
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: Exception) -> JSONResponse:
-        told = response(service.metrics.refused(explain(error)))
+        told = response(service.metrics.refused(to_api_error(error)))
         if told.status_code == 405:
-            there = [route for route in app.routes if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE]
-            told.headers["Allow"] = ", ".join(sorted({method for route in there for method in route.methods or ()}))
+            there = [
+                route
+                for route in app.routes
+                if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
+            ]
+            told.headers["Allow"] = ", ".join(
+                sorted({method for route in there for method in route.methods or ()})
+            )
         return told
 
 
@@ -111,13 +123,13 @@ def _pages(app: FastAPI, _: Service) -> None:
 
 
 def _state(app: FastAPI, service: Service) -> None:
-    @app.get("/health", response_model=document.State)
+    @app.get("/health", response_model=responses.State)
     async def health() -> JSONResponse:
         """Whether the process is worth keeping: 503 once the engine has given up."""
         failed = service.worker.failed
         return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
-    @app.get("/ready", response_model=document.State)
+    @app.get("/ready", response_model=responses.State)
     async def ready() -> dict[str, str]:
         """Whether another request would be taken now: 503 while the queue is full, and during a shutdown."""
         if service.trouble:
@@ -145,29 +157,29 @@ def _models(app: FastAPI, service: Service) -> None:
             "video_frames": bot.processor.num_frames,
         }
 
-    @app.get("/v1/models", response_model=document.Models)
+    @app.get("/v1/models", response_model=responses.Models)
     async def models() -> dict[str, Any]:
         """The model that is served and its adapters, with the context and what an image takes of it."""
         return {"object": "list", "data": [model(adapter) for adapter in (None, *bot.adapters)]}
 
-    @app.get("/v1/models/{name:path}", response_model=document.Model)
+    @app.get("/v1/models/{name:path}", response_model=responses.ModelInfo)
     async def one_model(name: str) -> dict[str, Any]:
         """The model or an adapter by its name."""
         return model(adapter_of(name, service.name, bot.adapters))
 
 
 def _answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=document.ANSWERS)
+    @app.post("/v1/chat/completions", responses=responses.ANSWERS)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer messages with images, videos and views; with `stream` a piece at a time."""
         return respond(service, asked, request.state.key)
 
     @app.post("/v1/messages/count")
-    async def count(asked: Question, request: Request) -> Estimate:
+    async def count(asked: PromptRequest, request: Request) -> Estimate:
         """Tokens of each part, the context that is left and the memory needed, before anything is computed."""
         return await service.count(asked, request.state.key)
 
-    @app.post("/v1/messages/explain", responses={200: {"model": document.Explanation}})
+    @app.post("/v1/messages/explain", responses={200: {"model": responses.Explanation}})
     async def explain_answer(asked: ExplainRequest, request: Request) -> Response:
         """Which image an answer leaned on: shares, what its absence changes, maps of what was attended to."""
         return respond_explained(service, asked, request.state.key)
@@ -176,23 +188,27 @@ def _answers(app: FastAPI, service: Service) -> None:
 def file_routes(app: FastAPI, service: Shared) -> None:
     """Uploads."""
 
-    @app.post("/v1/files", response_model=document.File)
-    async def upload(file: UploadFile, purpose: Annotated[str, Form()], request: Request) -> dict[str, Any]:
+    @app.post("/v1/files", response_model=responses.File)
+    async def upload(
+        file: UploadFile, purpose: Annotated[str, Form()], request: Request
+    ) -> dict[str, Any]:
         """Keep an image or a video for several questions, which name it by its id."""
         data, key = await file.read(), request.state.key
-        return await service.aside(lambda: service.files.put(key, data, file.filename or "", purpose))
+        return await service.aside(
+            lambda: service.files.put(key, data, file.filename or "", purpose)
+        )
 
-    @app.get("/v1/files", response_model=document.Files)
+    @app.get("/v1/files", response_model=responses.Files)
     async def files(request: Request) -> dict[str, Any]:
         """The files of this API key."""
         return {"object": "list", "data": service.files.list(request.state.key), "has_more": False}
 
-    @app.get("/v1/files/{name}", response_model=document.File)
+    @app.get("/v1/files/{name}", response_model=responses.File)
     async def one_file(name: str, request: Request) -> dict[str, Any]:
         """What is known of a file."""
         return service.files.get(request.state.key, name).told(name)
 
-    @app.delete("/v1/files/{name}", response_model=document.Deleted)
+    @app.delete("/v1/files/{name}", response_model=responses.Deleted)
     async def delete(name: str, request: Request) -> dict[str, Any]:
         """Forget a file."""
         service.files.delete(request.state.key, name)

@@ -9,9 +9,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..chatbot import Answer
+from ..chat import Answer
 from ..engine import Load
-from .refusals import Refusal
+from .api_errors import ApiError
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -23,15 +23,48 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = made = CollectorRegistry()
-        self.requests = Counter("llava_requests", "HTTP requests", ["route", "status"], registry=made)
-        self.refusals = Counter("llava_refusals", "Requests without an answer, by error code", ["code"], registry=made)
-        self.tokens = Counter("llava_tokens", "Tokens: of prompts, of these from the cache, generated", ["kind"], registry=made)
-        self.crops = Counter("llava_crops", "Crops of images and video frames asked about", registry=made)
-        self.aborted = Counter("llava_aborted", "Requests whose client left before the end", registry=made)
-        self.prepare = Histogram("llava_prepare_seconds", "Fetching, decoding and laying out", buckets=SECONDS, registry=made)
-        self.explain = Histogram("llava_explain_seconds", "Explaining an answer, with its wait", buckets=SECONDS, registry=made)
-        self.first = Histogram("llava_first_token_seconds", "From the queue to the first token", buckets=SECONDS, registry=made)
-        self.token = Histogram("llava_token_seconds", "Each token after the first", buckets=TOKEN_SECONDS, registry=made)
+        self.requests = Counter(
+            "llava_requests", "HTTP requests", ["route", "status"], registry=made
+        )
+        self.refusals = Counter(
+            "llava_refusals", "Requests without an answer, by error code", ["code"], registry=made
+        )
+        self.tokens = Counter(
+            "llava_tokens",
+            "Tokens: of prompts, of these from the cache, generated",
+            ["kind"],
+            registry=made,
+        )
+        self.crops = Counter(
+            "llava_crops", "Crops of images and video frames asked about", registry=made
+        )
+        self.aborted = Counter(
+            "llava_aborted", "Requests whose client left before the end", registry=made
+        )
+        self.prepare = Histogram(
+            "llava_prepare_seconds",
+            "Fetching, decoding and laying out",
+            buckets=SECONDS,
+            registry=made,
+        )
+        self.explain = Histogram(
+            "llava_explain_seconds",
+            "Explaining an answer, with its wait",
+            buckets=SECONDS,
+            registry=made,
+        )
+        self.first = Histogram(
+            "llava_first_token_seconds",
+            "From the queue to the first token",
+            buckets=SECONDS,
+            registry=made,
+        )
+        self.token = Histogram(
+            "llava_token_seconds",
+            "Each token after the first",
+            buckets=TOKEN_SECONDS,
+            registry=made,
+        )
 
     def watch(self, load: Callable[[], Load], under_way: Callable[[], int]) -> None:
         """Read the engine's load whenever the metrics are asked for."""
@@ -42,11 +75,16 @@ class Metrics:
             ("kv_running", "KV memory of answers being computed, in tokens"),
             ("kv_cached", "KV memory kept for prefixes, in tokens"),
             ("feature_bytes", "Image features kept, in bytes"),
-            ("crops_encoded", "Crops that the tower encoded; the others of llava_crops were cached"),
+            (
+                "crops_encoded",
+                "Crops that the tower encoded; the others of llava_crops were cached",
+            ),
         ):
             gauge = Gauge(f"llava_{field}", text, registry=self.registry)
             gauge.set_function(lambda field=field: getattr(load(), field))  # type: ignore[misc]
-        Gauge("llava_under_way", "Answers admitted, also those being prepared", registry=self.registry).set_function(under_way)
+        Gauge(
+            "llava_under_way", "Answers admitted, also those being prepared", registry=self.registry
+        ).set_function(under_way)
 
     def answered(self, scope: Any, status: int) -> None:
         """A request is over; status 0: nothing was sent. What a replica answered is counted there."""
@@ -55,7 +93,7 @@ class Metrics:
         route = getattr(scope.get("route"), "path", "other")
         self.requests.labels(route, str(status)).inc()
 
-    def refused(self, refusal: Refusal) -> Refusal:
+    def refused(self, refusal: ApiError) -> ApiError:
         """Counts a refusal and passes it on."""
         self.refusals.labels(refusal.code).inc()
         return refusal
@@ -79,6 +117,13 @@ def merged(own: bytes, replicas: Mapping[str, bytes]) -> bytes:
     families: dict[str, Metric] = {}
     for replica, text in {"": own, **replicas}.items():
         for family in text_string_to_metric_families(text.decode()):
-            into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            into.samples += [sample._replace(labels=sample.labels | {"replica": replica}) for sample in family.samples]
-    return generate_latest(SimpleNamespace(collect=families.values))  # of a registry it asks no more
+            into = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            into.samples += [
+                sample._replace(labels=sample.labels | {"replica": replica})
+                for sample in family.samples
+            ]
+    return generate_latest(
+        SimpleNamespace(collect=families.values)
+    )  # of a registry it asks no more

@@ -38,7 +38,9 @@ def one_heap() -> bool:
 
 def log_to_stderr(level: int) -> None:
     """This package's log from a level on, of others what is a warning."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
     logging.getLogger("llava_interleave").setLevel(level)
 
 

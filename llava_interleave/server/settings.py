@@ -22,7 +22,7 @@ def _setting(default: Any, sentence: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ReplicaSpec:
     """What the machines of a cluster serve, under names that all of them know; log_level: of their logs."""
 
     name: str | None
@@ -38,25 +38,36 @@ class Model:
 class Settings:
     """How a server is reached and how much a request may take."""
 
-    host: str = _setting("127.0.0.1", "Address to listen on; any but this machine's own needs --api-keys.")
+    host: str = _setting(
+        "127.0.0.1", "Address to listen on; any but this machine's own needs --api-keys."
+    )
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.")
     api_keys: Path | None = _setting(  # noqa: RUF009  a field
-        None, "File of API keys, one a line; with it all but /health, /docs and the page's files ask for one."
+        None,
+        "File of API keys, one a line; with it all but /health, /docs and the page's files ask for one.",
     )
-    name: str | None = _setting(None, "What the model is called in requests; without it the name of its folder.")
+    name: str | None = _setting(
+        None, "What the model is called in requests; without it the name of its folder."
+    )
     preset: str = _setting("interleave", "How messages become tokens: interleave, hf or official.")
     media_root: Path | None = _setting(  # noqa: RUF009  a field
         None, "Requests may name files below this folder; without it none."
     )
     allow_host: tuple[str, ...] = _setting(
-        (), "Fetch media from this host: images.example.com, *.example.com, host:port, or * for all; can be given several times."
+        (),
+        "Fetch media from this host: images.example.com, *.example.com, host:port, or * for all; can be given several times.",
     )
     max_requests: int = _setting(32, "Answers under way or waiting at a time; one more gets 503.")
     workers: int = _setting(2, "Threads that fetch and decode media.")
     connections: int = _setting(256, "Connections at a time; one more gets 503.")
-    requests_per_minute: int = _setting(600, "Requests a minute of one API key, or of all without keys; more get 429.")
+    requests_per_minute: int = _setting(
+        600, "Requests a minute of one API key, or of all without keys; more get 429."
+    )
     max_body_mb: int = _setting(64, "Megabytes of a request.")
-    body_seconds: float = _setting(30.0, "Seconds that a client may take to send a request, and to accept a piece of an answer.")
+    body_seconds: float = _setting(
+        30.0,
+        "Seconds that a client may take to send a request, and to accept a piece of an answer.",
+    )
     max_parts: int = _setting(512, "Messages and parts of messages of a request.")
     max_characters: int = _setting(500_000, "Characters of text of a request.")
     max_media: int = _setting(32, "Images and videos of a request.")
@@ -65,19 +76,33 @@ class Settings:
     media_megapixels: int = _setting(500, "Megapixels decoded for one request.")
     video_frames: int = _setting(64, "Frames looked at in one video.")
     video_seconds: float = _setting(3600.0, "Length of a video in seconds.")
-    media_seconds: float = _setting(30.0, "Seconds that one download may take, and reading one video.")
+    media_seconds: float = _setting(
+        30.0, "Seconds that one download may take, and reading one video."
+    )
     max_tokens: int = _setting(4096, "Tokens of an answer.")
-    explain_tokens: int = _setting(65_536, "Tokens that go through the network once more to explain the answers to a request.")
+    explain_tokens: int = _setting(
+        65_536, "Tokens that go through the network once more to explain the answers to a request."
+    )
     max_choices: int = _setting(8, "Answers to one request (n).")
     files_mb: int = _setting(256, "Megabytes of uploaded files kept in memory for one API key.")
-    keep_alive: float = _setting(15.0, "Seconds of silence after which a stream says that it is alive.")
-    grace: float = _setting(30.0, "Seconds that answers under way get to end when the server is stopped.")
+    keep_alive: float = _setting(
+        15.0, "Seconds of silence after which a stream says that it is alive."
+    )
+    grace: float = _setting(
+        30.0, "Seconds that answers under way get to end when the server is stopped."
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and value <= 0 and field.name not in ("port", "grace"):
-                raise OptionError(f"--{field.name.replace('_', '-')} must be above 0, not {value!r}")
+            if (
+                isinstance(value, int | float)
+                and value <= 0
+                and field.name not in ("port", "grace")
+            ):
+                raise OptionError(
+                    f"--{field.name.replace('_', '-')} must be above 0, not {value!r}"
+                )
         if self.api_keys is None and not self.local:
             raise OptionError(
                 f"{self.host} can be reached from outside this machine, so the server asks for API keys there: "

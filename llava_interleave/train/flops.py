@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from ..lora import LoraWeights
 from ..model import Llava
-from ..model.lora import LowRank
 
 try:
     import resource
@@ -27,7 +27,9 @@ def needed(model: Llava, lengths: Sequence[int], crops: int, rows: int) -> float
     vision, text = model.config.vision, model.config.text
     patches = crops * vision.grid**2
     seen = 4 * patches * vision.grid**2 * vision.hidden_size * vision.num_layers
-    read = 2 * sum(n * n for n in lengths) * text.num_heads * text.head_dim * text.num_layers  # half of them are in the future
+    read = (
+        2 * sum(n * n for n in lengths) * text.num_heads * text.head_dim * text.num_layers
+    )  # half of them are in the future
     total, flows = 0.0, False
     for part, units, attention in (
         (model.vision_tower, patches, seen),
@@ -45,7 +47,7 @@ def needed(model: Llava, lengths: Sequence[int], crops: int, rows: int) -> float
 
 def _product(module: nn.Module) -> tuple[int, bool]:
     """Multiply-adds of a module, without those within it, for a token or a patch, and whether its weights are trained."""
-    if isinstance(module, LowRank):
+    if isinstance(module, LoraWeights):
         return module.a.numel() + module.b.numel(), module.a.requires_grad
     if isinstance(module, nn.Conv2d):
         return module.weight.numel(), module.weight.requires_grad

@@ -20,13 +20,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import kernels
+from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, OptionError, Unsupported
-from ..model.ranks import Ranks
-from . import checkpoints
-from .batch import Position
-from .checkpoints import State
+from . import checkpointing
+from .checkpointing import State
 from .flops import memory
-from .loss import Loss
+from .losses import Loss
+from .packing import Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,14 @@ class TrainConfig:
         return self.final + (1 - self.final) * left
 
 
-def pays(device: torch.device) -> bool:
+def bf16_is_faster(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster there than in float32."""
     return device.type != "cpu" or kernels.multiplies_bfloat16()
 
 
-def mixed(device: torch.device, bfloat16: bool) -> torch.autocast:
+def autocast(device: torch.device, bfloat16: bool) -> torch.autocast:
     """Products in bfloat16, if they are wanted and `pays`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and pays(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bf16_is_faster(device))
 
 
 B = TypeVar("B")
@@ -110,7 +110,7 @@ def train(
     watch: Callable[[Mapping[str, Any]], None] = lambda _: None,
     about: Mapping[str, Any] = MappingProxyType({}),
     say: Callable[[str], None] = print,
-    ranks: Ranks = Ranks(),  # noqa: B008  frozen
+    ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
     fastest: float = 0.0,
 ) -> M:
     """Train `model` in place and return it; goes on from the newest checkpoint in `folder` if there is one.
@@ -125,18 +125,25 @@ def train(
     if config.accumulate % ranks.count:
         more = -(-config.accumulate // ranks.count) * ranks.count
         uneven = f"{ranks.count} processes cannot share {config.accumulate} batches a step evenly"
-        raise ranks.common(OptionError(f"{uneven}: give accumulate {more}, or another number of processes"))
+        raise ranks.common(
+            OptionError(f"{uneven}: give accumulate {more}, or another number of processes")
+        )
     if config.muon and ranks.count > 1:
         raise ranks.common(
-            Unsupported(f"Muon needs whole matrices, and {ranks.count} processes have shards: take muon=0, or one")
+            Unsupported(
+                f"Muon needs whole matrices, and {ranks.count} processes have shards: take muon=0, or one"
+            )
         )
     share = config.accumulate // ranks.count
     folder.mkdir(parents=True, exist_ok=True)
     optimisers = make(model, config)
-    state = checkpoints.restore(folder, model, optimisers, config, ranks)
+    state = checkpointing.restore(folder, model, optimisers, config, ranks)
     source = data(state.position)
-    pace, saved = Pace(), time.monotonic()
-    with appending(folder / "log.jsonl") if ranks.rank == 0 else nullcontext() as file, _stopping() as stop:
+    pace, saved = ThroughputMeter(), time.monotonic()
+    with (
+        appending(folder / "log.jsonl") if ranks.rank == 0 else nullcontext() as file,
+        _stopping() as stop,
+    ):
 
         def log(step: int, **more: Any) -> None:
             if file:
@@ -153,7 +160,10 @@ def train(
             found = measure(model, state.step)
             model.train()
             log(state.step, held_out=dict(found))
-            say(f"step {state.step:,} held out: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            say(
+                f"step {state.step:,} held out: "
+                + "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            )
             better = found["loss"] < (math.inf if state.best is None else state.best[0])
             return replace(state, best=(found["loss"], state.step)) if better else state
 
@@ -167,7 +177,15 @@ def train(
                 (short,) = ranks.most(len(taken) < (1 if last else share))
                 whole = not short
                 if whole:
-                    told = step(model, loss, [batch for batch, _ in taken], optimisers, config, state.step, ranks)
+                    told = step(
+                        model,
+                        loss,
+                        [batch for batch, _ in taken],
+                        optimisers,
+                        config,
+                        state.step,
+                        ranks,
+                    )
                     pace.add(told)
             if whole:
                 state = replace(state, step=state.step + 1, position=taken[-1][1])
@@ -175,8 +193,17 @@ def train(
                     rates = pace.rates(fastest)
                     if took := ranks.most(memory(next(model.parameters()).device))[0]:
                         rates["memory"] = took / 2**30
-                    log(state.step, loss=told.loss, right=told.right, norm=told.norm, lr=told.lr, **rates)
-                    say(f"step {state.step:,} of {config.steps:,}  loss {told.loss:.4f}  right {told.right:.1%}  {_told(rates)}")
+                    log(
+                        state.step,
+                        loss=told.loss,
+                        right=told.right,
+                        norm=told.norm,
+                        lr=told.lr,
+                        **rates,
+                    )
+                    say(
+                        f"step {state.step:,} of {config.steps:,}  loss {told.loss:.4f}  right {told.right:.1%}  {_told(rates)}"
+                    )
                 if last or (config.evaluate_every and state.step % config.evaluate_every == 0):
                     state = look(state)
             timely = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
@@ -185,11 +212,15 @@ def train(
                 ended = f"the data ended after {state.step:,} of {config.steps:,} steps: give more, or fewer steps"
                 raise ranks.common(DataError(ended))
             if due or last or number or state.best != before or state.step % config.save_every == 0:
-                where = checkpoints.save(folder, model, optimisers, state, config, dict(about), ranks)
+                where = checkpointing.save(
+                    folder, model, optimisers, state, config, dict(about), ranks
+                )
                 saved = time.monotonic()
                 if number and state.step < config.steps:
                     name = signal.Signals(number).name
-                    say(f"stopped by {name} after step {state.step:,}: {where}; the same call goes on from there")
+                    say(
+                        f"stopped by {name} after step {state.step:,}: {where}; the same call goes on from there"
+                    )
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
     return model.eval()
 
@@ -203,7 +234,7 @@ def appending(path: Path) -> TextIO:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepStats:
     """What a step was like: loss and share right of what it counted, norm of its gradient, peak rate, and how much it was."""
 
     loss: float
@@ -223,8 +254,8 @@ def step(
     optimisers: list[torch.optim.Optimizer],
     config: TrainConfig,
     number: int,
-    ranks: Ranks = Ranks(),  # noqa: B008  frozen
-) -> Step:
+    ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
+) -> StepStats:
     """Change the weights once, by the gradient of the summed losses of all ranks divided by their common count.
 
     What is left out at random (an adapter's dropout) is decided by the batch's number, so that a resumed run leaves out the same,
@@ -236,15 +267,24 @@ def step(
     parts: list[Loss] = []
     for index, batch in enumerate(taken):
         torch.manual_seed(number * config.accumulate + index * ranks.count + ranks.rank)
-        with mixed(next(model.parameters()).device, config.bfloat16):
+        with autocast(next(model.parameters()).device, config.bfloat16):
             part = loss(model, batch)
         part.total.backward()
         parts.append(part)
-    columns = [(part.total.item(), part.count, part.right, part.tokens, part.crops, part.flops) for part in parts]
-    total, count, right, tokens, crops, flops = ranks.total(*(sum(column) for column in zip(*columns, strict=True)))
+    columns = [
+        (part.total.item(), part.count, part.right, part.tokens, part.crops, part.flops)
+        for part in parts
+    ]
+    total, count, right, tokens, crops, flops = ranks.total(
+        *(sum(column) for column in zip(*columns, strict=True))
+    )
     value = total / count
     if not math.isfinite(value):
-        raise ranks.common(DataError(f"the loss is {value} at step {number:,}: lower the learning rate, or look at the data"))
+        raise ranks.common(
+            DataError(
+                f"the loss is {value} at step {number:,}: lower the learning rate, or look at the data"
+            )
+        )
     for p in model.parameters():
         if p.grad is not None:
             p.grad /= count
@@ -254,10 +294,12 @@ def step(
         optimiser.zero_grad()
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     rate = config.lr * config.rate(number)
-    return Step(value, right / count, float(norm), rate, int(count), int(tokens), int(crops), flops)
+    return StepStats(
+        value, right / count, float(norm), rate, int(count), int(tokens), int(crops), flops
+    )
 
 
-class Pace:
+class ThroughputMeter:
     """How much is done in a second, of the time spent in steps (waiting for data included) since it was last asked."""
 
     def __init__(self) -> None:
@@ -269,14 +311,23 @@ class Pace:
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self.began
 
-    def add(self, told: Step) -> None:
-        self.done = [a + b for a, b in zip(self.done, (told.count, told.tokens, told.crops, told.flops), strict=True)]
+    def add(self, told: StepStats) -> None:
+        self.done = [
+            a + b
+            for a, b in zip(
+                self.done, (told.count, told.tokens, told.crops, told.flops), strict=True
+            )
+        ]
 
     def rates(self, fastest: float) -> dict[str, float]:
         """Counted, tokens and crops a second, and operations as a share of `fastest`, so far as they are known; begins anew."""
         names = ("rate", "tokens", "crops", "mfu")
         scales = (1.0, 1.0, 1.0, 1 / fastest if fastest else 0.0)
-        found = {name: n * by / self.seconds for name, n, by in zip(names, self.done, scales, strict=True) if n * by}
+        found = {
+            name: n * by / self.seconds
+            for name, n, by in zip(names, self.done, scales, strict=True)
+            if n * by
+        }
         self.seconds, self.done = 0.0, [0.0] * 4
         return found
 
@@ -284,7 +335,12 @@ class Pace:
 def _told(rates: Mapping[str, float]) -> str:
     if "tokens" not in rates:
         return f"{rates['rate']:,.0f} a second"
-    forms = {"tokens": "{:,.0f} tokens/s", "crops": "{:,.1f} images/s", "mfu": "MFU {:.0%}", "memory": "{:.1f} GiB"}
+    forms = {
+        "tokens": "{:,.0f} tokens/s",
+        "crops": "{:,.1f} images/s",
+        "mfu": "MFU {:.0%}",
+        "memory": "{:.1f} GiB",
+    }
     return "  ".join(form.format(rates[name]) for name, form in forms.items() if name in rates)
 
 
@@ -298,7 +354,10 @@ def _stopping() -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        number: signal.getsignal(number) or signal.SIG_DFL
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(number: int, _: FrameType | None) -> None:
@@ -320,13 +379,19 @@ def _stopping() -> Iterator[list[signal.Signals]]:
 def make(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for what `groups` gives it, and Muon for the rest, if anything."""
     for_adamw, for_muon = groups(model, config)
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(for_adamw, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(for_adamw, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    ]
     if for_muon:
         made.append(torch.optim.Muon(for_muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
     return made
 
 
-PARTS = (("tower", ("vision_tower.",)), ("projector", ("multi_modal_projector.",)), ("decoder", ("language_model.", "lm_head.")))
+PARTS = (
+    ("tower", ("vision_tower.",)),
+    ("projector", ("multi_modal_projector.",)),
+    ("decoder", ("language_model.", "lm_head.")),
+)
 
 
 def parts(model: nn.Module, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -337,22 +402,39 @@ def parts(model: nn.Module, config: TrainConfig, say: Callable[[str], None]) -> 
     for part, prefixes in PARTS:
         mine = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
         trained = [p for p in mine if id(p) in scale]
-        rates = " and ".join(f"{config.lr * one:g}" for one in sorted({scale[id(p)] for p in trained})) or "frozen"
-        count, rest = (sum(p.numel() for p in some) for some in (trained, [p for p in mine if id(p) not in scale]))
+        rates = (
+            " and ".join(f"{config.lr * one:g}" for one in sorted({scale[id(p)] for p in trained}))
+            or "frozen"
+        )
+        count, rest = (
+            sum(p.numel() for p in some)
+            for some in (trained, [p for p in mine if id(p) not in scale])
+        )
         say(f"{part:<10}{count:>16,}{rest:>16,}  {rates}")
 
 
-def groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def groups(
+    model: nn.Module, config: TrainConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Parameters of AdamW and of Muon, by learning-rate scale and weight decay; those with scale 0 are frozen."""
     found: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         scale = next((s for prefix, s in config.scales if name.startswith(prefix)), 1.0)
         scale = scale if config.only in name else 0.0
         parameter.requires_grad_(scale > 0)
-        muon = config.muon > 0 and parameter.dim() == 2 and "embed" not in name and not name.startswith("lm_head")
+        muon = (
+            config.muon > 0
+            and parameter.dim() == 2
+            and "embed" not in name
+            and not name.startswith("lm_head")
+        )
         if scale > 0:
-            found.setdefault((muon, scale * config.muon if muon else scale, parameter.dim() > 1), []).append(parameter)
+            found.setdefault(
+                (muon, scale * config.muon if muon else scale, parameter.dim() > 1), []
+            ).append(parameter)
     made: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for (muon, scale, matrix), params in found.items():
-        made[muon].append({"params": params, "scale": scale, "weight_decay": config.decay if matrix else 0.0})
+        made[muon].append(
+            {"params": params, "scale": scale, "weight_decay": config.decay if matrix else 0.0}
+        )
     return made

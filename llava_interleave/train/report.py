@@ -43,7 +43,9 @@ def write(folder: Path, page: Path) -> None:
         raise DataError(f"{folder} holds no run of llava train: {error}") from error
     draft = page.with_name(f".{page.name}.{os.getpid()}")
     try:
-        draft.write_text("".join(_parts(folder, lines, settings)), "utf-8", errors="backslashreplace")
+        draft.write_text(
+            "".join(_parts(folder, lines, settings)), "utf-8", errors="backslashreplace"
+        )
         draft.replace(page)
     finally:
         draft.unlink(missing_ok=True)
@@ -51,13 +53,18 @@ def write(folder: Path, page: Path) -> None:
 
 def _parts(folder: Path, lines: Sequence[dict[str, Any]], settings: str) -> Iterator[str]:
     yield PAGE.format(title=escape(f"Training run {folder.absolute().name}"))
-    train = {line["step"]: line for line in lines if "loss" in line}  # of a step that was done again, the last
+    train = {
+        line["step"]: line for line in lines if "loss" in line
+    }  # of a step that was done again, the last
     held = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
     if train:
         last = train[max(train)]
         yield f"<p>{max(train):,} steps, loss {last['loss']:.4f}, {last['right']:.1%} right</p>"
     if held:
-        rows = [(f"{step:,}", *(f"{value:.4f}" for value in found.values())) for step, found in sorted(held.items())]
+        rows = [
+            (f"{step:,}", *(f"{value:.4f}" for value in found.values()))
+            for step, found in sorted(held.items())
+        ]
         best = min(held, key=lambda step: held[step]["loss"])
         yield f"<p>Held out, the loss was lowest after step {best:,}: {held[best]['loss']:.4f}</p>"
     yield '<div class="curves">\n'
@@ -101,14 +108,18 @@ def _curve(title: str, points: Points, measured: Points) -> str:
         drawn.append(f'<path class="axis" d="M{LEFT} {y}H{WIDTH - TOP}"/>')
         drawn.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{told}</text>')
         anchor = "start" if share == 0 else "middle" if share < 1 else "end"
-        drawn.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{round(share * end):,}</text>')
+        drawn.append(
+            f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{round(share * end):,}</text>'
+        )
     for kind, line in (("train", points), ("held", measured)):
         if line:
             way = "L".join("{} {}".format(*at(*point)) for point in line)
             drawn.append(f'<path class="{kind}" d="M{way}"/>')
     for step, value in measured:
         x, y = at(step, value)
-        drawn.append(f'<circle class="held" cx="{x}" cy="{y}" r="3"><title>step {step:,}: {value:.4f}</title></circle>')
+        drawn.append(
+            f'<circle class="held" cx="{x}" cy="{y}" r="3"><title>step {step:,}: {value:.4f}</title></circle>'
+        )
     name = escape(title)
     return (
         f'<figure><figcaption>{name}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name} by step">'
@@ -121,10 +132,16 @@ def _answers(folder: Path) -> Iterator[str]:
     if not (folder / "answers.jsonl").is_file():
         return
     yield "<h2>Answers over time</h2>\n"
-    said = sorted({line["step"]: line["answers"] for line in _lines(folder / "answers.jsonl")}.items())
+    said = sorted(
+        {line["step"]: line["answers"] for line in _lines(folder / "answers.jsonl")}.items()
+    )
     for number, asked in enumerate(json.loads((folder / "questions.json").read_text("utf-8"))):
         told = [(step, answers[number]) for step, answers in said if number < len(answers)]
-        rows = [(f"{step:,}", answer) for i, (step, answer) in enumerate(told) if not i or answer != told[i - 1][1]]
+        rows = [
+            (f"{step:,}", answer)
+            for i, (step, answer) in enumerate(told)
+            if not i or answer != told[i - 1][1]
+        ]
         shown = "".join(f'<img alt="" src="{escape(picture)}">' for picture in asked["pictures"])
         yield f"<article><small>{escape(asked['name'])}</small><pre>{escape(asked['question'])}</pre>{shown}"
         yield _table(("from step", "answer"), [*rows, ("truth", asked["truth"])]) + "</article>\n"
@@ -132,4 +149,8 @@ def _answers(folder: Path) -> Iterator[str]:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}" for name in columns)
-    return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{escape(c)}" for c in row) for row in rows) + "</table>\n"
+    return (
+        f"<table><tr>{head}"
+        + "".join("<tr>" + "".join(f"<td>{escape(c)}" for c in row) for row in rows)
+        + "</table>\n"
+    )

@@ -1,7 +1,7 @@
 """This package against transformers, and against itself made otherwise: why two numbers differ."""
 
-from .ours import Stage
-from .parity import Case, Standard, verify
-from .switches import BASELINE, Effect, why
+from .ablations import BASELINE, AblationResult, why
+from .candidate import LayerDiff
+from .parity import ParityCase, Tolerance, verify
 
-__all__ = ["BASELINE", "Case", "Effect", "Stage", "Standard", "verify", "why"]
+__all__ = ["BASELINE", "AblationResult", "LayerDiff", "ParityCase", "Tolerance", "verify", "why"]

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-WHY_NOT = None if torch.cuda.is_available() else f"this PyTorch ({torch.__version__}) sees no CUDA GPU here"
+WHY_NOT = (
+    None
+    if torch.cuda.is_available()
+    else f"this PyTorch ({torch.__version__}) sees no CUDA GPU here"
+)
 GPU = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
@@ -22,4 +26,6 @@ def card() -> torch.device:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if WHY_NOT:
-        terminalreporter.write_line(f"tests/cuda: what only a GPU can show was left out, for {WHY_NOT}")
+        terminalreporter.write_line(
+            f"tests/cuda: what only a GPU can show was left out, for {WHY_NOT}"
+        )

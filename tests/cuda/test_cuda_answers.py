@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from llava_interleave import load
-from llava_interleave.chatbot import Chatbot
+from llava_interleave.chat import Chatbot
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
-from llava_interleave.engine import Engine, Request, Sampling
-from llava_interleave.engine.budget import measured
-from llava_interleave.layout import Layout
-from llava_interleave.model import Llava, Packed
+from llava_interleave.engine import Engine, Request, SamplingParams
+from llava_interleave.engine.kv_budget import profile_kv_bytes
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import random_tensor
-from llava_interleave.world import SCENARIOS
-from llava_interleave.world.data import exam, pictures
+from recipes.tiny_world import SCENARIOS
+from recipes.tiny_world.data import exam, pictures
 
 ERRORS = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 """How far features and logits may be from float32 on the CPU, as a share of their size: some roundings of the type."""
@@ -48,7 +48,11 @@ def network(device: str, dtype: torch.dtype = torch.float32) -> Llava:
 def prompt(number: int, images: int, words: int) -> Prompt:
     """Tokens and images that only prompts of the same number have."""
     random = torch.Generator().manual_seed(number)
-    tokens, media, layout = torch.randint(0, 500, (words,), generator=random).tolist(), [], Layout(4)
+    tokens, media, layout = (
+        torch.randint(0, 500, (words,), generator=random).tolist(),
+        [],
+        ImageTokenLayout(4),
+    )
     for image in range(images):
         key = f"{number}.{image}".encode()
         media.append(Media(torch.randn(1, 3, 56, 56, generator=random), layout, key, len(tokens)))
@@ -66,9 +70,14 @@ def engine(model: Llava, tokens: int = 4000, **options: Any) -> Engine:
     return Engine(model, eos_ids={1}, vocab=500, kv_bytes=tokens * KV * here.itemsize, **options)
 
 
-def answers(model: Llava, asked: Sequence[Prompt] = PROMPTS, sampling: Sampling | None = None, **options: Any) -> list[list[int]]:
+def answers(
+    model: Llava,
+    asked: Sequence[Prompt] = PROMPTS,
+    sampling: SamplingParams | None = None,
+    **options: Any,
+) -> list[list[int]]:
     made = engine(model, **options)
-    requests = made.generate(asked, sampling or Sampling(max_new_tokens=24, ignore_eos=True))
+    requests = made.generate(asked, sampling or SamplingParams(max_new_tokens=24, ignore_eos=True))
     made.check()
     return [request.generated for request in requests]
 
@@ -86,7 +95,10 @@ def computed(model: Llava) -> list[Tensor]:
     features = model.encode(torch.randn(3, 3, 56, 56, generator=random).to(weight))
     positions = torch.cat([torch.arange(300), torch.arange(7)]).to(weight.device)
     x = model.embed(positions + 5, [(3, features[1]), (40, features[2])])
-    return [features.float().cpu(), model.logits(model.forward(x, positions, Packed([300, 7]))).float().cpu()]
+    return [
+        features.float().cpu(),
+        model.logits(model.forward(x, positions, PackedAttention([300, 7]))).float().cpu(),
+    ]
 
 
 @pytest.mark.parametrize("precision", ERRORS)
@@ -142,7 +154,11 @@ def test_the_built_in_model_says_the_same_in_few_bits(card: torch.device, precis
         {},
         {"max_step_tokens": 64},
         {"tokens": 768, "max_running": 3},
-        {"sampling": Sampling(max_new_tokens=24, ignore_eos=True, prompt_lookup_num_tokens=6)},
+        {
+            "sampling": SamplingParams(
+                max_new_tokens=24, ignore_eos=True, prompt_lookup_num_tokens=6
+            )
+        },
         {"deterministic": True},
     ],
     ids=["as it comes", "in pieces", "in little memory", "with guesses", "deterministic"],
@@ -153,12 +169,15 @@ def test_greedy_answers_in_float32_are_a_cpus(device: str, how: dict[str, Any]) 
 
 def test_half_the_memory_for_keys_and_values(device: str) -> None:
     """In 8 bits: the same from blocks and from slabs."""
-    there, here = (answers(network(place), kv_precision="int8", **how) for place, how in ((device, {}), ("cpu", {"kv_block": 0})))
+    there, here = (
+        answers(network(place), kv_precision="int8", **how)
+        for place, how in ((device, {}), ("cpu", {"kv_block": 0}))
+    )
     assert there == here
 
 
 def test_a_prefix_is_found_and_changes_nothing(device: str) -> None:
-    made, how = engine(network(device)), Sampling(max_new_tokens=24, ignore_eos=True)
+    made, how = engine(network(device)), SamplingParams(max_new_tokens=24, ignore_eos=True)
     (first,) = made.generate([PROMPTS[2]], how)
     (again,) = made.generate([PROMPTS[2]], how)
     assert first.generated == again.generated == truth()[2]
@@ -170,13 +189,17 @@ def test_captured_steps_are_those_launch_by_launch() -> None:
     """In bfloat16, with one to five answers under way."""
     model = network("cuda", torch.bfloat16)
     captured, plain = engine(model), engine(model)
-    assert "CUDA graphs" in captured.attention and "no CUDA graphs" not in captured.attention, captured.attention
+    assert "CUDA graphs" in captured.attention and "no CUDA graphs" not in captured.attention, (
+        captured.attention
+    )
     plain._runner.captured.why_not = "for comparison"  # the same steps of the same shapes
-    how = Sampling(max_new_tokens=24, ignore_eos=True)
+    how = SamplingParams(max_new_tokens=24, ignore_eos=True)
     for count in (1, 2, 3, 5):
         for made in (captured, plain):
             made.clear()
-        found, expected = ([r.generated for r in made.generate(PROMPTS[:count], how)] for made in (captured, plain))
+        found, expected = (
+            [r.generated for r in made.generate(PROMPTS[:count], how)] for made in (captured, plain)
+        )
         assert found == expected
     assert "no CUDA graphs" not in captured.attention, captured.attention
 
@@ -196,10 +219,12 @@ def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(never._runner, "_next", lambda *_: None)
     told = []
     for made in (ahead, never):
-        each = [Sampling(max_new_tokens=4 + 9 * n, ignore_eos=True) for n in range(len(PROMPTS))]
+        each = [
+            SamplingParams(max_new_tokens=4 + 9 * n, ignore_eos=True) for n in range(len(PROMPTS))
+        ]
         found = [request.generated for request in made.generate(PROMPTS, each)]
         made.clear()
-        stop = Sampling(max_new_tokens=40, stop_ids=(found[4][-1],), ignore_eos=True)
+        stop = SamplingParams(max_new_tokens=40, stop_ids=(found[4][-1],), ignore_eos=True)
         (ended,) = made.generate([PROMPTS[4]], stop)
         (more,) = made.generate([Prompt([*ended.tokens, 7])], each[0])
         told.append([*found, ended.generated, more.generated, more.cached])
@@ -209,7 +234,7 @@ def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.Mo
 
 
 def test_deterministic_answers_are_alike_to_the_last_bit(device: str) -> None:
-    how = Sampling(max_new_tokens=24, ignore_eos=True, logprobs=2)
+    how = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def found(asked: Sequence[Prompt]) -> dict[int, list[Any]]:
@@ -219,7 +244,9 @@ def test_deterministic_answers_are_alike_to_the_last_bit(device: str) -> None:
         while made.busy:
             for event in made.step():
                 assert event.error is None
-                events.setdefault(requests[event.request], []).append((event.token, event.logprob, event.top_logprobs))
+                events.setdefault(requests[event.request], []).append(
+                    (event.token, event.logprob, event.top_logprobs)
+                )
         return events
 
     together = found(PROMPTS)
@@ -243,9 +270,11 @@ class Failing:
         return self.encode(pixels)
 
 
-def test_without_memory_a_request_fails_and_the_engine_goes_on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_a_request_fails_and_the_engine_goes_on(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = network(device)
-    made, how = engine(model), Sampling(max_new_tokens=24, ignore_eos=True)
+    made, how = engine(model), SamplingParams(max_new_tokens=24, ignore_eos=True)
     monkeypatch.setattr(model, "encode", Failing(model.encode))
     requests: list[Request] = [made.add(PROMPTS[3], how)]
     events = made.step()
@@ -261,12 +290,12 @@ def test_without_memory_a_request_fails_and_the_engine_goes_on(device: str, monk
 def test_the_room_that_is_measured_is_there(card: torch.device) -> None:
     """A pool of it is made, filled, and computed in without running out."""
     model = network("cuda", torch.bfloat16)
-    small = measured(model, max_running=2)
+    small = profile_kv_bytes(model, max_running=2)
     assert 0 < small <= 2 * CONFIG.text.context * KV * 2
     free = torch.cuda.mem_get_info(card)[0]
     made = Engine(model, eos_ids=(), vocab=500, kv_bytes=small, max_running=2)
     asked = [prompt(number, 6, 2900) for number in (11, 12)]
-    requests = made.generate(asked, Sampling(max_new_tokens=8, ignore_eos=True))
+    requests = made.generate(asked, SamplingParams(max_new_tokens=8, ignore_eos=True))
     assert [len(request.generated) for request in requests] == [8, 8]
     assert small <= free
 

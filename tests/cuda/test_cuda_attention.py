@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_interleave.model.ragged import KERNELS, Ragged, why_not
+from llava_interleave.model.varlen import KERNELS, VarlenMetadata, unavailable_reasons
 
 SEQUENCES = {  # new tokens of each, and all that it has
     "answers": ([1, 1, 1], [1, 300, 513]),
@@ -26,21 +26,34 @@ def sure(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 128)], ids=["alike", "grouped"])
 @pytest.mark.parametrize("sequences", SEQUENCES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels(device: str, name: str, sequences: str, heads: tuple[int, int, int], blocks: bool) -> None:
-    place, (new, lengths), (of_queries, of_keys, width) = torch.device(device), SEQUENCES[sequences], heads
+def test_kernels(
+    device: str, name: str, sequences: str, heads: tuple[int, int, int], blocks: bool
+) -> None:
+    place, (new, lengths), (of_queries, of_keys, width) = (
+        torch.device(device),
+        SEQUENCES[sequences],
+        heads,
+    )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if reason := why_not(place, dtype, width)[name]:
+    if reason := unavailable_reasons(place, dtype, width)[name]:
         pytest.skip(f"{name}: {reason}")
     torch.manual_seed(0)
     q = torch.randn(sum(new), of_queries, width, device=place, dtype=dtype)
     k, v = (torch.randn(sum(lengths), of_keys, width, device=place, dtype=dtype) for _ in range(2))
-    expected = torch.cat([sure(*parts) for parts in zip(q.split(new), k.split(lengths), v.split(lengths), strict=True)])
+    expected = torch.cat(
+        [
+            sure(*parts)
+            for parts in zip(q.split(new), k.split(lengths), v.split(lengths), strict=True)
+        ]
+    )
     if not blocks:
-        found = KERNELS[name](q, k, v, Ragged.of(new, lengths, place))
+        found = KERNELS[name](q, k, v, VarlenMetadata.of(new, lengths, place))
     else:
         table, pools = spread(lengths, k, v)
-        found = KERNELS[name](q, *pools, Ragged.of(new, lengths, place, table))
-    assert float((found.double() - expected).abs().max()) < (1e-5 if dtype == torch.float32 else 0.03)
+        found = KERNELS[name](q, *pools, VarlenMetadata.of(new, lengths, place, table))
+    assert float((found.double() - expected).abs().max()) < (
+        1e-5 if dtype == torch.float32 else 0.03
+    )
 
 
 def spread(lengths: list[int], *kept: Tensor) -> tuple[Tensor, list[Tensor]]:

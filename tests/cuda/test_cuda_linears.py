@@ -5,38 +5,56 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_interleave import weights
+from llava_interleave import checkpoints
 from llava_interleave.errors import Unsupported
-from llava_interleave.model import Packed, gpu
-from llava_interleave.model.lora import Lora, attach
-from llava_interleave.model.quantise import FewBits, QuantisedLinear
+from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.model import PackedAttention
+from llava_interleave.quantization import cuda
+from llava_interleave.quantization.linear import QuantizedLinear, QuantizedLinearBase
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sizes that are no multiples of what products ask for among them."""
-    sizes = tiny_config(vision={"intermediate_size": 60}, text={"hidden_size": 256, "intermediate_size": 400})
+    sizes = tiny_config(
+        vision={"intermediate_size": 60}, text={"hidden_size": 256, "intermediate_size": 400}
+    )
     return tiny_checkpoint(tmp_path_factory.mktemp("linears") / "model", sizes)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [1, 5, 17, 300])
 @pytest.mark.parametrize("precision", ["int8", "int4", "fp8", "nf4"])
-def test_products_are_those_of_the_weights(folder: Path, device: str, precision: str, rows: int) -> None:
+def test_products_are_those_of_the_weights(
+    folder: Path, device: str, precision: str, rows: int
+) -> None:
     place, dtype = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        gpu.check(precision, place)
+        cuda.check(precision, place)
     except Unsupported as error:
         pytest.skip(str(error))
-    network, floats = (weights.load(folder, dtype=dtype, device=device, precision=how) for how in (precision, None))
-    found = {name: module for name, module in network.named_modules() if isinstance(module, FewBits)}
-    assert len(found) == len([m for m in floats.modules() if isinstance(m, torch.nn.Linear)]) - (precision in gpu.FLOATS)
+    network, floats = (
+        checkpoints.load(folder, dtype=dtype, device=device, precision=how)
+        for how in (precision, None)
+    )
+    found = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, QuantizedLinearBase)
+    }
+    assert len(found) == len([m for m in floats.modules() if isinstance(m, torch.nn.Linear)]) - (
+        precision in cuda.FLOATS
+    )
     for name, module in found.items():
-        x = torch.randn(rows, module.in_features, generator=torch.Generator().manual_seed(rows)).to(place, dtype)
+        x = torch.randn(rows, module.in_features, generator=torch.Generator().manual_seed(rows)).to(
+            place, dtype
+        )
         bias = 0 if module.bias is None else module.bias.float()
         sure = x.float() @ module.unpacked().float().t() + bias
-        rounded = 0.05 if precision == "fp8" else 0.02  # inputs to 4 bits there; to 8, or bfloat16, elsewhere
+        rounded = (
+            0.05 if precision == "fp8" else 0.02
+        )  # inputs to 4 bits there; to 8, or bfloat16, elsewhere
         assert float((module(x).float() - sure).norm() / sure.norm()) < rounded, name
         original = floats.get_submodule(name).weight.float()
         apart = float((module.unpacked().float() - original).norm() / original.norm())
@@ -50,29 +68,46 @@ def test_an_adapter_beside_few_bits_learns_as_beside_what_they_count_as(
 ) -> None:
     """On the device where a run puts them; the gradients of all its parts."""
     try:
-        gpu.check(precision, torch.device(device))
+        cuda.check(precision, torch.device(device))
     except Unsupported as error:
         pytest.skip(str(error))
-    few = weights.load(folder, precision=precision, device=device if precision in gpu.FLOATS else "cpu").to(device)
-    whole, found = weights.load(folder, device=device), []
+    few = checkpoints.load(
+        folder, precision=precision, device=device if precision in cuda.FLOATS else "cpu"
+    ).to(device)
+    whole, found = checkpoints.load(folder, device=device), []
     for name, module in few.named_modules():
-        if isinstance(module, FewBits):
+        if isinstance(module, QuantizedLinearBase):
             linear = whole.get_submodule(name)
             assert isinstance(linear, torch.nn.Linear)
             linear.weight = torch.nn.Parameter(module.unpacked(), requires_grad=False)
     for network in (whole, few):
-        adapter = attach(network.train(), Lora(rank=4, dropout=0.0, targets=("*layers*",)), 1)
+        adapter = attach(network.train(), LoraConfig(rank=4, dropout=0.0, targets=("*layers*",)), 1)
         for part in adapter.parts.values():
-            part.b.data = torch.randn(part.b.shape, generator=torch.Generator().manual_seed(2)).to(device) / 10
+            part.b.data = (
+                torch.randn(part.b.shape, generator=torch.Generator().manual_seed(2)).to(device)
+                / 10
+            )
         random, side = torch.Generator().manual_seed(3), network.config.vision.image_size
         pixels = torch.randn(1, 3, side, side, generator=random).to(device)
         ids = torch.arange(40, device=device)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            said = network.logits(network.forward(network.embed(ids, [(3, network.encode(pixels)[0])]), ids, Packed([40])))
+            said = network.logits(
+                network.forward(
+                    network.embed(ids, [(3, network.encode(pixels)[0])]), ids, PackedAttention([40])
+                )
+            )
             torch.nn.functional.cross_entropy(said[:-1].float(), ids[1:]).backward()
-        found.append({f"{name} {kind}": p.grad for name, part in adapter.parts.items() for kind, p in part.named_parameters()})
+        found.append(
+            {
+                f"{name} {kind}": p.grad
+                for name, part in adapter.parts.items()
+                for kind, p in part.named_parameters()
+            }
+        )
     for name, grad in found[1].items():
-        assert grad is not None and float((grad - found[0][name]).norm() / grad.norm()) < (0.05 if bfloat16 else 1e-3), name
+        assert grad is not None and float((grad - found[0][name]).norm() / grad.norm()) < (
+            0.05 if bfloat16 else 1e-3
+        ), name
 
 
 @pytest.mark.usefixtures("card")
@@ -80,12 +115,14 @@ def test_an_adapter_beside_few_bits_learns_as_beside_what_they_count_as(
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_gpu_has_the_numbers_that_a_cpu_has(folder: Path, precision: str) -> None:
     """In another order, their scales rounded to bfloat16."""
-    here = weights.load(folder, dtype=torch.bfloat16, precision=precision)
-    there = weights.load(folder, dtype=torch.bfloat16, precision=precision, device="cuda")
+    here = checkpoints.load(folder, dtype=torch.bfloat16, precision=precision)
+    there = checkpoints.load(folder, dtype=torch.bfloat16, precision=precision, device="cuda")
     for name, module in here.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             other = there.get_submodule(name)
-            assert isinstance(other, gpu.TiledLinear)
-            rounded = QuantisedLinear(module.in_features, module.out_features, module.bits, bias=False)
+            assert isinstance(other, cuda.Int4PackedLinear)
+            rounded = QuantizedLinear(
+                module.in_features, module.out_features, module.bits, bias=False
+            )
             rounded.weight, rounded.scale = module.weight, module.scale.bfloat16()
             assert torch.equal(other.unpacked().cpu(), rounded.unpacked().bfloat16().float()), name

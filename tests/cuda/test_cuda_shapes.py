@@ -8,16 +8,19 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llava_interleave.checkpoints import skeleton
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
-from llava_interleave.engine.cache import KV, Keys
-from llava_interleave.engine.captured import Captured
-from llava_interleave.engine.memory import Span
-from llava_interleave.engine.paged import Paged, bytes_per_token
-from llava_interleave.model import Llava, Packed, gpu
-from llava_interleave.weights import skeleton
+from llava_interleave.engine.cuda_graphs import CudaGraphDecoder
+from llava_interleave.engine.kv_contiguous import Span
+from llava_interleave.engine.kv_paged import PagedKVCache, bytes_per_token
+from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.quantization import cuda
 
 BUILT = torch.version.cuda is not None
-pytestmark = pytest.mark.skipif(not BUILT, reason=f"this PyTorch ({torch.__version__}) was not built for CUDA")
+pytestmark = pytest.mark.skipif(
+    not BUILT, reason=f"this PyTorch ({torch.__version__}) was not built for CUDA"
+)
 
 TEXT = TextConfig(256, 512, 2, 4, 2, 64, 1024, 4096, 1e6, 1e-6, True)
 CONFIG = LlavaConfig(VisionConfig(128, 256, 2, 4, 56, 14), TEXT, image_token_id=1023)
@@ -27,8 +30,8 @@ CARD, BF16 = torch.device("cuda", 0), torch.bfloat16
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A card that has everything, and nobody who looks at numbers."""
-    monkeypatch.setattr("llava_interleave.engine.paged.choose", lambda *_: "varlen_attn")
-    monkeypatch.setattr("llava_interleave.model.attend.choose", lambda *_: "varlen_attn")
+    monkeypatch.setattr("llava_interleave.engine.kv_paged.choose", lambda *_: "varlen_attn")
+    monkeypatch.setattr("llava_interleave.model.attention.choose", lambda *_: "varlen_attn")
     monkeypatch.setattr(torch, "equal", lambda *_: True)
     with FakeTensorMode():
         yield
@@ -37,24 +40,26 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def network(precision: str, *, trained: bool = False) -> Llava:
     made = skeleton(CONFIG)
     if precision != "bfloat16":
-        gpu.prepare(made, precision)
+        cuda.prepare(made, precision)
     for module in made.modules():
         for name, old in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(torch.empty(old.shape, dtype=BF16, device=CARD), requires_grad=trained)
+            module._parameters[name] = nn.Parameter(
+                torch.empty(old.shape, dtype=BF16, device=CARD), requires_grad=trained
+            )
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD)
     if precision in ("int4", "int8"):
-        gpu.tile(made)
+        cuda.pack_for_cuda(made)
     return made.eval()
 
 
-def memory(*, in_eight_bits: bool = False) -> Paged:
+def memory(*, in_eight_bits: bool = False) -> PagedKVCache:
     room = 20 * 256 * bytes_per_token(TEXT, BF16, in_eight_bits=in_eight_bits)
-    return Paged(TEXT, BF16, CARD, room, in_eight_bits=in_eight_bits)
+    return PagedKVCache(TEXT, BF16, CARD, room, in_eight_bits=in_eight_bits)
 
 
-def sequence(*blocks: int) -> KV:
-    made = KV(Keys.of([]), 0, 256 * len(blocks))
+def sequence(*blocks: int) -> SequenceKV:
+    made = SequenceKV(CacheKey.of([]), 0, 256 * len(blocks))
     made.blocks = list(blocks)
     return made
 
@@ -62,12 +67,17 @@ def sequence(*blocks: int) -> KV:
 @pytest.mark.parametrize("precision", ["bfloat16", "int4", "int8", "fp8"])
 @torch.no_grad()
 def test_a_step_that_is_captured(precision: str) -> None:
-    step = Captured.__new__(Captured)
+    step = CudaGraphDecoder.__new__(CudaGraphDecoder)
     step.model, step.memory, step.vocab = network(precision), memory(), 1000
     step.inputs = torch.zeros(8, 2 + 4, dtype=torch.int32, device=CARD)
     for size in (1, 8):
         logits, best = step._step(size)
-        assert (logits.shape, best.shape, logits.device, best.device) == ((size, 1000), (size,), CARD, CARD)
+        assert (logits.shape, best.shape, logits.device, best.device) == (
+            (size, 1000),
+            (size,),
+            CARD,
+            CARD,
+        )
 
 
 @pytest.mark.parametrize("in_eight_bits", [False, True])
@@ -77,7 +87,9 @@ def test_prompts_and_answers_in_one_step_and_pictures(precision: str, in_eight_b
     model, kept = network(precision), memory(in_eight_bits=in_eight_bits)
     a, b = sequence(0, 1, 2), sequence(3, 4, 5)
     x = model.embed(torch.zeros(301, dtype=torch.long, device=CARD))
-    found = model.forward(x, torch.arange(301, device=CARD), kept.attend([Span(a, 0, 300), Span(b, 10, 11)]))
+    found = model.forward(
+        x, torch.arange(301, device=CARD), kept.attend([Span(a, 0, 300), Span(b, 10, 11)])
+    )
     assert (found.shape, found.device, found.dtype) == ((301, 256), CARD, BF16)
     assert model.encode(torch.zeros(3, 3, 56, 56, device=CARD, dtype=BF16)).shape == (3, 16, 256)
     kept.copy(a, b, 300)
@@ -86,5 +98,5 @@ def test_prompts_and_answers_in_one_step_and_pictures(precision: str, in_eight_b
 def test_packed_sequences_in_training() -> None:
     model = network("bfloat16", trained=True)
     x = model.embed(torch.zeros(70, dtype=torch.long, device=CARD))
-    found = model.logits(model.forward(x, torch.arange(70, device=CARD), Packed([40, 30])))
+    found = model.logits(model.forward(x, torch.arange(70, device=CARD), PackedAttention([40, 30])))
     assert (found.shape, found.device) == ((70, 1024), CARD) and found.requires_grad

@@ -1,0 +1,1 @@
+"""Attribution: which image an answer used, and where in it."""

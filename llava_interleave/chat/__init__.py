@@ -1,0 +1,25 @@
+"""What a person imports: load a model, ask about images, videos and views, go on talking. Knows no HTTP."""
+
+from ..attribution.attribution import Attribution, ImageAttribution
+from ..options import Options
+from ..placement import kv_memory, named_dtype, pick_device
+from .chatbot import BUILTIN, Answer, AnswerDelta, Chatbot, TokenLogprob, estimate, load, locate
+from .conversation import Conversation
+
+__all__ = [
+    "BUILTIN",
+    "Answer",
+    "Chatbot",
+    "AnswerDelta",
+    "Attribution",
+    "Conversation",
+    "ImageAttribution",
+    "Options",
+    "TokenLogprob",
+    "estimate",
+    "kv_memory",
+    "load",
+    "locate",
+    "named_dtype",
+    "pick_device",
+]

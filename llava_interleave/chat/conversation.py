@@ -1,0 +1,210 @@
+"""A conversation that goes on: history, attachments on the way, taking back, saving and resuming."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Generator
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.prefix_cache import CacheKey
+from ..errors import DataError
+from ..options import DEFAULTS, Options
+from ..processing.images import from_array
+from .attachments import ContentPart, content, is_video, part
+from .kv_file import beside, replacing
+
+if TYPE_CHECKING:
+    from .chatbot import Answer, AnswerDelta, Chatbot
+
+FORMAT = "llava-interleave conversation"
+VERSION = 1
+
+
+class Conversation:
+    """A chat with one model. Earlier images are not computed again: the engine knows the common beginning.
+
+    messages: the turns so far, in the form that `Chatbot.chat` takes.
+    pending: parts attached to the next question.
+    """
+
+    def __init__(self, bot: Chatbot, messages: list[dict[str, Any]] | None = None) -> None:
+        self.bot = bot
+        self.messages = list(messages or [])
+        self.pending: list[ContentPart] = []
+        self._read: list[
+            CacheKey
+        ] = []  # what was read for each answer, and the answer, as far as known
+
+    def attach(self, *sources: object) -> None:
+        """Attach images, videos or folders of frames to the next question. Raises `MediaError` for a file that is missing."""
+        self.pending += [part(source) for source in sources]
+
+    def stream(
+        self,
+        question: str,
+        options: Options = DEFAULTS,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **changes: object,
+    ) -> Generator[AnswerDelta]:
+        """Ask and yield the pieces of the answer. An answer that is broken off leaves the conversation as it was."""
+        asked, options = (
+            [*self.messages, {"role": "user", "content": content(question, self.pending)}],
+            options.but(changes),
+        )
+        prompt = self.bot.prompt(asked, options)
+        for chunk in self.bot.written(prompt, options, progress):
+            if chunk.answer is not None and chunk.index == 0:
+                told = {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": chunk.answer.text}],
+                }
+                self.messages, self.pending = [*asked, told], []
+                self._read.append(
+                    self.bot.engine.keys(prompt, chunk.answer.tokens, adapter=options.adapter)
+                )
+            yield chunk
+
+    def ask(self, question: str, options: Options = DEFAULTS, **changes: object) -> Answer:
+        """Ask and wait for the whole answer."""
+        answers = [
+            chunk.answer
+            for chunk in self.stream(question, options, progress=None, **changes)
+            if chunk.answer is not None
+        ]
+        return answers[0]
+
+    def undo(self) -> bool:
+        """Take back the last question and its answer, and attach its pictures again; False if there is none."""
+        asked = next(
+            (i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"),
+            None,
+        )
+        if asked is None:
+            return False
+        turn = self.messages[asked]["content"]
+        self.pending = [
+            *(p for p in turn if isinstance(p, dict) and p["type"] != "text"),
+            *self.pending,
+        ]
+        del self.messages[asked:], self._read[-1:]
+        return True
+
+    def save(self, path: str | os.PathLike[str], *, embed: bool = False, kv: bool = False) -> int:
+        """Write the conversation as JSON, whole or not at all. Files are named by full path, or stored inside with `embed`.
+
+        kv: beside it, in `path`.kv.safetensors, write also what is in memory of its keys and values, so that `Chatbot.resume`
+        need not read it again; `bytes_per_token` of the engine for each token. Without it such a file, which may tell of another
+        conversation, is deleted. Returns the bytes of that file, 0 where there is none.
+        """
+        written = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.bot.source.name,
+            "messages": [{**m, "content": _kept(m["content"], embed)} for m in self.messages],
+            "pending": _kept(self.pending, embed),
+        }
+        target = Path(path)
+        with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
+            json.dump(written, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        size = self.bot.save_kv(beside(target), self._read[-1]) if kv and self._read else 0
+        if not size:
+            beside(target).unlink(missing_ok=True)
+        return size
+
+    def recall(self, path: str | os.PathLike[str]) -> int:
+        """Take in the keys and values beside a conversation saved at `path`; how many tokens they are of, 0 where there are none.
+
+        They serve every conversation that begins alike; take in none from somebody whom you would not let write your answers.
+        Raises `DataError` or `CheckpointError` where they are of no use here.
+        """
+        if not beside(path).is_file():
+            return 0
+        self._read.append(self.bot.load_kv(beside(path)))
+        return len(self._read[-1].numbers)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:
+        """Read a saved conversation. Raises `DataError` for a file that is missing or something else."""
+        try:
+            read = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from error
+        if (
+            not isinstance(read, dict)
+            or read.get("format") != FORMAT
+            or read.get("version") != VERSION
+        ):
+            raise DataError(
+                f"{path} is not a conversation saved by this version (format {FORMAT!r}, version {VERSION})"
+            )
+        loaded = cls(bot, read["messages"])
+        loaded.pending = read["pending"]
+        return loaded
+
+
+def _kept(turn: str | list[ContentPart], embed: bool) -> str | list[ContentPart]:
+    return turn if isinstance(turn, str) else [_stored(p, embed) for p in turn]
+
+
+def _stored(p: ContentPart, embed: bool) -> ContentPart:
+    """A part in a form that JSON holds."""
+    if p["type"] == "views":
+        views = p["views"]
+        named = (
+            [{"name": n, "image": v} for n, v in views.items()]
+            if isinstance(views, dict)
+            else views
+        )
+        kept = [
+            {**v, "image": _source(v["image"], embed)} if isinstance(v, dict) else _source(v, embed)
+            for v in named
+        ]
+        return {**p, "views": kept}
+    stored = dict(p)
+    for key in ("path", "image", "video"):
+        if key not in stored:
+            continue
+        source = stored.pop(key)
+        if key == "path" and not embed:
+            stored["path"] = str(Path(source).resolve())
+        elif key == "path" and Path(source).is_dir():
+            stored["video"] = [
+                _source(str(frame), embed)
+                for frame in sorted(Path(source).iterdir())
+                if frame.is_file()
+            ]
+        elif isinstance(source, list | tuple):
+            stored[key] = [_source(frame, embed) for frame in source]
+        else:
+            stored["url" if key == "path" else key] = _source(source, embed)
+    return stored
+
+
+def _source(source: Any, embed: bool) -> str:
+    """A source as text: an address, a full path, or a data URL with the content."""
+    if isinstance(source, str | os.PathLike):
+        name = str(source)
+        if name.startswith(("http://", "https://", "data:")):
+            return name
+        if not embed:
+            return str(Path(name).resolve())
+        return _data_url(Path(name).read_bytes())
+    if isinstance(source, bytes):
+        return _data_url(source)
+    file = BytesIO()
+    (from_array(source) if hasattr(source, "shape") else source).save(file, "PNG")
+    return _data_url(file.getvalue())
+
+
+def _data_url(data: bytes) -> str:
+    kind = "video/mp4" if is_video(data) else "image/png"
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -1,0 +1,119 @@
+"""Files of a saved conversation, each written whole or not at all. Keys and values are safetensors with a checksum."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.safetensors_file import TYPES, Reader, read_header
+from ..checkpoints.safetensors_file import write as write_tensors
+from ..engine.kv_snapshot import KVSnapshot
+from ..errors import DataError
+
+ABOUT, SUM = "about", "crc32"
+"""Tensors beside those of keys and values. The sum finds damage, not malice: who writes a file can make any sum right."""
+MOST_ABOUT = 16 << 20
+"""Bytes of what a file tells about its keys and values; that of 100,000 tokens is a twentieth of it."""
+
+
+def beside(path: str | os.PathLike[str]) -> Path:
+    """Where the keys and values of the conversation that is saved at `path` lie."""
+    return Path(f"{os.fspath(path)}.kv.safetensors")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write to, its owner's alone, that takes the place of `target` when all is written, and is gone otherwise.
+
+    Raises `DataError` where it cannot be written.
+    """
+    partial = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        partial = Path(name)
+        yield partial
+        partial = partial.replace(target)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        if partial is not None and partial != target:
+            partial.unlink(missing_ok=True)
+
+
+def write(path: Path, saved: KVSnapshot) -> int:
+    """Write keys and values, a tensor at a time; how many bytes the file has. Raises `DataError` where it cannot be written."""
+    tensors = {**saved.tensors, ABOUT: _tensor(json.dumps(saved.about).encode())}
+    checksum = 0
+
+    def value(name: str) -> Tensor:
+        nonlocal checksum
+        if name == SUM:
+            return _tensor(checksum.to_bytes(4, "little"))
+        whole = tensors[name].cpu().contiguous()
+        checksum = zlib.crc32(_raw(whole), checksum)
+        return whole
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()} | {SUM: (4,)}
+    types = {name: tensor.dtype for name, tensor in tensors.items()} | {SUM: torch.uint8}
+    with replacing(path) as partial:
+        write_tensors(partial, shapes, types, value)
+        return partial.stat().st_size
+
+
+def read(path: Path, room: int) -> KVSnapshot:
+    """Keys and values of at most `room` bytes; their tensors are the file, mapped (see `Reader`).
+
+    Raises `DataError` or `CheckpointError` for a file that is larger, is something else, or is damaged.
+    """
+    if (size := path.stat().st_size) > room + MOST_ABOUT:
+        raise DataError(
+            f"{path} has {size:,} bytes, but there is room for {room:,} of keys and values: raise kv_bytes"
+        )
+    headers = read_header(path)
+    told = headers.get(ABOUT)
+    if (
+        told is None
+        or told.bytes > MOST_ABOUT
+        or not all(s.dtype in TYPES and s.bytes for s in headers.values())
+    ):
+        raise DataError(f"{path} does not hold keys and values")
+    with path.open("rb", buffering=0) as file:
+        reader, place = Reader(file), torch.device("cpu")
+        tensors = {
+            name: reader.read(stored, TYPES[stored.dtype], place)
+            for name, stored in headers.items()
+        }
+    checksum, right = 0, tensors.pop(SUM, None)
+    for tensor in tensors.values():
+        checksum = zlib.crc32(_raw(tensor), checksum)
+    if right is None or bytes(_raw(right)) != checksum.to_bytes(4, "little"):
+        raise DataError(f"{path} is damaged: its checksum is another")
+    try:
+        about = json.loads(bytes(_raw(tensors.pop(ABOUT))))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} does not hold keys and values: what it tells about them is no JSON"
+        ) from error
+    if not isinstance(about, dict):
+        raise DataError(
+            f"{path} does not hold keys and values: what it tells about them is no JSON object"
+        )
+    return KVSnapshot(about, tensors)
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

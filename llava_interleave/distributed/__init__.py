@@ -1,0 +1,1 @@
+"""Several processes that share one network: process group, tensor parallelism, replicated engine."""

@@ -1,0 +1,97 @@
+"""Qwen2 decoder over a flat batch: embeddings `[T, D]` and positions `[T]` -> normalised hidden states `[T, D]`."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from ..config import TextConfig
+from .attention import AttentionFn
+
+
+class RMSNorm(nn.Module):
+    """Normalises in float32, scales in the type of the weights, as Qwen2 does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
+
+
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[T, 1, d]` of RoPE (Su et al., 2021), the two halves of a head rotated against each other."""
+    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[:, None] * (1.0 / theta**powers)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: AttentionFn, layer: int
+    ) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(attend(layer, rotate(q, *rope), rotate(k, *rope), v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: AttentionFn, layer: int
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
+        rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, attend, index)
+        return self.norm(x)

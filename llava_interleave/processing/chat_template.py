@@ -1,0 +1,359 @@
+"""Messages become token ids in which one placeholder stands for each image or video. Knows no pixels, and opens nothing.
+
+Presets:
+- interleave: ChatML as in training, media where the user put them, the system prompt of the training data. After an image
+  or video a newline is put, unless it ends the message or text follows that starts with whitespace or a punctuation mark;
+  between two texts, unless whitespace separates them.
+- hf: byte for byte what the checkpoint's own chat template renders: images of a message before its texts, a newline before
+  each text, no system prompt. Control tokens spelled in the text become control tokens, as in transformers.
+- official: the published evaluation (LLaVA-NeXT branch interleave_inference, `llava/eval/model_vqa.py` preprocess_qwen):
+  text is cut at each image, the pieces are tokenised apart, and a newline token follows each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError, PromptError
+from .tokenizer import IM_END, IM_START, IMAGE, Tokenizer
+from .video import FrameSampling
+
+PRESETS = ("interleave", "hf", "official")
+PUNCTUATION = ".,;:!?)]}'\"…"
+SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+SAMPLING_KEYS = ("frames", "fps", "times", "start", "end")
+
+
+@dataclass(eq=False, slots=True)
+class MediaPlaceholder:
+    """Where one image or video stands in a conversation.
+
+    kind: "image" or "video"; None for a `<image>` in text, where it is known only when `source` is.
+    source: what to load; None for the next one of the `media` handed along.
+    anyres: True or False where the part says so itself, None for the prompt's own setting.
+    name: the name of a view.
+    """
+
+    kind: str | None = None
+    source: object = None
+    sampling: FrameSampling | None = None
+    anyres: bool | None = None
+    name: str | None = None
+
+
+Text = list[str | MediaPlaceholder]
+"""A text with the placeholders that are spelled in it."""
+ContentParts = list[MediaPlaceholder | Text]
+"""What a message holds, in order: images or videos, and texts."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """One message."""
+
+    role: str
+    parts: ContentParts
+
+
+@dataclass(slots=True)
+class Rendered:
+    """Token ids with one placeholder for each of `slots`, in order; `learn` marks answers and the tokens that end them."""
+
+    tokens: list[int] = field(default_factory=list)
+    learn: list[bool] = field(default_factory=list)
+    slots: list[MediaPlaceholder] = field(default_factory=list)
+
+    def add(self, tokens: list[int], learn: bool = False) -> None:
+        """Append tokens that all are learnt, or not."""
+        self.tokens += tokens
+        self.learn += [learn] * len(tokens)
+
+
+def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[Turn]:
+    """Read messages of the forms of transformers and of OpenAI; `frames` fills in for videos that do not say their own.
+
+    Raises PromptError for anything unknown, naming it.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise PromptError(
+            f"messages must be a list of {{'role', 'content'}}, not {type(messages).__name__}"
+        )
+    if not messages:
+        raise PromptError("there are no messages")
+    return [_turn(message, f"message {i + 1}", frames) for i, message in enumerate(messages)]
+
+
+def _turn(message: Mapping[str, Any], where: str, frames: FrameSampling) -> Turn:
+    _check_keys(message, where, needed=("role", "content"))
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise PromptError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return Turn(role, [_text(content)])
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise PromptError(
+            f"{where} has a content of type {type(content).__name__}; it must be a text or a list of parts"
+        )
+    turn = Turn(role, [])
+    for i, part in enumerate(content):
+        turn.parts += _part(part, f"part {i + 1} of {where}", frames)
+    return turn
+
+
+def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> ContentParts:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        _check_keys(part, where, needed=("type", "text"))
+        if not isinstance(part["text"], str):
+            raise PromptError(f"the text of {where} is of type {type(part['text']).__name__}")
+        return [_text(part["text"])]
+    if kind == "image":
+        _check_keys(part, where, needed=("type",), allowed=("image", "url", "path", "base64"))
+        return [MediaPlaceholder("image", _source(part, where, ("image", "url", "path", "base64")))]
+    if kind == "image_url":
+        _check_keys(part, where, needed=("type", "image_url"))
+        url, detail = _url(part["image_url"], where, ("detail",))
+        if detail not in (None, "auto", "low", "high"):
+            raise PromptError(f"detail {detail!r} of {where} is not one of auto, low, high")
+        return [
+            MediaPlaceholder("image", url, anyres={"low": False, "high": True}.get(str(detail)))
+        ]
+    if kind in ("video", "video_url"):
+        sources = ("video", "url", "path") if kind == "video" else ()
+        needed = ("type",) if kind == "video" else ("type", "video_url")
+        _check_keys(part, where, needed, (*sources, *SAMPLING_KEYS))
+        source = _source(part, where, sources) if sources else _url(part["video_url"], where, ())[0]
+        return [MediaPlaceholder("video", source, _sampling(part, frames))]
+    if kind == "views":
+        _check_keys(part, where, needed=("type", "views"))
+        return _views(part["views"], where)
+    if kind is None:
+        raise PromptError(
+            f"{where} has no type; a part is {{'type': 'text', 'text': ...}}, {{'type': 'image', 'path': ...}} ..."
+        )
+    raise PromptError(
+        f"{where} has the type {kind!r}; the types are text, image, image_url, video, video_url, views"
+    )
+
+
+def _text(text: str) -> Text:
+    pieces: Text = []
+    for i, piece in enumerate(text.split(IMAGE)):
+        pieces += [MediaPlaceholder(), piece] if i else [piece]
+    return [piece for piece in pieces if piece != ""]
+
+
+def _views(views: Any, where: str) -> ContentParts:
+    if isinstance(views, Mapping):
+        views = [{"name": name, "image": image} for name, image in views.items()]
+    if not isinstance(views, Sequence) or isinstance(views, str | bytes) or not views:
+        raise PromptError(
+            f"the views of {where} must be a list of images, of {{'name', 'image'}}, or {{name: image}}"
+        )
+    parts: ContentParts = []
+    for i, view in enumerate(views):
+        name = None
+        if isinstance(view, Mapping):
+            _check_keys(view, f"view {i + 1} of {where}", needed=("image",), allowed=("name",))
+            name, view = view.get("name"), view["image"]
+        if name is not None and (not isinstance(name, str) or not name.strip() or IMAGE in name):
+            raise PromptError(
+                f"view {i + 1} of {where} has the name {name!r}; a name is a text without {IMAGE}"
+            )
+        if view is None:
+            raise PromptError(f"view {i + 1} of {where} has no image")
+        parts += (
+            [[f"{name}: "], MediaPlaceholder("image", view, name=name)]
+            if name
+            else [MediaPlaceholder("image", view)]
+        )
+    return parts
+
+
+def _source(part: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> object:
+    """What an image or video part names to be loaded; None if nothing."""
+    given = [key for key in keys if part.get(key) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise PromptError(f"{where} has {' and '.join(given)}; give one of them")
+    value = part[given[0]]
+    if given[0] in ("url", "base64") and not isinstance(value, str):
+        raise PromptError(
+            f"the {given[0]} of {where} is of type {type(value).__name__}, not a text"
+        )
+    if given[0] == "url":
+        return _url(value, where, ())[0]
+    if given[0] == "path":
+        try:
+            return Path(value)
+        except TypeError as error:
+            raise PromptError(f"the path of {where} is of type {type(value).__name__}") from error
+    return f"data:;base64,{value}" if given[0] == "base64" else value
+
+
+def _url(value: Any, where: str, more: tuple[str, ...]) -> tuple[str | bytes, Any]:
+    """The URL of OpenAI's `"https://..."` or `{"url": "https://...", ...}`, and the value of its one optional key.
+
+    Bytes pass, too: what a caller has put in the place of a URL of its own.
+    """
+    other = None
+    if isinstance(value, Mapping):
+        _check_keys(value, where, needed=("url",), allowed=more)
+        value, other = value["url"], value.get(more[0]) if more else None
+    if not isinstance(value, bytes) and (not isinstance(value, str) or ":" not in value):
+        raise PromptError(f"the url of {where} is not a URL; for a file use {{'path': ...}}")
+    return value, other
+
+
+def _sampling(part: Mapping[str, Any], frames: FrameSampling) -> FrameSampling:
+    given = {key: part[key] for key in SAMPLING_KEYS if part.get(key) is not None}
+    if "times" in given:
+        if not isinstance(given["times"], Sequence) or isinstance(given["times"], str):
+            raise OptionError(f"times must be a list of seconds, not {given['times']!r}")
+        given["times"] = tuple(given["times"])
+    # What a part says about the moments replaces what the prompt says about them; start and end only narrow it.
+    says_moments = given.keys() & {"frames", "fps", "times"}
+    return FrameSampling(**given) if says_moments or frames.times else replace(frames, **given)
+
+
+def _check_keys(
+    value: Any, where: str, needed: tuple[str, ...], allowed: tuple[str, ...] = ()
+) -> None:
+    if not isinstance(value, Mapping):
+        raise PromptError(
+            f"{where} is of type {type(value).__name__}, not an object with {', '.join(needed)}"
+        )
+    if missing := [key for key in needed if key not in value]:
+        raise PromptError(f"{where} lacks {', '.join(missing)}")
+    if unknown := sorted(str(key) for key in value.keys() - {*needed, *allowed}):
+        raise PromptError(
+            f"{where} has unknown {', '.join(unknown)}; it may have {', '.join((*needed, *allowed))}"
+        )
+
+
+def render(
+    tokenizer: Tokenizer,
+    turns: list[Turn],
+    preset: str,
+    system: str | None,
+    generation: bool,
+    notes: Mapping[MediaPlaceholder, str],
+) -> Rendered:
+    """Turns as tokens under a preset, ending with the start of an answer if `generation`.
+
+    system: put before, unless the turns have a system message of their own. notes: sentences to put behind their media.
+    """
+    if system is not None and not any(turn.role == "system" for turn in turns):
+        turns = [Turn("system", [[system]]), *turns]
+    turns = [Turn(turn.role, _noted(turn.parts, notes)) for turn in turns] if notes else turns
+    if preset == "hf":
+        return _hf(tokenizer, turns, generation)
+    out = Rendered()
+    for turn in turns:
+        answer = turn.role == "assistant"
+        out.add([tokenizer.im_start])
+        # An answer is tokenised apart from its header, as it is when it is generated.
+        text = f"{turn.role}\n"
+        if answer or preset == "official":
+            out.add(tokenizer.encode(text, special=False))
+            text = ""
+        for piece in _flat(turn.parts, after_media="" if preset == "official" else "\n"):
+            if isinstance(piece, str):
+                text += piece
+                continue
+            out.add(tokenizer.encode(text, special=False), answer)
+            text = ""
+            out.add([tokenizer.image_id])
+            out.slots.append(piece)
+            if preset == "official":
+                out.add(tokenizer.encode("\n", special=False), answer)
+        out.add(tokenizer.encode(text, special=False), answer)
+        out.add([tokenizer.im_end], answer)
+        out.add(tokenizer.encode("\n", special=False))
+    if generation:
+        out.add([tokenizer.im_start, *tokenizer.encode("assistant\n", special=False)])
+    return out
+
+
+def hf_text(
+    turns: list[Turn], generation: bool
+) -> tuple[str, list[tuple[int, int]], list[MediaPlaceholder]]:
+    """What the checkpoint's chat template renders, the spans of answers in it, and its slots in order."""
+    text = ""
+    spans: list[tuple[int, int]] = []
+    slots: list[MediaPlaceholder] = []
+    for turn in turns:
+        text += f"{IM_START}{turn.role}\n"
+        for slot in turn.parts:
+            if isinstance(slot, MediaPlaceholder):
+                if slot.name is not None:
+                    raise OptionError(
+                        "preset hf puts images before all text, which loses the names of views; use interleave"
+                    )
+                text += IMAGE
+                slots.append(slot)
+        start = len(text) + any(
+            isinstance(part, list) for part in turn.parts
+        )  # behind the template's newline
+        for part in turn.parts:
+            if not isinstance(part, MediaPlaceholder):
+                text += "\n" + "".join(piece if isinstance(piece, str) else IMAGE for piece in part)
+                slots += [piece for piece in part if isinstance(piece, MediaPlaceholder)]
+        text += IM_END
+        if turn.role == "assistant":
+            spans.append((start, len(text)))
+        text += "\n"
+    return text + (f"{IM_START}assistant\n" if generation else ""), spans, slots
+
+
+def _hf(tokenizer: Tokenizer, turns: list[Turn], generation: bool) -> Rendered:
+    text, spans, slots = hf_text(turns, generation)
+    tokens, starts = tokenizer.encode_with_starts(text)
+    learn = [any(a <= start < b for a, b in spans) for start in starts]
+    learn = [
+        flag and token != tokenizer.image_id for flag, token in zip(learn, tokens, strict=True)
+    ]
+    return Rendered(tokens, learn, slots)
+
+
+def _noted(parts: ContentParts, notes: Mapping[MediaPlaceholder, str]) -> ContentParts:
+    """Parts with notes put behind the media they belong to."""
+    out: ContentParts = []
+    for part in parts:
+        if isinstance(part, MediaPlaceholder):
+            out += [part, [notes[part]]] if part in notes else [part]
+            continue
+        pieces: Text = []
+        for piece, following in zip(part, [*part[1:], " "], strict=True):
+            pieces.append(piece)
+            if isinstance(piece, MediaPlaceholder) and piece in notes:
+                pieces.append(f"\n{notes[piece]}")
+                if isinstance(following, MediaPlaceholder) or not following[0].isspace():
+                    pieces.append("\n")
+        out.append(pieces)
+    return out
+
+
+def _flat(parts: ContentParts, after_media: str) -> list[str | MediaPlaceholder]:
+    """Parts one after the other, with what separates them; neighbouring texts stay apart pieces."""
+    out: list[str | MediaPlaceholder] = []
+    for part in parts:
+        pieces = [part] if isinstance(part, MediaPlaceholder) else part
+        if not pieces:
+            continue
+        first = pieces[0]
+        if out and not (isinstance(first, str) and first[0].isspace()):
+            last = out[-1]
+            if isinstance(last, MediaPlaceholder):
+                out.append(
+                    "" if isinstance(first, str) and first[0] in PUNCTUATION else after_media
+                )
+            elif isinstance(first, str) and not last[-1:].isspace():
+                out.append("\n")
+        out += pieces
+    return [piece for piece in out if piece != ""]

@@ -1,0 +1,232 @@
+"""Where training samples come from: a file, a mixture of files, or a folder of pictures."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from ..errors import DataError, OptionError
+from . import formats
+
+QUESTION = ("What is in the picture?", "What is in the pictures?")
+"""Asked about one picture of a folder, and about several."""
+LAYOUTS = (
+    "a folder is read in one of three forms: pictures with a text beside each, x.jpg and x.txt; a sub-folder of pictures a "
+    "sample, with one .txt in each; or a sub-folder of pictures a class, without any .txt"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """A sample as it was written, where its relative paths begin, its name for people, its data set, and its place in a file.
+
+    pair: the name of the preference pair of which it is the chosen or the rejected side.
+    """
+
+    sample: Mapping[str, Any]
+    root: Path
+    name: str
+    group: str
+    place: str = ""
+    pair: str = ""
+
+    def messages(self) -> tuple[list[dict[str, Any]], list[object]]:
+        """Raises DataError naming the sample."""
+        return formats.messages(self.sample, self.root, self.name)
+
+
+def rows(
+    source: Path, *, media: Path | None = None, question: str | None = None, seed: int = 0
+) -> list[RawSample]:
+    """All samples of `source`: a .json or .jsonl file, a .yaml mixture of those, or a folder.
+
+    media: where relative paths begin; without it beside the file that has them. question: what is asked about a folder's
+    pictures. seed: of what a mixture draws at random. A preference pair becomes two, chosen and rejected. Raises DataError.
+    """
+    if source.is_dir():
+        if media:
+            raise OptionError(
+                f"{source} is a folder and holds its pictures itself: leave out media"
+            )
+        return _folder(source, question)
+    if question:
+        raise OptionError(f"{source} is a file and asks its own questions: leave out question")
+    found = (
+        _mixture(source, media, seed)
+        if source.suffix in (".yaml", ".yml")
+        else _file(source, media)
+    )
+    # M4-Instruct counts the samples of each of its data sets from 0 on.
+    times = Counter(row.name for row in found)
+    named = [
+        replace(row, name=f"{row.name} ({row.place})") if times[row.name] > 1 else row
+        for row in found
+    ]
+    return [side for row in named for side in _sides(row)]
+
+
+def _sides(row: RawSample) -> list[RawSample]:
+    if (pair := formats.sides(row.sample)) is None:
+        return [row]
+    names = (f"{row.name}, chosen", f"{row.name}, rejected")
+    return [
+        replace(row, sample=sample, name=name, pair=row.name)
+        for sample, name in zip(pair, names, strict=True)
+    ]
+
+
+def split(
+    found: Sequence[RawSample], share: float, seed: int
+) -> tuple[list[RawSample], list[RawSample]]:
+    """Samples for training, and `share` of every data set (rounded) that is kept out; the same ones for the same seed."""
+    groups: dict[str, list[RawSample]] = {}
+    for row in found:
+        groups.setdefault(row.group, []).append(row)
+    out = {
+        row.name for group, members in groups.items()
+        for row in Random(f"split/{seed}/{group}").sample(members, round(share * len(members)))
+    }  # fmt: skip
+    return [row for row in found if row.name not in out], [row for row in found if row.name in out]
+
+
+def _file(source: Path, media: Path | None) -> list[RawSample]:
+    if source.suffix not in (".json", ".jsonl"):
+        raise DataError(
+            f"{source} is no .json, .jsonl or .yaml file and no folder; docs/training.md has the forms"
+        )
+    return [
+        _row(sample, media or source.parent, source, number)
+        for number, sample in enumerate(formats.read(source), 1)
+    ]
+
+
+def _row(sample: Mapping[str, Any], root: Path, source: Path, number: int) -> RawSample:
+    name = formats.first(sample, "id", "sample_id")
+    about = sample.get("metadata")
+    group = about.get("dataset") if isinstance(about, Mapping) else None
+    place = f"{number} of {source.name}"
+    return RawSample(
+        sample, root, place if name is None else str(name), str(group or source.stem), place
+    )
+
+
+def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
+    """`datasets:` with `json_path` and `sampling_strategy` each, as LLaVA-NeXT's llava/train/train.py takes them."""
+    try:
+        text = yaml.safe_load(source.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{source} cannot be read as YAML: {error}") from error
+    listed = (
+        text.get("datasets") if isinstance(text, dict) and text.keys() == {"datasets"} else None
+    )
+    if not isinstance(listed, list) or not listed:
+        raise DataError(
+            f"{source} must have one key, `datasets`: a list of `json_path` with `sampling_strategy`"
+        )
+    found: list[RawSample] = []
+    for number, entry in enumerate(listed, 1):
+        where = f"data set {number} of {source}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+            raise DataError(f"{where} has no `json_path`")
+        if other := entry.keys() - {"json_path", "sampling_strategy"}:
+            raise DataError(
+                f"{where} has {', '.join(sorted(map(str, other)))}, which is not offered: take it out"
+            )
+        path = source.parent / entry["json_path"]
+        found += sampled(
+            _file(path, media), entry.get("sampling_strategy", "all"), where, f"{seed}/{number}"
+        )
+    return found
+
+
+def sampled(found: list[RawSample], strategy: object, where: str, seed: str) -> list[RawSample]:
+    """What a strategy takes: all, first:N, end:N or random:N, with N a number or a percentage, which is rounded up."""
+    if strategy == "all":
+        return found
+    fits = re.fullmatch(r"(first|end|random):([0-9]+)(%?)", str(strategy))
+    # The original takes all for what it does not know, 30% without a way among them, and for end:0.
+    if not fits or int(fits[2]) == 0:
+        raise DataError(
+            f"{where} has the sampling_strategy {strategy!r}; there are all, first:N, end:N and random:N, where N is a number "
+            "from 1 on or a percentage such as 30%"
+        )
+    count = math.ceil(int(fits[2]) * len(found) / 100) if fits[3] else int(fits[2])
+    if fits[1] == "random":
+        return Random(f"mixture/{seed}").sample(found, min(count, len(found)))
+    return found[:count] if fits[1] == "first" else found[-count:]
+
+
+def _folder(folder: Path, question: str | None) -> list[RawSample]:
+    """The samples of a folder. Every file counts, but hidden ones: what is no picture will be found to be none."""
+    entries = _entries(folder)
+    folders = [entry for entry in entries if entry.is_dir()]
+    if not entries or len(folders) not in (0, len(entries)):
+        raise DataError(
+            f"{folder} holds {len(folders)} folders and {len(entries) - len(folders)} files: {LAYOUTS}"
+        )
+
+    def row(name: str, pictures: Sequence[Path], answer: str, group: str, places: int) -> RawSample:
+        asked = "<image>\n" * places + (question or QUESTION[places > 1])
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        shown = [str(picture.relative_to(folder)) for picture in pictures]
+        return RawSample({"id": name, "image": shown, "conversations": turns}, folder, name, group)
+
+    if not folders:
+        texts = {entry.stem: entry for entry in entries if entry.suffix.lower() == ".txt"}
+        pictures = [entry for entry in entries if entry not in texts.values()]
+        alone = [
+            text
+            for stem, text in texts.items()
+            if stem not in {picture.stem for picture in pictures}
+        ]
+        found = [
+            row(p.name, [p], _text(texts[p.stem]) if p.stem in texts else "", folder.name, 1)
+            for p in pictures
+        ]
+        return found + [row(text.name, [], _text(text), folder.name, 1) for text in alone]
+    inside = {one: _entries(one) for one in folders}
+    texts_of = {
+        one: [entry for entry in held if entry.suffix.lower() == ".txt"]
+        for one, held in inside.items()
+    }
+    if not any(texts_of.values()):
+        return [
+            row(f"{one.name}/{p.name}", [p], one.name.replace("_", " "), one.name, 1)
+            for one, held in inside.items()
+            for p in held
+        ]
+    if many := next((one for one, texts in texts_of.items() if len(texts) > 1), None):
+        raise DataError(f"{many} holds {len(texts_of[many])} .txt files: {LAYOUTS}")
+    found = []
+    for one, held in inside.items():
+        shown = [entry for entry in held if entry not in texts_of[one]]
+        answer = _text(texts_of[one][0]) if texts_of[one] else ""
+        found.append(row(one.name, shown, answer, folder.name, max(1, len(shown))))
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, in natural order: 2.png before 10.png."""
+    held = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted(
+        held,
+        key=lambda p: (
+            [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)],
+            p.name,
+        ),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text in UTF-8: {error}") from error

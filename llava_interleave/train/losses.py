@@ -1,0 +1,132 @@
+"""Losses: pure functions of a network and a batch. They return sums; the loop divides by the step's count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+from torch.utils.checkpoint import checkpoint
+
+from ..image_layout import ImageTokenLayout
+from ..model import Llava, PackedAttention, arrange_features
+from .flops import needed
+from .packing import Batch, Pairs, positions
+
+CHUNK = 2048  # tokens whose logits exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Summed loss, what it is summed over, how many of those were right; tokens, crops and operations that it took."""
+
+    total: Tensor
+    count: int
+    right: int
+    tokens: int = 0
+    crops: int = 0
+    flops: float = 0.0
+
+
+def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) -> Loss:
+    """Cross-entropy of the tokens marked `learn`, each predicted from the tokens before it in its sample.
+
+    attend: stands in for `Packed(batch.lengths)`.
+    """
+    spans = _spans(model, batch.pixels, [((start,), layout) for start, layout in batch.media])
+    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths, attend)
+    where = batch.learn.nonzero()[:, 0].to(hidden.device)
+    total, right = hidden.new_zeros((), dtype=torch.float32), 0
+    for rows in where.split(CHUNK):
+        losses, hits = checkpoint(
+            _chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False
+        )
+        total, right = total + losses.sum(), right + int(hits)
+    took = needed(model, batch.lengths, len(batch.pixels), len(where))
+    return Loss(total, len(where), right, len(tokens), len(batch.pixels), took)
+
+
+@dataclass(frozen=True, slots=True)
+class DPOLoss:
+    """The loss of pairs of answers; right are those whose chosen answer has gained more than the rejected one."""
+
+    beta: float = 0.1
+    smoothing: float = 0.0
+    ipo: bool = False
+
+    def __call__(self, model: Llava, batch: Pairs) -> Loss:
+        gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
+        margin = gained[:, 0] - gained[:, 1]
+        losses = preference(margin, beta=self.beta, smoothing=self.smoothing, ipo=self.ipo)
+        took = needed(model, batch.lengths, len(batch.pixels), int(batch.learn.sum()))
+        return Loss(
+            losses.sum(),
+            len(margin),
+            int((margin > 0).sum()),
+            len(batch.tokens),
+            len(batch.pixels),
+            took,
+        )
+
+
+def preference(margin: Tensor, *, beta: float, smoothing: float, ipo: bool) -> Tensor:
+    """The loss of each pair, from how much more the chosen answer's log-probability has gained on the reference's.
+
+    DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with `smoothing`, the chance that a label is wrong, both ways
+    round are weighed. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17, on sums over tokens as there (TRL takes means).
+    """
+    if ipo:
+        return (margin - 1 / (2 * beta)).square()
+    return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
+
+
+def logprobs(model: Llava, batch: Pairs) -> Tensor:
+    """Log-probabilities `[P, 2]` of the chosen and the rejected answers. Each picture goes through the tower once a pair."""
+    spans = _spans(model, batch.pixels, [(starts, layout) for *starts, layout in batch.media])
+    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
+    where = batch.learn.nonzero()[:, 0].to(hidden.device)
+    ends = torch.tensor(list(accumulate(batch.lengths)), device=hidden.device)
+    sums = hidden.new_zeros(len(ends), dtype=torch.float32)
+    for rows in where.split(CHUNK):
+        losses, _ = checkpoint(_chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False)
+        sums = sums.index_add(0, torch.searchsorted(ends, rows, right=True), -losses)
+    return sums.view(-1, 2)
+
+
+def _spans(
+    model: Llava, pixels: Tensor, media: Sequence[tuple[Sequence[int], ImageTokenLayout]]
+) -> list[tuple[int, Tensor]]:
+    """(First token, rows for the decoder) wherever a media stands. A blank crop that is no media's has no rows there."""
+    if not len(pixels):
+        return []
+    crops = model.encode(pixels.to(model.lm_head.weight.device))
+    if not media:
+        return [(0, crops[0, :0])]
+    parts = crops.split([layout.crops for _, layout in media])
+    rows = [arrange_features(f, layout) for f, (_, layout) in zip(parts, media, strict=True)]
+    return [(start, f) for f, (starts, _) in zip(rows, media, strict=True) for start in starts]
+
+
+def _hidden(
+    model: Llava,
+    tokens: Tensor,
+    spans: Sequence[tuple[int, Tensor]],
+    lengths: Sequence[int],
+    attend: PackedAttention | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of samples that lie one after another, and their tokens, where the network is."""
+    tokens = tokens.to(model.lm_head.weight.device)
+    return model(
+        model.embed(tokens, spans),
+        positions(lengths).to(tokens.device),
+        attend or PackedAttention(lengths),
+    ), tokens
+
+
+def _chunk(model: Llava, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, and how many are right."""
+    logits = model.logits(hidden).float()
+    return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).sum()

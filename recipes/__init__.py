@@ -1,0 +1,1 @@
+"""What made things that the package carries; beside the package, not in it."""
