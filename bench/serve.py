@@ -248,7 +248,7 @@ def servers(folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dic
         most = [
             "--max-requests",
             "1000",
-            "--connections",
+            "--max-connections",
             "2000",
             "--requests-per-minute",
             "1000000",

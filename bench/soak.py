@@ -273,7 +273,7 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
         "1000000",
         "--max-requests",
         "256",
-        "--body-seconds",
+        "--request-timeout",
         "5",
         "--log-level",
         "error",

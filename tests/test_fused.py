@@ -28,7 +28,8 @@ from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 pytestmark = [
     pytest.mark.skipif(
-        kernels.unavailable_reason() is not None, reason=f"no kernels: {kernels.unavailable_reason()}"
+        kernels.unavailable_reason() is not None,
+        reason=f"no kernels: {kernels.unavailable_reason()}",
     ),
     pytest.mark.usefixtures("instructions"),
 ]

@@ -97,8 +97,8 @@ def settings(folder: Path) -> Settings:
         requests_per_minute=LIMIT,
         max_requests=8,
         max_tokens=3900,
-        keep_alive=0.5,
-        grace=0.5,
+        sse_keepalive=0.5,
+        shutdown_timeout=0.5,
     )
 
 

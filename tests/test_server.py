@@ -1139,13 +1139,13 @@ def listening(tiny: Path, **changes: Any) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Server]:
-    with listening(tiny, keep_alive=0.05, grace=0.1) as server:
+    with listening(tiny, sse_keepalive=0.05, shutdown_timeout=0.1) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def impatient(tiny: Path) -> Iterator[Server]:
-    with listening(tiny, body_seconds=0.8, grace=0.1) as server:
+    with listening(tiny, request_timeout=0.8, shutdown_timeout=0.1) as server:
         yield server
 
 
@@ -1246,7 +1246,7 @@ def test_an_explanation_that_does_not_end_in_time_is_told(
     monkeypatch.setattr(
         AttributionRun, "logprobs", lambda *a: first.set() or (go.wait(60) and real(*a))
     )
-    with listening(tiny, grace=0.1) as going, connect(going) as reading:
+    with listening(tiny, shutdown_timeout=0.1) as going, connect(going) as reading:
         reading.sendall(request(CHAT, chat_body(max_tokens=3, explain=True)))
         assert first.wait(60)
         going.should_exit = True
@@ -1341,7 +1341,7 @@ def test_who_takes_nothing_is_left() -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    guarded = middleware.GuardMiddleware(app, Settings(body_seconds=0.05), None, Metrics())
+    guarded = middleware.GuardMiddleware(app, Settings(request_timeout=0.05), None, Metrics())
     scope = {"type": "http", "path": "/health", "headers": []}
     asyncio.run(asyncio.wait_for(guarded(scope, receive, send), 5))
     assert left and guarded.held == 0
@@ -1350,7 +1350,7 @@ def test_who_takes_nothing_is_left() -> None:
 def test_what_runs_is_finished_before_the_server_goes(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with listening(tiny, grace=20) as going, connect(going) as reading:
+    with listening(tiny, shutdown_timeout=20) as going, connect(going) as reading:
         step = going.service.bot.engine.step
         # Slower, or it is over unseen.
         monkeypatch.setattr(
@@ -1365,7 +1365,7 @@ def test_what_runs_is_finished_before_the_server_goes(
 
 
 def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
-    with listening(tiny, grace=0.2) as going, connect(going) as reading:
+    with listening(tiny, shutdown_timeout=0.2) as going, connect(going) as reading:
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=3900)))
         until(lambda: going.service.worker.load.running)
         going.should_exit = True
@@ -1516,11 +1516,19 @@ def test_the_command_serves_what_its_flags_say(
     ]
     done = CliRunner().invoke(
         cli.app,
-        [*words, "--allow-host", "a.example", "--allow-host", "*.b.example", "--grace", "2.5"],
+        [
+            *words,
+            "--allow-host",
+            "a.example",
+            "--allow-host",
+            "*.b.example",
+            "--shutdown-timeout",
+            "2.5",
+        ],
     )
     assert done.exit_code == 0, (done.output, done.exception)
     settings = made[0].service.settings
-    assert (settings.host, settings.port, settings.grace) == ("0.0.0.0", 81, 2.5)
+    assert (settings.host, settings.port, settings.shutdown_timeout) == ("0.0.0.0", 81, 2.5)
     assert settings.allow_host == ("a.example", "*.b.example")
     assert made[0].service.name == "mine"
     limits = made[0].service.bot.processor.loader.limits

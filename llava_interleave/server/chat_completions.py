@@ -114,8 +114,12 @@ class Chat:
         self.answers: dict[int, Answer] = {}
 
     async def __aiter__(self) -> AsyncIterator[list[dict[str, Any]]]:
-        """Those that are ready, together; none after `keep_alive` seconds of silence."""
-        job, silence, n = self.asked.job, self.service.settings.keep_alive, self.asked.job.options.n
+        """Those that are ready, together; none after `sse_keepalive` seconds of silence."""
+        job, silence, n = (
+            self.asked.job,
+            self.service.settings.sse_keepalive,
+            self.asked.job.options.n,
+        )
         usage = (
             self.request.stream_options is not None and self.request.stream_options.include_usage
         )

@@ -106,7 +106,7 @@ class GuardMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
             try:
-                async with asyncio.timeout(self.settings.body_seconds):
+                async with asyncio.timeout(self.settings.request_timeout):
                     await send(message)
             except TimeoutError:
                 raise ClientDisconnected from None
@@ -177,7 +177,7 @@ class GuardMiddleware:
         if (promised := headers.get("content-length", "0")).isdigit() and int(promised) > most:
             raise too_much
         try:
-            async with asyncio.timeout(self.settings.body_seconds):
+            async with asyncio.timeout(self.settings.request_timeout):
                 while not held.complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -193,7 +193,7 @@ class GuardMiddleware:
                             retry=2,
                         )
         except TimeoutError:
-            seconds = f"{self.settings.body_seconds:g} s"
+            seconds = f"{self.settings.request_timeout:g} s"
             raise ApiError(
                 408,
                 "request_timeout",

@@ -132,9 +132,9 @@ class Gateway:
             return []
 
     def drain(self) -> None:
-        """Take nothing more; what is under way has the time of grace, then it is told."""
+        """Take nothing more; what is under way has `shutdown_timeout`, then it is told."""
         self.stopping = True
-        asyncio.get_running_loop().call_later(self.settings.grace, self._end)
+        asyncio.get_running_loop().call_later(self.settings.shutdown_timeout, self._end)
 
     def _end(self) -> None:
         self.ending = asyncio.ensure_future(self._all("end"))
@@ -217,7 +217,7 @@ def deployed(
                 request_router_class=f"{SessionAffinityRouter.__module__}.{SessionAffinityRouter.__qualname__}",
                 request_router_kwargs={"enough": enough},
             ),
-            max_ongoing_requests=settings.connections,  # never reached: a replica refuses by its own --max-requests
+            max_ongoing_requests=settings.max_connections,  # never reached: a replica refuses by its own --max-requests
             max_constructor_retry_count=STARTS,
             graceful_shutdown_timeout_s=LEAVING,
             logging_config={"log_level": "WARNING", "enable_access_log": False},

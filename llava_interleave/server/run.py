@@ -17,7 +17,7 @@ from .settings import Settings
 KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
 AFTERWARDS = 5
-"""Seconds after the time of grace in which clients take what they are told."""
+"""Seconds after `shutdown_timeout` in which clients take what they are told."""
 
 
 M_ARENA_MAX = -8
@@ -80,14 +80,14 @@ class Served(typing.Protocol):
     name: str
 
     def drain(self) -> None:
-        """Take nothing more, and let what is under way end within the time of grace."""
+        """Take nothing more, and let what is under way end within `shutdown_timeout`."""
 
 
 class Server(uvicorn.Server):
     """A server that lets answers under way end before it goes."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        protocol = type("Protocol", (Protocol,), {"seconds": settings.body_seconds})
+        protocol = type("Protocol", (Protocol,), {"seconds": settings.request_timeout})
         super().__init__(
             uvicorn.Config(
                 app,
@@ -100,9 +100,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                limit_concurrency=settings.connections,
+                limit_concurrency=settings.max_connections,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=int(settings.grace) + AFTERWARDS,
+                timeout_graceful_shutdown=int(settings.shutdown_timeout) + AFTERWARDS,
             )
         )
         self.service: Served = app.state.service

@@ -231,9 +231,9 @@ class Service:
         return await self.aside(lambda: work(turns))
 
     def drain(self) -> None:
-        """Take nothing more; what is under way has the time of grace, then it is told."""
+        """Take nothing more; what is under way has `shutdown_timeout`, then it is told."""
         self.stopping = True
-        asyncio.get_running_loop().call_later(self.settings.grace, self.end)
+        asyncio.get_running_loop().call_later(self.settings.shutdown_timeout, self.end)
 
     def end(self) -> None:
         """Tell whoever is still answered that it was not in time."""

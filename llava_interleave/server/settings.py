@@ -59,14 +59,13 @@ class Settings:
     )
     max_requests: int = _setting(32, "Answers under way or waiting at a time; one more gets 503.")
     workers: int = _setting(2, "Threads that fetch and decode media.")
-    connections: int = _setting(256, "Connections at a time; one more gets 503.")
+    max_connections: int = _setting(256, "Open connections; one more gets 503.")
     requests_per_minute: int = _setting(
         600, "Requests a minute of one API key, or of all without keys; more get 429."
     )
     max_body_mb: int = _setting(64, "Megabytes of a request.")
-    body_seconds: float = _setting(
-        30.0,
-        "Seconds that a client may take to send a request, and to accept a piece of an answer.",
+    request_timeout: float = _setting(
+        30.0, "Seconds for a client to send a request, and to accept each chunk of an answer."
     )
     max_parts: int = _setting(512, "Messages and parts of messages of a request.")
     max_characters: int = _setting(500_000, "Characters of text of a request.")
@@ -85,11 +84,11 @@ class Settings:
     )
     max_choices: int = _setting(8, "Answers to one request (n).")
     files_mb: int = _setting(256, "Megabytes of uploaded files kept in memory for one API key.")
-    keep_alive: float = _setting(
-        15.0, "Seconds of silence after which a stream says that it is alive."
+    sse_keepalive: float = _setting(
+        15.0, "Seconds of silence after which a stream sends a keep-alive comment."
     )
-    grace: float = _setting(
-        30.0, "Seconds that answers under way get to end when the server is stopped."
+    shutdown_timeout: float = _setting(
+        30.0, "Seconds for running requests to finish when the server stops."
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class Settings:
             if (
                 isinstance(value, int | float)
                 and value <= 0
-                and field.name not in ("port", "grace")
+                and field.name not in ("port", "shutdown_timeout")
             ):
                 raise OptionError(
                     f"--{field.name.replace('_', '-')} must be above 0, not {value!r}"
