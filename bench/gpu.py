@@ -172,7 +172,7 @@ class Ours:
             eos_ids=(),
             vocab=config.text.vocab_size,
             kv_bytes=kv_tokens * self.per_token,
-            max_step_tokens=4096,
+            max_num_batched_tokens=4096,
         )
         self.asking, self.device = Asking(config), weight.device
 
@@ -569,7 +569,7 @@ def room(network: Llava, config: LlavaConfig, work: Work) -> int:
     if weight.is_cuda:
         wanted = min(
             wanted,
-            profile_kv_bytes(network, max_step_tokens=4096)
+            profile_kv_bytes(network, max_num_batched_tokens=4096)
             // bytes_per_token(config.text, weight.dtype),
         )
     return wanted

@@ -31,7 +31,7 @@ from llava_interleave.quantization.fused import (
 from llava_interleave.quantization.linear import parse_precision
 
 COUNTS = (1, 2, 3, 5, 9)
-PIECE = 1024  # of a prompt, as the engine's `max_step_tokens`
+PIECE = 1024  # of a prompt, as the engine's `max_num_batched_tokens`
 
 
 def step(

@@ -46,7 +46,12 @@ def answerer(bot: Chatbot, **thin: Any) -> Callable[[Sequence[Messages]], list[s
 
 
 def options(pool: int, keep: float) -> dict[str, Any]:
-    return {"pool_images": pool, "pool_frames": pool, "keep_images": keep, "keep_frames": keep}
+    return {
+        "image_token_pool": pool,
+        "video_token_pool": pool,
+        "image_token_ratio": keep,
+        "video_token_ratio": keep,
+    }
 
 
 def film(bot: Chatbot, frames: int) -> Messages:

@@ -17,10 +17,10 @@ class TokenReduction:
     pool: sides of the squares that are averaged. keep: shares of tokens that are kept.
     """
 
-    pool_images: int = 1
-    pool_frames: int = 1
-    keep_images: float = 1.0
-    keep_frames: float = 1.0
+    image_token_pool: int = 1
+    video_token_pool: int = 1
+    image_token_ratio: float = 1.0
+    video_token_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

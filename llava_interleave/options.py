@@ -78,18 +78,18 @@ class Options:
     anyres: bool = _option(
         False, "Cut a single image into tiles for more detail, as single images were trained."
     )
-    pool_images: int = _option(
+    image_token_pool: int = _option(
         1,
         "Average each square of so many features a side of an image; 2 leaves a quarter of its tokens.",
     )
-    pool_frames: int = _option(
+    video_token_pool: int = _option(
         1,
         "The same of a video's frames, so that more of them fit; the model was trained without either.",
     )
-    keep_images: float = _option(
+    image_token_ratio: float = _option(
         1.0, "Keep this share of an image's tokens, those that differ most from each other."
     )
-    keep_frames: float = _option(1.0, "The same of each frame of a video.")
+    video_token_ratio: float = _option(1.0, "The same of each frame of a video.")
     frames: int | None = _option(None, "At most this many frames of a video.")
     fps: float | None = _option(None, "Frames a second of a video, up to the number of frames.")
     start: float | None = _option(None, "Begin a video at this second.")

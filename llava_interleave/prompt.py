@@ -19,12 +19,15 @@ class Media:
     layout: how the crops' features become tokens; `layout.length` placeholders stand for it.
     key: hash of the crops' bytes with their number and size, the normalisation and the layout: equal keys, equal features.
     start: index of its first placeholder in `Prompt.tokens`.
+    name: "image 1", "video 2" or "view front". label: with its source, "video 2: clip.mp4 (8 frames)".
     """
 
     pixels: Tensor
     layout: ImageTokenLayout
     key: bytes
     start: int
+    name: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ def test_where_the_next_token_has_no_room_yet_it_waits(monkeypatch: pytest.Monke
 
 
 def test_a_step_ahead_that_fails_fails_alone() -> None:
-    e, model = failing(kv_block=16, max_running=2)
+    e, model = failing(kv_block=16, max_num_seqs=2)
     requests = [e.add(p, GREEDY) for p in MIXED]
     for _ in range(4):
         e.step()
@@ -206,9 +206,9 @@ class Pair:
         options: dict[str, Any] = {
             "kv_bytes": (chance.randint(160, 260) + block) * TOKEN,
             "kv_block": block,
-            "max_step_tokens": chance.randint(6, 80),
-            "max_step_crops": chance.randint(1, 6),
-            "max_running": chance.randint(2, 6),
+            "max_num_batched_tokens": chance.randint(6, 80),
+            "max_batched_images": chance.randint(1, 6),
+            "max_num_seqs": chance.randint(2, 6),
             "feature_bytes": chance.choice([0, 10**6]),
         }
         ahead, never = (Engine(network(), eos_ids={EOS}, vocab=VOCAB, **options) for _ in range(2))

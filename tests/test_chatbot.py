@@ -98,8 +98,8 @@ def test_progress_counts_the_prompt_that_is_read(bot: Chatbot, files: list[Path]
         eos_ids=tokenizer.eos_ids,
         vocab=tokenizer.size,
         kv_bytes=1 << 24,
-        max_step_tokens=8,
-        max_running=8,
+        max_num_batched_tokens=8,
+        max_num_seqs=8,
     )
     bot = Chatbot(bot.source, bot.processor, engine, bot.model)
     told: list[tuple[int, int]] = []

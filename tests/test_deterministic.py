@@ -66,7 +66,12 @@ def answers(
 ) -> list[Told]:
     """What each is told; late: by prompt, how many steps after the first."""
     e = Engine(
-        model, eos_ids={300}, vocab=300, kv_bytes=kv_bytes, deterministic=True, max_step_tokens=128
+        model,
+        eos_ids={300},
+        vocab=300,
+        kv_bytes=kv_bytes,
+        deterministic=True,
+        max_num_batched_tokens=128,
     )
     after = dict(enumerate(late))
     told: dict[int, Told] = defaultdict(list)
@@ -128,7 +133,12 @@ def test_it_is_asked_for_by_keyword_and_by_flag(tmp_path: Path) -> None:
 
 def test_a_prefix_is_used_as_far_as_it_was_computed_in_whole_pieces(model: Llava) -> None:
     e = Engine(
-        model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, deterministic=True, max_step_tokens=128
+        model,
+        eos_ids={300},
+        vocab=300,
+        kv_bytes=1 << 24,
+        deterministic=True,
+        max_num_batched_tokens=128,
     )
     first, second, *_ = of(model)
     for _ in e.stream(first, HOW):

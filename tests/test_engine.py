@@ -137,7 +137,7 @@ def test_batched_equals_alone_equals_the_naive_loop() -> None:
 
 @pytest.mark.parametrize(("tokens", "crops"), [(1, 1), (3, 2), (7, 3), (16, 1), (64, 100)])
 def test_chunked_equals_whole(tokens: int, crops: int) -> None:
-    e = engine(max_step_tokens=tokens, max_step_crops=crops, max_running=min(tokens, 4))
+    e = engine(max_num_batched_tokens=tokens, max_batched_images=crops, max_num_seqs=min(tokens, 4))
     assert answers(e.generate(MIXED, GREEDY)) == expected()
     e.check()
 
@@ -245,14 +245,16 @@ def test_images_inside_a_cached_prefix_are_not_encoded() -> None:
 
 
 def test_images_of_several_requests_are_encoded_together() -> None:
-    e, model = counted(max_step_crops=8)
+    e, model = counted(max_batched_images=8)
     e.generate([prompt((n, 1), text(n, 4)) for n in range(5)], GREEDY)
     assert model.calls == [5]
 
 
 def test_a_video_longer_than_the_feature_cache_and_a_tower_call() -> None:
     crop = GRID**2 * 32 * 4
-    e, model = counted(feature_bytes=2 * crop, max_step_crops=3, max_step_tokens=20, max_running=4)
+    e, model = counted(
+        feature_bytes=2 * crop, max_batched_images=3, max_num_batched_tokens=20, max_num_seqs=4
+    )
     p = prompt(text(0, 3), (0, 16), text(1, 3))
     assert e.generate([p], GREEDY)[0].generated == naive(p, 12)
     assert sum(model.calls) == 16  # a frame that is prefilled in two steps is kept between them
@@ -262,14 +264,14 @@ def test_a_video_longer_than_the_feature_cache_and_a_tower_call() -> None:
 
 
 def test_only_last_positions_reach_the_output_head() -> None:
-    e, model = counted(max_step_tokens=10, max_running=4)
+    e, model = counted(max_num_batched_tokens=10, max_num_seqs=4)
     e.generate([prompt(text(0, 35))], SamplingParams(max_new_tokens=1))
     assert (model.rows, model.heads) == (35, 1)
 
 
 def test_samples_of_one_prompt_compute_it_once() -> None:
     p = prompt((0, 3), text(0, 150))
-    e, model = counted(max_step_tokens=64, max_running=8)
+    e, model = counted(max_num_batched_tokens=64, max_num_seqs=8)
     requests = e.generate(
         [p] * 4,
         [
@@ -348,7 +350,7 @@ def test_a_closed_stream_aborts() -> None:
 
 @pytest.mark.parametrize("steps", range(8))
 def test_abort_frees_everything_and_disturbs_nobody(steps: int) -> None:
-    e = engine(max_step_tokens=20, max_step_crops=2, max_running=3)
+    e = engine(max_num_batched_tokens=20, max_batched_images=2, max_num_seqs=3)
     requests = [e.add(p, GREEDY) for p in MIXED]
     for _ in range(steps):
         e.step()
@@ -392,7 +394,7 @@ def failing(tokens: int = 4000, **options: Any) -> tuple[Engine, Failing]:
 
 
 def test_an_error_fails_what_was_in_the_step_and_the_rest_goes_on() -> None:
-    e, model = failing(max_running=2)
+    e, model = failing(max_num_seqs=2)
     requests = [e.add(p, GREEDY) for p in MIXED]
     e.step()
     model.error = torch.OutOfMemoryError("no memory left")
@@ -459,7 +461,7 @@ SAMPLED = [
 def test_seeded_samples_do_not_depend_on_the_batch() -> None:
     alone = [engine().generate([p], s)[0].generated for p, s in zip(MIXED, SAMPLED, strict=True)]
     assert answers(engine().generate(MIXED, SAMPLED)) == alone
-    tight = engine(max_step_tokens=5, max_running=3)
+    tight = engine(max_num_batched_tokens=5, max_num_seqs=3)
     assert answers(tight.generate(MIXED, SAMPLED)) == alone
     unseeded = replace(SAMPLED[0], seed=None)
     assert (
@@ -560,8 +562,8 @@ def test_usage_and_timings() -> None:
         eos_ids={EOS},
         vocab=VOCAB,
         kv_bytes=4000 * TOKEN,
-        max_step_tokens=15,
-        max_running=1,
+        max_num_batched_tokens=15,
+        max_num_seqs=1,
         clock=clock,
     )
     first, second = (e.add(p, replace(GREEDY, max_new_tokens=5)) for p in (MIXED[0], MIXED[1]))
@@ -685,8 +687,8 @@ def test_prompts_and_options_that_contradict_the_model_are_refused() -> None:
         e.add(Prompt([1, *[IMAGE] * 9], (media(0, 0),)))
     with pytest.raises(OptionError, match="logit_bias names token 58"):
         e.add(MIXED[1], SamplingParams(logit_bias={58: 1.0}))
-    with pytest.raises(OptionError, match="max_step_tokens"):
-        engine(max_step_tokens=4, max_running=8)
+    with pytest.raises(OptionError, match="max_num_batched_tokens"):
+        engine(max_num_batched_tokens=4, max_num_seqs=8)
     with pytest.raises(OptionError, match="vocab"):
         Engine(network(), eos_ids={EOS}, vocab=65, kv_bytes=TOKEN)
 
@@ -718,9 +720,9 @@ class Anything(RuleBasedStateMachine):
             kv_bytes=(memory + block) * TOKEN,
             kv_block=block,
             feature_bytes=features,
-            max_step_tokens=tokens,
-            max_step_crops=crops,
-            max_running=4,
+            max_num_batched_tokens=tokens,
+            max_batched_images=crops,
+            max_num_seqs=4,
         )
         self.asked: dict[Request, tuple[tuple[int, ...], int]] = {}
 

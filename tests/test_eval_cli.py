@@ -333,7 +333,7 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (("eval", "world", "--as-published"), "interleave-in"),
         (("eval", "world", "--html"), "--out"),
         (("eval", "world", "--url", "http://x/v1", "--preset", "hf"), "the server's: leave out --preset"),
-        (("eval", "world", "--url", "http://x/v1", "--pool-frames", "2"), "the server's: leave out --pool-frames"),
+        (("eval", "world", "--url", "http://x/v1", "--video-token-pool", "2"), "the server's: leave out --video-token-pool"),
         (("eval", "diff", "a.jsonl", "b.jsonl", "--html"), "leave out --html"),
         (("eval", "diff", "a.jsonl"), "two result files"),
         (("eval", "diff", "a.jsonl", "b.jsonl"), "a.jsonl"),

@@ -312,7 +312,12 @@ def test_an_engines_answers_are_the_same_in_any_company(kv: str, tmp_path: Path)
     ) -> list[list[tuple[object, ...]]]:
         """`late`: steps before the last one is asked; `most`: tokens a step."""
         e = Engine(
-            model, eos_ids={300}, vocab=300, kv_bytes=1 << 24, kv_precision=kv, max_step_tokens=most
+            model,
+            eos_ids={300},
+            vocab=300,
+            kv_bytes=1 << 24,
+            kv_precision=kv,
+            max_num_batched_tokens=most,
         )
         assert e._runner.fused is not None
         added = [e.add(prompt, sampling) for prompt in asked[: len(asked) - bool(late)]]

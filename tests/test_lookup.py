@@ -82,7 +82,8 @@ def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
 
 @pytest.mark.parametrize("most", [1, 8, MAX_DRAFT_TOKENS])
 @pytest.mark.parametrize(
-    "options", [{"max_running": 4}, {"max_step_tokens": 7, "max_running": 3}, {"max_running": 1}]
+    "options",
+    [{"max_num_seqs": 4}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}, {"max_num_seqs": 1}],
 )
 def test_answers_are_the_same(most: int, options: dict[str, int]) -> None:
     """Greedy and drawn, several requests at once, prompts in pieces; and guesses are right often enough to be seen."""

@@ -232,7 +232,7 @@ def with_both(folder: Path, **options: Any) -> Engine:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_step_tokens": 16, "max_running": 5, "max_step_crops": 2}, {"kv": 200}],
+    [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 5, "max_batched_images": 2}, {"kv": 200}],
     ids=str,
 )
 def test_a_mixed_batch_equals_each_alone_equals_merged(
@@ -267,7 +267,7 @@ def test_caches_do_not_mix_adapters_but_pictures_that_no_adapter_sees_are_shared
 
 def test_adapters_of_several_pictures_in_one_step(folder: Path) -> None:
     """The tower is called once for each adapter that sees pictures, and features do not meet."""
-    e = with_both(folder, max_step_crops=8)
+    e = with_both(folder, max_batched_images=8)
     asked = [(name, prompt(5, 20, image=n)) for n in (1, 2) for name in ("w", None, "d")]
     requests = [e.add(p, GREEDY, adapter=name) for name, p in asked]
     e.step()

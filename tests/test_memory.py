@@ -105,7 +105,7 @@ def test_answers_from_keys_and_values_in_8_bits() -> None:
 
     right, how = [slow(p) for p in MIXED], SamplingParams(max_new_tokens=12, ignore_eos=True)
     assert right != expected()  # so that it is seen
-    for options in ({}, {"max_step_tokens": 7, "max_running": 3}):
+    for options in ({}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}):
         e = engine(kv_precision="int8", **options)
         assert e.bytes_per_token == 2 * 2 * 2 * (8 + 2)
         for _ in range(2):

@@ -107,7 +107,7 @@ def test_steps_equal_whole_sequences(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_step_tokens": 7, "max_running": 3}, {"tokens": 150}, {"max_running": 5}],
+    [{}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}, {"tokens": 150}, {"max_num_seqs": 5}],
     ids=str,
 )
 @pytest.mark.parametrize("block", [4, 32])
@@ -162,7 +162,7 @@ def test_a_pre_empted_answer_is_the_undisturbed_one() -> None:
 def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
     """Four samples of a prompt of 179 tokens take its eleven whole blocks once, and whoever ends leaves them to the others."""
     p = prompt(text(0, 20), (0, 1), text(1, 150))
-    e = engine(kv_block=16, max_running=4)
+    e = engine(kv_block=16, max_num_seqs=4)
     how = [
         SamplingParams(max_new_tokens=40, temperature=1.0, seed=n, ignore_eos=True)
         for n in range(4)
@@ -198,7 +198,9 @@ def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
 
 def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> None:
     """Pieces are of 12 tokens, blocks of 16: where the 84 that were computed so cannot be copied, 80 are of no use."""
-    e = engine(tokens=7 * 16, kv_block=16, deterministic=True, max_step_tokens=24, max_running=1)
+    e = engine(
+        tokens=7 * 16, kv_block=16, deterministic=True, max_num_batched_tokens=24, max_num_seqs=1
+    )
     e.generate([LONG], SamplingParams(max_new_tokens=1))
     (request,) = e.generate([LONG], GREEDY)
     assert (request.usage.cached, request.generated) == (0, naive(LONG, 12))
@@ -206,7 +208,7 @@ def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> N
 
 def test_a_last_token_that_is_a_picture_is_not_one_of_an_answer() -> None:
     """The prompt's last piece is one token, a placeholder."""
-    e = engine(kv_block=16, max_step_tokens=len(MIXED[5]) - 1, max_running=1)
+    e = engine(kv_block=16, max_num_batched_tokens=len(MIXED[5]) - 1, max_num_seqs=1)
     assert answers(e.generate([MIXED[5]], GREEDY)) == expected()[5:]
 
 
@@ -258,7 +260,9 @@ def test_deterministic_answers_from_blocks() -> None:
     how = replace(GREEDY, logprobs=3)
 
     def told(asked: Sequence[int], **options: Any) -> list[list[Any]]:
-        e = engine(kv_block=8, deterministic=True, max_step_tokens=32, max_running=4, **options)
+        e = engine(
+            kv_block=8, deterministic=True, max_num_batched_tokens=32, max_num_seqs=4, **options
+        )
         numbers = {e.add(MIXED[number], how).id: at for at, number in enumerate(asked)}
         found: list[list[Any]] = [[] for _ in asked]
         for event in finish(e):
@@ -487,7 +491,7 @@ def test_kernels_are_given_what_their_documentation_asks_for(
         engine(kv_precision=kv_precision).generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))
     )
     pretend(monkeypatch, kernel)
-    e = engine(kv_block=16, kv_precision=kv_precision, max_step_tokens=40, max_running=3)
+    e = engine(kv_block=16, kv_precision=kv_precision, max_num_batched_tokens=40, max_num_seqs=3)
     assert answers(e.generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))) == right
     assert e.attention.startswith(f"{kernel} over blocks of 16 tokens")
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
@@ -545,15 +549,19 @@ def test_room_is_measured_by_the_largest_step(monkeypatch: pytest.MonkeyPatch) -
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda _: None)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: tuple(free))
-    how: dict[str, Any] = {"feature_bytes": 10_000, "max_step_tokens": 40, "max_step_crops": 3}
+    how: dict[str, Any] = {
+        "feature_bytes": 10_000,
+        "max_num_batched_tokens": 40,
+        "max_batched_images": 3,
+    }
     assert (
-        kv_budget.profile_kv_bytes(model, **how, max_running=5)
+        kv_budget.profile_kv_bytes(model, **how, max_num_seqs=5)
         == 900_000 - 50_000 - 10_000 - 50_000
     )
     assert seen == [(0, 0, 0), (40, 5, 3)]
     seen.clear()
     free[:] = 10**12, 10**12
-    assert kv_budget.profile_kv_bytes(model, **how, max_running=5) == 5 * 1000 * bytes_per_token(
+    assert kv_budget.profile_kv_bytes(model, **how, max_num_seqs=5) == 5 * 1000 * bytes_per_token(
         model.config.text, torch.float32
     )
 
@@ -563,7 +571,7 @@ def test_a_step_without_memory_fails_its_requests_and_gives_all_back(
 ) -> None:
     emptied = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
-    e, model = failing(max_running=2, kv_block=16)
+    e, model = failing(max_num_seqs=2, kv_block=16)
     requests = [e.add(p, GREEDY) for p in MIXED]
     e.step()
     model.error = torch.OutOfMemoryError("Tried to allocate 20.00 MiB")

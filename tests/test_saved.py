@@ -215,7 +215,7 @@ def test_a_prefix_is_cut_within_an_image() -> None:
 def test_a_sequence_that_runs_is_written_as_far_as_it_is() -> None:
     """Here to the middle of an image."""
     asked = prompt(text(0, 35), (0, 1), text(1, 20))
-    e, other = engine(max_step_tokens=40, max_running=4), engine()
+    e, other = engine(max_num_batched_tokens=40, max_num_seqs=4), engine()
     e.add(asked, GREEDY)
     e.step()
     kept = e.save(e.keys(asked))

@@ -58,9 +58,9 @@ def scheduler(
     return Scheduler(
         PrefixCache(total),
         EncoderCache(features),
-        max_step_tokens=tokens,
-        max_step_crops=crops,
-        max_running=running,
+        max_num_batched_tokens=tokens,
+        max_batched_images=crops,
+        max_num_seqs=running,
     )
 
 

@@ -143,7 +143,7 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
     )
     right = [naive(p, 12) for p in (*films, tiled)]
     assert len({tuple(answer) for answer in right}) == len(right)
-    e = engine(max_step_crops=3)
+    e = engine(max_batched_images=3)
     requests = [e.add(p, GREEDY) for p in (*films, tiled)]
     finish(e)
     assert answers(requests) == right
@@ -167,11 +167,11 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
     "thin",
     [
         TokenReduction(),
-        TokenReduction(pool_images=2),
-        TokenReduction(pool_frames=3),
+        TokenReduction(image_token_pool=2),
+        TokenReduction(video_token_pool=3),
         TokenReduction(2, 4),
         TokenReduction(2, 1, 0.5, 0.3),
-        TokenReduction(keep_images=0.8),
+        TokenReduction(image_token_ratio=0.8),
     ],
 )
 @pytest.mark.parametrize("tiles", [False, True])
@@ -180,8 +180,8 @@ def test_the_estimate_is_exact_and_keys_differ(
 ) -> None:
     made = bot.processor.prompt(ASKED, thin=thin, anyres=tiles)
     image, film = made.media
-    assert (image.layout.pool, film.layout.pool) == (thin.pool_images, thin.pool_frames)
-    assert film.layout.length == 3 * round(film.layout.side**2 * thin.keep_frames)
+    assert (image.layout.pool, film.layout.pool) == (thin.image_token_pool, thin.video_token_pool)
+    assert film.layout.length == 3 * round(film.layout.side**2 * thin.video_token_ratio)
     assert (
         made.tokens.count(bot.model.config.image_token_id)
         == image.layout.length + film.layout.length
@@ -193,8 +193,8 @@ def test_the_estimate_is_exact_and_keys_differ(
     )
     plain = bot.processor.prompt(ASKED, anyres=tiles)
     same = [
-        (thin.pool_images, thin.keep_images) == (1, 1),
-        (thin.pool_frames, thin.keep_frames) == (1, 1),
+        (thin.image_token_pool, thin.image_token_ratio) == (1, 1),
+        (thin.video_token_pool, thin.video_token_ratio) == (1, 1),
     ]
     assert [m.key == p.key for m, p in zip(made.media, plain.media, strict=True)] == same
     assert all(
@@ -214,8 +214,11 @@ def test_more_frames_fit_and_the_error_counts_them(bot: Chatbot) -> None:
             )
         )
 
-    assert 800 < length(200, TokenReduction(pool_frames=2)) < 900
-    for thin, tokens in ((TokenReduction(pool_images=2), 16), (TokenReduction(pool_frames=3), 4)):
+    assert 800 < length(200, TokenReduction(video_token_pool=2)) < 900
+    for thin, tokens in (
+        (TokenReduction(image_token_pool=2), 16),
+        (TokenReduction(video_token_pool=3), 4),
+    ):
         with pytest.raises(ContextError) as error:
             length(250, thin)
         most = int(str(error.value).split("at most ")[1].split(" frames fit")[0])
@@ -224,14 +227,14 @@ def test_more_frames_fit_and_the_error_counts_them(bot: Chatbot) -> None:
 
 @pytest.mark.parametrize("wrong", [0, 5, -1, True, 1.5, "2"])
 def test_what_cannot_be_pooled_is_refused(bot: Chatbot, wrong: Any) -> None:
-    for name in ("pool_images", "pool_frames"):
+    for name in ("image_token_pool", "video_token_pool"):
         with pytest.raises(OptionError, match=f"{name} must be a whole number from 1 to 4"):
             bot.prompt(ASKED, **{name: wrong})
 
 
 @pytest.mark.parametrize("wrong", [0, 1.01, -0.5, True, float("nan"), "1"])
 def test_what_is_no_share_is_refused(bot: Chatbot, wrong: Any) -> None:
-    for name in ("keep_images", "keep_frames"):
+    for name in ("image_token_ratio", "video_token_ratio"):
         with pytest.raises(
             OptionError, match=f"{name} is a share of the tokens, above 0 and at most 1"
         ):
@@ -240,7 +243,7 @@ def test_what_is_no_share_is_refused(bot: Chatbot, wrong: Any) -> None:
 
 def test_an_answer_and_its_explanation(bot: Chatbot, tmp_path: Path) -> None:
     """Maps have the smaller grid, and the answer's log-probability is the engine's."""
-    options: dict[str, Any] = {"pool_images": 2, "pool_frames": 3}
+    options: dict[str, Any] = {"image_token_pool": 2, "video_token_pool": 3}
     answer = bot.chat(ASKED, max_new_tokens=6, logprobs=0, ignore_eos=True, **options)
     assert answer.usage.prompt == bot.estimate(ASKED, **options).total < bot.estimate(ASKED).total
     told = bot.explain(ASKED, answer, **options)
@@ -250,24 +253,32 @@ def test_an_answer_and_its_explanation(bot: Chatbot, tmp_path: Path) -> None:
     assert sum(float(look.heat.sum()) for look in told.images) == pytest.approx(1, abs=1e-5)
     told.save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count('class="map"') == 4
-    few = bot.chat(ASKED, max_new_tokens=2, keep_frames=0.5)
-    with pytest.raises(OptionError, match="without keep_images and keep_frames"):
-        bot.explain(ASKED, few, keep_frames=0.5)
+    few = bot.chat(ASKED, max_new_tokens=2, video_token_ratio=0.5)
+    with pytest.raises(OptionError, match="without image_token_ratio and video_token_ratio"):
+        bot.explain(ASKED, few, video_token_ratio=0.5)
 
 
 def test_commands_take_it_and_results_say_so(tiny: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "a.png")
-    words = ("What?", "-a", tmp_path / "a.png", "-m", tiny, "--pool-images", 2, "--json")
-    planned, asked = (json.loads(llava(command, *words).out) for command in ("plan", "ask"))
+    words = ("What?", "-a", tmp_path / "a.png", "-m", tiny, "--image-token-pool", 2, "--json")
+    planned, asked = (json.loads(llava(command, *words).out) for command in ("estimate", "ask"))
     assert planned["parts"][1]["tokens"] == 4
     assert asked["usage"]["prompt"] == planned["total"]
     few: Sequence[object] = ("-m", tiny, "-n", 1, "--max-new-tokens", 3, "-o", tmp_path)
     done = llava(
-        "eval", "world", "--scenario", "video", "--pool-frames", 2, "--keep-frames", 0.5, *few
+        "eval",
+        "world",
+        "--scenario",
+        "video",
+        "--video-token-pool",
+        2,
+        "--video-token-ratio",
+        0.5,
+        *few,
     )
     assert done.code == 0, done.err
     about, rows = read(tmp_path / "world.jsonl")
-    assert about["geometry"] == "squash, pool_frames 2, keep_frames 0.5"
+    assert about["geometry"] == "squash, video_token_pool 2, video_token_ratio 0.5"
     assert rows[0]["error"] is None
     other = llava("eval", "world", "--scenario", "video", *few)
-    assert (other.code, "pool_frames 2" in other.err) == (2, True)
+    assert (other.code, "video_token_pool 2" in other.err) == (2, True)

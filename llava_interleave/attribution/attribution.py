@@ -15,9 +15,6 @@ from torch import Tensor
 from ..errors import DataError, OptionError, PromptError
 from ..image_layout import ImageTokenLayout
 from ..model import AttentionFn, AttentionRecorder, Llava, PackedAttention, arrange_features
-from ..processing.chat_template import MediaPlaceholder, parse
-from ..processing.loader import name_of
-from ..processing.video import FrameSampling
 from ..prompt import Media, Prompt
 from .report import page
 
@@ -131,7 +128,6 @@ class AttributionRun:
 @torch.inference_mode()
 def attribute(
     trial: AttributionRun,
-    names: Sequence[str],
     settings: ImageSettings,
     layers: Sequence[int],
     leave_out: bool,
@@ -152,14 +148,14 @@ def attribute(
     falls = normalize(changes) if changes else None
     return logprob, tuple(
         ImageAttribution(
-            name=name,
+            name=m.label,
             change=changes[index] if changes else None,
             share=falls[index] if falls else None,
             attention=share,
             heat=(to_heatmap(inside[index], m.layout) / (sum(masses) or 1.0)).cpu().numpy(),
             pictures=shown(m, settings),
         )
-        for index, (name, m, share) in enumerate(zip(names, media, normalize(masses), strict=True))
+        for index, (m, share) in enumerate(zip(media, normalize(masses), strict=True))
     )
 
 
@@ -213,7 +209,7 @@ def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
         )
     if any(media.layout.share < 1 for media in prompt.media):
         raise OptionError(
-            "maps need every token of an image: ask and explain without keep_images and keep_frames"
+            "maps need every token of an image: ask and explain without image_token_ratio and video_token_ratio"
         )
     if not answer:
         raise PromptError("the answer has no tokens, so there is nothing to explain")
@@ -221,29 +217,6 @@ def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
         raise PromptError(
             f"the prompt has {len(prompt)} tokens and the answer {len(answer)}, but the context is {context}: shorten the answer"
         )
-
-
-def places(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, MediaPlaceholder]]:
-    """Where images, views and videos stand, in order, each with what it is called: image 1, view front, video 3."""
-    slots = [
-        part
-        for turn in parse(messages, FrameSampling())
-        for part in turn.parts
-        if isinstance(part, MediaPlaceholder)
-    ]
-    return [
-        (f"view {slot.name}" if slot.name else f"{slot.kind} {number}", slot)
-        for number, slot in enumerate(slots, 1)
-    ]
-
-
-def called(messages: Sequence[Mapping[str, Any]], prompt: Prompt) -> list[str]:
-    """The names that `Processor.estimate` gives to images, views and videos, without reading anything again."""
-    return [
-        f"{name}: {name_of(slot.source)}"
-        + (f" ({media.layout.crops} frames)" if slot.kind == "video" else "")
-        for (name, slot), media in zip(places(messages), prompt.media, strict=True)
-    ]
 
 
 def last_question(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,6 @@ from ..attribution.attribution import (
     Attribution,
     AttributionRun,
     attribute,
-    called,
     check,
     last_question,
     resolve_layers,
@@ -231,9 +230,7 @@ class Chatbot:
         layers = resolve_layers(layers, text.num_layers)
         with self.engine.adapters.whole(options.but(changes).adapter):
             trial = AttributionRun(self.model, prompt, tokens, tokenizer.size)
-            found = attribute(
-                trial, called(messages, prompt), self.processor.images, layers, leave_out
-            )
+            found = attribute(trial, self.processor.images, layers, leave_out)
         return Attribution(last_question(messages), str(answer), layers, *found)
 
     def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
@@ -456,7 +453,10 @@ def processing(options: Options) -> dict[str, Any]:
             frames=options.frames, fps=options.fps, start=options.start, end=options.end
         ),
         "thin": TokenReduction(
-            options.pool_images, options.pool_frames, options.keep_images, options.keep_frames
+            options.image_token_pool,
+            options.video_token_pool,
+            options.image_token_ratio,
+            options.video_token_ratio,
         ),
         "frame_times": options.frame_times,
     }

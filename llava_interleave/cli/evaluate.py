@@ -29,7 +29,7 @@ PUBLISHED = (
 )  # fmt: skip
 TASKS = ("world", *INTERLEAVE, *PUBLISHED)
 WORLD_QUESTIONS = 500
-THIN = ("pool_images", "pool_frames", "keep_images", "keep_frames")
+THIN = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
 
 
 def register(app: typer.Typer) -> None:
@@ -115,14 +115,16 @@ def evaluate(
     frames: Annotated[
         int | None, typer.Option(min=1, help="At most this many frames of a video.")
     ] = None,
-    pool_images: Annotated[
+    image_token_pool: Annotated[
         int, typer.Option(min=1, help="Average each square of so many features a side of an image.")
     ] = 1,
-    pool_frames: Annotated[int, typer.Option(min=1, help="The same of a video's frames.")] = 1,
-    keep_images: Annotated[
+    video_token_pool: Annotated[int, typer.Option(min=1, help="The same of a video's frames.")] = 1,
+    image_token_ratio: Annotated[
         float, typer.Option(help="Keep this share of an image's tokens, those that differ most.")
     ] = 1.0,
-    keep_frames: Annotated[float, typer.Option(help="The same of each frame of a video.")] = 1.0,
+    video_token_ratio: Annotated[
+        float, typer.Option(help="The same of each frame of a video.")
+    ] = 1.0,
     adapter: Annotated[
         str | None,
         typer.Option(help="Answer through this adapter: its folder or Hugging Face name."),
@@ -196,10 +198,10 @@ def evaluate(
             max_new_tokens=max_new_tokens or task.max_new_tokens,
             anyres=anyres,
             frames=frames,
-            pool_images=pool_images,
-            pool_frames=pool_frames,
-            keep_images=keep_images,
-            keep_frames=keep_frames,
+            image_token_pool=image_token_pool,
+            video_token_pool=video_token_pool,
+            image_token_ratio=image_token_ratio,
+            video_token_ratio=video_token_ratio,
             adapter=adapter,
         )
         answer, how = answerers.of(options)

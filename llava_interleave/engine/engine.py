@@ -59,8 +59,8 @@ class Engine:
 
     eos_ids end an answer. vocab: ids from here on have no meaning and are never generated, nor is the image placeholder.
     kv_bytes: all keys and values, running and cached. feature_bytes: image features kept beside those in use.
-    max_step_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
-    max_step_crops: in a call of the tower. max_running: requests at a time. clock: seconds.
+    max_num_batched_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
+    max_batched_images: in a call of the tower. max_num_seqs: requests at a time. clock: seconds.
     kv_precision: of keys and values, "auto" as the network computes or "int8", which takes half the memory of bfloat16.
     kv_block: tokens of a block of the pool that keys and values lie in, or 0: a slab a sequence, made as it is needed. None is
         256 on a GPU, whose kernels want that, and 0 elsewhere. A pool is made at once: `measured` says what there is room for.
@@ -81,9 +81,9 @@ class Engine:
         vocab: int,
         kv_bytes: int,
         feature_bytes: int = 256 << 20,
-        max_step_tokens: int = 1024,
-        max_step_crops: int = 8,
-        max_running: int = 64,
+        max_num_batched_tokens: int = 1024,
+        max_batched_images: int = 8,
+        max_num_seqs: int = 64,
         kv_precision: str = "auto",
         kv_block: int | None = None,
         deterministic: bool = False,
@@ -94,10 +94,10 @@ class Engine:
             raise OptionError(
                 f"vocab must be between 1 and the network's {text.vocab_size}, not {vocab}"
             )
-        if max_running < 1 or max_step_crops < 1 or max_step_tokens < max_running:
+        if max_num_seqs < 1 or max_batched_images < 1 or max_num_batched_tokens < max_num_seqs:
             raise OptionError(
-                f"max_running ({max_running}) and max_step_crops ({max_step_crops}) must be at least 1, "
-                f"and max_step_tokens ({max_step_tokens}) at least max_running"
+                f"max_num_seqs ({max_num_seqs}) and max_batched_images ({max_batched_images}) must be at least 1, "
+                f"and max_num_batched_tokens ({max_num_batched_tokens}) at least max_num_seqs"
             )
         if kv_precision not in KV_PRECISIONS:
             raise OptionError(
@@ -115,8 +115,8 @@ class Engine:
             self._features,
             self.adapters.route,
             vocab=vocab,
-            max_step_crops=max_step_crops,
-            max_running=max_running,
+            max_batched_images=max_batched_images,
+            max_num_seqs=max_num_seqs,
             kv_bytes=kv_bytes,
             kv_block=(KV_BLOCK_SIZE if device == "cuda" else 0) if kv_block is None else kv_block,
             kv_in_eight_bits=kv_precision == "int8",
@@ -134,10 +134,10 @@ class Engine:
         self._scheduler = Scheduler(
             self._prefixes,
             self._features,
-            max_step_tokens=max_step_tokens,
-            max_step_crops=max_step_crops,
-            max_running=max_running,
-            piece=max_step_tokens // 2 if deterministic else 0,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_batched_images=max_batched_images,
+            max_num_seqs=max_num_seqs,
+            piece=max_num_batched_tokens // 2 if deterministic else 0,
         )
         self.deterministic = deterministic
         self._identities: WeakValueDictionary[bytes, MediaId] = WeakValueDictionary()

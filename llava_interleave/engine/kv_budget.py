@@ -21,9 +21,9 @@ def profile_kv_bytes(
     *,
     kv_precision: str = "auto",
     feature_bytes: int = 256 << 20,
-    max_step_tokens: int = 1024,
-    max_step_crops: int = 8,
-    max_running: int = 64,
+    max_num_batched_tokens: int = 1024,
+    max_batched_images: int = 8,
+    max_num_seqs: int = 64,
 ) -> int:
     """Bytes for the keys and values of an `Engine` of a network on a GPU; the arguments are the engine's.
 
@@ -34,13 +34,13 @@ def profile_kv_bytes(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run_largest_step(model, max_step_tokens, max_step_crops, max_running)
+    run_largest_step(model, max_num_batched_tokens, max_batched_images, max_num_seqs)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     most = (
-        max_running
+        max_num_seqs
         * text.context
         * bytes_per_token(text, weight.dtype, in_eight_bits=kv_precision == "int8")
     )

@@ -33,8 +33,8 @@ class Runner:
         route: AdapterRouting,
         *,
         vocab: int,
-        max_step_crops: int,
-        max_running: int,
+        max_batched_images: int,
+        max_num_seqs: int,
         kv_bytes: int,
         kv_block: int,
         kv_in_eight_bits: bool,
@@ -55,7 +55,9 @@ class Runner:
         self.memory = pool or ContiguousKVCache(*place, in_eight_bits=kv_in_eight_bits)
         fixed = pool is not None and not kv_in_eight_bits and not alone
         self.captured = (
-            CudaGraphDecoder(model, pool, vocab=vocab, most=max_running) if pool and fixed else None
+            CudaGraphDecoder(model, pool, vocab=vocab, most=max_num_seqs)
+            if pool and fixed
+            else None
         )
         self._ahead: InFlightStep | None = None  # launched last, and not asked for yet
         self.fused = (
@@ -65,7 +67,7 @@ class Runner:
         )
         tower, shape = model.vision_tower, model.config.vision
         self.tower = FusedTower(tower, shape) if can_fuse_tower(tower, shape) else None
-        self.vocab, self.max_step_crops, self.alone = vocab, max_step_crops, alone
+        self.vocab, self.max_batched_images, self.alone = vocab, max_batched_images, alone
         self.crops_encoded, self.encoding = 0, 0.0  # and the seconds that it took
 
     @property
@@ -214,7 +216,7 @@ class Runner:
             batch: list[EncoderInput] = []
             crops = 0
             adapter = units[0].adapter
-            most = 0 if self.alone else self.max_step_crops
+            most = 0 if self.alone else self.max_batched_images
             while (
                 units
                 and units[0].adapter == adapter
@@ -226,7 +228,7 @@ class Runner:
             pixels = torch.cat([unit.pixels for unit in batch]).to(self.device, self.dtype)
             with self.route.through([(adapter, slice(None))] if adapter else ()):
                 encoded = torch.cat(
-                    [self._see(part, adapter) for part in pixels.split(self.max_step_crops)]
+                    [self._see(part, adapter) for part in pixels.split(self.max_batched_images)]
                 )
             for unit, rows in zip(
                 batch, encoded.split([len(unit.pixels) for unit in batch]), strict=True

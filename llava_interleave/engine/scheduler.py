@@ -116,16 +116,16 @@ class Scheduler:
         prefixes: PrefixCache,
         features: EncoderCache,
         *,
-        max_step_tokens: int,
-        max_step_crops: int,
-        max_running: int,
+        max_num_batched_tokens: int,
+        max_batched_images: int,
+        max_num_seqs: int,
         piece: int = 0,
     ) -> None:
         self.prefixes, self.features, self.piece = prefixes, features, piece
-        self.max_step_tokens, self.max_step_crops, self.max_running = (
-            max_step_tokens,
-            max_step_crops,
-            max_running,
+        self.max_num_batched_tokens, self.max_batched_images, self.max_num_seqs = (
+            max_num_batched_tokens,
+            max_batched_images,
+            max_num_seqs,
         )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -153,7 +153,7 @@ class Scheduler:
         )
         self._guess(plan)
         plan.decodes = sum(work.stop - work.start for work in plan.work)
-        budget, most_crops = self.max_step_tokens - plan.decodes, self.max_step_crops
+        budget, most_crops = self.max_num_batched_tokens - plan.decodes, self.max_batched_images
         if plan.decodes and patience < math.inf and not self.piece:
             budget, most_crops = self.pace.most(patience, budget, most_crops)
         if planned is not None:
@@ -170,7 +170,7 @@ class Scheduler:
 
     def _guess(self, plan: SchedulerOutput) -> None:
         """Let answers be written several tokens at a time where they repeat what was said, as long as they are few."""
-        most = min(SHARED, self.max_step_tokens) // max(1, len(plan.work)) - 1
+        most = min(SHARED, self.max_num_batched_tokens) // max(1, len(plan.work)) - 1
         for work in plan.work if most else ():
             if (lookup := work.request.lookup) is not None:
                 room = min(most, work.kv.capacity - work.stop, work.request.most - work.stop)
@@ -252,8 +252,8 @@ class Scheduler:
 
         Only a request whose prefix another one is about to compute steps aside: it starts when it can copy it.
         """
-        for request in list(islice(self.waiting, self.max_running)):
-            if not budget or len(self.running) >= self.max_running or (self.full and self.running):
+        for request in list(islice(self.waiting, self.max_num_seqs)):
+            if not budget or len(self.running) >= self.max_num_seqs or (self.full and self.running):
                 return
             match = self.prefixes.find(request.keys, len(request.tokens) - 1)
             if match.coming >= WORTH_WAITING and match.coming - match.usable >= HASH_BLOCK:

@@ -73,7 +73,7 @@ class Estimate:
 class _MediaRequest:
     """One image or video to load, all questions about it answered."""
 
-    name: str
+    name: str  # "image 1"
     source: object
     sampling: FrameSampling | None  # of a video; None for an image
     anyres: bool
@@ -219,9 +219,7 @@ class Processor:
             rendered = rendering(_notes(rendered.slots, [clip for _, clip in sizes]))
         lengths = [layout.length for layout, _ in sizes]
         text = len(rendered.tokens) - len(jobs)
-        parts = [
-            _part(job.name, layout, clip) for job, (layout, clip) in zip(jobs, sizes, strict=True)
-        ]
+        parts = [_part(job, layout, clip) for job, (layout, clip) in zip(jobs, sizes, strict=True)]
         decoder = self.config.text
         total = text + sum(lengths)
         return Estimate(
@@ -284,7 +282,7 @@ class Processor:
             at = rendered.tokens.index(self.tokenizer.image_id, begin)
             tokens += rendered.tokens[begin:at]
             flags += rendered.learn[begin:at] + [False] * item.layout.length
-            placed.append(Media(item.pixels, item.layout, item.key, len(tokens)))
+            placed.append(replace(item, start=len(tokens)))
             tokens += [self.tokenizer.image_id] * item.layout.length
             begin = at + 1
         tokens += rendered.tokens[begin:]
@@ -308,16 +306,16 @@ class Processor:
             )
         grid = self.config.vision.grid
         for name, side, share in (
-            ("images", thin.pool_images, thin.keep_images),
-            ("frames", thin.pool_frames, thin.keep_frames),
+            ("image", thin.image_token_pool, thin.image_token_ratio),
+            ("video", thin.video_token_pool, thin.video_token_ratio),
         ):
             if type(side) is not int or not 1 <= side <= grid:
                 raise OptionError(
-                    f"pool_{name} must be a whole number from 1 to {grid}, the features on a side, not {side!r}"
+                    f"{name}_token_pool must be a whole number from 1 to {grid}, the features on a side, not {side!r}"
                 )
             if type(share) not in (int, float) or not 0 < share <= 1:
                 raise OptionError(
-                    f"keep_{name} is a share of the tokens, above 0 and at most 1, not {share!r}"
+                    f"{name}_token_ratio is a share of the tokens, above 0 and at most 1, not {share!r}"
                 )
         if isinstance(media, str | bytes | os.PathLike) or not isinstance(media, Sequence):
             raise PromptError(
@@ -339,16 +337,15 @@ class Processor:
         for number, slot in enumerate(slots, 1):
             source = next(rest) if slot.source is None else slot.source
             video = slot.kind == "video" or (slot.kind is None and self.loader.is_video(source))
-            kind = f"view {slot.name}" if slot.name else f"{'video' if video else 'image'} {number}"
+            name = f"view {slot.name}" if slot.name else f"{'video' if video else 'image'} {number}"
             tiles = anyres if slot.anyres is None else slot.anyres
             sampling = (slot.sampling or frames) if video else None
             if sampling and (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
                 sampling = replace(sampling, frames=self.num_frames)
-            name = f"{kind}: {name_of(source)}"
             pool, share = (
-                (thin.pool_frames, thin.keep_frames)
+                (thin.video_token_pool, thin.video_token_ratio)
                 if video
-                else (thin.pool_images, thin.keep_images)
+                else (thin.image_token_pool, thin.image_token_ratio)
             )
             jobs.append(
                 _MediaRequest(name, source, sampling, tiles and not video, pad, pool, share)
@@ -391,7 +388,8 @@ class Processor:
             else:
                 layout, crops = self._crop(job), [self.images.fit(image, job.pad)]
         pixels, key = self.images.pixels(crops, layout)
-        return Media(pixels, layout, key, 0), clip
+        label = _part(job, layout, clip).name
+        return Media(pixels, layout, key, 0, job.name, label), clip
 
     def _check_context(
         self, text: int, jobs: list[_MediaRequest], layouts: list[ImageTokenLayout], reserve: int
@@ -439,7 +437,8 @@ def _each(work: Callable[[_MediaRequest], T], jobs: list[_MediaRequest]) -> list
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _part(name: str, layout: ImageTokenLayout, clip: Clip | None) -> EstimateItem:
+def _part(job: _MediaRequest, layout: ImageTokenLayout, clip: Clip | None) -> EstimateItem:
+    name = f"{job.name}: {name_of(job.source)}"
     if clip is None:
         return EstimateItem(name, layout.length)
     return EstimateItem(f"{name} ({len(clip.times)} frames)", layout.length, tuple(clip.times))

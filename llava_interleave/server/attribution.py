@@ -64,7 +64,6 @@ def check_attribution_budget(
 def attribution_json(
     bot: Chatbot,
     prompt: Prompt,
-    names: Sequence[str],
     answer: Sequence[int],
     how: How,
     wanted: Callable[[], None],
@@ -74,16 +73,17 @@ def attribution_json(
     check(prompt, answer, text.context)
     layers = resolve_layers(None, text.num_layers)
     trial = CancellableAttributionRun(bot, prompt, answer, wanted)
-    logprob, images = attribute(trial, names, bot.processor.images, layers, how is True)
-    return {"layers": list(layers), "logprob": logprob, "images": [_image(look) for look in images]}
+    logprob, images = attribute(trial, bot.processor.images, layers, how is True)
+    found = [_image(media.name, look) for media, look in zip(prompt.media, images, strict=True)]
+    return {"layers": list(layers), "logprob": logprob, "images": found}
 
 
-def _image(look: ImageAttribution) -> dict[str, Any]:
+def _image(name: str, look: ImageAttribution) -> dict[str, Any]:
     heat = [
         [[float(f"{value:.4g}") for value in row] for row in rows] for rows in look.heat.tolist()
     ]
     return {
-        "name": look.name,
+        "name": name,
         "share": look.share,
         "change": look.change,
         "attention": look.attention,

@@ -155,13 +155,11 @@ class Chat:
         return self._chunk([choice]) | ({"timings": self.timings(piece.answer)} if last else {})
 
     async def _explained(self, how: How) -> list[dict[str, Any]]:
-        job, names = self.asked.job, self.asked.names
+        job = self.asked.job
         return [
             {
                 "index": index,
-                **await self.service.explain(
-                    job.prompt, names, answer.tokens, how, job.options.adapter
-                ),
+                **await self.service.explain(job.prompt, answer.tokens, how, job.options.adapter),
             }
             for index, answer in sorted(self.answers.items())
         ]

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..attribution.attribution import places
 from ..chat import Chatbot
 from ..errors import OptionError
 from ..options import MAX_NEW_TOKENS, Options
@@ -31,14 +30,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class PreparedRequest:
-    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt. names: of its media."""
+    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt."""
 
     request: ChatRequest
     job: GenerationJob
     created: int
     prepared: float
     image_tokens: int
-    names: list[str]
 
 
 class Service:
@@ -124,13 +122,8 @@ class Service:
                 if form["type"] == "text"
                 else await self.aside(lambda: self.grammars.guides(form, options.n))
             )
-            prompt, called = await self._prepare(
-                request,
-                key,
-                lambda turns: (
-                    self.bot.prompt(turns, options),
-                    [name for name, _ in places(turns)],
-                ),
+            prompt = await self._prepare(
+                request, key, lambda turns: self.bot.prompt(turns, options)
             )
             prepared = time.perf_counter() - began
             self.metrics.prepare.observe(prepared)
@@ -150,7 +143,6 @@ class Service:
                 int(time.time()),
                 prepared,
                 sum(media.layout.length for media in prompt.media),
-                called,
             )
             self.worker.submit(job)
             outcome = "left"
@@ -187,14 +179,14 @@ class Service:
         """Which image the answer that ends the messages leaned on."""
         options = self.options(request)
 
-        def work(turns: list[dict[str, Any]]) -> tuple[Prompt, list[str], list[int]]:
+        def work(turns: list[dict[str, Any]]) -> tuple[Prompt, list[int]]:
             *asked, answer = turns
             prompt = self.bot.prompt(asked, options)
             tokens = self.bot.processor.tokenizer.encode(answer["content"], special=False)
             check_attribution_budget(
                 prompt, 1, len(tokens), request.explain, self.settings.explain_tokens
             )
-            return prompt, [name for name, _ in places(asked)], tokens
+            return prompt, tokens
 
         with self.place(1):
             return await self.explain(
@@ -202,7 +194,7 @@ class Service:
             )
 
     async def explain(
-        self, prompt: Prompt, names: list[str], answer: Sequence[int], how: How, adapter: str | None
+        self, prompt: Prompt, answer: Sequence[int], how: How, adapter: str | None
     ) -> dict[str, Any]:
         """Which image an answer leaned on, computed beside the engine. Leaving gives it up before its next pass."""
         left, began = threading.Event(), time.perf_counter()
@@ -215,7 +207,7 @@ class Service:
 
         def work() -> dict[str, Any]:
             with self.bot.engine.adapters.whole(adapter):
-                return attribution_json(self.bot, prompt, names, answer, how, wanted)
+                return attribution_json(self.bot, prompt, answer, how, wanted)
 
         try:
             told = await asyncio.wrap_future(self.explainer.submit(work))

@@ -152,8 +152,8 @@ def test_the_built_in_model_says_the_same_in_few_bits(card: torch.device, precis
     "how",
     [
         {},
-        {"max_step_tokens": 64},
-        {"tokens": 768, "max_running": 3},
+        {"max_num_batched_tokens": 64},
+        {"tokens": 768, "max_num_seqs": 3},
         {
             "sampling": SamplingParams(
                 max_new_tokens=24, ignore_eos=True, prompt_lookup_num_tokens=6
@@ -290,10 +290,10 @@ def test_without_memory_a_request_fails_and_the_engine_goes_on(
 def test_the_room_that_is_measured_is_there(card: torch.device) -> None:
     """A pool of it is made, filled, and computed in without running out."""
     model = network("cuda", torch.bfloat16)
-    small = profile_kv_bytes(model, max_running=2)
+    small = profile_kv_bytes(model, max_num_seqs=2)
     assert 0 < small <= 2 * CONFIG.text.context * KV * 2
     free = torch.cuda.mem_get_info(card)[0]
-    made = Engine(model, eos_ids=(), vocab=500, kv_bytes=small, max_running=2)
+    made = Engine(model, eos_ids=(), vocab=500, kv_bytes=small, max_num_seqs=2)
     asked = [prompt(number, 6, 2900) for number in (11, 12)]
     requests = made.generate(asked, SamplingParams(max_new_tokens=8, ignore_eos=True))
     assert [len(request.generated) for request in requests] == [8, 8]
