@@ -16,8 +16,8 @@ from torch import Tensor
 from llava_interleave import checkpoints, cli, load
 from llava_interleave.chat import Chatbot
 from llava_interleave.config import TextConfig
-from llava_interleave.distributed.process_group import ProcessGroup, place
-from llava_interleave.distributed.tensor_parallel import shard_model, share
+from llava_interleave.distributed.process_group import ProcessGroup, rank_and_world_size
+from llava_interleave.distributed.tensor_parallel import local_config, shard_model
 from llava_interleave.engine import SamplingParams
 from llava_interleave.errors import LlavaError, OptionError
 from llava_interleave.model import Llava, PackedAttention
@@ -112,8 +112,8 @@ def compared(folder: Path, precision: str, ranks: ProcessGroup, device: str) -> 
     device = f"cuda:{ranks.rank}" if device == "cuda" else device
     whole = checkpoints.load(folder, dtype=dtype, precision=bits, device=device)
     part = checkpoints.load(folder, dtype=dtype, precision=bits)
-    together = shard_model(part, ranks, torch.device(device), dtype)
-    with together.computes():
+    tp_group = shard_model(part, ranks, torch.device(device), dtype)
+    with tp_group.lockstep():
         found = computed(part)
     apart = [
         float((a - b).abs().max() / b.abs().max())
@@ -147,7 +147,7 @@ def told(call: Any) -> str:
 
 def together(folder: Path, device: str) -> None:
     """What each of two processes does."""
-    ranks, found = ProcessGroup(*place()), {}
+    ranks, found = ProcessGroup(*rank_and_world_size()), {}
     found["deterministic"] = told(lambda: load(folder / "tied", device=device, deterministic=True))
     try:
         bot = load(folder / "tied", device=device, kv_bytes=KV)
@@ -222,7 +222,7 @@ def test_a_share_computes_what_the_whole_does(name: str, found: list[dict[str, A
         assert one["head"] == (1 if name == "odd vocabulary" else 0.5)
         assert one["own head"] == (name in ("grouped", "int8", "int4"))
         assert one["refused"].startswith(
-            "the network is spread over 2 processes, which compute an engine's steps together"
+            "this operation is not supported under tensor parallelism (world size 2); run it"
         )
 
 
@@ -241,15 +241,17 @@ def test_answers_are_those_of_one_process(
 def test_what_several_processes_cannot_do_is_refused(
     folder: Path, found: list[dict[str, Any]]
 ) -> None:
-    assert all("deterministic answers take one process" in rank["deterministic"] for rank in found)
+    assert all("deterministic answers need one process" in rank["deterministic"] for rank in found)
     first = found[0]
-    assert first["explain"].startswith("Unsupported: the network is spread over 2 processes")
+    assert first["explain"].startswith(
+        "Unsupported: this operation is not supported under tensor parallelism (world size 2)"
+    )
     assert (
         first["adapter"].startswith("Unsupported: ")
         and "llava convert --adapter" in first["adapter"]
     )
     assert first["second"].startswith(
-        "Unsupported: the processes of this torchrun share a network already"
+        "Unsupported: this torchrun has loaded a tensor-parallel network already"
     )
     assert not list(folder.glob("talk.json*kv*"))
 
@@ -261,19 +263,19 @@ def test_what_several_processes_cannot_do_is_refused(
             3,
             1,
             {},
-            "3 processes cannot share 4 heads and 4 heads of .* evenly and .* width of 96: start .* 1 or 2 or 4",
+            "3 processes cannot share 4 attention heads and 4 KV heads evenly and .* width of 96: start .* 1 or 2 or 4",
         ),
         (
             4,
             1,
             {"num_kv_heads": 2},
-            "4 processes cannot share 4 heads and 2 heads of .*: start .* 1 or 2$",
+            "4 processes cannot share 4 attention heads and 2 KV heads .*: start .* 1 or 2$",
         ),
         (
             2,
             128,
             {},
-            "width of 96 in whole groups of 128 quantised weights: start torchrun with --nproc-per-node 1$",
+            "width of 96 in whole groups of 128 quantized weights: start torchrun with --nproc-per-node 1$",
         ),
     ],
 )
@@ -288,7 +290,7 @@ def test_what_cannot_be_shared_evenly_is_refused(
         "head_dim": 16,
     } | sizes
     with pytest.raises(OptionError, match=message):
-        share(TextConfig(**text), ProcessGroup(0, count), group)
+        local_config(TextConfig(**text), ProcessGroup(0, count), group)
 
 
 def test_the_command_answers_through_two_processes(folder: Path, device: str) -> None:

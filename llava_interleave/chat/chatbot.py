@@ -20,8 +20,8 @@ from ..attribution.attribution import (
     last_question,
     resolve_layers,
 )
-from ..distributed.loading import share
-from ..distributed.process_group import place as torchrun
+from ..distributed.loading import load_shard
+from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
 from ..engine import Engine, Event, SamplingParams, Timings, Usage
 from ..engine.prefix_cache import CacheKey
@@ -283,7 +283,8 @@ class Chatbot:
         """
         if isinstance(self.engine, ReplicatedEngine):
             raise Unsupported(
-                "an adapter takes one process: merge it first (llava convert --adapter) and load what that writes"
+                "an adapter cannot be added under tensor parallelism; merge it first (llava convert --adapter)"
+                " and load the merged checkpoint"
             )
         self.engine.adapters.add(name, checkpoints.read_adapter(_found(folder), self.model))
 
@@ -370,9 +371,9 @@ def load(
     folder = locate(name_or_folder, revision)
     beside = {name: _found(adapter) for name, adapter in adapters.items()}
     processor = Processor.from_folder(folder, limits=limits)
-    together = None
-    if torchrun()[1] > 1:
-        model, together = share(folder, precision, device, deterministic=deterministic)
+    tp_group = None
+    if rank_and_world_size()[1] > 1:
+        model, tp_group = load_shard(folder, precision, device, deterministic=deterministic)
     else:
         place = pick_device(device, folder, precision)
         dtype, bits = pick_precision(precision, folder, place)
@@ -386,7 +387,7 @@ def load(
         processor.tokenizer,
         kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes,
     )
-    engine = (ReplicatedEngine if together else Engine)(
+    engine = (ReplicatedEngine if tp_group else Engine)(
         model,
         eos_ids=tokenizer.eos_ids,
         vocab=tokenizer.size,
@@ -394,8 +395,8 @@ def load(
         kv_precision=kv_precision,
         deterministic=deterministic,
     )
-    if together and isinstance(engine, ReplicatedEngine):
-        engine.start(together)
+    if tp_group and isinstance(engine, ReplicatedEngine):
+        engine.start(tp_group)
     bot = Chatbot(folder, processor, engine, model)
     for name, adapter in beside.items():
         bot.add_adapter(name, adapter)

@@ -33,7 +33,7 @@ class LazyModel:
         with terminal.busy("starting"):
             from ..chat import locate
             from ..checkpoints import adapter_fingerprint, fingerprint, resolve
-            from ..distributed.process_group import place as torchrun
+            from ..distributed.process_group import rank_and_world_size
             from ..placement import pick_device, pick_precision
         self._flags = (name, revision, precision, device, adapter, deterministic)
         self._bot: Chatbot | None = None
@@ -49,7 +49,9 @@ class LazyModel:
         }
         if adapter:
             self.about["adapter"] = adapter_fingerprint(resolve(adapter))
-        if torchrun()[1] > 1:  # all but one process stay there, before anything is written
+        if (
+            rank_and_world_size()[1] > 1
+        ):  # all but one process stay there, before anything is written
             self._bot = terminal.load(*self._flags)
 
     def ready(self, options: Options) -> Chatbot:

@@ -143,12 +143,12 @@ def train(
         )
     with terminal.busy("starting"):
         from ..chat import locate
-        from ..distributed.process_group import place
+        from ..distributed.process_group import rank_and_world_size
         from ..train.run import run
 
     folder = locate(model or chosen.model, None)
     done = run(chosen.but({"model": str(folder.absolute())}), out)
-    if place()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(done)
 
 

@@ -1,1 +1,2 @@
-"""Several processes that share one network: process group, tensor parallelism, replicated engine."""
+"""Several processes that share one network: process group, tensor parallelism, replicated
+engine."""

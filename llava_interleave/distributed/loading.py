@@ -1,4 +1,4 @@
-"""A network over the processes that torchrun has started, one share each."""
+"""Load a network for tensor parallelism over the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -17,31 +17,39 @@ from .process_group import init_distributed
 from .tensor_parallel import TensorParallelGroup, shard_model
 
 
-def share(
+def load_shard(
     folder: Path, precision: str, device: str, *, deterministic: bool
 ) -> tuple[Llava, TensorParallelGroup]:
-    """This process's share of a checkpoint's network, on a device of its own; the arguments are those of `load`.
+    """This rank's shard of a checkpoint's network, on its own device; the arguments are those of
+    `load`.
 
-    The files are mapped, and what others keep is not read where the type stays; only weights that are quantised here are whole in
-    memory for a moment. Raises `Unsupported` for what several processes cannot do.
-    """
+    The files are mapped, so tensors of other ranks are not read unless they are converted. A weight
+    that is quantized while loading is whole in memory for a moment. Raises `Unsupported` for
+    options that tensor parallelism does not have."""
     if dist.is_initialized():
-        raise Unsupported("the processes of this torchrun share a network already: one a run")
+        raise Unsupported(
+            "this torchrun has loaded a tensor-parallel network already; load one network per run"
+        )
     if deterministic:
         raise Unsupported(
-            "several processes add in no fixed order: deterministic answers take one process"
+            "deterministic answers need one process: an all-reduce over several adds in no fixed "
+            "order"
         )
-    ranks, place = init_distributed(device, device_named)
-    dtype, bits = pick_precision(precision, folder, str(place))
+    group, own = init_distributed(device, device_named)
+    dtype, bits = pick_precision(precision, folder, str(own))
     if bits in cuda.FLOATS:
-        raise ranks.common(
-            Unsupported(f"no {bits} over several processes: take bfloat16, int8 or int4")
+        group.raise_everywhere(
+            Unsupported(
+                f"{bits} is not supported under tensor parallelism (world size "
+                f"{group.world_size}); "
+                "use bfloat16, int8 or int4"
+            )
         )
     stored = {tensor.dtype for tensor in read_headers(folder).values()}
     network = checkpoints.load(
         folder, dtype=None if len(stored) == 1 and not bits else dtype, precision=bits
     )
-    together = shard_model(network, ranks, place, dtype)
-    if bits and cuda.unavailable_reason(place, dtype) is None:
+    tp_group = shard_model(network, group, own, dtype)
+    if bits and cuda.unavailable_reason(own, dtype) is None:
         cuda.pack_for_cuda(network)
-    return network, together
+    return network, tp_group

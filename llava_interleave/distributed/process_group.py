@@ -1,4 +1,5 @@
-"""Processes that share one network, as torchrun starts them. A process alone is the one rank of its run."""
+"""The processes that torchrun started, and their collectives. A single process is rank 0 of a world
+of size 1."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,13 @@ from ..errors import LlavaError, OptionError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(days=30)
-"""How long ranks wait for each other: one reads all samples first, or waits for a person. torchrun ends all when one dies."""
+"""How long a rank waits in a collective: rank 0 reads all samples first, or waits for a user.
+torchrun stops all ranks when one dies."""
 
 
-def place() -> tuple[int, int]:
-    """Number of this process, and how many torchrun has started."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Rank of this process, and the number of processes that torchrun started; (0, 1) without
+    torchrun."""
     return (
         (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         if dist.is_torchelastic_launched()
@@ -31,106 +34,111 @@ def place() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """This process among all of a run. All ranks call the same methods in the same order."""
+    """All processes of a run. Every rank calls the same methods in the same order."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
-    def total(self, *values: float) -> list[float]:
-        """The sum of each over all ranks, in float64."""
-        return self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """The sum of each value over all ranks, in float64."""
+        return self._all_reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
 
-    def most(self, *values: int) -> list[int]:
-        """The largest of each over all ranks."""
-        return self._reduced(torch.tensor(values), dist.ReduceOp.MAX)
+    def all_reduce_max(self, *values: int) -> list[int]:
+        """The maximum of each value over all ranks."""
+        return self._all_reduce(torch.tensor(values), dist.ReduceOp.MAX)
 
-    def _reduced(self, values: Tensor, how: Any) -> list[Any]:
-        if self.count > 1:
-            dist.all_reduce(values, how)
+    def _all_reduce(self, values: Tensor, op: Any) -> list[Any]:
+        if self.world_size > 1:
+            dist.all_reduce(values, op)
         return values.tolist()
 
-    def added(self, x: Tensor) -> Tensor:
-        """The sum of tensors of one shape over all ranks, in the place of this one."""
-        if self.count > 1:
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all ranks, in place."""
+        if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
-    def gathered(self, x: Tensor) -> list[Tensor]:
-        """Tensors of one shape, by rank."""
-        if self.count == 1:
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """The `x` of every rank, in the order of ranks; all have one shape."""
+        if self.world_size == 1:
             return [x]
-        found = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)
+        tensors = [
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for _ in range(self.world_size)
         ]
-        dist.all_gather(found, x.contiguous())
-        return found
+        dist.all_gather(tensors, x.contiguous())
+        return tensors
 
-    def each(self, value: T) -> list[T]:
-        """What every rank gives, by rank."""
-        if self.count == 1:
+    def all_gather_object(self, value: T) -> list[T]:
+        """The value of every rank, in the order of ranks."""
+        if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
-    def told(self, value: Any = None) -> Any:
-        """What rank 0 gives, for all."""
-        if self.count == 1:
+    def broadcast(self, value: Any = None) -> Any:
+        """The value of rank 0, on every rank."""
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
 
-    def once(self, do: Callable[[], T]) -> T:
-        """What rank 0 finds by `do`, for all; a user's mistake that it finds there ends all."""
-        if self.count == 1:
-            return do()
-        found: Any = None
+    def run_on_rank0(self, fn: Callable[[], T]) -> T:
+        """Run `fn` on rank 0 and broadcast its result; a `LlavaError` raised there is raised on
+        every rank."""
+        if self.world_size == 1:
+            return fn()
+        result: Any = None
         if self.rank == 0:
             try:
-                found = do()
+                result = fn()
             except LlavaError as error:
-                found = error
-        found = self.told(found)
-        if isinstance(found, LlavaError):
-            raise self.common(found)
-        return found
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, LlavaError):
+            self.raise_everywhere(result)
+        return result
 
-    def common(self, error: LlavaError) -> BaseException:
-        """What to raise for an error that all ranks have: rank 0 tells it, the others end without a word."""
-        return SystemExit(error.exit_code) if self.rank else error
+    def raise_everywhere(self, error: LlavaError, cause: BaseException | None = None) -> NoReturn:
+        """Raise an error that all ranks have: rank 0 reports it, the others exit silently with its
+        exit code."""
+        raise (SystemExit(error.exit_code) if self.rank else error) from cause
 
 
 def init_distributed(
-    device: str, named: Callable[[str], torch.device]
+    device: str, get_device: Callable[[str], torch.device]
 ) -> tuple[ProcessGroup, torch.device]:
-    """This process among those that torchrun started with it, and its device; `auto` is CUDA where there is any.
+    """Join the process group that torchrun started, until the program ends; -> the group, and this
+    rank's device.
 
-    It stays joined to them, whatever it does next. named: finds a device, or raises for one that is not there. Raises
-    OptionError where several are to share one device.
-    """
-    ranks = ProcessGroup(*place())
+    device: `auto` is CUDA where it is available. get_device: turns a name into a device, or raises
+    where it is not available. Raises `OptionError` where several processes would share one GPU."""
+    group = ProcessGroup(*rank_and_world_size())
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if ranks.count == 1:
-        return ranks, named(name)
+    if group.world_size == 1:
+        return group, get_device(name)
     if ":" in name:
-        raise ranks.common(
+        group.raise_everywhere(
             OptionError(
-                f"{ranks.count} processes cannot share {name}: say cuda, and each takes one of its own"
+                f"{group.world_size} processes cannot share {name}; use device cuda, and each "
+                "takes its own GPU"
             )
         )
-    found = named(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    own = get_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if not dist.is_initialized():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
         )
         atexit.register(_leave)
-    return ranks, found
+    return group, own
 
 
 def _leave() -> None:
-    """Left to the end of the program, its threads abort it where another process has gone before."""
+    """Left to the interpreter's exit, its threads would abort where another process has ended
+    before."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,9 +1,9 @@
-"""One engine in several processes that share a network (`model.parallel`): rank 0 is asked, and the others do what it does.
+"""Tensor-parallel engine: rank 0 broadcasts every call (add, step, abort, clear) and the chosen
+tokens; the other ranks replay them.
 
-Every process has a whole engine, with the keys and values of its own heads. Before rank 0 changes it (a request, a step, an end)
-it tells the others, who do the same in the same order; what tokens were chosen it tells as well, so that all engines stay alike.
-What is told is pickled by torch.distributed, between processes that one torchrun has started on the same program.
-"""
+Every rank has a whole engine with the KV cache of its own heads (`distributed.tensor_parallel`),
+and all engines stay identical. The calls are pickled by torch.distributed, between processes that
+one torchrun started on the same program."""
 
 from __future__ import annotations
 
@@ -28,27 +28,29 @@ from .tensor_parallel import TensorParallelGroup
 
 
 class ReplicatedEngine(Engine):
-    """An `Engine` that is alike in all processes of a split network. Once `start` was called, only rank 0's is used.
+    """An `Engine` that is identical on all ranks of a sharded network. After `start`, only rank 0's
+    is called.
 
-    A step that fails in any process ends them all: who waits for a sum of all would wait for ever.
-    """
+    A step that fails on any rank ends all of them: a rank that waits in a collective would wait for
+    ever."""
 
-    together: TensorParallelGroup
+    tp_group: TensorParallelGroup
 
-    def start(self, together: TensorParallelGroup) -> None:
-        """On rank 0, be ready to be asked. The others follow it until it ends, and end then."""
-        self.together, together.computing = together, False
-        self._prefixes.total = -together.ranks.most(-self._prefixes.total)[
-            0
-        ]  # what all have memory for
-        if together.ranks.rank:
-            self._follow()
+    def start(self, tp_group: TensorParallelGroup) -> None:
+        """On rank 0, return at once. The other ranks replay rank 0's calls until it ends, and exit
+        then."""
+        self.tp_group, tp_group.in_lockstep = tp_group, False
+        group = tp_group.process_group
+        smallest = -group.all_reduce_max(-self._prefixes.total)[0]
+        self._prefixes.total = smallest  # the KV memory that every rank has
+        if group.rank:
+            self._replay()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Let the other processes end, and ask no more; done when this one ends."""
+        """End the other ranks, and broadcast no more; done at exit as well."""
         atexit.unregister(self.close)
-        self._tell()
+        self._broadcast()
 
     def add(
         self,
@@ -60,83 +62,82 @@ class ReplicatedEngine(Engine):
         adapter: str | None = None,
     ) -> Request:
         request = super().add(prompt, sampling, salt=salt, guide=guide, adapter=adapter)
-        self._introduce(request)
+        self._broadcast_add(request)
         return request
 
     def abort(self, request: Request) -> Event | None:
         event = super().abort(request)
         if event is not None:
-            self._tell("end", request.id)
+            self._broadcast("abort", request.id)
         return event
 
     def clear(self) -> None:
         super().clear()
-        self._tell("clear")
+        self._broadcast("clear")
 
     def save(self, keys: CacheKey) -> KVSnapshot | None:
-        """Nothing: a process has the keys and values of its own heads only."""
+        """None: a rank has the KV cache of its own heads only."""
         return None
 
     def restore(self, saved: KVSnapshot) -> CacheKey:
         raise DataError(
-            f"keys and values are of whole networks, and here {self.together.ranks.count} processes share one"
+            "a saved KV cache holds all heads, and cannot be restored under tensor parallelism "
+            f"(world size {self.tp_group.process_group.world_size})"
         )
 
     def _open(self, request: Request) -> None:
         new = request not in self._streams
         super()._open(request)
         if new:
-            self._introduce(request)
+            self._broadcast_add(request)
 
     def _advance(self, patience: float = math.inf) -> None:
-        self._tell("step", patience, self._scheduler.pace)
+        self._broadcast("step", patience, self._scheduler.pace)
         super()._advance(patience)
 
     def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
         try:
-            with self.together.computes():
+            with self.tp_group.lockstep():
                 picks = super()._run(plan)
-            return self.together.ranks.told(picks)
-        except BaseException:  # noqa: BLE001  whatever it was, this process cannot go on
+            return self.tp_group.process_group.broadcast(picks)
+        except BaseException:  # noqa: BLE001  whatever it was, this rank cannot go on
             traceback.print_exc()
-            os._exit(1)  # so that torchrun ends the others, who may wait for it
+            os._exit(1)  # torchrun then ends the other ranks, which may wait for this one
 
-    def _introduce(self, request: Request) -> None:
+    def _broadcast_add(self, request: Request) -> None:
         guided = request.guide is not None
-        self._tell("request", request.id, request.prompt, request.sampling, request.salt, guided)
+        self._broadcast("add", request.id, request.prompt, request.sampling, request.salt, guided)
 
-    def _tell(self, *order: Any) -> None:
-        """Have the others do something; nothing: end."""
-        if not self.together.ranks.rank:
-            self.together.ranks.told(order)
+    def _broadcast(self, *call: Any) -> None:
+        """Have the other ranks do a call; without arguments: exit."""
+        if not self.tp_group.process_group.rank:
+            self.tp_group.process_group.broadcast(call)
 
-    def _order(self) -> Any:
+    def _receive(self) -> Any:
         try:
-            return self.together.ranks.told()
-        except RuntimeError:  # rank 0 has gone without a word
+            return self.tp_group.process_group.broadcast()
+        except RuntimeError:  # rank 0 ended without closing
             raise SystemExit(1) from None
 
-    def _follow(self) -> NoReturn:
+    def _replay(self) -> NoReturn:
         if threading.current_thread() is threading.main_thread():
-            for number in (
-                signal.SIGINT,
-                signal.SIGTERM,
-            ):  # rank 0 ends what is under way, then tells this one
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # rank 0 finishes the running requests, then ends this rank
                 signal.signal(number, signal.SIG_IGN)
         requests: dict[int, Request] = {}
-        while order := self._order():
-            match order:
-                case "request", number, prompt, sampling, salt, guided:
+        while call := self._receive():
+            match call:
+                case "add", number, prompt, sampling, salt, guided:
                     request = requests[number] = self.add(prompt, sampling, salt=salt)
-                    if guided:  # by whom rank 0 knows, and the tokens come from there
+                    if guided:  # only rank 0 has the constraint, and broadcasts the tokens
                         request.plain, request.lookup = False, None
                 case "step", patience, pace:
-                    self._scheduler.pace = pace  # times differ between processes, plans must not
+                    self._scheduler.pace = pace  # times differ between ranks, plans must not
                     self.step(patience)
                     requests = {
                         number: r for number, r in requests.items() if r.finish_reason is None
                     }
-                case "end", number:
+                case "abort", number:
                     self.abort(requests.pop(number))
                 case _:
                     self.clear()

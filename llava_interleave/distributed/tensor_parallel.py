@@ -1,11 +1,12 @@
-"""One network over several processes: each keeps its heads and its part of every layer's inner width.
+"""Tensor parallelism: each rank keeps its attention heads and its part of every layer's inner
+width.
 
-Of a layer's products the first (q, k, v; gate, up) are cut by outputs and the last (o; down) by inputs, so that the processes
-tell each other one sum of `[T, D]` after each last one (Shoeybi et al. 2019, arXiv 1909.08053). The output head, a third (0.5B)
-or an eleventh (7B) of what a token reads, is cut by the vocabulary; its logits are gathered. The tower is whole everywhere: cut,
-it would tell 52 sums of 1.7 MB a crop to spare 0.8 GB. Crops are dealt out instead, and features gathered once. Embeddings,
-norms and projector are whole.
-"""
+Of a layer's linears the first (q, k, v; gate, up) are split by outputs and the last (o; down) by
+inputs, so that one all-reduce of `[T, D]` follows each last one (Megatron-LM, Shoeybi et al. 2019,
+arXiv 1909.08053). The output head, a third (0.5B) or an eleventh (7B) of the weights that a token
+reads, is split by the vocabulary, and its logits are gathered. The vision tower is replicated:
+split, it would need 52 all-reduces of 1.7 MB per crop to save 0.8 GB. Its crops are distributed
+instead, and their features gathered once. Embeddings, norms and projector are replicated."""
 
 from __future__ import annotations
 
@@ -27,151 +28,156 @@ from .process_group import ProcessGroup
 
 
 class TensorParallelGroup(threading.local):
-    """The processes of a split network, and whether this thread computes with it in all of them now.
+    """The ranks of a sharded network, and whether this thread computes in lockstep with all of
+    them.
 
-    Who computes alone would wait for the others for ever, so that is refused.
+    A forward on one rank only would deadlock in the collectives; it raises `Unsupported` instead.
     """
 
-    def __init__(self, ranks: ProcessGroup) -> None:
-        self.ranks, self.computing = ranks, False
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self.process_group, self.in_lockstep = process_group, False
 
     @contextmanager
-    def computes(self) -> Iterator[None]:
-        """All processes enter it, and call the same of the network in the same order."""
-        self.computing = True
+    def lockstep(self) -> Iterator[None]:
+        """All ranks enter this context, and call the network alike and in the same order."""
+        self.in_lockstep = True
         try:
             yield
         finally:
-            self.computing = False
+            self.in_lockstep = False
 
     def checked(self) -> ProcessGroup:
-        if not self.computing:
+        """The process group, for a collective."""
+        if not self.in_lockstep:
             raise Unsupported(
-                f"the network is spread over {self.ranks.count} processes, which compute an engine's steps together and nothing "
-                "else; start one process for this"
+                "this operation is not supported under tensor parallelism "
+                f"(world size {self.process_group.world_size}); run it in a single process"
             )
-        return self.ranks
+        return self.process_group
 
 
 class RowParallelLinear(nn.Module):
-    """A linear that has a share of the inputs, without bias: the sum of all shares."""
+    """A linear without bias that has this rank's inputs: all-reduced, its outputs are those of the
+    whole linear."""
 
-    def __init__(self, part: nn.Module, together: TensorParallelGroup) -> None:
+    def __init__(self, shard: nn.Module, tp_group: TensorParallelGroup) -> None:
         super().__init__()
-        self.part, self.together = part, together
+        self.shard, self.tp_group = shard, tp_group
 
     def forward(self, x: Tensor) -> Tensor:
-        ranks = self.together.checked()
-        return ranks.added(self.part(x))
+        group = self.tp_group.checked()
+        return group.all_reduce_(self.shard(x))
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear that has a share of the outputs: the outputs of all."""
+    """A linear that has this rank's outputs: gathered, they are those of the whole linear."""
 
-    def __init__(self, part: nn.Module, together: TensorParallelGroup) -> None:
+    def __init__(self, shard: nn.Module, tp_group: TensorParallelGroup) -> None:
         super().__init__()
-        self.part, self.together = part, together
+        self.shard, self.tp_group = shard, tp_group
 
     @property
     def weight(self) -> Tensor:
-        """Of this process."""
-        found = self.part.weight
-        assert isinstance(found, Tensor)
-        return found
+        """The weight of this rank."""
+        weight = self.shard.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        ranks = self.together.checked()
-        return torch.cat(ranks.gathered(self.part(x)), -1)
+        group = self.tp_group.checked()
+        return torch.cat(group.all_gather(self.shard(x)), -1)
 
 
 class DataParallelTower(nn.Module):
-    """A tower whose crops are dealt out: each process encodes its share of pixels `[N, 3, S, S]`, all get the features of all."""
+    """A replicated vision tower: each rank encodes some of the crops `[N, 3, S, S]`, and all ranks
+    gather all features."""
 
-    def __init__(self, tower: nn.Module, together: TensorParallelGroup) -> None:
+    def __init__(self, tower: nn.Module, tp_group: TensorParallelGroup) -> None:
         super().__init__()
-        self.tower, self.together = tower, together
+        self.tower, self.tp_group = tower, tp_group
 
     def forward(self, pixels: Tensor) -> Tensor:
-        ranks, crops = self.together.checked(), len(pixels)
-        each = -(-crops // ranks.count)
-        mine = (ranks.rank * each + torch.arange(each, device=pixels.device)).clamp_max(
+        group, crops = self.tp_group.checked(), len(pixels)
+        per_rank = -(-crops // group.world_size)
+        own = (group.rank * per_rank + torch.arange(per_rank, device=pixels.device)).clamp_max(
             crops - 1
-        )  # the last may be short of some
-        return torch.cat(ranks.gathered(self.tower(pixels[mine])))[:crops]
+        )  # the last rank repeats a crop where they do not divide evenly
+        return torch.cat(group.all_gather(self.tower(pixels[own])))[:crops]
 
 
 def shard_model(
-    network: Llava, ranks: ProcessGroup, device: torch.device, dtype: torch.dtype
+    network: Llava, group: ProcessGroup, device: torch.device, dtype: torch.dtype
 ) -> TensorParallelGroup:
-    """Leave of a finished network, whole on the CPU or mapped, what this process computes: on its device, the floats in `dtype`.
+    """Reduce a finished network, whole on the CPU or mapped, to this rank's shard: on `device`,
+    floats in `dtype`.
 
-    The config that remains is that of the share, with fewer heads and a smaller inner width: memory for keys and values that is
-    made by it holds this process's. This thread then computes with it, until an engine is started. Raises OptionError, with the
-    numbers, where the network cannot be shared.
+    Its config becomes that of the shard, with fewer heads and a smaller inner width, so that a KV
+    cache made by it holds this rank's heads. This thread is in lockstep afterwards, until an engine
+    is started. Raises `OptionError` where the sizes of the network do not divide by the world size.
     """
-    together, quantised = (
-        TensorParallelGroup(ranks),
+    tp_group, is_quantized = (
+        TensorParallelGroup(group),
         any(isinstance(module, QuantizedLinear) for module in network.modules()),
     )
-    config, group = network.config, GROUP if quantised else 1
-    text = share(config.text, ranks, group)
+    config, multiple = network.config, GROUP if is_quantized else 1
+    text = local_config(config.text, group, multiple)
     for layer in network.language_model.layers:
         assert isinstance(layer, Layer)
         attention, mlp = layer.self_attn, layer.mlp
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-            cut(linear, ranks, 0)
+            shard_linear(linear, group, 0)
         for linear in (mlp.gate_proj, mlp.up_proj):
-            cut(linear, ranks, 0, group)
+            shard_linear(linear, group, 0, multiple)
         attention.set_submodule(
-            "o_proj", RowParallelLinear(cut(attention.o_proj, ranks, 1), together)
+            "o_proj", RowParallelLinear(shard_linear(attention.o_proj, group, 1), tp_group)
         )
         mlp.set_submodule(
-            "down_proj", RowParallelLinear(cut(mlp.down_proj, ranks, 1, group), together)
+            "down_proj",
+            RowParallelLinear(shard_linear(mlp.down_proj, group, 1, multiple), tp_group),
         )
-    network.set_submodule("vision_tower", DataParallelTower(network.vision_tower, together))
+    network.set_submodule("vision_tower", DataParallelTower(network.vision_tower, tp_group))
     for parameter in network.parameters():
         parameter.data = parameter.data.to(device, dtype)
     for buffer in network.buffers():
         buffer.data = buffer.data.to(device)
-    if (
-        config.text.vocab_size % (ranks.count * (PANEL if quantised else 1)) == 0
-    ):  # else it is whole
+    if config.text.vocab_size % (group.world_size * (PANEL if is_quantized else 1)) == 0:
         tied = network.lm_head.weight is network.language_model.embed_tokens.weight
-        network.set_submodule(
-            "lm_head", ColumnParallelLinear(cut(network.lm_head, ranks, 0, copy=not tied), together)
-        )
+        head = shard_linear(network.lm_head, group, 0, copy=not tied)
+        network.set_submodule("lm_head", ColumnParallelLinear(head, tp_group))
     network.config = replace(config, text=text)
     network.language_model.config = text
-    together.computing = True
-    return together
+    tp_group.in_lockstep = True
+    return tp_group
 
 
-def share(c: TextConfig, ranks: ProcessGroup, group: int) -> TextConfig:
-    """The decoder that one of several processes computes; group: of how many weights its linears can be cut.
+def local_config(c: TextConfig, group: ProcessGroup, multiple: int) -> TextConfig:
+    """The decoder that one rank computes; its linears are split at a multiple of `multiple`
+    weights.
 
-    Heads are shared evenly, the inner width as evenly as whole groups can be.
+    Heads are split evenly, the inner width as evenly as the multiple allows.
     """
 
     def fits(n: int) -> bool:
         heads = c.num_heads % n or c.num_kv_heads % n
         return not (
             heads
-            or c.num_heads * c.head_dim % (n * group)
-            or c.num_kv_heads * c.head_dim % (n * group)
-        ) and (n * group <= c.intermediate_size)
+            or c.num_heads * c.head_dim % (n * multiple)
+            or c.num_kv_heads * c.head_dim % (n * multiple)
+        ) and (n * multiple <= c.intermediate_size)
 
-    n = ranks.count
+    n = group.world_size
     if not fits(n):
         possible = ["1", *(str(n) for n in range(2, c.num_kv_heads + 1) if fits(n))]
-        whole = f" in whole groups of {group} quantised weights" if group > 1 else ""
-        raise ranks.common(
+        whole = f" in whole groups of {multiple} quantized weights" if multiple > 1 else ""
+        group.raise_everywhere(
             OptionError(
-                f"{n} processes cannot share {c.num_heads} heads and {c.num_kv_heads} heads of keys and values evenly "
+                f"{n} processes cannot share {c.num_heads} attention heads and {c.num_kv_heads} "
+                "KV heads evenly "
                 f"and an inner width of {c.intermediate_size}{whole}: "
                 f"start torchrun with --nproc-per-node {' or '.join(possible)}"
             )
         )
-    inner = local_slice(c.intermediate_size, ranks, group)
+    inner = local_slice(c.intermediate_size, group, multiple)
     return replace(
         c,
         num_heads=c.num_heads // n,
@@ -180,43 +186,42 @@ def share(c: TextConfig, ranks: ProcessGroup, group: int) -> TextConfig:
     )
 
 
-def local_slice(size: int, ranks: ProcessGroup, group: int) -> slice:
-    """Which of so many numbers are this process's, in whole groups."""
+def local_slice(size: int, group: ProcessGroup, multiple: int) -> slice:
+    """This rank's part of `size` rows or columns, from a multiple to a multiple or the end."""
     first, last = (
-        -(-size // group) * rank // ranks.count * group for rank in (ranks.rank, ranks.rank + 1)
+        -(-size // multiple) * rank // group.world_size * multiple
+        for rank in (group.rank, group.rank + 1)
     )
     return slice(first, min(size, last))
 
 
-def cut(
+def shard_linear(
     linear: nn.Linear | QuantizedLinear,
-    ranks: ProcessGroup,
+    group: ProcessGroup,
     dim: int,
-    group: int | None = None,
+    multiple: int | None = None,
     *,
     copy: bool = True,
 ) -> nn.Module:
-    """Leave a linear this process's share of its outputs (`dim` 0) or inputs (1), in whole groups; None: evenly.
+    """Reduce a linear to this rank's outputs (`dim` 0) or inputs (1), split at a `multiple`; None:
+    evenly.
 
-    copy: what remains is memory of its own, so that the rest can go.
+    copy: the shard is memory of its own, so that the whole weight can be freed.
     """
     assert dim == 0 or linear.bias is None
     size = linear.in_features if dim else linear.out_features
-    mine = local_slice(size, ranks, group or size // ranks.count)
+    own = local_slice(size, group, multiple or size // group.world_size)
     for name, whole in [*linear.named_parameters(), *linear.named_buffers()]:
         unit = (
             1 if isinstance(whole, nn.Parameter) else GROUP if dim else PANEL
-        )  # of buffers, panels of outputs, groups of inputs
-        count = -(-mine.stop // unit) - mine.start // unit
-        part = whole.narrow(dim, mine.start // unit, count)
-        part = part.clone(memory_format=torch.contiguous_format) if copy else part
-        setattr(
-            linear,
-            name,
-            nn.Parameter(part, requires_grad=False) if isinstance(whole, nn.Parameter) else part,
-        )
+        )  # buffers have a row per panel of outputs and a column per group of inputs
+        count = -(-own.stop // unit) - own.start // unit
+        shard = whole.narrow(dim, own.start // unit, count)
+        shard = shard.clone(memory_format=torch.contiguous_format) if copy else shard
+        is_parameter = isinstance(whole, nn.Parameter)
+        setattr(linear, name, nn.Parameter(shard, requires_grad=False) if is_parameter else shard)
     if dim == 0:
-        linear.out_features = mine.stop - mine.start
+        linear.out_features = own.stop - own.start
     else:
-        linear.in_features = mine.stop - mine.start
+        linear.in_features = own.stop - own.start
     return linear

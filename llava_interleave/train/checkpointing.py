@@ -66,7 +66,7 @@ def save(
     written.
     """
     draft, done = folder / "checkpoint.new", named(folder, state.step)
-    if ranks.once(done.exists):
+    if ranks.run_on_rank0(done.exists):
         return done
     tensors = _trained(model)
     kept = {id(p): of for optimiser in optimisers for p, of in optimiser.state.items()}
@@ -88,11 +88,13 @@ def save(
             if old != best:
                 shutil.rmtree(old)
 
-    ranks.once(begin)
+    ranks.run_on_rank0(begin)
     with _writing(done, ranks):
         writer = HuggingFaceStorageWriter(str(draft), _files(tensors), save_distributed=True)
-        _quietly(state_dict_saver.save, tensors, storage_writer=writer, no_dist=ranks.count == 1)
-    ranks.once(finish)
+        _quietly(
+            state_dict_saver.save, tensors, storage_writer=writer, no_dist=ranks.world_size == 1
+        )
+    ranks.run_on_rank0(finish)
     return done
 
 
@@ -116,9 +118,10 @@ def _writing(done: Path, ranks: ProcessGroup) -> Iterator[None]:
             cause = next(iter(error.failures.values()))[0]
         if not isinstance(cause, OSError | SafetensorError):
             raise cause from None
-        raise ranks.common(
-            DataError(f"cannot write {done}: {cause}; the checkpoints before it are as they were")
-        ) from cause
+        ranks.raise_everywhere(
+            DataError(f"cannot write {done}: {cause}; the checkpoints before it are as they were"),
+            cause,
+        )
 
 
 def _quietly(do: Callable[..., Any], *words: Any, **more: Any) -> None:
@@ -148,7 +151,7 @@ def restore(
     ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
 ) -> State:
     """Take up the newest checkpoint in `folder`, if there is one. Raises DataError if it is of another config."""
-    if (last := ranks.once(lambda: next(reversed(list_checkpoints(folder)), None))) is None:
+    if (last := ranks.run_on_rank0(lambda: next(reversed(list_checkpoints(folder)), None))) is None:
         return State()
     facts = json.loads((last / "state.json").read_text())
     defaults = {
@@ -168,7 +171,7 @@ def restore(
         other = ", ".join(
             f"{k}: {have.get(k)!r} there, {want[k]!r} here" for k in want if want[k] != have.get(k)
         )
-        raise ranks.common(
+        ranks.raise_everywhere(
             DataError(
                 f"{last} is of a run with another config ({other}); take another folder, or delete it"
             )
@@ -181,7 +184,7 @@ def restore(
             p = parameters[key.removeprefix(MOMENT).rpartition(".")[0]]
             alone = torch.zeros(stored.size, dtype=stored.properties.dtype, device=p.device)
             tensors[key] = torch.zeros_like(p) if stored.size == p.shape else alone
-    _read(last, tensors, alone=ranks.count == 1)
+    _read(last, tensors, alone=ranks.world_size == 1)
     kept: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(MOMENT):

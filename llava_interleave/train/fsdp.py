@@ -50,11 +50,11 @@ def shard_fsdp(
 
     Of a network in shards, parameters are shards outside of that.
     """
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         network.to(device)
         _widen(network, wide)
         return lambda do, *words: do(network, *words)
-    whole, mesh = _Whole(network), init_device_mesh(device.type, (ranks.count,))
+    whole, mesh = _Whole(network), init_device_mesh(device.type, (ranks.world_size,))
     for part in (*layers(network), whole):  # one after another: never is all of it whole
         _widen(part, wide)
         fully_shard(part, mesh=mesh)

@@ -122,19 +122,21 @@ def train(
     SIGTERM and Ctrl-C, to any rank, end the step of all, save, and then end the program (SystemExit 143, KeyboardInterrupt).
     Raises DataError if the data end early, the loss is not a number or a checkpoint cannot be written; the last one stays.
     """
-    if config.accumulate % ranks.count:
-        more = -(-config.accumulate // ranks.count) * ranks.count
-        uneven = f"{ranks.count} processes cannot share {config.accumulate} batches a step evenly"
-        raise ranks.common(
+    if config.accumulate % ranks.world_size:
+        more = -(-config.accumulate // ranks.world_size) * ranks.world_size
+        uneven = (
+            f"{ranks.world_size} processes cannot share {config.accumulate} batches a step evenly"
+        )
+        ranks.raise_everywhere(
             OptionError(f"{uneven}: give accumulate {more}, or another number of processes")
         )
-    if config.muon and ranks.count > 1:
-        raise ranks.common(
+    if config.muon and ranks.world_size > 1:
+        ranks.raise_everywhere(
             Unsupported(
-                f"Muon needs whole matrices, and {ranks.count} processes have shards: take muon=0, or one"
+                f"Muon needs whole matrices, and {ranks.world_size} processes have shards: take muon=0, or one"
             )
         )
-    share = config.accumulate // ranks.count
+    share = config.accumulate // ranks.world_size
     folder.mkdir(parents=True, exist_ok=True)
     optimisers = make(model, config)
     state = checkpointing.restore(folder, model, optimisers, config, ranks)
@@ -174,7 +176,7 @@ def train(
             last, before = state.step + 1 == config.steps, state.best
             with pace:
                 taken = list(islice(source, share))
-                (short,) = ranks.most(len(taken) < (1 if last else share))
+                (short,) = ranks.all_reduce_max(len(taken) < (1 if last else share))
                 whole = not short
                 if whole:
                     told = step(
@@ -191,7 +193,7 @@ def train(
                 state = replace(state, step=state.step + 1, position=taken[-1][1])
                 if state.step % config.log_every == 0 or last:
                     rates = pace.rates(fastest)
-                    if took := ranks.most(memory(next(model.parameters()).device))[0]:
+                    if took := ranks.all_reduce_max(memory(next(model.parameters()).device))[0]:
                         rates["memory"] = took / 2**30
                     log(
                         state.step,
@@ -207,10 +209,10 @@ def train(
                 if last or (config.evaluate_every and state.step % config.evaluate_every == 0):
                     state = look(state)
             timely = config.save_minutes and time.monotonic() - saved >= 60 * config.save_minutes
-            due, number = ranks.most(bool(timely), stop[0] if stop else 0)
+            due, number = ranks.all_reduce_max(bool(timely), stop[0] if stop else 0)
             if not whole and not number:
                 ended = f"the data ended after {state.step:,} of {config.steps:,} steps: give more, or fewer steps"
-                raise ranks.common(DataError(ended))
+                ranks.raise_everywhere(DataError(ended))
             if due or last or number or state.best != before or state.step % config.save_every == 0:
                 where = checkpointing.save(
                     folder, model, optimisers, state, config, dict(about), ranks
@@ -266,7 +268,7 @@ def step(
             group["lr"] = config.lr * group["scale"] * config.rate(number)
     parts: list[Loss] = []
     for index, batch in enumerate(taken):
-        torch.manual_seed(number * config.accumulate + index * ranks.count + ranks.rank)
+        torch.manual_seed(number * config.accumulate + index * ranks.world_size + ranks.rank)
         with autocast(next(model.parameters()).device, config.bfloat16):
             part = loss(model, batch)
         part.total.backward()
@@ -275,12 +277,12 @@ def step(
         (part.total.item(), part.count, part.right, part.tokens, part.crops, part.flops)
         for part in parts
     ]
-    total, count, right, tokens, crops, flops = ranks.total(
+    total, count, right, tokens, crops, flops = ranks.all_reduce_sum(
         *(sum(column) for column in zip(*columns, strict=True))
     )
     value = total / count
     if not math.isfinite(value):
-        raise ranks.common(
+        ranks.raise_everywhere(
             DataError(
                 f"the loss is {value} at step {number:,}: lower the learning rate, or look at the data"
             )

@@ -299,7 +299,7 @@ def distributed_batches(
         rest = plan.read(start)
         while step := list(islice(rest, each)):
             longest = sorted((numbers for numbers, _ in step), key=plan.length, reverse=True)
-            for first in range(0, len(longest), ranks.count):
+            for first in range(0, len(longest), ranks.world_size):
                 at = first + ranks.rank
                 idle = at >= len(longest)
                 yield longest[first if idle else at], idle, step[-1][1]

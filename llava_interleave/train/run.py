@@ -69,7 +69,7 @@ def run(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Pat
     name = "adapter" if adapter else "model"
     if ranks.rank:
         return out / name
-    if ranks.count > 1:  # whole, from what all ranks have saved
+    if ranks.world_size > 1:  # whole, from what all ranks have saved
         network, adapter, _ = _network(recipe, folder, device)
         parts(network, config, _nothing)
         shard_fsdp(network, ProcessGroup(), torch.device("cpu"), wide=_wide(recipe, device))
@@ -94,8 +94,8 @@ def _train(
 ) -> tuple[Llava, LoraAdapter | None, torch.dtype, TrainConfig]:
     """What ranks do together. -> network and adapter as they lie here, the type they were stored in, the loop's config."""
     form = SampleFormat(recipe.template, recipe.anyres, recipe.front)
-    ranks.once(lambda: _check_precision(recipe, folder, device))
-    units, kept = ranks.once(lambda: _samples(recipe, folder, form, out, say))
+    ranks.run_on_rank0(lambda: _check_precision(recipe, folder, device))
+    units, kept = ranks.run_on_rank0(lambda: _samples(recipe, folder, form, out, say))
     network, adapter, stored = _network(recipe, folder, device)
     within = shard_fsdp(network, ranks, device, wide=_wide(recipe, device))
     if recipe.bfloat16 and not bf16_is_faster(device):
@@ -119,13 +119,13 @@ def _train(
         None,
     ):
         reached = f"adapter.targets reaches {idle.split(LOW)[0]}, where the factor is 0: raise that, or leave it out"
-        raise ranks.common(OptionError(reached))
+        ranks.raise_everywhere(OptionError(reached))
     loss: LossFunction[Llava, Any] = sft_loss
     if recipe.dpo:
         loss = DPOLoss(recipe.dpo.beta, recipe.dpo.smoothing, recipe.dpo.ipo)
         references = _references(network, within, recipe, [*units, *kept], folder, out, ranks, say)
         plan.samples = samples = Samples(units, folder, recipe.seed, form, references)
-    loss = loss if ranks.count == 1 else fsdp_loss(loss, within)
+    loss = loss if ranks.world_size == 1 else fsdp_loss(loss, within)
     groups = _packed(kept, recipe)
     spaced = kept[:: max(1, len(kept) // max(1, recipe.answers))][: recipe.answers]
     told = GenerationLogger(
@@ -157,7 +157,7 @@ def _train(
             about=recipe.stored(),
             say=say,
             ranks=ranks,
-            fastest=ranks.total(
+            fastest=ranks.all_reduce_sum(
                 rate(
                     device,
                     torch.bfloat16 if recipe.bfloat16 and bf16_is_faster(device) else torch.float32,
@@ -345,12 +345,14 @@ def _measure(
 ) -> dict[str, float]:
     """Loss on units that come in batches, each computed by one rank."""
     found = []
-    for first in range(0, len(groups), ranks.count):
+    for first in range(0, len(groups), ranks.world_size):
         group, idle = _mine(groups, first, ranks)
         batch = join([samples.make(unit) for unit in group])
         part = loss(network, DummyBatch(batch) if idle else batch)
         found.append((part.total.item(), part.count, part.right))
-    total, count, right = ranks.total(*(sum(column) for column in zip(*found, strict=True)))
+    total, count, right = ranks.all_reduce_sum(
+        *(sum(column) for column in zip(*found, strict=True))
+    )
     return {"loss": total / max(1, count), "right": right / max(1, count)}
 
 
@@ -387,7 +389,7 @@ def _references(
     network.eval()
     about = {"model": str(folder), "digest": _digest(units)}
     with Journal(out / "reference.jsonl", about) if ranks.rank == 0 else nullcontext() as journal:
-        rows = ranks.once(
+        rows = ranks.run_on_rank0(
             lambda: {name: journal.row(name) for name in journal.done} if journal else {}
         )
         left = [unit for unit in units if unit.name not in rows]
@@ -395,7 +397,7 @@ def _references(
             say(f"computing the reference of {len(left):,} pairs")
         make = Samples(left, folder, recipe.seed, SampleFormat(recipe.template, recipe.anyres)).make
         groups = _packed(left, recipe)
-        for first in range(0, len(groups), ranks.count):
+        for first in range(0, len(groups), ranks.world_size):
             group, idle = _mine(groups, first, ranks)
             batch = join([make(unit) for unit in group])
             assert isinstance(batch, Pairs)
@@ -405,7 +407,7 @@ def _references(
                 {"id": unit.name, "chosen": a, "rejected": b}
                 for unit, (a, b) in zip(group, found, strict=True)
             ]
-            told = [row for one in ranks.each([] if idle else mine) for row in one]
+            told = [row for one in ranks.all_gather_object([] if idle else mine) for row in one]
             rows |= {row["id"]: row for row in told}
             if journal:
                 journal.add(told)
