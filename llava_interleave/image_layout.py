@@ -12,9 +12,9 @@ PINPOINTS = ((384, 768), (768, 384), (768, 768), (1152, 384), (384, 1152))
 
 @dataclass(frozen=True, slots=True)
 class TokenReduction:
-    """How features of images and of video frames become fewer tokens. The names are those of `Options`; 1 leaves all.
+    """Visual token reduction of images and video frames; the names are those of `Options`, 1 is off.
 
-    pool: sides of the squares that are averaged. keep: shares of tokens that are kept.
+    pool: side of the average-pooling window, in features. ratio: share of the tokens that DivPrune keeps.
     """
 
     image_token_pool: int = 1

@@ -1,4 +1,4 @@
-"""What a person can choose about an answer: one frozen record from which keywords, command-line flags and documentation come."""
+"""Generation options: one frozen record; Python keywords, flags and documentation come from it."""
 
 from __future__ import annotations
 
@@ -14,87 +14,84 @@ DEFAULT_SYSTEM = "default"
 MAX_NEW_TOKENS = 512
 
 
-def _option(default: Any, sentence: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": sentence})
+def setting(default: Any, sentence: str, default_text: str = "") -> Any:
+    """A dataclass field with its help, and where its default is computed, how: flags show both."""
+    metadata = {"help": sentence} | ({"default": default_text} if default_text else {})
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How an answer is made. The sampling names are transformers'; temperature 0, the default, is greedy."""
+    """Options of one answer. Sampling names are transformers'; temperature 0, the default, is greedy."""
 
-    max_new_tokens: int | None = _option(
-        None, "At most this many tokens are written; without it 512, or what the context leaves."
+    max_new_tokens: int | None = setting(
+        None, "Maximum number of tokens to generate.", "512, or the rest of the context"
     )
-    temperature: float = _option(
-        0.0, "0 takes the likeliest token every time; above 0 samples, 1 as the model means it."
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy decoding.")
+    top_k: int = setting(0, "Sample from the k most likely tokens; 0 is all.")
+    top_p: float = setting(
+        1.0, "Nucleus sampling: sample from the fewest tokens that reach this total probability."
     )
-    top_k: int = _option(0, "Sample from the k likeliest tokens only; 0 from all.")
-    top_p: float = _option(
-        1.0, "Sample from the fewest tokens that together reach this probability."
+    min_p: float = setting(
+        0.0, "Exclude tokens whose probability is below this fraction of the most likely token's."
     )
-    min_p: float = _option(
-        0.0, "Leave out tokens less likely than this share of the likeliest one."
+    repetition_penalty: float = setting(
+        1.0, "Above 1 lowers the logits of tokens already in the prompt or the answer."
     )
-    repetition_penalty: float = _option(
-        1.0, "Above 1 makes tokens of the prompt and the answer so far less likely."
+    presence_penalty: float = setting(
+        0.0, "Subtracted from the logit of every token already generated."
     )
-    presence_penalty: float = _option(
-        0.0, "Taken once from the logit of each token that the answer already has."
+    frequency_penalty: float = setting(
+        0.0, "Subtracted from a token's logit once per previous occurrence in the answer."
     )
-    frequency_penalty: float = _option(
-        0.0, "Taken from a token's logit for every time that the answer already has it."
+    seed: int | None = setting(
+        None, "Random seed: the same seed gives the same answer; answer i of n uses seed + i."
     )
-    seed: int | None = _option(
-        None, "Sampling with the same seed gives the same answer; answer i of n uses seed + i."
+    stop: str | tuple[str, ...] = setting(
+        (), "Stop string: end the answer before this text; repeatable."
     )
-    stop: str | tuple[str, ...] = _option(
-        (), "End the answer before this text; can be given several times."
-    )
-    stop_ids: tuple[int, ...] = _option(
-        (), "End the answer at this token id; can be given several times."
-    )
-    ignore_eos: bool = _option(
-        False, "Go on past the end-of-turn token up to max_new_tokens, for measuring."
+    stop_ids: tuple[int, ...] = setting((), "End the answer at this token id; repeatable.")
+    ignore_eos: bool = setting(
+        False, "Generate max_new_tokens past the end-of-turn token, for benchmarks."
     )
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"help": "Added to the logits, by token id."}
     )
-    logprobs: int | None = _option(
-        None, "Report each token's log-probability and those of this many likeliest ones."
+    logprobs: int | None = setting(
+        None, "Report each token's log-probability and this many most likely alternatives."
     )
-    prompt_lookup_num_tokens: int | None = _option(
+    prompt_lookup_num_tokens: int | None = setting(
         None,
-        "Guess up to this many tokens at a time where the answer repeats what was said before; 0 guesses none. Without it 8 "
-        "where that changes nothing but time: on a CPU, with weights of few bits and kernels.",
+        "Speculative decoding by prompt lookup: draft up to this many tokens per step; 0 is off.",
+        "8 on a CPU with the int4/int8 kernels, where the output is unchanged; otherwise off",
     )
-    n: int = _option(1, "How many answers to write.")
-    adapter: str | None = _option(
-        None, "Answer through this adapter; on the command line its folder or Hugging Face name."
+    n: int = setting(1, "Number of answers.")
+    adapter: str | None = setting(
+        None, "LoRA adapter; on the command line its folder or Hugging Face name."
     )
-    preset: str = _option("interleave", "How messages become tokens: interleave, hf or official.")
-    system: str | None = _option(
-        DEFAULT_SYSTEM, "The system prompt; 'default' takes the preset's own, '' leaves it out."
+    preset: str = setting("interleave", "Prompt format: interleave, hf or official.")
+    system: str | None = setting(
+        DEFAULT_SYSTEM, "System prompt; 'default' is the preset's own, '' omits it."
     )
-    anyres: bool = _option(
-        False, "Cut a single image into tiles for more detail, as single images were trained."
+    anyres: bool = setting(
+        False, "Tile a single image (anyres) for more detail, as in single-image training."
     )
-    image_token_pool: int = _option(
+    image_token_pool: int = setting(
+        1, "Average-pool image tokens with an N x N window; 2 keeps a quarter of them."
+    )
+    video_token_pool: int = setting(
         1,
-        "Average each square of so many features a side of an image; 2 leaves a quarter of its tokens.",
+        "As --image-token-pool, for video frames. Not used in training: check accuracy.",
     )
-    video_token_pool: int = _option(
-        1,
-        "The same of a video's frames, so that more of them fit; the model was trained without either.",
+    image_token_ratio: float = setting(
+        1.0, "Keep this fraction of an image's tokens, the most diverse ones (DivPrune)."
     )
-    image_token_ratio: float = _option(
-        1.0, "Keep this share of an image's tokens, those that differ most from each other."
-    )
-    video_token_ratio: float = _option(1.0, "The same of each frame of a video.")
-    frames: int | None = _option(None, "At most this many frames of a video.")
-    fps: float | None = _option(None, "Frames a second of a video, up to the number of frames.")
-    start: float | None = _option(None, "Begin a video at this second.")
-    end: float | None = _option(None, "End a video at this second.")
-    frame_times: bool = _option(False, "Tell the model the times of a video's frames.")
+    video_token_ratio: float = setting(1.0, "As --image-token-ratio, for each video frame.")
+    frames: int | None = setting(None, "Maximum number of frames sampled from a video.")
+    fps: float | None = setting(None, "Frames per second sampled from a video, up to --frames.")
+    start: float | None = setting(None, "Start of a video clip, in seconds.")
+    end: float | None = setting(None, "End of a video clip, in seconds.")
+    frame_times: bool = setting(False, "Write each video frame's timestamp into the prompt.")
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):
@@ -103,12 +100,12 @@ class Options:
                 self, name, (given,) if isinstance(given, str | int) else tuple(given)
             )
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise OptionError(f"stop takes texts that are not empty, not {self.stop!r}")
+            raise OptionError(f"stop takes non-empty strings, not {self.stop!r}")
         if type(self.n) is not int or not 1 <= self.n <= 128:
             raise OptionError(f"n is the number of answers, 1 to 128, not {self.n!r}")
 
     def but(self, changes: Mapping[str, object]) -> Options:
-        """These options with `changes`; an unknown name is an `OptionError` that tells the nearest known one."""
+        """A copy with `changes`. An unknown name raises `OptionError` with the nearest known one."""
         names = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in names:
@@ -120,7 +117,7 @@ DEFAULTS = Options()
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
-    """The error for a name that does not exist: it tells the nearest one that does, or all."""
+    """The error for an unknown name; it suggests the nearest known one, or lists all."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return OptionError(

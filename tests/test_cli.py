@@ -137,12 +137,12 @@ def test_unknown_model() -> None:
 
 
 def test_plan_counts_what_ask_uses(tiny: Path, red: Path) -> None:
-    planned = json.loads(llava("plan", "-m", tiny, "-a", red, "What is it?", "--json").out)
+    planned = json.loads(llava("estimate", "-m", tiny, "-a", red, "What is it?", "--json").out)
     used = json.loads(
         llava("ask", "-m", tiny, "-a", red, "What is it?", "--json", "--max-new-tokens", 1).out
     )
     assert planned["total"] == used["usage"]["prompt"]
-    table = llava("plan", "-m", tiny, "-a", red, "What is it?")
+    table = llava("estimate", "-m", tiny, "-a", red, "What is it?")
     assert str(planned["total"]) in table.out
 
 
