@@ -1,8 +1,33 @@
-"""What several test files share."""
+"""Fixtures and markers of the whole suite.
+
+Tests run on all cores (pytest-xdist). `-m fast` leaves out what is marked `slow`: tests that train,
+start servers, browsers or several processes, or compile C++.
+"""
+
+import os
+
+# Before PyTorch is imported: workers that each use every core slow each other down.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
 
 import pytest
 
 from llava_interleave import kernels
+from llava_interleave.testing import tiny_checkpoint
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint with random weights that all tests read and none changes."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(params=["AVX2", "AVX-512 VNNI", "AVX-512 BF16"])
@@ -13,5 +38,5 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     )
     if len(kernels.instructions()) < len(flags):
         pytest.skip(f"this CPU has no {request.param}")
-    found = kernels.functions(kernels.compiled(flags))
-    monkeypatch.setattr(kernels, "_library", lambda: found)
+    library = kernels.functions(kernels.compiled(flags))
+    monkeypatch.setattr(kernels, "_library", lambda: library)

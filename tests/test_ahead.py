@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import (
+
+from llava_interleave.engine import Engine, Event, Request, SamplingParams
+from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, InFlightStep
+from tests.helpers.cuda_graphs import graphs_of
+from tests.helpers.engine import (
     EOS,
     GREEDY,
     MIXED,
@@ -25,10 +29,6 @@ from test_engine import (
     prompt,
     text,
 )
-from test_paged import graphs_of
-
-from llava_interleave.engine import Engine, Event, Request, SamplingParams
-from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, InFlightStep
 
 
 @pytest.fixture(autouse=True)

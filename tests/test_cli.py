@@ -1,25 +1,17 @@
 """The command line: what it prints where, and its exit codes."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from llava_interleave.cli import main, reference
-from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.cli import reference
+from tests.helpers.cli import llava
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +19,6 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("media") / "red.png"
     Image.new("RGB", (40, 30), "red").save(path)
     return path
-
-
-@dataclass(frozen=True)
-class Done:
-    code: object
-    out: str
-    err: str
-
-
-def llava(*words: object, stdin: bytes = b"") -> Done:
-    """Run the program in this process, as a shell would: no terminal on any side."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", ["llava", *map(str, words)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        try:
-            main()
-            code: object = 0
-        except SystemExit as ended:
-            code = ended.code
-    written = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
-    return Done(code or 0, *written)
 
 
 def test_docs_are_what_the_program_says() -> None:

@@ -9,21 +9,15 @@ from pathlib import Path
 import jsonschema_rs
 import pytest
 import yaml
-from hostile import BLUE, RED, picture, png, user
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
-from test_server import QUESTIONS, listening
 
 from llava_interleave.chat import Chatbot, load
 from llava_interleave.server.run import Server
-from llava_interleave.testing import tiny_checkpoint
+from tests.helpers.requests import BLUE, RED, picture, png, user
+from tests.helpers.server import QUESTIONS, listening
 
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("clients") / "tiny")
 
 
 @pytest.fixture(scope="module")

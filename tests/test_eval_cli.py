@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import llava
-from test_evals import BROKEN, WHOLE, bench, embedded, made, parquet, picture
-from test_offline import openai, shard
 
 from llava_interleave import load
 from llava_interleave.cli import terminal
@@ -20,13 +17,10 @@ from llava_interleave.cli.local_model import LazyModel, answer_all
 from llava_interleave.errors import LlavaError, OptionError
 from llava_interleave.journal import read
 from llava_interleave.options import Options
-from llava_interleave.testing import tiny_checkpoint
 from recipes.tiny_world import benchmark
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("eval") / "tiny")
+from tests.helpers.batches import openai, shard
+from tests.helpers.benchmarks import BROKEN, WHOLE, bench, embedded, made, parquet, picture
+from tests.helpers.cli import llava
 
 
 def test_world_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_server import listening
 
 from llava_interleave import load
 from llava_interleave.chat import locate
+from tests.helpers.server import listening
 
 PROGRAM = os.environ.get("LMMS_EVAL") or shutil.which("lmms-eval")
 TASK = """task: colours

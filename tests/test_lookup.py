@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import EOS, IMAGE, MIXED, VOCAB, answers, engine, expected, finish, prompt, text
 
 from llava_interleave import checkpoints, kernels
 from llava_interleave.chat import load
@@ -20,6 +19,18 @@ from llava_interleave.engine.sampler import MAX_DRAFT_TOKENS
 from llava_interleave.errors import OptionError
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
+from tests.helpers.engine import (
+    EOS,
+    IMAGE,
+    MIXED,
+    VOCAB,
+    answers,
+    engine,
+    expected,
+    finish,
+    prompt,
+    text,
+)
 
 GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)
 DRAWN = [

@@ -37,8 +37,8 @@ from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from recipes.tiny_world import benchmark
+from tests.helpers.lora import DECODER, made
 
-DECODER = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 WHOLE = LoraConfig(
     rank=3,
     alpha=5.0,
@@ -55,15 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(
         tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False})
     )
-
-
-def made(folder: Path, lora: LoraConfig, seed: int) -> LoraAdapter:
-    """An adapter as training leaves it: B is not nought any more."""
-    adapter = attach(checkpoints.load(folder), lora, seed)
-    random = torch.Generator().manual_seed(seed)
-    for part in adapter.parts.values():
-        part.b.data.normal_(0, 0.3, generator=random)
-    return adapter
 
 
 def merged(folder: Path, adapter: LoraAdapter) -> Llava:

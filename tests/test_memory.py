@@ -6,37 +6,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import MIXED, VOCAB, answers, engine, expected, network
 
-from llava_interleave.config import TextConfig
 from llava_interleave.engine.kv_contiguous import (
     MAX_DECODE_TOKENS,
     ContiguousKVCache,
     Span,
     bytes_per_token,
-    quantize_kv,
 )
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
 from llava_interleave.engine.sampler import SamplingParams
 from llava_interleave.errors import OptionError
 from llava_interleave.model import PackedAttention, arrange_features
 from llava_interleave.prompt import Prompt
+from tests.helpers.engine import MIXED, VOCAB, answers, engine, expected, network
+from tests.helpers.kv import config, rounded
 
 CPU = torch.device("cpu")
 
 
-def config(heads: int = 4, kv_heads: int = 2, layers: int = 2) -> TextConfig:
-    return TextConfig(num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=8)
-
-
 def room(capacity: int) -> SequenceKV:
     return SequenceKV(CacheKey.of([]), 0, capacity)
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values as they count when they are kept in 8 bits."""
-    q, scale = quantize_kv(x)
-    return q * scale.float()[..., None]
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion
-from test_evals import kill_and_resume, picture
 
 from llava_interleave.batch import Answerer, JsonRow, Reply, Source, order, run
 from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from llava_interleave.options import Options
+from tests.helpers.batches import openai, shard
+from tests.helpers.benchmarks import kill_and_resume, picture
 
 Asked = Sequence[Sequence[Mapping[str, Any]]]
 
@@ -175,14 +176,6 @@ def test_parquet_is_refused_by_name_without_pyarrow(
         Source(tmp_path / "in.parquet")
 
 
-def shard(path: Path, *members: tuple[str, bytes], **more: Any) -> None:
-    with tarfile.open(path, "w", **more) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
-
-
 def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     """Neighbours with what stands before the first dot of the last part of the name; across shards nothing is joined."""
     folder = tmp_path / "shards"
@@ -274,16 +267,6 @@ def test_sources_that_are_none(name: str, content: str | None, tmp_path: Path) -
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=name):
         Source(tmp_path / name)
-
-
-def openai(number: int, **body: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"{number}"}]
-    return {
-        "custom_id": f"r-{number}",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {"model": "m", "messages": messages, **body},
-    }
 
 
 def test_openai_batches(tmp_path: Path) -> None:

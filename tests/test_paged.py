@@ -15,7 +15,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import (
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from llava_interleave.engine import SamplingParams, kv_budget
+from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, sizes
+from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
+from llava_interleave.engine.kv_paged import PagedKVCache
+from llava_interleave.engine.prefix_cache import BlockAllocator, CacheKey, PrefixCache, SequenceKV
+from llava_interleave.errors import OptionError
+from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.model import PackedAttention, varlen
+from tests.helpers.cuda_graphs import graphs_of
+from tests.helpers.engine import (
     MIXED,
     SAMPLED,
     VOCAB,
@@ -30,18 +42,7 @@ from test_engine import (
     prompt,
     text,
 )
-from test_memory import config, rounded
-from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
-
-from llava_interleave.engine import SamplingParams, kv_budget
-from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, sizes
-from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
-from llava_interleave.engine.kv_paged import PagedKVCache
-from llava_interleave.engine.prefix_cache import BlockAllocator, CacheKey, PrefixCache, SequenceKV
-from llava_interleave.errors import OptionError
-from llava_interleave.lora import LoraConfig, attach
-from llava_interleave.model import PackedAttention, varlen
+from tests.helpers.kv import config, rounded
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -329,39 +330,6 @@ def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
     assert (
         torch.equal(memories[0].pool[:, :, -1], scratch) != filled_up
     )  # what fills up writes there, and there alone
-
-
-class Graph:
-    """Runs a step again in the tensors that it was captured in. Graphs share memory: what others found is gone then."""
-
-    def __init__(self, captured: CudaGraphDecoder, size: int, others: list[Graph]) -> None:
-        self.captured, self.size, self.others, self.replays = captured, size, others, 0
-        self.found = self.computed()
-
-    def computed(self) -> tuple[Tensor, Tensor]:
-        found = self.captured._step(self.size)
-        for other in self.others:
-            for tensor in other.found:
-                tensor.fill_(-1)
-        return found
-
-    def replay(self) -> None:
-        self.replays += 1
-        for old, new in zip(self.found, self.computed(), strict=True):
-            old.copy_(new)
-
-
-def graphs_of(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
-    """All graphs that are captured from now on, as if there were a card."""
-    found: list[Graph] = []
-
-    def capture(self: CudaGraphDecoder, size: int) -> tuple[Graph, tuple[Tensor, Tensor]]:
-        found.append(Graph(self, size, [graph for graph in found if graph.captured is self]))
-        return found[-1], found[-1].found
-
-    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.why_not", lambda _: None)
-    monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
-    return found
 
 
 def test_captured_steps_are_run_again_by_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import llava
-from test_engine import GREEDY, IMAGE, engine, naive, prompt, text
-from test_lora import DECODER, made
 
 from llava_interleave import checkpoints
 from llava_interleave.chat import Answer, Chatbot, Conversation, kv_file, load
@@ -29,6 +26,9 @@ from llava_interleave.engine.kv_snapshot import KVSnapshot
 from llava_interleave.engine.prefix_cache import HASH_BLOCK, CacheKey, MediaId
 from llava_interleave.errors import DataError, OptionError
 from llava_interleave.testing import tiny_checkpoint, tiny_config
+from tests.helpers.cli import llava
+from tests.helpers.engine import GREEDY, IMAGE, engine, naive, prompt, text
+from tests.helpers.lora import DECODER, made
 
 UNTIED = tiny_config(text={"tie_word_embeddings": False})
 HOW: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": 2}

@@ -21,11 +21,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hostile import BLUE, RED, STILLS, WHAT, data_url, picture, png, user
 from typer.testing import CliRunner
 
 from llava_interleave import cli
 from llava_interleave.errors import OptionError, RemoteError
+from tests.helpers.requests import BLUE, RED, STILLS, WHAT, data_url, picture, png, user
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'llava-interleave[ray]'")
 serve = pytest.importorskip(

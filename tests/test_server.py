@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 import openai
 import pytest
 from fastapi.exceptions import RequestValidationError
-from hostile import BLUE, HOSTILE, RED, STILLS, WHAT, data_url, picture, png, sent, user
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 from starlette.testclient import TestClient
@@ -47,16 +46,23 @@ from llava_interleave.server.middleware import ApiKeys, RateLimit
 from llava_interleave.server.requests import ChatRequest
 from llava_interleave.server.run import Server
 from llava_interleave.server.settings import Settings
-from llava_interleave.testing import tiny_checkpoint
+from tests.helpers.requests import (
+    BLUE,
+    HOSTILE,
+    RED,
+    STILLS,
+    WHAT,
+    data_url,
+    picture,
+    png,
+    sent,
+    user,
+)
+from tests.helpers.server import QUESTIONS, listening, until
 
 LOCAL = "http://127.0.0.1:8000"
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("server") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +88,6 @@ def settled(client: TestClient) -> None:
     )
     if not service.worker.failed:
         service.bot.engine.check()
-
-
-def until(true: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -123,26 +122,6 @@ def folded(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 # Answers.
-
-QUESTIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
-    "text": ([{"role": "user", "content": "Hello"}], {}, {}),
-    "interleaved": (user(picture(RED), "is the first,", picture(BLUE), "the second"), {"seed": 3, "temperature": 1.5}, {}),
-    "views": (user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"), {"temperature": 1.0, "seed": 1}, {}),
-    "named views": (user({"type": "views", "views": [{"name": "top", "image": RED}]}, "How many?"), {}, {}),
-    "video": (user(STILLS, "What moves?"), {"frames": 2, "temperature": 1.2, "seed": 5}, {}),
-    "anyres": (user(picture(RED, detail="high"), "Read it"), {"temperature": 1.1, "seed": 2}, {}),
-    "several": (WHAT, {"n": 3, "seed": 7, "temperature": 1.5}, {}),
-    "penalties": (
-        WHAT,
-        {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.2, "top_k": 9, "min_p": 0.01, "top_p": 0.9,
-         "temperature": 2.0, "seed": 11},
-        {},
-    ),
-    "bias": (WHAT, {"logit_bias": {"70": 100, "71": 99.5}}, {"logit_bias": {70: 100, 71: 99.5}}),
-    "logprobs": (WHAT, {"logprobs": True, "top_logprobs": 3, "temperature": 1.5, "seed": 4}, {"logprobs": 3}),
-    "history": ([*WHAT, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "And now?"}], {}, {}),
-    "developer": ([{"role": "developer", "content": "Be brief."}, *WHAT], {}, {}),
-}  # fmt: skip
 
 
 def expected(oracle: Chatbot, name: str) -> list[Answer]:
@@ -1120,21 +1099,6 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_again(
 
 
 # Over a real port.
-
-
-@contextlib.contextmanager
-def listening(tiny: Path, **changes: Any) -> Iterator[Server]:
-    settings = Settings(port=0, requests_per_minute=100_000, **changes)
-    server = Server(create_app(load(tiny, device="cpu"), settings), settings)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

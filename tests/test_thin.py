@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import llava
-from test_engine import GREEDY, GRID, answers, engine, finish, naive, prompt, text
 from torch import Tensor
 
 from llava_interleave import load
@@ -21,7 +19,8 @@ from llava_interleave.image_layout import ImageTokenLayout, TokenReduction, anyr
 from llava_interleave.journal import read
 from llava_interleave.model import arrange_features
 from llava_interleave.processing import FrameSampling
-from llava_interleave.testing import tiny_checkpoint
+from tests.helpers.cli import llava
+from tests.helpers.engine import GREEDY, GRID, answers, engine, finish, naive, prompt, text
 
 VIDEO = {
     "type": "video",
@@ -34,11 +33,6 @@ ASKED = [
         "content": [{"type": "image", "image": Image.new("RGB", (90, 40), "red")}, VIDEO],
     }
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("pool") / "tiny")
 
 
 @pytest.fixture(scope="module")
