@@ -375,9 +375,9 @@ def test_auto_is_the_fastest_that_loses_nothing(
     monkeypatch.setattr("llava_interleave.placement.SMALL", 0)
     assert pick_precision("auto", whole, "cpu") == (torch.float32, None)
     assert pick_precision("bfloat16", half, "cpu") == (torch.bfloat16, None)
-    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, "int8")
-    monkeypatch.setattr(kernels, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "no compiler")
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, None)
 
@@ -390,7 +390,7 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
     half = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     monkeypatch.setattr(places, "SMALL", 0)
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, "int8")
     assert pick_precision("int4,head=int4", half, "cpu") == (torch.bfloat16, "int4,head=int4")
     assert pick_precision("int8,tower=float", half, "cpu") == (
@@ -401,7 +401,7 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
         UserWarning, match="no products in bfloat16: int8 and float32 are a hundred times as fast"
     ):
         load(half, precision="bfloat16", device="cpu")
-    monkeypatch.setattr(kernels, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "no compiler")
     assert pick_precision("auto", half, "cpu") == (torch.float32, None)
     with pytest.warns(UserWarning, match="no products in float16: float32 is a hundred"):
         load(half, precision="float16", device="cpu")
@@ -454,7 +454,7 @@ def test_auto_takes_the_card_that_the_network_fits(
 
 
 def test_keys_and_values_get_what_a_card_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "measured", lambda model, kv_precision: (model, kv_precision))
+    monkeypatch.setattr(places, "profile_kv_bytes", lambda model, kv_precision: (model, kv_precision))
     model = SimpleNamespace(
         language_model=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
     )

@@ -132,7 +132,7 @@ SHAPES = [(128, 16), (200, 33), (64, 8), (4304 // 16, 40)]
 def test_the_numbers_of_a_cpu_in_a_cards_order(
     bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "BLOCK", 16)  # several blocks of outputs
+    monkeypatch.setattr(cuda, "PACK_ROWS", 16)  # several blocks of outputs
     exact = made(features, out, bits, exact=True)
     assert torch.equal(Int4PackedLinear(exact).unpacked(), exact.unpacked())
     module = made(features, out, bits)
@@ -175,7 +175,7 @@ def test_products(
 ) -> None:
     """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything, else within its rounding."""
     monkeypatch.setattr(cuda, "_product", operator)
-    monkeypatch.setattr(cuda, "BLOCK", 16)
+    monkeypatch.setattr(cuda, "PACK_ROWS", 16)
     exact, module = made(features, out, bits, bias=False, exact=True), made(features, out, bits)
     for rows in (1, 5, cuda.MAX_TINYGEMM_ROWS, cuda.MAX_TINYGEMM_ROWS + 1):
         x = torch.zeros(rows, features, dtype=BF16)
@@ -343,7 +343,7 @@ def test_a_network_is_put_in_order_as_it_is_loaded(
                 module, "product", lambda x, m=module: linear(x, m.unpacked().to(x.dtype), m.bias)
             )
     right = logits(network)
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda *_: None)
     tiled = checkpoints.load(folder, precision=precision)
     assert {type(m) for m in tiled.modules() if isinstance(m, QuantizedLinearBase)} == {
         Int4PackedLinear

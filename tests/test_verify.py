@@ -275,7 +275,7 @@ def test_quantised_weights_are_computed_right(
             assert (case.standard, case.stages[-1].name) == (parity.ROUNDED, candidate.LINEARS)
             assert case.stages[-1].largest > 0
             assert case.stage("layer 1").relative < 0.05
-    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
     monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: self.plain(x) * 1.001)
     cases = parity.verify(packed, tokens=1)
     assert not any(case.passed for case in cases)
