@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 .PHONY: help demo test test-ray check bench bench-peers tiny
 
 help:
-	@echo "make demo    draw pictures, a video and views, and let the built-in model answer"
+	@echo "make demo    let the built-in model answer about images, a video and views"
 	@echo "make test    the test suite; ARGS=tests/test_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make check   ruff and mypy"

@@ -89,9 +89,9 @@ def run(command: str, folder: Path, out: Path) -> None:
     if command == "eval":
         words = (
             "eval",
-            "world",
-            "--scenario",
-            "single",
+            "recipes.tiny_world.benchmark:World",
+            "--task-option",
+            "scenario=single",
             "-n",
             SAMPLES,
             "--batch",

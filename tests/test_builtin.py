@@ -38,7 +38,7 @@ FLOOR = {"single": 0.86, "multi": 0.85, "video": 0.88, "views": 0.87}
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_it_knows_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None:
-    """A part of `llava eval world`; the whole figures are in the model's card."""
+    """A part of `llava eval recipes.tiny_world.benchmark:World`; the whole figures are in the model's card."""
     score = evaluate(lambda asked: answer(bot, asked), scenario, 50, held_out=held_out)
     assert score.share >= FLOOR[scenario], score.wrong
 

@@ -1,4 +1,4 @@
-"""Every code block of the README runs, in a folder where `llava demo` has drawn its files."""
+"""Every code block of the README runs, in a folder with the files of `llava demo`."""
 
 import re
 import shlex
@@ -7,11 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from llava_interleave.chat import BUILTIN
 from llava_interleave.cli import app, demo
 from llava_interleave.testing import tiny_checkpoint
+from recipes.tiny_world import Question
+from recipes.tiny_world import demo as recipe
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "<!-- not run: needs the network and a published checkpoint -->\n"
@@ -29,8 +32,7 @@ BLOCKS = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with demo/ in it, and a model of random weights for a clone that has no built-in one."""
     folder = tmp_path_factory.mktemp("readme")
-    for exhibit in (*demo.EXHIBITS, demo.TALK):
-        demo.write(exhibit, folder / "demo")
+    demo.copy_files(folder / "demo")
     if not (BUILTIN / "config.json").is_file():
         tiny_checkpoint(folder / "builtin")
     return folder
@@ -84,15 +86,36 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_the_demo_answers_and_counts(tmp_path: Path) -> None:
-    """Every question is a command line that can be copied, and the follow-up shows what was kept."""
+    """Every question is a command line that can be copied, and the follow-up shows how much was cached."""
     tiny = tiny_checkpoint(tmp_path / "tiny")
     done = CliRunner().invoke(app, ["demo", "--folder", "shown", "-m", str(tiny)])
     assert done.exit_code == 0, done.exception
     asked = [line[2:] for line in done.output.splitlines() if line.startswith("$ llava ask")]
-    total = sum(len(exhibit.about) for exhibit in (*demo.EXHIBITS, demo.TALK))
-    assert len(asked) == total - len(demo.TALK.about)
+    exhibits = demo.exhibits()
+    total = sum(len(exhibit.questions) for exhibit in exhibits)
+    assert len(asked) == sum(len(exhibit.questions) for exhibit in exhibits if not exhibit.chat)
     assert re.search(rf"^\d+ of {total} right", done.output, re.MULTILINE)
-    kept, prompt = map(int, re.findall(r"(\d+) of (\d+) tokens were kept", done.output)[0])
-    assert 0 < kept < prompt
+    cached, prompt = map(
+        int, re.findall(r"(\d+) of (\d+) prompt tokens were cached", done.output)[0]
+    )
+    assert 0 < cached < prompt
     copied = CliRunner().invoke(app, [*shlex.split(asked[-1])[1:], "--max-new-tokens", "2"])
     assert copied.exit_code == 0, copied.output
+
+
+def test_the_shipped_demo_is_what_its_recipe_writes(tmp_path: Path) -> None:
+    """The same questions and pixels; H.264 files differ from encoder to encoder."""
+    recipe.write(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in demo.FILES.iterdir())
+    assert sum((demo.FILES / name).stat().st_size for name in names) < 150_000
+    assert (tmp_path / "demo.json").read_text() == (demo.FILES / "demo.json").read_text()
+    for name in names:
+        if name.endswith(".png"):
+            with Image.open(tmp_path / name) as drawn, Image.open(demo.FILES / name) as shipped:
+                assert drawn.tobytes() == shipped.tobytes(), name
+
+
+def test_answers_of_the_demo_are_judged_as_those_of_the_world() -> None:
+    for text in ("4", " 4.", "two and two: 4", "5", "4: 5", "4 things"):
+        assert demo.is_right(text, "4") == Question("count", "4").is_answered(text)

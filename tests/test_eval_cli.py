@@ -23,31 +23,34 @@ from tests.helpers.benchmarks import BROKEN, WHOLE, bench, embedded, made, parqu
 from tests.helpers.cli import llava
 
 
-def test_world_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
-    """In pieces and with a file it is what `evaluate` counts; nothing is asked twice."""
-    words = ("eval", "world", "-m", tiny, "--scenario", "single", "--scenario", "views", "--json")
+WORLD = "recipes.tiny_world.benchmark:World"
+
+
+def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
+    """In two runs and with a file it scores as `evaluate` does; no question is asked twice."""
+    words = ("eval", WORLD, "--task-option", "scenario=single,views", "-m", tiny, "--json")
     first = llava(*words, "-n", 1, "-o", tmp_path)
     assert first.code == 0, first.err
     path = tmp_path / "world.jsonl"
     early = path.read_bytes()
-    second = llava(*words, "-n", 3, "-o", tmp_path, "--html", "--wrong", tmp_path / "wrong.jsonl")
+    second = llava(
+        *words, "-n", 3, "-o", tmp_path, "--html", "--save-errors", tmp_path / "errors.jsonl"
+    )
     assert second.code == 0, second.err
     assert path.read_bytes().startswith(early)
-    bot, told = load(tiny), json.loads(second.out)
+    bot, lines = load(tiny), json.loads(second.out)["world"]["lines"]
+    errors = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     for scenario in ("single", "views"):
         score = benchmark.evaluate(
             lambda a: [x.text for x in bot.batch(a, max_new_tokens=80)], scenario, 3, held_out=False
         )
-        assert (told[scenario]["right"], told[scenario]["asked"], told[scenario]["share"]) == (
-            score.right,
-            3,
-            score.share,
-        )
-        assert told[scenario]["level"] == "normal"
-        assert [tuple(row) for row in told[scenario]["wrong"]] == score.wrong
-    assert len((tmp_path / "wrong.jsonl").read_text().splitlines()) == sum(
-        len(t["wrong"]) for t in told.values()
-    )
+        (line,) = [line for line in lines if line["name"] == scenario]
+        assert (line["mean"], line["asked"]) == (score.share, 3)
+        assert [
+            (int(row["id"].split("/")[1]), row["question"], row["truth"], row["answer"])
+            for row in errors
+            if row["group"] == scenario
+        ] == score.wrong
     assert (tmp_path / "world.html").read_text().count("<article") == 6
     run, rows = read(path)
     assert len(rows) == 6
@@ -60,29 +63,49 @@ def test_world_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
         "training wordings, level normal",
     )
     assert {"torch", "llava-interleave", "numpy"} <= run["versions"].keys()
-    for flags, says in ((("--held-out",), "held-out"), (("--level", "hard"), "level hard")):
-        other = llava(*words, "-n", 3, "-o", tmp_path, *flags)
+    for option, says in (("held_out=true", "held-out"), ("level=hard", "level hard")):
+        other = llava(*words, "-n", 3, "-o", tmp_path, "--task-option", option)
         assert (other.code, other.out) == (2, "")
         assert says in other.err
 
 
-def test_levels_are_told_and_not_compared(tiny: Path, tmp_path: Path) -> None:
-    words = ("eval", "world", "-m", tiny, "-n", 1, "--scenario", "video", "--max-new-tokens", 4)
+def test_options_of_a_task_are_shown_and_not_compared(tiny: Path, tmp_path: Path) -> None:
+    words = ("eval", WORLD, "-m", tiny, "-n", 1, "--max-new-tokens", 4)
     for level in ("easy", "hard"):
-        done = llava(*words, "--level", level, "-o", tmp_path / level, "--html")
+        options = ("--task-option", "scenario=video", "--task-option", f"level={level}")
+        done = llava(*words, *options, "-o", tmp_path / level, "--html")
         assert done.code == 0, done.err
-        assert f"the world, training wordings, level {level}" in done.out
+        assert f"tiny: world, training wordings, level {level}" in done.out
+        assert "95 % interval" in done.out
         assert f"training wordings, level {level}" in (tmp_path / level / "world.html").read_text()
-    told = llava("eval", "diff", tmp_path / "easy/world.jsonl", tmp_path / "hard/world.jsonl")
-    assert (told.code, told.out) == (2, "")
-    assert "'training wordings, level easy' and 'training wordings, level hard'" in told.err
+    other = llava("eval", "diff", tmp_path / "easy/world.jsonl", tmp_path / "hard/world.jsonl")
+    assert (other.code, other.out) == (2, "")
+    assert "'training wordings, level easy' and 'training wordings, level hard'" in other.err
 
 
-def test_the_table_is_printed(tiny: Path) -> None:
-    done = llava("eval", "world", "-m", tiny, "-n", 1, "--scenario", "multi")
+def test_a_custom_task_is_imported_from_the_working_directory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_tasks.py").write_text(
+        "from llava_interleave.evals.task import Example, Task\n"
+        "def count(*, questions: int = 3, word: str = 'a') -> Task:\n"
+        "    examples = [\n"
+        "        Example(id=str(i), group='all', question=word * i, truth='', judge=lambda text: 1.0,\n"
+        "            ask=lambda folder, i=i: [{'role': 'user', 'content': word * (i + 1)}])\n"
+        "        for i in range(questions)\n"
+        "    ]\n"
+        "    return Task(name='count', examples=examples, max_new_tokens=2)\n"
+        "def nothing() -> None: ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ("eval", "own_tasks:count", "-m", tiny, "--json", "--task-option", "questions=2")
+    done = llava(*words, "--task-option", "word=b", "-o", tmp_path)
     assert done.code == 0, done.err
-    assert "tiny: the world, training wordings" in done.out
-    assert "95 % interval" in done.out
+    assert json.loads(done.out)["count"]["lines"][0]["asked"] == 2
+    assert [row["question"] for row in read(tmp_path / "count.jsonl")[1]] == ["", "b"]
+    other = llava("eval", "own_tasks:nothing")
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "makes a NoneType, not a Task" in other.err
 
 
 def test_bench_and_diff(tiny: Path, tmp_path: Path) -> None:
@@ -309,25 +332,28 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (body["model"], body["temperature"], body["max_tokens"]) == ("their-model", 0, 1024)
         for body in Server.bodies
     )
-    nobody = llava("eval", "world", "-n", 1, "--url", "http://127.0.0.1:9/v1", "-m", "x")
+    nobody = llava("eval", WORLD, "-n", 1, "--url", "http://127.0.0.1:9/v1", "-m", "x")
     assert (nobody.code, nobody.err.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("eval", "wrold"), "did you mean 'world'"),
-        (("eval", "world", "--scenario", "dance"), "single, multi"),
-        (("eval", "pope", "--held-out"), "for world: leave out --held-out"),
-        (("eval", "pope", "--level", "hard"), "for world: leave out --level"),
-        (("eval", "world", "--level", "harder"), "easy, normal, hard"),
-        (("eval", "world", "--level", "hard", "--frames", "4"), "leave out --frames"),
-        (("eval", "world", "--key-file", __file__), "--url"),
+        (("eval", "poep"), "did you mean 'pope'"),
+        (("eval", WORLD, "--task-option", "scenario=dance"), "single, video, views"),
+        (("eval", WORLD, "--task-option", "level=harder"), "did you mean 'hard'"),
+        (("eval", WORLD, "--task-option", "levle=hard"), "questions, scenario, level, held_out"),
+        (("eval", WORLD, "--task-option", "level"), "KEY=VALUE"),
+        (("eval", WORLD, "--task-option", "level=hard", "--frames", "4"), "leave out --frames"),
+        (("eval", "recipes.tiny_world.benchmark:Wrold"), "no class or function 'Wrold'"),
+        (("eval", "no_such_module:Task"), "no_such_module"),
+        (("eval", "pope", "--task-option", "level=hard"), "for module:Task"),
+        (("eval", WORLD, "--key-file", __file__), "--url"),
         (("eval", "pope", "--check", "-m", "x"), "--model"),
-        (("eval", "world", "--as-published"), "interleave-in"),
-        (("eval", "world", "--html"), "--out"),
-        (("eval", "world", "--url", "http://x/v1", "--preset", "hf"), "the server's: leave out --preset"),
-        (("eval", "world", "--url", "http://x/v1", "--video-token-pool", "2"), "the server's: leave out --video-token-pool"),
+        (("eval", WORLD, "--as-published"), "interleave-in"),
+        (("eval", WORLD, "--html"), "--out"),
+        (("eval", WORLD, "--url", "http://x/v1", "--preset", "hf"), "the server's: leave out --preset"),
+        (("eval", WORLD, "--url", "http://x/v1", "--video-token-pool", "2"), "the server's: leave out --video-token-pool"),
         (("eval", "diff", "a.jsonl", "b.jsonl", "--html"), "leave out --html"),
         (("eval", "diff", "a.jsonl"), "two result files"),
         (("eval", "diff", "a.jsonl", "b.jsonl"), "a.jsonl"),

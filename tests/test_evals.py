@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_interleave.chat import BUILTIN
 from llava_interleave.cli import evaluate
 from llava_interleave.errors import DataError, LlavaError, PromptError
 from llava_interleave.evals import interleave, multiple_choice, published, report, stats
@@ -349,7 +350,7 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
     _, question, text = exam("views", 0, held_out=False)
     assert score.wrong == [(0, text, question.answer, "no idea")]
     assert sum(asked for _, asked in score.kinds.values()) == 3
-    task = benchmark.load(1, scenarios=["views", "video"], held_out=False)
+    task = benchmark.World(questions=1, scenario="views,video")
     rows = rows_of(task, answer, tmp_path)
     report.write(tmp_path / "w.html", task, rows, stats.summary(task, rows), {})
     views = len(exam("views", 0, held_out=False)[0].names)
@@ -360,7 +361,7 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
 def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(
     level: str, tmp_path: Path
 ) -> None:
-    task = benchmark.load(3, scenarios=["video"], held_out=False, level=level)
+    task = benchmark.World(questions=3, scenario="video", level=level)
     assert task.data == f"training wordings, level {level}"
     for number, example in enumerate(task.examples):
         ep, question, text = exam("video", number, held_out=False, level=LEVELS[level])
@@ -377,7 +378,7 @@ def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
     """In 64 tokens there was none for the order of three events, after what four frames show."""
-    tokenizer = Tokenizer.from_folder(Path(benchmark.__file__).parent.parent / "builtin")
+    tokenizer = Tokenizer.from_folder(BUILTIN)
     told = [
         exam(s, i, held_out=False, level=LEVELS[level])[1].told
         for s in ("multi", "video")
@@ -387,7 +388,7 @@ def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
     assert len(longest) > (100 if level == "easy" else 200)
     assert (
         len(tokenizer.encode(longest))
-        < benchmark.load(1, scenarios=["video"], held_out=False, level=level).max_new_tokens
+        < benchmark.World(questions=1, scenario="video", level=level).max_new_tokens
     )
 
 

@@ -750,14 +750,16 @@ def test_a_benchmark_is_answered_through_an_adapter(
         str(folder),
         "-n",
         "1",
-        "--scenario",
-        "single",
+        "--task-option",
+        "scenario=single",
         "--max-new-tokens",
         "9",
         "-o",
         str(tmp_path),
     ]
-    done = CliRunner().invoke(app, ["eval", "world", "--adapter", str(stored / "d"), *flags])
+    done = CliRunner().invoke(
+        app, ["eval", "recipes.tiny_world.benchmark:World", "--adapter", str(stored / "d"), *flags]
+    )
     assert done.exit_code == 0, done.output
     about, row = map(json.loads, (tmp_path / "world.jsonl").read_text().splitlines())
     assert "adapter" in json.dumps(about)
@@ -767,7 +769,7 @@ def test_a_benchmark_is_answered_through_an_adapter(
         == bots["d"].chat(asked, max_new_tokens=9).text
         != bots[None].chat(asked, max_new_tokens=9).text
     )
-    other = CliRunner().invoke(app, ["eval", "world", *flags])
+    other = CliRunner().invoke(app, ["eval", "recipes.tiny_world.benchmark:World", *flags])
     assert other.exit_code != 0  # these rows are another model's
 
 

@@ -258,21 +258,12 @@ def test_commands_take_it_and_results_say_so(tiny: Path, tmp_path: Path) -> None
     planned, asked = (json.loads(llava(command, *words).out) for command in ("estimate", "ask"))
     assert planned["parts"][1]["tokens"] == 4
     assert asked["usage"]["prompt"] == planned["total"]
+    world = ("eval", "recipes.tiny_world.benchmark:World", "--task-option", "scenario=video")
     few: Sequence[object] = ("-m", tiny, "-n", 1, "--max-new-tokens", 3, "-o", tmp_path)
-    done = llava(
-        "eval",
-        "world",
-        "--scenario",
-        "video",
-        "--video-token-pool",
-        2,
-        "--video-token-ratio",
-        0.5,
-        *few,
-    )
+    done = llava(*world, "--video-token-pool", 2, "--video-token-ratio", 0.5, *few)
     assert done.code == 0, done.err
     about, rows = read(tmp_path / "world.jsonl")
     assert about["geometry"] == "squash, video_token_pool 2, video_token_ratio 0.5"
     assert rows[0]["error"] is None
-    other = llava("eval", "world", "--scenario", "video", *few)
+    other = llava(*world, *few)
     assert (other.code, "video_token_pool 2" in other.err) == (2, True)

@@ -1,12 +1,12 @@
-"""`llava demo`: files drawn on the spot, questions about them, the model's answers beside the truth."""
+"""`llava demo`: shipped images, a video and views, and the model's answers about them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,65 +14,36 @@ from ..options import Options
 from . import terminal
 
 if TYPE_CHECKING:
-    from recipes.tiny_world import Episode, Question
-
     from ..chat import Answer
 
-SIZE = 384
+FILES = Path(__file__).parent.parent / "demo_files"
+"""Written by `python -m recipes.tiny_world.demo`; demo.json has the questions."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exhibit:
-    """Files to draw and what is asked about them: the first episode of `scenario` with as many pictures and these questions."""
+    """Files with questions and right answers.
+
+    views: the files are views of one scene. chat: the questions are asked in one conversation.
+    """
 
     title: str
-    scenario: str
-    files: tuple[str, ...]
-    about: tuple[str, ...]
+    files: list[str]
+    views: bool
+    chat: bool
+    questions: list[dict[str, str]]
 
-    def episode(self) -> Episode:
-        from recipes.tiny_world import episode
-
-        # Seeds that neither training nor the evaluation has.
-        drawn = (
-            episode(self.scenario, Random(f"demo {self.files[0]} {number}"))
-            for number in range(10_000)
-        )
-        return next(e for e in drawn if self._is_about(e))
-
-    def _is_about(self, episode: Episode) -> bool:
-        pictures = 1 if episode.clip else len(episode.scenes)
-        return pictures == len(self.files) and {q.about for q in episode.questions} >= set(
-            self.about
-        )
-
-    def questions(self, episode: Episode) -> Iterator[tuple[str, Question]]:
-        """Each question in words, and with its truth."""
-        from recipes.tiny_world import ask
-
-        for about in self.about:
-            question = next(q for q in episode.questions if q.about == about)
-            yield ask(question, Random(f"demo {about}")), question
+    def sources(self, folder: Path) -> tuple[list[str], list[str]]:
+        """The values of -a and of --view."""
+        paths = [str(folder / name) for name in self.files]
+        if not self.views:
+            return paths, []
+        return [], [f"{Path(path).stem}={path}" for path in paths]
 
 
-EXHIBITS = (
-    Exhibit("one picture", "single", ("shapes.png",), ("count", "relation", "at")),
-    Exhibit("reading", "single", ("letters.png",), ("read", "digit", "letter")),
-    Exhibit("two pictures", "multi", ("before.png", "after.png"), ("changed", "which")),
-    Exhibit("a video", "video", ("clip.mp4",), ("event", "faster", "direction")),
-    Exhibit(
-        "one scene from four sides",
-        "views",
-        ("front.png", "right.png", "back.png", "left.png"),
-        ("total", "hidden", "behind"),
-    ),
-)
-TALK = Exhibit(
-    "a follow-up question",
-    "multi",
-    ("album-1.png", "album-2.png", "album-3.png"),
-    ("which", "order_up"),
-)
+def exhibits() -> list[Exhibit]:
+    entries: list[dict[str, Any]] = json.loads((FILES / "demo.json").read_text("utf-8"))
+    return [Exhibit(**entry) for entry in entries]
 
 
 def register(app: typer.Typer) -> None:
@@ -81,84 +52,72 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     folder: Annotated[
-        Path, typer.Option(help="Where the pictures and the video are written.")
+        Path, typer.Option(help="The images and the video are copied into this folder.")
     ] = Path("demo"),
     model: terminal.ModelName = None,
     revision: terminal.Revision = None,
     precision: terminal.Precision = "auto",
     device: terminal.Device = "auto",
 ) -> None:
-    """Draw pictures, a video and views, ask about them, and show the answers beside the truth."""
-    with terminal.busy("drawing"):
-        episodes = [write(exhibit, folder) for exhibit in (*EXHIBITS, TALK)]
+    """Ask about shipped images, a video and views, and show the answers with the right ones."""
+    copy_files(folder)
     bot = terminal.load(model, revision, precision, device)
-    named = f" -m {model}" if model else ""
+    model_flag = f" -m {model}" if model else ""
     options = Options(max_new_tokens=64)
     right = []
-    for exhibit, episode in zip(EXHIBITS, episodes, strict=False):
+    for exhibit in exhibits():
         print(f"\n{exhibit.title}")
-        words, views = sources(exhibit, folder)
-        for text, question in exhibit.questions(episode):
-            print(f'$ llava ask{named}{flags(words, views)} "{text}"')
-            answer = bot.ask(text, terminal.attachments(words, views), options)
-            right.append(tell(answer, question))
-
-    print(f"\n{TALK.title}")
-    words, views = sources(TALK, folder)
-    print(f"$ llava chat{named}{flags(words, views)}")
-    talk = bot.conversation()
-    talk.attach(*words)
-    times = []
-    for text, question in TALK.questions(episodes[-1]):
-        print(f"> {text}")
-        answer = talk.ask(text, options)
-        right.append(tell(answer, question))
-        times.append(answer.timings.first_token)
-    kept = f"{answer.usage.cached} of {answer.usage.prompt} tokens were kept from before"
-    print(
-        f"  {kept}: first token after {milliseconds(times[-1])} instead of {milliseconds(times[0])}"
-    )
+        paths, views = exhibit.sources(folder)
+        files = "".join([f" -a {path}" for path in paths] + [f" --view {view}" for view in views])
+        if exhibit.chat:
+            print(f"$ llava chat{model_flag}{files}")
+            conversation = bot.conversation()
+            conversation.attach(*paths)
+        answers = []
+        for entry in exhibit.questions:
+            text = entry["question"]
+            if exhibit.chat:
+                print(f"> {text}")
+                answers.append(conversation.ask(text, options))
+            else:
+                print(f'$ llava ask{model_flag}{files} "{text}"')
+                answers.append(bot.ask(text, terminal.attachments(paths, views), options))
+            right.append(print_answer(answers[-1], entry["answer"]))
+        if exhibit.chat:
+            first, last = answers[0].timings.first_token, answers[-1].timings.first_token
+            usage = answers[-1].usage
+            print(
+                f"  {usage.cached} of {usage.prompt} prompt tokens were cached: first token after "
+                f"{milliseconds(last)} instead of {milliseconds(first)}"
+            )
     print(f"\n{sum(right)} of {len(right)} right; the files are in {folder}")
 
 
-def write(exhibit: Exhibit, folder: Path) -> Episode:
-    """Draw an exhibit's files into `folder`."""
-    from recipes.tiny_world import draw, write_video
-    from recipes.tiny_world.data import VIDEO_FRAMES, pictures
-
+def copy_files(folder: Path) -> None:
+    """Copy the images and the video of the demo into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    episode = exhibit.episode()
-    if episode.clip:
-        frames = [draw(episode.clip(i / (VIDEO_FRAMES - 1)), SIZE) for i in range(VIDEO_FRAMES)]
-        write_video(frames, folder / exhibit.files[0])
-        return episode
-    for name, picture in zip(exhibit.files, pictures(episode, SIZE), strict=True):
-        picture.save(folder / name)
-    return episode
+    for exhibit in exhibits():
+        for name in exhibit.files:
+            shutil.copyfile(FILES / name, folder / name)
 
 
-def sources(exhibit: Exhibit, folder: Path) -> tuple[list[str], list[str]]:
-    """What -a and --view say for an exhibit."""
-    paths = [str(folder / name) for name in exhibit.files]
-    if exhibit.scenario == "views":
-        return [], [
-            f"{Path(name).stem}={path}" for name, path in zip(exhibit.files, paths, strict=True)
-        ]
-    return paths, []
+def is_right(text: str, answer: str) -> bool:
+    """Whether `text` gives the answer.
+
+    Reasons before the last colon, capitals and a full stop do not matter.
+    """
+    return text.rpartition(":")[2].strip().rstrip(".").lower() == answer.lower()
 
 
-def flags(words: list[str], views: list[str]) -> str:
-    return "".join(f" -a {word}" for word in words) + "".join(f" --view {view}" for view in views)
-
-
-def tell(answer: Answer, question: Question) -> bool:
-    """Print an answer with its truth and times; -> whether it is right."""
-    text, used, took = answer.text.strip(), answer.usage, answer.timings
-    right = question.is_answered(text)
-    print(f"  {text}   ({'right' if right else f'WRONG: {question.told}'})")
+def print_answer(answer: Answer, truth: str) -> bool:
+    """Print an answer with the right one and its times; -> whether it is right."""
+    text, usage, timings = answer.text.strip(), answer.usage, answer.timings
+    right = is_right(text, truth)
+    print(f"  {text}   ({'right' if right else f'WRONG: {truth}'})")
     print(
-        f"  {milliseconds(took.total)}: pictures {milliseconds(took.vision)}, first token {milliseconds(took.first_token)}; "
-        f"{used.prompt} tokens, {used.cached} of them kept from before"
+        f"  {milliseconds(timings.total)}: images {milliseconds(timings.vision)}, "
+        f"first token {milliseconds(timings.first_token)}; "
+        f"{usage.prompt} prompt tokens, {usage.cached} of them cached"
     )
     return right
 

@@ -1,4 +1,4 @@
-"""`llava eval` and `llava world`: how well a model answers, and samples of the drawn world as files."""
+"""`llava eval`: ask a model the questions of benchmarks and score its answers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,16 @@ if TYPE_CHECKING:
     from ..evals.task import Answerer, Task
     from ..journal import JsonRow
 
-SCENARIOS = ("single", "multi", "video", "views")
-LEVELS = ("easy", "normal", "hard")
 INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
 PUBLISHED = (
     "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa", "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
 )  # fmt: skip
-TASKS = ("world", *INTERLEAVE, *PUBLISHED)
-WORLD_QUESTIONS = 500
+TASKS = (*INTERLEAVE, *PUBLISHED)
 THIN = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
 
 
 def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
-    app.command("world")(world)
 
 
 def evaluate(
@@ -42,7 +38,8 @@ def evaluate(
     tasks: Annotated[
         list[str],
         typer.Argument(
-            metavar="TASK... | diff A B", help=f"{', '.join(TASKS)}; or two files to compare."
+            metavar="TASK... | diff A B",
+            help=f"{', '.join(TASKS)}; module:Task for a task of your own; or two files to compare.",
         ),
     ],
     model: terminal.ModelName = None,
@@ -81,28 +78,17 @@ def evaluate(
     ] = False,
     questions: Annotated[
         int | None,
-        typer.Option(
-            "-n",
-            min=1,
-            help="Questions of each scenario or data set; without it all, and 500 of the world.",
-        ),
+        typer.Option("-n", min=1, help="Only the first questions of each data set, this many."),
     ] = None,
-    scenario: Annotated[
+    task_options: Annotated[
         list[str] | None,
-        typer.Option(help="Of the world: single, multi, video or views; several times."),
-    ] = None,
-    level: Annotated[
-        str,
         typer.Option(
-            help="Of the world: easy, normal (as in training) or hard (more pictures, things and frames)."
+            "--task-option", metavar="KEY=VALUE", help="An option of module:Task; several times."
         ),
-    ] = "normal",
-    held_out: Annotated[
-        bool, typer.Option(help="The world in wordings that were kept out of training.")
-    ] = False,
-    wrong: Annotated[
+    ] = None,
+    save_errors: Annotated[
         Path | None,
-        typer.Option(help="Write the world's wrongly answered questions here, as JSON lines."),
+        typer.Option(help="Write the rows that scored below 1 into this file, as JSON lines."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -149,24 +135,10 @@ def evaluate(
         compare(tasks[1:], as_json)
         return
     for name in tasks:
-        if name not in TASKS:
+        if name not in TASKS and not _is_custom(name):
             raise unknown("task", name, TASKS)
-    for name in scenario or ():
-        if name not in SCENARIOS:
-            raise OptionError(f"there is no scenario {name!r}; there are {', '.join(SCENARIOS)}")
-    if level not in LEVELS:
-        raise OptionError(f"there is no level {level!r}; there are {', '.join(LEVELS)}")
-    if "world" not in tasks:
-        of_world = {"scenario", "level", "held_out", "wrong"}
-        _only_given(
-            given,
-            ctx.params.keys() - of_world,
-            "--scenario, --level, --held-out, --wrong are for world",
-        )
-    if frames and level == "hard":
-        raise OptionError(
-            "the videos of --level hard say how many frames are looked at: leave out --frames"
-        )
+    if task_options and not any(map(_is_custom, tasks)):
+        raise OptionError("--task-option is for module:Task")
     if as_published and not set(tasks) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
     if html and not out:
@@ -179,9 +151,13 @@ def evaluate(
     if check:
         _only_given(given, {"tasks", "data", "check"}, "--check asks nothing")
     loaded = [
-        _task(name, data, as_published, questions, scenario, level, held_out)
+        _task(name, data, as_published, questions, task_options or ())
         for name in dict.fromkeys(tasks)
     ]
+    if frames and (fixed := [task.name for task in loaded if task.fixed_frames]):
+        raise OptionError(
+            f"the questions of {fixed[0]} say how many frames of a video are used: leave out --frames"
+        )
     if check:
         faults = [f"{task.name}: {fault}" for task in loaded for fault in task.faults]
         print("\n".join(faults) or "no broken samples")
@@ -190,7 +166,8 @@ def evaluate(
     from ..evals import report, run, stats
     from ..journal import Journal
 
-    told: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
+    errors: list[JsonRow] = []
     answerers = _Answerers(model, url, key_file, revision, precision, device, adapter)
     for task in loaded:
         options = Options(
@@ -215,59 +192,29 @@ def evaluate(
                 terminal.counting(task.name) as progress,
             ):
                 rows = run.run(task, answer, journal, batch=together, say=progress)
-        lines = stats.summary(task, rows) if task.name != "world" or html else []
+        lines = stats.summary(task, rows)
+        errors += [row for row in run.counted(rows) if row["score"] < 1]
         if html:
             with terminal.busy("writing the report"):
                 report.write(folder / f"{task.name}.html", task, rows, lines, about)
-        if task.name == "world":
-            told["world"], table = _world(rows, level, wrong)
-            title = f"the world, {task.data}"
-        else:
-            told[task.name] = {
-                "run": about,
-                "lines": [dataclasses.asdict(line) for line in lines],
-                "faults": list(task.faults),
-            }
-            table, title = _table(task, lines), task.name
+        reports[task.name] = {
+            "run": about,
+            "lines": [dataclasses.asdict(line) for line in lines],
+            "faults": list(task.faults),
+        }
         if not as_json:
-            terminal.table(f"{answerers.title}: {title}", *table)
+            title = f"{answerers.title}: {task.name}" + (f", {task.note}" if task.note else "")
+            terminal.table(title, *_table(task, lines))
             _remarks(task)
+    if save_errors:
+        save_errors.write_text("".join(json.dumps(row) + "\n" for row in errors), "utf-8")
     if as_json:
-        print(json.dumps(told["world"] if tasks == ["world"] else told))
+        print(json.dumps(reports))
 
 
 def _only_given(given: Collection[str], allowed: Collection[str], why: str) -> None:
     if others := sorted("--" + name.replace("_", "-") for name in given if name not in allowed):
         raise OptionError(f"{why}: leave out {', '.join(others)}")
-
-
-def _world(
-    rows: Sequence[JsonRow], level: str, wrong: Path | None
-) -> tuple[dict[str, Any], tuple[list[str], list[list[str]]]]:
-    """What --json prints of the world, and its table; what was answered wrongly goes to `wrong`."""
-    from recipes.tiny_world.benchmark import scored
-
-    scores = {
-        name: scored([row for row in rows if row["group"] == name])
-        for name in dict.fromkeys(row["group"] for row in rows)
-    }
-    if wrong:
-        names = ("scenario", "number", "question", "truth", "answer")
-        missed = [
-            dict(zip(names, (name, *row), strict=True))
-            for name, score in scores.items()
-            for row in score.wrong
-        ]
-        wrong.write_text("".join(json.dumps(row) + "\n" for row in missed))
-    told = {
-        name: {"level": level} | dataclasses.asdict(s) | {"share": s.share, "interval": s.interval}
-        for name, s in scores.items()
-    }
-    table = [
-        [name, str(s.right), str(s.asked), f"{s.share:.1%}", "{:.1%} to {:.1%}".format(*s.interval)]
-        for name, s in scores.items()
-    ]
-    return told, (["scenario", "right", "asked", "share", "95 % interval"], table)
 
 
 def _table(task: Task, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -300,31 +247,28 @@ def _remarks(task: Task) -> None:
         )
 
 
+def _is_custom(name: str) -> bool:
+    """Whether a task's name is an import path, `module:Task`."""
+    return ":" in name
+
+
 def _task(
     name: str,
     data: Path,
     as_published: bool,
     questions: int | None,
-    scenario: list[str] | None,
-    level: str,
-    held_out: bool,
+    task_options: Sequence[str],
 ) -> Task:
-    """A task, of each data set only the first `questions` conversations if that is given."""
-    from recipes.tiny_world import benchmark
+    """A task; of each data set only the first `questions` conversations if that is given."""
+    from ..evals import custom, interleave, published
 
-    from ..evals import interleave, published
-
-    if name == "world":
-        scenarios = list(dict.fromkeys(scenario or SCENARIOS))
-        return benchmark.load(
-            questions or WORLD_QUESTIONS, scenarios=scenarios, held_out=held_out, level=level
-        )
     with terminal.busy(f"reading {name}"):
-        task = (
-            interleave.load(name, data, as_published=as_published)
-            if name in INTERLEAVE
-            else published.load(name, data)
-        )
+        if _is_custom(name):
+            task = custom.load(name, task_options)
+        elif name in INTERLEAVE:
+            task = interleave.load(name, data, as_published=as_published)
+        else:
+            task = published.load(name, data)
     if not task.examples:
         raise DataError(f"{name} has no sample that can be asked; --check says why")
     if questions is None:
@@ -337,7 +281,7 @@ def _task(
         ):
             chosen[example.id] = example
             taken[example.group] = taken.get(example.group, 0) + (not example.follows)
-    return dataclasses.replace(task, examples=list(chosen.values()))
+    return task.but(examples=list(chosen.values()))
 
 
 class _Answerers:
@@ -446,21 +390,3 @@ def compare(files: Sequence[str], as_json: bool) -> None:
 
 def _only(rows: Sequence[JsonRow], others: Sequence[JsonRow]) -> int:
     return len({row["id"] for row in rows} - {row["id"] for row in others})
-
-
-def world(
-    folder: Annotated[
-        Path, typer.Argument(help="Where to write annotations.json and the files it names.")
-    ],
-    samples: Annotated[
-        int, typer.Option("-n", min=1, help="How many samples; the scenarios take turns.")
-    ] = 8,
-    size: Annotated[int, typer.Option(min=32, max=4096, help="Pixels a side.")] = 384,
-    seed: Annotated[int, typer.Option(help="Other seeds draw other scenes.")] = 0,
-) -> None:
-    """Draw samples of the built-in model's world: pictures, videos and views with conversations, in the M4-Instruct form."""
-    from recipes.tiny_world.data import write
-
-    with terminal.busy("drawing"):
-        path = write(folder, samples, size=size, seed=seed)
-    print(path)

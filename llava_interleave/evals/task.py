@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Task:
     categories: means of the means of groups. average: the categories (without any: the groups) whose mean is the last line.
     paper: published figures in percent, by model and then by category or group; pipeline: how those were made.
     faults: samples that are broken and left out, with reasons. data: a hash of the files that were read. figures: of every
-    group, and of all examples where there are several groups.
+    group, and of all examples where there are several groups. note: of its options, for a table's title. fixed_frames: its
+    questions say how many frames of a video are used.
     """
 
     name: str
@@ -72,6 +73,13 @@ class Task:
     faults: Sequence[str] = ()
     data: str = ""
     figures: Figures | None = None
+    note: str = ""
+    fixed_frames: bool = False
+
+    def but(self, **changes: Any) -> Task:
+        """The task with other values of fields; of a subclass it is a plain Task."""
+        values = {one.name: getattr(self, one.name) for one in fields(Task)}
+        return Task(**(values | changes))
 
 
 def find(path: Path, fetch: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ from typing import Any
 from llava_interleave.evals.run import run
 from llava_interleave.evals.task import Answerer, Example, Task
 from llava_interleave.journal import Journal, JsonRow
+from llava_interleave.options import unknown
 
 from .data import VIDEO_FRAMES, exam, pictures
 from .draw import draw, write_video
-from .episodes import FRAMES, LEVELS, Episode
+from .episodes import FRAMES, LEVELS, SCENARIOS, Episode
 
 SIZE = 256  # pixels a side of the files
 ROOM = 20  # tokens of an answer for each frame: the longest tells what is in every one
@@ -36,13 +36,6 @@ class Score:
     @property
     def share(self) -> float:
         return self.right / self.asked
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the share (Wilson, 1927)."""
-        z, n, p = 1.96, self.asked, self.share
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[str, Any]]:
@@ -93,20 +86,41 @@ def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal"
     return out
 
 
-def load(count: int, *, scenarios: Sequence[str], held_out: bool, level: str = "normal") -> Task:
-    """The benchmark as a task: `count` questions of each scenario."""
-    of_all = [
-        example
-        for name in scenarios
-        for example in examples(name, count, held_out=held_out, level=level)
-    ]
-    wordings = "held-out wordings" if held_out else "training wordings"
-    return Task(
-        name="world",
-        examples=of_all,
-        max_new_tokens=ROOM * LEVELS[level].frames,
-        data=f"{wordings}, level {level}",
-    )
+class World(Task):
+    """The benchmark as a task: `llava eval recipes.tiny_world.benchmark:World`, with its options by --task-option.
+
+    questions: of each scenario. scenario: single, multi, video, views, or several of them with commas; without it all.
+    level: easy, normal (as in training) or hard (more images, things and frames). held_out: in wordings that training never has.
+    """
+
+    def __init__(
+        self,
+        *,
+        questions: int = 500,
+        scenario: str = ",".join(SCENARIOS),
+        level: str = "normal",
+        held_out: bool = False,
+    ) -> None:
+        scenarios = scenario.split(",")
+        for name in scenarios:
+            if name not in SCENARIOS:
+                raise unknown("scenario", name, SCENARIOS)
+        if level not in LEVELS:
+            raise unknown("level", level, LEVELS)
+        wordings = "held-out wordings" if held_out else "training wordings"
+        # Training shows FRAMES frames of a video. A level with more says in each question how many are used.
+        super().__init__(
+            name="world",
+            examples=[
+                example
+                for name in dict.fromkeys(scenarios)
+                for example in examples(name, questions, held_out=held_out, level=level)
+            ],
+            max_new_tokens=ROOM * LEVELS[level].frames,
+            data=f"{wordings}, level {level}",
+            note=f"{wordings}, level {level}",
+            fixed_frames=LEVELS[level].frames > FRAMES,
+        )
 
 
 def scored(rows: Sequence[JsonRow]) -> Score:
@@ -137,7 +151,7 @@ def evaluate(
 ) -> Score:
     """Ask `count` questions of a scenario and score the answers, leaving no file behind."""
     with TemporaryDirectory() as folder, Journal(Path(folder) / "rows.jsonl", {}) as journal:
-        task = load(count, scenarios=[scenario], held_out=held_out)
+        task = World(questions=count, scenario=scenario, held_out=held_out)
         return scored(
             run(
                 task, answer, journal, batch=batch, say=(lambda done, _: say(done)) if say else None

@@ -1,7 +1,11 @@
-"""Episodes as training samples in the M4-Instruct form, in memory or as files."""
+"""Episodes as training samples in the M4-Instruct form, in memory or as files.
+
+`python -m recipes.tiny_world.data FOLDER -n 100` writes samples: annotations.json and the files it names.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -108,3 +112,15 @@ def write(folder: Path, count: int, *, size: int = 384, seed: int = 0) -> Path:
     path = folder / "annotations.json"
     path.write_text(json.dumps(samples, indent=1))
     return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.tiny_world.data", description="Write samples of the tiny world."
+    )
+    parser.add_argument("folder", type=Path, help="of annotations.json and the files it names")
+    parser.add_argument("-n", type=int, default=8, help="samples; the scenarios take turns")
+    parser.add_argument("--size", type=int, default=384, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other scenes")
+    options = parser.parse_args()
+    print(write(options.folder, options.n, size=options.size, seed=options.seed))
