@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import DataError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 JsonRow = dict[str, Any]
 
@@ -137,7 +136,7 @@ def _same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    if fcntl:
+    if sys.platform != "win32":
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go of it
         except OSError as error:

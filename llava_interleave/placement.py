@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def kv_memory(model: Llava, precision: str = "auto") -> int:
     wanted = (
         2 * text.context * bytes_per_token(text, weight.dtype, in_eight_bits=precision == "int8")
     )
-    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 16 << 30
+    memory = 16 << 30
+    if sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(wanted, memory // 4)

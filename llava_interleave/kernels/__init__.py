@@ -294,7 +294,7 @@ def own_folder() -> Path:
         about = folder.stat()
     except OSError as error:
         raise NoKernels(f"{folder} cannot be made: {error.strerror}") from error
-    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+    if sys.platform != "win32" and (about.st_uid != os.getuid() or about.st_mode & 0o022):
         raise NoKernels(
             f"{folder} can be written to by others, and what lies in it is run; chmod go-w and own it"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -12,10 +13,8 @@ from torch import nn
 from ..lora import LoraWeights
 from ..model import Llava
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 def needed(model: Llava, lengths: Sequence[int], crops: int, rows: int) -> float:
@@ -75,4 +74,7 @@ def memory(device: torch.device) -> int:
     """Most bytes so far: on a GPU of tensors, else of the whole process; 0 where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
+    if sys.platform != "win32":
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0
