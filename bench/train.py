@@ -166,8 +166,8 @@ def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
 
     def labels(prompt: Prompt) -> list[int]:
         return [
-            token if learn else -100
-            for token, learn in zip(prompt.tokens, prompt.learn or [], strict=True)
+            token if flag else -100
+            for token, flag in zip(prompt.tokens, prompt.loss_mask or [], strict=True)
         ]
 
     return {
@@ -255,7 +255,7 @@ def until(loss: float, bfloat16: bool) -> dict[str, Any]:
 
 def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
     given = samples()
-    tokens, learnt = sum(len(p) for p in given), sum(sum(p.learn or []) for p in given)
+    tokens, learnt = sum(len(p) for p in given), sum(sum(p.loss_mask or []) for p in given)
     found: dict[str, list[tuple[float, int]]] = {system: [] for system in SYSTEMS}
     with systems(CONFIG, False, bfloat16) as turn:
         for seed in range(rounds + 1):  # the first warms up

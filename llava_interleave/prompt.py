@@ -34,12 +34,12 @@ class Media:
 class Prompt:
     """Token ids with every placeholder already expanded, and the media that the placeholders stand for, in order.
 
-    learn: training only, one flag a token: which tokens carry loss.
+    loss_mask: training only, one flag a token: which tokens carry loss.
     """
 
     tokens: list[int]
     media: tuple[Media, ...] = ()
-    learn: list[bool] | None = None
+    loss_mask: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -220,8 +220,10 @@ def test_examples_learn_answers_and_their_end_only(processor: Processor) -> None
     ]
     for preset in ("interleave", "official", "hf"):
         example = processor.example(messages, [IMAGE], preset=preset)
-        assert example.learn is not None
-        learnt = [token for token, flag in zip(example.tokens, example.learn, strict=True) if flag]
+        assert example.loss_mask is not None
+        learnt = [
+            token for token, flag in zip(example.tokens, example.loss_mask, strict=True) if flag
+        ]
         assert (
             processor.tokenizer.decode(learnt, skip_special=False)
             == "A square.<|im_end|>Yes.<|im_end|>"
@@ -237,9 +239,9 @@ def test_examples_learn_answers_and_their_end_only(processor: Processor) -> None
 def test_what_is_learnt_is_what_is_generated(processor: Processor) -> None:
     asked = processor.prompt([user("Hi")]).tokens
     example = processor.example([user("Hi"), {"role": "assistant", "content": "\nHo"}])
-    assert example.learn is not None
+    assert example.loss_mask is not None
     assert example.tokens[: len(asked)] == asked
-    assert example.learn.index(True) == len(asked)
+    assert example.loss_mask.index(True) == len(asked)
 
 
 def test_estimate_names_its_parts_and_opens_no_images(processor: Processor) -> None:

@@ -109,10 +109,10 @@ def test_packed_attention_is_causal_attention_of_each_sequence() -> None:
 
 def test_only_answers_carry_loss(model: Llava, prompts: list[Prompt], folder: Path) -> None:
     prompt = prompts[0]
-    assert prompt.learn is not None
+    assert prompt.loss_mask is not None
     tokenizer = Processor.from_folder(folder).tokenizer
     learnt = tokenizer.decode(
-        [t for t, learn in zip(prompt.tokens, prompt.learn, strict=True) if learn],
+        [t for t, flag in zip(prompt.tokens, prompt.loss_mask, strict=True) if flag],
         skip_special=False,
     )
     assert learnt.count("<|im_end|>") == learnt.rstrip().count("<|im_end|>") >= 1
@@ -122,7 +122,7 @@ def test_only_answers_carry_loss(model: Llava, prompts: list[Prompt], folder: Pa
     logits = model.logits(
         model(model.embed(batch.tokens, features), batch.positions, PackedAttention(batch.lengths))
     )
-    rows = batch.learn.nonzero()[:, 0]
+    rows = batch.loss_mask.nonzero()[:, 0]
     want = cross_entropy(logits[rows - 1], batch.tokens[rows], reduction="sum")
     torch.testing.assert_close(sft_loss(model, batch).total, want)
 
@@ -187,7 +187,7 @@ class Numbers:
     """Examples whose tokens tell which they are."""
 
     def __call__(self, index: int) -> Prompt:
-        return Prompt([1, index], learn=[False, True])
+        return Prompt([1, index], loss_mask=[False, True])
 
 
 def test_batches_go_on_at_any_position_and_do_not_depend_on_workers() -> None:

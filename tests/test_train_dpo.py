@@ -77,7 +77,7 @@ def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
             model.embed(tokens, features), torch.arange(longest), PackedAttention([longest])
         )
         each = log_softmax(model.logits(hidden)[:-1], -1).gather(1, tokens[1:, None])[:, 0]
-        mask = torch.tensor([*(prompt.learn or []), *[False] * (longest - len(prompt))])[1:]
+        mask = torch.tensor([*(prompt.loss_mask or []), *[False] * (longest - len(prompt))])[1:]
         rows.append((each * mask).sum())
     return torch.stack(rows)
 
@@ -160,7 +160,7 @@ def test_both_sides_are_the_tokens_of_the_whole_conversation_and_the_last_answer
     for side, answer in ((pair.chosen, "2 it is"), (pair.rejected, "3")):
         whole = processor.example([*turns, {"role": "assistant", "content": answer}])
         assert side.tokens == whole.tokens
-        learnt = [t for t, learn in zip(side.tokens, side.learn or [], strict=True) if learn]
+        learnt = [t for t, flag in zip(side.tokens, side.loss_mask or [], strict=True) if flag]
         assert processor.tokenizer.decode(learnt, skip_special=False) == f"{answer}<|im_end|>"
     assert len(pair) == unit.tokens
 
@@ -195,7 +195,7 @@ def test_all_forms_of_pairs_become_the_same(form: str, folder: Path, tmp_path: P
     processor = Processor.from_folder(folder)
     for side, answer in ((pair.chosen, YES), (pair.rejected, NO)):
         want = processor.example([QUESTION, answer], [tmp_path / "a.png"])
-        assert (side.tokens, side.learn) == (want.tokens, want.learn)
+        assert (side.tokens, side.loss_mask) == (want.tokens, want.loss_mask)
         assert [m.start for m in side.media] == [m.start for m in want.media]
 
 

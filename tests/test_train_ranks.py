@@ -222,7 +222,7 @@ class Numbers:
     """Samples whose tokens tell which they are; their lengths go from 3 to 9."""
 
     def __call__(self, index: int) -> Prompt:
-        return Prompt([index] * self.length(index), learn=[True] * self.length(index))
+        return Prompt([index] * self.length(index), loss_mask=[True] * self.length(index))
 
     def length(self, index: int) -> int:
         return 3 + index * 5 % 7

@@ -284,10 +284,10 @@ def test_plain_is_images_then_the_answer(folder: Path, source: Path) -> None:
     row = datasets.rows(source)[1]
     said, media = row.messages()
     made = SampleFormat("plain").example(processor, said, media)
-    assert made.learn is not None
+    assert made.loss_mask is not None
     image = processor.tokenizer.image_id
     assert made.tokens[:32] == [image] * 32
-    assert made.learn == [token != image for token in made.tokens]
+    assert made.loss_mask == [token != image for token in made.tokens]
     assert processor.tokenizer.decode(made.tokens[32:]) == "Noise, number 1. Yes.\n"
     more = [*said, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
     with pytest.raises(DataError, match="takes one question and its answer"):
@@ -326,7 +326,7 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
     )
     assert [m.key for m in made.media] == [m.key for m in plain.media]
     learnt = [
-        [t for t, learn in zip(p.tokens, p.learn or [], strict=True) if learn]
+        [t for t, flag in zip(p.tokens, p.loss_mask or [], strict=True) if flag]
         for p in (made, plain)
     ]
     assert learnt[0] == learnt[1]

@@ -61,16 +61,19 @@ class Turn:
 
 @dataclass(slots=True)
 class Rendered:
-    """Token ids with one placeholder for each of `slots`, in order; `learn` marks answers and the tokens that end them."""
+    """Token ids with one placeholder for each of `slots`, in order.
+
+    loss_mask: True on answers and the tokens that end them.
+    """
 
     tokens: list[int] = field(default_factory=list)
-    learn: list[bool] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
     slots: list[MediaPlaceholder] = field(default_factory=list)
 
-    def add(self, tokens: list[int], learn: bool = False) -> None:
-        """Append tokens that all are learnt, or not."""
+    def add(self, tokens: list[int], in_loss: bool = False) -> None:
+        """Append tokens that all carry loss, or none."""
         self.tokens += tokens
-        self.learn += [learn] * len(tokens)
+        self.loss_mask += [in_loss] * len(tokens)
 
 
 def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[Turn]:
@@ -314,11 +317,11 @@ def hf_text(
 def _hf(tokenizer: Tokenizer, turns: list[Turn], generation: bool) -> Rendered:
     text, spans, slots = hf_text(turns, generation)
     tokens, starts = tokenizer.encode_with_starts(text)
-    learn = [any(a <= start < b for a, b in spans) for start in starts]
-    learn = [
-        flag and token != tokenizer.image_id for flag, token in zip(learn, tokens, strict=True)
+    loss_mask = [any(a <= start < b for a, b in spans) for start in starts]
+    loss_mask = [
+        flag and token != tokenizer.image_id for flag, token in zip(loss_mask, tokens, strict=True)
     ]
-    return Rendered(tokens, learn, slots)
+    return Rendered(tokens, loss_mask, slots)
 
 
 def _noted(parts: ContentParts, notes: Mapping[MediaPlaceholder, str]) -> ContentParts:

@@ -181,14 +181,16 @@ class Processor:
         frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
         frame_times: bool = False,
     ) -> Prompt:
-        """A finished conversation to train on: as `prompt`, with `learn` True on answers and the tokens that end them."""
+        """A finished conversation to train on: as `prompt`, with its `loss_mask`: True on answers and their ends."""
         turns = parse(messages, frames)
         if turns[-1].role != "assistant":
             raise PromptError(
                 f"an example ends with an answer, this one with a message of the {turns[-1].role}"
             )
         rendering = self._rendering(turns, preset, system, generation=False)
-        return self._prompt(rendering, media, anyres, pad, frames, frame_times, 0, learn=True)
+        return self._prompt(
+            rendering, media, anyres, pad, frames, frame_times, 0, with_loss_mask=True
+        )
 
     def estimate(
         self,
@@ -255,7 +257,7 @@ class Processor:
         frames: FrameSampling,
         frame_times: bool,
         max_new_tokens: int,
-        learn: bool = False,
+        with_loss_mask: bool = False,
         thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
     ) -> Prompt:
         rendered = rendering({})
@@ -270,25 +272,27 @@ class Processor:
         self._check_context(
             len(rendered.tokens), jobs, [item.layout for item, _ in loaded], max_new_tokens
         )
-        return self._expand(rendered, [item for item, _ in loaded], learn)
+        return self._expand(rendered, [item for item, _ in loaded], with_loss_mask)
 
-    def _expand(self, rendered: Rendered, loaded: list[Media], learn: bool) -> Prompt:
+    def _expand(self, rendered: Rendered, loaded: list[Media], with_loss_mask: bool) -> Prompt:
         """Each placeholder becomes as many as its media's layout says."""
         tokens: list[int] = []
-        flags: list[bool] = []
+        loss_mask: list[bool] = []
         placed: list[Media] = []
         begin = 0
         for item in loaded:
             at = rendered.tokens.index(self.tokenizer.image_id, begin)
             tokens += rendered.tokens[begin:at]
-            flags += rendered.learn[begin:at] + [False] * item.layout.length
+            loss_mask += rendered.loss_mask[begin:at] + [False] * item.layout.length
             placed.append(replace(item, start=len(tokens)))
             tokens += [self.tokenizer.image_id] * item.layout.length
             begin = at + 1
         tokens += rendered.tokens[begin:]
-        flags += rendered.learn[begin:]
-        assert self.tokenizer.image_id not in rendered.tokens[begin:] and len(tokens) == len(flags)
-        return Prompt(tokens, tuple(placed), flags if learn else None)
+        loss_mask += rendered.loss_mask[begin:]
+        assert self.tokenizer.image_id not in rendered.tokens[begin:] and len(tokens) == len(
+            loss_mask
+        )
+        return Prompt(tokens, tuple(placed), loss_mask if with_loss_mask else None)
 
     def _jobs(
         self,

@@ -32,13 +32,13 @@ class Loss:
 
 
 def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) -> Loss:
-    """Cross-entropy of the tokens marked `learn`, each predicted from the tokens before it in its sample.
+    """Cross-entropy of the tokens marked `loss_mask`, each predicted from the tokens before it in its sample.
 
     attend: stands in for `Packed(batch.lengths)`.
     """
     spans = _spans(model, batch.pixels, [((start,), layout) for start, layout in batch.media])
     hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths, attend)
-    where = batch.learn.nonzero()[:, 0].to(hidden.device)
+    where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
     total, right = hidden.new_zeros((), dtype=torch.float32), 0
     for rows in where.split(CHUNK):
         losses, hits = checkpoint(
@@ -61,7 +61,7 @@ class DPOLoss:
         gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
         margin = gained[:, 0] - gained[:, 1]
         losses = preference(margin, beta=self.beta, smoothing=self.smoothing, ipo=self.ipo)
-        took = needed(model, batch.lengths, len(batch.pixels), int(batch.learn.sum()))
+        took = needed(model, batch.lengths, len(batch.pixels), int(batch.loss_mask.sum()))
         return Loss(
             losses.sum(),
             len(margin),
@@ -87,7 +87,7 @@ def logprobs(model: Llava, batch: Pairs) -> Tensor:
     """Log-probabilities `[P, 2]` of the chosen and the rejected answers. Each picture goes through the tower once a pair."""
     spans = _spans(model, batch.pixels, [(starts, layout) for *starts, layout in batch.media])
     hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
-    where = batch.learn.nonzero()[:, 0].to(hidden.device)
+    where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
     ends = torch.tensor(list(accumulate(batch.lengths)), device=hidden.device)
     sums = hidden.new_zeros(len(ends), dtype=torch.float32)
     for rows in where.split(CHUNK):

@@ -27,12 +27,12 @@ from ..prompt import Prompt
 class Batch:
     """Several samples, one after another.
 
-    tokens: `[T]` ids with expanded placeholders; learn: `[T]` which of them carry loss; lengths: tokens a sample.
+    tokens: `[T]` ids with expanded placeholders; loss_mask: `[T]` which of them carry loss; lengths: tokens a sample.
     pixels: `[N, 3, S, S]` crops of all media; media: (index of the first placeholder, layout) of each, in the order of the crops.
     """
 
     tokens: Tensor
-    learn: Tensor
+    loss_mask: Tensor
     lengths: list[int]
     pixels: Tensor
     media: list[tuple[int, ImageTokenLayout]]
@@ -68,7 +68,7 @@ class Pairs:
     """
 
     tokens: Tensor
-    learn: Tensor
+    loss_mask: Tensor
     lengths: list[int]
     pixels: Tensor
     media: list[tuple[int, int, ImageTokenLayout]]
@@ -100,7 +100,7 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
     pixels = [m.pixels for pair in pairs for m in pair.chosen.media]
     return Pairs(
         whole.tokens,
-        whole.learn,
+        whole.loss_mask,
         whole.lengths,
         torch.cat(pixels) if pixels else whole.pixels,
         media,
@@ -111,17 +111,17 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
 def collate(prompts: Sequence[Prompt]) -> Batch:
     """Lay prompts one after another."""
     tokens: list[int] = []
-    learn: list[bool] = []
+    loss_mask: list[bool] = []
     media: list[tuple[int, ImageTokenLayout]] = []
     for prompt in prompts:
-        assert prompt.learn is not None
+        assert prompt.loss_mask is not None
         media += [(len(tokens) + m.start, m.layout) for m in prompt.media]
         tokens += prompt.tokens
-        learn += prompt.learn
+        loss_mask += prompt.loss_mask
     pixels = [m.pixels for prompt in prompts for m in prompt.media]
     return Batch(
         torch.tensor(tokens),
-        torch.tensor(learn),
+        torch.tensor(loss_mask),
         [len(p) for p in prompts],
         torch.cat(pixels) if pixels else torch.empty(0, 3, 1, 1),
         media,

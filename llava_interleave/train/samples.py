@@ -45,8 +45,8 @@ class SampleFormat:
                 in_front(said) if front else said, media, anyres=self._tiled(said)
             )
         shown, words = self.question(processor, said, media), _words(processor, said)
-        learn = [False] * len(shown) + [True] * len(words)
-        return Prompt(shown.tokens + words, shown.media, learn)
+        loss_mask = [False] * len(shown) + [True] * len(words)
+        return Prompt(shown.tokens + words, shown.media, loss_mask)
 
     def question(self, processor: Processor, said: Messages, media: Sequence[object]) -> Prompt:
         """A sample up to its last answer, to be answered."""
@@ -217,8 +217,10 @@ def _order(count: int, seed: int) -> list[int]:
 def _answered(processor: Processor, asked: Prompt, answer: Mapping[str, Any]) -> Prompt:
     """A question, whose answer has begun, with an answer: tokens apart, so they are those of the whole conversation."""
     told = processor.example([answer], system=None)
-    assert told.learn is not None
-    begun = told.learn.index(True)
+    assert told.loss_mask is not None
+    begun = told.loss_mask.index(True)
     return Prompt(
-        asked.tokens + told.tokens[begun:], asked.media, [False] * len(asked) + told.learn[begun:]
+        asked.tokens + told.tokens[begun:],
+        asked.media,
+        [False] * len(asked) + told.loss_mask[begun:],
     )

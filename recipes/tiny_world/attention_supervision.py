@@ -195,10 +195,10 @@ Text = list[tuple[str, int]]  # characters and the tokens that they come from
 
 def _spoken(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[tuple[Text, Text]]:
     """What stands before each answer, and the answer."""
-    assert prompt.learn is not None
+    assert prompt.loss_mask is not None
     texts: list[Text] = [[]]
-    for index, (token, learn) in enumerate(zip(prompt.tokens, prompt.learn, strict=True)):
-        if learn == (len(texts) % 2 == 1):
+    for index, (token, in_loss) in enumerate(zip(prompt.tokens, prompt.loss_mask, strict=True)):
+        if in_loss == (len(texts) % 2 == 1):
             texts.append([])
         texts[-1] += [(character, index) for character in tokenizer.decode([token])]
     return zip(texts[::2], texts[1::2], strict=False)
