@@ -805,7 +805,7 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
         assert curve.count("<circle") == (4 if title in ("Loss", "Right") else 0)
         for x, y in (point.split() for point in way.split("L")):
             assert 0 <= float(x) <= 640
-            assert 0 <= float(y) <= 200
+            assert 0 <= float(y) <= 220
     assert page.count("<article>") == 3
     assert page.count("held_out = 0.34") == 1
     with pytest.raises(DataError, match="holds no run"):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError, OptionError, PromptError
+from ..errors import OptionError, PromptError
 from ..image_layout import ImageTokenLayout
 from ..model import AttentionFn, AttentionRecorder, Llava, PackedAttention, arrange_features
 from ..prompt import Media, Prompt
-from .report import page
+from . import report
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,10 +62,7 @@ class Attribution:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as one HTML page that needs nothing else. Raises `DataError` where that cannot be written."""
-        try:
-            Path(path).write_text(page(self), "utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise DataError(f"cannot write {path}: {error.strerror}") from error
+        report.write(path, self)
 
 
 class AttributionRun:

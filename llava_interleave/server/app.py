@@ -23,10 +23,9 @@ from starlette.routing import Match, Route
 from .. import __version__
 from ..chat import Chatbot
 from ..processing import Estimate
-from . import responses
+from . import docs_page, responses
 from .api_errors import response, to_api_error
 from .chat_completions import respond, respond_explained
-from .docs_page import reference
 from .metrics import PROMETHEUS, Metrics
 from .middleware import DOCS, PAGE, ApiKeys, GuardMiddleware
 from .requests import ChatRequest, ExplainRequest, PromptRequest, adapter_of
@@ -115,11 +114,11 @@ def _pages(app: FastAPI, _: Service) -> None:
     for path, name in PAGE.items():
         app.add_api_route(path, _page(name), include_in_schema=False)
 
-    written = functools.cache(lambda: reference(app.openapi()))
+    written = functools.cache(lambda: docs_page.reference(app.openapi()))
 
     @app.get(DOCS, include_in_schema=False)
     async def docs() -> Response:
-        return HTMLResponse(written(), headers=PAGE_HEADERS)
+        return HTMLResponse(written(), headers=PAGE_HEADERS | docs_page.HEADERS)
 
 
 def _state(app: FastAPI, service: Service) -> None:

@@ -1,12 +1,11 @@
-"""The report of `llava verify` as one HTML file that loads nothing from elsewhere."""
+"""The report of `llava verify` as one HTML file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from ..evals.report import PAGE, table
+from .. import reports
 from .ablations import BASELINE, AblationResult
 from .parity import ParityCase
 
@@ -39,38 +38,21 @@ def write(
     about: dict[str, str],
 ) -> None:
     """Write the page."""
-    path.write_text(
-        "".join([PAGE.format(title=escape(title)), *_parts(cases, effects, about)]),
-        "utf-8",
-        "backslashreplace",
+    reports.write(
+        path,
+        "verify.html",
+        title=title,
+        about=about,
+        cases=cases,
+        case_columns=CASES,
+        case_rows=case_rows(cases),
+        stage_columns=STAGES,
+        stage_rows=stage_rows(cases),
+        baseline=BASELINE,
+        effects=effects,
+        effect_columns=EFFECTS,
+        effect_rows=effect_rows(effects),
     )
-
-
-def _parts(
-    cases: Sequence[ParityCase], effects: Sequence[AblationResult], about: dict[str, str]
-) -> list[str]:
-    written = [
-        (case.name, who, text)
-        for case in cases
-        for who, text in (("ours", case.ours), ("transformers", case.theirs))
-    ]
-    parts = [
-        table(("made with", ""), list(about.items())),
-        f"<h2>Against {escape(cases[0].standard.told)}</h2>",
-        table(CASES, case_rows(cases)),
-        f"<p>Passed: {escape(str(cases[0].standard))}.</p>",
-        "<h2>Stage by stage</h2><p>Of each stage the prompt in which it differs most; relative to the largest value there.</p>",
-        table(STAGES, stage_rows(cases)),
-        "<h2>Greedy answers</h2>",
-        table(("prompt", "", "text"), written),
-    ]
-    if effects:
-        parts += [
-            f"<h2>Why do my numbers differ?</h2><p>The baseline is {escape(BASELINE)}; each row switches one thing.</p>",
-            table(EFFECTS, effect_rows(effects)),
-            table(("switch", "prompt", "text"), [(e.switch, e.case, e.text) for e in effects]),
-        ]
-    return parts
 
 
 def case_rows(cases: Sequence[ParityCase]) -> list[list[str]]:
