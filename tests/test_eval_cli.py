@@ -22,7 +22,6 @@ from tests.helpers.batches import openai, shard
 from tests.helpers.benchmarks import BROKEN, WHOLE, bench, embedded, made, parquet, picture
 from tests.helpers.cli import llava
 
-
 WORLD = "recipes.tiny_world.benchmark:World"
 
 

@@ -799,7 +799,9 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
         "MFU",
         "Peak memory, GiB",
     ):
-        (curve,) = re.findall(rf'<svg [^>]*aria-label="{title} by step">(.*?)</svg>', page)
+        (curve,) = re.findall(
+            rf'<svg [^>]*aria-label="{title} by step">(.*?)</svg>', page, re.DOTALL
+        )
         (way,) = re.findall(r'<path class="train" d="M([^"]*)"', curve)
         assert len(way.split("L")) == 6
         assert curve.count("<circle") == (4 if title in ("Loss", "Right") else 0)
@@ -836,7 +838,9 @@ def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: P
     assert "1,000 steps, loss 7.0000" in page
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
-    (way,) = re.findall(r'aria-label="Loss by step">.*?<path class="train" d="M([^"]*)"', page)
+    (way,) = re.findall(
+        r'aria-label="Loss by step">.*?<path class="train" d="M([^"]*)"', page, re.DOTALL
+    )
     assert len(way.split("L")) == 334
 
 

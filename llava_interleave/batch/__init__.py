@@ -3,4 +3,4 @@
 from .run import Answerer, Reply, order, run
 from .sources import JsonRow, Sample, Source
 
-__all__ = ["Answerer", "Reply", "JsonRow", "Sample", "Source", "order", "run"]
+__all__ = ["Answerer", "JsonRow", "Reply", "Sample", "Source", "order", "run"]
