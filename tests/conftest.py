@@ -18,6 +18,11 @@ from llava_interleave import kernels
 from llava_interleave.testing import tiny_checkpoint
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A few named files run in one process: starting workers would take longer."""
+    return 0 if all(".py" in word for word in config.args) and len(config.args) < 4 else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") is None:

@@ -347,7 +347,7 @@ def test_where_capturing_fails_it_goes_on_and_says_so(monkeypatch: pytest.Monkey
     def capture(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen capturing")
 
-    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.why_not", lambda _: None)
+    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.unavailable_reason", lambda _: None)
     monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
     e = engine(kv_block=16)
     assert answers(e.generate(MIXED, GREEDY)) == expected()

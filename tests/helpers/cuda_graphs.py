@@ -36,6 +36,6 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         found.append(Graph(self, size, [graph for graph in found if graph.captured is self]))
         return found[-1], found[-1].found
 
-    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.why_not", lambda _: None)
+    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.unavailable_reason", lambda _: None)
     monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
     return found
