@@ -32,8 +32,8 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
-	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --out bench/latest.json
-	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
+	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --out docs/bench/latest.json
+	$(BIN)/python bench/page.py docs/bench/latest.json docs/bench/index.html
 
 build/peers/openvino: constraints.txt
 	$(PYTHON) -m venv $@
@@ -73,8 +73,8 @@ VLLM = build/peers/vllm/bin/python bench/systems.py vllm build/bench/$(SHAPE)
 bench-peers: .venv/installed-dev build/peers/vllm $(foreach made,openvino-int8 openvino-int4 llamacpp-q8_0 llamacpp-q4_0,build/bench/$(SHAPE)-$(made))
 	$(BIN)/python bench/peers.py build/bench/$(SHAPE) --minutes 50 --systems "llava int4 kv8" "llava int4" "llava int8" "transformers $(FLOAT)" \
 		--also "openvino int4=$(OPENVINO)int4 int4" "openvino int8=$(OPENVINO)int8 int8" "llama.cpp q4_0=$(LLAMACPP)q4_0 q4_0" \
-		"llama.cpp q8_0=$(LLAMACPP)q8_0 q8_0" "vllm $(FLOAT)=$(VLLM) $(FLOAT)" --out bench/latest.json
-	$(BIN)/python bench/page.py bench/latest.json docs/bench/index.html
+		"llama.cpp q8_0=$(LLAMACPP)q8_0 q8_0" "vllm $(FLOAT)=$(VLLM) $(FLOAT)" --out docs/bench/latest.json
+	$(BIN)/python bench/page.py docs/bench/latest.json docs/bench/index.html
 
 tiny: .venv/installed
 	$(BIN)/python -m recipes.tiny_world.training runs/tiny

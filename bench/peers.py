@@ -1,8 +1,8 @@
 """One workload on this machine in one run, systems taking turns: this package at each precision, transformers, and others.
 
     python bench/make_checkpoint.py /tmp/half --shape 0.5b
-    python bench/peers.py /tmp/half [--minutes 7.5] [--systems "llava int4" "transformers bfloat16"] [--out bench/latest.json]
-    python bench/page.py bench/latest.json docs/bench/index.html
+    python bench/peers.py /tmp/half [--minutes 7.5] [--systems "llava int4" "transformers bfloat16"] [--out docs/bench/latest.json]
+    python bench/page.py docs/bench/latest.json docs/bench/index.html
 
 Each in turn is started, asked everything and ended, so that nothing else is in memory; once, whatever it takes, then again as
 often as --minutes allow. Every question has new pictures but where it says that they are the same; all systems get the same
