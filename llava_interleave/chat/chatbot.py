@@ -30,7 +30,15 @@ from ..image_layout import TokenReduction
 from ..model import Llava
 from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..placement import kv_memory, linear_backend, pick_device, pick_precision, warn_if_slow
-from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
+from ..processing import (
+    DEFAULT,
+    Estimate,
+    FrameSampling,
+    Limits,
+    Processor,
+    PromptOptions,
+    TextStream,
+)
 from ..prompt import Prompt
 from ..quantization.linear import quantised
 from . import kv_file
@@ -183,9 +191,7 @@ class Chatbot:
     def prompt(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Prompt:
         """What the network is given for these messages."""
         options = options.but(changes)
-        return self.processor.prompt(
-            messages, **processing(options), max_new_tokens=options.max_new_tokens or 1
-        )
+        return self.processor.prompt(messages, options=prompt_options(options))
 
     def estimate(
         self, messages: Messages, options: Options = DEFAULTS, **changes: object
@@ -193,7 +199,9 @@ class Chatbot:
         """Tokens of each part and in all, context left, and memory, without computing anything."""
         weight = self.model.language_model.norm.weight
         counted = self.processor.estimate(
-            messages, **processing(options.but(changes)), number_bytes=weight.dtype.itemsize
+            messages,
+            options=prompt_options(options.but(changes)),
+            number_bytes=weight.dtype.itemsize,
         )
         held = checkpoints.size(
             self.processor.config, weight.dtype, quantised(self.model), str(weight.device)
@@ -420,7 +428,9 @@ def estimate(
     dtype, bits = pick_precision(precision, folder, place)
     warn_if_slow(bits, dtype, place)
     processor = Processor.from_folder(folder)
-    counted = processor.estimate(messages, **processing(options), number_bytes=dtype.itemsize)
+    counted = processor.estimate(
+        messages, options=prompt_options(options), number_bytes=dtype.itemsize
+    )
     return dataclasses.replace(
         counted, weight_bytes=checkpoints.size(processor.config, dtype, bits, place)
     )
@@ -444,23 +454,24 @@ def _found(adapter: str | os.PathLike[str]) -> Path:
     return checkpoints.resolve(adapter if isinstance(adapter, str) else Path(adapter))
 
 
-def processing(options: Options) -> dict[str, Any]:
-    """The part of the options that says how messages become a prompt, as `Processor` takes it."""
-    return {
-        "preset": options.preset,
-        "system": ... if options.system == DEFAULT_SYSTEM else options.system or None,
-        "anyres": options.anyres,
-        "frames": FrameSampling(
+def prompt_options(options: Options) -> PromptOptions:
+    """The part of the options that decides how messages become a prompt."""
+    return PromptOptions(
+        preset=options.preset,
+        system=DEFAULT if options.system == DEFAULT_SYSTEM else options.system or None,
+        anyres=options.anyres,
+        frames=FrameSampling(
             frames=options.frames, fps=options.fps, start=options.start, end=options.end
         ),
-        "thin": TokenReduction(
+        reduction=TokenReduction(
             options.image_token_pool,
             options.video_token_pool,
             options.image_token_ratio,
             options.video_token_ratio,
         ),
-        "frame_times": options.frame_times,
-    }
+        frame_times=options.frame_times,
+        max_new_tokens=options.max_new_tokens or 1,
+    )
 
 
 def sampling(options: Options, index: int, room: int) -> SamplingParams:

@@ -111,13 +111,11 @@ class ClusterWorker:
 
     def preparer(self) -> Callable[[Any, Options], Prompt]:
         from ..chat import locate
-        from ..chat.chatbot import processing
+        from ..chat.chatbot import prompt_options
         from ..processing import Processor
 
         processor = Processor.from_folder(locate(self.name, self.revision, tensors=False))
-        return lambda messages, options: processor.prompt(
-            messages, **processing(options), max_new_tokens=options.max_new_tokens or 1
-        )
+        return lambda messages, options: processor.prompt(messages, options=prompt_options(options))
 
     def answerer(self) -> Answerer:
         return replies(self._model().ready(Options(adapter=self.adapter)).answers)
