@@ -15,8 +15,8 @@ from llava_interleave.chat import load
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.engine.kv_contiguous import MAX_DECODE_TOKENS
 from llava_interleave.engine.prompt_lookup import CREDIT, NGRAMS, PromptLookupDrafter
-from llava_interleave.engine.sampler import MAX_DRAFT_TOKENS
 from llava_interleave.errors import OptionError
+from llava_interleave.options import MAX_DRAFT_TOKENS
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from tests.helpers.engine import (

@@ -18,7 +18,8 @@ from .attachments import ContentPart, content, is_video, part
 from .kv_file import beside, replacing
 
 if TYPE_CHECKING:
-    from .chatbot import Answer, AnswerDelta, Chatbot
+    from .chatbot import Chatbot
+    from .detokenize import Answer, AnswerDelta
 
 FORMAT = "llava-interleave conversation"
 VERSION = 1
@@ -57,7 +58,7 @@ class Conversation:
             options.but(changes),
         )
         prompt = self.bot.prompt(asked, options)
-        for chunk in self.bot.written(prompt, options, progress):
+        for chunk in self.bot.stream_prompt(prompt, options, progress):
             if chunk.answer is not None and chunk.index == 0:
                 told = {
                     "role": "assistant",

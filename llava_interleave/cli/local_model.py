@@ -118,7 +118,7 @@ class ClusterWorker:
         return lambda messages, options: processor.prompt(messages, options=prompt_options(options))
 
     def answerer(self) -> Answerer:
-        return replies(self._model().ready(Options(adapter=self.adapter)).answers)
+        return replies(self._model().ready(Options(adapter=self.adapter)).answer_prompts)
 
     def _model(self) -> LazyModel:
         return LazyModel(

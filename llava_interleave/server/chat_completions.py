@@ -12,11 +12,10 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..chat import Answer, TokenLogprob
+from ..chat import Answer, AnswerDelta, TokenLogprob
 from ..processing import Tokenizer
 from .api_errors import ClientDisconnected, body, to_api_error
 from .attribution import How
-from .engine_thread import TextDelta
 from .requests import ChatRequest, ExplainRequest
 from .service import PreparedRequest, Service
 
@@ -141,7 +140,7 @@ class Chat:
         if usage:
             yield [self._chunk([]) | {"usage": self.usage()}]
 
-    def _said(self, piece: TextDelta) -> dict[str, Any]:
+    def _said(self, piece: AnswerDelta) -> dict[str, Any]:
         """The chunk of a piece; with the last one come the timings."""
         choice = _choice(
             piece.index, {"content": piece.text} if piece.text else {}, self._logprobs(piece)
@@ -225,7 +224,7 @@ class Chat:
             "choices": choices,
         }
 
-    def _logprobs(self, piece: TextDelta) -> dict[str, Any] | None:
+    def _logprobs(self, piece: AnswerDelta) -> dict[str, Any] | None:
         return (
             {"content": [self._token(told) for told in piece.logprobs], "refusal": None}
             if piece.logprobs

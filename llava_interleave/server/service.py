@@ -18,7 +18,7 @@ from ..processing import Estimate, Loader
 from ..prompt import Prompt
 from .api_errors import ApiError, ClientDisconnected, log
 from .attribution import How, attribution_json, check_attribution_budget
-from .engine_thread import EngineThread, GenerationJob
+from .engine_thread import EngineThread, ServerJob
 from .metrics import Metrics
 from .requests import ChatRequest, ExplainRequest, PromptRequest, adapter_of
 from .settings import MB, Settings
@@ -33,7 +33,7 @@ class PreparedRequest:
     """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt."""
 
     request: ChatRequest
-    job: GenerationJob
+    job: ServerJob
     created: int
     prepared: float
     image_tokens: int
@@ -136,7 +136,7 @@ class Service:
             if request.explain:
                 most, how = self.settings.explain_tokens, request.explain
                 check_attribution_budget(prompt, options.n, options.max_new_tokens or 1, how, most)
-            job = GenerationJob(prompt, options, key.encode(), asyncio.get_running_loop(), guides)
+            job = ServerJob(prompt, options, salt=key.encode(), constraints=guides)
             asked = PreparedRequest(
                 request,
                 job,
@@ -147,7 +147,7 @@ class Service:
             self.worker.submit(job)
             outcome = "left"
             try:
-                await job.taken()
+                await job.queued()
                 yield asked
                 outcome = "answered"
             except Exception:
