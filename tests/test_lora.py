@@ -25,7 +25,7 @@ from llava_interleave import checkpoints
 from llava_interleave.chat import Chatbot
 from llava_interleave.checkpoints import CheckpointLayout, read_adapter, write_adapter
 from llava_interleave.cli import app
-from llava_interleave.cli.local_model import LazyModel
+from llava_interleave.cli.local_model import LazyModel, ModelFlags
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.image_layout import ImageTokenLayout
@@ -780,14 +780,16 @@ def test_a_results_file_tells_adapters_apart_by_every_number(
     folder: Path, stored: Path, tmp_path: Path
 ) -> None:
     def about(adapter: Path) -> object:
-        return LazyModel(str(folder), None, "auto", "cpu", str(adapter)).about["adapter"]
+        return LazyModel(ModelFlags(str(folder), device="cpu", adapter=str(adapter))).about[
+            "adapter"
+        ]
 
     copy = files(folder, tmp_path / "a")
     before = about(copy)
     assert before != about(stored / "d")
     edit(copy, lambda t: next(iter(t.values()))[-1].add_(1e-3))
     assert about(copy) != before
-    assert "adapter" not in LazyModel(str(folder), None, "auto", "cpu").about
+    assert "adapter" not in LazyModel(ModelFlags(str(folder), device="cpu")).about
 
 
 def test_a_server_has_an_adapter_as_a_model(
