@@ -11,7 +11,20 @@ import typer
 
 from .. import __version__
 from ..errors import LlavaError
-from . import ask, batch, bench, chat, checkpoint, demo, estimate, evaluate, quantize, serve, train
+from . import (
+    ask,
+    batch,
+    bench,
+    chat,
+    checkpoint,
+    demo,
+    estimate,
+    evaluate,
+    mcp,
+    quantize,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="llava",
@@ -50,6 +63,7 @@ for module in (
     checkpoint,
     quantize,
     bench,
+    mcp,
 ):
     module.register(app)
 
