@@ -20,7 +20,7 @@ from llava_interleave import checkpoints, kernels, license_notice
 from llava_interleave import placement as places
 from llava_interleave.chat import Chatbot, Conversation, Options, load
 from llava_interleave.chat.attachments import content, part
-from llava_interleave.chat.stop_strings import StopStrings
+from llava_interleave.chat.detokenize import StopStrings
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import DataError, MediaError, OptionError, PromptError, Unsupported
 from llava_interleave.model import PackedAttention, arrange_features
@@ -454,7 +454,9 @@ def test_auto_takes_the_card_that_the_network_fits(
 
 
 def test_keys_and_values_get_what_a_card_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "profile_kv_bytes", lambda model, kv_precision: (model, kv_precision))
+    monkeypatch.setattr(
+        places, "profile_kv_bytes", lambda model, kv_precision: (model, kv_precision)
+    )
     model = SimpleNamespace(
         language_model=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
     )

@@ -183,7 +183,9 @@ def test_anyres_tiles_of_the_original() -> None:
     whole = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
     tiled = np.vstack([np.hstack([np.asarray(crops[i]), np.asarray(crops[i + 1])]) for i in (1, 3)])
     assert np.array_equal(tiled, whole)
-    bars = np.asarray(settings.anyres_tiles(Image.new("RGB", (90, 10), "white"))[1])  # 48 x 16 holds 48 x 6
+    bars = np.asarray(
+        settings.anyres_tiles(Image.new("RGB", (90, 10), "white"))[1]
+    )  # 48 x 16 holds 48 x 6
     assert (bars[:5] == 0).all()
     assert (bars[5:11] == 255).all()
     assert (bars[11:] == 0).all()

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from llava_interleave import cli
 from llava_interleave.attribution.attribution import AttributionRun
-from llava_interleave.chat import Answer, Chatbot, Options, load
+from llava_interleave.chat import Answer, AnswerDelta, Chatbot, Options, load
 from llava_interleave.errors import LlavaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address
@@ -40,7 +40,7 @@ from llava_interleave.server import middleware, uploads
 from llava_interleave.server import service as service_module
 from llava_interleave.server.api_errors import ApiError
 from llava_interleave.server.app import create_app
-from llava_interleave.server.engine_thread import EngineThread, GenerationJob, TextDelta
+from llava_interleave.server.engine_thread import EngineThread, ServerJob
 from llava_interleave.server.metrics import Metrics
 from llava_interleave.server.middleware import ApiKeys, RateLimit
 from llava_interleave.server.openai_types import ChatRequest
@@ -1503,16 +1503,16 @@ def test_nothing_of_it_is_imported_without_need() -> None:
 
 def test_a_reader_that_is_late_finds_one_piece_of_each_answer() -> None:
     async def read() -> None:
-        job = GenerationJob(Prompt([1]), Options(), b"", asyncio.get_running_loop())
-        job.hear(None)
-        await job.taken()
+        job = ServerJob(Prompt([1]), Options())
+        job.receive(None)
+        await job.queued()
         for index, text in ((0, "a"), (1, "x"), (0, "b")):
-            job.hear(TextDelta(index, text))
-        assert await job.next(60) == [TextDelta(0, "ab"), TextDelta(1, "x")]
+            job.receive(AnswerDelta(text, index))
+        assert await job.next(60) == [AnswerDelta("ab", 0), AnswerDelta("x", 1)]
         assert await job.next(0.01) == []
-        job.hear(TextDelta(1, "y"))
-        job.hear(MediaRefused("too late"))
-        assert await job.next(60) == [TextDelta(1, "y")]
+        job.receive(AnswerDelta("y", 1))
+        job.receive(MediaRefused("too late"))
+        assert await job.next(60) == [AnswerDelta("y", 1)]
         with pytest.raises(MediaRefused):
             await job.next(60)
 
@@ -1534,7 +1534,7 @@ def test_a_step_wakes_the_event_loop_once(tiny: Path, monkeypatch: pytest.Monkey
         loop = asyncio.get_running_loop()
         wake = loop.call_soon_threadsafe
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: calls.append(a) or wake(*a))
-        jobs = [GenerationJob(prompt, how, b"", loop) for _ in range(6)]
+        jobs = [ServerJob(prompt, how) for _ in range(6)]
         for job in jobs:
             worker.submit(job)
         worker.start()
@@ -1555,12 +1555,10 @@ def test_a_loop_that_is_gone_does_not_stop_the_thread(tiny: Path) -> None:
     worker.start()
 
     async def leave() -> None:
-        worker.submit(
-            GenerationJob(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
-        )
+        worker.submit(ServerJob(prompt, Options(max_new_tokens=5)))
 
     async def stay() -> int:
-        job = GenerationJob(prompt, Options(max_new_tokens=5), b"", asyncio.get_running_loop())
+        job = ServerJob(prompt, Options(max_new_tokens=5))
         worker.submit(job)
         while True:
             for piece in await job.next(60):

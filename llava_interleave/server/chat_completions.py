@@ -12,9 +12,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..chat import Answer, TokenLogprob
+from ..chat import Answer, AnswerDelta, TokenLogprob
 from .api_errors import ClientDisconnected, error_body, to_api_error
-from .engine_thread import TextDelta
 from .openai_types import (
     AttributionMode,
     AttributionRequest,
@@ -163,7 +162,7 @@ class CompletionStream:
         if options is not None and options.include_usage:
             yield [self._chunk([], usage=self._usage())]
 
-    def _delta_chunk(self, delta: TextDelta) -> ChatCompletionChunk:
+    def _delta_chunk(self, delta: AnswerDelta) -> ChatCompletionChunk:
         """The chunk of a delta; the last one has the timings."""
         choice = ChunkChoice(
             index=delta.index,

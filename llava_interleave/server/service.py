@@ -18,7 +18,7 @@ from ..processing import Estimate, Loader
 from ..prompt import Prompt
 from .api_errors import ApiError, ClientDisconnected, log
 from .attribution import attribute_prompt, check_attribution_budget
-from .engine_thread import EngineThread, GenerationJob
+from .engine_thread import EngineThread, ServerJob
 from .metrics import Metrics
 from .openai_types import (
     AttributionMode,
@@ -40,7 +40,7 @@ class PreparedRequest:
     """A request with its prompt. seconds: that preparation took. image_tokens: of its prompt."""
 
     request: ChatRequest
-    job: GenerationJob
+    job: ServerJob
     created: int
     seconds: float
     image_tokens: int
@@ -115,7 +115,7 @@ class Service:
         start = time.perf_counter()
         with self.admission_slot(options.n):
             response_format = request.response_format.model_dump(by_alias=True)
-            guides = (
+            matchers = (
                 []
                 if response_format["type"] == "text"
                 else await self.run_in_pool(
@@ -141,12 +141,12 @@ class Service:
                     request.attribution,
                     self.settings.max_attribution_tokens,
                 )
-            job = GenerationJob(prompt, options, key.encode(), asyncio.get_running_loop(), guides)
+            job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers)
             image_tokens = sum(media.layout.length for media in prompt.media)
             self.worker.submit(job)
             outcome = "aborted"
             try:
-                await job.taken()
+                await job.queued()
                 yield PreparedRequest(request, job, int(time.time()), seconds, image_tokens)
                 outcome = "finished"
             except Exception:
