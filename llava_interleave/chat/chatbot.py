@@ -172,9 +172,9 @@ class Chatbot:
         check(prompt, tokens, text.context)
         layers = resolve_layers(layers, text.num_layers)
         with self.engine.adapters.whole(options.but(changes).adapter):
-            trial = AttributionRun(self.model, prompt, tokens, tokenizer.size)
-            found = attribute(trial, self.processor.images, layers, leave_out)
-        return Attribution(last_question(messages), str(answer), layers, *found)
+            run = AttributionRun(self.model, prompt, tokens, tokenizer.size)
+            result = attribute(run, self.processor.images, layers, leave_out)
+        return Attribution(last_question(messages), str(answer), layers, *result)
 
     def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
         """The messages of one question with attachments."""
