@@ -43,8 +43,9 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.model.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.model.varlen import KERNELS, VarlenMetadata, each, unavailable_reasons
 from llava_interleave.prompt import Media, Prompt
-from llava_interleave.quantization import cuda
-from llava_interleave.quantization.linear import QuantizedLinearBase
+from llava_interleave.quantization import linear_cuda
+from llava_interleave.quantization.linear_cpu import QuantizedLinearBase
+from llava_interleave.quantization.replace import pack_for_cuda, replace_linears
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = LlavaConfig(
@@ -103,7 +104,7 @@ def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
     dtype = FLOATS.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = skeleton(config)
     if precision not in FLOATS:
-        cuda.prepare(network, precision)
+        replace_linears(network, precision)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     network.to_empty(device=device).requires_grad_(False).eval()
@@ -111,8 +112,8 @@ def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
         network.tie()
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):
         fill(name, tensor)
-    if precision not in FLOATS and cuda.unavailable_reason(device, dtype) is None:
-        cuda.pack_for_cuda(network)
+    if precision not in FLOATS and linear_cuda.unavailable_reason(device, dtype) is None:
+        pack_for_cuda(network)
     return network
 
 
@@ -328,7 +329,7 @@ def checks(group: str, device: torch.device, _: Work, say: Say) -> None:
             )
     for precision in ("int8", "int4", "nf4", "fp8"):
         with told(group, f"{precision}: a linear", say):
-            cuda.check(precision, device)
+            linear_cuda.check_supported(precision, device)
             for rows in (1, 7, 300):
                 far = product(made(SMALL, precision, device), rows)
                 say(
@@ -428,7 +429,7 @@ def product(network: Llava, rows: int) -> float:
         if isinstance(module, QuantizedLinearBase):
             weight = network.language_model.norm.weight
             x = torch.randn(rows, module.in_features, device=weight.device).to(weight.dtype)
-            sure = x.float() @ module.unpacked().float().t() + (
+            sure = x.float() @ module.dequantize().float().t() + (
                 0 if module.bias is None else module.bias.float()
             )
             far = max(far, float((module(x).float() - sure).norm() / sure.norm()))
@@ -440,7 +441,7 @@ def ours(group: str, device: torch.device, work: Work, say: Say) -> None:
     config, few = CONFIGS[shape], precision not in FLOATS
     began = time.perf_counter()
     if few:
-        cuda.check(precision, device)
+        linear_cuda.check_supported(precision, device)
     network = made(config, precision, device)
     synchronize(device)
     say(Row(group, "made in", time.perf_counter() - began, "s"))

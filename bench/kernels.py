@@ -23,7 +23,7 @@ from llava_interleave.bench import reading_speed
 from llava_interleave.config import TextConfig
 from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, _DecodeAttention
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
-from llava_interleave.quantization.linear import QuantizedLinear
+from llava_interleave.quantization.linear_cpu import QuantizedLinear
 
 BESIDE = 256 << 20  # bytes of copies, so that each is read from memory
 CONTEXT = 1474
@@ -53,7 +53,7 @@ def matrices(c: TextConfig) -> dict[str, tuple[int, int]]:
     )
 
 
-def quantised(bits: int, out: int, features: int, x: Tensor) -> tuple[Call, int]:
+def quantized(bits: int, out: int, features: int, x: Tensor) -> tuple[Call, int]:
     like = QuantizedLinear(features, out, bits, bias=False)
     size = like.weight.nbytes + like.scale.nbytes
     made = [QuantizedLinear(features, out, bits, bias=False) for _ in range(max(1, BESIDE // size))]
@@ -100,8 +100,8 @@ def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, ob
                 continue  # of a prompt only the last token needs logits
             x = torch.randn(count, features, dtype=torch.bfloat16)
             systems = {
-                "int4": quantised(4, out, features, x),
-                "int8": quantised(8, out, features, x),
+                "int4": quantized(4, out, features, x),
+                "int8": quantized(8, out, features, x),
                 "torch bfloat16": plain(torch.bfloat16, out, features, x),
                 "torch float32": plain(torch.float32, out, features, x),
             }

@@ -2,7 +2,7 @@
 
 python bench/make_gguf.py FOLDER OUT q4_0
 
-OUT/decoder.gguf is quantised by llama.cpp itself, q4_0 or q8_0, its output head as llama.cpp chooses; OUT/tower.gguf is the tower
+OUT/decoder.gguf is quantized by llama.cpp itself, q4_0 or q8_0, its output head as llama.cpp chooses; OUT/tower.gguf is the tower
 with the projector, in bfloat16. The folder is one of bench/make_checkpoint.py.
 """
 

@@ -42,7 +42,7 @@ from llava_interleave.checkpoints.files import read_config
 from llava_interleave.cli import terminal
 from llava_interleave.config import LlavaConfig
 from llava_interleave.model.flops import prefill_flops, vision_flops
-from llava_interleave.quantization.linear import parse_precision
+from llava_interleave.quantization.precision import parse_precision
 
 HERE = Path(__file__).parent
 FLOATS = (

@@ -16,7 +16,7 @@ from PIL import Image
 from .chat import Chatbot, Options
 from .model.flops import decoder_bytes, prefill_flops, vision_flops
 from .quantization.fused import can_fuse_decoder
-from .quantization.linear import quantised
+from .quantization.replace import quantized_precision
 
 LONG = 0.05
 """Seconds of a product after which no larger one is tried."""
@@ -65,7 +65,9 @@ def measure(
     computed = str(weight.dtype).removeprefix("torch.")
     peak = peak_memory(weight.device)  # before the ceilings take memory of their own
     kinds = (
-        ("int8", "bfloat16", "float32") if quantised(model) and weight.is_cpu else (computed,)
+        ("int8", "bfloat16", "float32")
+        if quantized_precision(model) and weight.is_cpu
+        else (computed,)
     )  # a GPU multiplies floats
     products, kind = max((product_speed(kind, weight.device), kind) for kind in kinds)
     read = reading_speed(weight.device)

@@ -10,8 +10,8 @@ from typing import Any
 
 from .errors import CheckpointError
 
-QUANTISATION, METHOD = "quantization_config", "llava-interleave"
-"""Where config.json tells that weights are quantised, and that this package did it."""
+QUANTIZATION, METHOD = "quantization_config", "llava-interleave"
+"""Where config.json tells that weights are quantized, and that this package did it."""
 _MAX_JSON = 64 << 20
 
 
@@ -90,14 +90,14 @@ class LlavaConfig:
         """The network that a config.json describes: transformers' form of any release, or the original lmms-lab form.
 
         Absent keys mean what they mean to transformers. Keys that change nothing are passed over; a key that is unknown and
-        not empty, and a value of another network, raise `CheckpointError` by name. How this package quantised the weights is
+        not empty, and a value of another network, raise `CheckpointError` by name. How this package quantized the weights is
         left to `weights`.
         """
         if (
-            isinstance(about := values.get(QUANTISATION), Mapping)
+            isinstance(about := values.get(QUANTIZATION), Mapping)
             and about.get("quant_method") == METHOD
         ):
-            values = {key: value for key, value in values.items() if key != QUANTISATION}
+            values = {key: value for key, value in values.items() if key != QUANTIZATION}
         top = _Section("", values)
         return (
             _original(top)
@@ -218,7 +218,7 @@ class _Section:
         if self.left.get("quantization_config"):
             raise self.wrong(
                 "quantization_config",
-                "is present: quantised tensors are not read; use the unquantised checkpoint",
+                "is present: quantized tensors are not read; use the unquantized checkpoint",
             )
 
     def wrong(self, key: str, what: str) -> CheckpointError:

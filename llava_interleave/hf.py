@@ -27,7 +27,7 @@ from .options import unknown
 from .processing import FrameSampling, Processor, Tokenizer
 from .processing.chat_template import hf_text, parse
 from .prompt import Media, Prompt
-from .quantization.linear import quantised
+from .quantization.replace import quantized_precision
 
 IMAGE = "<image>"
 TURN_END = "<|im_end|>\n"
@@ -302,7 +302,7 @@ class LlavaForConditionalGeneration:
     ) -> LlavaForConditionalGeneration:
         """The network on a device, in a dtype, or both, by place or name; moved in place. One of few bits stays what it is."""
         device, dtype = _where(where, named)
-        if few := quantised(self.model):
+        if few := quantized_precision(self.model):
             if (dtype or self.dtype, torch.empty(0, device=device or self.device).device) != (
                 self.dtype,
                 self.device,

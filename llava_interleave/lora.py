@@ -130,7 +130,7 @@ def attach(network: Llava, lora: LoraConfig, seed: int = 0) -> LoraAdapter:
     """Put a fresh adapter, float32, beside the linears that `lora` targets. Every row goes through it, and it alone trains.
 
     A is uniform within 1 / sqrt(in), B nought: the network computes what it did until B has been changed. The weights may be
-    quantised (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Raises `OptionError` for a pattern that no linear has.
+    quantized (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Raises `OptionError` for a pattern that no linear has.
     """
     found = linears(network)
     for pattern in lora.targets or ("",):

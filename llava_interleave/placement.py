@@ -18,13 +18,20 @@ from .engine import bytes_per_token
 from .engine.kv_budget import profile_kv_bytes
 from .errors import OptionError
 from .model import Llava
-from .quantization import cuda
-from .quantization.linear import APART, RECIPES, format_precision, parse_precision, quantised
+from .quantization import linear_cuda
+from .quantization.precision import (
+    CUDA_ONLY,
+    PER_COMPONENT,
+    RECIPES,
+    format_precision,
+    parse_precision,
+)
+from .quantization.replace import quantized_precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 100_000_000
 """A network of at most this many parameters runs in float32: 400 MB at most, and exact."""
-PRECISIONS = ("auto", *DTYPES, *RECIPES, *cuda.FLOATS)
+PRECISIONS = ("auto", *DTYPES, *RECIPES, *CUDA_ONLY)
 MIN_FREE_BYTES, TOKENS = 1 << 30, 4096
 """What a card must have left beside the weights: bytes for activations and libraries, and keys and values of so many tokens."""
 
@@ -37,16 +44,16 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dtype, str | None]:
-    """The type that is computed in, and the precision that weights of linears are quantised to; None leaves them as they are.
+    """The type that is computed in, and the precision that weights of linears are quantized to; None leaves them as they are.
 
-    `auto` takes a quantised folder as it is. Where it would compute in bfloat16 on a CPU and there are kernels, it quantises to
+    `auto` takes a quantized folder as it is. Where it would compute in bfloat16 on a CPU and there are kernels, it quantizes to
     int8: decoding is five times as fast, and answers lose nothing that was measurable (docs/performance.md). Raises `OptionError`
     for another precision than the folder's, `Unsupported` for one that the device has no linears for.
     """
     if bits := parse_precision(precision):
         precision = format_precision(bits)
     elif precision not in PRECISIONS:
-        apart = f"int8 and int4 also with tower, decoder or head apart, in int4, int8 or float, as in {APART}"
+        apart = f"int8 and int4 also with tower, decoder or head apart, in int4, int8 or float, as in {PER_COMPONENT}"
         raise OptionError(
             f"{precision!r} is no precision; there are {', '.join(PRECISIONS)}, {apart}"
         )
@@ -55,8 +62,8 @@ def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dty
         raise OptionError(
             f"{folder} holds {held} weights; for {precision} name the checkpoint that it was made from"
         )
-    if few := held or (precision if bits or precision in cuda.FLOATS else None):
-        cuda.check(few, torch.device(device))
+    if few := held or (precision if bits or precision in CUDA_ONLY else None):
+        linear_cuda.check_supported(few, torch.device(device))
         kept = (
             0 in (parse_precision(few) or {}).values() and device == "cpu"
         )  # a part in floats, which PyTorch multiplies
@@ -74,7 +81,7 @@ def pick_precision(precision: str, folder: Path, device: str) -> tuple[torch.dty
 
 
 def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None:
-    """Say so where there is no product for the weights: quantised ones are unpacked at every call, others multiplied number by
+    """Say so where there is no product for the weights: quantized ones are unpacked at every call, others multiplied number by
     number."""
     on_cpu = device == "cpu"
     if (
@@ -90,12 +97,12 @@ def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None
         warnings.warn(
             f"this CPU has no products in {number}: {faster} a hundred times as fast", stacklevel=3
         )
-    if precision is None or precision in cuda.FLOATS:
+    if precision is None or precision in CUDA_ONLY:
         return
     if (
         reason := kernels.unavailable_reason()
         if on_cpu
-        else cuda.unavailable_reason(torch.device(device), dtype)
+        else linear_cuda.unavailable_reason(torch.device(device), dtype)
     ):
         kind = "compiled kernels" if on_cpu else "4-bit product"
         warnings.warn(
@@ -106,16 +113,16 @@ def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None
 
 def linear_backend(model: Llava) -> str:
     """What computes the linears of a network."""
-    few, weight = quantised(model), model.language_model.norm.weight
+    few, weight = quantized_precision(model), model.language_model.norm.weight
     if few is None:
         return "PyTorch"
-    if few in cuda.FLOATS:
+    if few in CUDA_ONLY:
         return "bitsandbytes" if few == "nf4" else "PyTorch's scaled product"
     on_cpu = weight.device.type == "cpu"
     if (
         reason := kernels.unavailable_reason()
         if on_cpu
-        else cuda.unavailable_reason(weight.device, weight.dtype)
+        else linear_cuda.unavailable_reason(weight.device, weight.dtype)
     ):
         return f"PyTorch, which unpacks the weights at every call: {reason}"
     return "compiled kernels" if on_cpu else "PyTorch's 4-bit product"

@@ -38,10 +38,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["AVX2", "AVX-512 VNNI", "AVX-512 BF16"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compiled for one instruction set, whichever is this machine's best."""
-    flags = {"AVX2": kernels._AVX2, "AVX-512 VNNI": kernels._AVX512}.get(
-        request.param, kernels._BFLOAT16
+    flags = {"AVX2": kernels.build.AVX2, "AVX-512 VNNI": kernels.build.AVX512}.get(
+        request.param, kernels.build.AVX512_BF16
     )
-    if len(kernels.instructions()) < len(flags):
+    if len(kernels.build.cpu_flags()) < len(flags):
         pytest.skip(f"this CPU has no {request.param}")
-    library = kernels.functions(kernels.compiled(flags))
-    monkeypatch.setattr(kernels, "_library", lambda: library)
+    found = kernels.build.bind(kernels.build.compile_kernels(flags))
+    monkeypatch.setattr(kernels.build, "library", lambda: found)

@@ -23,7 +23,8 @@ from llava_interleave.quantization.fused import (
     can_fuse_decoder,
     can_fuse_tower,
 )
-from llava_interleave.quantization.linear import QuantizedLinear, pack
+from llava_interleave.quantization.linear_cpu import QuantizedLinear
+from llava_interleave.quantization.packing import pack
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 pytestmark = [
@@ -55,7 +56,7 @@ def decoder(c: TextConfig, bits: int) -> Qwen2:
         p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(
             0, 0.1 if p.dim() == 1 else 0.7 * p.shape[-1] ** -0.5
         )
-    quantise(made.layers, bits)
+    quantize(made.layers, bits)
     return made
 
 
@@ -66,11 +67,11 @@ def tower(c: VisionConfig) -> SigLIP:
         p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(
             0, 0.1 if p.dim() == 1 else 0.7 * p.shape[-1] ** -0.5
         )
-    quantise(made.encoder.layers, 8)
+    quantize(made.encoder.layers, 8)
     return made
 
 
-def quantise(layers: Iterable[nn.Module], bits: int) -> None:
+def quantize(layers: Iterable[nn.Module], bits: int) -> None:
     for layer in layers:
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
@@ -135,7 +136,7 @@ def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits:
     assert float((fused - by_layer).norm() / by_layer.norm()) < 0.01
     for ours, theirs in zip(contents(other), contents(one), strict=True):
         assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 0.02
-    for p in network.parameters():  # what is quantised is a buffer and stays
+    for p in network.parameters():  # what is quantized is a buffer and stays
         p.data = p.float()
     exact = sequences(
         ContiguousKVCache(c, torch.float32, torch.device("cpu"), in_eight_bits=in_8_bits), SPANS

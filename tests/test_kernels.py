@@ -14,7 +14,8 @@ from llava_interleave import kernels
 from llava_interleave.config import TextConfig
 from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, quantize_kv
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
-from llava_interleave.quantization.linear import QuantizedLinear, pack
+from llava_interleave.quantization.linear_cpu import QuantizedLinear
+from llava_interleave.quantization.packing import pack
 
 BF16, F32 = torch.bfloat16, torch.float32
 needs_kernels = pytest.mark.skipif(
@@ -22,7 +23,7 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def quantised(
+def quantized(
     features: int, out: int, bits: int, dtype: torch.dtype, *, bias: bool = True
 ) -> QuantizedLinear:
     made = QuantizedLinear(features, out, bits, bias=bias)
@@ -52,7 +53,7 @@ def test_linear_is_the_plain_product(
 ) -> None:
     torch.manual_seed(0)
     module, x = (
-        quantised(features, out, bits, dtype, bias=bias),
+        quantized(features, out, bits, dtype, bias=bias),
         torch.randn(tokens, features).to(dtype),
     )
     x[0, :5] *= 30  # groups of unlike size
@@ -78,7 +79,7 @@ def test_largest_numbers_do_not_overflow(bits: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_token_is_the_same_in_any_company(bits: int) -> None:
-    module, x = quantised(224, 70, bits, BF16), torch.randn(61, 224).to(BF16)
+    module, x = quantized(224, 70, bits, BF16), torch.randn(61, 224).to(BF16)
     whole = module(x)
     for some in (slice(0, 1), slice(3, 5), slice(10, 23), slice(60, 61)):
         assert torch.equal(module(x[some]), whole[some])
@@ -87,7 +88,7 @@ def test_a_token_is_the_same_in_any_company(bits: int) -> None:
 
 @needs_kernels
 def test_threads_do_not_change_a_bit() -> None:
-    module, x = quantised(1024, 4096, 4, F32), torch.randn(40, 1024)
+    module, x = quantized(1024, 4096, 4, F32), torch.randn(40, 1024)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -101,7 +102,7 @@ def test_threads_do_not_change_a_bit() -> None:
 @needs_kernels
 @pytest.mark.usefixtures("instructions")
 def test_noughts_and_what_is_no_number() -> None:
-    module = quantised(64, 16, 4, F32, bias=False)
+    module = quantized(64, 16, 4, F32, bias=False)
     x = torch.randn(3, 64)
     x[0] = 0
     x[1, 40] = torch.nan
@@ -114,7 +115,7 @@ def test_noughts_and_what_is_no_number() -> None:
 @needs_kernels
 def test_weights_need_no_alignment() -> None:
     """A mapped file puts them anywhere."""
-    module, x = quantised(96, 33, 4, F32), torch.randn(2, 96)
+    module, x = quantized(96, 33, 4, F32), torch.randn(2, 96)
     right = module(x)
     for name in ("weight", "scale"):
         value = getattr(module, name)
@@ -127,14 +128,14 @@ def test_weights_need_no_alignment() -> None:
 @needs_kernels
 def test_no_tokens_and_many_at_once() -> None:
     """As many as make several blocks."""
-    module = quantised(2048, 40, 4, F32)
+    module = quantized(2048, 40, 4, F32)
     assert module(torch.randn(0, 2048)).shape == (0, 40)
     x = torch.randn(400, 2048)
     torch.testing.assert_close(module(x), module.plain(x), rtol=1e-4, atol=1e-3)
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:
-    module = quantised(200, 48, 4, F32)
+    module = quantized(200, 48, 4, F32)
     with pytest.raises(AssertionError, match=r"\[2, 264\].*\[3, 2, 1088\]\), 48"):
         kernels.linear(torch.randn(2, 264), module.weight, module.scale, None, 48)
     with pytest.raises(AssertionError, match=r"\[3, 2, 1088\]\), 49"):
@@ -272,7 +273,7 @@ def test_the_engines_memory_uses_it_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(args[5]) or attend(*args))
     compiled = step()
     assert calls == [19]
-    monkeypatch.setattr(kernels, "_library", lambda: "none for this test")
+    monkeypatch.setattr(kernels.build, "library", lambda: "none for this test")
     torch.testing.assert_close(compiled, step(), rtol=2e-2, atol=2e-2)
     assert calls == [19]
 
@@ -283,11 +284,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], str |
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def ask() -> str | None:
-        kernels._library.cache_clear()
+        kernels.build.library.cache_clear()
         try:
             return kernels.unavailable_reason()
         finally:
-            kernels._library.cache_clear()
+            kernels.build.library.cache_clear()
 
     return ask
 
@@ -295,11 +296,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], str |
 def test_without_a_compiler_pytorch_computes(
     fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, x = quantised(64, 24, 4, F32), torch.randn(5, 64)
+    module, x = quantized(64, 24, 4, F32), torch.randn(5, 64)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "no C++ compiler" in str(fresh())
     monkeypatch.setattr(kernels, "linear", None)  # would raise
-    monkeypatch.setattr(kernels, "_library", lambda: "no compiler")
+    monkeypatch.setattr(kernels.build, "library", lambda: "no compiler")
     assert torch.equal(module(x), module.plain(x))
 
 
@@ -314,18 +315,18 @@ def test_reasons(
         assert "x86-64 on Linux, and this is aarch64" in str(fresh())
     (tmp_path / "llava-interleave").mkdir()
     (tmp_path / "llava-interleave").chmod(0o777)
-    assert "can be written to by others" in str(fresh())
+    assert "other users can write to" in str(fresh())
 
 
 @needs_kernels
 def test_a_failing_compiler_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(kernels.NoKernels, match=r"failed: .*nonsense"):
-        kernels.compiled(("-mnonsense",), tmp_path)
+    with pytest.raises(kernels.KernelsUnavailable, match=r"failed: .*nonsense"):
+        kernels.build.compile_kernels(("-mnonsense",), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 HARNESS = """
-#include "kernels.cpp"
+#include "layers.cpp"
 #include <cstdlib>
 static int32_t serial(int64_t begin, int64_t end, int64_t, Body body, void* context) {
   for (int64_t i = begin; i < end; i++) body(i, i + 1, context);
@@ -405,11 +406,13 @@ int main() {
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "flags", [kernels._AVX2, kernels._AVX512, kernels._BFLOAT16], ids=["AVX2", "AVX-512", "BF16"]
+    "flags",
+    [kernels.build.AVX2, kernels.build.AVX512, kernels.build.AVX512_BF16],
+    ids=["AVX2", "AVX-512", "BF16"],
 )
 def test_nothing_is_read_or_written_beyond_its_end(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    if len(kernels.instructions()) < len(flags):
+    if len(kernels.build.cpu_flags()) < len(flags):
         pytest.skip("not on this CPU")
     (tmp_path / "harness.cpp").write_text(HARNESS)
     sanitise = [
@@ -425,7 +428,7 @@ def test_nothing_is_read_or_written_beyond_its_end(flags: tuple[str, ...], tmp_p
         "-g",
         *flags,
         *sanitise,
-        f"-I{kernels.SOURCE.parent}",
+        f"-I{kernels.build.SOURCES}",
         "-o",
         "harness",
         "harness.cpp",

@@ -21,7 +21,7 @@ from llava_interleave.distributed.tensor_parallel import local_config, shard_mod
 from llava_interleave.engine import SamplingParams
 from llava_interleave.errors import LlavaError, OptionError
 from llava_interleave.model import Llava, PackedAttention
-from llava_interleave.quantization.linear import RECIPES
+from llava_interleave.quantization.precision import RECIPES
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.timeout(600)  # two processes begin, on however busy a machine
@@ -79,7 +79,7 @@ def asked(bot: Chatbot, folder: Path) -> dict[str, Any]:
     guided = bot.engine.add(
         bot.prompt(turns[2]),
         SamplingParams(max_new_tokens=6),
-        constraint=Even(bot.processor.tokenizer.size),
+        guide=Even(bot.processor.tokenizer.size),
     )
     while bot.engine.busy:
         bot.engine.step(0.001)

@@ -844,7 +844,7 @@ def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: P
     assert len(way.split("L")) == 334
 
 
-def test_of_a_quantised_checkpoint_adapters_alone_are_trained(
+def test_of_a_quantized_checkpoint_adapters_alone_are_trained(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
     checkpoints.save(

@@ -15,7 +15,7 @@ from llava_interleave import checkpoints, kernels, load
 from llava_interleave.cli import app
 from llava_interleave.errors import Unsupported
 from llava_interleave.lora import LoraConfig, attach
-from llava_interleave.quantization.linear import QuantizedLinear
+from llava_interleave.quantization.linear_cpu import QuantizedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.verify import ablations, candidate, parity, why
 
@@ -47,7 +47,7 @@ def adapter(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def packed(folder: Path, request: pytest.FixtureRequest) -> Path:
-    """The same weights quantised."""
+    """The same weights quantized."""
     target = folder.parent / request.param
     checkpoints.save(
         checkpoints.load(folder, precision=request.param), target, processor_from=folder
@@ -197,13 +197,13 @@ def test_command(tmp_path: Path) -> None:
     ]
     page = tmp_path / "report.html"
     done = subprocess.run(
-        [*command, "--json", "--ablate", "--html", str(page)], capture_output=True, text=True
+        [*command, "--json", "--why", "--html", str(page)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert [case["passed"] for case in told["cases"]] == [True] * 4
     assert told["cases"][1]["stages"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
-    assert len(told["ablations"]) == 20
+    assert len(told["why"]) == 20
     tags = Tags()
     tags.feed(page.read_text())
     assert (tags.found.count("table"), tags.sources, "script" in tags.found) == (6, [], False)
@@ -224,18 +224,18 @@ def test_command_with_everything(packed: Path, folder: Path, adapter: Path, tmp_
         "--html",
         str(page),
     ]
-    done = CliRunner().invoke(app, ["verify", *given, "--ablate", "--json"])
+    done = CliRunner().invoke(app, ["verify", *given, "--why", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["adapter"], told["against"]) == (str(adapter), str(folder))
-    assert [effect["switch"] for effect in told["ablations"]][::2] == [
+    assert [effect["switch"] for effect in told["why"]][::2] == [
         "baseline",
         *ablations.PROMPTS,
         "layer before the last",
         "bfloat16",
     ]
     assert told["cases"][0]["standard"].startswith(
-        "equal ids, equal pixels, every quantised linear"
+        "equal ids, equal pixels, every quantized linear"
     )
     for shown in (candidate.LINEARS, str(adapter), parity.COST.told):
         assert shown in page.read_text()
@@ -265,7 +265,7 @@ def test_an_adapter_agrees_with_peft(
     assert not any(case.passed for case in parity.verify(folder, adapter=adapter, tokens=1))
 
 
-def test_quantised_weights_are_computed_right(
+def test_quantized_weights_are_computed_right(
     packed: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the same weights as floats; also with an adapter beside them. What a kernel gets wrong by a thousandth is told."""
@@ -285,7 +285,7 @@ def test_quantised_weights_are_computed_right(
     assert all(case.stage("logits").relative < parity.ROUNDED.within for case in cases)
 
 
-def test_what_quantising_costs(packed: Path, folder: Path) -> None:
+def test_what_quantizing_costs(packed: Path, folder: Path) -> None:
     """Against the checkpoint it was made from every stage is off, a little; nothing is asked of it."""
     other = tiny_checkpoint(
         packed.parent / f"beside-{packed.name}", checkpoints.read_config(folder), seed=1

@@ -131,7 +131,7 @@ def test_types(
 ) -> None:
     """Cast in pieces of a staging buffer, which must give what a cast of the whole gives."""
     monkeypatch.setattr(
-        checkpoints.tensors, "_CHUNK", 1000
+        checkpoints.safetensors_file, "_CHUNK", 1000
     )  # smaller than most tensors and no divisor of them
     folder = edit(
         tiny_checkpoint(tmp_path / "a"), lambda t: t.update({k: v.to(stored) for k, v in t.items()})
@@ -207,7 +207,7 @@ def test_all_faults_in_one_error(tmp_path: Path) -> None:
     assert "1 missing: language_model.norm.weight" in message
     assert "1 surplus: adapter.weight" in message
     assert "multi_modal_projector.linear_1.bias is [63] instead of [64]" in message
-    assert "linear_2.bias is of type I8, quantised" in message
+    assert "linear_2.bias is of type I8, quantized" in message
     assert "is a second multi_modal_projector.linear_2.weight" in message
 
 

@@ -136,7 +136,7 @@ def _match(
                 f"{stored_name} {list(stored.shape)} stands beside no linear of the network"
             )
         elif stored.dtype not in FLOATS:
-            wrong.append(f"{stored_name} is of type {stored.dtype}, quantised tensors are not read")
+            wrong.append(f"{stored_name} is of type {stored.dtype}, quantized tensors are not read")
         elif named[2] in found.setdefault(name, {}):
             wrong.append(f"{stored_name} is a second {named[2]} of {name}")
         else:

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import METHOD, QUANTISATION, LlavaConfig, read_json
+from ..config import METHOD, QUANTIZATION, LlavaConfig, read_json
 from ..errors import CheckpointError
-from ..quantization.linear import parse_precision
+from ..quantization.precision import parse_precision
 from .safetensors_file import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 VERSION = 2
-"""Of the form in which quantised weights are packed and stored."""
+"""Of the form in which quantized weights are packed and stored."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,13 +50,13 @@ def read_config(folder: str | Path) -> LlavaConfig:
 
 
 def stored_precision(folder: str | Path) -> str | None:
-    """What the weights in a checkpoint folder were quantised to by `save`; None where they are floats."""
-    about = read_json(Path(folder) / "config.json").get(QUANTISATION)
+    """What the weights in a checkpoint folder were quantized to by `save`; None where they are floats."""
+    about = read_json(Path(folder) / "config.json").get(QUANTIZATION)
     if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         return None
     if about.get("version") != VERSION or not parse_precision(str(about.get("precision"))):
         raise CheckpointError(
-            f"{folder} was quantised by another release ({QUANTISATION} {about}); quantise its original again with this one"
+            f"{folder} was quantized by another release ({QUANTIZATION} {about}); quantize its original again with this one"
         )
     return str(about["precision"])
 

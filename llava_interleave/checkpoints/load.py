@@ -15,8 +15,12 @@ from ..config import LlavaConfig
 from ..errors import CheckpointError, OptionError, Unsupported
 from ..kernels import PANEL
 from ..model import Llava
-from ..quantization import cuda
-from ..quantization.linear import QuantizedLinear, pack
+from ..quantization import linear_cuda
+from ..quantization.linear_cpu import QuantizedLinear
+from ..quantization.linear_cuda import Float8Linear, NF4Linear
+from ..quantization.packing import pack
+from ..quantization.precision import CUDA_ONLY
+from ..quantization.replace import pack_for_cuda, replace_linears
 from .files import read_config, read_headers, stored_precision
 from .layouts import ours, unused
 from .safetensors_file import FLOATS, TYPES, Reader, Stored, same
@@ -36,8 +40,8 @@ def load(
     """The network of a checkpoint folder, ready to answer: no gradients, evaluation mode.
 
     dtype: float32, bfloat16 or float16; None takes the type that the embedding is stored in.
-    precision: int4 or int8, or these with parts apart (`model.quantise.parts`), quantises linears while they are read, a few rows
-    at a time, fp8 or nf4 (on a CUDA GPU) one after another; `dtype` is then what is computed in. A folder that is quantised
+    precision: int4 or int8, or these with parts apart (`model.quantize.parts`), quantizes linears while they are read, a few rows
+    at a time, fp8 or nf4 (on a CUDA GPU) one after another; `dtype` is then what is computed in. A folder that is quantized
     already is loaded as it is.
     progress: called with the bytes read so far and in all.
     Weights in their stored type on the CPU are the mapped file (see `Reader`): do not change the files in place meanwhile.
@@ -49,7 +53,7 @@ def load(
     held = stored_precision(folder)
     if held and precision not in (None, held):
         raise OptionError(
-            f"{folder} holds {held} weights; for {precision} quantise the checkpoint that it was made from"
+            f"{folder} holds {held} weights; for {precision} quantize the checkpoint that it was made from"
         )
     model = blank(read_config(folder), held)
     found = match(model, read_headers(folder), folder)
@@ -61,9 +65,9 @@ def load(
             f"weights are held as {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
         )
     if held or precision:
-        cuda.check(str(held or precision), place)
+        linear_cuda.check_supported(str(held or precision), place)
     packed = {name: value.dtype for name, value in model.named_buffers()}
-    plan = cuda.prepare(model, precision) if precision and not held else set()
+    plan = replace_linears(model, precision) if precision and not held else set()
     total, done = sum(stored.bytes for stored in found.values()), 0
     state: dict[str, Tensor] = {}
     in_order = sorted(found.items(), key=lambda item: (item[1].path, item[1].start))
@@ -72,7 +76,7 @@ def load(
             reader = Reader(file)
             for name, stored in group:
                 if (linear := name.removesuffix(".weight")) in plan:
-                    state |= quantised(reader, stored, linear, model.get_submodule(linear), place)
+                    state |= quantized(reader, stored, linear, model.get_submodule(linear), place)
                 else:
                     state[name] = reader.read(stored, packed.get(name, dtype), place)
                 if (
@@ -80,26 +84,26 @@ def load(
                     and "lm_head" in plan
                     and model.config.text.tie_word_embeddings
                 ):
-                    state |= quantised(reader, stored, "lm_head", model.lm_head, place)
+                    state |= quantized(reader, stored, "lm_head", model.lm_head, place)
                 done += stored.bytes
                 if progress:
                     progress(done, total)
     model.load_state_dict(state, strict=False, assign=True)
-    if isinstance(model.lm_head, nn.Linear):  # a quantised head is a matrix of its own
+    if isinstance(model.lm_head, nn.Linear):  # a quantized head is a matrix of its own
         model.tie()
     state.clear()  # what is put into another order goes as it is replaced
-    if (held or precision) and cuda.unavailable_reason(place, dtype) is None:
-        cuda.pack_for_cuda(model)
+    if (held or precision) and linear_cuda.unavailable_reason(place, dtype) is None:
+        pack_for_cuda(model)
     assert {value.device.type for value in model.state_dict().values()} == {place.type}
     return model.requires_grad_(False).eval()
 
 
-def quantised(
+def quantized(
     reader: Reader, stored: Stored, name: str, linear: nn.Module, place: torch.device
 ) -> dict[str, Tensor]:
-    """Weight and scale of a linear, quantised where they go, int4 and int8 a few rows at a time, so that the floats are never all
+    """Weight and scale of a linear, quantized where they go, int4 and int8 a few rows at a time, so that the floats are never all
     in memory."""
-    if isinstance(linear, cuda.Float8Linear | cuda.NF4Linear):
+    if isinstance(linear, Float8Linear | NF4Linear):
         weight, scale = linear.pack(reader.read(stored, FLOATS[stored.dtype], place))
         return {f"{name}.weight": weight, f"{name}.scale": scale}
     assert isinstance(linear, QuantizedLinear)
@@ -136,10 +140,10 @@ def skeleton(config: LlavaConfig) -> Llava:
 
 
 def blank(config: LlavaConfig, precision: str | None) -> Llava:
-    """`skeleton`, quantised where a precision is given."""
+    """`skeleton`, quantized where a precision is given."""
     model = skeleton(config)
     if precision:
-        cuda.prepare(model, precision)
+        replace_linears(model, precision)
     return model
 
 
@@ -156,16 +160,16 @@ def shapes(model: Llava) -> dict[str, tuple[int, ...]]:
 def size(
     config: LlavaConfig, dtype: torch.dtype, precision: str | None = None, device: str = "cpu"
 ) -> int:
-    """Bytes of a network on `device` whose numbers are of type `dtype` and whose linears are quantised to `precision`."""
+    """Bytes of a network on `device` whose numbers are of type `dtype` and whose linears are quantized to `precision`."""
     model = blank(config, precision)
     few = sum(value.nbytes for value in model.buffers())
     if (
         precision
-        and precision not in cuda.FLOATS
-        and cuda.unavailable_reason(torch.device(device), dtype) is None
+        and precision not in CUDA_ONLY
+        and linear_cuda.unavailable_reason(torch.device(device), dtype) is None
     ):
         few = sum(
-            cuda.packed_bytes(module)
+            linear_cuda.packed_bytes(module)
             for module in model.modules()
             if isinstance(module, QuantizedLinear)
         )
@@ -203,7 +207,7 @@ def match(model: Llava, headers: dict[str, Stored], folder: Path) -> dict[str, S
             if name in packed
             else stored.dtype not in FLOATS
         ):
-            wrong.append(f"{name} is of type {stored.dtype}, quantised tensors are not read")
+            wrong.append(f"{name} is of type {stored.dtype}, quantized tensors are not read")
     missing = sorted(expected.keys() - found.keys())
     if missing or surplus or wrong:
         kinds = (("missing", missing), ("surplus", surplus), ("misshapen", wrong))

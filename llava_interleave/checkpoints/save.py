@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import METHOD, QUANTISATION, LlavaConfig
+from ..config import METHOD, QUANTIZATION, LlavaConfig
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
-from ..quantization.linear import QuantizedLinear, QuantizedLinearBase, quantised
+from ..quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase
+from ..quantization.replace import quantized_precision
 from .files import INDEX, SINGLE, VERSION, new_folder
 from .layouts import LAYOUTS, CheckpointLayout, theirs
 from .load import DTYPES, blank, shapes
@@ -48,12 +49,12 @@ def save(
 ) -> None:
     """Write a network as a checkpoint folder, with tokenizer, processor and generation files copied from `processor_from`.
 
-    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once. A quantised network is
+    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once. A quantized network is
     written as it is, in a form that `load` maps and nobody else reads.
     The folder must not exist or be empty. It appears when it is complete: a failure leaves nothing behind.
     """
     state = model.state_dict()
-    precision = quantised(model)
+    precision = quantized_precision(model)
     if any(
         isinstance(module, QuantizedLinearBase) and not isinstance(module, QuantizedLinear)
         for module in model.modules()
@@ -105,7 +106,7 @@ def write_checkpoint(
             "torch_dtype": str(dtype).removeprefix("torch.")
         }
         if precision:
-            values[QUANTISATION] = {
+            values[QUANTIZATION] = {
                 "quant_method": METHOD,
                 "version": VERSION,
                 "precision": precision,

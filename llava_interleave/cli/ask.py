@@ -12,88 +12,87 @@ import typer
 
 from ..errors import OptionError
 from ..options import Options
-from . import flags, terminal
-from .local_model import ModelFlags
+from . import terminal
 
 if TYPE_CHECKING:
     from ..chat import Answer, Chatbot
 
 
 def register(app: typer.Typer) -> None:
-    app.command("ask")(flags.with_options(ask))
+    app.command("ask")(terminal.with_options(ask))
 
 
 def ask(
     question: Annotated[
         str,
         typer.Argument(
-            help="The question, or '-' for standard input; <image> places an attachment."
+            help="What to ask, or '-' for standard input; <image> places an attachment."
         ),
     ],
-    attach: flags.Attach = None,
-    view: flags.View = None,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    as_json: flags.Json = False,
+    attach: terminal.Attach = None,
+    view: terminal.View = None,
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
+    as_json: terminal.Json = False,
     stream: Annotated[
-        bool, typer.Option("--stream/--no-stream", help="Print the answer as it is generated.")
+        bool, typer.Option("--stream/--no-stream", help="Print the answer while it is written.")
     ] = True,
     explain: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Write an attribution report: each image's share in the answer, with heat maps.",
+            help="Write a page that shows which images the answer leaned on, and where in them.",
         ),
     ] = None,
     *,
     options: Options,
 ) -> None:
-    """Ask about images, videos, folders of frames and views."""
+    """Ask about pictures, videos, folders of frames and views."""
     if question == "-" and "-" in (attach or []):
         raise OptionError("standard input can be the question or an attachment, not both")
     if options.logprobs is not None and not as_json:
         raise OptionError("--logprobs are reported with --json")
     if question == "-":
         question = sys.stdin.read().strip()
-    sources = flags.attachments(attach, view)
+    sources = terminal.attachments(attach, view)
     if explain is not None and (options.n > 1 or not sources):
         raise OptionError(
-            "--explain attributes one answer to its images: "
+            "--explain tells of one answer about images: "
             + ("leave out -n" if options.n > 1 else "attach one")
         )
-    bot = ModelFlags(model, revision, precision, device, options.adapter).load()
+    bot = terminal.load(model, revision, precision, device, options.adapter)
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json:
-        answers = [print_stream(bot, messages, options)]
+        answers = [write(bot, messages, options)]
     else:
-        with terminal.spinner("answering"):
+        with terminal.busy("answering"):
             answers = bot.choices(messages, options)
         if as_json:
-            print(json.dumps(to_json(bot, options, answers), ensure_ascii=False))
+            print(json.dumps(report(bot, options, answers), ensure_ascii=False))
         else:
             print(*answers, sep="\n")
     if explain is not None:
-        with terminal.spinner("computing the attribution"):
+        with terminal.busy("explaining"):
             bot.explain(messages, answers[0], options).save(explain)
 
 
-def print_stream(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:
-    """Print the answer to stdout as it is generated; the prompt's progress goes to stderr."""
-    with terminal.spinner("encoding the prompt") as progress:
-        chunks = bot.stream(messages, options, progress=progress)
-        chunk = next(chunk for chunk in chunks if chunk.text or chunk.answer)
+def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:
+    """Print the answer to stdout piece by piece; until the first one comes, how much of the prompt is read."""
+    with terminal.busy("looking and reading") as progress:
+        pieces = bot.stream(messages, options, progress=progress)
+        chunk = next(chunk for chunk in pieces if chunk.text or chunk.answer)
     print(chunk.text, end="", flush=True)
-    for chunk in chunks:
+    for chunk in pieces:
         print(chunk.text, end="", flush=True)
     print()
     assert chunk.answer is not None
     return chunk.answer
 
 
-def to_json(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
-    """The output of --json: the answer's fields, or with -n a list of answers."""
+def report(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
+    """What --json prints: the fields of the answer, or a list of them under `answers` where several were asked for."""
     source: dict[str, Any] = {
         "model": bot.source.name,
         "adapter": options.adapter,

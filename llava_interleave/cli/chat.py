@@ -11,67 +11,67 @@ import typer
 
 from ..errors import LlavaError, OptionError
 from ..options import Options
-from . import flags, terminal
-from .local_model import ModelFlags
+from . import terminal
 
 if TYPE_CHECKING:
     from ..chat import Conversation
 
 HELP = """\
-/attach FILE...  attach images, videos or folders of frames to the next question
-/files           list the attachments
-/undo            remove the last question and answer; its images are attached again
-/info            the model, its device and precision
-/new             start a new conversation
-/save [FILE]     save the conversation and its KV cache; /embed [FILE] also stores the images
-/load FILE       continue a saved conversation
+/attach FILE...  attach pictures, videos or folders of frames to the next question
+/files           what is attached
+/undo            take back the last question and answer; its pictures are attached again
+/info            the model and where it runs
+/new             begin a new conversation
+/save [FILE]     save the conversation, and beside it what was computed, to go on at once;
+                 /embed [FILE] stores the pictures inside
+/load FILE       go on with a saved conversation
 /quit            leave (or Ctrl-D)
-A line that ends in \\ continues on the next one. Ctrl-C stops an answer."""
+A line that ends in \\ goes on in the next one. Ctrl-C breaks an answer off."""
 
 
 def register(app: typer.Typer) -> None:
-    app.command("chat")(flags.with_options(chat))
+    app.command("chat")(terminal.with_options(chat))
 
 
 def chat(
-    attach: flags.Attach = None,
+    attach: terminal.Attach = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Continue a saved conversation; /save writes it to the same file."),
+        typer.Option(help="Go on with a saved conversation; /save writes it there again."),
     ] = None,
     kv: Annotated[
         bool,
         typer.Option(
-            help="Save the KV cache with a conversation, which then continues without a prefill."
+            help="Keep keys and values beside a saved conversation, which then goes on without being read again."
         ),
     ] = True,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
     *,
     options: Options,
 ) -> None:
-    """Talk about images and videos; attach more at any time. /help lists the commands."""
+    """Talk about pictures and videos; attach more at any time. /help tells the commands."""
     if "-" in (attach or []):
-        raise OptionError("standard input is the conversation; attach a file instead of '-'")
+        raise OptionError("standard input is the conversation here; attach a file")
     if options.n != 1:
-        raise OptionError(f"a conversation continues with one answer, not n = {options.n}")
+        raise OptionError(f"a conversation goes on with one answer, not n = {options.n}")
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
-    bot = ModelFlags(model, revision, precision, device, options.adapter).load()
+    bot = terminal.load(model, revision, precision, device, options.adapter)
     session = Terminal(bot.conversation(), options, kv)
     if resume:
         session.load([str(resume)])
-    session.conversation.attach(*(attach or []))
+    session.talk.attach(*(attach or []))
     session.run()
 
 
 class Terminal:
-    """Reads lines, runs commands, prints answers to stdout and everything else to stderr."""
+    """Reads lines, does commands, prints answers on stdout and everything else on stderr."""
 
-    def __init__(self, conversation: Conversation, options: Options, kv: bool) -> None:
-        self.conversation = conversation
+    def __init__(self, talk: Conversation, options: Options, kv: bool) -> None:
+        self.talk = talk
         self.options = options
         self.kv = kv
         self.file: Path | None = None
@@ -91,7 +91,7 @@ class Terminal:
         if sys.stdin.isatty():
             import readline  # noqa: F401  (gives input() line editing and history)
 
-            self.status("/help lists the commands")
+            self.tell("/help tells the commands")
         while (line := self.read()) not in (None, "/quit"):
             try:
                 if line.startswith("/"):
@@ -99,10 +99,10 @@ class Terminal:
                 elif line:
                     self.answer(line)
             except LlavaError as error:
-                self.status(f"llava: {error}")
+                self.tell(f"llava: {error}")
 
     def read(self) -> str | None:
-        """The next line, joined with the one after a final backslash; None at the end of input."""
+        """The next line, or several joined where a line ends in a backslash; None at the end of input."""
         lines: list[str] = []
         while True:
             try:
@@ -118,7 +118,7 @@ class Terminal:
     def command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in self.commands:
-            raise OptionError(f"unknown command /{name}; /help lists the commands")
+            raise OptionError(f"no command /{name}; /help tells them")
         try:
             words = shlex.split(rest)
         except ValueError as error:
@@ -126,46 +126,49 @@ class Terminal:
         self.commands[name](words)
 
     def answer(self, question: str) -> None:
-        chunks = None
+        pieces = None
         try:
-            with terminal.spinner("encoding the prompt") as progress:
-                chunks = self.conversation.stream(question, self.options, progress=progress)
-                text = next((chunk.text for chunk in chunks if chunk.text), "")
+            with terminal.busy("looking and reading") as progress:
+                pieces = self.talk.stream(question, self.options, progress=progress)
+                text = next((chunk.text for chunk in pieces if chunk.text), "")
             print(text, end="", flush=True)
-            for chunk in chunks:
+            for chunk in pieces:
                 print(chunk.text, end="", flush=True)
         except KeyboardInterrupt:
-            if chunks is not None:
-                chunks.close()
-            self.status("\nstopped; the question and its answer are not part of the conversation")
+            if pieces is not None:
+                pieces.close()
+            self.tell("\nbroken off; the question and its answer are not part of the conversation")
             return
         print(flush=True)
 
     def attach(self, words: list[str]) -> None:
-        self.conversation.attach(*words)
+        self.talk.attach(*words)
         self.files([])
 
     def files(self, _: list[str]) -> None:
-        for part in self.conversation.pending:
-            self.status(f"{part['type']}: {part.get('path') or part.get('url', '(embedded)')[:80]}")
+        for part in self.talk.pending:
+            self.tell(f"{part['type']}: {part.get('path') or part.get('url', '(embedded)')[:80]}")
 
     def undo(self, _: list[str]) -> None:
-        self.status("removed" if self.conversation.undo() else "there is nothing to undo")
+        self.tell("taken back" if self.talk.undo() else "there is nothing to take back")
 
     def info(self, _: list[str]) -> None:
-        for name, value in self.conversation.bot.info().items():
-            self.status(f"{name}: {value}")
+        for name, value in self.talk.bot.info().items():
+            self.tell(f"{name}: {value}")
 
     def new(self, _: list[str]) -> None:
-        self.conversation = self.conversation.bot.conversation()
+        self.talk = self.talk.bot.conversation()
 
     def save(self, words: list[str], embed: bool = False) -> None:
         self.file = Path(words[0]) if words else self.file
         if self.file is None:
             raise OptionError("give a file name: /save chat.json")
-        with terminal.spinner("saving"):
-            size = self.conversation.save(self.file, embed=embed, kv=self.kv)
-        self.status(f"saved {self.file}" + f" and {size / 1e6:,.1f} MB of KV cache" * bool(size))
+        with terminal.busy("saving"):
+            size = self.talk.save(self.file, embed=embed, kv=self.kv)
+        self.tell(
+            f"saved {self.file}"
+            + f", and {size / 1e6:,.1f} MB beside it to go on at once" * bool(size)
+        )
 
     def embed(self, words: list[str]) -> None:
         self.save(words, embed=True)
@@ -173,24 +176,19 @@ class Terminal:
     def load(self, words: list[str]) -> None:
         if len(words) != 1:
             raise OptionError("give one file name: /load chat.json")
-        self.conversation, self.file = (
-            self.conversation.bot.resume(words[0], kv=False),
-            Path(words[0]),
-        )
-        self.status(f"{len(self.conversation.messages)} messages")
+        self.talk, self.file = self.talk.bot.resume(words[0], kv=False), Path(words[0])
+        self.tell(f"{len(self.talk.messages)} messages")
         try:
-            with terminal.spinner("reading the KV cache"):
-                cached = self.conversation.recall(self.file) if self.kv else 0
+            with terminal.busy("reading keys and values"):
+                known = self.talk.recall(self.file) if self.kv else 0
         except LlavaError as error:
-            self.status(
-                f"could not restore the KV cache ({error}); the conversation is prefilled again"
-            )
+            self.tell(f"llava: {error}; the conversation is there, but will be read again")
         else:
-            if cached:
-                self.status(f"{cached:,} tokens restored from the KV cache")
+            if known:
+                self.tell(f"{known:,} tokens need not be read again")
 
     def help(self, _: list[str]) -> None:
-        self.status(HELP)
+        self.tell(HELP)
 
-    def status(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`llava estimate`: the token count and memory of a question."""
+"""`llava estimate`: what a question costs, before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Annotated
 import typer
 
 from ..options import Options
-from . import flags, terminal
+from . import terminal
 
 
 def register(app: typer.Typer) -> None:
-    app.command("estimate")(flags.with_options(estimate))
+    app.command("estimate")(terminal.with_options(estimate))
 
 
 def estimate(
     question: Annotated[
-        str, typer.Argument(help="The question; <image> places an attachment.")
+        str, typer.Argument(help="The question; <image> in it places an attachment.")
     ] = "",
-    attach: flags.Attach = None,
-    view: flags.View = None,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    as_json: flags.Json = False,
+    attach: terminal.Attach = None,
+    view: terminal.View = None,
+    model: terminal.ModelName = None,
+    revision: terminal.Revision = None,
+    precision: terminal.Precision = "auto",
+    device: terminal.Device = "auto",
+    as_json: terminal.Json = False,
     *,
     options: Options,
 ) -> None:
-    """Count the tokens of a question and its media and their memory, without loading weights."""
-    with terminal.spinner("counting"):
+    """Count the tokens of a question and its media, and the memory they need, without loading weights."""
+    with terminal.busy("counting"):
         from ..chat import estimate
 
-        sources = flags.attachments(attach, view)
+        sources = terminal.attachments(attach, view)
         counted = estimate(
             question, sources, model, options, revision=revision, precision=precision, device=device
         )

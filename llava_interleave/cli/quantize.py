@@ -1,4 +1,4 @@
-"""`llava quantize`: an int4 or int8 checkpoint, packed as the kernels read it."""
+"""`llava quantize`: a checkpoint with weights of 4 or 8 bits, packed as they are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import flags, terminal
+from . import terminal
 
 
 def register(app: typer.Typer) -> None:
@@ -23,23 +23,20 @@ def quantize(
         typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty."),
     ],
     precision: Annotated[
-        str, typer.Option(help=f"int4 or int8, or {flags.PER_COMPONENT}")
+        str, typer.Option(help=f"What the weights become: int4 or int8, or with {terminal.APART}")
     ] = "int4",
-    revision: flags.Revision = None,
+    revision: terminal.Revision = None,
 ) -> None:
-    """Write an int4/int8 checkpoint.
-
-    A CPU memory-maps it (instant load, no extra memory); CUDA can load it too.
-    """
-    with terminal.spinner(f"quantizing {source}") as progress:
+    """Write a checkpoint with quantized weights: a CPU loads it at once, in no more memory than its bytes. CUDA GPUs read it."""
+    with terminal.busy(f"quantizing {source}") as progress:
         from ..checkpoints import load, resolve, save
         from ..errors import OptionError
         from ..placement import pick_precision
-        from ..quantization.linear import parse_precision
+        from ..quantization.precision import parse_precision
 
         if not parse_precision(precision):
             raise OptionError(
-                f"cannot store precision {precision!r}: use int4 or int8, or {flags.PER_COMPONENT}"
+                f"{precision!r} is no precision to store: int4 or int8, or with {terminal.APART}"
             )
         folder = resolve(source, revision)
         dtype, bits = pick_precision(precision, folder, "cpu")

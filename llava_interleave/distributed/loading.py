@@ -12,7 +12,9 @@ from ..checkpoints.load import device_named
 from ..errors import Unsupported
 from ..model import Llava
 from ..placement import pick_precision
-from ..quantization import cuda
+from ..quantization import linear_cuda
+from ..quantization.precision import CUDA_ONLY
+from ..quantization.replace import pack_for_cuda
 from .process_group import init_distributed
 from .tensor_parallel import TensorParallelGroup, shard_model
 
@@ -37,7 +39,7 @@ def load_shard(
         )
     group, own = init_distributed(device, device_named)
     dtype, bits = pick_precision(precision, folder, str(own))
-    if bits in cuda.FLOATS:
+    if bits in CUDA_ONLY:
         group.raise_everywhere(
             Unsupported(
                 f"{bits} is not supported under tensor parallelism (world size "
@@ -50,6 +52,6 @@ def load_shard(
         folder, dtype=None if len(stored) == 1 and not bits else dtype, precision=bits
     )
     tp_group = shard_model(network, group, own, dtype)
-    if bits and cuda.unavailable_reason(own, dtype) is None:
-        cuda.pack_for_cuda(network)
+    if bits and linear_cuda.unavailable_reason(own, dtype) is None:
+        pack_for_cuda(network)
     return network, tp_group

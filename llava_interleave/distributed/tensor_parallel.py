@@ -23,7 +23,7 @@ from ..errors import OptionError, Unsupported
 from ..kernels import GROUP, PANEL
 from ..model.llava import Llava
 from ..model.qwen2 import Layer
-from ..quantization.linear import QuantizedLinear
+from ..quantization.linear_cpu import QuantizedLinear
 from .process_group import ProcessGroup
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..lora import LoraLinear, LoraWeights
 from ..model import Llava
-from ..quantization.linear import quantised
+from ..quantization.replace import quantized_precision
 
 FORMAT, VERSION = "llava-interleave keys and values", 1
 """Another version: the same tokens give other keys and values, or they are stored otherwise."""
@@ -38,7 +38,7 @@ def made_by(model: Llava, kept: torch.dtype) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "precision": quantised(model) or str(weight.dtype).removeprefix("torch."),
+        "precision": quantized_precision(model) or str(weight.dtype).removeprefix("torch."),
         "kept": str(kept).removeprefix("torch."),
         "network": network_hash(model),
     }

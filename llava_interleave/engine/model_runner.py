@@ -43,7 +43,7 @@ class Runner:
     ) -> None:
         weight = (
             model.language_model.norm.weight
-        )  # of the type computed in, also when the linears are quantised
+        )  # of the type computed in, also when the linears are quantized
         self.model, self.features, self.route, self.clock = model, features, route, clock
         self.dtype, self.device = weight.dtype, weight.device
         place = (model.config.text, self.dtype, self.device)
@@ -204,7 +204,7 @@ class Runner:
         request = w.request
         if request.sampler is None:
             request.sampler = Sampler(
-                request.sampling, request.prompt.tokens, self.vocab, self.device, request.constraint
+                request.sampling, request.prompt.tokens, self.vocab, self.device, request.guide
             )
         return request.sampler
 

@@ -1,10 +1,11 @@
-"""All layers of the decoder, and of the image tower, in one call of a kernel.
+"""Fused decoder and fused tower: all their layers in one call of a CPU kernel.
 
-Of a step of one token at 0.5B, hundreds of calls of small operators cost as much time as its products; of a prompt or a picture
-they and PyTorch's attention cost more. The kernel divides every product among threads that stay awake between them, and keeps
-float32 from the first layer to the last where PyTorch's operators round to bfloat16 each time; it writes and reads the same keys
-and values. A token's result is the same to the last bit in any company: however a prompt is cut, and whatever is beside it.
-"""
+In a decode step at 0.5B, hundreds of calls of small operators cost as much time as the matrix
+products; in a prefill or an image they and PyTorch's attention cost more. The kernel splits every
+product over threads that spin between products, and keeps float32 activations from the first layer
+to the last where PyTorch's operators round to bfloat16 each time. It reads and writes the engine's
+KV cache. It is batch-invariant: a token's result is bit-identical for any batch composition and any
+prefill chunking. `model.qwen2` and `model.siglip` are the reference implementations."""
 
 from __future__ import annotations
 
@@ -21,27 +22,30 @@ from ..lora import LoraLinear
 from ..model.qwen2 import Layer, Qwen2, rotary
 from ..model.siglip import Layer as TowerLayer
 from ..model.siglip import SigLIP
-from .linear import QuantizedLinear
+from .linear_cpu import QuantizedLinear
 
 FUSED_TOKENS = 384
-"""Tokens that go through all layers together: what is kept of them between two layers stays in a processor's caches."""
+"""Tokens per call: their activations between two layers stay in the CPU's caches."""
 
 
 @dataclass(frozen=True, slots=True)
 class FusedSequence:
-    """The new tokens of one sequence. memory: by layer, the addresses of its keys `[Hkv, d, capacity]`, its values
-    `[Hkv, capacity, d]` and their scales (0 in bfloat16); `at`: the place of the first in it. asked: hidden states of the
-    last so many are wanted."""
+    """The new tokens of one sequence.
 
-    count: int
-    at: int
+    tokens: how many are new; position: of the first; capacity: positions that the KV cache has room
+    for. outputs: hidden states of the last `outputs` tokens are returned. kv_addresses: by layer,
+    the addresses of keys `[Hkv, d, capacity]`, of values `[Hkv, capacity, d]` and of the scales of
+    both (0 in bfloat16)."""
+
+    tokens: int
+    position: int
     capacity: int
-    asked: int
-    memory: Sequence[tuple[int, int, int, int]]
+    outputs: int
+    kv_addresses: Sequence[tuple[int, int, int, int]]
 
 
 class FusedDecoder:
-    """The layers and the last norm of `decoder`, whose weights must stay where they are."""
+    """The layers and the last norm of `decoder`, whose weights must stay at their addresses."""
 
     def __init__(self, decoder: Qwen2) -> None:
         assert can_fuse_decoder(decoder)
@@ -57,37 +61,38 @@ class FusedDecoder:
                 c.head_dim,
             ]
         )
-        self.weights = torch.tensor([_addresses(layer) for layer in _layers(decoder)])
+        self.weights = torch.tensor([_layer_words(layer) for layer in _layers(decoder)])
 
     def __call__(self, x: Tensor, positions: Tensor, sequences: Sequence[FusedSequence]) -> Tensor:
-        """Embeddings `[T, D]` at `positions [T]`, sequence by sequence -> hidden states of those asked for."""
+        """Embeddings `[T, D]` at `positions [T]`, sequence by sequence -> the hidden states of
+        their outputs."""
         c = self.decoder.config
-        memory = torch.tensor([rows.memory for rows in sequences])
+        kv_addresses = torch.tensor([sequence.kv_addresses for sequence in sequences])
         hidden = x.clone(memory_format=torch.contiguous_format)
         cos, sin = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
-        parts = zip(
+        calls = zip(
             hidden.split(FUSED_TOKENS),
             cos.split(FUSED_TOKENS),
             sin.split(FUSED_TOKENS),
-            _blocks(sequences, memory),
+            _calls(sequences, kv_addresses),
             strict=True,
         )
-        asked = []
-        for part, part_cos, part_sin, block in parts:
+        outputs = []
+        for rows, rows_cos, rows_sin, words in calls:
             kernels.decode(
-                part,
+                rows,
                 self.weights,
                 self.shape,
                 c.rms_norm_eps,
-                torch.tensor(block),
-                (part_cos, part_sin),
+                torch.tensor(words),
+                (rows_cos, rows_sin),
             )
-            asked.append(part[: sum(count for *_, count, _ in block)])
-        return self.decoder.norm(torch.cat(asked))
+            outputs.append(rows[: sum(count for *_, count, _ in words)])
+        return self.decoder.norm(torch.cat(outputs))
 
 
 class FusedTower:
-    """The tower whose layers are those of `tower`, whose weights must stay where they are."""
+    """The layers of `tower`, whose weights must stay at their addresses."""
 
     def __init__(self, tower: SigLIP, c: VisionConfig) -> None:
         assert can_fuse_tower(tower, c)
@@ -96,49 +101,43 @@ class FusedTower:
         self.shape = torch.tensor(
             [c.num_layers, c.hidden_size, c.intermediate_size, heads, heads, d]
         )
-        self.weights = torch.tensor([_tower_addresses(layer) for layer in _tower_layers(tower)])
+        self.weights = torch.tensor([_tower_words(layer) for layer in _tower_layers(tower)])
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Crops `[N, 3, S, S]` -> features `[N, grid * grid, D]`, each crop as it would be alone."""
-        found = []
+        """Crops `[N, 3, S, S]` -> features `[N, grid * grid, D]`; each crop is computed alone."""
+        features = []
         for crop in pixels.split(1):
-            hidden = self.embedded(crop)
+            hidden = self._embed(crop)
             kernels.encode(hidden[0], self.weights, self.shape, self.eps)
-            found.append(hidden)
-        return torch.cat(found)
+            features.append(hidden)
+        return torch.cat(features)
 
-    def embedded(self, crop: Tensor) -> Tensor:
-        """In float32: where a CPU has no products in bfloat16, PyTorch's take a tenth of the whole tower's time."""
-        patches, places = (
-            self.tower.embeddings.patch_embedding,
-            self.tower.embeddings.position_embedding,
-        )
+    def _embed(self, crop: Tensor) -> Tensor:
+        """In float32: on a CPU without bfloat16 products, PyTorch's would take a tenth of the
+        tower's time."""
+        embeddings = self.tower.embeddings
+        patches, positions = embeddings.patch_embedding, embeddings.position_embedding
         assert patches.bias is not None
-        found = conv2d(
+        x = conv2d(
             crop.float(), patches.weight.float(), patches.bias.float(), stride=patches.stride
         )
-        return (found.flatten(2).transpose(1, 2) + places.weight).to(crop.dtype).contiguous()
+        return (x.flatten(2).transpose(1, 2) + positions.weight).to(crop.dtype).contiguous()
 
 
 def can_fuse_tower(tower: nn.Module, c: VisionConfig) -> bool:
-    """As `possible`, of a tower."""
-    if not isinstance(tower, SigLIP):  # but one whose crops are dealt out
+    """As `can_fuse_decoder`, for a tower."""
+    if not isinstance(tower, SigLIP):  # a `DataParallelTower`
         return False
-    whole = (
+    sizes_fit = (
         c.hidden_size % kernels.PANEL
         == c.intermediate_size % kernels.PANEL
         == c.hidden_size // c.num_heads % 2
         == 0
     )
-    quantised = all(
-        isinstance(linear, QuantizedLinear)
-        for layer in _tower_layers(tower)
-        for linear in _tower_linears(layer)
-    )
     weight = tower.embeddings.position_embedding.weight
     return (
-        whole
-        and quantised
+        sizes_fit
+        and all(_all_quantized(_tower_linears(layer)) for layer in _tower_layers(tower))
         and weight.dtype == torch.bfloat16
         and weight.is_cpu
         and kernels.unavailable_reason() is None
@@ -146,39 +145,44 @@ def can_fuse_tower(tower: nn.Module, c: VisionConfig) -> bool:
 
 
 def can_fuse_decoder(decoder: Qwen2) -> bool:
-    """Whether every layer is of quantised linears, in sizes that the kernel divides, beside bfloat16, and there are kernels."""
+    """Whether all linears of the layers are quantized, the kernel supports the sizes, and
+    activations are bfloat16 on a CPU."""
     c = decoder.config
-    whole = (
+    sizes_fit = (
         c.hidden_size % kernels.PANEL
         == c.intermediate_size % kernels.PANEL
         == c.head_dim % (2 * kernels.PANEL)
         == 0
     )
-    quantised = all(
-        isinstance(linear, QuantizedLinear)
-        for layer in _layers(decoder)
-        for linear in _linears(layer)
+    return (
+        sizes_fit
+        and all(_all_quantized(_linears(layer)) for layer in _layers(decoder))
+        and decoder.norm.weight.dtype == torch.bfloat16
+        and decoder.norm.weight.is_cpu
+        and kernels.unavailable_reason() is None
     )
-    plain = decoder.norm.weight.dtype == torch.bfloat16 and decoder.norm.weight.is_cpu
-    return whole and quantised and plain and kernels.unavailable_reason() is None
 
 
-def _blocks(sequences: Sequence[FusedSequence], memory: Tensor) -> Iterator[list[tuple[int, ...]]]:
-    """What the kernel calls sequences, of one BLOCK of rows after another."""
-    block: list[tuple[int, ...]] = []
-    taken = 0
-    for rows, own in zip(sequences, memory, strict=True):
+def _calls(
+    sequences: Sequence[FusedSequence], kv_addresses: Tensor
+) -> Iterator[list[tuple[int, ...]]]:
+    """The kernel's `Sequence` structs, for one call of `FUSED_TOKENS` rows after another."""
+    call: list[tuple[int, ...]] = []
+    rows = 0
+    for sequence, addresses in zip(sequences, kv_addresses, strict=True):
         done = 0
-        while done < rows.count:
-            some = min(FUSED_TOKENS - taken, rows.count - done)
-            asked = max(0, min(some, done + some - (rows.count - rows.asked)))
-            block.append((taken, some, rows.at + done, rows.capacity, asked, own.data_ptr()))
-            done, taken = done + some, taken + some
-            if taken == FUSED_TOKENS:
-                yield block
-                block, taken = [], 0
-    if block:
-        yield block
+        while done < sequence.tokens:
+            count = min(FUSED_TOKENS - rows, sequence.tokens - done)
+            first_output = sequence.tokens - sequence.outputs
+            outputs = max(0, min(count, done + count - first_output))
+            position = sequence.position + done
+            call.append((rows, count, position, sequence.capacity, outputs, addresses.data_ptr()))
+            done, rows = done + count, rows + count
+            if rows == FUSED_TOKENS:
+                yield call
+                call, rows = [], 0
+    if call:
+        yield call
 
 
 def _layers(decoder: Qwen2) -> list[Layer]:
@@ -190,53 +194,44 @@ def _tower_layers(tower: SigLIP) -> list[TowerLayer]:
 
 
 def _linears(layer: Layer) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    found = (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    )
-    return [_base(linear) for linear in found]
+    a, mlp = layer.self_attn, layer.mlp
+    linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return [_base(linear) for linear in linears]
 
 
 def _tower_linears(layer: TowerLayer) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    found = (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.out_proj,
-        mlp.fc1,
-        mlp.fc2,
-    )
-    return [_base(linear) for linear in found]
+    a, mlp = layer.self_attn, layer.mlp
+    return [
+        _base(linear) for linear in (a.q_proj, a.k_proj, a.v_proj, a.out_proj, mlp.fc1, mlp.fc2)
+    ]
 
 
 def _base(linear: nn.Module) -> nn.Module:
     return linear.base if isinstance(linear, LoraLinear) else linear
 
 
-def _addresses(layer: Layer) -> list[int]:
+def _all_quantized(linears: list[nn.Module]) -> bool:
+    return all(isinstance(linear, QuantizedLinear) for linear in linears)
+
+
+def _layer_words(layer: Layer) -> list[int]:
+    """The kernel's `LayerWeights` struct."""
     norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-    return [norm.data_ptr() for norm in norms] + _words(_linears(layer))
+    return [norm.data_ptr() for norm in norms] + _weight_words(_linears(layer))
 
 
-def _tower_addresses(layer: TowerLayer) -> list[int]:
+def _tower_words(layer: TowerLayer) -> list[int]:
+    """The kernel's `TowerWeights` struct."""
     one, two = layer.layer_norm1, layer.layer_norm2
-    return [part.data_ptr() for part in (one.weight, one.bias, two.weight, two.bias)] + _words(
-        _tower_linears(layer)
-    )
+    norms = (one.weight, one.bias, two.weight, two.bias)
+    return [norm.data_ptr() for norm in norms] + _weight_words(_tower_linears(layer))
 
 
-def _words(linears: list[nn.Module]) -> list[int]:
-    """What the kernel calls weights."""
-    found = []
+def _weight_words(linears: list[nn.Module]) -> list[int]:
+    """The kernel's `Weight` structs."""
+    words = []
     for linear in linears:
         assert isinstance(linear, QuantizedLinear)
         bias = 0 if linear.bias is None else linear.bias.data_ptr()
-        found += [linear.bits, linear.weight.data_ptr(), linear.scale.data_ptr(), bias]
-    return found
+        words += [linear.bits, linear.weight.data_ptr(), linear.scale.data_ptr(), bias]
+    return words

@@ -1,4 +1,1 @@
-"""The OpenAI-compatible server: one thread computes, requests come and go around it.
-
-Needs the extra `serve`.
-"""
+"""The OpenAI-compatible server: one thread computes, requests come and go around it. Needs the extra `serve`."""

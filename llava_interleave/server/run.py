@@ -1,4 +1,4 @@
-"""uvicorn with a timeout for idle connections and a graceful shutdown."""
+"""The application behind a port: uvicorn, with an end to slow connections and to answers under way."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from .settings import Settings
 
 KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
-FLUSH_TIMEOUT = 5
-"""Seconds after `shutdown_timeout` for clients to read their last event."""
+AFTERWARDS = 5
+"""Seconds after `shutdown_timeout` in which clients take what they are told."""
+
+
 M_ARENA_MAX = -8
-"""glibc's malloc.h: the maximum number of arenas."""
+"""glibc's malloc.h: how many heaps there may be."""
 
 
-def use_single_malloc_arena() -> bool:
-    """Let all threads share one malloc arena, and return whether the C library can.
+def one_heap() -> bool:
+    """Have this process's threads share one heap, before they have any; -> whether the C library has a switch for that.
 
-    Call it before threads start. glibc gives each thread an arena, and a thread does not use the
-    free memory of another's arena: memory grows with traffic. docs/decisions.md has the figures.
+    glibc gives threads heaps of their own. What requests of all sizes leave free in one no other can use, so that memory
+    grows for as long as there is traffic; docs/decisions.md has the figures.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
@@ -35,7 +37,7 @@ def use_single_malloc_arena() -> bool:
 
 
 def log_to_stderr(level: int) -> None:
-    """Log this package from `level` on, and warnings of other packages, to stderr."""
+    """This package's log from a level on, of others what is a warning."""
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
@@ -43,49 +45,49 @@ def log_to_stderr(level: int) -> None:
 
 
 class Protocol(H11Protocol):
-    """Closes connections whose next header is late; uvicorn has no timeout for it."""
+    """Closes connections whose next request does not begin in time: uvicorn itself waits for a slow header for ever."""
 
-    header_timeout = 30.0
-    _timer: asyncio.TimerHandle | None = None
+    seconds = 30.0
+    _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
+        self._waiting = self.loop.call_later(self.seconds, self._late)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        in_request = self.cycle is not None and not self.cycle.response_complete
-        if in_request and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif not in_request and self._timer is None:
-            self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
+        asking = self.cycle is not None and not self.cycle.response_complete
+        if asking and self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+        elif not asking and self._waiting is None:
+            self._waiting = self.loop.call_later(self.seconds, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
 
-    def _on_timeout(self) -> None:
-        self._timer = None
+    def _late(self) -> None:
+        self._waiting = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
 
-class Drainable(typing.Protocol):
-    """State of an application that can shut down gracefully."""
+class Served(typing.Protocol):
+    """What answers behind a port."""
 
     name: str
 
     def drain(self) -> None:
-        """Refuse new requests; running ones get `shutdown_timeout` seconds."""
+        """Take nothing more, and let what is under way end within `shutdown_timeout`."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with a graceful shutdown."""
+    """A server that lets answers under way end before it goes."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        protocol = type("Protocol", (Protocol,), {"header_timeout": settings.request_timeout})
+        protocol = type("Protocol", (Protocol,), {"seconds": settings.request_timeout})
         super().__init__(
             uvicorn.Config(
                 app,
@@ -100,14 +102,14 @@ class Server(uvicorn.Server):
                 server_header=False,
                 limit_concurrency=settings.max_connections,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=int(settings.shutdown_timeout) + FLUSH_TIMEOUT,
+                timeout_graceful_shutdown=int(settings.shutdown_timeout) + AFTERWARDS,
             )
         )
-        self.service: Drainable = app.state.service
+        self.service: Served = app.state.service
 
     @property
     def address(self) -> str:
-        """The URL it listens on, once `started`."""
+        """Where it listens, once it has `started`."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -50,7 +50,7 @@ def _product(module: nn.Module) -> tuple[int, bool]:
         return module.a.numel() + module.b.numel(), module.a.requires_grad
     if isinstance(module, nn.Conv2d):
         return module.weight.numel(), module.weight.requires_grad
-    if isinstance(inputs := getattr(module, "in_features", None), int):  # of floats or quantised
+    if isinstance(inputs := getattr(module, "in_features", None), int):  # of floats or quantized
         outputs, weight = module.out_features, module.weight
         assert isinstance(outputs, int) and isinstance(weight, torch.Tensor)
         return inputs * outputs, weight.requires_grad

@@ -25,7 +25,8 @@ from ..errors import DataError, OptionError, Unsupported
 from ..journal import Journal
 from ..lora import LoraAdapter, LoraConfig, attach
 from ..model import Llava
-from ..quantization import cuda
+from ..quantization import linear_cuda
+from ..quantization.precision import CUDA_ONLY
 from . import checkpointing, datasets, formats
 from .datasets import RawSample
 from .flops import rate
@@ -217,7 +218,7 @@ def _check_precision(recipe: Recipe, folder: Path, device: torch.device) -> None
         other = f"leave out precision {recipe.precision}, or name the checkpoint it was made from"
         raise OptionError(f"{folder} holds {held} weights: {other}")
     if few := held or recipe.precision:
-        cuda.check(few, device)
+        linear_cuda.check_supported(few, device)
 
 
 def _network(
@@ -225,7 +226,7 @@ def _network(
 ) -> tuple[Llava, LoraAdapter | None, torch.dtype]:
     """The network as it is stored or in the recipe's precision, with a fresh adapter if one is trained, and the type it is stored
     in."""
-    there = recipe.precision in cuda.FLOATS  # which are made on the device only
+    there = recipe.precision in CUDA_ONLY  # which are made on the device only
     network = checkpoints.load(
         folder, precision=recipe.precision, device=str(device) if there else "cpu"
     )

@@ -18,7 +18,7 @@ from .candidate import Candidate, load
 from .parity import agreeing, conversations, divergence
 
 BASELINE = (
-    "preset hf, pictures squashed, float32 (quantised weights as they are), all layers of the tower"
+    "preset hf, pictures squashed, float32 (quantized weights as they are), all layers of the tower"
 )
 CASES = ("one image", "three images")
 PROMPTS: dict[str, dict[str, Any]] = {

@@ -17,11 +17,11 @@ from ..engine import Engine, SamplingParams
 from ..model import PackedAttention, arrange_features
 from ..processing import Processor
 from ..prompt import Prompt
-from ..quantization.linear import QuantizedLinear
+from ..quantization.linear_cpu import QuantizedLinear
 
 Stages = dict[str, Tensor]
 """What a network computes on its way, by name: pixels, tower, projector, layer 1 ..., norm, logits."""
-LINEARS = "quantised linears, each alone"
+LINEARS = "quantized linears, each alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +70,19 @@ class Candidate:
         )
 
     def linears(self, prompt: Prompt) -> tuple[LayerDiff, ...]:
-        """Of the quantised linears the one furthest from what its integers say, given what a prompt gives it; () without any."""
+        """Of the quantized linears the one furthest from what its integers say, given what a prompt gives it; () without any."""
         found: list[LayerDiff] = []
 
         def keep(linear: QuantizedLinear, given: tuple[Tensor], out: Tensor) -> None:
             found.append(measured(LINEARS, out, linear.plain(*given)))
 
-        quantised = [
+        quantized = [
             module for module in self.engine.model.modules() if isinstance(module, QuantizedLinear)
         ]
-        if not quantised:
+        if not quantized:
             return ()
         with ExitStack() as hooks:
-            for linear in quantised:
+            for linear in quantized:
                 hooks.enter_context(linear.register_forward_hook(keep))
             self.logits(prompt)
         return (max(found, key=lambda stage: stage.relative),)
@@ -90,8 +90,11 @@ class Candidate:
     def greedy(self, prompt: Prompt, tokens: int) -> list[int]:
         """The likeliest continuation, by the engine; it does not stop at the end of the turn."""
         how = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-        (request,) = self.engine.generate([prompt], how, adapter=self.adapter)
-        return request.generated
+        return [
+            e.token
+            for e in self.engine.stream(prompt, how, adapter=self.adapter)
+            if e.token is not None
+        ]
 
 
 def load(

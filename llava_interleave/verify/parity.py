@@ -43,7 +43,7 @@ class Tolerance:
         own = (
             ", equal greedy tokens"
             if self.greedy
-            else f", every quantised linear within {TOLERANCE:g} of what its integers say"
+            else f", every quantized linear within {TOLERANCE:g} of what its integers say"
         )
         return f"equal ids, equal pixels{logits}{own}"
 
@@ -62,7 +62,7 @@ class ParityCase:
     """One prompt on both sides.
 
     prompt: its length in tokens. ids: whether both made the same token ids of it: template and tokenizer. stages: from pixels to
-    logits, none beyond the pixels where ids differ; then `LINEARS`, of quantised weights. kl: divergence of the first answer
+    logits, none beyond the pixels where ids differ; then `LINEARS`, of quantized weights. kl: divergence of the first answer
     token's distribution, in nats; None where ids or vocabularies differ. same: how many of the `tokens` greedy tokens agree
     before the first that differs. ours, theirs: those tokens as text.
     """
@@ -133,9 +133,9 @@ def verify(
 ) -> list[ParityCase]:
     """Compare a checkpoint folder or Hugging Face name, or the built-in model, with transformers on text, images, several turns.
 
-    adapter: beside the network, there by PEFT. A quantised folder is compared with its own weights as floats and with the same
+    adapter: beside the network, there by PEFT. A quantized folder is compared with its own weights as floats and with the same
     rounding of inputs, which asks whether it is computed right. against: the checkpoint that transformers reads instead; the one
-    that a quantised folder was made from tells what its rounding costs, of which nothing is asked.
+    that a quantized folder was made from tells what its rounding costs, of which nothing is asked.
     Both networks are held in float32, one after the other. Raises `Unsupported` if transformers, or PEFT, is not installed.
     """
     folder, beside = locate(name, revision), locate(adapter, None) if adapter else None

@@ -1,4 +1,4 @@
-"""What transformers makes of the same prompts: an adapter is put there by PEFT, quantised weights count as floats."""
+"""What transformers makes of the same prompts: an adapter is put there by PEFT, quantized weights count as floats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .. import checkpoints
 from ..errors import Unsupported
 from ..model import Llava
 from ..processing import Processor
-from ..quantization.linear import QuantizedLinear, fake_quantize_activations
+from ..quantization.linear_cpu import QuantizedLinear
+from ..quantization.packing import fake_quantize_activations
 from .candidate import Stages, recorded
 
 
@@ -98,7 +99,7 @@ def load(
 
 
 def _readable(folder: Path, new: Path) -> Path:
-    """A folder that transformers reads: this one, or for the original form and for quantised weights a copy."""
+    """A folder that transformers reads: this one, or for the original form and for quantized weights a copy."""
     if checkpoints.stored_precision(folder):
         _unpack(checkpoints.load(folder, dtype=torch.float32), new, folder)
     elif "mm_projector_type" in checkpoints.read_json(folder / "config.json"):
@@ -109,13 +110,13 @@ def _readable(folder: Path, new: Path) -> Path:
 
 
 def _unpack(model: Llava, new: Path, processor_from: Path) -> None:
-    """Write a quantised network with its weights as they count, in float32."""
+    """Write a quantized network with its weights as they count, in float32."""
     state, modules = model.state_dict(), dict(model.named_modules())
 
     def tensor(name: str) -> Tensor:
         module = modules[name.rpartition(".")[0]]
         return (
-            module.unpacked()
+            module.dequantize()
             if isinstance(module, QuantizedLinear) and name.endswith(".weight")
             else state[name]
         )

@@ -9,8 +9,10 @@ from llava_interleave import checkpoints
 from llava_interleave.errors import Unsupported
 from llava_interleave.lora import LoraConfig, attach
 from llava_interleave.model import PackedAttention
-from llava_interleave.quantization import cuda
-from llava_interleave.quantization.linear import QuantizedLinear, QuantizedLinearBase
+from llava_interleave.quantization import linear_cuda
+from llava_interleave.quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase
+from llava_interleave.quantization.linear_cuda import Int4PackedLinear
+from llava_interleave.quantization.precision import CUDA_ONLY
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 
@@ -31,7 +33,7 @@ def test_products_are_those_of_the_weights(
 ) -> None:
     place, dtype = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        cuda.check(precision, place)
+        linear_cuda.check_supported(precision, place)
     except Unsupported as error:
         pytest.skip(str(error))
     network, floats = (
@@ -44,20 +46,20 @@ def test_products_are_those_of_the_weights(
         if isinstance(module, QuantizedLinearBase)
     }
     assert len(found) == len([m for m in floats.modules() if isinstance(m, torch.nn.Linear)]) - (
-        precision in cuda.FLOATS
+        precision in CUDA_ONLY
     )
     for name, module in found.items():
         x = torch.randn(rows, module.in_features, generator=torch.Generator().manual_seed(rows)).to(
             place, dtype
         )
         bias = 0 if module.bias is None else module.bias.float()
-        sure = x.float() @ module.unpacked().float().t() + bias
+        sure = x.float() @ module.dequantize().float().t() + bias
         rounded = (
             0.05 if precision == "fp8" else 0.02
         )  # inputs to 4 bits there; to 8, or bfloat16, elsewhere
         assert float((module(x).float() - sure).norm() / sure.norm()) < rounded, name
         original = floats.get_submodule(name).weight.float()
-        apart = float((module.unpacked().float() - original).norm() / original.norm())
+        apart = float((module.dequantize().float() - original).norm() / original.norm())
         assert apart < {"int8": 0.01, "fp8": 0.04}.get(precision, 0.12), name
 
 
@@ -68,18 +70,18 @@ def test_an_adapter_beside_few_bits_learns_as_beside_what_they_count_as(
 ) -> None:
     """On the device where a run puts them; the gradients of all its parts."""
     try:
-        cuda.check(precision, torch.device(device))
+        linear_cuda.check_supported(precision, torch.device(device))
     except Unsupported as error:
         pytest.skip(str(error))
     few = checkpoints.load(
-        folder, precision=precision, device=device if precision in cuda.FLOATS else "cpu"
+        folder, precision=precision, device=device if precision in CUDA_ONLY else "cpu"
     ).to(device)
     whole, found = checkpoints.load(folder, device=device), []
     for name, module in few.named_modules():
         if isinstance(module, QuantizedLinearBase):
             linear = whole.get_submodule(name)
             assert isinstance(linear, torch.nn.Linear)
-            linear.weight = torch.nn.Parameter(module.unpacked(), requires_grad=False)
+            linear.weight = torch.nn.Parameter(module.dequantize(), requires_grad=False)
     for network in (whole, few):
         adapter = attach(network.train(), LoraConfig(rank=4, dropout=0.0, targets=("*layers*",)), 1)
         for part in adapter.parts.values():
@@ -120,9 +122,11 @@ def test_a_gpu_has_the_numbers_that_a_cpu_has(folder: Path, precision: str) -> N
     for name, module in here.named_modules():
         if isinstance(module, QuantizedLinear):
             other = there.get_submodule(name)
-            assert isinstance(other, cuda.Int4PackedLinear)
+            assert isinstance(other, Int4PackedLinear)
             rounded = QuantizedLinear(
                 module.in_features, module.out_features, module.bits, bias=False
             )
             rounded.weight, rounded.scale = module.weight, module.scale.bfloat16()
-            assert torch.equal(other.unpacked().cpu(), rounded.unpacked().bfloat16().float()), name
+            assert torch.equal(other.dequantize().cpu(), rounded.dequantize().bfloat16().float()), (
+                name
+            )

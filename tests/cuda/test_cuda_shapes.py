@@ -15,7 +15,7 @@ from llava_interleave.engine.kv_contiguous import Span
 from llava_interleave.engine.kv_paged import PagedKVCache, bytes_per_token
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
 from llava_interleave.model import Llava, PackedAttention
-from llava_interleave.quantization import cuda
+from llava_interleave.quantization.replace import pack_for_cuda, replace_linears
 
 BUILT = torch.version.cuda is not None
 pytestmark = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def network(precision: str, *, trained: bool = False) -> Llava:
     made = skeleton(CONFIG)
     if precision != "bfloat16":
-        cuda.prepare(made, precision)
+        replace_linears(made, precision)
     for module in made.modules():
         for name, old in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(
@@ -49,7 +49,7 @@ def network(precision: str, *, trained: bool = False) -> Llava:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD)
     if precision in ("int4", "int8"):
-        cuda.pack_for_cuda(made)
+        pack_for_cuda(made)
     return made.eval()
 
 

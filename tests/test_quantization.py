@@ -1,4 +1,4 @@
-"""Quantised weights: the packing against its definition, folders, precisions, and what an answer loses."""
+"""Quantized weights: the packing against its definition, folders, precisions, and what an answer loses."""
 
 import json
 from importlib import import_module
@@ -17,13 +17,10 @@ from llava_interleave.errors import CheckpointError, OptionError, Unsupported
 from llava_interleave.lora import Adapters, LoraConfig, attach, linears
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.placement import pick_precision
-from llava_interleave.quantization.linear import (
-    QuantizedLinear,
-    bits_per_linear,
-    pack,
-    parse_precision,
-    quantised,
-)
+from llava_interleave.quantization.linear_cpu import QuantizedLinear
+from llava_interleave.quantization.packing import pack
+from llava_interleave.quantization.precision import bits_per_linear, parse_precision
+from llava_interleave.quantization.replace import quantized_precision
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from recipes.tiny_world.data import exam, pictures
 
@@ -35,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def int4(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantised folder."""
-    target = tmp_path_factory.mktemp("quantised") / "int4"
+    """A quantized folder."""
+    target = tmp_path_factory.mktemp("quantized") / "int4"
     checkpoints.save(checkpoints.load(folder, precision="int4"), target, processor_from=folder)
     return target
 
@@ -44,7 +41,7 @@ def int4(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unpacked(rows: torch.Tensor, bits: int) -> torch.Tensor:
     module = QuantizedLinear(rows.shape[1], rows.shape[0], bits, bias=False)
     module.weight, module.scale = pack(rows, bits)
-    return module.unpacked()
+    return module.dequantize()
 
 
 @pytest.mark.parametrize(("out", "features"), [(16, 128), (1, 1), (50, 100), (33, 320)])
@@ -95,7 +92,7 @@ def test_groups_of_noughts_and_of_almost_nothing() -> None:
         torch.testing.assert_close(unpacked(rows, bits), right, rtol=1e-3, atol=1e-8)
 
 
-def test_which_tensors_are_quantised(folder: Path) -> None:
+def test_which_tensors_are_quantized(folder: Path) -> None:
     network = checkpoints.load(folder)
     assert {
         name for name, module in network.named_modules() if isinstance(module, nn.Linear)
@@ -128,7 +125,7 @@ def test_parts_apart(
     dtype, precision = pick_precision(asked, folder, "cpu")
     assert precision == name
     network = checkpoints.load(folder, dtype=dtype, precision=precision)
-    assert quantised(network) == name
+    assert quantized_precision(network) == name
     ends = (
         "vision_tower.encoder.layers.0.mlp.fc1",
         "language_model.layers.1.mlp.down_proj",
@@ -164,7 +161,7 @@ def test_parts_that_are_none(odd: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_loading_quantises_a_few_rows_at_a_time(
+def test_loading_quantizes_a_few_rows_at_a_time(
     precision: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny_checkpoint(
@@ -173,7 +170,7 @@ def test_loading_quantises_a_few_rows_at_a_time(
     floats = checkpoints.load(source)
     monkeypatch.setattr(safetensors_file, "_CHUNK", 5000)  # 16 rows and a little
     ours = checkpoints.load(source, precision=precision)
-    assert quantised(ours) == precision and quantised(floats) is None
+    assert quantized_precision(ours) == precision and quantized_precision(floats) is None
     state = ours.state_dict()
     for name, bits in bits_per_linear(floats, precision).items():
         weight, scale = pack(floats.get_submodule(name).weight, bits)
@@ -193,7 +190,7 @@ def test_a_folder_is_mapped_as_it_is(folder: Path, max_shard_bytes: int, tmp_pat
         network, tmp_path / "out", processor_from=folder, max_shard_bytes=max_shard_bytes
     )
     again = checkpoints.load(tmp_path / "out")
-    assert quantised(again) == "int4"
+    assert quantized_precision(again) == "int4"
     right = network.state_dict()
     assert {name: value.shape for name, value in again.state_dict().items()} == {
         n: v.shape for n, v in right.items()
@@ -226,7 +223,7 @@ def test_with_and_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch)
     if kernels.unavailable_reason():
         pytest.skip(str(kernels.unavailable_reason()))
     compiled = logits(network)
-    monkeypatch.setattr(kernels, "_library", lambda: "none for this test")
+    monkeypatch.setattr(kernels.build, "library", lambda: "none for this test")
     assert (
         float((logits(network) - compiled).norm() / compiled.norm()) < 3e-3
     )  # a last bit can decide how an input is rounded
@@ -253,7 +250,7 @@ def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
     config = json.loads((int4 / "config.json").read_text("utf-8"))
     config["quantization_config"]["version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantised by another release"):
+    with pytest.raises(CheckpointError, match="quantized by another release"):
         checkpoints.load(tmp_path)
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -268,12 +265,12 @@ def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(
         Unsupported,
-        match="no int8 here: weights of 4 and 8 bits are for a CPU and for CUDA GPUs, not for mps",
+        match="int8 is not supported on mps: int4 and int8 need a CPU or a CUDA GPU; use precision float16",
     ):
         checkpoints.load(folder, precision="int8", device="mps")
 
 
-def test_adapters_stand_beside_quantised_linears(folder: Path) -> None:
+def test_adapters_stand_beside_quantized_linears(folder: Path) -> None:
     network, floats = checkpoints.load(folder, precision="int4"), checkpoints.load(folder)
     assert linears(network).keys() == linears(floats).keys()
     before = logits(network)
@@ -282,7 +279,7 @@ def test_adapters_stand_beside_quantised_linears(folder: Path) -> None:
         nn.init.ones_(part.b)
     adapters = Adapters(network)
     adapters.add("mine", adapter)
-    assert torch.equal(logits(network), before) and quantised(network) == "int4"
+    assert torch.equal(logits(network), before) and quantized_precision(network) == "int4"
     with adapters.whole("mine"):
         assert not torch.allclose(logits(network), before, atol=1e-2)
 

@@ -1,7 +1,4 @@
-"""A model on a machine of a cluster, with the server's routes.
-
-The gateway authenticates and has the uploads.
-"""
+"""A model on a machine of a cluster, with the routes of its server; the process in front guards them and keeps the files."""
 
 from __future__ import annotations
 
@@ -13,17 +10,17 @@ from typing import Any, NamedTuple
 from ray import serve
 from starlette.types import Message
 
-from ... import chat
-from ..app import create_routes
-from ..middleware import GuardMiddleware
-from ..run import log_to_stderr, use_single_malloc_arena
-from ..service import Service
-from ..settings import ReplicaSpec, Settings
-from ..uploads import RequestScopedFiles, Stored
+from .. import chat
+from .app import application
+from .middleware import GuardMiddleware
+from .run import log_to_stderr, one_heap
+from .service import Service
+from .settings import ReplicaSpec, Settings
+from .uploads import RequestScopedFiles, Stored
 
 
 class ReplicaInfo(NamedTuple):
-    """A replica's id, the name of its model, and its metrics."""
+    """What a replica says of itself: where it runs, what its model is called, and its metrics."""
 
     replica: str
     name: str
@@ -31,18 +28,18 @@ class ReplicaInfo(NamedTuple):
 
 
 class TrustedGuard(GuardMiddleware):
-    """Middleware of a replica: the gateway has authenticated and counted the request."""
+    """The guard of a replica's routes: the one in front has found out who asks, and has counted."""
 
     def admit(self, scope: MutableMapping[str, Any]) -> str:
         return scope["state"]["key"]
 
 
 class Replica:
-    """A model and its routes; the gateway calls these methods through Ray."""
+    """A model and its routes; Ray calls these methods for the process in front."""
 
     def __init__(self, model: ReplicaSpec, settings: Settings) -> None:
         log_to_stderr(model.log_level)
-        use_single_malloc_arena()
+        one_heap()
         bot = chat.load(
             model.name,
             revision=model.revision,
@@ -51,10 +48,12 @@ class Replica:
             deterministic=model.deterministic,
             adapters=dict(model.adapters),
         )
-        settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
+        settings = dataclasses.replace(
+            settings
+        )  # checked again: --media-root has to be a folder on this machine, too
         self.service = Service(bot, settings)
-        self.service.files = self.files = RequestScopedFiles()
-        self.app = create_routes(self.service)
+        self.service.files = self.lent = RequestScopedFiles()
+        self.app = application(self.service)
         self.app.add_middleware(
             TrustedGuard, settings=settings, keys=None, metrics=self.service.metrics
         )
@@ -63,29 +62,29 @@ class Replica:
     async def answer(
         self, scope: dict[str, Any], body: bytes, files: Mapping[str, Stored]
     ) -> AsyncIterator[list[Message]]:
-        """An empty list on acceptance, then the ASGI messages of the response, ready ones together.
+        """Nothing, when the request is here; then the messages of the response, as ASGI has them, together what is ready.
 
-        Closing the generator cancels the request.
+        Leaving ends it.
         """
         yield []
-        received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
-        received.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        with self.files.during(scope["state"]["key"], files):
-            work = asyncio.ensure_future(self.app(scope, received.get, sent.put))
-            work.add_done_callback(lambda _: sent.put_nowait(None))
+        asked, told = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
+        asked.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        with self.lent.during(scope["state"]["key"], files):
+            work = asyncio.ensure_future(self.app(scope, asked.get, told.put))
+            work.add_done_callback(lambda _: told.put_nowait(None))
             try:
-                while not (work.done() and sent.empty()):
-                    first = await sent.get()
+                while not (work.done() and told.empty()):
+                    first = await told.get()
                     yield [
                         message
-                        for message in (first, *(sent.get_nowait() for _ in range(sent.qsize())))
+                        for message in (first, *(told.get_nowait() for _ in range(told.qsize())))
                         if message
                     ]
             finally:
                 work.cancel()
                 await asyncio.wait((work,))
 
-    def info(self) -> ReplicaInfo:
+    def tell(self) -> ReplicaInfo:
         return ReplicaInfo(
             serve.get_replica_context().replica_id.unique_id,
             self.service.name,
@@ -93,11 +92,11 @@ class Replica:
         )
 
     def end(self) -> None:
-        """End running requests with the error `stopping`."""
+        """Tell whoever is still answered that the server stops."""
         self.service.end()
 
     def check_health(self) -> None:
-        """Ray replaces a replica where this raises."""
+        """Ray starts another replica where this raises."""
         if self.service.worker.failed:
             raise RuntimeError("the engine has failed for good")
 

@@ -18,28 +18,24 @@ from llava_interleave.checkpoints.adapters import read_adapter
 from llava_interleave.errors import OptionError, Unsupported
 from llava_interleave.lora import LoraConfig, attach
 from llava_interleave.model import Llava, PackedAttention
-from llava_interleave.quantization import cuda
-from llava_interleave.quantization.cuda import (
+from llava_interleave.quantization import linear_cuda
+from llava_interleave.quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase
+from llava_interleave.quantization.linear_cuda import (
     Float8Linear,
     Int4PackedLinear,
     NF4Linear,
     float8,
-    untiled,
+    unpack_tiles,
 )
-from llava_interleave.quantization.linear import (
-    RECIPES,
-    QuantizedLinear,
-    QuantizedLinearBase,
-    pack,
-    quantised,
-    unpack,
-    unpack_parts,
-)
+from llava_interleave.quantization.packing import pack, unpack, unpack_int4
+from llava_interleave.quantization.precision import CUDA_ONLY, RECIPES
+from llava_interleave.quantization.replace import quantized_precision
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import run
 from llava_interleave.train.recipe import FEW_BITS, Recipe
 
 BF16 = torch.bfloat16
+CLASSES = {"fp8": Float8Linear, "nf4": NF4Linear}
 
 
 def places() -> list[tuple[int, int, int, int, int]]:
@@ -102,8 +98,8 @@ def on_cpu(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the operators of a card were here."""
-    monkeypatch.setattr(cuda, "_pack", packed)
-    monkeypatch.setattr(cuda, "_product", product)
+    monkeypatch.setattr(linear_cuda, "_pack", packed)
+    monkeypatch.setattr(linear_cuda, "_product", product)
 
 
 def made(
@@ -132,9 +128,9 @@ SHAPES = [(128, 16), (200, 33), (64, 8), (4304 // 16, 40)]
 def test_the_numbers_of_a_cpu_in_a_cards_order(
     bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "PACK_ROWS", 16)  # several blocks of outputs
+    monkeypatch.setattr(linear_cuda, "PACK_ROWS", 16)  # several blocks of outputs
     exact = made(features, out, bits, exact=True)
-    assert torch.equal(Int4PackedLinear(exact).unpacked(), exact.unpacked())
+    assert torch.equal(Int4PackedLinear(exact).dequantize(), exact.dequantize())
     module = made(features, out, bits)
     tiled = Int4PackedLinear(module)
     q, factor, beside = (
@@ -143,9 +139,9 @@ def test_the_numbers_of_a_cpu_in_a_cards_order(
         128,
     )
     if bits == 4:
-        _, step, nought = unpack_parts(module.weight)
+        _, step, zero_point = unpack_int4(module.weight)
         q, factor, beside = (
-            q - nought.repeat_interleave(32, 1),
+            q - zero_point.repeat_interleave(32, 1),
             factor.repeat_interleave(4, 1) * step,
             32,
         )
@@ -157,13 +153,13 @@ def test_the_numbers_of_a_cpu_in_a_cards_order(
         .to(BF16)
         .float()
     )
-    assert torch.equal(tiled.unpacked(), right[:out, :features])
-    assert torch.equal(untiled(tiled.weight), numbers(tiled.weight))
+    assert torch.equal(tiled.dequantize(), right[:out, :features])
+    assert torch.equal(unpack_tiles(tiled.weight), numbers(tiled.weight))
     shape = torch.ops.aten._convert_weight_to_int4pack(
         torch.empty(len(q), tiled.weight.shape[1] * 64, dtype=torch.uint8, device="meta"), 8
     )
     assert tiled.weight.shape == shape.shape
-    assert sum(value.nbytes for value in tiled.buffers()) == cuda.packed_bytes(module)
+    assert sum(value.nbytes for value in tiled.buffers()) == linear_cuda.packed_bytes(module)
 
 
 @pytest.mark.usefixtures("card")
@@ -174,16 +170,18 @@ def test_products(
     bits: int, features: int, out: int, operator: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything, else within its rounding."""
-    monkeypatch.setattr(cuda, "_product", operator)
-    monkeypatch.setattr(cuda, "PACK_ROWS", 16)
+    monkeypatch.setattr(linear_cuda, "_product", operator)
+    monkeypatch.setattr(linear_cuda, "PACK_ROWS", 16)
     exact, module = made(features, out, bits, bias=False, exact=True), made(features, out, bits)
-    for rows in (1, 5, cuda.MAX_TINYGEMM_ROWS, cuda.MAX_TINYGEMM_ROWS + 1):
+    for rows in (1, 5, linear_cuda.MAX_TINYGEMM_ROWS, linear_cuda.MAX_TINYGEMM_ROWS + 1):
         x = torch.zeros(rows, features, dtype=BF16)
         x[torch.arange(rows), torch.arange(rows) * 7 % features] = 1
-        assert torch.equal(Int4PackedLinear(exact)(x).float(), linear(x.float(), exact.unpacked()))
+        assert torch.equal(
+            Int4PackedLinear(exact)(x).float(), linear(x.float(), exact.dequantize())
+        )
         x = torch.randn(rows, features).to(BF16)
         right = linear(
-            x.float(), module.unpacked(), None if module.bias is None else module.bias.float()
+            x.float(), module.dequantize(), None if module.bias is None else module.bias.float()
         )
         assert float((Int4PackedLinear(module)(x).float() - right).norm() / right.norm()) < 0.006
     x = torch.randn(2, 3, features).to(BF16)
@@ -195,7 +193,7 @@ def test_elsewhere_the_weight_is_unpacked() -> None:
     module, x = made(96, 40, 8), torch.randn(7, 96)
     assert module.bias is not None
     module.bias.data = module.bias.float()
-    right = linear(x, module.unpacked(), module.bias)
+    right = linear(x, module.dequantize(), module.bias)
     assert not torch.allclose(module(x), right, atol=1e-4)
     module.train()
     assert torch.equal(module(x), right)  # the same as gradients go through
@@ -213,7 +211,9 @@ def test_gradients_go_through(kind: str) -> None:
     y = module.train()(x)
     y.backward(torch.ones_like(y))
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, (torch.ones(5, 24, dtype=BF16) @ module.unpacked().to(BF16)))
+    torch.testing.assert_close(
+        x.grad, (torch.ones(5, 24, dtype=BF16) @ module.dequantize().to(BF16))
+    )
 
 
 def float8_linear(features: int, out: int) -> Float8Linear:
@@ -252,7 +252,7 @@ def test_float8_products(features: int, out: int) -> None:
         x = torch.randn(shape).to(BF16)
         q, scale = float8(x.reshape(-1, features))
         assert module.bias is not None
-        right = linear(q.float() * scale, module.unpacked(), module.bias.float()).view(
+        right = linear(q.float() * scale, module.dequantize(), module.bias.float()).view(
             *shape[:-1], out
         )
         torch.testing.assert_close(
@@ -302,7 +302,7 @@ def test_nf4_is_the_papers() -> None:
     largest = blocks.abs().amax(1, keepdim=True)
     nearest = code[(blocks[..., None] / largest[..., None] - code).abs().argmin(-1)] * largest
     torch.testing.assert_close(
-        module.unpacked(), nearest.view(40, 128)[:, :96], rtol=1e-5, atol=1e-6
+        module.dequantize(), nearest.view(40, 128)[:, :96], rtol=1e-5, atol=1e-6
     )
 
 
@@ -312,7 +312,7 @@ def test_nf4_products() -> None:
     for shape in ((1, 96), (2, 3, 96), (70, 96)):
         x = torch.randn(shape).to(BF16)
         assert module.bias is not None
-        right = linear(x.float(), module.unpacked(), module.bias.float())
+        right = linear(x.float(), module.dequantize(), module.bias.float())
         torch.testing.assert_close(
             module(x).float(), right, rtol=0.02, atol=0.02 * float(right.abs().max())
         )
@@ -340,14 +340,14 @@ def test_a_network_is_put_in_order_as_it_is_loaded(
     for module in network.modules():
         if isinstance(module, QuantizedLinear):  # as on a card, where inputs are not rounded
             monkeypatch.setattr(
-                module, "product", lambda x, m=module: linear(x, m.unpacked().to(x.dtype), m.bias)
+                module, "product", lambda x, m=module: linear(x, m.dequantize().to(x.dtype), m.bias)
             )
     right = logits(network)
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(linear_cuda, "unavailable_reason", lambda *_: None)
     tiled = checkpoints.load(folder, precision=precision)
     assert {type(m) for m in tiled.modules() if isinstance(m, QuantizedLinearBase)} == {
         Int4PackedLinear
-    } and quantised(tiled) == precision
+    } and quantized_precision(tiled) == precision
     assert float((logits(tiled) - right).norm() / right.norm()) < 0.02
     counted = checkpoints.size(tiled.config, BF16, precision, "cuda")
     assert counted == sum(value.nbytes for value in (*tiled.parameters(), *tiled.buffers()))
@@ -363,9 +363,9 @@ def test_floats_become_few_bits_as_they_are_read(
     if precision == "nf4":
         pytest.importorskip("bitsandbytes")
     floats = checkpoints.load(folder)
-    monkeypatch.setattr(cuda, "check", lambda *_: None)
+    monkeypatch.setattr(linear_cuda, "check_supported", lambda *_: None)
     bot = load(folder, precision=precision, device="cpu")
-    model, kinds = checkpoints.load(folder, precision=precision), cuda.FLOATS[precision]
+    model, kinds = checkpoints.load(folder, precision=precision), CLASSES[precision]
     few = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     assert few.keys() == {
         name for name, m in floats.named_modules() if isinstance(m, torch.nn.Linear)
@@ -396,7 +396,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """As if this were a device that has it."""
     if request.param == "nf4":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(cuda, "check", lambda *_: None)
+    monkeypatch.setattr(linear_cuda, "check_supported", lambda *_: None)
     return str(request.param)
 
 
@@ -407,7 +407,7 @@ def counted_as(few: Llava, folder: Path) -> Llava:
         if isinstance(module, QuantizedLinearBase):
             old = whole.get_submodule(name)
             assert isinstance(old, torch.nn.Linear)
-            old.weight = torch.nn.Parameter(module.unpacked(), requires_grad=False)
+            old.weight = torch.nn.Parameter(module.dequantize(), requires_grad=False)
     return whole
 
 
@@ -501,7 +501,7 @@ def test_what_few_bits_cannot_be_trained_beside(tmp_path: Path) -> None:
     checkpoints.save(
         checkpoints.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder
     )
-    with pytest.raises(Unsupported, match="no nf4 here: it is there on CUDA GPUs only"):
+    with pytest.raises(Unsupported, match="nf4 is not supported on cpu: it needs a CUDA GPU"):
         run.run(given.but({"model": str(folder), "precision": "nf4"}), tmp_path / "out")
     with pytest.raises(
         OptionError, match="holds int8 weights: leave out precision int4, or name the checkpoint"
@@ -513,38 +513,38 @@ def test_what_few_bits_cannot_be_trained_beside(tmp_path: Path) -> None:
         given.but({"precision": "nf4", "adapter": None})
     with pytest.raises(OptionError, match="unknown precision 'nf5'; did you mean 'nf4'"):
         given.but({"precision": "nf5"})
-    assert set(FEW_BITS) == {*RECIPES, *cuda.FLOATS}
+    assert set(FEW_BITS) == {*RECIPES, *CUDA_ONLY}
 
 
 def test_what_devices_have(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old Card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    cuda.check("int4", cpu)
-    cuda.check("int4", cuda)
-    for precision in cuda.FLOATS:
+    linear_cuda.check_supported("int4", cpu)
+    linear_cuda.check_supported("int4", cuda)
+    for precision in CUDA_ONLY:
         with pytest.raises(
             Unsupported,
-            match=f"no {precision} here: it is there on CUDA GPUs only, and this is cpu; a CPU has int8",
+            match=f"{precision} is not supported on cpu: it needs a CUDA GPU; use int8 or int4",
         ):
-            cuda.check(precision, cpu)
+            linear_cuda.check_supported(precision, cpu)
     with pytest.raises(
         Unsupported,
-        match=r"Old Card has compute capability 7.5, and 8.9 is needed; take int8 or int4",
+        match=r"Old Card has compute capability 7.5, and 8.9 is needed; use int8 or int4",
     ):
-        cuda.check("fp8", cuda)
+        linear_cuda.check_supported("fp8", cuda)
     assert (
-        cuda.unavailable_reason(cuda, BF16)
+        linear_cuda.unavailable_reason(cuda, BF16)
         == "Old Card has compute capability 7.5, and 8.0 is needed"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    cuda.check("fp8", cuda)
-    assert cuda.unavailable_reason(cuda, BF16) is None
+    linear_cuda.check_supported("fp8", cuda)
+    assert linear_cuda.unavailable_reason(cuda, BF16) is None
     assert (
-        cuda.unavailable_reason(cuda, torch.float32)
+        linear_cuda.unavailable_reason(cuda, torch.float32)
         == "it takes bfloat16, and this network computes in float32"
     )
-    assert "NVIDIA only" in str(cuda.unavailable_reason(cpu, BF16))
+    assert "GPU of NVIDIA" in str(linear_cuda.unavailable_reason(cpu, BF16))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(Unsupported, match="pip install bitsandbytes, or take int4"):
-        cuda.check("nf4", cuda)
+    with pytest.raises(Unsupported, match="pip install bitsandbytes, or use int4"):
+        linear_cuda.check_supported("nf4", cuda)
