@@ -1,58 +1,59 @@
-"""The licence notice of the published checkpoints, shown once a user. Knows no torch."""
+"""The license notice of the published checkpoints, shown once per user. Knows no torch."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
+import platformdirs
+
 NOTICE = """\
-Licence notice: {name} belongs to the LLaVA-NeXT-Interleave family. Its weights are for research only, not for commercial use:
-they build on Qwen1.5 under the Tongyi Qianwen Research License Agreement, whose terms the LICENSE on its model page gives.
-This is shown once."""
+License notice: {name} belongs to the LLaVA-NeXT-Interleave family.
+Its weights are for research only, not for commercial use: they build on Qwen1.5 under the Tongyi
+Qianwen Research License Agreement; see the LICENSE on its model page. This notice is shown once."""
 
 NAMES = re.compile(r"(llava-hf|lmms-lab)(/|--)llava-(next-)?interleave-qwen", re.IGNORECASE)
 BASES = re.compile(r"Qwen1\.5-", re.IGNORECASE)
-LICENCE = re.compile(r"^license_name:\s*[\"']?tongyi-qianwen", re.IGNORECASE | re.MULTILINE)
+LICENSE = re.compile(r"^license_name:\s*[\"']?tongyi-qianwen", re.IGNORECASE | re.MULTILINE)
 
 
-def official(name: str, folder: Path) -> bool:
-    """Whether a checkpoint is one of the published family: by its name, its model card or the base that its config.json names."""
+def is_published(name: str, folder: Path) -> bool:
+    """Whether a checkpoint is one of the published family.
+
+    By its name, its model card, or the base model in its config.json.
+    """
     if NAMES.search(name) or NAMES.search(str(folder)):
         return True
     card, config = folder / "README.md", folder / "config.json"
-    if card.is_file() and LICENCE.search(card.read_text("utf-8", errors="replace")):
+    if card.is_file() and LICENSE.search(card.read_text("utf-8", errors="replace")):
         return True
     if not config.is_file():
         return False
-    written = json.loads(config.read_text("utf-8"))
+    values = json.loads(config.read_text("utf-8"))
     return any(
         BASES.search(str(part.get("_name_or_path", "")))
-        for part in (written, written.get("text_config") or {})
+        for part in (values, values.get("text_config") or {})
     )
 
 
 def state_folder() -> Path:
-    """Where this user's small remembered things live: the platform's state folder."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "llava-interleave"
+    """The folder of this user's small persistent state."""
+    return platformdirs.user_state_path("llava-interleave", appauthor=False)
 
 
 def show_once(name: str, folder: Path) -> None:
-    """Write the notice to stderr if the checkpoint is official and this user has not seen it. An unwritable home is no error."""
-    if not official(name, folder):
+    """Print the notice to stderr for a published checkpoint that this user loads first.
+
+    If the home folder is read-only, it is shown every time.
+    """
+    if not is_published(name, folder):
         return
-    seen = state_folder() / "licence-notice-shown"
-    if seen.exists():
+    marker = state_folder() / "license-notice-shown"
+    if marker.exists():
         return
     print(NOTICE.format(name=name), file=sys.stderr)
     try:
-        seen.parent.mkdir(parents=True, exist_ok=True)
-        seen.touch()
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
     except OSError:
-        return  # shown again next time
+        return

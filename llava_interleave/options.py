@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import OptionError
 
 DEFAULT_SYSTEM = "default"
 MAX_NEW_TOKENS = 512
+MAX_DRAFT_TOKENS = 15
+"""Draft tokens per step at most: with the token before them they are attended without a copy."""
 
 
 def setting(default: Any, sentence: str, default_text: str = "") -> Any:
@@ -20,12 +22,17 @@ def setting(default: Any, sentence: str, default_text: str = "") -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of one answer. Sampling names are transformers'; temperature 0, the default, is greedy."""
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the engine chooses tokens. Names and order of the steps are those of transformers.
+
+    The steps: logit bias, repetition penalty, presence and frequency penalty, then argmax
+    (temperature 0) or temperature, top-k, top-p, min-p and a random draw. Log-probabilities are the
+    model's own, before any of the steps. A value out of range is an `OptionError`.
+    """
 
     max_new_tokens: int | None = setting(
-        None, "Maximum number of tokens to generate.", "512, or the rest of the context"
+        MAX_NEW_TOKENS, "Maximum number of tokens to generate; None: as many as fit."
     )
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy decoding.")
     top_k: int = setting(0, "Sample from the k most likely tokens; 0 is all.")
@@ -47,14 +54,11 @@ class Options:
     seed: int | None = setting(
         None, "Random seed: the same seed gives the same answer; answer i of n uses seed + i."
     )
-    stop: str | tuple[str, ...] = setting(
-        (), "Stop string: end the answer before this text; repeatable."
-    )
     stop_ids: tuple[int, ...] = setting((), "End the answer at this token id; repeatable.")
     ignore_eos: bool = setting(
         False, "Generate max_new_tokens past the end-of-turn token, for benchmarks."
     )
-    logit_bias: Mapping[int, float] = field(
+    logit_bias: Mapping[int, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "Added to the logits, by token id."}
     )
     logprobs: int | None = setting(
@@ -64,6 +68,70 @@ class Options:
         None,
         "Speculative decoding by prompt lookup: draft up to this many tokens per step; 0 is off.",
         "8 on a CPU with the int4/int8 kernels, where the output is unchanged; otherwise off",
+    )
+
+    def __post_init__(self) -> None:
+        whole, real = (int,), (int, float)
+        if self.max_new_tokens is not None:
+            _check("max_new_tokens", self.max_new_tokens, whole, 1, 2**31)
+        _check("temperature", self.temperature, real, 0, 1000)
+        _check("top_k", self.top_k, whole, 0, 2**31)
+        _check("top_p", self.top_p, real, 0, 1)
+        _check("min_p", self.min_p, real, 0, 1)
+        _check("repetition_penalty", self.repetition_penalty, real, 0, 1000)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise OptionError(f"{name} must be above 0")
+        _check("presence_penalty", self.presence_penalty, real, -2, 2)
+        _check("frequency_penalty", self.frequency_penalty, real, -2, 2)
+        if self.seed is not None:
+            _check("seed", self.seed, whole, -(2**63), 2**63 - 1)
+        if self.prompt_lookup_num_tokens is not None:
+            value = self.prompt_lookup_num_tokens
+            _check("prompt_lookup_num_tokens", value, whole, 0, MAX_DRAFT_TOKENS)
+        for token in self.stop_ids:
+            _check("a token id in stop_ids", token, whole, 0, 2**31)
+        for token, bias in self.logit_bias.items():
+            _check("a token id in logit_bias", token, whole, 0, 2**31)
+            _check("a value in logit_bias", bias, real, -1000, 1000)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, whole, 0, 20)
+        if not isinstance(self.ignore_eos, bool):
+            raise OptionError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+
+    @property
+    def argmax_only(self) -> bool:
+        """Whether each token is the bare argmax of the logits, which a batch computes at once."""
+        return not (
+            self.temperature or self.penalized or self.logit_bias or self.logprobs is not None
+        )
+
+    @property
+    def penalized(self) -> bool:
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+
+def _check(name: str, value: object, types: tuple[type, ...], low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, types):
+        kind = "a whole number" if types == (int,) else "a number"
+        raise OptionError(f"{name} must be {kind}, not {value!r}")
+    if not low <= value <= high:  # type: ignore[operator]  # NaN is out of range too
+        raise OptionError(f"{name} must be between {low} and {high}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(SamplingParams):
+    """Options of one answer: of its prompt and of its sampling. Temperature 0 (default) is greedy."""
+
+    max_new_tokens: int | None = setting(
+        None, "Maximum number of tokens to generate.", "512, or the rest of the context"
+    )
+    stop: str | tuple[str, ...] = setting(
+        (), "Stop string: end the answer before this text; repeatable."
     )
     n: int = setting(1, "Number of answers.")
     adapter: str | None = setting(
@@ -80,8 +148,7 @@ class Options:
         1, "Average-pool image tokens with an N x N window; 2 keeps a quarter of them."
     )
     video_token_pool: int = setting(
-        1,
-        "As --image-token-pool, for video frames. Not used in training: check accuracy.",
+        1, "As --image-token-pool, for video frames. Not used in training: check accuracy."
     )
     image_token_ratio: float = setting(
         1.0, "Keep this fraction of an image's tokens, the most diverse ones (DivPrune)."
@@ -95,10 +162,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):
-            given = getattr(self, name)
-            object.__setattr__(
-                self, name, (given,) if isinstance(given, str | int) else tuple(given)
-            )
+            value = getattr(self, name)
+            values = (value,) if isinstance(value, str | int) else tuple(value)
+            object.__setattr__(self, name, values)
+        SamplingParams.__post_init__(self)  # super() fails in a dataclass with slots
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop takes non-empty strings, not {self.stop!r}")
         if type(self.n) is not int or not 1 <= self.n <= 128:
@@ -111,6 +178,12 @@ class Options:
             if name not in names:
                 raise unknown("option", name, names)
         return dataclasses.replace(self, **dict(changes)) if changes else self  # type: ignore[arg-type]
+
+    def sampling(self, index: int, context_left: int) -> Options:
+        """The sampling parameters of answer `index` of n, with `context_left` tokens for it."""
+        limit = self.max_new_tokens or max(1, min(MAX_NEW_TOKENS, context_left))
+        seed = None if self.seed is None else self.seed + index
+        return dataclasses.replace(self, max_new_tokens=limit, seed=seed)
 
 
 DEFAULTS = Options()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data_url import encode
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -63,4 +63,4 @@ def data_url(image: Image.Image, side: int, form: str = "JPEG", **options: int) 
     image.thumbnail((side, side))
     file = BytesIO()
     image.save(file, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    return encode(file.getvalue(), f"image/{form.lower()}")

@@ -79,7 +79,7 @@ def test_hf_equals_the_template_and_processor_of_transformers(
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=generation)
     images = [IMAGE] * rendered.count("<image>")
     expected = theirs(text=rendered, images=images or None)["input_ids"][0]
-    prompt = processor.prompt(messages, images, preset="hf", generation=generation)
+    prompt = processor.prompt(messages, images, preset="hf", add_generation_prompt=generation)
     assert prompt.tokens == list(expected)
     assert processor.raw(rendered, images).tokens == prompt.tokens
 
@@ -264,7 +264,7 @@ def test_what_is_not_known_is_refused_by_name(
 
 
 def test_options_that_do_not_exist_or_do_not_fit(processor: Processor) -> None:
-    with pytest.raises(OptionError, match="no preset 'chatml'"):
+    with pytest.raises(OptionError, match="unknown preset 'chatml'"):
         processor.prompt([user("Hi")], preset="chatml")
     with pytest.raises(OptionError, match="names of views"):
         processor.prompt([user({"type": "views", "views": {"front": IMAGE}})], preset="hf")

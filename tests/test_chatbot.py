@@ -1,4 +1,4 @@
-"""What a person imports: attachments, options, stop strings, streaming, conversations, the licence notice."""
+"""What a person imports: attachments, options, stop strings, streaming, conversations, the license notice."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from llava_interleave import checkpoints, kernels, license_notice
 from llava_interleave import placement as places
 from llava_interleave.chat import Chatbot, Conversation, Options, load
 from llava_interleave.chat.attachments import content, part
-from llava_interleave.chat.stop_strings import StopStrings
+from llava_interleave.chat.detokenize import StopStrings
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import DataError, MediaError, OptionError, PromptError, Unsupported
 from llava_interleave.model import PackedAttention, arrange_features
@@ -474,7 +474,7 @@ def test_apples_gpu_computes_in_float16(tmp_path: Path, monkeypatch: pytest.Monk
         pick_precision("fp8", folder, "mps")
 
 
-def test_licence_notice_once(
+def test_license_notice_once(
     bot: Chatbot,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -494,9 +494,9 @@ def test_licence_notice_once(
     assert "research only" in capsys.readouterr().err
     load(official, device="cpu")
     assert capsys.readouterr().err == ""
-    assert license_notice.official("lmms-lab/llava-next-interleave-qwen-7b", tmp_path)
-    assert license_notice.official("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
-    assert not license_notice.official(
+    assert license_notice.is_published("lmms-lab/llava-next-interleave-qwen-7b", tmp_path)
+    assert license_notice.is_published("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
+    assert not license_notice.is_published(
         "llava_interleave/builtin", Path(llava_interleave.__file__).parent
     )
 

@@ -216,7 +216,7 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(
         tmp_path
     )  # the nodes' processes are elsewhere, and know what is meant by "model"
-    given = ["batch", "in.jsonl", "-m", "model", "--max-new-tokens", "6", "--batch", "3"]
+    given = ["batch", "in.jsonl", "-m", "model", "--max-new-tokens", "6", "--batch-size", "3"]
     for out, more in (("one.jsonl", []), ("ray.jsonl", ["--ray", nodes.address])):
         done = CliRunner().invoke(app, [*given[:2], str(tmp_path / out), *given[2:], *more])
         assert done.exit_code == 0, done.output

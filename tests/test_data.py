@@ -140,8 +140,8 @@ def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None
     printed = llava("data", "check", path, "--media", media)
     assert printed.exit_code == 1
     for fault in report["faults"]:
-        assert f"{'error' if fault['error'] else 'remark'}: {fault['text']}\n" in printed.stdout
-    assert "Lengths were not checked" in printed.stdout
+        assert f"{'error' if fault['error'] else 'warning'}: {fault['text']}\n" in printed.stdout
+    assert "Token lengths were not checked" in printed.stdout
     (row,) = re.findall(r"│ even +│ +(\d+) │ +(\d+) │", printed.stdout)
     assert [int(number) for number in row] == [
         report["data_sets"]["even"][name] for name in ("samples", "errors")
@@ -195,7 +195,7 @@ def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path)
     )
     with pytest.raises(ValueError, match="name one with -m"):
         raise llava("data", "check", path, "--tokens", 9).exception or AssertionError
-    with pytest.raises(ValueError, match="leave out --seed"):
+    with pytest.raises(ValueError, match="--seed is for .yaml"):
         raise llava("data", "check", path, "--seed", 1).exception or AssertionError
 
 

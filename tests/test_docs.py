@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     if (folder / "builtin").is_dir():
-        monkeypatch.setattr("llava_interleave.chat.chatbot.BUILTIN", folder / "builtin")
+        monkeypatch.setattr("llava_interleave.chat.loading.BUILTIN", folder / "builtin")
 
 
 @pytest.mark.parametrize(

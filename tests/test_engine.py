@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from llava_interleave.engine import Engine, Event, Request, SamplingParams
+from llava_interleave.engine import Engine, Request, SamplingParams
 from llava_interleave.errors import ContextError, OptionError, PromptError
 from llava_interleave.model import PackedAttention, arrange_features
 from llava_interleave.prompt import Prompt
@@ -42,6 +41,7 @@ from tests.helpers.engine import (
     naive,
     network,
     prompt,
+    stream,
     text,
 )
 
@@ -201,40 +201,11 @@ def test_preemption_keeps_random_numbers_penalties_and_usage() -> None:
 def test_stream_folded_equals_generate() -> None:
     e = engine()
     for p, answer in zip(MIXED, expected(), strict=True):
-        events = list(e.stream(p, GREEDY))
+        events = stream(e, p, GREEDY)
         assert [event.token for event in events] == answer
         assert [event.finish_reason for event in events] == [None] * 11 + ["length"]
         assert events[-1].usage is not None
         assert events[-1].usage.generated == 12
-
-
-def test_streams_read_in_turn_and_steps_between_lose_nothing() -> None:
-    e = engine()
-    streams = [e.stream(p, GREEDY) for p in MIXED[:3]]
-    queued = e.add(MIXED[3], GREEDY)
-    read: list[list[int | None]] = [[], [], []]
-    stepped: list[Event] = []
-    for turn in range(12):
-        for index, stream in enumerate(streams):
-            read[index].append(next(stream).token)
-        if turn % 3 == 0:
-            stepped += e.step()
-    stepped += finish(e)
-    assert read == expected()[:3]
-    assert [event.token for event in stepped] == expected()[3]
-    assert {event.request for event in stepped} == {queued}
-    assert [next(stream, None) for stream in streams] == [None] * 3
-
-
-def test_a_closed_stream_aborts() -> None:
-    e = engine()
-    stream = e.stream(MIXED[0], GREEDY)
-    next(stream)
-    assert e.load().running == 1
-    assert isinstance(stream, Iterator)
-    stream.close()  # type: ignore[attr-defined]
-    assert (e.load().running, e.busy) == (0, False)
-    e.check()
 
 
 @pytest.mark.parametrize("steps", range(8))
@@ -257,13 +228,6 @@ def test_abort_frees_everything_and_disturbs_nobody(steps: int) -> None:
     e.check()
 
 
-def test_an_aborted_stream_ends_with_its_event() -> None:
-    e = engine()
-    stream = e.stream(MIXED[0], GREEDY)
-    e.abort(next(stream).request)
-    assert [event.finish_reason for event in stream] == ["abort"]
-
-
 def test_an_error_fails_what_was_in_the_step_and_the_rest_goes_on() -> None:
     e, model = failing(max_num_seqs=2)
     requests = [e.add(p, GREEDY) for p in MIXED]
@@ -279,13 +243,21 @@ def test_an_error_fails_what_was_in_the_step_and_the_rest_goes_on() -> None:
     assert answers(e.generate(MIXED, GREEDY)) == expected()
 
 
-def test_an_error_reaches_the_stream_and_an_interrupt_the_caller() -> None:
+def test_generate_keeps_the_events_of_other_requests() -> None:
+    e = engine()
+    queued = e.add(MIXED[3], GREEDY)
+    assert answers(e.generate(MIXED[:3], GREEDY)) == expected()[:3]
+    events = finish(e)
+    assert [event.token for event in events] == expected()[3]
+    assert {event.request for event in events} == {queued}
+
+
+def test_generate_raises_an_error_and_an_interrupt_reaches_the_caller() -> None:
     e, model = failing()
-    stream = e.stream(MIXED[0], GREEDY)
-    next(stream)
     model.error = RuntimeError("broken")
     with pytest.raises(RuntimeError, match="broken"):
-        next(stream)
+        e.generate(MIXED[:2], GREEDY)
+    assert not e.busy
     waiting = e.add(MIXED[1], GREEDY)
     model.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -342,7 +314,7 @@ def test_meaningless_ids_and_the_placeholder_are_never_generated() -> None:
 
 def test_log_probabilities_on_events() -> None:
     p = MIXED[0]
-    events = list(engine().stream(p, SamplingParams(max_new_tokens=3, logprobs=4, ignore_eos=True)))
+    events = stream(engine(), p, SamplingParams(max_new_tokens=3, logprobs=4, ignore_eos=True))
     model = network()
     tokens = Prompt(
         [*p.tokens, *(event.token for event in events if event.token is not None)], p.media
@@ -366,10 +338,8 @@ def test_stop_ids_and_eos_end_an_answer() -> None:
     answer = expected()[1]
     stop = next(token for token in answer[3:] if token not in answer[:3])
     at = answer.index(stop)
-    events = list(
-        engine().stream(
-            MIXED[1], SamplingParams(max_new_tokens=12, stop_ids=(stop,), ignore_eos=True)
-        )
+    events = stream(
+        engine(), MIXED[1], SamplingParams(max_new_tokens=12, stop_ids=(stop,), ignore_eos=True)
     )
     assert [event.token for event in events] == answer[: at + 1]
     assert events[-1].finish_reason == "stop"
@@ -510,7 +480,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(
         ContextError, match=r"995 tokens and 6 more .* context is 1000: ask for at most 5"
     ):
-        wide.stream(prompt(text(0, 995)), SamplingParams(max_new_tokens=6))
+        wide.add(prompt(text(0, 995)), SamplingParams(max_new_tokens=6))
     with pytest.raises(ContextError, match=r"1010 tokens .* use 11 fewer"):
         wide.add(prompt(text(0, 1010)), SamplingParams(max_new_tokens=None))
     assert (

@@ -13,7 +13,7 @@ import pytest
 
 from llava_interleave import load
 from llava_interleave.cli import terminal
-from llava_interleave.cli.local_model import LazyModel, answer_all
+from llava_interleave.cli.local_model import LazyModel, ModelFlags, answer_all
 from llava_interleave.errors import LlavaError, OptionError
 from llava_interleave.journal import read
 from llava_interleave.options import Options
@@ -126,7 +126,7 @@ def test_bench_and_diff(tiny: Path, tmp_path: Path) -> None:
     assert compared["lines"][-1]["pairs"] == 3
     table = llava("eval", "diff", *files).out
     assert "as_published: False | True" in table
-    assert "4 examples that only A has" in table
+    assert "4 examples only in A" in table
     checked = llava("eval", "interleave-in", "--data", tmp_path, "--check")
     assert (checked.code, checked.out.count("\n")) == (1, 1)
 
@@ -222,7 +222,7 @@ def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:
     done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--top-p", 7)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert not (tmp_path / "out.jsonl").exists()
-    model = LazyModel(str(tiny), None, "auto", "auto")
+    model = LazyModel(ModelFlags(str(tiny)))
     questions = [
         [{"role": "user", "content": text}] for text in ("ok", "<image>", "fine", "<image>")
     ]
@@ -376,7 +376,7 @@ def test_progress_shows_how_many_and_how_fast(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
-    with terminal.counting("asking") as tell:
+    with terminal.progress_bar("asking") as tell:
         for done in (50, 51, 52, 53):
             tell(done, 100)
             time.sleep(0.15)

@@ -120,7 +120,7 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
         assert abs(look.change) > 1e-3
         assert look.attention == pytest.approx(float(mass.sum()) / total, abs=1e-5)
         assert np.allclose(look.heat, mass.view(1, 4, 4) / total, atol=1e-6)
-        assert (look.pictures == np.asarray(Image.open(file))[None]).all()
+        assert (look.pixels == np.asarray(Image.open(file))[None]).all()
         assert str(file) in look.name
     assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
     assert sum(look.attention for look in told.images) == pytest.approx(1)
@@ -191,7 +191,7 @@ def test_views_videos_and_tiles(
     assert sorted(read) == sorted(once * 2)
     assert [look.name for look in told.images] == [part.name for part in estimate.parts[1:]]
     assert [look.heat.shape for look in told.images] == [(1, 4, 4), (1, 4, 4), (3, 4, 4), (1, 4, 4)]
-    assert [look.pictures.shape for look in told.images] == [
+    assert [look.pixels.shape for look in told.images] == [
         (1, 30, 30, 3),
         (1, 30, 30, 3),
         (3, 30, 30, 3),

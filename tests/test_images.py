@@ -177,13 +177,15 @@ def test_anyres_tiles_of_the_original() -> None:
     """Ratio kept, centred on black, tiles row by row behind the squashed whole."""
     settings = ImageSettings(16)
     image = noise(60, 60)
-    crops = settings.tile(image)
+    crops = settings.anyres_tiles(image)
     assert len(crops) == anyres(60, 60, 16, 2).crops == 5
     assert crops[0].tobytes() == settings.fit(image).tobytes()
     whole = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
     tiled = np.vstack([np.hstack([np.asarray(crops[i]), np.asarray(crops[i + 1])]) for i in (1, 3)])
     assert np.array_equal(tiled, whole)
-    bars = np.asarray(settings.tile(Image.new("RGB", (90, 10), "white"))[1])  # 48 x 16 holds 48 x 6
+    bars = np.asarray(
+        settings.anyres_tiles(Image.new("RGB", (90, 10), "white"))[1]
+    )  # 48 x 16 holds 48 x 6
     assert (bars[:5] == 0).all()
     assert (bars[5:11] == 255).all()
     assert (bars[11:] == 0).all()
@@ -225,7 +227,7 @@ def test_settings_of_another_preprocessing_are_refused(tmp_path: Path) -> None:
         ({"size": {"shortest_edge": 8}, "do_center_crop": True}, "do_center_crop=True"),
         ({"do_resize": False}, "do_resize=False"),
         ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
-        ({"image_std": [0, 1, 1]}, "cannot normalise"),
+        ({"image_std": [0, 1, 1]}, "cannot normalize"),
         ({"image_mean": [1, 2]}, "malformed"),
         ({"resample": 77}, "malformed"),
     ):

@@ -15,8 +15,8 @@ from llava_interleave.chat import load
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.engine.kv_contiguous import MAX_DECODE_TOKENS
 from llava_interleave.engine.prompt_lookup import CREDIT, NGRAMS, PromptLookupDrafter
-from llava_interleave.engine.sampler import MAX_DRAFT_TOKENS
 from llava_interleave.errors import OptionError
+from llava_interleave.options import MAX_DRAFT_TOKENS
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from tests.helpers.engine import (
@@ -29,6 +29,7 @@ from tests.helpers.engine import (
     expected,
     finish,
     prompt,
+    stream,
     text,
 )
 
@@ -112,8 +113,8 @@ def test_answers_are_the_same(most: int, options: dict[str, int]) -> None:
 
 def test_log_probabilities_are_the_same() -> None:
     p, how = MIXED[1], replace(GREEDY, logprobs=1)
-    plain = list(engine().stream(p, how))
-    guessing = list(engine().stream(p, replace(how, prompt_lookup_num_tokens=8)))
+    plain = stream(engine(), p, how)
+    guessing = stream(engine(), p, replace(how, prompt_lookup_num_tokens=8))
     assert guessing[-1].usage.accepted > 0
     for a, b in zip(plain, guessing, strict=True):
         assert (a.token, a.finish_reason) == (b.token, b.finish_reason)
@@ -201,7 +202,7 @@ def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path
         how = SamplingParams(
             max_new_tokens=80, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most
         )
-        events = list(e.stream(asked, how))
+        events = stream(e, asked, how)
         told.append([(event.token, event.logprob, event.top_logprobs) for event in events])
         assert (events[-1].usage.accepted > 0) == (fused if most is None else most > 0)
     assert told[0] == told[1] == told[2]

@@ -25,7 +25,7 @@ from llava_interleave import checkpoints
 from llava_interleave.chat import Chatbot
 from llava_interleave.checkpoints import CheckpointLayout, read_adapter, write_adapter
 from llava_interleave.cli import app
-from llava_interleave.cli.local_model import LazyModel
+from llava_interleave.cli.local_model import LazyModel, ModelFlags
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.image_layout import ImageTokenLayout
@@ -37,6 +37,7 @@ from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from recipes.tiny_world import benchmark
+from tests.helpers.engine import stream
 from tests.helpers.lora import DECODER, made
 
 WHOLE = LoraConfig(
@@ -194,7 +195,9 @@ def test_merged_equals_beside(folder: Path, lora: LoraConfig) -> None:
     assert (beside - logits(merged(folder, adapter), asked)).abs().max() < 1e-4
     assert (beside - alone).abs().max() > 0.1
     assert torch.equal(alone, logits(checkpoints.load(folder), asked))
-    with pytest.raises(OptionError, match="Adapted: an adapter is merged into float weights only"):
+    with pytest.raises(
+        OptionError, match="LoraLinear: an adapter is merged into float weights only"
+    ):
         merge(network, adapter)
 
 
@@ -241,7 +244,7 @@ def test_a_mixed_batch_equals_each_alone_equals_merged(
     alone = with_both(folder)
     for name, p, answer in expected:
         assert alone.generate([p], GREEDY, adapter=name)[0].generated == answer
-        assert list(alone.stream(p, GREEDY, adapter=name))[-1].request.generated == answer
+        assert stream(alone, p, GREEDY, adapter=name)[-1].request.generated == answer
 
 
 def test_caches_do_not_mix_adapters_but_pictures_that_no_adapter_sees_are_shared(
@@ -777,14 +780,16 @@ def test_a_results_file_tells_adapters_apart_by_every_number(
     folder: Path, stored: Path, tmp_path: Path
 ) -> None:
     def about(adapter: Path) -> object:
-        return LazyModel(str(folder), None, "auto", "cpu", str(adapter)).about["adapter"]
+        return LazyModel(ModelFlags(str(folder), device="cpu", adapter=str(adapter))).about[
+            "adapter"
+        ]
 
     copy = files(folder, tmp_path / "a")
     before = about(copy)
     assert before != about(stored / "d")
     edit(copy, lambda t: next(iter(t.values()))[-1].add_(1e-3))
     assert about(copy) != before
-    assert "adapter" not in LazyModel(str(folder), None, "auto", "cpu").about
+    assert "adapter" not in LazyModel(ModelFlags(str(folder), device="cpu")).about
 
 
 def test_a_server_has_an_adapter_as_a_model(
@@ -818,17 +823,17 @@ def test_a_server_has_an_adapter_as_a_model(
             ("w", bots["w"]),
             ("base", bots[None]),
         ):
-            body = {"model": name, "messages": messages, "max_tokens": 9, "explain": True}
+            body = {"model": name, "messages": messages, "max_tokens": 9, "attribution": True}
             said = client.post("/v1/chat/completions", json=body).json()
             want = oracle.ask("Hm?", [picture], max_new_tokens=9)
             assert (said["model"], said["choices"][0]["message"]["content"]) == (name, want.text)
             looked = oracle.explain(oracle.turn("Hm?", [picture]), want)
-            assert said["explanations"][0]["logprob"] == pytest.approx(looked.logprob, abs=1e-3)
+            assert said["attributions"][0]["logprob"] == pytest.approx(looked.logprob, abs=1e-3)
             again = {
                 "model": name,
                 "messages": [*messages, {"role": "assistant", "content": want.text}],
             }
-            assert client.post("/v1/messages/explain", json=again).status_code == 200
+            assert client.post("/v1/messages/attribution", json=again).status_code == 200
         refused = client.post("/v1/chat/completions", json={"model": "e", "messages": messages})
         assert refused.status_code == client.get("/v1/models/e").status_code == 404
         assert "'base', 'd', 'w'" in refused.json()["error"]["message"]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_interleave.engine import SamplingParams
 from llava_interleave.engine.kv_contiguous import (
     MAX_DECODE_TOKENS,
     ContiguousKVCache,
@@ -14,7 +15,6 @@ from llava_interleave.engine.kv_contiguous import (
     bytes_per_token,
 )
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
-from llava_interleave.engine.sampler import SamplingParams
 from llava_interleave.errors import OptionError
 from llava_interleave.model import PackedAttention, arrange_features
 from llava_interleave.prompt import Prompt

@@ -79,7 +79,7 @@ def asked(bot: Chatbot, folder: Path) -> dict[str, Any]:
     guided = bot.engine.add(
         bot.prompt(turns[2]),
         SamplingParams(max_new_tokens=6),
-        guide=Even(bot.processor.tokenizer.size),
+        constraint=Even(bot.processor.tokenizer.size),
     )
     while bot.engine.busy:
         bot.engine.step(0.001)

@@ -230,7 +230,9 @@ def test_examples_learn_answers_and_their_end_only(processor: Processor) -> None
         )
         assert (
             example.tokens
-            == processor.prompt(messages, [IMAGE], preset=preset, generation=False).tokens
+            == processor.prompt(
+                messages, [IMAGE], preset=preset, add_generation_prompt=False
+            ).tokens
         )
     with pytest.raises(PromptError, match="ends with an answer"):
         processor.example(messages[:1], [IMAGE])

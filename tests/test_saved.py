@@ -597,13 +597,13 @@ def test_chat_goes_on_at_once(tiny: Path, pictures: list[Path], tmp_path: Path) 
     asked = ("chat", "-m", tiny, "--max-new-tokens", 3)
     lines = f"/attach {pictures[0]} {pictures[1]}\nWhat is it?\n/save {file}\n"
     first = llava(*asked, stdin=lines.encode())
-    assert "MB beside it to go on at once" in first.err, first.err
+    assert "MB of KV cache" in first.err, first.err
     second = llava(*asked, "--resume", file, stdin=b"More?\n")
-    assert "2 messages" in second.err and "tokens need not be read again" in second.err
+    assert "2 messages" in second.err and "tokens restored from the KV cache" in second.err
     other = llava(*asked, "--resume", file, "--precision", "bfloat16", stdin=b"More?\n")
-    assert other.code == 0 and "will be read again" in other.err and other.out
+    assert other.code == 0 and "is prefilled again" in other.err and other.out
     for stdin in (f"/load {file}\nMore?\n/save\n".encode(), b""):
         third = llava(*asked, "--no-kv", "--resume", file, stdin=stdin)
-        assert third.code == 0 and "read again" not in third.err
+        assert third.code == 0 and "prefilled again" not in third.err
     assert third.out == "" and second.out
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]

@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 import torch
 
+from llava_interleave.engine import SamplingParams
 from llava_interleave.engine.prefix_cache import (
     HASH_BLOCK,
     CacheKey,
@@ -17,7 +18,7 @@ from llava_interleave.engine.prefix_cache import (
     SequenceKV,
 )
 from llava_interleave.engine.request import Request
-from llava_interleave.engine.sampler import Pick, SamplingParams
+from llava_interleave.engine.sampler import Pick
 from llava_interleave.engine.scheduler import Scheduler, SchedulerOutput
 from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt

@@ -172,7 +172,7 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
 def test_the_estimate_is_exact_and_keys_differ(
     bot: Chatbot, thin: TokenReduction, tiles: bool
 ) -> None:
-    made = bot.processor.prompt(ASKED, thin=thin, anyres=tiles)
+    made = bot.processor.prompt(ASKED, reduction=thin, anyres=tiles)
     image, film = made.media
     assert (image.layout.pool, film.layout.pool) == (thin.image_token_pool, thin.video_token_pool)
     assert film.layout.length == 3 * round(film.layout.side**2 * thin.video_token_ratio)
@@ -180,7 +180,7 @@ def test_the_estimate_is_exact_and_keys_differ(
         made.tokens.count(bot.model.config.image_token_id)
         == image.layout.length + film.layout.length
     )
-    counted = bot.processor.estimate(ASKED, thin=thin, anyres=tiles)
+    counted = bot.processor.estimate(ASKED, reduction=thin, anyres=tiles)
     assert (counted.total, [part.tokens for part in counted.parts[1:]]) == (
         len(made),
         [m.layout.length for m in made.media],
@@ -204,7 +204,7 @@ def test_more_frames_fit_and_the_error_counts_them(bot: Chatbot) -> None:
     def length(count: int, thin: TokenReduction) -> int:
         return len(
             bot.processor.prompt(
-                asked, frames=FrameSampling(frames=count), thin=thin, max_new_tokens=reserve
+                asked, frames=FrameSampling(frames=count), reduction=thin, max_new_tokens=reserve
             )
         )
 

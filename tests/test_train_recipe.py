@@ -1,6 +1,7 @@
 """Recipes: files and flags become one record, everything unknown or contradictory is refused by name, what is stored is read."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,10 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
         told("-r", "align")
     with pytest.raises(OptionError, match="ipo has no smoothing"):
         told("-r", "mine.toml", "--dpo-smoothing", "0.1")
-    keys = {key for key, _ in command._flags()}
-    fields = {f.name for f in dataclasses.fields(Recipe)} - set(command.SPECIAL)
-    assert keys == fields | {
-        f"{name}.{f.name}"
+    flags = set(inspect.signature(command.train).parameters)
+    fields = {f.name for f in dataclasses.fields(Recipe)} - set(recipe.TABLES)
+    assert flags == {"out", "name"} | fields | {
+        f"{name}_{f.name}"
         for name, table in recipe.TABLES.items()
         for f in dataclasses.fields(table)
     }

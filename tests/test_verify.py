@@ -197,13 +197,13 @@ def test_command(tmp_path: Path) -> None:
     ]
     page = tmp_path / "report.html"
     done = subprocess.run(
-        [*command, "--json", "--why", "--html", str(page)], capture_output=True, text=True
+        [*command, "--json", "--ablate", "--html", str(page)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert [case["passed"] for case in told["cases"]] == [True] * 4
     assert told["cases"][1]["stages"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
-    assert len(told["why"]) == 20
+    assert len(told["ablations"]) == 20
     tags = Tags()
     tags.feed(page.read_text())
     assert (tags.found.count("table"), tags.sources, "script" in tags.found) == (6, [], False)
@@ -224,11 +224,11 @@ def test_command_with_everything(packed: Path, folder: Path, adapter: Path, tmp_
         "--html",
         str(page),
     ]
-    done = CliRunner().invoke(app, ["verify", *given, "--why", "--json"])
+    done = CliRunner().invoke(app, ["verify", *given, "--ablate", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["adapter"], told["against"]) == (str(adapter), str(folder))
-    assert [effect["switch"] for effect in told["why"]][::2] == [
+    assert [effect["switch"] for effect in told["ablations"]][::2] == [
         "baseline",
         *ablations.PROMPTS,
         "layer before the last",

@@ -1,9 +1,12 @@
-"""Which image an answer leaned on: each one's share of it, and what in it was attended to. Computed beside the engine."""
+"""Attribution of an answer to its images: leave-one-out log-probabilities and attention heat maps.
+
+Computed by the model's own forward, next to the engine.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +25,21 @@ if TYPE_CHECKING:
 
     from ..processing.images import ImageSettings
 
-CROPS, ROWS = 8, 64
-"""Crops in a call of the tower, and rows whose logits are held at once."""
+CROPS_PER_CALL, ROWS_PER_CALL = 8, 64
+"""Crops per call of the vision tower; rows whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageAttribution:
     """An image, a view or a whole video, and its part in an answer.
 
-    name: as `Chatbot.estimate` names it.
-    change: by how many nats the answer's log-probability falls when it is taken out of the prompt; None where this was left out.
-    share: of the falls of all; what makes the answer likelier by its absence has 0; None as `change`.
-    attention: of what the answer's tokens attend to in images, the share that is here; the cheap variant.
-    heat: `[pictures, side, side]` float32, where in it, `side` its tokens a side; over all images it sums to one. A video has a
-        map a frame.
-    pictures: `[pictures, S, S, 3]` uint8, as the tower was given them; of an image cut into tiles the whole one.
+    name: its label, as `Chatbot.estimate` has it.
+    change: by how many nats the answer's log-probability falls without it; None if not computed.
+    share: its part of the sum of all decreases; 0 if the log-probability rises; None as `change`.
+    attention: its share of the answer's attention to images.
+    heat: `[frames, side, side]` float32, that attention per token; the sum over all images is 1.
+        `frames` is 1 for an image, `side` its tokens per side.
+    pixels: `[frames, S, S, 3]` uint8, as the vision tower receives them, without tiles.
     """
 
     name: str
@@ -44,14 +47,15 @@ class ImageAttribution:
     share: float | None
     attention: float
     heat: NDArray[np.float32]
-    pictures: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attribution:
-    """What an answer leaned on, as `Chatbot.explain` found it; `dataclasses.asdict` makes it plain.
+    """The result of `Chatbot.explain`; `dataclasses.asdict` makes it plain data.
 
-    layers: whose attention is told, from 0. logprob: natural log-probability of the whole answer.
+    layers: the decoder layers whose attention was recorded, from 0.
+    logprob: natural log-probability of the whole answer.
     """
 
     question: str
@@ -61,109 +65,132 @@ class Attribution:
     images: tuple[ImageAttribution, ...]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as one HTML page that needs nothing else. Raises `DataError` where that cannot be written."""
+        """Write one self-contained HTML page. Raises `DataError` if the file cannot be written."""
         report.write(path, self)
 
 
 class AttributionRun:
-    """A prompt with an answer, ready to go through the network once more in one piece.
+    """Forward passes over a prompt with its answer; the images are encoded once.
 
-    The row of the token before an answer's token is the one that predicts it, so the answer's last token is never read and
-    the answer's rows are the last `len(answer)` ones.
+    The row before an answer's token predicts it, so the answer's last token is not an input and the
+    answer's rows are the last `len(answer)` ones.
+
+    check_cancelled: called before each pass; it may raise.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Llava, prompt: Prompt, answer: Sequence[int], vocab: int) -> None:
+    def __init__(
+        self,
+        model: Llava,
+        prompt: Prompt,
+        answer: Sequence[int],
+        vocab: int,
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> None:
+        check_cancelled()
         weight = model.language_model.norm.weight
         self.model, self.prompt, self.vocab = model, prompt, vocab
+        self.check_cancelled = check_cancelled
         self.answer = torch.tensor(list(answer), device=weight.device)
-        spans = [
-            (
-                media.start,
-                arrange_features(
-                    torch.cat([model.encode(part) for part in crops.split(CROPS)]), media.layout
-                ),
-            )
-            for media, crops in (
-                (media, media.pixels.to(weight.device, weight.dtype)) for media in prompt.media
-            )
-        ]
-        self.x = model.embed(
-            torch.tensor([*prompt.tokens, *answer[:-1]], device=weight.device), spans
-        )
+        spans = []
+        for media in prompt.media:
+            crops = media.pixels.to(weight.device, weight.dtype).split(CROPS_PER_CALL)
+            features = torch.cat([model.encode(part) for part in crops])
+            spans.append((media.start, arrange_features(features, media.layout)))
+        tokens = torch.tensor([*prompt.tokens, *answer[:-1]], device=weight.device)
+        self.x = model.embed(tokens, spans)
         self.positions = torch.arange(len(self.x), device=weight.device)
 
     def logprobs(self, attend: AttentionFn, x: Tensor, positions: Tensor) -> Tensor:
-        """Log-probability of each token of the answer `[A]` by rows `x [T, D]`, as the engine counts: of what it may write."""
+        """Log-probability of each token of the answer `[A]` for inputs `x [T, D]`.
+
+        As in the engine, over the tokens that can be generated.
+        """
+        self.check_cancelled()
         hidden = self.model.forward(x, positions, attend)[-len(self.answer) :]
-        found = []
-        for rows, tokens in zip(hidden.split(ROWS), self.answer.split(ROWS), strict=True):
+        logprobs = []
+        calls = zip(hidden.split(ROWS_PER_CALL), self.answer.split(ROWS_PER_CALL), strict=True)
+        for rows, tokens in calls:
             logits = self.model.logits(rows)[:, : self.vocab].float()
             if (image := self.model.config.image_token_id) < self.vocab:
                 logits[:, image] = -torch.inf
-            found.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
-        return torch.cat(found)
+            logprobs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+        return torch.cat(logprobs)
 
-    def recorded(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities `[A]`, and what the answer's rows attend to `[A, T]`: the mean of the layers and their heads."""
-        attend = AttentionRecorder(len(self.x), len(self.x) - len(self.answer), layers)
-        found = self.logprobs(attend, self.x, self.positions)
-        return found, torch.stack([attend.kept[layer] for layer in layers]).mean(0)
+    def with_attention(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[A]`; the answer's attention `[A, T]`, mean over layers and heads."""
+        recorder = AttentionRecorder(len(self.x), len(self.x) - len(self.answer), layers)
+        logprobs = self.logprobs(recorder, self.x, self.positions)
+        return logprobs, torch.stack([recorder.kept[layer] for layer in layers]).mean(0)
 
-    def without(self, *taken: Media) -> Tensor:
-        """Log-probabilities `[A]` where nothing attends to the tokens of these media, all others keeping their positions.
+    def without(self, *media: Media) -> Tensor:
+        """Log-probabilities `[A]` where nothing attends to these media; all positions stay.
 
-        Under causal attention that is the same as leaving out their rows.
+        Under causal attention that is the same as removing their rows.
         """
-        kept = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device)
-        for media in taken:
-            kept[media.start : media.start + media.layout.length] = False
-        return self.logprobs(PackedAttention([int(kept.sum())]), self.x[kept], self.positions[kept])
+        rows = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device)
+        for one in media:
+            rows[one.start : one.start + one.layout.length] = False
+        return self.logprobs(PackedAttention([int(rows.sum())]), self.x[rows], self.positions[rows])
+
+
+def count_tokens(prompt: Prompt, answer_tokens: int, leave_out: bool) -> int:
+    """Tokens of all forward passes of `attribute`: with all images, without any, without each."""
+    lengths = [media.layout.length for media in prompt.media]
+    whole = len(prompt) + answer_tokens
+    each = sum(whole - length for length in lengths) if leave_out else 0
+    return 2 * whole - sum(lengths) + each
 
 
 @torch.inference_mode()
 def attribute(
-    trial: AttributionRun,
-    settings: ImageSettings,
-    layers: Sequence[int],
-    leave_out: bool,
+    run: AttributionRun, settings: ImageSettings, layers: Sequence[int], leave_out: bool
 ) -> tuple[float, tuple[ImageAttribution, ...]]:
-    """The answer's log-probability and each media's part in it: one forward, one of the text alone, with `leave_out` one a media.
+    """The answer's log-probability and each media's part in it.
 
-    Rows of the answer count by how much likelier the images make their tokens: an end, or the rest of a word, needs none.
+    Two forward passes, and with `leave_out` one more per media. The answer's tokens are weighted by
+    how much the images raise their log-probability: an end token, or the rest of a word, needs no
+    image.
     """
-    media = trial.prompt.media
-    found, attention = trial.recorded(layers)
-    rows = torch.tensor(
-        normalize((found - trial.without(*media)).tolist()), device=attention.device
-    )
-    inside = [rows @ attention[:, m.start : m.start + m.layout.length] for m in media]
-    logprob = float(found.sum())
-    masses = [float(part.sum()) for part in inside]
-    changes = [logprob - float(trial.without(m).sum()) for m in media] if leave_out else None
-    falls = normalize(changes) if changes else None
+    media = run.prompt.media
+    logprobs, attention = run.with_attention(layers)
+    gains = normalize((logprobs - run.without(*media)).tolist())
+    weighted = torch.tensor(gains, device=attention.device) @ attention
+    weights = [weighted[m.start : m.start + m.layout.length] for m in media]
+    masses = [float(part.sum()) for part in weights]
+    logprob = float(logprobs.sum())
+    changes: list[float] | list[None] = [None] * len(media)
+    shares: list[float] | list[None] = changes
+    if leave_out:
+        changes = [logprob - float(run.without(m).sum()) for m in media]
+        shares = normalize(changes)
     return logprob, tuple(
         ImageAttribution(
             name=m.label,
-            change=changes[index] if changes else None,
-            share=falls[index] if falls else None,
-            attention=share,
-            heat=(to_heatmap(inside[index], m.layout) / (sum(masses) or 1.0)).cpu().numpy(),
-            pictures=shown(m, settings),
+            change=change,
+            share=share,
+            attention=fraction,
+            heat=(to_heatmap(part, m.layout) / (sum(masses) or 1.0)).cpu().numpy(),
+            pixels=denormalize(m, settings),
         )
-        for index, (m, share) in enumerate(zip(media, normalize(masses), strict=True))
+        for m, change, share, fraction, part in zip(
+            media, changes, shares, normalize(masses), weights, strict=True
+        )
     )
 
 
 def normalize(values: Sequence[float]) -> list[float]:
-    """Values above 0 by their sum; where there are none, all alike."""
-    above = [max(value, 0.0) for value in values]
-    total = sum(above)
-    return [value / total for value in above] if total > 0 else [1 / len(above)] * len(above)
+    """Positive values divided by their sum, negative ones 0; equal parts if none is positive."""
+    positive = [max(value, 0.0) for value in values]
+    total = sum(positive)
+    return [x / total for x in positive] if total > 0 else [1 / len(positive)] * len(positive)
 
 
 def to_heatmap(weights: Tensor, layout: ImageTokenLayout) -> Tensor:
-    """Weights of a media's tokens `[layout.length]` as maps `[pictures, side, side]`: those of tiles go onto the whole image."""
+    """Weights of a media's tokens `[layout.length]` as maps `[frames, side, side]`.
+
+    Those of tiles are added to the whole image at the place they show.
+    """
     side = layout.side
     if layout.keep is None:
         return weights.unflatten(0, (layout.crops, side, side))
@@ -178,8 +205,8 @@ def to_heatmap(weights: Tensor, layout: ImageTokenLayout) -> Tensor:
     return whole.index_put((rows[:, None], columns), tiles, accumulate=True)[None]
 
 
-def shown(media: Media, settings: ImageSettings) -> NDArray[np.uint8]:
-    """The pictures that the tower was given, `[pictures, S, S, 3]`: `ImageSettings.table` backwards."""
+def denormalize(media: Media, settings: ImageSettings) -> NDArray[np.uint8]:
+    """The images that the vision tower receives, `[frames, S, S, 3]`: `ImageSettings` inverted."""
     crops = media.pixels if media.layout.tiles is None else media.pixels[:1]
     mean, std = (np.array(values, np.float32) for values in (settings.mean, settings.std))
     values = (crops.permute(0, 2, 3, 1).numpy() * std + mean) / settings.rescale
@@ -187,7 +214,7 @@ def shown(media: Media, settings: ImageSettings) -> NDArray[np.uint8]:
 
 
 def resolve_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The layers to record, of a decoder of `count`; without a choice its middle third (see docs/decisions.md)."""
+    """The layers to record of `count`; default: the middle third (docs/decisions.md)."""
     if layers is None:
         return tuple(range(count // 3, max(2 * count // 3, count // 3 + 1)))
     if not layers or not all(type(layer) is int and 0 <= layer < count for layer in layers):
@@ -198,28 +225,28 @@ def resolve_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
 
 
 def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
-    """Raises `PromptError` or `OptionError` for what has no explanation."""
+    """Raises `PromptError` or `OptionError` where no attribution is possible."""
     if not prompt.media:
         raise PromptError(
-            f"the prompt has {len(prompt)} tokens of text and no image: only answers about images are explained"
+            f"attribution needs an image; the prompt has {len(prompt)} tokens of text and no image"
         )
     if any(media.layout.share < 1 for media in prompt.media):
         raise OptionError(
-            "maps need every token of an image: ask and explain without image_token_ratio and video_token_ratio"
+            "attribution needs every image token: "
+            "ask and explain without image_token_ratio and video_token_ratio"
         )
     if not answer:
-        raise PromptError("the answer has no tokens, so there is nothing to explain")
+        raise PromptError("the answer has no tokens, so there is nothing to attribute")
     if len(prompt) + len(answer) > context:
         raise PromptError(
-            f"the prompt has {len(prompt)} tokens and the answer {len(answer)}, but the context is {context}: shorten the answer"
+            f"the prompt has {len(prompt)} tokens and the answer {len(answer)}, "
+            f"but the context is {context}: shorten the answer"
         )
 
 
 def last_question(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of the last question, dots where something else stands in between."""
+    """The text of the last user message; " … " stands for the media between its texts."""
     content = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    return (
-        content
-        if isinstance(content, str)
-        else " … ".join(part["text"].strip() for part in content if part.get("type") == "text")
-    )
+    if isinstance(content, str):
+        return content
+    return " … ".join(part["text"].strip() for part in content if part.get("type") == "text")

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 SIDE = 384
 """Most pixels of an image's side in the page."""
 VEIL, GRAY = 0.85, 128
-"""Opacity of the veil over regions without attention, and its gray: visible on dark and on light images."""
+"""Opacity and gray of the veil over regions without attention, on dark and light images."""
 
 
 def write(path: str | os.PathLike[str], result: Attribution) -> None:
-    """Write the page. All maps have one scale, so that images can be compared. Raises `DataError`."""
+    """Write the page. All maps share one scale. Raises `DataError`."""
     highest = max(float(image.heat.max()) for image in result.images) or 1.0
     reports.write(
         path,
@@ -40,7 +40,7 @@ def write(path: str | os.PathLike[str], result: Attribution) -> None:
 def _image(image: ImageAttribution, highest: float) -> dict[str, Any]:
     frames = [
         (reports.data_url(Image.fromarray(pixels), SIDE, quality=85), _veil(heat / highest))
-        for pixels, heat in zip(image.pictures, image.heat, strict=True)
+        for pixels, heat in zip(image.pixels, image.heat, strict=True)
     ]
     return {
         "name": image.name,
@@ -52,7 +52,10 @@ def _image(image: ImageAttribution, highest: float) -> dict[str, Any]:
 
 
 def _veil(heat: NDArray[np.float32]) -> str:
-    """A map `[grid, grid]` of 0..1 as a veil: more attention, thinner veil; by the root, or peaks hide the rest."""
+    """A map `[grid, grid]` of 0..1 as a veil, thinner for more attention.
+
+    By the square root, or peaks would hide the rest.
+    """
     veil = np.full((*heat.shape, 4), GRAY, np.uint8)
     veil[..., 3] = np.rint(255 * VEIL * (1 - np.sqrt(heat)))
     return reports.data_url(Image.fromarray(veil), SIDE, "PNG")

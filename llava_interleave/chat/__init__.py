@@ -3,8 +3,10 @@
 from ..attribution.attribution import Attribution, ImageAttribution
 from ..options import Options
 from ..placement import kv_memory, named_dtype, pick_device
-from .chatbot import BUILTIN, Answer, AnswerDelta, Chatbot, TokenLogprob, estimate, load, locate
+from .chatbot import Chatbot
 from .conversation import Conversation
+from .detokenize import Answer, AnswerDelta, TokenLogprob
+from .loading import BUILTIN, estimate, load, locate
 
 __all__ = [
     "BUILTIN",

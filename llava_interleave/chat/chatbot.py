@@ -6,12 +6,11 @@ import dataclasses
 import os
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoints, license_notice
+from .. import checkpoints
 from ..attribution.attribution import (
     Attribution,
     AttributionRun,
@@ -20,69 +19,25 @@ from ..attribution.attribution import (
     last_question,
     resolve_layers,
 )
-from ..distributed.loading import load_shard
-from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
-from ..engine import Engine, Event, SamplingParams, Timings, Usage
+from ..engine import Engine
 from ..engine.prefix_cache import CacheKey
-from ..errors import CheckpointError, DataError, LlavaError, OptionError, PromptError, Unsupported
+from ..errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from ..image_layout import TokenReduction
 from ..model import Llava
-from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
-from ..placement import kv_memory, linear_backend, pick_device, pick_precision, warn_if_slow
-from ..processing import Estimate, FrameSampling, Limits, Processor, TextStream
+from ..options import DEFAULT_SYSTEM, DEFAULTS, Options
+from ..placement import linear_backend
+from ..processing import DEFAULT, Estimate, FrameSampling, Processor, PromptOptions
 from ..prompt import Prompt
 from ..quantization.replace import quantized_precision
 from . import kv_file
 from .attachments import content
 from .conversation import Conversation
-from .stop_strings import StopStrings
+from .detokenize import Answer, AnswerDelta
+from .engine_driver import EngineDriver, GenerationJob
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 Messages = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token that was written, its natural log-probability, and the likeliest tokens in its place with theirs."""
-
-    token: int
-    text: str
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A whole answer. `str(answer)` is its text.
-
-    tokens: every id that was written, one that ended the answer included.
-    finish_reason: "stop" at the end of the turn or a stop string, "length" at max_new_tokens.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    usage: Usage
-    timings: Timings
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerDelta:
-    """A piece of an answer as it is written.
-
-    text: what is new; together the pieces are the answer's text.
-    index: which of `n` answers.
-    answer: the whole answer on its last chunk, before that None.
-    """
-
-    text: str
-    index: int = 0
-    answer: Answer | None = None
 
 
 class Chatbot:
@@ -93,6 +48,7 @@ class Chatbot:
         self.processor = processor
         self.engine = engine
         self.model = model
+        self._driver = EngineDriver(engine, processor.tokenizer)
         self._lock = threading.Lock()
 
     def ask(
@@ -121,12 +77,8 @@ class Chatbot:
         self, messages: Messages, options: Options = DEFAULTS, **changes: object
     ) -> list[Answer]:
         """All `n` answers to the messages, computed together; answer i is the one of seed + i. Else as `chat`."""
-        answers = {
-            chunk.index: chunk.answer
-            for chunk in self.stream(messages, options, progress=None, **changes)
-            if chunk.answer
-        }
-        return [answers[index] for index in sorted(answers)]
+        options = options.but(changes)
+        return self._answers([GenerationJob(self.prompt(messages, options), options)])
 
     def stream(
         self,
@@ -141,24 +93,16 @@ class Chatbot:
         progress: until the first token it is called with the tokens of the prompt that have been read so far and in all.
         """
         options = options.but(changes)
-        return self.written(self.prompt(messages, options), options, progress)
+        return self.stream_prompt(self.prompt(messages, options), options, progress)
 
-    def written(
+    def stream_prompt(
         self,
         prompt: Prompt,
         options: Options = DEFAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generator[AnswerDelta]:
-        """As `stream`, for a prompt that is made already."""
-        room = self.model.config.text.context - len(prompt)
-        how = [sampling(options, index, room) for index in range(options.n)]
-        streams = {
-            AnswerBuilder(self.processor, options, index): self._locked(
-                self.engine.stream(prompt, one, adapter=options.adapter, progress=progress)
-            )
-            for index, one in enumerate(how)
-        }
-        return self._pieces(streams)
+        """As `stream`, for a prompt from `prompt`."""
+        return self._generate([GenerationJob(prompt, options)], progress)
 
     def batch(
         self, conversations: Sequence[Messages], options: Options = DEFAULTS, **changes: object
@@ -167,25 +111,22 @@ class Chatbot:
         options = options.but(changes)
         if options.n != 1:
             raise OptionError(f"batch writes one answer to each conversation, but n is {options.n}")
-        return self.answers([self.prompt(messages, options) for messages in conversations], options)
+        return self.answer_prompts(
+            [self.prompt(messages, options) for messages in conversations], options
+        )
 
-    def answers(self, prompts: Sequence[Prompt], options: Options = DEFAULTS) -> list[Answer]:
-        """As `batch`, one answer to each, for prompts that are made already."""
-        streams = {}
-        for index, prompt in enumerate(prompts):
-            how = sampling(options, 0, self.model.config.text.context - len(prompt))
-            streams[AnswerBuilder(self.processor, options, index)] = self._locked(
-                self.engine.stream(prompt, how, adapter=options.adapter)
-            )
-        answers = {chunk.index: chunk.answer for chunk in self._pieces(streams) if chunk.answer}
-        return [answers[index] for index in range(len(prompts))]
+    def answer_prompts(
+        self, prompts: Sequence[Prompt], options: Options = DEFAULTS
+    ) -> list[Answer]:
+        """As `batch`, for prompts from `prompt`."""
+        return self._answers(
+            [GenerationJob(prompt, options, index) for index, prompt in enumerate(prompts)]
+        )
 
     def prompt(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Prompt:
         """What the network is given for these messages."""
         options = options.but(changes)
-        return self.processor.prompt(
-            messages, **processing(options), max_new_tokens=options.max_new_tokens or 1
-        )
+        return self.processor.prompt(messages, options=prompt_options(options))
 
     def estimate(
         self, messages: Messages, options: Options = DEFAULTS, **changes: object
@@ -193,7 +134,9 @@ class Chatbot:
         """Tokens of each part and in all, context left, and memory, without computing anything."""
         weight = self.model.language_model.norm.weight
         counted = self.processor.estimate(
-            messages, **processing(options.but(changes)), number_bytes=weight.dtype.itemsize
+            messages,
+            options=prompt_options(options.but(changes)),
+            number_bytes=weight.dtype.itemsize,
         )
         held = checkpoints.size(
             self.processor.config, weight.dtype, quantized_precision(self.model), str(weight.device)
@@ -229,9 +172,9 @@ class Chatbot:
         check(prompt, tokens, text.context)
         layers = resolve_layers(layers, text.num_layers)
         with self.engine.adapters.whole(options.but(changes).adapter):
-            trial = AttributionRun(self.model, prompt, tokens, tokenizer.size)
-            found = attribute(trial, self.processor.images, layers, leave_out)
-        return Attribution(last_question(messages), str(answer), layers, *found)
+            run = AttributionRun(self.model, prompt, tokens, tokenizer.size)
+            result = attribute(run, self.processor.images, layers, leave_out)
+        return Attribution(last_question(messages), str(answer), layers, *result)
 
     def turn(self, question: str, attachments: Sequence[object] = ()) -> list[dict[str, Any]]:
         """The messages of one question with attachments."""
@@ -286,7 +229,7 @@ class Chatbot:
                 "an adapter cannot be added under tensor parallelism; merge it first (llava convert --adapter)"
                 " and load the merged checkpoint"
             )
-        self.engine.adapters.add(name, checkpoints.read_adapter(_found(folder), self.model))
+        self.engine.adapters.add(name, checkpoints.read_adapter(adapter_folder(folder), self.model))
 
     def info(self) -> dict[str, object]:
         """Where the model is from and how it runs here."""
@@ -306,217 +249,81 @@ class Chatbot:
             "adapters": list(self.adapters),
         }
 
-    def _pieces(self, streams: dict[AnswerBuilder, Generator[Event]]) -> Generator[AnswerDelta]:
-        """Reads the events of all answers in turn, so that they are computed together."""
-        try:
-            while streams:
-                for writer, events in list(streams.items()):
-                    event = next(events)
-                    text = writer.write(event)
-                    if event.finish_reason or writer.stops.stopped:
-                        streams.pop(writer).close()
-                        yield writer.last(text, event)
-                    elif text:
-                        yield AnswerDelta(text, writer.index)
-        finally:
-            for events in streams.values():
-                events.close()
+    def _answers(self, jobs: list[GenerationJob]) -> list[Answer]:
+        deltas = self._generate(jobs)
+        answers = {delta.index: delta.answer for delta in deltas if delta.answer is not None}
+        return [answers[index] for index in sorted(answers)]
 
-    def _locked(self, events: Iterator[Event]) -> Generator[Event]:
-        """The events one by one, computed while no other thread computes."""
-        assert isinstance(events, Generator)
+    def _generate(
+        self, jobs: list[GenerationJob], progress: Callable[[int, int], None] | None = None
+    ) -> Generator[AnswerDelta]:
+        """Queue jobs now, so that errors are raised here, and return their deltas."""
+        deltas = self._deltas(jobs, progress)
+        next(deltas)
+        return deltas
+
+    def _deltas(
+        self, jobs: list[GenerationJob], progress: Callable[[int, int], None] | None
+    ) -> Generator[AnswerDelta]:
+        """First an empty delta once the jobs are queued, then those of all jobs.
+
+        The thread that holds the lock computes a step for the jobs of all threads.
+        """
         try:
+            with self._lock:
+                for job in jobs:
+                    self._driver.add(job)
+            yield AnswerDelta("")
             while True:
                 with self._lock:
-                    event = next(events, None)
-                if event is None:
-                    return
-                yield event
+                    if not any(job.items for job in jobs):
+                        if not any(job.running for job in jobs):
+                            return
+                        for job, item in self._driver.step():
+                            job.items.append(item)
+                        if progress:
+                            _report(jobs, progress)
+                for job in jobs:
+                    while job.items:
+                        item = job.items.popleft()
+                        if isinstance(item, Exception):
+                            raise item
+                        yield item
         finally:
             with self._lock:
-                events.close()
+                for job in jobs:
+                    self._driver.abort(job)
 
 
-def load(
-    name_or_folder: str | os.PathLike[str] | None = None,
-    *,
-    precision: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    limits: Limits = Limits(),  # noqa: B008  frozen
-    kv_bytes: int | None = None,
-    kv_precision: str = "auto",
-    deterministic: bool = False,
-    adapters: Mapping[str, str | os.PathLike[str]] = {},
-    progress: Callable[[int, int], None] | None = None,
-) -> Chatbot:
-    """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
-
-    precision: float32, bfloat16, float16, or auto: float32 for a network of up to 100 M parameters and, on a CPU, for one stored
-    in float32; else bfloat16 (float16 on a GPU without it, and on Apple's), with weights of 8 bits on a CPU that has kernels for
-    them. int8 or int4, on a CPU or a CUDA GPU, fp8 or nf4, on a CUDA GPU, quantize the linears' weights and compute the rest as
-    auto does; int4 leaves tower and output head in 8 bits. Tower, decoder and head can be apart: "int4,head=int4",
-    "int8,tower=float". A folder that `llava quantize` wrote is taken as it is.
-    device: cpu, cuda, cuda:1, mps, or auto: the CUDA GPU where there is one and the network fits; `Chatbot.info()` tells.
-    limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
-    of the memory, and on a CUDA GPU what its largest step leaves. kv_precision: int8 keeps them in half the bytes of bfloat16;
-    auto in the numbers that are computed in.
-    deterministic: an answer is the same to the last bit whatever is asked beside it, on a CPU or a CUDA GPU; several at once then
-    take longer.
-    adapters: name and folder of each that a question can choose by the option `adapter`.
-    progress: called with the bytes of weights read so far and in all.
-
-    Where torchrun has started several processes, each takes its share of the network, on a GPU of its own if there are any. The
-    first gets the chatbot; the others follow it and end with it.
-    """
-    folder = locate(name_or_folder, revision)
-    beside = {name: _found(adapter) for name, adapter in adapters.items()}
-    processor = Processor.from_folder(folder, limits=limits)
-    tp_group = None
-    if rank_and_world_size()[1] > 1:
-        model, tp_group = load_shard(folder, precision, device, deterministic=deterministic)
-    else:
-        place = pick_device(device, folder, precision)
-        dtype, bits = pick_precision(precision, folder, place)
-        warn_if_slow(bits, dtype, place)
-        model = checkpoints.load(
-            folder, dtype=dtype, device=place, precision=bits, progress=progress
-        )
-    if name_or_folder is not None:
-        license_notice.show_once(str(name_or_folder), folder)
-    tokenizer, kv = (
-        processor.tokenizer,
-        kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes,
-    )
-    engine = (ReplicatedEngine if tp_group else Engine)(
-        model,
-        eos_ids=tokenizer.eos_ids,
-        vocab=tokenizer.size,
-        kv_bytes=kv,
-        kv_precision=kv_precision,
-        deterministic=deterministic,
-    )
-    if tp_group and isinstance(engine, ReplicatedEngine):
-        engine.start(tp_group)
-    bot = Chatbot(folder, processor, engine, model)
-    for name, adapter in beside.items():
-        bot.add_adapter(name, adapter)
-    return bot
+def _report(jobs: list[GenerationJob], progress: Callable[[int, int], None]) -> None:
+    """Call `progress` for every answer whose prompt is being prefilled."""
+    for job in jobs:
+        for request in job.running:
+            if request.kv is not None and not request.generated:
+                progress(request.kv.length, len(job.prompt))
 
 
-def estimate(
-    question: str,
-    attachments: Sequence[object] = (),
-    name_or_folder: str | os.PathLike[str] | None = None,
-    options: Options = DEFAULTS,
-    *,
-    precision: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-) -> Estimate:
-    """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they are on the hub."""
-    folder = locate(name_or_folder, revision, tensors=False)
-    messages = [{"role": "user", "content": content(question, attachments)}]
-    place = pick_device(device, folder, precision)
-    dtype, bits = pick_precision(precision, folder, place)
-    warn_if_slow(bits, dtype, place)
-    processor = Processor.from_folder(folder)
-    counted = processor.estimate(messages, **processing(options), number_bytes=dtype.itemsize)
-    return dataclasses.replace(
-        counted, weight_bytes=checkpoints.size(processor.config, dtype, bits, place)
-    )
-
-
-def locate(
-    name_or_folder: str | os.PathLike[str] | None, revision: str | None, *, tensors: bool = True
-) -> Path:
-    """The folder of a checkpoint; of the built-in model without a name. From the hub without weights if `tensors` is False."""
-    if name_or_folder is None and not (BUILTIN / "config.json").is_file():
-        raise CheckpointError(
-            "this installation carries no built-in model; name a checkpoint folder or a Hugging Face model"
-        )
-    name = BUILTIN if name_or_folder is None else name_or_folder
-    return checkpoints.resolve(
-        name if isinstance(name, str) else Path(name), revision, tensors=tensors
-    )
-
-
-def _found(adapter: str | os.PathLike[str]) -> Path:
-    return checkpoints.resolve(adapter if isinstance(adapter, str) else Path(adapter))
-
-
-def processing(options: Options) -> dict[str, Any]:
-    """The part of the options that says how messages become a prompt, as `Processor` takes it."""
-    return {
-        "preset": options.preset,
-        "system": ... if options.system == DEFAULT_SYSTEM else options.system or None,
-        "anyres": options.anyres,
-        "frames": FrameSampling(
+def prompt_options(options: Options) -> PromptOptions:
+    """The part of the options that decides how messages become a prompt."""
+    return PromptOptions(
+        preset=options.preset,
+        system=DEFAULT if options.system == DEFAULT_SYSTEM else options.system or None,
+        anyres=options.anyres,
+        frames=FrameSampling(
             frames=options.frames, fps=options.fps, start=options.start, end=options.end
         ),
-        "thin": TokenReduction(
+        reduction=TokenReduction(
             options.image_token_pool,
             options.video_token_pool,
             options.image_token_ratio,
             options.video_token_ratio,
         ),
-        "frame_times": options.frame_times,
-    }
-
-
-def sampling(options: Options, index: int, room: int) -> SamplingParams:
-    """The part of the options that says how tokens are chosen, for answer `index` of n and `room` tokens left in the context."""
-    shared = {field.name for field in dataclasses.fields(Options)} & {
-        field.name for field in dataclasses.fields(SamplingParams)
-    }
-    resolve_layers = {name: getattr(options, name) for name in shared}
-    if options.max_new_tokens is None:
-        resolve_layers["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
-    return SamplingParams(
-        **resolve_layers | {"seed": None if options.seed is None else options.seed + index}
+        frame_times=options.frame_times,
+        max_new_tokens=options.max_new_tokens or 1,
     )
 
 
-class AnswerBuilder:
-    """Collects one answer from its events: text without half characters, stop strings, log-probabilities."""
-
-    def __init__(self, processor: Processor, options: Options, index: int) -> None:
-        self.tokenizer = processor.tokenizer
-        self.index = index
-        self.stream = TextStream(processor.tokenizer)
-        self.stops = StopStrings(options.stop)
-        self.text = ""
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []
-
-    def write(self, event: Event) -> str:
-        """The text that is now certain to be shown; "" for the token that ended the answer."""
-        if event.token is None:
-            return ""
-        self.tokens.append(event.token)
-        if self.logprobs is not None and event.logprob is not None:
-            text = self.tokenizer.decode([event.token], skip_special=False)
-            self.logprobs.append(TokenLogprob(event.token, text, event.logprob, event.top_logprobs))
-        return "" if event.finish_reason == "stop" else self._show(self.stream.push(event.token))
-
-    def last(self, text: str, event: Event) -> AnswerDelta:
-        """The chunk of `text`, of what was held back and of the whole answer, whose request has ended."""
-        if not self.stops.stopped:
-            text += self._show(self.stream.finish())
-        if not self.stops.stopped:
-            rest = self.stops.finish()
-            self.text += rest
-            text += rest
-        reason = "stop" if self.stops.stopped else str(event.finish_reason)
-        logprobs = None if self.logprobs is None else tuple(self.logprobs)
-        request = event.request
-        used = dataclasses.replace(
-            request.usage, generated=len(self.tokens)
-        )  # none after a stop string
-        answer = Answer(self.text, tuple(self.tokens), reason, used, request.timings(0.0), logprobs)
-        return AnswerDelta(text, self.index, answer)
-
-    def _show(self, text: str) -> str:
-        shown = self.stops.push(text)
-        self.text += shown
-        return shown
+def adapter_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter, downloaded if it is a Hugging Face name."""
+    name = name_or_folder if isinstance(name_or_folder, str) else Path(name_or_folder)
+    return checkpoints.resolve(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Callable, Generator
@@ -10,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import data_url
 from ..engine.prefix_cache import CacheKey
 from ..errors import DataError
 from ..options import DEFAULTS, Options
@@ -18,7 +18,8 @@ from .attachments import ContentPart, content, is_video, part
 from .kv_file import beside, replacing
 
 if TYPE_CHECKING:
-    from .chatbot import Answer, AnswerDelta, Chatbot
+    from .chatbot import Chatbot
+    from .detokenize import Answer, AnswerDelta
 
 FORMAT = "llava-interleave conversation"
 VERSION = 1
@@ -57,7 +58,7 @@ class Conversation:
             options.but(changes),
         )
         prompt = self.bot.prompt(asked, options)
-        for chunk in self.bot.written(prompt, options, progress):
+        for chunk in self.bot.stream_prompt(prompt, options, progress):
             if chunk.answer is not None and chunk.index == 0:
                 told = {
                     "role": "assistant",
@@ -206,5 +207,4 @@ def _source(source: Any, embed: bool) -> str:
 
 
 def _data_url(data: bytes) -> str:
-    kind = "video/mp4" if is_video(data) else "image/png"
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return data_url.encode(data, "video/mp4" if is_video(data) else "image/png")

@@ -12,87 +12,88 @@ import typer
 
 from ..errors import OptionError
 from ..options import Options
-from . import terminal
+from . import flags, terminal
+from .local_model import ModelFlags
 
 if TYPE_CHECKING:
     from ..chat import Answer, Chatbot
 
 
 def register(app: typer.Typer) -> None:
-    app.command("ask")(terminal.with_options(ask))
+    app.command("ask")(flags.with_options(ask))
 
 
 def ask(
     question: Annotated[
         str,
         typer.Argument(
-            help="What to ask, or '-' for standard input; <image> places an attachment."
+            help="The question, or '-' for standard input; <image> places an attachment."
         ),
     ],
-    attach: terminal.Attach = None,
-    view: terminal.View = None,
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
-    as_json: terminal.Json = False,
+    attach: flags.Attach = None,
+    view: flags.View = None,
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
+    as_json: flags.Json = False,
     stream: Annotated[
-        bool, typer.Option("--stream/--no-stream", help="Print the answer while it is written.")
+        bool, typer.Option("--stream/--no-stream", help="Print the answer as it is generated.")
     ] = True,
     explain: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Write a page that shows which images the answer leaned on, and where in them.",
+            help="Write an attribution report: each image's share in the answer, with heat maps.",
         ),
     ] = None,
     *,
     options: Options,
 ) -> None:
-    """Ask about pictures, videos, folders of frames and views."""
+    """Ask about images, videos, folders of frames and views."""
     if question == "-" and "-" in (attach or []):
         raise OptionError("standard input can be the question or an attachment, not both")
     if options.logprobs is not None and not as_json:
         raise OptionError("--logprobs are reported with --json")
     if question == "-":
         question = sys.stdin.read().strip()
-    sources = terminal.attachments(attach, view)
+    sources = flags.attachments(attach, view)
     if explain is not None and (options.n > 1 or not sources):
         raise OptionError(
-            "--explain tells of one answer about images: "
+            "--explain attributes one answer to its images: "
             + ("leave out -n" if options.n > 1 else "attach one")
         )
-    bot = terminal.load(model, revision, precision, device, options.adapter)
+    bot = ModelFlags(model, revision, precision, device, options.adapter).load()
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json:
-        answers = [write(bot, messages, options)]
+        answers = [print_stream(bot, messages, options)]
     else:
-        with terminal.busy("answering"):
+        with terminal.spinner("answering"):
             answers = bot.choices(messages, options)
         if as_json:
-            print(json.dumps(report(bot, options, answers), ensure_ascii=False))
+            print(json.dumps(to_json(bot, options, answers), ensure_ascii=False))
         else:
             print(*answers, sep="\n")
     if explain is not None:
-        with terminal.busy("explaining"):
+        with terminal.spinner("computing the attribution"):
             bot.explain(messages, answers[0], options).save(explain)
 
 
-def write(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:
-    """Print the answer to stdout piece by piece; until the first one comes, how much of the prompt is read."""
-    with terminal.busy("looking and reading") as progress:
-        pieces = bot.stream(messages, options, progress=progress)
-        chunk = next(chunk for chunk in pieces if chunk.text or chunk.answer)
+def print_stream(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:
+    """Print the answer to stdout as it is generated; the prompt's progress goes to stderr."""
+    with terminal.spinner("encoding the prompt") as progress:
+        chunks = bot.stream(messages, options, progress=progress)
+        chunk = next(chunk for chunk in chunks if chunk.text or chunk.answer)
     print(chunk.text, end="", flush=True)
-    for chunk in pieces:
+    for chunk in chunks:
         print(chunk.text, end="", flush=True)
     print()
     assert chunk.answer is not None
     return chunk.answer
 
 
-def report(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
-    """What --json prints: the fields of the answer, or a list of them under `answers` where several were asked for."""
+def to_json(bot: Chatbot, options: Options, answers: list[Answer]) -> dict[str, Any]:
+    """The output of --json: the answer's fields, or with -n a list of answers."""
     source: dict[str, Any] = {
         "model": bot.source.name,
         "adapter": options.adapter,

@@ -1,4 +1,4 @@
-"""`llava batch`: the samples of a file or a folder, answered into a file."""
+"""`llava batch`: batch inference on the samples of a file or a folder."""
 
 from __future__ import annotations
 
@@ -12,72 +12,78 @@ import typer
 
 from ..errors import OptionError
 from ..options import Options
-from . import terminal
+from . import flags, terminal
+from .local_model import ClusterWorker, LazyModel, ModelFlags, replies
 
 
 def register(app: typer.Typer) -> None:
-    app.command("batch")(terminal.with_options(batch))
+    app.command("batch")(flags.with_options(batch))
 
 
 def batch(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, WebDataset's .tar, or a folder."
+            help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, WebDataset .tar, "
+            "or a folder."
         ),
     ],
     out: Annotated[
         Path,
         typer.Argument(
-            help="The answers, .jsonl: a line a sample, in their order; it appears when all are there."
+            help="The answers, .jsonl: one line per sample, in order; written when all are done."
         ),
     ],
     question: Annotated[
-        str | None, typer.Option(help="Asked of samples that have no question of their own.")
+        str | None, typer.Option(help="The question of samples that have none.")
     ] = None,
-    together: Annotated[
-        int, typer.Option("--batch", min=1, help="Samples that are computed together.")
-    ] = 32,
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
-    deterministic: terminal.Deterministic = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
+    deterministic: flags.Deterministic = False,
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Answer on a Ray cluster: auto (this machine's), HOST:PORT, or local. Its machines must have the samples and "
-            "the model.",
+            help="Run on a Ray cluster: auto (this machine's), HOST:PORT, or local. Its machines "
+            "need the samples and the model.",
         ),
     ] = None,
     ray_cpus: Annotated[
         int,
         typer.Option(
             min=1,
-            help="CPUs of each model on the cluster; there is one a GPU, else one a CPU slot.",
+            help="CPUs of each replica on the cluster; one replica per GPU, else per CPU slot.",
         ),
     ] = 1,
     *,
     options: Options,
 ) -> None:
-    """Answer many samples. Called again after it was stopped, it goes on; a sample that fails has its error in its line."""
+    """Answer many samples. An interrupted run resumes; a failed sample's line has its error."""
     if out.suffix != ".jsonl":
-        raise OptionError(f"the answers are JSON lines: name {out} .jsonl")
+        raise OptionError(
+            f"the answers are JSON lines, so the output must end in .jsonl, not {out.name!r}"
+        )
     if options.n != 1 or options.logprobs is not None:
-        raise OptionError("batch writes one answer to each sample, without log-probabilities")
+        raise OptionError(
+            "batch writes one answer per sample, without log-probabilities: "
+            "leave out -n and --logprobs"
+        )
     from ..batch import Source, ray_cluster, run
-    from .local_model import ClusterWorker, LazyModel, replies
 
+    model_flags = ModelFlags(model, revision, precision, device, options.adapter, deterministic)
     samples = Source(source, question)
     about = {"options": dataclasses.asdict(options)}
     started = time.monotonic()
     if ray:
-        with terminal.counting("answering") as progress:
+        with terminal.progress_bar("answering") as progress:
             options = options.but({"adapter": absolute(options.adapter)})
-            worker = ClusterWorker(
-                absolute(model), revision, precision, device, options.adapter, deterministic
+            everywhere = dataclasses.replace(
+                model_flags, name=absolute(model), adapter=options.adapter
             )
+            worker = ClusterWorker(everywhere)
             count, failed = ray_cluster.run(
                 samples,
                 out,
@@ -86,20 +92,20 @@ def batch(
                 about,
                 address=ray,
                 cpus=ray_cpus,
-                batch=together,
+                batch=batch_size,
                 say=progress,
             )
     else:
-        named = LazyModel(model, revision, precision, device, options.adapter, deterministic)
-        answer = replies(named.ready(options).batch)
-        with terminal.counting("answering") as progress:
+        local = LazyModel(model_flags)
+        answer = replies(local.ready(options).batch)
+        with terminal.progress_bar("answering") as progress:
             count, failed = run(
                 samples,
                 out,
                 answer,
                 options,
-                {**named.about, **about},
-                batch=together,
+                {**local.about, **about},
+                batch=batch_size,
                 say=progress,
             )
     seconds = time.monotonic() - started
@@ -107,7 +113,7 @@ def batch(
 
 
 def absolute(name: str | None) -> str | None:
-    """A folder as processes name it that began in other ones; a name on the hub, or none, as it is."""
+    """An absolute path for a folder, so that other processes find it; other names unchanged."""
     return (
         str(Path(name).expanduser().absolute())
         if name and Path(name).expanduser().is_dir()

@@ -1,4 +1,4 @@
-"""`llava bench`: how fast a model is on this machine."""
+"""`llava bench`: the speed of a model on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import terminal
+from . import flags, terminal
+from .local_model import ModelFlags
 
 
 def register(app: typer.Typer) -> None:
@@ -16,20 +17,21 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
-    images: Annotated[int, typer.Option(min=1, help="Pictures in each question.")] = 2,
-    tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 64,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="How often all is measured; the medians are told.")
-    ] = 3,
-    as_json: terminal.Json = False,
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
+    images: Annotated[int, typer.Option(min=1, help="Images per question.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are reported.")] = 3,
+    as_json: flags.Json = False,
 ) -> None:
-    """Measure how fast a model reads pictures and prompts and writes here, as shares of what this machine gives."""
-    bot = terminal.load(model, revision, precision, device)
-    with terminal.busy("measuring") as progress:
+    """Benchmark image encoding, prefill and decode.
+
+    Each is also a fraction of this machine's measured peak compute or bandwidth.
+    """
+    bot = ModelFlags(model, revision, precision, device).load()
+    with terminal.spinner("measuring") as progress:
         from ..bench import measure
 
         report = measure(bot, images=images, tokens=tokens, rounds=rounds, progress=progress)
@@ -47,9 +49,9 @@ def bench(
         ]
         for f in report.figures
     ]
-    terminal.table("", ["", "median", "least to most", "of the ceiling"], rows)
+    terminal.table("", ["", "median", "min to max", "of the peak"], rows)
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three significant digits, or all digits of the integer part."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

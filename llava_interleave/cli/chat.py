@@ -11,67 +11,67 @@ import typer
 
 from ..errors import LlavaError, OptionError
 from ..options import Options
-from . import terminal
+from . import flags, terminal
+from .local_model import ModelFlags
 
 if TYPE_CHECKING:
     from ..chat import Conversation
 
 HELP = """\
-/attach FILE...  attach pictures, videos or folders of frames to the next question
-/files           what is attached
-/undo            take back the last question and answer; its pictures are attached again
-/info            the model and where it runs
-/new             begin a new conversation
-/save [FILE]     save the conversation, and beside it what was computed, to go on at once;
-                 /embed [FILE] stores the pictures inside
-/load FILE       go on with a saved conversation
+/attach FILE...  attach images, videos or folders of frames to the next question
+/files           list the attachments
+/undo            remove the last question and answer; its images are attached again
+/info            the model, its device and precision
+/new             start a new conversation
+/save [FILE]     save the conversation and its KV cache; /embed [FILE] also stores the images
+/load FILE       continue a saved conversation
 /quit            leave (or Ctrl-D)
-A line that ends in \\ goes on in the next one. Ctrl-C breaks an answer off."""
+A line that ends in \\ continues on the next one. Ctrl-C stops an answer."""
 
 
 def register(app: typer.Typer) -> None:
-    app.command("chat")(terminal.with_options(chat))
+    app.command("chat")(flags.with_options(chat))
 
 
 def chat(
-    attach: terminal.Attach = None,
+    attach: flags.Attach = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with a saved conversation; /save writes it there again."),
+        typer.Option(help="Continue a saved conversation; /save writes it to the same file."),
     ] = None,
     kv: Annotated[
         bool,
         typer.Option(
-            help="Keep keys and values beside a saved conversation, which then goes on without being read again."
+            help="Save the KV cache with a conversation, which then continues without a prefill."
         ),
     ] = True,
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
     *,
     options: Options,
 ) -> None:
-    """Talk about pictures and videos; attach more at any time. /help tells the commands."""
+    """Talk about images and videos; attach more at any time. /help lists the commands."""
     if "-" in (attach or []):
-        raise OptionError("standard input is the conversation here; attach a file")
+        raise OptionError("standard input is the conversation; attach a file instead of '-'")
     if options.n != 1:
-        raise OptionError(f"a conversation goes on with one answer, not n = {options.n}")
+        raise OptionError(f"a conversation continues with one answer, not n = {options.n}")
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
-    bot = terminal.load(model, revision, precision, device, options.adapter)
+    bot = ModelFlags(model, revision, precision, device, options.adapter).load()
     session = Terminal(bot.conversation(), options, kv)
     if resume:
         session.load([str(resume)])
-    session.talk.attach(*(attach or []))
+    session.conversation.attach(*(attach or []))
     session.run()
 
 
 class Terminal:
-    """Reads lines, does commands, prints answers on stdout and everything else on stderr."""
+    """Reads lines, runs commands, prints answers to stdout and everything else to stderr."""
 
-    def __init__(self, talk: Conversation, options: Options, kv: bool) -> None:
-        self.talk = talk
+    def __init__(self, conversation: Conversation, options: Options, kv: bool) -> None:
+        self.conversation = conversation
         self.options = options
         self.kv = kv
         self.file: Path | None = None
@@ -91,7 +91,7 @@ class Terminal:
         if sys.stdin.isatty():
             import readline  # noqa: F401  (gives input() line editing and history)
 
-            self.tell("/help tells the commands")
+            self.status("/help lists the commands")
         while (line := self.read()) not in (None, "/quit"):
             try:
                 if line.startswith("/"):
@@ -99,10 +99,10 @@ class Terminal:
                 elif line:
                     self.answer(line)
             except LlavaError as error:
-                self.tell(f"llava: {error}")
+                self.status(f"llava: {error}")
 
     def read(self) -> str | None:
-        """The next line, or several joined where a line ends in a backslash; None at the end of input."""
+        """The next line, joined with the one after a final backslash; None at the end of input."""
         lines: list[str] = []
         while True:
             try:
@@ -118,7 +118,7 @@ class Terminal:
     def command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in self.commands:
-            raise OptionError(f"no command /{name}; /help tells them")
+            raise OptionError(f"unknown command /{name}; /help lists the commands")
         try:
             words = shlex.split(rest)
         except ValueError as error:
@@ -126,49 +126,46 @@ class Terminal:
         self.commands[name](words)
 
     def answer(self, question: str) -> None:
-        pieces = None
+        chunks = None
         try:
-            with terminal.busy("looking and reading") as progress:
-                pieces = self.talk.stream(question, self.options, progress=progress)
-                text = next((chunk.text for chunk in pieces if chunk.text), "")
+            with terminal.spinner("encoding the prompt") as progress:
+                chunks = self.conversation.stream(question, self.options, progress=progress)
+                text = next((chunk.text for chunk in chunks if chunk.text), "")
             print(text, end="", flush=True)
-            for chunk in pieces:
+            for chunk in chunks:
                 print(chunk.text, end="", flush=True)
         except KeyboardInterrupt:
-            if pieces is not None:
-                pieces.close()
-            self.tell("\nbroken off; the question and its answer are not part of the conversation")
+            if chunks is not None:
+                chunks.close()
+            self.status("\nstopped; the question and its answer are not part of the conversation")
             return
         print(flush=True)
 
     def attach(self, words: list[str]) -> None:
-        self.talk.attach(*words)
+        self.conversation.attach(*words)
         self.files([])
 
     def files(self, _: list[str]) -> None:
-        for part in self.talk.pending:
-            self.tell(f"{part['type']}: {part.get('path') or part.get('url', '(embedded)')[:80]}")
+        for part in self.conversation.pending:
+            self.status(f"{part['type']}: {part.get('path') or part.get('url', '(embedded)')[:80]}")
 
     def undo(self, _: list[str]) -> None:
-        self.tell("taken back" if self.talk.undo() else "there is nothing to take back")
+        self.status("removed" if self.conversation.undo() else "there is nothing to undo")
 
     def info(self, _: list[str]) -> None:
-        for name, value in self.talk.bot.info().items():
-            self.tell(f"{name}: {value}")
+        for name, value in self.conversation.bot.info().items():
+            self.status(f"{name}: {value}")
 
     def new(self, _: list[str]) -> None:
-        self.talk = self.talk.bot.conversation()
+        self.conversation = self.conversation.bot.conversation()
 
     def save(self, words: list[str], embed: bool = False) -> None:
         self.file = Path(words[0]) if words else self.file
         if self.file is None:
             raise OptionError("give a file name: /save chat.json")
-        with terminal.busy("saving"):
-            size = self.talk.save(self.file, embed=embed, kv=self.kv)
-        self.tell(
-            f"saved {self.file}"
-            + f", and {size / 1e6:,.1f} MB beside it to go on at once" * bool(size)
-        )
+        with terminal.spinner("saving"):
+            size = self.conversation.save(self.file, embed=embed, kv=self.kv)
+        self.status(f"saved {self.file}" + f" and {size / 1e6:,.1f} MB of KV cache" * bool(size))
 
     def embed(self, words: list[str]) -> None:
         self.save(words, embed=True)
@@ -176,19 +173,24 @@ class Terminal:
     def load(self, words: list[str]) -> None:
         if len(words) != 1:
             raise OptionError("give one file name: /load chat.json")
-        self.talk, self.file = self.talk.bot.resume(words[0], kv=False), Path(words[0])
-        self.tell(f"{len(self.talk.messages)} messages")
+        self.conversation, self.file = (
+            self.conversation.bot.resume(words[0], kv=False),
+            Path(words[0]),
+        )
+        self.status(f"{len(self.conversation.messages)} messages")
         try:
-            with terminal.busy("reading keys and values"):
-                known = self.talk.recall(self.file) if self.kv else 0
+            with terminal.spinner("reading the KV cache"):
+                cached = self.conversation.recall(self.file) if self.kv else 0
         except LlavaError as error:
-            self.tell(f"llava: {error}; the conversation is there, but will be read again")
+            self.status(
+                f"could not restore the KV cache ({error}); the conversation is prefilled again"
+            )
         else:
-            if known:
-                self.tell(f"{known:,} tokens need not be read again")
+            if cached:
+                self.status(f"{cached:,} tokens restored from the KV cache")
 
     def help(self, _: list[str]) -> None:
-        self.tell(HELP)
+        self.status(HELP)
 
-    def tell(self, text: str) -> None:
+    def status(self, text: str) -> None:
         print(text, file=sys.stderr)

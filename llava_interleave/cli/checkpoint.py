@@ -1,4 +1,4 @@
-"""`llava convert` and `llava verify`: checkpoints into other layouts, and against transformers."""
+"""`llava convert` and `llava verify`: other checkpoint layouts, parity with transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from .. import __version__
-from . import terminal
+from . import flags, terminal
 
 Layout = Literal["hub", "original", "transformers-4.52", "transformers-5"]
 
@@ -30,19 +30,19 @@ def convert(
         typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty."),
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; without it as it is.")
+        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as stored]")
     ] = None,
-    layout: Annotated[Layout, typer.Option(help="Whose names the tensors have.")] = "hub",
+    layout: Annotated[Layout, typer.Option(help="Naming scheme of the tensors.")] = "hub",
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Merge this adapter into the weights: a folder in PEFT's format or a Hugging Face name."
+            help="Merge this LoRA adapter: a folder in PEFT's format or a Hugging Face name."
         ),
     ] = None,
-    revision: terminal.Revision = None,
+    revision: flags.Revision = None,
 ) -> None:
-    """Write a checkpoint in another layout or number type, with its tokenizer and processor files."""
-    with terminal.busy(f"converting {source}"):
+    """Write a checkpoint in another layout or dtype, with its tokenizer and processor files."""
+    with terminal.spinner(f"converting {source}"):
         import torch
 
         from ..chat import named_dtype
@@ -50,51 +50,51 @@ def convert(
         from ..lora import merge
 
         folder = resolve(source, revision)
-        wanted = named_dtype(dtype) if dtype else None
-        network = load(folder, dtype=wanted)
+        target_dtype = named_dtype(dtype) if dtype else None
+        network = load(folder, dtype=target_dtype)
         if adapter:
             merge(network, read_adapter(resolve(adapter), network, dtype=torch.float32))
-        save(network, target, processor_from=folder, dtype=wanted, layout=layout)
+        save(network, target, processor_from=folder, dtype=target_dtype, layout=layout)
     print(target)
 
 
 def verify(
     model: Annotated[
         str | None,
-        typer.Argument(help="A folder or a Hugging Face name; without it the built-in model."),
+        typer.Argument(help="A folder or a Hugging Face name.  [default: the built-in model]"),
     ] = None,
-    revision: terminal.Revision = None,
+    revision: flags.Revision = None,
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="With this adapter beside the weights, there by PEFT: a folder or a Hugging Face name."
+            help="Compare with this LoRA adapter applied: a folder or a Hugging Face name."
         ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="What transformers reads instead: of quantized weights the checkpoint they were made from.",
+            help="The checkpoint that transformers loads: of quantized weights their source.",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many greedy tokens are compared.")] = 32,
-    why: Annotated[
+    tokens: Annotated[int, typer.Option(min=1, help="Number of greedy tokens compared.")] = 32,
+    ablate: Annotated[
         bool,
         typer.Option(
-            "--why",
-            help="Also switch preset, geometry, precision and layer, each alone, and tell what it does.",
+            "--ablate",
+            help="Also run ablations: change preset, image geometry, precision or layer one at a "
+            "time and report the effect.",
         ),
     ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write everything to this file, one page.")
-    ] = None,
-    as_json: terminal.Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
+    as_json: flags.Json = False,
 ) -> None:
-    """Compare ids, pixels, layers, logits and greedy tokens with transformers here, in float32. Exit code 1 if they differ.
+    """Compare ids, pixels, layers, logits and greedy tokens with transformers, in float32.
 
-    Quantized weights are compared with themselves as floats, inputs rounded alike, or with --against.
+    Exit code 1 if they differ. Quantized weights are compared with their dequantized values
+    and equally rounded inputs, or with --against.
     """
-    with terminal.busy("comparing with transformers"):
+    with terminal.spinner("comparing with transformers"):
         from .. import verify as parity
         from ..verify import report
 
@@ -102,8 +102,8 @@ def verify(
             model, revision=revision, adapter=adapter, against=against, tokens=tokens
         )
     effects: list[parity.AblationResult] = []
-    if why:
-        with terminal.busy("switching one thing at a time") as progress:
+    if ablate:
+        with terminal.spinner("running ablations") as progress:
             effects = parity.why(
                 model, revision=revision, adapter=adapter, tokens=tokens, say=progress
             )
@@ -112,8 +112,8 @@ def verify(
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-    given = {name: value for name, value in (("adapter", adapter), ("against", against)) if value}
-    about = {"model": model or "the built-in model", **given, **versions}
+    options = {name: value for name, value in (("adapter", adapter), ("against", against)) if value}
+    about = {"model": model or "the built-in model", **options, **versions}
     if html:
         report.write(html, f"llava verify: {about['model']}", cases, effects, about)
     if as_json:
@@ -122,22 +122,24 @@ def verify(
                 about
                 | {
                     "cases": [case.told() for case in cases],
-                    "why": [dataclasses.asdict(effect) for effect in effects],
+                    "ablations": [dataclasses.asdict(effect) for effect in effects],
                 }
             )
         )
     else:
         terminal.table(
-            f"ours against {cases[0].standard.told}", list(report.CASES), report.case_rows(cases)
+            f"candidate against {cases[0].standard.told}",
+            list(report.CASES),
+            report.case_rows(cases),
         )
         terminal.table(
-            "stage by stage: the prompt in which each differs most",
+            "each stage, for the prompt in which it differs most",
             list(report.STAGES),
             report.stage_rows(cases),
         )
         if effects:
             terminal.table(
-                f"one thing switched; baseline: {parity.BASELINE}",
+                f"ablations; baseline: {parity.BASELINE}",
                 list(report.EFFECTS),
                 report.effect_rows(effects),
             )

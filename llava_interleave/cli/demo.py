@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..options import Options
-from . import terminal
+from . import flags
+from .local_model import ModelFlags
 
 if TYPE_CHECKING:
     from ..chat import Answer
@@ -54,14 +55,14 @@ def demo(
     folder: Annotated[
         Path, typer.Option(help="The images and the video are copied into this folder.")
     ] = Path("demo"),
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
 ) -> None:
     """Ask about shipped images, a video and views, and show the answers with the right ones."""
     copy_files(folder)
-    bot = terminal.load(model, revision, precision, device)
+    bot = ModelFlags(model, revision, precision, device).load()
     model_flag = f" -m {model}" if model else ""
     options = Options(max_new_tokens=64)
     right = []
@@ -81,7 +82,7 @@ def demo(
                 answers.append(conversation.ask(text, options))
             else:
                 print(f'$ llava ask{model_flag}{files} "{text}"')
-                answers.append(bot.ask(text, terminal.attachments(paths, views), options))
+                answers.append(bot.ask(text, flags.attachments(paths, views), options))
             right.append(print_answer(answers[-1], entry["answer"]))
         if exhibit.chat:
             first, last = answers[0].timings.first_token, answers[-1].timings.first_token

@@ -1,4 +1,4 @@
-"""`llava estimate`: what a question costs, before anything is computed."""
+"""`llava estimate`: the token count and memory of a question."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Annotated
 import typer
 
 from ..options import Options
-from . import terminal
+from . import flags, terminal
 
 
 def register(app: typer.Typer) -> None:
-    app.command("estimate")(terminal.with_options(estimate))
+    app.command("estimate")(flags.with_options(estimate))
 
 
 def estimate(
     question: Annotated[
-        str, typer.Argument(help="The question; <image> in it places an attachment.")
+        str, typer.Argument(help="The question; <image> places an attachment.")
     ] = "",
-    attach: terminal.Attach = None,
-    view: terminal.View = None,
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
-    as_json: terminal.Json = False,
+    attach: flags.Attach = None,
+    view: flags.View = None,
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
+    as_json: flags.Json = False,
     *,
     options: Options,
 ) -> None:
-    """Count the tokens of a question and its media, and the memory they need, without loading weights."""
-    with terminal.busy("counting"):
+    """Count the tokens of a question and its media and their memory, without loading weights."""
+    with terminal.spinner("counting"):
         from ..chat import estimate
 
-        sources = terminal.attachments(attach, view)
+        sources = flags.attachments(attach, view)
         counted = estimate(
             question, sources, model, options, revision=revision, precision=precision, device=device
         )

@@ -14,7 +14,8 @@ import typer
 
 from ..errors import DataError, LlavaError, OptionError
 from ..options import Options, unknown
-from . import terminal
+from . import flags, remote, terminal
+from .local_model import LazyModel, ModelFlags, answer_all
 
 if TYPE_CHECKING:
     from ..evals.stats import Line
@@ -23,47 +24,54 @@ if TYPE_CHECKING:
 
 INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
 PUBLISHED = (
-    "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa", "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
+    "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa",
+    "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
 )  # fmt: skip
 TASKS = (*INTERLEAVE, *PUBLISHED)
-THIN = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
+REDUCTION = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
+OPTIONS = ("preset", "max_new_tokens", "anyres", "frames", *REDUCTION, "adapter")
 
 
 def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
 
 
+@flags.with_flags(
+    "overrides",
+    Options,
+    only=OPTIONS,
+    defaults={"preset": "the task's", "max_new_tokens": "the task's"},
+    overrides=True,
+)
 def evaluate(
     ctx: typer.Context,
     tasks: Annotated[
         list[str],
         typer.Argument(
             metavar="TASK... | diff A B",
-            help=f"{', '.join(TASKS)}; module:Task for a task of your own; or two files to compare.",
+            help=f"{', '.join(TASKS)}; module:Task for your own; or two result files to compare.",
         ),
     ],
-    model: terminal.ModelName = None,
+    model: flags.ModelName = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Ask an OpenAI-compatible server instead: http://host:port/v1."),
+        typer.Option(help="Evaluate an OpenAI-compatible server instead: http://host:port/v1."),
     ] = None,
     key_file: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="File with the server's API key."),
     ] = None,
     data: Annotated[
-        Path, typer.Option(help="Folder of the data sets; a missing file says what to fetch.")
+        Path, typer.Option(help="Folder of the data sets; errors say what to download.")
     ] = Path("data"),
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder of TASK.jsonl; a run that was stopped goes on there."
-        ),
+        typer.Option("--out", "-o", help="Folder of TASK.jsonl; an interrupted run resumes there."),
     ] = None,
     html: Annotated[
         bool,
         typer.Option(
-            "--html", help="Also write TASK.html to --out, with every example and its pictures."
+            "--html", help="Also write TASK.html to --out, with every example and its images."
         ),
     ] = False,
     check: Annotated[
@@ -73,65 +81,40 @@ def evaluate(
     as_published: Annotated[
         bool,
         typer.Option(
-            "--as-published", help="LLaVA-Interleave Bench with the slips of its published scripts."
+            "--as-published", help="Reproduce the bugs of LLaVA-Interleave Bench's scripts."
         ),
     ] = False,
     questions: Annotated[
         int | None,
-        typer.Option("-n", min=1, help="Only the first questions of each data set, this many."),
+        typer.Option("-n", min=1, help="Only the first N questions of each data set."),
     ] = None,
     task_options: Annotated[
         list[str] | None,
         typer.Option(
-            "--task-option", metavar="KEY=VALUE", help="An option of module:Task; several times."
+            "--task-option", metavar="KEY=VALUE", help="An option of module:Task; repeatable."
         ),
     ] = None,
     save_errors: Annotated[
         Path | None,
-        typer.Option(help="Write the rows that scored below 1 into this file, as JSON lines."),
+        typer.Option(help="Write the rows that scored below 1 to this file, as JSON lines."),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="How messages become tokens; without it as the task was published."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer; without it the task's.")
-    ] = None,
-    anyres: Annotated[bool, typer.Option("--anyres", help="Cut single images into tiles.")] = False,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="At most this many frames of a video.")
-    ] = None,
-    image_token_pool: Annotated[
-        int, typer.Option(min=1, help="Average each square of so many features a side of an image.")
-    ] = 1,
-    video_token_pool: Annotated[int, typer.Option(min=1, help="The same of a video's frames.")] = 1,
-    image_token_ratio: Annotated[
-        float, typer.Option(help="Keep this share of an image's tokens, those that differ most.")
-    ] = 1.0,
-    video_token_ratio: Annotated[
-        float, typer.Option(help="The same of each frame of a video.")
-    ] = 1.0,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Answer through this adapter: its folder or Hugging Face name."),
-    ] = None,
-    together: Annotated[
-        int, typer.Option("--batch", min=1, help="Questions that are computed together.")
-    ] = 50,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
-    as_json: terminal.Json = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 50,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
+    as_json: flags.Json = False,
+    *,
+    overrides: dict[str, Any],
 ) -> None:
-    """Ask the questions of benchmarks and score the answers; `diff A B` compares two result files example by example."""
+    """Run benchmarks and score the answers; `diff A B` compares two result files by example."""
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    given = {
+    used = {
         name
         for name, source in sources.items()
         if source is not None and source.name == "COMMANDLINE"
     }
     if tasks[0] == "diff":
-        _only_given(given, {"tasks", "as_json"}, "diff takes two result files and --json")
+        _only(used, {"tasks", "as_json"}, "diff takes two result files and --json")
         compare(tasks[1:], as_json)
         return
     for name in tasks:
@@ -142,21 +125,22 @@ def evaluate(
     if as_published and not set(tasks) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
     if html and not out:
-        raise OptionError("--html writes beside the results: name their folder with --out")
+        raise OptionError("--html needs a folder: name it with --out")
     if url:
-        its = {"preset", "anyres", "frames", *THIN, "adapter", "revision", "precision", "device"}
-        _only_given(given, ctx.params.keys() - its, "with --url these are the server's")
+        local = {*OPTIONS, "revision", "precision", "device"} - {"max_new_tokens"}
+        _only(used, ctx.params.keys() - local, "with --url these are the server's")
     elif key_file:
         raise OptionError("--key-file is for --url")
     if check:
-        _only_given(given, {"tasks", "data", "check"}, "--check asks nothing")
+        _only(used, {"tasks", "data", "check"}, "--check runs no model")
     loaded = [
         _task(name, data, as_published, questions, task_options or ())
         for name in dict.fromkeys(tasks)
     ]
-    if frames and (fixed := [task.name for task in loaded if task.fixed_frames]):
+    fixed = [task.name for task in loaded if task.fixed_frames]
+    if fixed and "frames" in overrides:
         raise OptionError(
-            f"the questions of {fixed[0]} say how many frames of a video are used: leave out --frames"
+            f"the questions of {fixed[0]} state their number of video frames: leave out --frames"
         )
     if check:
         faults = [f"{task.name}: {fault}" for task in loaded for fault in task.faults]
@@ -168,34 +152,30 @@ def evaluate(
 
     reports: dict[str, Any] = {}
     errors: list[JsonRow] = []
-    answerers = _Answerers(model, url, key_file, revision, precision, device, adapter)
+    answerer = (
+        _Remote(url, model, key_file)
+        if url
+        else _Local(ModelFlags(model, revision, precision, device, overrides.get("adapter")))
+    )
     for task in loaded:
-        options = Options(
-            preset=preset or task.preset,
-            max_new_tokens=max_new_tokens or task.max_new_tokens,
-            anyres=anyres,
-            frames=frames,
-            image_token_pool=image_token_pool,
-            video_token_pool=video_token_pool,
-            image_token_ratio=image_token_ratio,
-            video_token_ratio=video_token_ratio,
-            adapter=adapter,
-        )
-        answer, how = answerers.of(options)
-        about = run.about(
-            task, how | ({"as_published": as_published} if task.name in INTERLEAVE else {})
-        )
+        options = Options(preset=task.preset, max_new_tokens=task.max_new_tokens).but(overrides)
+        settings = answerer.about(options)
+        if task.name in INTERLEAVE:
+            settings["as_published"] = as_published
+        about = run.about(task, settings)
         with TemporaryDirectory() as scratch:
             folder = out or Path(scratch)
             with (
                 Journal(folder / f"{task.name}.jsonl", about) as journal,
-                terminal.counting(task.name) as progress,
+                terminal.progress_bar(task.name) as progress,
             ):
-                rows = run.run(task, answer, journal, batch=together, say=progress)
+                rows = run.run(
+                    task, answerer.with_options(options), journal, batch=batch_size, say=progress
+                )
         lines = stats.summary(task, rows)
         errors += [row for row in run.counted(rows) if row["score"] < 1]
         if html:
-            with terminal.busy("writing the report"):
+            with terminal.spinner("writing the report"):
                 report.write(folder / f"{task.name}.html", task, rows, lines, about)
         reports[task.name] = {
             "run": about,
@@ -203,7 +183,7 @@ def evaluate(
             "faults": list(task.faults),
         }
         if not as_json:
-            title = f"{answerers.title}: {task.name}" + (f", {task.note}" if task.note else "")
+            title = f"{answerer.title}: {task.name}" + (f", {task.note}" if task.note else "")
             terminal.table(title, *_table(task, lines))
             _remarks(task)
     if save_errors:
@@ -212,13 +192,13 @@ def evaluate(
         print(json.dumps(reports))
 
 
-def _only_given(given: Collection[str], allowed: Collection[str], why: str) -> None:
-    if others := sorted("--" + name.replace("_", "-") for name in given if name not in allowed):
+def _only(used: Collection[str], allowed: Collection[str], why: str) -> None:
+    if others := sorted("--" + name.replace("_", "-") for name in used if name not in allowed):
         raise OptionError(f"{why}: leave out {', '.join(others)}")
 
 
 def _table(task: Task, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """The means, with what was published beside them."""
+    """The means, next to the published ones."""
     rows = []
     for line in lines:
         published = [
@@ -238,7 +218,8 @@ def _table(task: Task, lines: Sequence[Line]) -> tuple[list[str], list[list[str]
 def _remarks(task: Task) -> None:
     if task.paper:
         print(
-            f"The columns {', '.join(task.paper)} are published figures in percent, made with {task.pipeline}."
+            f"The columns {', '.join(task.paper)} are published results in percent, "
+            f"made with {task.pipeline}."
         )
     if task.faults:
         print(
@@ -262,7 +243,7 @@ def _task(
     """A task; of each data set only the first `questions` conversations if that is given."""
     from ..evals import custom, interleave, published
 
-    with terminal.busy(f"reading {name}"):
+    with terminal.spinner(f"reading {name}"):
         if _is_custom(name):
             task = custom.load(name, task_options)
         elif name in INTERLEAVE:
@@ -270,81 +251,82 @@ def _task(
         else:
             task = published.load(name, data)
     if not task.examples:
-        raise DataError(f"{name} has no sample that can be asked; --check says why")
+        raise DataError(f"all samples of {name} are broken; --check says why")
     if questions is None:
         return task
-    taken: dict[str, int] = {}
+    counts: dict[str, int] = {}
     chosen: dict[str, Any] = {}
     for example in task.examples:
         if example.follows in chosen or (
-            not example.follows and taken.get(example.group, 0) < questions
+            not example.follows and counts.get(example.group, 0) < questions
         ):
             chosen[example.id] = example
-            taken[example.group] = taken.get(example.group, 0) + (not example.follows)
+            counts[example.group] = counts.get(example.group, 0) + (not example.follows)
     return task.but(examples=list(chosen.values()))
 
 
-class _Answerers:
-    """What answers, by options: the model on this machine or a server; with how it answers, for the results file."""
+class _Remote:
+    """A model behind an OpenAI-compatible server. title: its name."""
 
-    def __init__(
-        self,
-        model: str | None,
-        url: str | None,
-        key_file: Path | None,
-        revision: str | None,
-        precision: str,
-        device: str,
-        adapter: str | None,
-    ) -> None:
+    def __init__(self, url: str, model: str | None, key_file: Path | None) -> None:
         self.url, self.key = url, key_file.read_text().strip() if key_file else None
-        if url:
-            from . import remote
+        self.title = model or remote.only_model(url, self.key)
 
-            self.title = model or remote.only_model(url, self.key)
-        else:
-            from .local_model import LazyModel
-
-            self.local = LazyModel(model, revision, precision, device, adapter)
-            self.title = self.local.folder.name
-
-    def of(self, options: Options) -> tuple[Answerer, dict[str, Any]]:
+    def about(self, options: Options) -> dict[str, Any]:
+        """How it answers, for the results file."""
+        unknown = ("fingerprint", "precision", "device", "preset", "geometry")
         sampling = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens}
-        if self.url:
-            from . import remote
-
-            answer = remote.answerer(
-                self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens
-            )
-            servers = dict.fromkeys(
-                ("fingerprint", "precision", "device", "preset", "geometry"), "the server's"
-            )
-            return answer, {"model": self.title, "url": self.url, **servers, "sampling": sampling}
-
-        from .local_model import answer_all
-
-        def here(asked: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
-            bot = self.local.ready(options)  # loaded only when something is left to ask
-            return [
-                said if isinstance(said, LlavaError) else said.text
-                for said in answer_all(bot.batch, asked, options)
-            ]
-
-        geometry = "anyres" if options.anyres else "squash"
-        geometry += "".join(
-            f", {name} {getattr(options, name)}" for name in THIN if getattr(options, name) != 1
-        )
-        sampling |= {"frames": options.frames}
-        return here, {
-            **self.local.about,
-            "preset": options.preset,
-            "geometry": geometry,
+        return {
+            "model": self.title,
+            "url": self.url,
+            **dict.fromkeys(unknown, "the server's"),
             "sampling": sampling,
         }
 
+    def with_options(self, options: Options) -> Answerer:
+        return remote.answerer(
+            self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens
+        )
+
+
+class _Local:
+    """A model on this machine, loaded for the first question. title: its folder's name."""
+
+    def __init__(self, model: ModelFlags) -> None:
+        self.model = LazyModel(model)
+        self.title = self.model.folder.name
+
+    def about(self, options: Options) -> dict[str, Any]:
+        """How it answers, for the results file."""
+        reductions = [
+            f", {name} {getattr(options, name)}"
+            for name in REDUCTION
+            if getattr(options, name) != 1
+        ]
+        return {
+            **self.model.about,
+            "preset": options.preset,
+            "geometry": ("anyres" if options.anyres else "squash") + "".join(reductions),
+            "sampling": {
+                "temperature": 0.0,
+                "max_new_tokens": options.max_new_tokens,
+                "frames": options.frames,
+            },
+        }
+
+    def with_options(self, options: Options) -> Answerer:
+        def answer(conversations: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
+            bot = self.model.ready(options)
+            return [
+                one if isinstance(one, LlavaError) else one.text
+                for one in answer_all(bot.batch, conversations, options)
+            ]
+
+        return answer
+
 
 def compare(files: Sequence[str], as_json: bool) -> None:
-    """Print how two runs differ, by group and in all, and what was different in how they were made."""
+    """Print how the scores of two runs differ, per group and in all, and how their settings do."""
     if len(files) != 2:
         raise OptionError(
             f"diff takes two result files, not {len(files)}: llava eval diff A.jsonl B.jsonl"
@@ -352,41 +334,41 @@ def compare(files: Sequence[str], as_json: bool) -> None:
     from ..evals import stats
     from ..journal import read
 
-    (made_a, a), (made_b, b) = (read(Path(file)) for file in files)
+    (about_a, a), (about_b, b) = (read(Path(file)) for file in files)
     for key in ("task", "data"):
-        if made_a.get(key) != made_b.get(key):
+        if about_a.get(key) != about_b.get(key):
             raise DataError(
-                f"the two runs have another {key}: {made_a.get(key)!r} and {made_b.get(key)!r}"
+                f"the two runs differ in {key}: {about_a.get(key)!r} and {about_b.get(key)!r}"
             )
-    found = stats.compare(a, b)
+    lines = stats.compare(a, b)
     changed = {
-        key: [made_a.get(key), made_b.get(key)]
-        for key in made_a | made_b
-        if made_a.get(key) != made_b.get(key)
+        key: [about_a.get(key), about_b.get(key)]
+        for key in about_a | about_b
+        if about_a.get(key) != about_b.get(key)
     }
-    alone = [_only(a, b), _only(b, a)]
+    only_in = [_missing(a, b), _missing(b, a)]
     if as_json:
         print(
             json.dumps(
                 {
                     "changed": changed,
-                    "only_in": alone,
-                    "lines": [dataclasses.asdict(line) for line in found],
+                    "only_in": only_in,
+                    "lines": [dataclasses.asdict(line) for line in lines],
                 }
             )
         )
         return
     rows = []
-    for d in found:
+    for d in lines:
         shares = [f"{d.a:.2%}", f"{d.b:.2%}", f"{d.b - d.a:+.2%}", f"{d.low:+.1%} to {d.high:+.1%}"]
         rows.append([d.name, *shares, *map(str, (d.pairs, d.better, d.worse)), f"{d.p:.3g}"])
     columns = ["", "A", "B", "B - A", "95 % interval", "pairs", "B > A", "A > B", "p"]
-    terminal.table(f"{made_a['task']}: A is {files[0]}, B is {files[1]}", columns, rows)
+    terminal.table(f"{about_a['task']}: A is {files[0]}, B is {files[1]}", columns, rows)
     for key, (old, new) in changed.items():
         print(f"{key}: {old} | {new}")
-    if any(alone):
-        print(f"left out: {alone[0]} examples that only A has, {alone[1]} that only B has")
+    if any(only_in):
+        print(f"not compared: {only_in[0]} examples only in A, {only_in[1]} only in B")
 
 
-def _only(rows: Sequence[JsonRow], others: Sequence[JsonRow]) -> int:
+def _missing(rows: Sequence[JsonRow], others: Sequence[JsonRow]) -> int:
     return len({row["id"] for row in rows} - {row["id"] for row in others})

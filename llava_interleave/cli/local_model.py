@@ -1,4 +1,4 @@
-"""Answering many conversations with a model, where one that cannot be answered does not take the others with it."""
+"""Load the model that the flags name, and answer many conversations with it."""
 
 from __future__ import annotations
 
@@ -18,46 +18,67 @@ if TYPE_CHECKING:
     Batch = Callable[[Sequence[Any], Options], list[Answer]]
 
 
-class LazyModel:
-    """The model that the flags name, loaded when it is first asked; what it is can be told before."""
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how it runs. adapter: a folder or a Hugging Face name."""
 
-    def __init__(
-        self,
-        name: str | None,
-        revision: str | None,
-        precision: str,
-        device: str,
-        adapter: str | None = None,
-        deterministic: bool = False,
-    ) -> None:
-        with terminal.busy("starting"):
+    name: str | None
+    revision: str | None = None
+    precision: str = "auto"
+    device: str = "auto"
+    adapter: str | None = None
+    deterministic: bool = False
+
+    def load(self) -> Chatbot:
+        """The chatbot, with progress on stderr (downloads draw their own bars).
+
+        The adapter is loaded under the name that `Options.adapter` has: what the flag says.
+        """
+        with terminal.spinner("starting"):
+            from ..chat import load, locate
+        locate(self.name, self.revision)
+        with terminal.spinner(f"loading {self.name or 'the built-in model'}") as progress:
+            return load(
+                self.name,
+                revision=self.revision,
+                precision=self.precision,
+                device=self.device,
+                deterministic=self.deterministic,
+                adapters={self.adapter: self.adapter} if self.adapter else {},
+                progress=progress,
+            )
+
+
+class LazyModel:
+    """The model that the flags name, loaded on first use; `about` describes it without loading."""
+
+    def __init__(self, flags: ModelFlags) -> None:
+        with terminal.spinner("starting"):
             from ..chat import locate
             from ..checkpoints import adapter_fingerprint, fingerprint, resolve
             from ..distributed.process_group import rank_and_world_size
             from ..placement import pick_device, pick_precision
-        self._flags = (name, revision, precision, device, adapter, deterministic)
+        self.flags = flags
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
-        self.folder = locate(name, revision)
-        place = pick_device(device, self.folder, precision)
-        dtype, bits = pick_precision(precision, self.folder, place)
+        self.folder = locate(flags.name, flags.revision)
+        device = pick_device(flags.device, self.folder, flags.precision)
+        dtype, bits = pick_precision(flags.precision, self.folder, device)
         self.about = {
-            "model": name or "the built-in model",
+            "model": flags.name or "the built-in model",
             "fingerprint": fingerprint(self.folder),
             "precision": bits or str(dtype).removeprefix("torch."),
-            "device": place,
+            "device": device,
         }
-        if adapter:
-            self.about["adapter"] = adapter_fingerprint(resolve(adapter))
-        if (
-            rank_and_world_size()[1] > 1
-        ):  # all but one process stay there, before anything is written
-            self._bot = terminal.load(*self._flags)
+        if flags.adapter:
+            self.about["adapter"] = adapter_fingerprint(resolve(flags.adapter))
+        if rank_and_world_size()[1] > 1:  # ranks above 0 stay in there, before anything is written
+            self._bot = flags.load()
 
     def ready(self, options: Options) -> Chatbot:
-        """The model, loaded. A mistake in the options is raised, so that it is told once and not beside every sample."""
+        """The loaded model. Wrong options raise here, once, instead of failing every sample."""
         if self._bot is None:
-            self._bot = terminal.load(*self._flags)
+            self._bot = self.flags.load()
         if self._checked != options:
             self._bot.batch(
                 [[{"role": "user", "content": "?"}]], options.but({"max_new_tokens": 1})
@@ -66,28 +87,32 @@ class LazyModel:
         return self._bot
 
 
-def answer_all(batch: Batch, asked: Sequence[Any], options: Options) -> list[Answer | LlavaError]:
-    """The answers that `batch` computes together; in the place of one that cannot be made stands the reason."""
-    if not asked:
+def answer_all(
+    batch: Batch, conversations: Sequence[Any], options: Options
+) -> list[Answer | LlavaError]:
+    """Answer a batch; a conversation that fails has its error in place of its answer."""
+    if not conversations:
         return []
     try:
-        return list(batch(asked, options))
+        return list(batch(conversations, options))
     except LlavaError as error:
-        if len(asked) == 1:
+        if len(conversations) == 1:
             return [error]
-    half = len(asked) // 2
-    return answer_all(batch, asked[:half], options) + answer_all(batch, asked[half:], options)
+    half = len(conversations) // 2
+    return answer_all(batch, conversations[:half], options) + answer_all(
+        batch, conversations[half:], options
+    )
 
 
 def replies(batch: Batch) -> Answerer:
-    """`answers` as `llava batch` writes them."""
+    """`answer_all` in the form that `llava batch` writes."""
 
-    def answer(asked: Sequence[Any], options: Options) -> list[Reply | LlavaError]:
+    def answer(conversations: Sequence[Any], options: Options) -> list[Reply | LlavaError]:
         return [
-            said
-            if isinstance(said, LlavaError)
-            else Reply(said.text, said.finish_reason, said.usage.prompt, said.usage.generated)
-            for said in answer_all(batch, asked, options)
+            one
+            if isinstance(one, LlavaError)
+            else Reply(one.text, one.finish_reason, one.usage.prompt, one.usage.generated)
+            for one in answer_all(batch, conversations, options)
         ]
 
     return answer
@@ -95,34 +120,24 @@ def replies(batch: Batch) -> Answerer:
 
 @dataclass(frozen=True)
 class ClusterWorker:
-    """A model by its flags, for a cluster's processes: some make prompts of conversations, others answer prompts."""
+    """What Ray workers run: some make prompts of conversations, others answer prompts."""
 
-    name: str | None
-    revision: str | None
-    precision: str
-    device: str
-    adapter: str | None
-    deterministic: bool
+    flags: ModelFlags
 
     def about(self, options: Options) -> dict[str, Any]:
-        model = self._model()
+        model = LazyModel(self.flags)
         model.ready(options)
         return model.about
 
     def preparer(self) -> Callable[[Any, Options], Prompt]:
         from ..chat import locate
-        from ..chat.chatbot import processing
+        from ..chat.chatbot import prompt_options
         from ..processing import Processor
 
-        processor = Processor.from_folder(locate(self.name, self.revision, tensors=False))
-        return lambda messages, options: processor.prompt(
-            messages, **processing(options), max_new_tokens=options.max_new_tokens or 1
-        )
+        folder = locate(self.flags.name, self.flags.revision, tensors=False)
+        processor = Processor.from_folder(folder)
+        return lambda messages, options: processor.prompt(messages, options=prompt_options(options))
 
     def answerer(self) -> Answerer:
-        return replies(self._model().ready(Options(adapter=self.adapter)).answers)
-
-    def _model(self) -> LazyModel:
-        return LazyModel(
-            self.name, self.revision, self.precision, self.device, self.adapter, self.deterministic
-        )
+        bot = LazyModel(self.flags).ready(Options(adapter=self.flags.adapter))
+        return replies(bot.answer_prompts)

@@ -1,4 +1,4 @@
-"""`llava quantize`: a checkpoint with weights of 4 or 8 bits, packed as they are read."""
+"""`llava quantize`: an int4 or int8 checkpoint, packed as the kernels read it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import terminal
+from . import flags, terminal
 
 
 def register(app: typer.Typer) -> None:
@@ -23,12 +23,15 @@ def quantize(
         typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty."),
     ],
     precision: Annotated[
-        str, typer.Option(help=f"What the weights become: int4 or int8, or with {terminal.APART}")
+        str, typer.Option(help=f"int4 or int8, or {flags.PER_COMPONENT}")
     ] = "int4",
-    revision: terminal.Revision = None,
+    revision: flags.Revision = None,
 ) -> None:
-    """Write a checkpoint with quantized weights: a CPU loads it at once, in no more memory than its bytes. CUDA GPUs read it."""
-    with terminal.busy(f"quantizing {source}") as progress:
+    """Write an int4/int8 checkpoint.
+
+    A CPU memory-maps it (instant load, no extra memory); CUDA can load it too.
+    """
+    with terminal.spinner(f"quantizing {source}") as progress:
         from ..checkpoints import load, resolve, save
         from ..errors import OptionError
         from ..placement import pick_precision
@@ -36,7 +39,7 @@ def quantize(
 
         if not parse_precision(precision):
             raise OptionError(
-                f"{precision!r} is no precision to store: int4 or int8, or with {terminal.APART}"
+                f"cannot store precision {precision!r}: use int4 or int8, or {flags.PER_COMPONENT}"
             )
         folder = resolve(source, revision)
         dtype, bits = pick_precision(precision, folder, "cpu")

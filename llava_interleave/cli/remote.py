@@ -1,8 +1,7 @@
-"""An OpenAI-compatible server as something that answers: messages over HTTP, several at once."""
+"""Client of an OpenAI-compatible server: chat completions of many conversations in parallel."""
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import mimetypes
@@ -14,63 +13,61 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .. import data_url
 from ..errors import LlavaError, MediaError, RemoteError
 from ..evals.task import Messages
 
-AT_ONCE, TRIES, SECONDS = 8, 5, 600
-BUSY = (429, 500, 502, 503, 504)
-REFUSED = (400, 413, 422)
-"""The server's verdict on one sample, kept beside it; any other status ends the run, which can be resumed."""
+CONCURRENCY, TRIES, TIMEOUT = 8, 5, 600
+RETRY_STATUS = (429, 500, 502, 503, 504)
+SAMPLE_STATUS = (400, 413, 422)
+"""The server rejects this sample alone; any other status ends the run, which can be resumed."""
 
 
 def answerer(
     url: str, model: str, key: str | None, **body: Any
 ) -> Callable[[Sequence[Messages]], list[str | LlavaError]]:
-    """Answers from the server whose API begins at `url` (…/v1)."""
+    """Answers of `model` from the API at `url` (…/v1); `body` is added to each request."""
 
     def one(messages: Messages) -> str | LlavaError:
         try:
-            sent = {
-                "model": model,
-                "messages": [_portable(message) for message in messages],
-                **body,
-            }
+            converted = [_to_openai(message) for message in messages]
+            sent = {"model": model, "messages": converted, **body}
             reply = request(f"{url.rstrip('/')}/chat/completions", key, sent)
-        except (MediaError, Refused) as error:
+        except (MediaError, SampleRejected) as error:
             return error
         try:
             return str(reply["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError) as error:
-            raise RemoteError(f"{url} answered without choices: {str(reply)[:200]}") from error
+            raise RemoteError(f"no choices in the response of {url}: {str(reply)[:200]}") from error
 
-    def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            return list(threads.map(one, asked))
+    def answer(conversations: Sequence[Messages]) -> list[str | LlavaError]:
+        with ThreadPoolExecutor(CONCURRENCY) as threads:
+            return list(threads.map(one, conversations))
 
     return answer
 
 
-class Refused(LlavaError):
-    """The server does not take this sample."""
+class SampleRejected(LlavaError):
+    """The server rejects this sample."""
 
 
 def only_model(url: str, key: str | None) -> str:
-    """The name of the one model that the server offers."""
+    """The name of the server's only model. Raises `RemoteError` if it has another number."""
     names = [
         str(model.get("id"))
         for model in request(f"{url.rstrip('/')}/models", key, None).get("data", [])
     ]
     if len(names) != 1:
         raise RemoteError(
-            f"{url} offers {len(names)} models ({', '.join(names[:8])}); name one with -m"
+            f"{url} has {len(names)} models ({', '.join(names[:8])}); choose one with -m"
         )
     return names[0]
 
 
 def request(url: str, key: str | None, body: dict[str, Any] | None) -> dict[str, Any]:
-    """The JSON that the server answers with. Where it is busy it is asked again, five times in all."""
+    """The server's JSON object. `RETRY_STATUS` is retried with backoff, five attempts in all."""
     if not url.startswith(("http://", "https://")):
-        raise RemoteError(f"{url} is no http or https URL")
+        raise RemoteError(f"{url} is not an http or https URL")
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
@@ -78,31 +75,32 @@ def request(url: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
     for attempt in range(TRIES):
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(url, data, headers), timeout=SECONDS
+                urllib.request.Request(url, data, headers), timeout=TIMEOUT
             ) as reply:
                 value = json.load(reply)
                 if isinstance(value, dict):
                     return value
-                raise RemoteError(f"{url} answered with something that is no JSON object")
+                raise RemoteError(f"the response of {url} is not a JSON object")
         except urllib.error.HTTPError as error:
-            told = error.read(2000).decode("utf-8", "replace")
-            if error.code in REFUSED:
-                raise Refused(f"status {error.code}: {told[:500]}") from error
-            if error.code not in BUSY or attempt == TRIES - 1:
-                raise RemoteError(
-                    f"{url} answered with status {error.code}: {told[:500]}"
-                ) from error
+            message = error.read(2000).decode("utf-8", "replace")
+            if error.code in SAMPLE_STATUS:
+                raise SampleRejected(f"status {error.code}: {message[:500]}") from error
+            if error.code not in RETRY_STATUS or attempt == TRIES - 1:
+                raise RemoteError(f"{url} returned status {error.code}: {message[:500]}") from error
             wait = error.headers.get("Retry-After") or ""
             time.sleep(min(float(wait), 60.0) if wait.isdigit() else 2.0**attempt)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, LlavaError):
                 raise
-            raise RemoteError(f"{url} cannot be asked: {error}") from error
-    raise AssertionError("the last try returns or raises")
+            raise RemoteError(f"cannot reach {url}: {error}") from error
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _portable(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in OpenAI's form: files become data URLs, views their names and pictures, frames pictures."""
+def _to_openai(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in OpenAI's form.
+
+    Files become data URLs, views their names and images, frames images.
+    """
     if isinstance(message["content"], str):
         return message
     parts: list[dict[str, Any]] = []
@@ -115,8 +113,8 @@ def _portable(message: dict[str, Any]) -> dict[str, Any]:
         elif part["type"] == "video" and "video" in part:
             parts += [_media("image_url", Path(path)) for path in part["video"]]
         elif part["type"] == "video":
-            chosen = {key: part[key] for key in ("frames", "start", "end") if key in part}
-            parts.append(_media("video_url", Path(part["path"])) | chosen)
+            sampling = {key: part[key] for key in ("frames", "start", "end") if key in part}
+            parts.append(_media("video_url", Path(part["path"])) | sampling)
         else:
             parts.append(part)
     return {**message, "content": parts}
@@ -125,9 +123,6 @@ def _portable(message: dict[str, Any]) -> dict[str, Any]:
 def _media(kind: str, path: Path) -> dict[str, Any]:
     mime = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     try:
-        return {
-            "type": kind,
-            kind: {"url": f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"},
-        }
+        return {"type": kind, kind: {"url": data_url.encode(path.read_bytes(), mime)}}
     except OSError as error:
         raise MediaError(f"cannot read {path}: {error.strerror}") from error

@@ -13,113 +13,113 @@ import typer
 
 from ..errors import OptionError, Unsupported
 from ..server.settings import ReplicaSpec, Settings
-from . import terminal
+from . import flags, terminal
 from .batch import absolute
+from .local_model import ModelFlags
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
 def register(app: typer.Typer) -> None:
-    app.command("serve")(terminal.with_flags(Settings, "settings")(serve))
+    app.command("serve")(flags.with_flags("settings", Settings)(serve))
 
 
 def serve(
-    model: terminal.ModelName = None,
-    revision: terminal.Revision = None,
-    precision: terminal.Precision = "auto",
-    device: terminal.Device = "auto",
-    deterministic: terminal.Deterministic = False,
+    model: flags.ModelName = None,
+    revision: flags.Revision = None,
+    precision: flags.Precision = "auto",
+    device: flags.Device = "auto",
+    deterministic: flags.Deterministic = False,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FOLDER", help="Serve this adapter as a model of its own; several times."
+            metavar="NAME=FOLDER", help="Serve this LoRA adapter as another model; repeatable."
         ),
     ] = None,
     log_level: Annotated[
-        str, typer.Option(help="debug, info, warning or error; the log goes to stderr.")
+        str, typer.Option(help="debug, info, warning or error; logs go to stderr.")
     ] = "info",
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Answer with replicas of the model on a Ray cluster: auto (this machine's), HOST:PORT, or local. Its machines "
-            "must have the model.",
+            help="Run replicas on a Ray cluster: auto (this machine's), HOST:PORT, or local. "
+            "Its machines need the model.",
         ),
     ] = None,
     ray_cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of each replica on the cluster; without it 1.")
+        int | None, typer.Option(min=1, help="CPUs per replica on the cluster.  [default: 1]")
     ] = None,
     ray_replicas: Annotated[
         str | None,
         typer.Option(
-            metavar="FEWEST[:MOST]",
-            help="Replicas on the cluster, as many as there is work for; without it from 1 to what fits.",
+            metavar="MIN[:MAX]",
+            help="Replicas on the cluster, scaled with the load.  [default: 1 to what fits]",
         ),
     ] = None,
     *,
     settings: Settings,
 ) -> None:
-    """Serve a model over HTTP as OpenAI's API does, to this machine alone unless --host and --api-keys say more."""
-    named = [(name, folder) for name, _, folder in (word.partition("=") for word in adapter or ())]
-    for name, folder in named:
+    """Start an OpenAI-compatible server.
+
+    It listens on localhost only; set --host and --api-keys to expose it.
+    """
+    adapters = [
+        (name, folder) for name, _, folder in (word.partition("=") for word in adapter or ())
+    ]
+    for name, folder in adapters:
         if not name or not folder:
-            raise typer.BadParameter(
-                f"an adapter is given as NAME=FOLDER, not {name or '='}{folder}"
-            )
+            raise typer.BadParameter(f"--adapter takes NAME=FOLDER, not {name or '='}{folder}")
     if not isinstance(level := logging.getLevelName(log_level.upper()), int):
         raise typer.BadParameter(f"{log_level!r} is not one of debug, info, warning, error")
-    counts = None if ray_replicas is None else _counts(ray_replicas)
-    if ray is None and (ray_cpus or counts):
-        raise typer.BadParameter(
-            "--ray-cpus and --ray-replicas are of a cluster: name it with --ray"
-        )
+    replicas = None if ray_replicas is None else _replica_range(ray_replicas)
+    if ray is None and (ray_cpus or replicas):
+        raise typer.BadParameter("--ray-cpus and --ray-replicas need a cluster: name it with --ray")
     if ray and device.startswith("cuda:"):
         raise OptionError(
-            f"a replica has the GPU that Ray gives it, so --device {device} cannot be kept; say cuda, or nothing"
+            f"Ray assigns a GPU to each replica: use --device cuda instead of {device}"
         )
     with contextlib.ExitStack() as cluster:
-        with keeping_all():
-            with terminal.busy("starting"):
+        with freeze_garbage_collector():
+            with terminal.spinner("starting"):
                 try:
-                    from ..server.run import Server, log_to_stderr, one_heap
+                    from ..server.run import Server, log_to_stderr, use_single_malloc_arena
                 except ModuleNotFoundError as error:
                     raise Unsupported(
-                        f"{error.name} is missing; serving needs: pip install 'llava-interleave[serve]'"
+                        f"{error.name} is missing: pip install 'llava-interleave[serve]'"
                     ) from error
                 from ..server.app import create_app
                 from ..server.middleware import ApiKeys
             if settings.api_keys is not None:
-                ApiKeys.read(
-                    settings.api_keys
-                )  # a mistake in it is told before the model is loaded
+                ApiKeys.read(settings.api_keys)  # fail before the model is loaded
             log_to_stderr(level)
-            one_heap()
+            use_single_malloc_arena()
             if ray:
-                folders = tuple((name, absolute(folder) or folder) for name, folder in named)
-                everywhere = ReplicaSpec(
+                folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)
+                spec = ReplicaSpec(
                     absolute(model), revision, precision, device, deterministic, folders, level
                 )
-                app = cluster.enter_context(
-                    _deployed(everywhere, settings, ray, ray_cpus or 1, counts)
-                )
+                app = cluster.enter_context(_deployed(spec, settings, ray, ray_cpus or 1, replicas))
             else:
-                bot = terminal.load(model, revision, precision, device, deterministic=deterministic)
-                for name, folder in named:
+                bot = ModelFlags(
+                    model, revision, precision, device, deterministic=deterministic
+                ).load()
+                for name, folder in adapters:
                     bot.add_adapter(name, folder)
                 app = create_app(bot, settings)
             server = Server(app, settings)
         server.run()
 
 
-def _counts(words: str) -> tuple[int, int]:
-    """The fewest and the most of "2:8"; of "2" both are 2."""
-    said = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", words)
-    if said is None or int(said[1]) > int(said[2] or said[1]):
+def _replica_range(text: str) -> tuple[int, int]:
+    """(2, 8) of "2:8" and (2, 2) of "2"."""
+    match = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", text)
+    if match is None or int(match[1]) > int(match[2] or match[1]):
         raise typer.BadParameter(
-            f"--ray-replicas is a number, or the fewest and the most as in 2:8, not {words!r}"
+            f"--ray-replicas is a number, or minimum and maximum as in 2:8, not {text!r}"
         )
-    return int(said[1]), int(said[2] or said[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 @contextlib.contextmanager
@@ -131,22 +131,22 @@ def _deployed(
     replicas: tuple[int, int] | None,
 ) -> Iterator[FastAPI]:
     with contextlib.ExitStack() as running:
-        with terminal.busy("starting replicas"):
+        with terminal.spinner("starting replicas"):
             try:
-                from ..server.ray_gateway import deployed
+                from ..server.ray.gateway import deploy
             except ModuleNotFoundError as error:
                 raise Unsupported(
-                    f"{error.name} is missing; --ray needs: pip install 'llava-interleave[serve,ray]'"
+                    f"{error.name} is missing: pip install 'llava-interleave[serve,ray]'"
                 ) from error
             app = running.enter_context(
-                deployed(model, settings, address=address, cpus=cpus, replicas=replicas)
+                deploy(model, settings, address=address, cpus=cpus, replicas=replicas)
             )
         yield app
 
 
 @contextlib.contextmanager
-def keeping_all() -> Iterator[None]:
-    """What is made meanwhile stays: it is not searched for garbage, now (a seventh of the time of starting) or ever."""
+def freeze_garbage_collector() -> Iterator[None]:
+    """Exclude all objects made inside from garbage collection: a seventh of the start-up time."""
     gc.disable()
     try:
         yield

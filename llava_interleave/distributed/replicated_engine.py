@@ -16,13 +16,13 @@ import traceback
 from typing import Any, NoReturn
 
 from ..engine.engine import Engine
-from ..engine.events import Event
 from ..engine.kv_snapshot import KVSnapshot
 from ..engine.prefix_cache import CacheKey
-from ..engine.request import Request
-from ..engine.sampler import Pick, SamplingParams, TokenConstraint
+from ..engine.request import Event, Request
+from ..engine.sampler import Pick, TokenConstraint
 from ..engine.scheduler import SchedulerOutput
 from ..errors import DataError
+from ..options import SamplingParams
 from ..prompt import Prompt
 from .tensor_parallel import TensorParallelGroup
 
@@ -58,10 +58,10 @@ class ReplicatedEngine(Engine):
         sampling: SamplingParams | None = None,
         *,
         salt: bytes = b"",
-        guide: TokenConstraint | None = None,
+        constraint: TokenConstraint | None = None,
         adapter: str | None = None,
     ) -> Request:
-        request = super().add(prompt, sampling, salt=salt, guide=guide, adapter=adapter)
+        request = super().add(prompt, sampling, salt=salt, constraint=constraint, adapter=adapter)
         self._broadcast_add(request)
         return request
 
@@ -85,15 +85,9 @@ class ReplicatedEngine(Engine):
             f"(world size {self.tp_group.process_group.world_size})"
         )
 
-    def _open(self, request: Request) -> None:
-        new = request not in self._streams
-        super()._open(request)
-        if new:
-            self._broadcast_add(request)
-
-    def _advance(self, patience: float = math.inf) -> None:
-        self._broadcast("step", patience, self._scheduler.pace)
-        super()._advance(patience)
+    def step(self, prefill_time_budget: float = math.inf) -> list[Event]:
+        self._broadcast("step", prefill_time_budget, self._scheduler.pace)
+        return super().step(prefill_time_budget)
 
     def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
         try:
@@ -105,8 +99,10 @@ class ReplicatedEngine(Engine):
             os._exit(1)  # torchrun then ends the other ranks, which may wait for this one
 
     def _broadcast_add(self, request: Request) -> None:
-        guided = request.guide is not None
-        self._broadcast("add", request.id, request.prompt, request.sampling, request.salt, guided)
+        constrained = request.constraint is not None
+        self._broadcast(
+            "add", request.id, request.prompt, request.sampling, request.salt, constrained
+        )
 
     def _broadcast(self, *call: Any) -> None:
         """Have the other ranks do a call; without arguments: exit."""
@@ -127,13 +123,13 @@ class ReplicatedEngine(Engine):
         requests: dict[int, Request] = {}
         while call := self._receive():
             match call:
-                case "add", number, prompt, sampling, salt, guided:
+                case "add", number, prompt, sampling, salt, constrained:
                     request = requests[number] = self.add(prompt, sampling, salt=salt)
-                    if guided:  # only rank 0 has the constraint, and broadcasts the tokens
+                    if constrained:  # rank 0 has the constraint; its tokens are broadcast
                         request.plain, request.lookup = False, None
-                case "step", patience, pace:
+                case "step", prefill_time_budget, pace:
                     self._scheduler.pace = pace  # times differ between ranks, plans must not
-                    self.step(patience)
+                    self.step(prefill_time_budget)
                     requests = {
                         number: r for number, r in requests.items() if r.finish_reason is None
                     }

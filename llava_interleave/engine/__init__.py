@@ -1,10 +1,10 @@
 """Generation: continuous batching, KV memory, prefix and feature caches, sampling. Used from one thread; knows no text."""
 
+from ..options import SamplingParams
 from .engine import Engine, Load
-from .events import Event, FinishReason, Timings, Usage
 from .kv_contiguous import bytes_per_token
-from .request import Request
-from .sampler import SamplingParams, TokenConstraint
+from .request import Event, FinishReason, Request, Timings, Usage
+from .sampler import TokenConstraint
 
 __all__ = [
     "Engine",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary
@@ -15,8 +15,8 @@ import numpy as np
 from ..errors import ContextError, DataError, OptionError, PromptError, Unsupported
 from ..lora import Adapters
 from ..model import Llava
+from ..options import SamplingParams
 from ..prompt import Media, Prompt
-from .events import Event
 from .kv_paged import KV_BLOCK_SIZE, PagedKVCache
 from .kv_snapshot import KVSnapshot, adapter_hash, made_by, mismatch_reason, sequence
 from .model_runner import Runner
@@ -31,8 +31,8 @@ from .prefix_cache import (
     salted,
 )
 from .prompt_lookup import DEFAULT_DRAFT_TOKENS, PromptLookupDrafter
-from .request import Request
-from .sampler import Pick, SamplingParams, TokenConstraint
+from .request import Event, FinishReason, Request
+from .sampler import Pick, TokenConstraint
 from .scheduler import Scheduler, SchedulerOutput
 
 KV_PRECISIONS = ("auto", "int8")
@@ -142,8 +142,7 @@ class Engine:
         self.deterministic = deterministic
         self._identities: WeakValueDictionary[bytes, MediaId] = WeakValueDictionary()
         self._numbers, self._ids = count(), count()
-        self._events: deque[Event] = deque()  # of requests that nobody streams
-        self._streams: dict[Request, deque[Event]] = {}
+        self._events: list[Event] = []
 
     def add(
         self,
@@ -151,34 +150,66 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         salt: bytes = b"",
-        guide: TokenConstraint | None = None,
+        constraint: TokenConstraint | None = None,
         adapter: str | None = None,
     ) -> Request:
         """Queue a request, whose events `step` returns. Prefixes and features are shared among requests of equal `salt` only.
 
-        guide: says which tokens may come next. adapter: the name of one of `adapters`, through which it is computed.
+        constraint: limits which tokens may come next. adapter: the name of one of `adapters`, through which it is computed.
         ContextError if it could never fit, PromptError if placeholders and media do not agree, OptionError for a name that is
         not there.
         """
         request = self._request(prompt, sampling or SamplingParams(), salt, adapter)
-        if guide is not None:
-            request.guide, request.plain, request.lookup = guide, False, None
+        if constraint is not None:
+            request.constraint, request.plain, request.lookup = constraint, False, None
         self._scheduler.add(request)
         return request
 
-    def step(self, patience: float = math.inf) -> list[Event]:
-        """Compute one step and return the events since the last call, of all requests but streamed ones.
+    def step(self, prefill_time_budget: float = math.inf) -> list[Event]:
+        """Compute one step and return the events since the last call.
 
-        patience: seconds that answers under way should wait for prompts and images in a step, as far as these can be cut. With
-        it answers also get as much time for themselves as prompts had, so that they go on at half their pace at least.
+        prefill_time_budget: seconds that running answers wait for prompts and images in a step, as
+        far as these can be cut. Answers then get as much time as prompts had, so that they keep at
+        least half of their speed.
 
-        Out of memory, or another RuntimeError, ends the requests of the step with finish_reason "error"; any other exception
-        does so too and is raised. The engine goes on with the rest.
+        Out of memory, or another RuntimeError, ends the requests of the step with finish_reason
+        "error"; any other exception does so too and is raised. The engine continues with the rest.
         """
-        self._advance(patience)
-        events = list(self._events)
-        self._events.clear()
+        plan = SchedulerOutput()
+        try:
+            plan = self._scheduler.schedule(prefill_time_budget)
+            if plan.work:
+                self._compute(plan)
+        except BaseException as exception:
+            error = (
+                exception
+                if isinstance(exception, RuntimeError | MemoryError)
+                else RuntimeError(f"the step was interrupted: {exception!r}")
+            )
+            for work in plan.work:
+                if work.request.finish_reason is None:
+                    self._events.append(self._end(work.request, "error", error))
+            self._runner.recover(error)
+            if error is not exception:
+                raise
+        events, self._events = self._events, []
         return events
+
+    def _compute(self, plan: SchedulerOutput) -> None:
+        began, encoding = self.clock(), self._runner.encoding
+        for work in plan.work:
+            if work.request.started is None:
+                work.request.started = began
+        picks = self._run(plan)
+        ended = self.clock()
+        self._scheduler.pace.learn(plan, ended - began, self._runner.encoding - encoding)
+        self._events += self._scheduler.commit(plan, picks, self.eos_ids, ended)
+
+    def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
+        return self._runner.run(plan)
+
+    def _end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> Event:
+        return self._scheduler.end(request, reason, self.clock(), error=error)
 
     @property
     def busy(self) -> bool:
@@ -187,30 +218,7 @@ class Engine:
 
     def abort(self, request: Request) -> Event | None:
         """End a request now and give back its memory; its last event, None if it had ended already."""
-        if request.finish_reason is not None:
-            return None
-        event = self._scheduler.end(request, "abort", self.clock())
-        if request in self._streams:
-            self._streams[request].append(event)
-        return event
-
-    def stream(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        *,
-        salt: bytes = b"",
-        adapter: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Event]:
-        """The events of one request, computed as they are asked for; errors as `add`, at once.
-
-        Closing the iterator aborts the request. Several may be read in turn, each step advances all. An error is raised.
-        progress: called after each step before the first token with the prompt's tokens read so far and in all.
-        """
-        return self._stream(
-            self._request(prompt, sampling or SamplingParams(), salt, adapter), progress
-        )
+        return None if request.finish_reason is not None else self._end(request, "abort")
 
     def generate(
         self,
@@ -220,95 +228,29 @@ class Engine:
         salt: bytes = b"",
         adapter: str | None = None,
     ) -> list[Request]:
-        """Answer all prompts together; the requests when all have ended. One sampling for all, or one each."""
-        each = (
-            [sampling or SamplingParams()] * len(prompts)
-            if sampling is None or isinstance(sampling, SamplingParams)
-            else sampling
-        )
-        requests = [self._request(p, s, salt, adapter) for p, s in zip(prompts, each, strict=True)]
-        streams = [self._stream(request) for request in requests]
-        try:
-            for request in requests:
-                self._open(request)
-            for stream in streams:
-                for _ in stream:
-                    pass
-        finally:
-            for request in requests:
-                self._close(request)
-        return requests
+        """Add all prompts and step until they are answered; `sampling` is one for all or one each.
 
-    def _stream(
-        self, request: Request, progress: Callable[[int, int], None] | None = None
-    ) -> Iterator[Event]:
-        self._open(request)
+        Events of other requests are kept for the next `step`. An error is raised.
+        """
+        each = sampling or SamplingParams()
+        each = [each] * len(prompts) if isinstance(each, SamplingParams) else each
+        requests: list[Request] = []
+        others: list[Event] = []
         try:
-            events = self._streams[request]
-            while request.finish_reason is None or events:
-                if not events:
-                    self._advance()
-                    if progress and request.kv and not request.generated:
-                        progress(request.kv.length, len(request.prompt))
-                while events:
-                    event = events.popleft()
-                    if event.error is not None:
+            for prompt, one in zip(prompts, each, strict=True):
+                requests.append(self.add(prompt, one, salt=salt, adapter=adapter))
+            mine = set(requests)
+            while any(request.finish_reason is None for request in requests):
+                for event in self.step():
+                    if event.request not in mine:
+                        others.append(event)
+                    elif event.error is not None:
                         raise event.error
-                    yield event
         finally:
-            self._close(request)
-
-    def _open(self, request: Request) -> None:
-        if request not in self._streams:
-            self._streams[request] = deque()
-            self._scheduler.add(request)
-
-    def _close(self, request: Request) -> None:
-        if self._streams.pop(request, None) is not None:
-            self.abort(request)
-
-    def _advance(self, patience: float = math.inf) -> None:
-        plan, error = SchedulerOutput(), None
-        try:
-            plan = self._scheduler.schedule(patience)
-            if not plan.work:
-                return
-            began, encoding = self.clock(), self._runner.encoding
-            for work in plan.work:
-                if work.request.started is None:
-                    work.request.started = began
-            picks = self._run(plan)
-            ended = self.clock()
-            self._scheduler.pace.learn(plan, ended - began, self._runner.encoding - encoding)
-            events = self._scheduler.commit(plan, picks, self.eos_ids, ended)
-        except BaseException as caught:
-            error = (
-                caught
-                if isinstance(caught, (RuntimeError, MemoryError))
-                else RuntimeError(f"the step was cut off: {caught!r}")
-            )
-            self._deliver(
-                [
-                    self._fail(work.request, error)
-                    for work in plan.work
-                    if work.request.finish_reason is None
-                ]
-            )
-            self._runner.recover(error)
-            if error is not caught:
-                raise
-        else:
-            self._deliver(events)
-
-    def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
-        return self._runner.run(plan)
-
-    def _fail(self, request: Request, error: Exception) -> Event:
-        return self._scheduler.end(request, "error", self.clock(), error=error)
-
-    def _deliver(self, events: list[Event]) -> None:
-        for event in events:
-            self._streams.get(event.request, self._events).append(event)
+            for request in requests:
+                self.abort(request)
+            self._events += others
+        return requests
 
     def _request(
         self, prompt: Prompt, sampling: SamplingParams, salt: bytes, adapter: str | None

@@ -204,7 +204,7 @@ class Runner:
         request = w.request
         if request.sampler is None:
             request.sampler = Sampler(
-                request.sampling, request.prompt.tokens, self.vocab, self.device, request.guide
+                request.sampling, request.prompt.tokens, self.vocab, self.device, request.constraint
             )
         return request.sampler
 

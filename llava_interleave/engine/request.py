@@ -4,18 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..image_layout import ImageTokenLayout
+from ..options import SamplingParams
 from ..prompt import Media, Prompt
-from .events import FinishReason, Timings, Usage
 from .prompt_lookup import PromptLookupDrafter
-from .sampler import Sampler, SamplingParams, TokenConstraint
+from .sampler import Sampler, TokenConstraint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .prefix_cache import CacheKey, SequenceKV
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Numbers of tokens: of the prompt, of those taken from the prefix cache, and generated (a final stop token counts).
+
+    drafted: guessed by prompt lookup. accepted: of these, what the network chose itself.
+    """
+
+    prompt: int
+    cached: int
+    generated: int
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds: waiting in the `queue`; tower calls that encoded this request's media; the rest up to the first token;
+    `first_token` and `total` from `add`. None: it did not come to that. `tokens_per_second` counts from the first token on.
+    """
+
+    queue: float
+    vision: float
+    prefill: float | None
+    first_token: float | None
+    total: float
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +100,7 @@ class Request:
     held_unit: int = 0  # units from first_unit up to it keep their features
     kv: SequenceKV | None = None  # while running
     sampler: Sampler | None = None
-    guide: TokenConstraint | None = field(default=None, repr=False)
+    constraint: TokenConstraint | None = field(default=None, repr=False)
     lookup: PromptLookupDrafter | None = field(default=None, repr=False)
     drafted: int = 0  # tokens guessed
     accepted: int = 0  # of them right
@@ -82,7 +113,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.tokens)
-        self.plain = self.sampling.plain
+        self.plain = self.sampling.argmax_only
         self.units = tuple(
             unit for media in self.prompt.media for unit in units(media, self.salt, self.encoder)
         )
@@ -122,3 +153,21 @@ class Request:
             if first is None or later < 1 or end <= first
             else later / (end - first),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A generated token of a request, or its end, or both.
+
+    token: None where a request ends without one (abort, error). With finish_reason "stop" it is the token that ended the
+    answer and no part of its text. top_logprobs: (token, log probability), likeliest first. usage, timings: at the end only.
+    """
+
+    request: Request
+    token: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: Exception | None = None

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from .events import Event, FinishReason
 from .prefix_cache import HASH_BLOCK, CacheKey, EncoderCache, PrefixCache, SequenceKV
-from .request import EncoderInput, Request
+from .request import EncoderInput, Event, FinishReason, Request
 from .sampler import Pick
 
 DECODE_RESERVE = 256
@@ -91,12 +90,16 @@ class StepTimeModel:
             self.crop = tower / plan.crops
         self.owed = tower + reading if plan.decodes else 0.0
 
-    def most(self, patience: float, tokens: int, crops: int) -> tuple[int, int]:
-        """Tokens of prompts and crops for a step beside answers that wait for `patience` seconds; at least some, or none now."""
+    def most(self, prefill_time_budget: float, tokens: int, crops: int) -> tuple[int, int]:
+        """Tokens of prompts and crops for a step beside answers that wait for `prefill_time_budget` seconds; at least some, or none now."""
         if self.owed:
             return 0, 0
-        piece = max(MIN_CHUNK_SIZE, int(patience / self.token)) if self.token else MIN_CHUNK_SIZE
-        several = max(1, int(patience / self.crop)) if self.crop else 1
+        piece = (
+            max(MIN_CHUNK_SIZE, int(prefill_time_budget / self.token))
+            if self.token
+            else MIN_CHUNK_SIZE
+        )
+        several = max(1, int(prefill_time_budget / self.crop)) if self.crop else 1
         return min(tokens, piece), min(crops, several)
 
 
@@ -135,8 +138,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self, patience: float = math.inf) -> SchedulerOutput:
-        """The next step; empty only if there is nothing to do. patience: as `Engine.step`."""
+    def schedule(self, prefill_time_budget: float = math.inf) -> SchedulerOutput:
+        """The next step; empty only if there is nothing to do. prefill_time_budget: as `Engine.step`."""
         plan, running, index = SchedulerOutput(), self.running, 0
         self.prefixes.pinned.clear()
         while index < len(running):
@@ -154,8 +157,8 @@ class Scheduler:
         self._guess(plan)
         plan.decodes = sum(work.stop - work.start for work in plan.work)
         budget, most_crops = self.max_num_batched_tokens - plan.decodes, self.max_batched_images
-        if plan.decodes and patience < math.inf and not self.piece:
-            budget, most_crops = self.pace.most(patience, budget, most_crops)
+        if plan.decodes and prefill_time_budget < math.inf and not self.piece:
+            budget, most_crops = self.pace.most(prefill_time_budget, budget, most_crops)
         if planned is not None:
             for request in running:
                 if id(request) not in planned and budget:

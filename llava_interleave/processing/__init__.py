@@ -1,8 +1,11 @@
-"""Messages with images, videos and views become one `Prompt`. Knows no networks, devices or HTTP servers."""
+"""Messages with images, videos and views become one `Prompt`.
+
+Knows no networks, devices or HTTP servers.
+"""
 
 from .limits import Limits
 from .loader import Loader
-from .processor import DEFAULT, Estimate, EstimateItem, Processor
+from .processor import DEFAULT, Estimate, EstimateItem, Processor, PromptOptions
 from .tokenizer import TextStream, Tokenizer
 from .video import Clip, FrameSampling
 
@@ -10,11 +13,12 @@ __all__ = [
     "DEFAULT",
     "Clip",
     "Estimate",
+    "EstimateItem",
     "FrameSampling",
     "Limits",
     "Loader",
-    "EstimateItem",
     "Processor",
+    "PromptOptions",
     "TextStream",
     "Tokenizer",
 ]

@@ -1,13 +1,18 @@
-"""Messages become token ids in which one placeholder stands for each image or video. Knows no pixels, and opens nothing.
+"""Messages become token ids in which one placeholder stands for each image or video.
+
+Knows no pixels, and opens nothing.
 
 Presets:
-- interleave: ChatML as in training, media where the user put them, the system prompt of the training data. After an image
-  or video a newline is put, unless it ends the message or text follows that starts with whitespace or a punctuation mark;
-  between two texts, unless whitespace separates them.
-- hf: byte for byte what the checkpoint's own chat template renders: images of a message before its texts, a newline before
-  each text, no system prompt. Control tokens spelled in the text become control tokens, as in transformers.
-- official: the published evaluation (LLaVA-NeXT branch interleave_inference, `llava/eval/model_vqa.py` preprocess_qwen):
-  text is cut at each image, the pieces are tokenised apart, and a newline token follows each image.
+- interleave: ChatML as in training, media where the user put them, the system prompt of the
+  training data. A newline follows an image or video, unless it ends the message or text follows
+  that starts with whitespace or a punctuation mark. A newline separates two texts, unless
+  whitespace does.
+- hf: byte for byte the rendering of the checkpoint's own chat template: images of a message before
+  its texts, a newline before each text, no system prompt. Control tokens spelled in the text become
+  control tokens, as in transformers.
+- official: the published evaluation (LLaVA-NeXT branch interleave_inference,
+  `llava/eval/model_vqa.py` preprocess_qwen): text is cut at each image, the pieces are tokenized
+  apart, and a newline token follows each image.
 """
 
 from __future__ import annotations
@@ -30,11 +35,11 @@ SAMPLING_KEYS = ("frames", "fps", "times", "start", "end")
 
 @dataclass(eq=False, slots=True)
 class MediaPlaceholder:
-    """Where one image or video stands in a conversation.
+    """The place of one image or video in a conversation.
 
-    kind: "image" or "video"; None for a `<image>` in text, where it is known only when `source` is.
-    source: what to load; None for the next one of the `media` handed along.
-    anyres: True or False where the part says so itself, None for the prompt's own setting.
+    kind: "image" or "video"; None for a `<image>` in text, whose kind its source decides.
+    source: the media to load; None for the next one of the prompt's `media`.
+    anyres: True or False where the message part says it, None for the prompt's own setting.
     name: the name of a view.
     """
 
@@ -45,10 +50,10 @@ class MediaPlaceholder:
     name: str | None = None
 
 
-Text = list[str | MediaPlaceholder]
+TextPieces = list[str | MediaPlaceholder]
 """A text with the placeholders that are spelled in it."""
-ContentParts = list[MediaPlaceholder | Text]
-"""What a message holds, in order: images or videos, and texts."""
+ContentParts = list[MediaPlaceholder | TextPieces]
+"""The content of a message, in order: images or videos, and texts."""
 
 
 @dataclass(slots=True)
@@ -61,25 +66,26 @@ class Turn:
 
 @dataclass(slots=True)
 class Rendered:
-    """Token ids with one placeholder for each of `slots`, in order.
+    """Token ids with one placeholder token for each of `placeholders`, in order.
 
     loss_mask: True on answers and the tokens that end them.
     """
 
     tokens: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
-    slots: list[MediaPlaceholder] = field(default_factory=list)
+    placeholders: list[MediaPlaceholder] = field(default_factory=list)
 
-    def add(self, tokens: list[int], in_loss: bool = False) -> None:
+    def add(self, tokens: list[int], loss: bool = False) -> None:
         """Append tokens that all carry loss, or none."""
         self.tokens += tokens
-        self.loss_mask += [in_loss] * len(tokens)
+        self.loss_mask += [loss] * len(tokens)
 
 
 def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[Turn]:
-    """Read messages of the forms of transformers and of OpenAI; `frames` fills in for videos that do not say their own.
+    """Read messages of the forms of transformers and of OpenAI.
 
-    Raises PromptError for anything unknown, naming it.
+    frames: the sampling of videos whose part does not say it. Raises PromptError for anything
+    unknown, naming it.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(
@@ -99,7 +105,8 @@ def _turn(message: Mapping[str, Any], where: str, frames: FrameSampling) -> Turn
         return Turn(role, [_text(content)])
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise PromptError(
-            f"{where} has a content of type {type(content).__name__}; it must be a text or a list of parts"
+            f"{where} has a content of type {type(content).__name__}; it must be a text or a list "
+            "of parts"
         )
     turn = Turn(role, [])
     for i, part in enumerate(content):
@@ -136,15 +143,17 @@ def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> Content
         return _views(part["views"], where)
     if kind is None:
         raise PromptError(
-            f"{where} has no type; a part is {{'type': 'text', 'text': ...}}, {{'type': 'image', 'path': ...}} ..."
+            f"{where} has no type; a part is {{'type': 'text', 'text': ...}}, "
+            f"{{'type': 'image', 'path': ...}} ..."
         )
     raise PromptError(
-        f"{where} has the type {kind!r}; the types are text, image, image_url, video, video_url, views"
+        f"{where} has the type {kind!r}; the types are text, image, image_url, video, video_url, "
+        "views"
     )
 
 
-def _text(text: str) -> Text:
-    pieces: Text = []
+def _text(text: str) -> TextPieces:
+    pieces: TextPieces = []
     for i, piece in enumerate(text.split(IMAGE)):
         pieces += [MediaPlaceholder(), piece] if i else [piece]
     return [piece for piece in pieces if piece != ""]
@@ -155,7 +164,8 @@ def _views(views: Any, where: str) -> ContentParts:
         views = [{"name": name, "image": image} for name, image in views.items()]
     if not isinstance(views, Sequence) or isinstance(views, str | bytes) or not views:
         raise PromptError(
-            f"the views of {where} must be a list of images, of {{'name', 'image'}}, or {{name: image}}"
+            f"the views of {where} must be a list of images, of {{'name', 'image'}}, or "
+            f"{{name: image}}"
         )
     parts: ContentParts = []
     for i, view in enumerate(views):
@@ -178,31 +188,31 @@ def _views(views: Any, where: str) -> ContentParts:
 
 
 def _source(part: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> object:
-    """What an image or video part names to be loaded; None if nothing."""
-    given = [key for key in keys if part.get(key) is not None]
-    if not given:
+    """The source that an image or video part names, or None."""
+    present = [key for key in keys if part.get(key) is not None]
+    if not present:
         return None
-    if len(given) > 1:
-        raise PromptError(f"{where} has {' and '.join(given)}; give one of them")
-    value = part[given[0]]
-    if given[0] in ("url", "base64") and not isinstance(value, str):
-        raise PromptError(
-            f"the {given[0]} of {where} is of type {type(value).__name__}, not a text"
-        )
-    if given[0] == "url":
+    if len(present) > 1:
+        raise PromptError(f"{where} has {' and '.join(present)}; give one of them")
+    key = present[0]
+    value = part[key]
+    if key in ("url", "base64") and not isinstance(value, str):
+        raise PromptError(f"the {key} of {where} is of type {type(value).__name__}, not a text")
+    if key == "url":
         return _url(value, where, ())[0]
-    if given[0] == "path":
+    if key == "path":
         try:
             return Path(value)
         except TypeError as error:
             raise PromptError(f"the path of {where} is of type {type(value).__name__}") from error
-    return f"data:;base64,{value}" if given[0] == "base64" else value
+    return f"data:;base64,{value}" if key == "base64" else value
 
 
 def _url(value: Any, where: str, more: tuple[str, ...]) -> tuple[str | bytes, Any]:
-    """The URL of OpenAI's `"https://..."` or `{"url": "https://...", ...}`, and the value of its one optional key.
+    """The URL of OpenAI's `"https://..."` or `{"url": "https://...", ...}`, and its one optional
+    key.
 
-    Bytes pass, too: what a caller has put in the place of a URL of its own.
+    Bytes pass, too: a caller may have put a file's bytes in the place of its URL.
     """
     other = None
     if isinstance(value, Mapping):
@@ -214,14 +224,14 @@ def _url(value: Any, where: str, more: tuple[str, ...]) -> tuple[str | bytes, An
 
 
 def _sampling(part: Mapping[str, Any], frames: FrameSampling) -> FrameSampling:
-    given = {key: part[key] for key in SAMPLING_KEYS if part.get(key) is not None}
-    if "times" in given:
-        if not isinstance(given["times"], Sequence) or isinstance(given["times"], str):
-            raise OptionError(f"times must be a list of seconds, not {given['times']!r}")
-        given["times"] = tuple(given["times"])
-    # What a part says about the moments replaces what the prompt says about them; start and end only narrow it.
-    says_moments = given.keys() & {"frames", "fps", "times"}
-    return FrameSampling(**given) if says_moments or frames.times else replace(frames, **given)
+    values = {key: part[key] for key in SAMPLING_KEYS if part.get(key) is not None}
+    if "times" in values:
+        if not isinstance(values["times"], Sequence) or isinstance(values["times"], str):
+            raise OptionError(f"times must be a list of seconds, not {values['times']!r}")
+        values["times"] = tuple(values["times"])
+    # The moments of a part replace those of the prompt; start and end only narrow them.
+    has_moments = values.keys() & {"frames", "fps", "times"}
+    return FrameSampling(**values) if has_moments or frames.times else replace(frames, **values)
 
 
 def _check_keys(
@@ -235,7 +245,8 @@ def _check_keys(
         raise PromptError(f"{where} lacks {', '.join(missing)}")
     if unknown := sorted(str(key) for key in value.keys() - {*needed, *allowed}):
         raise PromptError(
-            f"{where} has unknown {', '.join(unknown)}; it may have {', '.join((*needed, *allowed))}"
+            f"{where} has unknown {', '.join(unknown)}; it may have "
+            f"{', '.join((*needed, *allowed))}"
         )
 
 
@@ -244,18 +255,20 @@ def render(
     turns: list[Turn],
     preset: str,
     system: str | None,
-    generation: bool,
+    add_generation_prompt: bool,
     notes: Mapping[MediaPlaceholder, str],
 ) -> Rendered:
-    """Turns as tokens under a preset, ending with the start of an answer if `generation`.
+    """Turns as tokens under a preset.
 
-    system: put before, unless the turns have a system message of their own. notes: sentences to put behind their media.
+    system: the first message, unless the turns have a system message.
+    add_generation_prompt: end with the start of an answer.
+    notes: sentences that follow their media.
     """
     if system is not None and not any(turn.role == "system" for turn in turns):
         turns = [Turn("system", [[system]]), *turns]
     turns = [Turn(turn.role, _noted(turn.parts, notes)) for turn in turns] if notes else turns
     if preset == "hf":
-        return _hf(tokenizer, turns, generation)
+        return _hf(tokenizer, turns, add_generation_prompt)
     out = Rendered()
     for turn in turns:
         answer = turn.role == "assistant"
@@ -272,66 +285,67 @@ def render(
             out.add(tokenizer.encode(text, special=False), answer)
             text = ""
             out.add([tokenizer.image_id])
-            out.slots.append(piece)
+            out.placeholders.append(piece)
             if preset == "official":
                 out.add(tokenizer.encode("\n", special=False), answer)
         out.add(tokenizer.encode(text, special=False), answer)
         out.add([tokenizer.im_end], answer)
         out.add(tokenizer.encode("\n", special=False))
-    if generation:
+    if add_generation_prompt:
         out.add([tokenizer.im_start, *tokenizer.encode("assistant\n", special=False)])
     return out
 
 
 def hf_text(
-    turns: list[Turn], generation: bool
+    turns: list[Turn], add_generation_prompt: bool
 ) -> tuple[str, list[tuple[int, int]], list[MediaPlaceholder]]:
-    """What the checkpoint's chat template renders, the spans of answers in it, and its slots in order."""
+    """The rendering of the checkpoint's chat template, spans of its answers, its placeholders."""
     text = ""
     spans: list[tuple[int, int]] = []
-    slots: list[MediaPlaceholder] = []
+    placeholders: list[MediaPlaceholder] = []
     for turn in turns:
         text += f"{IM_START}{turn.role}\n"
-        for slot in turn.parts:
-            if isinstance(slot, MediaPlaceholder):
-                if slot.name is not None:
+        for part in turn.parts:
+            if isinstance(part, MediaPlaceholder):
+                if part.name is not None:
                     raise OptionError(
-                        "preset hf puts images before all text, which loses the names of views; use interleave"
+                        "preset hf puts images before all text, which loses the names of views; "
+                        "use interleave"
                     )
                 text += IMAGE
-                slots.append(slot)
+                placeholders.append(part)
         start = len(text) + any(
             isinstance(part, list) for part in turn.parts
         )  # behind the template's newline
         for part in turn.parts:
             if not isinstance(part, MediaPlaceholder):
                 text += "\n" + "".join(piece if isinstance(piece, str) else IMAGE for piece in part)
-                slots += [piece for piece in part if isinstance(piece, MediaPlaceholder)]
+                placeholders += [piece for piece in part if isinstance(piece, MediaPlaceholder)]
         text += IM_END
         if turn.role == "assistant":
             spans.append((start, len(text)))
         text += "\n"
-    return text + (f"{IM_START}assistant\n" if generation else ""), spans, slots
+    return text + (f"{IM_START}assistant\n" if add_generation_prompt else ""), spans, placeholders
 
 
-def _hf(tokenizer: Tokenizer, turns: list[Turn], generation: bool) -> Rendered:
-    text, spans, slots = hf_text(turns, generation)
+def _hf(tokenizer: Tokenizer, turns: list[Turn], add_generation_prompt: bool) -> Rendered:
+    text, spans, placeholders = hf_text(turns, add_generation_prompt)
     tokens, starts = tokenizer.encode_with_starts(text)
-    loss_mask = [any(a <= start < b for a, b in spans) for start in starts]
     loss_mask = [
-        flag and token != tokenizer.image_id for flag, token in zip(loss_mask, tokens, strict=True)
+        token != tokenizer.image_id and any(a <= start < b for a, b in spans)
+        for token, start in zip(tokens, starts, strict=True)
     ]
-    return Rendered(tokens, loss_mask, slots)
+    return Rendered(tokens, loss_mask, placeholders)
 
 
 def _noted(parts: ContentParts, notes: Mapping[MediaPlaceholder, str]) -> ContentParts:
-    """Parts with notes put behind the media they belong to."""
+    """Parts with the notes behind their media."""
     out: ContentParts = []
     for part in parts:
         if isinstance(part, MediaPlaceholder):
             out += [part, [notes[part]]] if part in notes else [part]
             continue
-        pieces: Text = []
+        pieces: TextPieces = []
         for piece, following in zip(part, [*part[1:], " "], strict=True):
             pieces.append(piece)
             if isinstance(piece, MediaPlaceholder) and piece in notes:
@@ -343,7 +357,7 @@ def _noted(parts: ContentParts, notes: Mapping[MediaPlaceholder, str]) -> Conten
 
 
 def _flat(parts: ContentParts, after_media: str) -> list[str | MediaPlaceholder]:
-    """Parts one after the other, with what separates them; neighbouring texts stay apart pieces."""
+    """Parts in order, with the separators between them; neighboring texts stay separate pieces."""
     out: list[str | MediaPlaceholder] = []
     for part in parts:
         pieces = [part] if isinstance(part, MediaPlaceholder) else part

@@ -1,4 +1,4 @@
-"""Bytes from http and https URLs, without being led to addresses that are not public. Knows no pictures."""
+"""Bytes from http and https URLs, never from addresses that are not public. Knows no images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_PUBLIC = tuple(
         "fec0::/10",  # site-local
     )
 )
-"""Ranges refused beside those that `ipaddress` says are not global: through them an IPv4 address can be reached in disguise."""
+"""Ranges refused in addition to those that `ipaddress` calls not global: IPv4 in disguise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,10 @@ class Address:
         return cls(text, parts.scheme, host, PORTS[parts.scheme] if port is None else port, target)
 
     def redirected(self, location: str) -> Address:
-        """Where a redirect leads. Raises MediaRefused for a step from https down to http, or to another port."""
+        """Where a redirect leads.
+
+        Raises MediaRefused for a step from https down to http, or to another port.
+        """
         to = Address.parse(urljoin(self.text, location))
         upgrade = (self.scheme, self.port, to.scheme, to.port) == ("http", 80, "https", 443)
         if not upgrade and (to.scheme, to.port) != (self.scheme, self.port):
@@ -92,7 +95,7 @@ class Address:
         return to
 
     def check(self, hosts: tuple[str, ...] | None) -> None:
-        """Raises MediaRefused unless one of `hosts` allows it, in the form of `Limits.remote_hosts`."""
+        """Raises MediaRefused unless one of `hosts` (see `Limits.remote_hosts`) allows it."""
         if hosts is not None and not any(self._under(pattern) for pattern in hosts):
             raise MediaRefused(
                 f"media may not be fetched from {self.host}:{self.port} here; send the file itself"
@@ -105,15 +108,18 @@ class Address:
         return known and self.port == (int(port) if port else PORTS[self.scheme])
 
 
-def fetch(url: str, most: int, limits: Limits) -> BinaryIO:
-    """Download at most `most` bytes into a temporary file, at its start. Raises MediaRefused or MediaError."""
+def fetch(url: str, max_bytes: int, limits: Limits) -> BinaryIO:
+    """Download at most `max_bytes` into a temporary file, at its start.
+
+    Raises MediaRefused or MediaError.
+    """
     address = Address.parse(url)
     deadline = Deadline(limits.download_seconds, "the download")
     backend = CheckedBackend(limits.allow_private, deadline)
     try:
         for _ in range(limits.redirects + 1):
             address.check(limits.remote_hosts)
-            answer = _get(address, backend, most)
+            answer = _get(address, backend, max_bytes)
             if not isinstance(answer, str):
                 return answer
             address = address.redirected(answer)
@@ -122,7 +128,7 @@ def fetch(url: str, most: int, limits: Limits) -> BinaryIO:
     raise MediaError(f"the server redirects more than {limits.redirects} times")
 
 
-def _get(address: Address, backend: httpcore.NetworkBackend, most: int) -> BinaryIO | str:
+def _get(address: Address, backend: httpcore.NetworkBackend, max_bytes: int) -> BinaryIO | str:
     """The body, or where a redirect leads."""
     url = httpcore.URL(
         scheme=address.scheme.encode(),
@@ -140,23 +146,26 @@ def _get(address: Address, backend: httpcore.NetworkBackend, most: int) -> Binar
         if response.status != 200:
             raise MediaError(f"the server answered with status {response.status}")
         if fields.get(b"content-encoding", "identity") != "identity":
-            raise MediaError("the server sent a compressed body, which was not asked for")
-        if (promised := fields.get(b"content-length", "0")).isdigit() and int(promised) > most:
-            raise MediaError(f"{int(promised):,} bytes are more than the limit of {most:,} bytes")
+            raise MediaError("the server sent a compressed body although the request accepts none")
+        length = fields.get(b"content-length", "0")
+        if length.isdigit() and int(length) > max_bytes:
+            raise MediaError(
+                f"{int(length):,} bytes are more than the limit of {max_bytes:,} bytes"
+            )
         body = cast(BinaryIO, tempfile.SpooledTemporaryFile(IN_MEMORY))  # noqa: SIM115  the caller closes it
         size = 0
         for chunk in response.iter_stream():
             size += len(chunk)
-            if size > most:
+            if size > max_bytes:
                 body.close()
-                raise MediaError(f"the download is more than the limit of {most:,} bytes")
+                raise MediaError(f"the download is more than the limit of {max_bytes:,} bytes")
             body.write(chunk)
         body.seek(0)
         return body
 
 
 class CheckedBackend(httpcore.NetworkBackend):
-    """Resolves a name once, refuses it if any answer is not public, and dials the very address that was checked."""
+    """Resolves a name once, checks that all its addresses are public, and dials those."""
 
     def __init__(self, allow_private: bool, deadline: Deadline) -> None:
         self._allow_private = allow_private
@@ -186,7 +195,7 @@ class CheckedBackend(httpcore.NetworkBackend):
 
 
 class TimedStream(httpcore.NetworkStream):
-    """A connection whose every read and write ends with the download's deadline: a server that drips cannot hold us."""
+    """A connection whose reads and writes end with the download's deadline, against slow drips."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: Deadline) -> None:
         self._stream = stream
@@ -217,12 +226,12 @@ class TimedStream(httpcore.NetworkStream):
 
 
 def resolve(host: str, port: int, deadline: Deadline) -> list[str]:
-    """All addresses of a name. The resolver knows no time limit of its own, so it gets a thread that can be left behind."""
-    found: list[str] = []
+    """All addresses of a name. The resolver has no time limit, so it gets a thread of its own."""
+    addresses: list[str] = []
 
     def ask() -> None:
         with suppress(OSError, UnicodeError):
-            found.extend(
+            addresses.extend(
                 str(entry[4][0])
                 for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             )
@@ -231,9 +240,9 @@ def resolve(host: str, port: int, deadline: Deadline) -> list[str]:
     thread.start()
     thread.join(deadline.left())
     deadline.left()
-    if not found:
+    if not addresses:
         raise MediaError("the URL's host name is not known")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))
 
 
 def is_public(address: str) -> bool:

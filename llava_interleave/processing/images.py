@@ -1,11 +1,15 @@
-"""A decoded picture becomes RGB by one rule for each mode, and then the crops that the tower reads. Opens no files.
+"""A decoded image becomes RGB by one rule for each mode, and then the crops of the tower.
+
+Opens no files.
 
 To RGB (`to_rgb`), in this order:
-- EXIF orientation is applied; of an animation the first frame is taken; colour profiles are not applied.
-- Modes with transparency (RGBA, LA, PA, RGBa, La, and P, L or RGB with a transparent colour) are composed on white.
-- 16-bit grey (I;16, and I, which Pillow used for it earlier) is scaled by 255/65535 and rounded. Of 16-bit colour PNGs
-  the decoder keeps the high byte.
-- 1, L, P, CMYK, YCbCr and HSV go through Pillow's `convert("RGB")`. F and LAB have no defined range here and are refused.
+- EXIF orientation is applied; an animation is its first frame; color profiles are not applied.
+- Modes with transparency (RGBA, LA, PA, RGBa, La, and P, L or RGB with a transparent color) are
+  composited on white.
+- 16-bit gray (I;16, and I, which Pillow used for it earlier) is scaled by 255/65535 and rounded. Of
+  16-bit color PNGs the decoder keeps the high byte.
+- 1, L, P, CMYK, YCbCr and HSV go through Pillow's `convert("RGB")`. F and LAB have no defined range
+  here and are refused.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held; from 5 on the sides are swapped."""
+"""The EXIF tag of the camera's orientation; values from 5 on swap the sides."""
 ACTIONS = {
     "do_resize": True,
     "do_rescale": True,
@@ -44,7 +48,7 @@ PLAIN = ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB, by the rules of this module. Raises MediaError for a mode that has none."""
+    """The image as RGB, by the rules of this module. Raises MediaError for a mode that has none."""
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -57,13 +61,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode not in PLAIN:
         raise MediaError(
-            f"pictures of mode {image.mode} have no defined way to RGB here; convert to L, RGB or RGBA first"
+            f"images of mode {image.mode} have no defined way to RGB; convert to L, RGB or RGBA "
+            "first"
         )
     return image.convert("RGB")
 
 
 def from_array(array: Any) -> Image.Image:
-    """An array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` with C in 1, 3, 4; uint8, or floats in 0..1."""
+    """An array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` with C in 1, 3, 4; uint8, or floats
+    in 0..1.
+    """
     if hasattr(array, "detach"):
         array = array.detach().cpu().numpy()
     shape = array.shape
@@ -75,14 +82,15 @@ def from_array(array: Any) -> Image.Image:
         or 0 in shape
     ):
         raise MediaError(
-            f"an array of shape {tuple(shape)} is not a picture: [H, W], [H, W, C] or [C, H, W] with C in 1, 3, 4"
+            f"an array of shape {tuple(shape)} is not an image: [H, W], [H, W, C] or "
+            "[C, H, W] with C in 1, 3, 4"
         )
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise MediaError("a picture of floats must lie in 0..1; pass uint8 for 0..255")
+            raise MediaError("an image of floats must lie in 0..1; pass uint8 for 0..255")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
-        raise MediaError(f"a picture array must be uint8 or floats in 0..1, not {array.dtype}")
+        raise MediaError(f"an image array must be uint8 or floats in 0..1, not {array.dtype}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array))
@@ -90,7 +98,7 @@ def from_array(array: Any) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What preprocessor_config.json says: crops of `size` x `size` pixels, scaled by `rescale`, then (x - mean) / std."""
+    """preprocessor_config.json: crops of `size` pixels a side become (x * rescale - mean) / std."""
 
     size: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -100,64 +108,71 @@ class ImageSettings:
 
     @classmethod
     def from_folder(cls, folder: Path, size: int) -> ImageSettings:
-        """Settings of a checkpoint whose tower takes `size` pixels; defaults where it has no file (original checkpoints).
+        """Settings of a checkpoint whose tower takes `size` pixels; without a file, the defaults.
 
-        Raises CheckpointError for settings of another kind of preprocessing, or of another size.
+        Raises CheckpointError for another kind of preprocessing, or another size.
         """
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, key in (
             ("preprocessor_config.json", None),
             ("processor_config.json", "image_processor"),
         ):
-            found = read_json(folder / name, optional=True)
-            found = (found.get(key) or {}) if key else found
+            file = read_json(folder / name, optional=True)
+            file = (file.get(key) or {}) if key else file
             if clash := sorted(
-                k for k in KNOWN & found.keys() & given.keys() if found[k] != given[k]
+                k for k in KNOWN & file.keys() & values.keys() if file[k] != values[k]
             ):
                 raise CheckpointError(
                     f"{name} and preprocessor_config.json disagree about {', '.join(clash)}"
                 )
-            given |= found
-        kind = given.get("image_processor_type", "SiglipImageProcessor")
+            values |= file
+        kind = values.get("image_processor_type", "SiglipImageProcessor")
         if not kind.startswith("Siglip"):
             raise CheckpointError(
-                f"the checkpoint's pictures are prepared by {kind}, this family's by SiglipImageProcessor"
+                f"the checkpoint's images are prepared by {kind}, this family's by "
+                "SiglipImageProcessor"
             )
         if wrong := [
-            k for k, ours in ACTIONS.items() if given.get(k) is not None and bool(given[k]) != ours
+            k
+            for k, value in ACTIONS.items()
+            if values.get(k) is not None and bool(values[k]) != value
         ]:
             raise CheckpointError(
-                f"preprocessing with {', '.join(f'{k}={given[k]}' for k in wrong)} is not of this family"
+                f"preprocessing with {', '.join(f'{k}={values[k]}' for k in wrong)} is not of "
+                "this family"
             )
-        sides = given.get("size", size)
+        sides = values.get("size", size)
         sides = set(sides.values()) if isinstance(sides, dict) else {sides}
         if sides != {size}:
             raise CheckpointError(
-                f"pictures are prepared at {given['size']} but the vision tower takes {size} x {size} pixels"
+                f"images are prepared at {values['size']} but the vision tower takes {size} x "
+                f"{size} pixels"
             )
         try:
-            mean, std = (_triple(given.get(k, 0.5)) for k in ("image_mean", "image_std"))
-            resample = Image.Resampling(given.get("resample", 3))
-            rescale = float(given.get("rescale_factor", 1 / 255))
+            mean, std = (_triple(values.get(k, 0.5)) for k in ("image_mean", "image_std"))
+            resample = Image.Resampling(values.get("resample", 3))
+            rescale = float(values.get("rescale_factor", 1 / 255))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                "image_mean, image_std, resample or rescale_factor of the preprocessing is malformed"
+                "image_mean, image_std, resample or rescale_factor of the preprocessing is "
+                "malformed"
             ) from error
         if not (all(std) and all(map(math.isfinite, (*mean, *std, rescale)))):
             raise CheckpointError(
-                f"image_mean {mean}, image_std {std} and rescale_factor {rescale} cannot normalise a picture"
+                f"image_mean {mean}, image_std {std} and rescale_factor {rescale} cannot "
+                "normalize an image"
             )
         return cls(size, mean, std, rescale, resample)
 
     @cached_property
     def table(self) -> NDArray[np.float32]:
-        """Normalised value of each byte, `[3, 256]` float32: the operations of SiglipImageProcessor in its order."""
+        """Normalized value of each byte, `[3, 256]` float32, in SiglipImageProcessor's order."""
         scaled = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
         mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
         return np.asarray((scaled - mean) / std, np.float32)
 
     def fit(self, image: Image.Image, pad: bool = False) -> Image.Image:
-        """An RGB picture as one crop: its sides squashed to the crop's, or with `pad` first made square with bars of the mean.
+        """An RGB image as one crop: squashed, or with `pad` made square with bars of the mean.
 
         Source of the bars: LLaVA-NeXT `llava/mm_utils.py` expand2square.
         """
@@ -173,10 +188,12 @@ class ImageSettings:
             else image.resize((self.size, self.size), self.resample)
         )
 
-    def tile(self, image: Image.Image) -> list[Image.Image]:
-        """An RGB picture for anyres: the squashed whole first, then tiles, row by row, of it letterboxed in black.
+    def anyres_tiles(self, image: Image.Image) -> list[Image.Image]:
+        """An RGB image for anyres: the squashed whole, then tiles of it letterboxed in black.
 
-        Source: LLaVA-NeXT `llava/mm_utils.py` process_anyres_image, resize_and_pad_image, divide_to_patches.
+        The tiles go row by row.
+        Source: LLaVA-NeXT `llava/mm_utils.py` process_anyres_image, resize_and_pad_image,
+        divide_to_patches.
         """
         pin_w, pin_h = best_pinpoint(*image.size, self.size)
         scale_w, scale_h = pin_w / image.width, pin_h / image.height
@@ -197,10 +214,10 @@ class ImageSettings:
     def pixels(
         self, crops: Iterable[Image.Image], layout: ImageTokenLayout
     ) -> tuple[Tensor, bytes]:
-        """Crops of the right size as the tower's input `[crops, 3, S, S]`, and the key of that input under `layout`.
+        """Crops of the right size as the tower's input `[crops, 3, S, S]`, and their key.
 
-        The key hashes the bytes of the crops with their number and size, the normalisation and the layout: all that decides
-        the features and their order, so equal keys mean equal features.
+        The key hashes the bytes of the crops with their number and size, the normalization and the
+        layout: all that decides the features and their order, so equal keys mean equal features.
         """
         import torch
 

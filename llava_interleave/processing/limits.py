@@ -10,35 +10,36 @@ from threading import Lock
 
 from ..errors import MediaError, OptionError
 
-PILLOW_MOST = 178_956_970
-"""Pixels above which Pillow itself refuses a picture; that global stays as it is."""
+PILLOW_MAX_PIXELS = 178_956_970
+"""Pixels above which Pillow itself refuses an image; that global is not changed."""
 
 HOST_PATTERN = re.compile(r"(\*|(\*\.)?[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of all media, for what a person opens on their own machine; a server sets tighter ones.
+    """Limits of all media. The defaults are for a person's own machine; a server sets tighter ones.
 
     allow_local_files: paths and file:// URLs may be read.
     media_root: only files below this folder may be read, and relative paths begin there.
     allow_remote: http and https URLs may be fetched.
-    remote_hosts: the hosts that URLs, redirects included, may lead to: names, `*.example.com` for all below it, or `*`, with
-        `:port` where it is not that of the scheme; None for all.
+    remote_hosts: the hosts that URLs, redirects included, may lead to: names, `*.example.com` for
+        all below it, or `*`, with `:port` where it is not that of the scheme; None for all.
     allow_private: URLs may lead to addresses that are not public: this machine, the local network.
-    image_bytes: the most bytes of an image, as a file, a download or decoded from base64.
-    video_bytes: the most bytes of a video.
-    image_pixels: the most pixels of an image or a video frame, by its header, before anything is decoded.
-    side_ratio: the most that the longer side may exceed the shorter one.
-    prompt_media: the most images and videos of one prompt.
-    prompt_pixels: the most pixels decoded for one prompt.
-    prompt_frames: the most images and video frames of one prompt.
+    image_bytes: maximum bytes of an image, as a file, a download or decoded from base64.
+    video_bytes: maximum bytes of a video.
+    image_pixels: maximum pixels of an image or a video frame, checked in its header before
+        decoding.
+    side_ratio: maximum ratio of the longer side to the shorter one.
+    prompt_media: maximum number of images and videos of one prompt.
+    prompt_pixels: maximum pixels decoded for one prompt.
+    prompt_frames: maximum number of images and video frames of one prompt.
     video_seconds: the longest video, in seconds.
-    video_frames: the most frames looked at in one video.
-    decoded_frames: the most frames decoded to reach those.
+    video_frames: maximum number of frames sampled from one video.
+    decoded_frames: maximum number of frames decoded to reach those.
     video_work_seconds: wall-clock seconds that reading one video may take.
     download_seconds: wall-clock seconds that one download may take, redirects included.
-    redirects: the most redirects followed for one download.
+    redirects: maximum number of redirects followed for one download.
     """
 
     allow_local_files: bool = True
@@ -72,24 +73,26 @@ class Limits:
         for pattern in self.remote_hosts or ():
             if not HOST_PATTERN.fullmatch(pattern):
                 raise OptionError(
-                    f"{pattern!r} is no host: write images.example.com, *.example.com or *, with :port if need be"
+                    f"{pattern!r} is not a host; write images.example.com, *.example.com or *, "
+                    "with :port if need be"
                 )
-        if self.image_pixels > PILLOW_MOST:
+        if self.image_pixels > PILLOW_MAX_PIXELS:
             raise OptionError(
-                f"image_pixels can be at most {PILLOW_MOST:,}, not {self.image_pixels:,}"
+                f"image_pixels can be at most {PILLOW_MAX_PIXELS:,}, not {self.image_pixels:,}"
             )
 
     def check_size(self, width: int, height: int) -> None:
-        """Raise MediaError for a picture whose header promises more than the limits allow."""
+        """Raise MediaError for an image whose header has more than the limits allow."""
         if width < 1 or height < 1:
-            raise MediaError(f"a picture of {width} x {height} pixels shows nothing")
+            raise MediaError(f"an image of {width} x {height} pixels is empty")
         if width * height > self.image_pixels:
             raise MediaError(
                 f"{width} x {height} pixels are more than the limit of {self.image_pixels:,} pixels"
             )
         if max(width, height) > self.side_ratio * min(width, height):
             raise MediaError(
-                f"{width} x {height} pixels: one side may be at most {self.side_ratio:g} times the other"
+                f"{width} x {height} pixels: one side may be at most {self.side_ratio:g} times "
+                "the other"
             )
 
 
@@ -97,31 +100,33 @@ class PixelBudget:
     """Pixels and frames that one prompt may still decode. Shared by the threads that decode."""
 
     def __init__(self, limits: Limits) -> None:
-        self._most = self._left = limits.prompt_pixels
-        self._most_frames = self._frames = limits.prompt_frames
+        self._max_pixels = self._pixels = limits.prompt_pixels
+        self._max_frames = self._frames = limits.prompt_frames
         self._lock = Lock()
 
     def take(self, size: tuple[int, int]) -> None:
-        """Raise MediaError if a picture of `size` pixels is one too many."""
+        """Raise MediaError if an image of `size` pixels is one too many."""
         with self._lock:
-            self._left -= size[0] * size[1]
+            self._pixels -= size[0] * size[1]
             self._frames -= 1
-            if self._left < 0:
+            if self._pixels < 0:
                 raise MediaError(
-                    f"the prompt's pictures have more than the limit of {self._most:,} pixels in all"
+                    f"the prompt's images have more than the limit of {self._max_pixels:,} pixels "
+                    "in all"
                 )
             if self._frames < 0:
                 raise MediaError(
-                    f"the prompt has more than the limit of {self._most_frames} images and frames; ask for fewer"
+                    f"the prompt has more than the limit of {self._max_frames} images and frames; "
+                    "ask for fewer"
                 )
 
 
 class Deadline:
-    """Wall-clock seconds that a piece of work may take."""
+    """A limit of wall-clock seconds."""
 
-    def __init__(self, seconds: float, what: str) -> None:
+    def __init__(self, seconds: float, task: str) -> None:
         self._end = time.monotonic() + seconds
-        self._message = f"{what} took longer than the limit of {seconds:g} seconds"
+        self._message = f"{task} took longer than the limit of {seconds:g} seconds"
 
     def left(self) -> float:
         """Seconds left; raises MediaError when there are none."""

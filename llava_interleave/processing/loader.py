@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 import stat
@@ -18,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from .. import data_url
 from ..errors import LlavaError, MediaError, MediaRefused
 from .fetch import fetch
 from .images import ORIENTATION, from_array, to_rgb
@@ -340,15 +340,16 @@ def _as_path(source: str | os.PathLike[str]) -> Path | None:
 
 
 def _data_url(url: str, most: int) -> bytes:
-    header, comma, data = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise MediaError("a data URL must be of the form data:image/png;base64,...")
+    try:
+        data = data_url.payload(url)
+    except ValueError as error:
+        raise MediaError(str(error)) from None
     if len(data) * 3 // 4 > most + 3:
         raise MediaError(
             f"about {len(data) * 3 // 4:,} bytes are more than the limit of {most:,} bytes"
         )
     try:
-        decoded = base64.b64decode(data, validate=True)
+        decoded = data_url.decode(url)
     except ValueError as error:
         raise MediaError("the base64 of the data is damaged") from error
     return _at_most(decoded, most)

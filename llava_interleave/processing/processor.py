@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -16,12 +16,15 @@ from ..config import LlavaConfig, read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
 from ..image_layout import ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
-from .chat_template import PRESETS, SYSTEM, MediaPlaceholder, Rendered, Turn, parse, render
+from .chat_template import PRESETS, SYSTEM, MediaPlaceholder, Rendered, parse, render
 from .images import ImageSettings
 from .limits import Limits, PixelBudget
 from .loader import Loader, name_of
 from .tokenizer import IMAGE, Tokenizer
 from .video import UNIFORM, Clip, FrameSampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 THREADS = 8
 T = TypeVar("T")
@@ -30,9 +33,49 @@ DEFAULT = ...
 Messages = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """How messages become a prompt.
+
+    preset: interleave, hf or official (see `chat_template`).
+    system: the system prompt; None for none, `DEFAULT` for the preset's. A system message among
+        the messages takes its place.
+    anyres: cut images (not video frames) into tiles as well, of the original's geometry.
+    pad: make images and frames square with grey bars instead of squashing them.
+    frames: how videos are sampled whose message part does not say it.
+    reduction: how features become fewer tokens.
+    frame_times: follow each video with a sentence that has the times of its frames.
+    add_generation_prompt: end with the start of the answer.
+    max_new_tokens: room in the context that the answer needs.
+    """
+
+    preset: str = "interleave"
+    system: str | EllipsisType | None = DEFAULT
+    anyres: bool = False
+    pad: bool = False
+    frames: FrameSampling = FrameSampling()  # noqa: RUF009  frozen
+    reduction: TokenReduction = TokenReduction()  # noqa: RUF009  frozen
+    frame_times: bool = False
+    add_generation_prompt: bool = True
+    max_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise OptionError(
+                f"unknown preset {self.preset!r}; the presets are {', '.join(PRESETS)}"
+            )
+        if self.anyres and self.pad:
+            raise OptionError(
+                "anyres and pad both keep the proportions of an image; choose one of them"
+            )
+
+
+DEFAULTS = PromptOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class EstimateItem:
-    """A part of a prompt and how many tokens it takes; of a video the seconds of the frames that are looked at."""
+    """A part of a prompt and how many tokens it takes; of a video the seconds of its frames."""
 
     name: str
     tokens: int
@@ -44,8 +87,12 @@ class Estimate:
     """What a prompt will need. `dataclasses.asdict` makes it JSON.
 
     parts: the text, then each image, view and video.
-    total: tokens of the prompt. context: tokens the network can hold. left: what remains for the answer (negative: too long).
-    kv_bytes: keys and values of the prompt. feature_bytes: features of its images. weight_bytes: the network; 0 if not counted.
+    total: tokens of the prompt.
+    context: tokens that the network can hold.
+    left: tokens that remain for the answer (negative: the prompt is too long).
+    kv_bytes: the KV cache of the prompt.
+    feature_bytes: features of its images.
+    weight_bytes: the network; 0 if not counted.
     """
 
     parts: tuple[EstimateItem, ...]
@@ -63,7 +110,7 @@ class Estimate:
             ("context", f"{self.context:,}"),
             ("left for the answer", f"{self.left:,}"),
         ]
-        rows += [("KV memory", _size(self.kv_bytes)), ("image features", _size(self.feature_bytes))]
+        rows += [("KV cache", _size(self.kv_bytes)), ("image features", _size(self.feature_bytes))]
         rows += [("weights", _size(self.weight_bytes))] * bool(self.weight_bytes)
         width, number = (max(len(row[i]) for row in rows) for i in (0, 1))
         return "\n".join(f"{name:<{width}}  {value:>{number}}" for name, value in rows)
@@ -71,7 +118,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _MediaRequest:
-    """One image or video to load, all questions about it answered."""
+    """One image or video to load, with every option about it decided."""
 
     name: str  # "image 1"
     source: object
@@ -82,11 +129,27 @@ class _MediaRequest:
     share: float
 
 
-class Processor:
-    """Everything that turns messages into prompts for one checkpoint. Safe to share between threads.
+@dataclass(frozen=True, slots=True)
+class _LoadedMedia:
+    """One image or video ready for the tower (see `prompt.Media`); `clip` of a video."""
 
-    tokenizer, config, images (what preprocessor_config.json says), loader (with its limits), num_frames: how many frames of a
-    video are looked at where nobody says it (what video_preprocessor_config.json says, else 16).
+    pixels: Tensor
+    layout: ImageTokenLayout
+    key: bytes
+    label: str
+    clip: Clip | None
+
+
+class Processor:
+    """Everything that turns messages into prompts for one checkpoint.
+
+    Safe to share between threads.
+
+    tokenizer, config: of the checkpoint.
+    images: the settings of its preprocessor_config.json.
+    loader: reads media, within its limits.
+    num_frames: frames of a video where neither the options nor the message say it: those of its
+        video_preprocessor_config.json, else 16.
     """
 
     def __init__(
@@ -107,7 +170,8 @@ class Processor:
     def from_folder(
         cls, folder: str | Path, config: LlavaConfig | None = None, limits: Limits | None = None
     ) -> Processor:
-        """Read tokenizer and preprocessing of a checkpoint folder, and its config.json if `config` is not given.
+        """Read tokenizer and preprocessing of a checkpoint folder, and without `config` its
+        config.json.
 
         Raises CheckpointError.
         """
@@ -127,101 +191,88 @@ class Processor:
         self,
         messages: Messages,
         media: Sequence[object] = (),
-        *,
-        preset: str = "interleave",
-        system: str | EllipsisType | None = DEFAULT,
-        anyres: bool = False,
-        pad: bool = False,
-        frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
-        thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
-        frame_times: bool = False,
-        generation: bool = True,
-        max_new_tokens: int = 0,
+        options: PromptOptions = DEFAULTS,
+        **changes: Any,
     ) -> Prompt:
-        """The prompt of a conversation. `media` fill, in order, the image parts without a source and each `<image>` in text.
+        """The prompt of a conversation. Keywords are the fields of `PromptOptions`.
 
-        preset: interleave, hf or official (see `chat`). system: a system prompt, None for none. A
-        system message among `messages` takes its place. anyres: images (not video frames) also as tiles, of the original's
-        geometry. pad: images and frames are made square with grey bars instead of squashed. frames: how videos are sampled
-        that do not say it themselves. thin: how features become fewer tokens. frame_times: after a video stands when its frames
-        are. generation: end with the start of the answer. max_new_tokens: room in the context that the answer needs.
-        Raises PromptError, OptionError, MediaError, MediaRefused, ContextError.
+        media: what the image parts without a source, and each `<image>` in text, stand for, in
+            order. Raises PromptError, OptionError, MediaError, MediaRefused, ContextError.
         """
-        turns = parse(messages, frames)
-        rendering = self._rendering(turns, preset, system, generation)
-        return self._prompt(
-            rendering, media, anyres, pad, frames, frame_times, max_new_tokens, thin=thin
-        )
+        options = replace(options, **changes)
+        return self._prompt(self._renderer(messages, options), media, options)
 
     def raw(
         self,
         text: str,
         media: Sequence[object] = (),
-        *,
-        anyres: bool = False,
-        pad: bool = False,
-        frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
-        max_new_tokens: int = 0,
+        options: PromptOptions = DEFAULTS,
+        **changes: Any,
     ) -> Prompt:
-        """The prompt of a text that is already rendered, taken as it is: control tokens in it count, `<image>` are `media`."""
+        """The prompt of a text that is already rendered: control tokens in it count, `<image>` are
+        `media`.
+        """
+        options = replace(options, **changes)
+        if (options.preset, options.system, options.frame_times) != (
+            DEFAULTS.preset,
+            DEFAULTS.system,
+            DEFAULTS.frame_times,
+        ):
+            raise OptionError(
+                "preset, system and frame_times are for messages, not for a raw prompt"
+            )
         tokens = self.tokenizer.encode(text)
-        slots = [MediaPlaceholder() for token in tokens if token == self.tokenizer.image_id]
-        rendered = Rendered(tokens, [False] * len(tokens), slots)
-        return self._prompt(lambda _: rendered, media, anyres, pad, frames, False, max_new_tokens)
+        placeholders = [MediaPlaceholder() for token in tokens if token == self.tokenizer.image_id]
+        rendered = Rendered(tokens, [False] * len(tokens), placeholders)
+        return self._prompt(lambda _: rendered, media, options)
 
     def example(
         self,
         messages: Messages,
         media: Sequence[object] = (),
-        *,
-        preset: str = "interleave",
-        system: str | EllipsisType | None = DEFAULT,
-        anyres: bool = False,
-        pad: bool = False,
-        frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
-        frame_times: bool = False,
+        options: PromptOptions = DEFAULTS,
+        **changes: Any,
     ) -> Prompt:
-        """A finished conversation to train on: as `prompt`, with its `loss_mask`: True on answers and their ends."""
-        turns = parse(messages, frames)
-        if turns[-1].role != "assistant":
+        """A finished conversation to train on: as `prompt`, with a `loss_mask`.
+
+        The mask is True on answers and on the tokens that end them.
+        """
+        options = replace(options, **changes, add_generation_prompt=False)
+        renderer = self._renderer(messages, options)
+        if (role := messages[-1]["role"]) != "assistant":
             raise PromptError(
-                f"an example ends with an answer, this one with a message of the {turns[-1].role}"
+                f"an example ends with an answer, this one with a message of the {role}"
             )
-        rendering = self._rendering(turns, preset, system, generation=False)
-        return self._prompt(
-            rendering, media, anyres, pad, frames, frame_times, 0, with_loss_mask=True
-        )
+        return self._prompt(renderer, media, options, loss_mask=True)
 
     def estimate(
         self,
         messages: Messages,
         media: Sequence[object] = (),
+        options: PromptOptions = DEFAULTS,
         *,
-        preset: str = "interleave",
-        system: str | EllipsisType | None = DEFAULT,
-        anyres: bool = False,
-        pad: bool = False,
-        frames: FrameSampling = FrameSampling(),  # noqa: B008  frozen
-        thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
-        frame_times: bool = False,
-        generation: bool = True,
         number_bytes: int = 2,
+        **changes: Any,
     ) -> Estimate:
-        """What `prompt` with the same arguments would take, at `number_bytes` a number in KV memory and features.
+        """What `prompt` with the same arguments takes, at `number_bytes` a number in KV cache and
+        features.
 
-        Nothing is decoded: of anyres images the size is read, of videos the time stamps; other images are not even opened.
-        Never raises ContextError: `left` tells.
+        Nothing is decoded: of anyres images the size is read, of videos the time stamps; other
+        images are not even opened. Never raises ContextError: `left` tells.
         """
-        turns = parse(messages, frames)
-        rendering = self._rendering(turns, preset, system, generation)
-        rendered = rendering({})
-        jobs = self._jobs(rendered.slots, media, anyres, pad, frames, thin)
-        sizes = _each(self._measure, jobs)
-        if frame_times:
-            rendered = rendering(_notes(rendered.slots, [clip for _, clip in sizes]))
+        options = replace(options, **changes)
+        renderer = self._renderer(messages, options)
+        rendered = renderer({})
+        requests = self._requests(rendered.placeholders, media, options)
+        sizes = _each(self._measure, requests)
+        if options.frame_times:
+            rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
         lengths = [layout.length for layout, _ in sizes]
-        text = len(rendered.tokens) - len(jobs)
-        parts = [_part(job, layout, clip) for job, (layout, clip) in zip(jobs, sizes, strict=True)]
+        text = len(rendered.tokens) - len(requests)
+        parts = [
+            _item(request, layout, clip)
+            for request, (layout, clip) in zip(requests, sizes, strict=True)
+        ]
         decoder = self.config.text
         total = text + sum(lengths)
         return Estimate(
@@ -233,189 +284,219 @@ class Processor:
             decoder.hidden_size * number_bytes * sum(lengths),
         )
 
-    def _rendering(
-        self, turns: list[Turn], preset: str, system: str | EllipsisType | None, generation: bool
-    ) -> Callable[[Mapping[MediaPlaceholder, str]], Rendered]:
-        if preset not in PRESETS:
+    def _renderer(self, messages: Messages, options: PromptOptions) -> Renderer:
+        """Messages as tokens, as a function of the sentences that follow media."""
+        turns = parse(messages, options.frames)
+        system = options.system
+        if isinstance(system, EllipsisType):
+            system = None if options.preset == "hf" else SYSTEM
+        elif system is not None and any(turn.role == "system" for turn in turns):
             raise OptionError(
-                f"there is no preset {preset!r}; the presets are {', '.join(PRESETS)}"
+                "there is a system prompt and a system message among the messages; give one of them"
             )
-        if isinstance(system, str) and any(turn.role == "system" for turn in turns):
-            raise OptionError(
-                "a system prompt was given beside the system message among the messages; give one of them"
-            )
-        own = None if preset == "hf" else SYSTEM
-        chosen = own if isinstance(system, EllipsisType) else system
-        return lambda notes: render(self.tokenizer, turns, preset, chosen, generation, notes)
+        return lambda notes: render(
+            self.tokenizer, turns, options.preset, system, options.add_generation_prompt, notes
+        )
 
     def _prompt(
         self,
-        rendering: Callable[[Mapping[MediaPlaceholder, str]], Rendered],
+        renderer: Renderer,
         media: Sequence[object],
-        anyres: bool,
-        pad: bool,
-        frames: FrameSampling,
-        frame_times: bool,
-        max_new_tokens: int,
-        with_loss_mask: bool = False,
-        thin: TokenReduction = TokenReduction(),  # noqa: B008  frozen
+        options: PromptOptions,
+        loss_mask: bool = False,
     ) -> Prompt:
-        rendered = rendering({})
-        jobs = self._jobs(rendered.slots, media, anyres, pad, frames, thin)
-        # An image takes at least one crop, a video one frame: far too many are refused before any is opened.
-        least = [self._crop(job) for job in jobs]
-        self._check_context(len(rendered.tokens), jobs, least, max_new_tokens)
-        budget = PixelBudget(self.loader.limits)
-        loaded = _each(lambda job: self._load(job, budget), jobs)
-        if frame_times:
-            rendered = rendering(_notes(rendered.slots, [clip for _, clip in loaded]))
+        rendered = renderer({})
+        requests = self._requests(rendered.placeholders, media, options)
+        reserve = options.max_new_tokens
+        # An image takes at least one crop, a video one frame: too many are refused before any is
+        # opened.
         self._check_context(
-            len(rendered.tokens), jobs, [item.layout for item, _ in loaded], max_new_tokens
+            len(rendered.tokens), requests, [self._crop(request) for request in requests], reserve
         )
-        return self._expand(rendered, [item for item, _ in loaded], with_loss_mask)
+        budget = PixelBudget(self.loader.limits)
+        loaded = _each(lambda request: self._load(request, budget), requests)
+        if options.frame_times:
+            rendered = renderer(_notes(rendered.placeholders, [item.clip for item in loaded]))
+        self._check_context(
+            len(rendered.tokens), requests, [item.layout for item in loaded], reserve
+        )
+        return self._expand(rendered, requests, loaded, loss_mask)
 
-    def _expand(self, rendered: Rendered, loaded: list[Media], with_loss_mask: bool) -> Prompt:
-        """Each placeholder becomes as many as its media's layout says."""
+    def _expand(
+        self,
+        rendered: Rendered,
+        requests: list[_MediaRequest],
+        loaded: list[_LoadedMedia],
+        loss_mask: bool,
+    ) -> Prompt:
+        """Each placeholder becomes as many as the layout of its media has tokens."""
         tokens: list[int] = []
-        loss_mask: list[bool] = []
-        placed: list[Media] = []
+        mask: list[bool] = []
+        media: list[Media] = []
         begin = 0
-        for item in loaded:
+        for request, item in zip(requests, loaded, strict=True):
             at = rendered.tokens.index(self.tokenizer.image_id, begin)
             tokens += rendered.tokens[begin:at]
-            loss_mask += rendered.loss_mask[begin:at] + [False] * item.layout.length
-            placed.append(replace(item, start=len(tokens)))
+            mask += rendered.loss_mask[begin:at] + [False] * item.layout.length
+            media.append(
+                Media(item.pixels, item.layout, item.key, len(tokens), request.name, item.label)
+            )
             tokens += [self.tokenizer.image_id] * item.layout.length
             begin = at + 1
         tokens += rendered.tokens[begin:]
-        loss_mask += rendered.loss_mask[begin:]
-        assert self.tokenizer.image_id not in rendered.tokens[begin:] and len(tokens) == len(
-            loss_mask
-        )
-        return Prompt(tokens, tuple(placed), loss_mask if with_loss_mask else None)
+        mask += rendered.loss_mask[begin:]
+        assert self.tokenizer.image_id not in rendered.tokens[begin:] and len(tokens) == len(mask)
+        return Prompt(tokens, tuple(media), mask if loss_mask else None)
 
-    def _jobs(
+    def _requests(
         self,
-        slots: list[MediaPlaceholder],
+        placeholders: list[MediaPlaceholder],
         media: Sequence[object],
-        anyres: bool,
-        pad: bool,
-        frames: FrameSampling,
-        thin: TokenReduction,
+        options: PromptOptions,
     ) -> list[_MediaRequest]:
-        """Give each slot its source. Raises PromptError where the counts differ."""
-        if anyres and pad:
-            raise OptionError(
-                "anyres and pad are two ways to keep the proportions of an image; give one of them"
-            )
-        grid = self.config.vision.grid
-        for name, side, share in (
-            ("image", thin.image_token_pool, thin.image_token_ratio),
-            ("video", thin.video_token_pool, thin.video_token_ratio),
-        ):
-            if type(side) is not int or not 1 <= side <= grid:
-                raise OptionError(
-                    f"{name}_token_pool must be a whole number from 1 to {grid}, the features on a side, not {side!r}"
-                )
-            if type(share) not in (int, float) or not 0 < share <= 1:
-                raise OptionError(
-                    f"{name}_token_ratio is a share of the tokens, above 0 and at most 1, not {share!r}"
-                )
+        """Give each placeholder its source. Raises PromptError where the counts differ."""
+        reduction = options.reduction
+        self._check_reduction(reduction)
         if isinstance(media, str | bytes | os.PathLike) or not isinstance(media, Sequence):
             raise PromptError(
                 f"media must be a list of images and videos, not {type(media).__name__}"
             )
-        open_slots = sum(slot.source is None for slot in slots)
-        if open_slots != len(media):
+        without_source = sum(placeholder.source is None for placeholder in placeholders)
+        if without_source != len(media):
             raise PromptError(
-                f"the prompt has {open_slots} `{IMAGE}` but {len(media)} image{'s' * (len(media) != 1)} "
-                f"{'were' if len(media) != 1 else 'was'} given"
+                f"the prompt has {without_source} `{IMAGE}` but {len(media)} "
+                f"image{'s were' if len(media) != 1 else ' was'} given"
             )
         limits = self.loader.limits
-        if len(slots) > limits.prompt_media:
+        if len(placeholders) > limits.prompt_media:
             raise PromptError(
-                f"{len(slots)} images and videos are more than the limit of {limits.prompt_media} in a prompt"
+                f"{len(placeholders)} images and videos are more than the limit of "
+                f"{limits.prompt_media} in a prompt"
             )
         rest = iter(media)
-        jobs = []
-        for number, slot in enumerate(slots, 1):
-            source = next(rest) if slot.source is None else slot.source
-            video = slot.kind == "video" or (slot.kind is None and self.loader.is_video(source))
-            name = f"view {slot.name}" if slot.name else f"{'video' if video else 'image'} {number}"
-            tiles = anyres if slot.anyres is None else slot.anyres
-            sampling = (slot.sampling or frames) if video else None
+        requests = []
+        for number, place in enumerate(placeholders, 1):
+            source = next(rest) if place.source is None else place.source
+            video = place.kind == "video" or (place.kind is None and self.loader.is_video(source))
+            name = (
+                f"view {place.name}" if place.name else f"{'video' if video else 'image'} {number}"
+            )
+            sampling = (place.sampling or options.frames) if video else None
             if sampling and (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
                 sampling = replace(sampling, frames=self.num_frames)
             pool, share = (
-                (thin.video_token_pool, thin.video_token_ratio)
+                (reduction.video_token_pool, reduction.video_token_ratio)
                 if video
-                else (thin.image_token_pool, thin.image_token_ratio)
+                else (reduction.image_token_pool, reduction.image_token_ratio)
             )
-            jobs.append(
-                _MediaRequest(name, source, sampling, tiles and not video, pad, pool, share)
+            requests.append(
+                _MediaRequest(
+                    name=name,
+                    source=source,
+                    sampling=sampling,
+                    anyres=not video and (options.anyres if place.anyres is None else place.anyres),
+                    pad=options.pad,
+                    pool=pool,
+                    share=share,
+                )
             )
-        return jobs
+        return requests
 
-    def _crop(self, job: _MediaRequest) -> ImageTokenLayout:
+    def _check_reduction(self, reduction: TokenReduction) -> None:
+        grid = self.config.vision.grid
+        for name, side, share in (
+            ("image", reduction.image_token_pool, reduction.image_token_ratio),
+            ("video", reduction.video_token_pool, reduction.video_token_ratio),
+        ):
+            if type(side) is not int or not 1 <= side <= grid:
+                raise OptionError(
+                    f"{name}_token_pool must be a whole number from 1 to {grid}, the features on a "
+                    f"side, not {side!r}"
+                )
+            if type(share) not in (int, float) or not 0 < share <= 1:
+                raise OptionError(
+                    f"{name}_token_ratio is a share of the tokens, above 0 and at most 1, "
+                    f"not {share!r}"
+                )
+
+    def _crop(self, request: _MediaRequest) -> ImageTokenLayout:
         """The layout of one crop."""
-        return ImageTokenLayout(self.config.vision.grid, pool=job.pool, share=float(job.share))
-
-    def _tiles(self, job: _MediaRequest, width: int, height: int) -> ImageTokenLayout:
-        """The layout of an image of this size cut into tiles."""
-        one = self._crop(job)
-        return replace(
-            anyres(width, height, self.config.vision.image_size, one.grid, one.pool),
-            share=one.share,
+        return ImageTokenLayout(
+            self.config.vision.grid, pool=request.pool, share=float(request.share)
         )
 
-    def _measure(self, job: _MediaRequest) -> tuple[ImageTokenLayout, Clip | None]:
-        """Layout, and the times of a video, without decoding."""
-        if job.sampling is not None:
-            clip = self.loader.video_times(job.source, job.sampling)
-            return replace(self._crop(job), crops=len(clip.times)), clip
-        return self._tiles(job, *self.loader.image_size(job.source)) if job.anyres else self._crop(
-            job
-        ), None
+    def _tiles(self, request: _MediaRequest, width: int, height: int) -> ImageTokenLayout:
+        """The layout of an image of this size cut into tiles."""
+        crop = self._crop(request)
+        return replace(
+            anyres(width, height, self.config.vision.image_size, crop.grid, crop.pool),
+            share=crop.share,
+        )
 
-    def _load(self, job: _MediaRequest, budget: PixelBudget) -> tuple[Media, Clip | None]:
-        """An image or video ready for the tower; its place in the prompt is not known yet."""
+    def _measure(self, request: _MediaRequest) -> tuple[ImageTokenLayout, Clip | None]:
+        """The layout, and of a video its times, without decoding."""
+        if request.sampling is not None:
+            clip = self.loader.video_times(request.source, request.sampling)
+            return replace(self._crop(request), crops=len(clip.times)), clip
+        if request.anyres:
+            return self._tiles(request, *self.loader.image_size(request.source)), None
+        return self._crop(request), None
+
+    def _load(self, request: _MediaRequest, budget: PixelBudget) -> _LoadedMedia:
         clip = None
-        if job.sampling is not None:
+        if request.sampling is not None:
             clip = self.loader.video(
-                job.source, job.sampling, budget, lambda frame: self.images.fit(frame, job.pad)
+                request.source,
+                request.sampling,
+                budget,
+                lambda frame: self.images.fit(frame, request.pad),
             )
-            layout, crops = replace(self._crop(job), crops=len(clip.frames)), clip.frames
+            layout, crops = replace(self._crop(request), crops=len(clip.frames)), clip.frames
         else:
-            image = self.loader.image(job.source, budget)
-            if job.anyres:
-                layout, crops = self._tiles(job, *image.size), self.images.tile(image)
+            image = self.loader.image(request.source, budget)
+            if request.anyres:
+                layout, crops = self._tiles(request, *image.size), self.images.anyres_tiles(image)
             else:
-                layout, crops = self._crop(job), [self.images.fit(image, job.pad)]
+                layout, crops = self._crop(request), [self.images.fit(image, request.pad)]
         pixels, key = self.images.pixels(crops, layout)
-        label = _part(job, layout, clip).name
-        return Media(pixels, layout, key, 0, job.name, label), clip
+        label = _item(request, layout, clip).name
+        return _LoadedMedia(pixels, layout, key, label, clip)
 
     def _check_context(
-        self, text: int, jobs: list[_MediaRequest], layouts: list[ImageTokenLayout], reserve: int
+        self,
+        text: int,
+        requests: list[_MediaRequest],
+        layouts: list[ImageTokenLayout],
+        reserve: int,
     ) -> None:
+        """Raise ContextError, with a way out, where prompt and answer have no room.
+
+        text: tokens of the rendered text, one placeholder for each of the requests.
+        reserve: tokens of the answer.
+        """
         context = self.config.text.context
         lengths = [layout.length for layout in layouts]
-        text -= len(jobs)
+        text -= len(requests)
         total = text + sum(lengths)
         if total + reserve <= context:
             return
-        ones = [self._crop(job).length for job in jobs]  # what a frame or a whole picture takes
-        videos = sum(length for job, length in zip(jobs, lengths, strict=True) if job.sampling)
-        frames = [one for job, one in zip(jobs, ones, strict=True) if job.sampling]
-        clips = len(frames)
-        fit = (context - reserve - (total - videos)) // sum(frames) if clips else 0
-        pictures = (context - reserve - text) // max(ones, default=1)
-        if clips and fit > 0:
-            way = f"at most {fit} frame{'s' * (fit != 1)} {'of each video ' * (clips > 1)}fit beside the rest; ask for fewer frames"
-        elif any(layout.tiles for layout in layouts) and text + sum(ones) + reserve <= context:
-            way = f"without anyres it would be {text + sum(ones):,} tokens"
-        elif jobs and pictures > 0:
-            way = f"at most {pictures} image{'s' * (pictures != 1)} of {max(ones)} tokens fit beside the text"
+        crops = [self._crop(request).length for request in requests]
+        videos = sum(n for request, n in zip(requests, lengths, strict=True) if request.sampling)
+        frames = [n for request, n in zip(requests, crops, strict=True) if request.sampling]
+        fit = (context - reserve - (total - videos)) // sum(frames) if frames else 0
+        images = (context - reserve - text) // max(crops, default=1)
+        if frames and fit > 0:
+            way = (
+                f"at most {fit} frame{'s' * (fit != 1)} {'of each video ' * (len(frames) > 1)}fit "
+                "beside the rest; ask for fewer frames"
+            )
+        elif any(layout.tiles for layout in layouts) and text + sum(crops) + reserve <= context:
+            way = f"without anyres it would be {text + sum(crops):,} tokens"
+        elif requests and images > 0:
+            way = (
+                f"at most {images} image{'s' * (images != 1)} of {max(crops)} tokens fit "
+                "beside the text"
+            )
         else:
             way = "shorten the text" + " or ask for fewer new tokens" * (reserve > 0)
         raise ContextError(
@@ -425,34 +506,47 @@ class Processor:
         )
 
 
-def _each(work: Callable[[_MediaRequest], T], jobs: list[_MediaRequest]) -> list[T]:
-    """Work on all jobs, in threads if several have to be read. PIL images stay in this thread: they load lazily, not safely."""
-    if sum(not isinstance(job.source, Image.Image) for job in jobs) < 2:
-        return [work(job) for job in jobs]
-    with ThreadPoolExecutor(min(THREADS, len(jobs))) as pool:
+Renderer = Callable[[Mapping[MediaPlaceholder, str]], Rendered]
+
+
+def _each(work: Callable[[_MediaRequest], T], requests: list[_MediaRequest]) -> list[T]:
+    """The results of `work`, by threads where several sources have to be read.
+
+    PIL images stay in this thread: they load lazily, which is not thread-safe.
+    """
+    if sum(not isinstance(request.source, Image.Image) for request in requests) < 2:
+        return [work(request) for request in requests]
+    with ThreadPoolExecutor(min(THREADS, len(requests))) as pool:
         try:
             later = {
-                i: pool.submit(work, job)
-                for i, job in enumerate(jobs)
-                if not isinstance(job.source, Image.Image)
+                i: pool.submit(work, request)
+                for i, request in enumerate(requests)
+                if not isinstance(request.source, Image.Image)
             }
-            return [later[i].result() if i in later else work(job) for i, job in enumerate(jobs)]
+            return [
+                later[i].result() if i in later else work(request)
+                for i, request in enumerate(requests)
+            ]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _part(job: _MediaRequest, layout: ImageTokenLayout, clip: Clip | None) -> EstimateItem:
-    name = f"{job.name}: {name_of(job.source)}"
+def _item(request: _MediaRequest, layout: ImageTokenLayout, clip: Clip | None) -> EstimateItem:
+    name = f"{request.name}: {name_of(request.source)}"
     if clip is None:
         return EstimateItem(name, layout.length)
-    return EstimateItem(f"{name} ({len(clip.times)} frames)", layout.length, tuple(clip.times))
+    times = tuple(clip.times)
+    return EstimateItem(f"{name} ({len(times)} frames)", layout.length, times)
 
 
 def _notes(
-    slots: list[MediaPlaceholder], clips: Sequence[Clip | None]
+    placeholders: list[MediaPlaceholder], clips: Sequence[Clip | None]
 ) -> dict[MediaPlaceholder, str]:
+    """The sentence that follows each video."""
     return {
-        slot: clip.sentence() for slot, clip in zip(slots, clips, strict=True) if clip is not None
+        place: clip.sentence()
+        for place, clip in zip(placeholders, clips, strict=True)
+        if clip is not None
     }
 
 

@@ -17,15 +17,18 @@ from ..errors import CheckpointError, PromptError
 
 IMAGE = "<image>"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Qwen2 cuts text into words before BPE (its tokenizer.json)."""
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The split of text into words before BPE, from Qwen2's tokenizer.json."""
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Safe to share between threads: nothing in it changes after it was made.
+    """A checkpoint's tokenizer. Immutable, so safe to share between threads.
 
-    The `tokenizers` library is told to treat control tokens as ordinary text, always; where they are wanted, the text is
-    cut at them here. So text from outside cannot end a turn by spelling `<|im_end|>`.
+    The `tokenizers` library treats control tokens as ordinary text, always; `encode` cuts the text
+    at them where they count. So text from outside cannot end a turn by spelling `<|im_end|>`.
     """
 
     def __init__(self, backend: Backend, image_id: int | None = None) -> None:
@@ -55,13 +58,14 @@ class Tokenizer:
         self.size: int = 1 + max(
             backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id})
         )
-        """Ids from here on have no meaning and must not be sampled (the placeholder, if it is last, counts among them)."""
+        """Ids from here on have no meaning and must not be sampled; a last `<image>` is one."""
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_id: int | None = None) -> Tokenizer:
-        """Read tokenizer.json, or vocab.json with merges.txt. `image_id` is config.json's, checked against the tokenizer's.
+        """Read tokenizer.json, or vocab.json with merges.txt, and check config.json's `image_id`.
 
-        Original checkpoints have no `<image>` token: it gets the next free id. Raises CheckpointError.
+        Original checkpoints have no `<image>` token: it gets the next free id. Raises
+        CheckpointError.
         """
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json", optional=True)
@@ -96,18 +100,19 @@ class Tokenizer:
             if backend.token_to_id(content) is None:
                 added = AddedToken(content, special=special, normalized=False)
                 backend.add_special_tokens([added]) if special else backend.add_tokens([added])
-            if (found := backend.token_to_id(content)) != int(number):
+            if (actual := backend.token_to_id(content)) != int(number):
                 raise CheckpointError(
-                    f"{content} is token {number} in tokenizer_config.json but {found} in the tokenizer"
+                    f"{content} is token {number} in tokenizer_config.json but {actual} in the "
+                    "tokenizer"
                 )
         return cls(backend, image_id)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`. With `special`, control tokens spelled in it become control tokens; without, plain text."""
+        """Token ids of `text`; with `special`, control tokens in it become control tokens."""
         return self.encode_with_starts(text)[0] if special else list(self._encode(text).ids)
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of `text`, control tokens recognised, and for each the index of the character it starts at."""
+        """Token ids of `text`, control tokens included, and the character index of each."""
         ids: list[int] = []
         starts: list[int] = []
         at = 0
@@ -137,7 +142,7 @@ class Tokenizer:
         )
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
-        """The bytes that one token stands for: b"" for control tokens under `skip_special` and for ids without a meaning."""
+        """The bytes of one token; b"" for ids without a meaning, and control tokens if skipped."""
         if skip_special and token in self._special_ids:
             return b""
         text = self._backend.id_to_token(token) or ""
@@ -148,7 +153,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Token ids in, text out as it grows: never half a character, and the pieces together are `decode` of all ids."""
+    """Incremental detokenization without half characters; its pieces join to `decode` of all."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -160,7 +165,7 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.token_bytes(token, self._skip))
 
     def finish(self) -> str:
-        """What is left: U+FFFD if the ids ended within a character."""
+        """The rest of the text: U+FFFD if the ids ended within a character."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -198,7 +203,7 @@ def _alphabet() -> Iterator[str]:
 
 
 def qwen2_tokenizer(model: Model) -> Backend:
-    """`model` between Qwen2's normaliser, pre-tokenizer and decoder."""
+    """`model` between Qwen2's normalizer, pre-tokenizer and decoder."""
     backend = Backend(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,1 +1,4 @@
-"""The OpenAI-compatible server: one thread computes, requests come and go around it. Needs the extra `serve`."""
+"""The OpenAI-compatible server: one thread computes, requests come and go around it.
+
+Needs the extra `serve`.
+"""

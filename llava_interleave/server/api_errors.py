@@ -1,26 +1,26 @@
-"""What a client is told when it gets no answer: our own words for its mistakes, an id and nothing else for ours."""
+"""Exceptions as OpenAI-style errors: full messages for client errors (4xx), opaque ids for 5xx."""
 
 from __future__ import annotations
 
 import logging
 import re
 import secrets
-from typing import Any
+from typing import Literal
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from ..errors import ContextError, LlavaError
 
 log = logging.getLogger("llava_interleave.server")
-LONGEST = 1000
-"""Characters of a message: it may repeat what the client sent."""
-UNKNOWN = "this server has no such field"
+MAX_MESSAGE = 1000
+"""Characters of a message, which may repeat input."""
 
 
 class ApiError(Exception):
-    """A request that is not worked on, with its HTTP status; `retry`: seconds after which it may be tried again."""
+    """An error response with its HTTP status. retry: seconds for the Retry-After header."""
 
     def __init__(
         self,
@@ -36,31 +36,47 @@ class ApiError(Exception):
 
 
 class ClientDisconnected(Exception):
-    """The client has left, or takes nothing more."""
+    """The client has disconnected, or no longer reads the response."""
+
+
+class ErrorBody(BaseModel):
+    """An error; param names the field it is about."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every 4XX and 5XX response."""
+
+    error: ErrorBody
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """The refusal for any exception, of which nothing is kept; what is no mistake of the client goes to the log under an id."""
-    refusal = _refusal(error)
-    forget(error)
+    """The error response of any exception. An unexpected one is logged under an id."""
+    api_error = _to_api_error(error)
+    clear_traceback(error)
     if isinstance(error, RequestValidationError):
-        for found in error.errors():
-            if isinstance(cause := found.get("ctx", {}).get("error"), Exception):
-                forget(cause)
-    return refusal
+        for detail in error.errors():
+            if isinstance(cause := detail.get("ctx", {}).get("error"), Exception):
+                clear_traceback(cause)
+    return api_error
 
 
-def forget(error: BaseException | None) -> None:
-    """Take its traceback from an exception that nobody reads any more, and from those behind it.
+def clear_traceback(error: BaseException | None) -> None:
+    """Drop the tracebacks of an exception and its causes.
 
-    Its frames hold the request, and some of them the exception: megabytes would stay until the next full garbage collection.
+    Their frames refer to the request and to the exception: a cycle of megabytes until the next full
+    collection.
     """
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 
-def _refusal(error: Exception) -> ApiError:
+def _to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
@@ -71,38 +87,36 @@ def _refusal(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = ".".join(str(step) for step in first["loc"][1:])
-        said = (
-            UNKNOWN
-            if first["type"] == "extra_forbidden"
-            else first["msg"].removeprefix("Value error, ")
-        )
-        return ApiError(
-            400, "invalid_value", f"{field}: {said}" if field else said, param=field or None
-        )
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "this server does not have this field"
+        message = f"{field}: {message}" if field else message
+        return ApiError(400, "invalid_value", message, param=field or None)
     if isinstance(error, HTTPException):
-        code = {404: "not_found", 405: "method_not_allowed"}.get(
-            error.status_code, "invalid_request"
-        )
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code, "invalid_request")
         return ApiError(error.status_code, code, str(error.detail))
-    number = secrets.token_hex(6)
-    log.error("error %s", number, exc_info=error)
-    return ApiError(
-        500, "internal_error", f"the server made a mistake; its log has it as error {number}"
+    error_id = secrets.token_hex(6)
+    log.error("error %s", error_id, exc_info=error)
+    return ApiError(500, "internal_error", f"internal error {error_id}; see the server log")
+
+
+def error_body(error: ApiError) -> ErrorResponse:
+    """An error in OpenAI's form."""
+    return ErrorResponse(
+        error=ErrorBody(
+            message=str(error).encode("utf-8", "replace").decode()[:MAX_MESSAGE],
+            type="server_error" if error.status >= 500 else "invalid_request_error",
+            param=error.param,
+            code=error.code,
+        )
     )
 
 
-def body(refusal: ApiError) -> dict[str, Any]:
-    """A refusal in OpenAI's form."""
-    kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
-    message = str(refusal).encode("utf-8", "replace").decode()[:LONGEST]
-    return {
-        "error": {"message": message, "type": kind, "param": refusal.param, "code": refusal.code}
-    }
-
-
-def response(refusal: ApiError) -> JSONResponse:
-    """A refusal as the whole answer to a request."""
-    headers = {} if refusal.retry is None else {"Retry-After": str(refusal.retry)}
-    if refusal.status == 401:
+def error_response(error: ApiError) -> Response:
+    """An error as the whole response."""
+    headers = {} if error.retry is None else {"Retry-After": str(error.retry)}
+    if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body(refusal), refusal.status, headers)
+    content = error_body(error).model_dump_json()
+    return Response(content, error.status, headers, "application/json")

@@ -1,43 +1,36 @@
-"""The routes. Each is a few lines over `Service`; the guard stands before all of them."""
+"""The routes. Each is a few lines over `Service`; the middleware comes before all of them."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import (
-    FileResponse,
-    HTMLResponse,
-    JSONResponse,
-    PlainTextResponse,
-    Response,
-)
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from .. import __version__
 from ..chat import Chatbot
 from ..processing import Estimate
-from . import docs_page, responses
-from .api_errors import response, to_api_error
-from .chat_completions import respond, respond_explained
+from . import openai_types as openai
+from .api_errors import error_response, to_api_error
+from .chat_completions import respond, respond_attribution
 from .metrics import PROMETHEUS, Metrics
-from .middleware import DOCS, PAGE, ApiKeys, GuardMiddleware
-from .requests import ChatRequest, ExplainRequest, PromptRequest, adapter_of
+from .middleware import WEB_FILES, ApiKeys, GuardMiddleware
 from .service import Service
 from .settings import Settings
 from .uploads import Files
 
 T = TypeVar("T")
-STATIC = Path(__file__).parent / "web"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src blob:; "
-    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+WEB = Path(__file__).parent / "web"
+WEB_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; media-src blob:; img-src 'self' blob: data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -45,28 +38,29 @@ PAGE_HEADERS = {
 
 
 class Shared(Protocol):
-    """What the routes of refusals and of files share."""
+    """State of the routes that a gateway of replicas has, too."""
 
     files: Files
     metrics: Metrics
 
-    async def aside(self, work: Callable[[], T]) -> T: ...
+    async def run_in_pool(self, function: Callable[[], T]) -> T: ...
 
 
 def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
-    """The server as an ASGI application. `bot` belongs to it from here on, and reads what `settings.limits` allow.
+    """The server as an ASGI application. It owns `bot`, and sets its limits to `settings.limits`.
 
-    Its threads start and end with the application's lifespan; `app.state.service` is what the routes share.
+    Its threads live as long as the application's lifespan. `app.state.service` is the state of its
+    routes.
     """
     service = Service(bot, settings)
     keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
-    app = application(service)
+    app = create_routes(service)
     app.add_middleware(GuardMiddleware, settings=settings, keys=keys, metrics=service.metrics)
     return app
 
 
-def application(service: Service) -> FastAPI:
-    """The routes, with nothing before them: a guard has to be added."""
+def create_routes(service: Service) -> FastAPI:
+    """The routes without authentication and limits: a middleware has to be added."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -76,146 +70,140 @@ def application(service: Service) -> FastAPI:
         finally:
             service.close()
 
-    # The usual pages of documentation load scripts from a foreign host: /docs is our own.
+    # FastAPI's /docs loads scripts from a foreign host, into the origin where the web UI has its
+    # API key.
     app = FastAPI(
         title="LLaVA-Interleave",
         version=__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=responses.REFUSED,
+        responses=openai.ERROR_RESPONSES,
     )
     app.state.service = service
-    for routes in (refusal_routes, _pages, _state, _models, _answers, file_routes):
-        routes(app, service)
+    add_error_handlers(app, service)
+    for path, name in WEB_FILES.items():
+        app.add_api_route(path, _web_file(name), include_in_schema=False)
+    _add_state_routes(app, service)
+    _add_model_routes(app, service)
+    _add_message_routes(app, service)
+    add_file_routes(app, service)
     return app
 
 
-def refusal_routes(app: FastAPI, service: Shared) -> None:
-    """What FastAPI itself refuses, in our form."""
+def add_error_handlers(app: FastAPI, service: Shared) -> None:
+    """FastAPI's own errors in our form."""
 
     @app.exception_handler(HTTPException)
     @app.exception_handler(RequestValidationError)
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        told = response(service.metrics.refused(to_api_error(error)))
-        if told.status_code == 405:
-            there = [
-                route
+    async def handle(request: Request, error: Exception) -> Response:
+        response = error_response(service.metrics.count_error(to_api_error(error)))
+        if response.status_code == 405:
+            methods = {
+                method
                 for route in app.routes
                 if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
-            ]
-            told.headers["Allow"] = ", ".join(
-                sorted({method for route in there for method in route.methods or ()})
-            )
-        return told
+                for method in route.methods or ()
+            }
+            response.headers["Allow"] = ", ".join(sorted(methods))
+        return response
 
 
-def _pages(app: FastAPI, _: Service) -> None:
-    for path, name in PAGE.items():
-        app.add_api_route(path, _page(name), include_in_schema=False)
+def _web_file(name: str) -> Callable[[], Awaitable[Response]]:
+    async def web_file() -> Response:
+        return FileResponse(WEB / name, headers=WEB_HEADERS)
 
-    written = functools.cache(lambda: docs_page.reference(app.openapi()))
-
-    @app.get(DOCS, include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(written(), headers=PAGE_HEADERS | docs_page.HEADERS)
+    return web_file
 
 
-def _state(app: FastAPI, service: Service) -> None:
-    @app.get("/health", response_model=responses.State)
-    async def health() -> JSONResponse:
-        """Whether the process is worth keeping: 503 once the engine has given up."""
-        failed = service.worker.failed
-        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
+def _add_state_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health(response: Response) -> openai.Status:
+        """Liveness: 503 once the engine has failed for good."""
+        if service.worker.failed:
+            response.status_code = 503
+            return openai.Status(status="failed")
+        return openai.Status(status="ok")
 
-    @app.get("/ready", response_model=responses.State)
-    async def ready() -> dict[str, str]:
-        """Whether another request would be taken now: 503 while the queue is full, and during a shutdown."""
-        if service.trouble:
-            raise service.trouble
-        return {"status": "ready"}
+    @app.get("/ready")
+    async def ready() -> openai.Status:
+        """Readiness: 503 while a further request would be refused."""
+        if error := service.unavailable():
+            raise error
+        return openai.Status(status="ready")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Counters for Prometheus."""
+        """Prometheus metrics."""
         return Response(service.metrics.text(), media_type=PROMETHEUS)
 
 
-def _models(app: FastAPI, service: Service) -> None:
+def _add_model_routes(app: FastAPI, service: Service) -> None:
     bot = service.bot
 
-    def model(adapter: str | None) -> dict[str, Any]:
-        return {
-            "id": adapter or service.name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "llava-interleave",
-            "parent": adapter and service.name,
-            "context_length": bot.model.config.text.context,
-            "tokens_per_image": bot.model.config.vision.grid**2,
-            "video_frames": bot.processor.num_frames,
-        }
+    def info(adapter: str | None) -> openai.ModelInfo:
+        return openai.ModelInfo(
+            id=adapter or service.name,
+            created=service.created,
+            parent=service.name if adapter else None,
+            context_length=bot.model.config.text.context,
+            tokens_per_image=bot.model.config.vision.grid**2,
+            video_frames=bot.processor.num_frames,
+        )
 
-    @app.get("/v1/models", response_model=responses.Models)
-    async def models() -> dict[str, Any]:
-        """The model that is served and its adapters, with the context and what an image takes of it."""
-        return {"object": "list", "data": [model(adapter) for adapter in (None, *bot.adapters)]}
+    @app.get("/v1/models")
+    async def models() -> openai.ModelList:
+        """The model and its adapters, with the context length and the tokens of an image."""
+        return openai.ModelList(data=[info(adapter) for adapter in (None, *bot.adapters)])
 
-    @app.get("/v1/models/{name:path}", response_model=responses.ModelInfo)
-    async def one_model(name: str) -> dict[str, Any]:
-        """The model or an adapter by its name."""
-        return model(adapter_of(name, service.name, bot.adapters))
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> openai.ModelInfo:
+        """The model or an adapter by name."""
+        return info(openai.adapter_name(name, service.name, bot.adapters))
 
 
-def _answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=responses.ANSWERS)
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        """Answer messages with images, videos and views; with `stream` a piece at a time."""
-        return respond(service, asked, request.state.key)
+def _add_message_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", responses=openai.CHAT_RESPONSES)
+    async def chat(body: openai.ChatRequest, request: Request) -> Response:
+        """Answer messages with images, videos and views; with `stream` as server-sent events."""
+        return respond(service, body, request.state.key)
 
     @app.post("/v1/messages/count")
-    async def count(asked: PromptRequest, request: Request) -> Estimate:
-        """Tokens of each part, the context that is left and the memory needed, before anything is computed."""
-        return await service.count(asked, request.state.key)
+    async def count(body: openai.PromptRequest, request: Request) -> Estimate:
+        """Tokens of each part, context left and memory needed, without generating."""
+        return await service.count(body, request.state.key)
 
-    @app.post("/v1/messages/explain", responses={200: {"model": responses.Explanation}})
-    async def explain_answer(asked: ExplainRequest, request: Request) -> Response:
-        """Which image an answer leaned on: shares, what its absence changes, maps of what was attended to."""
-        return respond_explained(service, asked, request.state.key)
+    @app.post("/v1/messages/attribution", responses={200: {"model": openai.AttributionResponse}})
+    async def attribution(body: openai.AttributionRequest, request: Request) -> Response:
+        """Which image an answer used: shares, leave-one-out changes, attention maps."""
+        return respond_attribution(service, body, request.state.key)
 
 
-def file_routes(app: FastAPI, service: Shared) -> None:
+def add_file_routes(app: FastAPI, service: Shared) -> None:
     """Uploads."""
 
-    @app.post("/v1/files", response_model=responses.File)
+    @app.post("/v1/files")
     async def upload(
         file: UploadFile, purpose: Annotated[str, Form()], request: Request
-    ) -> dict[str, Any]:
-        """Keep an image or a video for several questions, which name it by its id."""
+    ) -> openai.File:
+        """Upload an image or a video; requests refer to it by its id."""
         data, key = await file.read(), request.state.key
-        return await service.aside(
+        return await service.run_in_pool(
             lambda: service.files.put(key, data, file.filename or "", purpose)
         )
 
-    @app.get("/v1/files", response_model=responses.Files)
-    async def files(request: Request) -> dict[str, Any]:
-        """The files of this API key."""
-        return {"object": "list", "data": service.files.list(request.state.key), "has_more": False}
+    @app.get("/v1/files")
+    async def files(request: Request) -> openai.FileList:
+        """The uploads of this API key."""
+        return openai.FileList(data=service.files.list(request.state.key))
 
-    @app.get("/v1/files/{name}", response_model=responses.File)
-    async def one_file(name: str, request: Request) -> dict[str, Any]:
-        """What is known of a file."""
-        return service.files.get(request.state.key, name).told(name)
+    @app.get("/v1/files/{name}")
+    async def one_file(name: str, request: Request) -> openai.File:
+        """An upload by its id."""
+        return service.files.get(request.state.key, name).info(name)
 
-    @app.delete("/v1/files/{name}", response_model=responses.Deleted)
-    async def delete(name: str, request: Request) -> dict[str, Any]:
-        """Forget a file."""
+    @app.delete("/v1/files/{name}")
+    async def delete(name: str, request: Request) -> openai.FileDeleted:
+        """Delete an upload."""
         service.files.delete(request.state.key, name)
-        return {"id": name, "object": "file", "deleted": True}
-
-
-def _page(name: str) -> Callable[[], Awaitable[Response]]:
-    async def page() -> Response:
-        return FileResponse(STATIC / name, headers=PAGE_HEADERS)
-
-    return page
+        return openai.FileDeleted(id=name)

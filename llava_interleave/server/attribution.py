@@ -1,9 +1,9 @@
-"""Which image an answer leaned on, as `Chatbot.explain` finds it, for prompts that have been made and clients that may leave."""
+"""Which image an answer used: attribution with a token budget, cancelled when the client leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -11,81 +11,90 @@ from ..attribution.attribution import AttributionRun, attribute, check, resolve_
 from ..chat import Chatbot, ImageAttribution
 from ..errors import OptionError, PromptError
 from ..prompt import Prompt
+from .openai_types import AttributionMode, AttributionResponse, ImageAttributionInfo
 
-How = Literal[True, "attention"]
-"""All of it, or the cheap variant, which takes no image out."""
-LONGEST = 1024
-"""Tokens of an explained answer: what each attends to is held in memory for a third of the layers."""
+MAX_ANSWER_TOKENS = 1024
+"""Attention of each answer token is held in memory for a third of the layers."""
 
 
 class CancellableAttributionRun(AttributionRun):
-    """A trial that asks before each pass through the network whether it is still wanted; `wanted` raises where it is not."""
+    """Calls `check_cancelled` before each forward pass, which may raise."""
 
     def __init__(
-        self, bot: Chatbot, prompt: Prompt, answer: Sequence[int], wanted: Callable[[], None]
+        self,
+        bot: Chatbot,
+        prompt: Prompt,
+        answer: Sequence[int],
+        check_cancelled: Callable[[], None],
     ) -> None:
-        wanted()
-        self.wanted = wanted
+        check_cancelled()
+        self.check_cancelled = check_cancelled
         super().__init__(bot.model, prompt, answer, bot.processor.tokenizer.size)
 
     def logprobs(self, *args: Any) -> Tensor:
-        self.wanted()
+        self.check_cancelled()
         return super().logprobs(*args)
 
 
 def check_attribution_budget(
-    prompt: Prompt, answers: int, tokens: int, how: How, most: int
+    prompt: Prompt, n: int, answer_tokens: int, mode: AttributionMode, budget: int
 ) -> None:
-    """Raises PromptError or OptionError where answers of so many tokens have no explanation, or a longer one than `most`.
+    """Raises PromptError or OptionError where `n` such answers need more than `budget` tokens.
 
-    Counted are the tokens that go through the network: once all, once without any image, and once without each.
+    The tokens of all forward passes count: one of everything, one without images, one without each
+    image.
     """
     if not prompt.media:
-        raise PromptError(
-            "explain tells which image an answer leaned on, but the messages have none: leave it out"
-        )
-    if tokens > LONGEST:
+        raise PromptError("attribution needs an image or a video in the messages; leave it out")
+    if answer_tokens > MAX_ANSWER_TOKENS:
         raise OptionError(
-            f"explain takes answers of at most {LONGEST} tokens, not {tokens}: give max_completion_tokens"
+            f"attribution is limited to answers of {MAX_ANSWER_TOKENS} tokens, not "
+            f"{answer_tokens}: set max_completion_tokens"
         )
     lengths = [media.layout.length for media in prompt.media]
-    whole = len(prompt) + tokens
-    count = (
-        2 * whole - sum(lengths) + (sum(whole - length for length in lengths) if how is True else 0)
-    )
-    if answers * count > most:
+    whole = len(prompt) + answer_tokens
+    count = 2 * whole - sum(lengths)
+    if mode is True:
+        count += sum(whole - length for length in lengths)
+    if n * count > budget:
         raise OptionError(
-            f"explain would take {answers * count:,} tokens through the network; the limit is {most:,}: "
-            + ("ask for explain: 'attention', " if how is True else "use ")
+            f"attribution needs {n * count:,} tokens through the model; the limit is {budget:,}: "
+            + ("use attribution: 'attention', " if mode is True else "use ")
             + "fewer images or frames, fewer answers, or fewer max_completion_tokens"
         )
 
 
-def attribution_json(
+def attribute_prompt(
     bot: Chatbot,
     prompt: Prompt,
     answer: Sequence[int],
-    how: How,
-    wanted: Callable[[], None],
-) -> dict[str, Any]:
-    """The explanation of an answer as JSON has it. In `heat` 4 digits count."""
+    mode: AttributionMode,
+    check_cancelled: Callable[[], None],
+) -> AttributionResponse:
+    """The attribution of an answer; heat maps are rounded to 4 digits."""
     text = bot.model.config.text
     check(prompt, answer, text.context)
     layers = resolve_layers(None, text.num_layers)
-    trial = CancellableAttributionRun(bot, prompt, answer, wanted)
-    logprob, images = attribute(trial, bot.processor.images, layers, how is True)
-    found = [_image(media.name, look) for media, look in zip(prompt.media, images, strict=True)]
-    return {"layers": list(layers), "logprob": logprob, "images": found}
+    run = CancellableAttributionRun(bot, prompt, answer, check_cancelled)
+    logprob, images = attribute(run, bot.processor.images, layers, mode is True)
+    return AttributionResponse(
+        layers=list(layers),
+        logprob=logprob,
+        images=[
+            _image_info(media.name, image)
+            for media, image in zip(prompt.media, images, strict=True)
+        ],
+    )
 
 
-def _image(name: str, look: ImageAttribution) -> dict[str, Any]:
-    heat = [
-        [[float(f"{value:.4g}") for value in row] for row in rows] for rows in look.heat.tolist()
-    ]
-    return {
-        "name": name,
-        "share": look.share,
-        "change": look.change,
-        "attention": look.attention,
-        "heat": heat,
-    }
+def _image_info(name: str, image: ImageAttribution) -> ImageAttributionInfo:
+    return ImageAttributionInfo(
+        name=name,
+        share=image.share,
+        change=image.change,
+        attention=image.attention,
+        heat=[
+            [[float(f"{value:.4g}") for value in row] for row in rows]
+            for rows in image.heat.tolist()
+        ],
+    )

@@ -1,38 +1,52 @@
-"""An answer in OpenAI's form: chunks as they come, or folded from the very same chunks."""
+"""Chat completions in OpenAI's form: a stream of chunks, or one body made of the same answers."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Literal
 
-from starlette.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..chat import Answer, TokenLogprob
-from ..processing import Tokenizer
-from .api_errors import ClientDisconnected, body, to_api_error
-from .attribution import How
-from .engine_thread import TextDelta
-from .requests import ChatRequest, ExplainRequest
+from ..chat import Answer, AnswerDelta, TokenLogprob
+from .api_errors import ClientDisconnected, error_body, to_api_error
+from .openai_types import (
+    AttributionMode,
+    AttributionRequest,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatRequest,
+    ChoiceAttribution,
+    ChunkChoice,
+    Delta,
+    Logprobs,
+    Message,
+    PromptTokensDetails,
+    Timings,
+    TokenLogprobs,
+    TopLogprob,
+    Usage,
+)
 from .service import PreparedRequest, Service
 
-LEAST_LOGPROB = -9999.0
-"""In the place of minus infinity, which JSON has not; OpenAI's number."""
-SSE = [
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON lacks; OpenAI's number."""
+SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 ]
-ALIVE = b": still here\n\n"
-JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+SSE_KEEPALIVE = b": keep-alive\n\n"
+SSE_DONE = b"data: [DONE]\n\n"
 
 
 class CancelOnDisconnect(Response):
-    """A response whose work is cancelled when the client leaves."""
+    """A response whose work is cancelled when the client disconnects."""
 
     def __init__(self, work: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         super().__init__()
@@ -40,11 +54,11 @@ class CancelOnDisconnect(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self.work(scope, receive, send))
-        gone = asyncio.ensure_future(_gone(receive))
+        disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, disconnected), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
+            disconnected.cancel()
             if not work.done():
                 work.cancel()
             await asyncio.wait((work,))
@@ -52,7 +66,7 @@ class CancelOnDisconnect(Response):
             work.result()
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -61,192 +75,187 @@ def respond(service: Service, request: ChatRequest, key: str) -> Response:
     """The response to a chat request."""
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        async with service.answering(request, key) as asked:
-            chat = Chat(service, asked)
+        async with service.generation(request, key) as prepared:
+            stream = CompletionStream(service, prepared)
             if request.stream:
-                await _stream(service, chat, send)
+                await _send_events(service, stream, send)
                 return
-            whole = await chat.fold()
-        await JSONResponse(whole)(scope, receive, send)
+            async for _ in stream:
+                pass
+            body = stream.completion()
+        await _json(body)(scope, receive, send)
 
     return CancelOnDisconnect(work)
 
 
-def respond_explained(service: Service, request: ExplainRequest, key: str) -> Response:
-    """The response to a request to explain an answer that was given before."""
+def respond_attribution(service: Service, request: AttributionRequest, key: str) -> Response:
+    """The response to an attribution request about a given answer."""
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await JSONResponse(await service.explaining(request, key))(scope, receive, send)
+        await _json(await service.attribute_answer(request, key))(scope, receive, send)
 
     return CancelOnDisconnect(work)
 
 
-async def _stream(service: Service, chat: Chat, send: Send) -> None:
-    """Server-sent events. What goes wrong from here on is an event, too."""
-    await send({"type": "http.response.start", "status": 200, "headers": SSE})
+def _json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")
+
+
+async def _send_events(service: Service, stream: CompletionStream, send: Send) -> None:
+    """Server-sent events. The status is sent first, so an error after it is an event as well."""
+    await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
 
     async def event(data: bytes, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
     try:
-        async for chunks in chat:
-            await event(b"".join(map(server_sent, chunks)) or ALIVE)
+        async for chunks in stream:
+            await event(b"".join(map(sse_event, chunks)) or SSE_KEEPALIVE)
     except ClientDisconnected:
         raise
-    except Exception as error:  # noqa: BLE001  the status has been sent: the client is told here
-        await event(server_sent(body(service.metrics.refused(to_api_error(error)))), more=False)
+    except Exception as error:  # noqa: BLE001  the client gets it as an event
+        body = error_body(service.metrics.count_error(to_api_error(error)))
+        await event(sse_event(body), more=False)
     else:
-        await event(b"data: [DONE]\n\n", more=False)
+        await event(SSE_DONE, more=False)
 
 
-def server_sent(data: dict[str, Any]) -> bytes:
+def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
+    return "stop" if answer.finish_reason == "stop" else "length"
+
+
+def sse_event(data: BaseModel) -> bytes:
     """An event of a stream."""
-    return f"data: {JSON.encode(data)}\n\n".encode("utf-8", "replace")
+    return f"data: {data.model_dump_json()}\n\n".encode()
 
 
-class Chat:
-    """The chunks of one request, to be read once."""
+class CompletionStream:
+    """The chunks of one request, iterated once. `completion` is the whole body after that."""
 
-    def __init__(self, service: Service, asked: PreparedRequest) -> None:
-        self.service, self.asked, self.request = service, asked, asked.request
+    def __init__(self, service: Service, prepared: PreparedRequest) -> None:
+        self.service, self.prepared, self.request = service, prepared, prepared.request
         self.tokenizer = service.bot.processor.tokenizer
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.answers: dict[int, Answer] = {}
+        self.timings: Timings | None = None
+        self.attributions: list[ChoiceAttribution] | None = None
 
-    async def __aiter__(self) -> AsyncIterator[list[dict[str, Any]]]:
-        """Those that are ready, together; none after `sse_keepalive` seconds of silence."""
-        job, silence, n = (
-            self.asked.job,
-            self.service.settings.sse_keepalive,
-            self.asked.job.options.n,
-        )
-        usage = (
-            self.request.stream_options is not None and self.request.stream_options.include_usage
-        )
-        more: dict[str, Any] = {"usage": None} if usage else {}
+    async def __aiter__(self) -> AsyncIterator[list[ChatCompletionChunk]]:
+        """Lists of chunks that are ready; an empty one after `sse_keepalive` seconds of silence."""
+        job, options = self.prepared.job, self.request.stream_options
+        silence = self.service.settings.sse_keepalive
         yield [
-            self._chunk([_choice(index, {"role": "assistant", "content": ""})]) | more
-            for index in range(n)
+            self._chunk([ChunkChoice(index=i, delta=Delta(role="assistant", content=""))])
+            for i in range(job.options.n)
         ]
-        while len(self.answers) < n:
-            yield [self._said(piece) | more for piece in await job.next(silence)]
-        if how := self.request.explain:
-            explaining = asyncio.ensure_future(self._explained(how))
+        while len(self.answers) < job.options.n:
+            yield [self._delta_chunk(delta) for delta in await job.next(silence)]
+        if mode := self.request.attribution:
+            task = asyncio.ensure_future(self._attribute(mode))
             try:
-                while not (await asyncio.wait((explaining,), timeout=silence))[0]:
+                while not (await asyncio.wait((task,), timeout=silence))[0]:
                     yield []
             finally:
-                explaining.cancel()
-            yield [self._chunk([]) | more | {"explanations": explaining.result()}]
-        if usage:
-            yield [self._chunk([]) | {"usage": self.usage()}]
+                task.cancel()
+            self.attributions = task.result()
+            yield [self._chunk([], attributions=self.attributions)]
+        if options is not None and options.include_usage:
+            yield [self._chunk([], usage=self._usage())]
 
-    def _said(self, piece: TextDelta) -> dict[str, Any]:
-        """The chunk of a piece; with the last one come the timings."""
-        choice = _choice(
-            piece.index, {"content": piece.text} if piece.text else {}, self._logprobs(piece)
+    def _delta_chunk(self, delta: AnswerDelta) -> ChatCompletionChunk:
+        """The chunk of a delta; the last one has the timings."""
+        choice = ChunkChoice(
+            index=delta.index,
+            delta=Delta(content=delta.text or None),
+            logprobs=self._logprobs(delta.logprobs) if delta.logprobs else None,
         )
-        if piece.answer is None:
+        if (answer := delta.answer) is None:
             return self._chunk([choice])
-        self.answers[piece.index] = piece.answer
-        self.service.metrics.finished(piece.answer)
-        choice["finish_reason"] = piece.answer.finish_reason
-        last = len(self.answers) == self.asked.job.options.n
-        return self._chunk([choice]) | ({"timings": self.timings(piece.answer)} if last else {})
+        self.answers[delta.index] = answer
+        self.service.metrics.count_answer(answer)
+        choice.finish_reason = _finish_reason(answer)
+        if len(self.answers) == self.prepared.job.options.n:
+            self.timings = Timings(
+                prepare=self.prepared.seconds, **dataclasses.asdict(answer.timings)
+            )
+        return self._chunk([choice], timings=self.timings)
 
-    async def _explained(self, how: How) -> list[dict[str, Any]]:
-        job = self.asked.job
+    async def _attribute(self, mode: AttributionMode) -> list[ChoiceAttribution]:
+        job, attribute = self.prepared.job, self.service.attribute
+        adapter = job.options.adapter
         return [
-            {
-                "index": index,
-                **await self.service.explain(job.prompt, answer.tokens, how, job.options.adapter),
-            }
-            for index, answer in sorted(self.answers.items())
+            ChoiceAttribution(
+                index=i, **dict(await attribute(job.prompt, answer.tokens, mode, adapter))
+            )
+            for i, answer in sorted(self.answers.items())
         ]
 
-    async def fold(self) -> dict[str, Any]:
-        """The whole answer, made of the chunks."""
-        whole: dict[str, Any] = {}
-        choices: list[dict[str, Any]] = []
-        async for chunks in self:
-            for chunk in chunks:
-                whole |= chunk
-                for choice in chunk["choices"]:
-                    self._fold(choice, choices)
-        return whole | {"object": "chat.completion", "choices": choices, "usage": self.usage()}
-
-    def _fold(self, choice: dict[str, Any], choices: list[dict[str, Any]]) -> None:
-        delta = choice["delta"]
-        if "role" in delta:
-            message = {"role": "assistant", "content": "", "refusal": None}
-            logprobs: dict[str, Any] | None = (
-                {"content": [], "refusal": None} if self.request.logprobs else None
-            )
-            choices.append(
-                {
-                    "index": choice["index"],
-                    "message": message,
-                    "logprobs": logprobs,
-                    "finish_reason": None,
-                }
-            )
-            return
-        into = choices[choice["index"]]
-        into["message"]["content"] += delta.get("content", "")
-        into["finish_reason"] = choice["finish_reason"]
-        if choice["logprobs"]:
-            into["logprobs"]["content"] += choice["logprobs"]["content"]
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens of the prompt, counted once for all answers, and of all answers."""
-        first = self.answers[0].usage
-        written = sum(answer.usage.generated for answer in self.answers.values())
-        return {
-            "prompt_tokens": first.prompt,
-            "completion_tokens": written,
-            "total_tokens": first.prompt + written,
-            "prompt_tokens_details": {
-                "cached_tokens": first.cached,
-                "image_tokens": self.asked.image_tokens,
-            },
-        }
-
-    def timings(self, last: Answer | None) -> dict[str, Any]:
-        """Seconds, of the answer that ended last; `prepare` is what came before the engine's queue."""
-        assert last is not None
-        return {"prepare": self.asked.prepared, **dataclasses.asdict(last.timings)}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.asked.created,
-            "model": self.request.model,
-            "choices": choices,
-        }
-
-    def _logprobs(self, piece: TextDelta) -> dict[str, Any] | None:
-        return (
-            {"content": [self._token(told) for told in piece.logprobs], "refusal": None}
-            if piece.logprobs
-            else None
+    def _chunk(
+        self,
+        choices: list[ChunkChoice],
+        *,
+        usage: Usage | None = None,
+        timings: Timings | None = None,
+        attributions: list[ChoiceAttribution] | None = None,
+    ) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self.id,
+            created=self.prepared.created,
+            model=self.request.model,
+            choices=choices,
+            usage=usage,
+            timings=timings,
+            attributions=attributions,
         )
 
-    def _token(self, told: TokenLogprob) -> dict[str, Any]:
-        top = [_logprob(self.tokenizer, token, logprob) for token, logprob in told.top]
-        return _logprob(self.tokenizer, told.token, told.logprob) | {"top_logprobs": top}
+    def completion(self) -> ChatCompletion:
+        """The whole response body."""
+        assert self.timings is not None
+        return ChatCompletion(
+            id=self.id,
+            created=self.prepared.created,
+            model=self.request.model,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=Message(content=answer.text),
+                    logprobs=None if answer.logprobs is None else self._logprobs(answer.logprobs),
+                    finish_reason=_finish_reason(answer),
+                )
+                for index, answer in sorted(self.answers.items())
+            ],
+            usage=self._usage(),
+            timings=self.timings,
+            attributions=self.attributions,
+        )
 
+    def _usage(self) -> Usage:
+        first = self.answers[0].usage
+        generated = sum(answer.usage.generated for answer in self.answers.values())
+        return Usage(
+            prompt_tokens=first.prompt,
+            completion_tokens=generated,
+            total_tokens=first.prompt + generated,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=first.cached, image_tokens=self.prepared.image_tokens
+            ),
+        )
 
-def _logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes(token, skip_special=False)
-    return {
-        "token": data.decode("utf-8", "replace"),
-        "logprob": max(logprob, LEAST_LOGPROB),
-        "bytes": list(data),
-    }
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> Logprobs:
+        return Logprobs(
+            content=[
+                TokenLogprobs(
+                    **dict(self._logprob(token.token, token.logprob)),
+                    top_logprobs=[self._logprob(*pair) for pair in token.top],
+                )
+                for token in tokens
+            ]
+        )
 
-
-def _choice(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    def _logprob(self, token: int, logprob: float) -> TopLogprob:
+        data = self.tokenizer.token_bytes(token, skip_special=False)
+        return TopLogprob(
+            token=data.decode("utf-8", "replace"),
+            logprob=max(logprob, MIN_LOGPROB),
+            bytes=list(data),
+        )

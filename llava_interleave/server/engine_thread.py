@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from ..chat import Answer, Chatbot, Options, TokenLogprob
-from ..chat.chatbot import AnswerBuilder, sampling
-from ..engine import Event, Load, Request
+from ..chat import AnswerDelta, Chatbot
+from ..chat.engine_driver import EngineDriver, GenerationJob
+from ..engine import Load
 from ..errors import OptionError
-from ..prompt import Prompt
 from .structured_output import GrammarMatcher
 
 log = logging.getLogger("llava_interleave.server")
@@ -25,76 +24,51 @@ MAX_PREFILL_DELAY = 0.2
 """Seconds that answers under way wait for the prompts of others, as `Engine.step`."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """What is new of answer `index`: text, its tokens where log-probabilities are asked for, at its end the whole answer."""
-
-    index: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-    answer: Answer | None = None
-
-    def __add__(self, later: TextDelta) -> TextDelta:
-        """Both as one, of the same answer."""
-        return TextDelta(
-            self.index, self.text + later.text, self.logprobs + later.logprobs, later.answer
-        )
-
-
 @dataclass(slots=True, eq=False)
-class GenerationJob:
-    """`options.n` answers to one prompt. The event loop makes it and reads it, the engine's thread fills it."""
+class ServerJob(GenerationJob):
+    """A job that the event loop creates and reads, and the engine's thread runs."""
 
-    prompt: Prompt
-    options: Options
-    salt: bytes
-    loop: asyncio.AbstractEventLoop
-    guides: list[GrammarMatcher] = field(
-        default_factory=list
-    )  # one an answer, where their form is given
-    requests: list[Request] = field(default_factory=list)  # the thread's own
-    _taken: asyncio.Event = field(default_factory=asyncio.Event)
-    _told: asyncio.Event = field(default_factory=asyncio.Event)
-    _pieces: dict[int, TextDelta] = field(
-        default_factory=dict
-    )  # by answer: a reader that is late finds one of each
-    _refused: Exception | None = None
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _queued: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _deltas: dict[int, AnswerDelta] = field(default_factory=dict)  # by answer, merged until read
+    _rejected: Exception | None = None
     _error: Exception | None = None
 
-    async def taken(self) -> None:
-        """Until it is in the engine's queue; raises what kept it out."""
-        await self._taken.wait()
-        if self._refused:
-            raise self._refused
+    async def queued(self) -> None:
+        """Wait until it is in the engine's queue; raises the reason if it was rejected."""
+        await self._queued.wait()
+        if self._rejected:
+            raise self._rejected
 
-    async def next(self, seconds: float) -> list[TextDelta]:
-        """What has come since, one piece an answer; nothing after so many seconds of silence. Raises what ended the job.
+    async def next(self, seconds: float) -> list[AnswerDelta]:
+        """The new deltas, one per answer; none after so many seconds of silence.
 
-        Nothing comes after every answer has ended.
+        Raises the error that ended the job. Nothing follows the end of every answer.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._told.wait()
-        pieces = list(self._pieces.values())
-        self._pieces.clear()
-        if self._error and not pieces:
+                await self._news.wait()
+        deltas = list(self._deltas.values())
+        self._deltas.clear()
+        if self._error and not deltas:
             raise self._error
         if not self._error:
-            self._told.clear()
-        return pieces
+            self._news.clear()
+        return deltas
 
-    def hear(self, item: TextDelta | Exception | None) -> None:
-        """First None, or what kept it out; then pieces, or what ended it. On the event loop."""
-        if not self._taken.is_set():
-            self._refused = item if isinstance(item, Exception) else None
-            self._taken.set()
+    def receive(self, item: AnswerDelta | Exception | None) -> None:
+        """None once it is queued, or why it was rejected; then deltas, or the error that ended it."""
+        if not self._queued.is_set():
+            self._rejected = item if isinstance(item, Exception) else None
+            self._queued.set()
             return
-        if isinstance(item, TextDelta):
-            before = self._pieces.get(item.index)
-            self._pieces[item.index] = before + item if before else item
+        if isinstance(item, AnswerDelta):
+            earlier = self._deltas.get(item.index)
+            self._deltas[item.index] = earlier + item if earlier else item
         else:
             self._error = item
-        self._told.set()
+        self._news.set()
 
 
 class EngineThread:
@@ -105,21 +79,21 @@ class EngineThread:
         self.load: Load = bot.engine.load()
         self.failed = False
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._writing: dict[Request, tuple[GenerationJob, AnswerBuilder]] = {}
-        self._news: list[tuple[GenerationJob, TextDelta | Exception | None]] = []
+        self._driver = EngineDriver(bot.engine, bot.processor.tokenizer)
+        self._news: list[tuple[ServerJob, AnswerDelta | Exception | None]] = []
         self._faults = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, job: GenerationJob) -> None:
-        """Queue a job: it is told None, then its pieces."""
+    def submit(self, job: ServerJob) -> None:
+        """Queue a job, which receives None, then its deltas."""
         self._orders.put(lambda: self._add(job))
 
-    def abort(self, job: GenerationJob) -> None:
+    def abort(self, job: ServerJob) -> None:
         """End what is left of a job and give back its memory; before the next step."""
-        self._orders.put(lambda: self._drop(job))
+        self._orders.put(lambda: self._driver.abort(job))
 
     def fail(self, error: Exception) -> None:
         """End everything with this error."""
@@ -149,63 +123,36 @@ class EngineThread:
             self._post()
             self.load = self.engine.load()
 
-    def _tell(self, job: GenerationJob, item: TextDelta | Exception | None) -> None:
-        self._news.append((job, item))
-
     def _post(self) -> None:
         """Hand over all that was told, by one call for each event loop: a call wakes it, and takes the interpreter from here."""
         news, self._news = self._news, []
         for loop, told in itertools.groupby(news, lambda pair: pair[0].loop):
             with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody left to tell
-                loop.call_soon_threadsafe(_hear, list(told))
+                loop.call_soon_threadsafe(_receive, list(told))
 
     def _give_up(self, error: Exception) -> None:
         log.critical("the engine has failed for good", exc_info=error)
         self.failed = True
         self._fail(error)
 
-    def _add(self, job: GenerationJob) -> None:
-        room = self.bot.model.config.text.context - len(job.prompt)
+    def _add(self, job: ServerJob) -> None:
         try:
-            for index in range(job.options.n):
-                guide = job.guides[index] if job.guides else None
-                how = sampling(job.options, index, room)
-                request = self.engine.add(
-                    job.prompt, how, salt=job.salt, guide=guide, adapter=job.options.adapter
-                )
-                job.requests.append(request)
-                self._writing[request] = (
-                    job,
-                    AnswerBuilder(self.bot.processor, job.options, index),
-                )
-        except Exception as error:  # noqa: BLE001  the client's mistake or ours: its own request fails, the thread goes on
-            self._end(job, error)
+            self._driver.add(job)
+        except Exception as error:  # noqa: BLE001  fails this job only, the thread continues
+            self._news.append((job, error))
         else:
-            self._tell(job, None)
-
-    def _drop(self, job: GenerationJob) -> None:
-        for request in job.requests:
-            self._writing.pop(request, None)
-            self.engine.abort(request)
-        job.requests.clear()
-
-    def _end(self, job: GenerationJob, error: Exception) -> None:
-        self._drop(job)
-        self._tell(job, error)
+            self._news.append((job, None))
 
     def _fail(self, error: Exception) -> None:
-        for job in {id(job): job for job, _ in self._writing.values()}.values():
-            self._tell(job, error)
-            with contextlib.suppress(
-                Exception
-            ):  # an engine that has failed may not even be able to let go
-                self._drop(job)
-        self._writing.clear()
+        for job in self._driver.jobs:
+            self._news.append((_server_job(job), error))
+            with contextlib.suppress(Exception):  # a failed engine may not be able to abort
+                self._driver.abort(job)
 
     def _step(self) -> None:
-        """A fault ends the requests of its step, of which the engine tells in the next; one that comes again and again, all."""
+        """A fault ends the requests of its step; one that repeats ends the engine."""
         try:
-            events = self.engine.step(MAX_PREFILL_DELAY)
+            items = self._driver.step(MAX_PREFILL_DELAY)
             self._faults = 0
         except Exception as error:
             log.exception("a step of the engine failed")
@@ -213,34 +160,28 @@ class EngineThread:
             if self._faults == FAULTS:
                 self._give_up(error)
             return
-        for event in events:
-            if event.request in self._writing:
-                job, writer = self._writing[event.request]
-                try:
-                    self._write(event, job, writer)
-                except Exception as error:  # noqa: BLE001  as in _add
-                    self._end(job, error)
-
-    def _write(self, event: Event, job: GenerationJob, writer: AnswerBuilder) -> None:
-        if event.error is not None:
-            raise event.error
-        text = writer.write(event)
-        logprobs = (
-            tuple(writer.logprobs[-1:]) if writer.logprobs and event.finish_reason != "stop" else ()
-        )
-        if event.finish_reason or writer.stops.stopped:
-            if job.guides and (failure := job.guides[writer.index].failure):
-                raise OptionError(
-                    f"the answer cannot follow response_format any further: {failure}"
-                )
-            self.engine.abort(event.request)
-            del self._writing[event.request]
-            last = writer.last(text, event)
-            self._tell(job, TextDelta(last.index, last.text, logprobs, last.answer))
-        elif text or logprobs:
-            self._tell(job, TextDelta(writer.index, text, logprobs))
+        for job, item in items:
+            failure = _constraint_failure(job, item)
+            if failure:
+                self._driver.abort(job)
+            self._news.append((_server_job(job), failure or item))
 
 
-def _hear(news: list[tuple[GenerationJob, TextDelta | Exception | None]]) -> None:
+def _server_job(job: GenerationJob) -> ServerJob:
+    assert isinstance(job, ServerJob)
+    return job
+
+
+def _constraint_failure(job: GenerationJob, item: AnswerDelta | Exception) -> OptionError | None:
+    """Why an answer that has ended does not follow its response_format."""
+    if isinstance(item, Exception) or item.answer is None or not job.constraints:
+        return None
+    matcher = job.constraints[item.index]
+    if not isinstance(matcher, GrammarMatcher) or not matcher.failure:
+        return None
+    return OptionError(f"the answer cannot follow response_format any further: {matcher.failure}")
+
+
+def _receive(news: list[tuple[ServerJob, AnswerDelta | Exception | None]]) -> None:
     for job, item in news:
-        job.hear(item)
+        job.receive(item)

@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, how often, and how much is read of a request. Knows no model."""
+"""Authentication, rate limit and body limits, before every route. Knows no model."""
 
 from __future__ import annotations
 
@@ -15,84 +15,92 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import OptionError
-from .api_errors import ApiError, ClientDisconnected, forget, response, to_api_error
+from .api_errors import (
+    ApiError,
+    ClientDisconnected,
+    clear_traceback,
+    error_response,
+    to_api_error,
+)
 from .metrics import Metrics
 from .settings import MB, Settings
 
 SCRIPTS = ("app.js", "api.js", "dom.js", "leaned.js", "store.js", "markdown.js")
-PAGE = {"/": "index.html"} | {f"/{name}": name for name in ("style.css", *SCRIPTS)}
-"""The files of the page by path; they hold nothing of anybody."""
-DOCS = "/docs"
-"""The API in words; it is the same for everybody."""
-OPEN = ("/health", DOCS, *PAGE)
-"""Paths that need no key. Whatever else is added is closed."""
+WEB_FILES = {"/": "index.html"} | {f"/{name}": name for name in ("style.css", *SCRIPTS)}
+"""The web UI's static files by path."""
+OPEN_PATHS = ("/health", *WEB_FILES)
+"""Paths that need no API key; all others do."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-BODIES = 4
-"""So many bodies of the largest size are held at a time."""
-JSON_VALUES = 250_000
-"""Values of a JSON body: each takes far more memory read than written."""
-SHORTEST_KEY = 16
+MAX_BODIES = 4
+"""Request bodies of the largest size in memory at a time."""
+MAX_JSON_VALUES = 250_000
+"""Values of a JSON body: a parsed value takes far more memory than its text."""
+MIN_KEY_LENGTH = 16
 
 
 class ApiKeys:
-    """API keys. Only their hashes are kept; a key's name, in the log and as the salt of its caches, is a part of its hash."""
+    """Hashes of the API keys.
+
+    A key's name, in the log and as the salt of its caches, is a prefix of its hash.
+    """
 
     def __init__(self, keys: list[str]) -> None:
         for key in keys:
-            if len(key) < SHORTEST_KEY or not key.isascii():
+            if len(key) < MIN_KEY_LENGTH or not key.isascii():
                 raise OptionError(
-                    f"an API key has {len(key)} characters; it takes at least {SHORTEST_KEY}, of plain ASCII"
+                    f"an API key has {len(key)} characters; it needs {MIN_KEY_LENGTH} of ASCII"
                 )
         if not keys:
             raise OptionError(
-                "the file of API keys has none: write one a line, for example the output of `openssl rand -hex 24`"
+                "the file of API keys has none: write one a line, "
+                "for example the output of `openssl rand -hex 24`"
             )
         self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     @classmethod
     def read(cls, path: Path) -> ApiKeys:
-        """One key a line; empty lines and those that start with # do not count."""
+        """Read a file with one key a line; empty lines and comments (#) are skipped."""
         try:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
         except (OSError, ValueError) as error:
-            raise OptionError(f"the API keys in {path} cannot be read: {error}") from error
+            raise OptionError(f"cannot read the API keys in {path}: {error}") from error
         return cls([line for line in lines if line and not line.startswith("#")])
 
     def name(self, authorization: str) -> str | None:
-        """The name of the key in an Authorization header, None for a wrong one; takes as long for any."""
+        """The name of the key in an Authorization header, None if unknown. Constant time."""
         scheme, _, key = authorization.partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        found = [known for known in self._hashes if hmac.compare_digest(known, given)]
-        return found[0].hex()[:16] if found and scheme.lower() == "bearer" else None
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        matches = [known for known in self._hashes if hmac.compare_digest(known, digest)]
+        return matches[0].hex()[:16] if matches and scheme.lower() == "bearer" else None
 
 
 class RateLimit:
-    """So many requests a minute: a bucket that fills evenly, one for each key."""
+    """Requests per minute: one token bucket for each key."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def take(self, key: str, now: float) -> None:
-        """Raises Refusal when the bucket is empty."""
-        left, since = self._buckets.get(key, (float(self.per_minute), now))
-        left = min(self.per_minute, left + (now - since) * self.per_minute / 60)
-        if left < 1:
-            wait = 1 + int((1 - left) * 60 / self.per_minute)
+        """Raises ApiError when the key's bucket is empty."""
+        level, since = self._buckets.get(key, (float(self.per_minute), now))
+        level = min(self.per_minute, level + (now - since) * self.per_minute / 60)
+        if level < 1:
+            wait = 1 + int((1 - level) * 60 / self.per_minute)
             message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
             raise ApiError(429, "rate_limit_exceeded", message, retry=wait)
-        self._buckets[key] = (left - 1, now)
+        self._buckets[key] = (level - 1, now)
 
 
 class GuardMiddleware:
-    """ASGI middleware, outermost: nothing reaches a route, and no exception a client, but through it."""
+    """The outermost ASGI middleware: authentication, limits, every exception as a response."""
 
     def __init__(
         self, app: ASGIApp, settings: Settings, keys: ApiKeys | None, metrics: Metrics
     ) -> None:
         self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
         self.rate = RateLimit(settings.requests_per_minute)
-        self.held = 0  # bytes of bodies in memory
+        self.body_bytes = 0  # of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -101,7 +109,7 @@ class GuardMiddleware:
             return await send({"type": "websocket.close", "code": 1008})
         status = 0
 
-        async def watched(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -111,42 +119,43 @@ class GuardMiddleware:
             except TimeoutError:
                 raise ClientDisconnected from None
 
-        held = _Body()
+        body = _Body()
         try:
             scope.setdefault("state", {})["key"] = self.admit(scope)
-            await self._read(held, Headers(scope=scope), receive)
-            await self.app(scope, held.replay(receive), watched)
+            await self._read(body, Headers(scope=scope), receive)
+            await self.app(scope, body.replay(receive), send_in_time)
         except ClientDisconnected as gone:
-            forget(gone)
-        except Exception as error:  # noqa: BLE001  the outermost place; with the status sent, all that is left is to break off
-            refusal = self.metrics.refused(to_api_error(error))
+            clear_traceback(gone)
+        except Exception as error:  # noqa: BLE001  becomes a response, or ends one
+            api_error = self.metrics.count_error(to_api_error(error))
             if not status:
                 with contextlib.suppress(ClientDisconnected):
-                    await response(refusal)(scope, receive, watched)
+                    await error_response(api_error)(scope, receive, send_in_time)
         finally:
-            self.held -= held.size
-            self.metrics.answered(scope, status)
+            self.body_bytes -= body.size
+            self.metrics.count_response(scope, status)
 
     def admit(self, scope: MutableMapping[str, Any]) -> str:
-        """The name of the key that asks, "" where none is asked for. Raises Refusal."""
-        if scope["path"] in OPEN:
+        """The name of the request's API key, "" where none is needed. Raises ApiError."""
+        if scope["path"] in OPEN_PATHS:
             return ""
-        headers, key = Headers(scope=scope), ""
+        headers = Headers(scope=scope)
         if self.keys is None:
-            self._same_machine(headers)
-        elif (found := self.keys.name(headers.get("authorization", ""))) is None:
+            key: str | None = ""
+            self._check_local(headers)
+        else:
+            key = self.keys.name(headers.get("authorization", ""))
+        if key is None:
             raise ApiError(
                 401,
                 "invalid_api_key",
                 "this server needs an API key: send the header 'Authorization: Bearer <key>'",
             )
-        else:
-            key = found
         self.rate.take(key, time.monotonic())
         return key
 
-    def _same_machine(self, headers: Headers) -> None:
-        """Without keys: only programs of this machine and pages that it served itself, not whatever a browser has open."""
+    def _check_local(self, headers: Headers) -> None:
+        """Without API keys: only programs of this machine and the web UI, no other web page."""
         host = headers.get("host", "")
         if host.rpartition(":")[0] not in LOOPBACK and host not in LOOPBACK:
             raise ApiError(
@@ -167,25 +176,26 @@ class GuardMiddleware:
                 "this request came through a proxy; a server behind one needs --api-keys",
             )
 
-    async def _read(self, held: _Body, headers: Headers, receive: Receive) -> None:
-        most = self.settings.max_body_mb * MB
-        too_much = ApiError(
+    async def _read(self, body: _Body, headers: Headers, receive: Receive) -> None:
+        max_bytes = self.settings.max_body_mb * MB
+        too_large = ApiError(
             413,
             "request_too_large",
-            f"the request has more than the limit of {self.settings.max_body_mb} MB",
+            f"the request exceeds the limit of {self.settings.max_body_mb} MB",
         )
-        if (promised := headers.get("content-length", "0")).isdigit() and int(promised) > most:
-            raise too_much
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > max_bytes:
+            raise too_large
         try:
             async with asyncio.timeout(self.settings.request_timeout):
-                while not held.complete:
+                while not body.complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnected
-                    self.held += held.add(message)
-                    if held.size > most:
-                        raise too_much
-                    if self.held > BODIES * most:
+                    self.body_bytes += body.add(message)
+                    if body.size > max_bytes:
+                        raise too_large
+                    if self.body_bytes > MAX_BODIES * max_bytes:
                         raise ApiError(
                             503,
                             "overloaded",
@@ -200,13 +210,15 @@ class GuardMiddleware:
                 f"the request took longer than the limit of {seconds} to arrive",
             ) from None
         upload = headers.get("content-type", "").lower().startswith("multipart/")
-        if not upload and (values := held.values) > JSON_VALUES:
-            told = f"the JSON has {values:,} commas and brackets, more than the limit of {JSON_VALUES:,}"
-            raise ApiError(413, "request_too_large", told)
+        if not upload and (values := body.values) > MAX_JSON_VALUES:
+            reason = (
+                f"the JSON has {values:,} commas and brackets; the limit is {MAX_JSON_VALUES:,}"
+            )
+            raise ApiError(413, "request_too_large", reason)
 
 
 class _Body:
-    """The body of one request, read before anything looks at it."""
+    """The body of one request, read before any route sees it."""
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
@@ -224,9 +236,9 @@ class _Body:
         return sum(chunk.count(mark) for chunk in self.chunks for mark in (b",", b"[", b"{"))
 
     def replay(self, receive: Receive) -> Receive:
-        """What the application receives: the body, and after it whatever the client does next."""
+        """The application's `receive`: the body, then the client's own messages."""
 
-        async def again() -> Message:
+        async def replayed() -> Message:
             if self.chunks:
                 return {
                     "type": "http.request",
@@ -235,4 +247,4 @@ class _Body:
                 }
             return await receive()
 
-        return again
+        return replayed

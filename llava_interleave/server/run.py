@@ -1,4 +1,4 @@
-"""The application behind a port: uvicorn, with an end to slow connections and to answers under way."""
+"""uvicorn with a timeout for idle connections and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from .settings import Settings
 
 KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
-AFTERWARDS = 5
-"""Seconds after `shutdown_timeout` in which clients take what they are told."""
-
-
+FLUSH_TIMEOUT = 5
+"""Seconds after `shutdown_timeout` for clients to read their last event."""
 M_ARENA_MAX = -8
-"""glibc's malloc.h: how many heaps there may be."""
+"""glibc's malloc.h: the maximum number of arenas."""
 
 
-def one_heap() -> bool:
-    """Have this process's threads share one heap, before they have any; -> whether the C library has a switch for that.
+def use_single_malloc_arena() -> bool:
+    """Let all threads share one malloc arena, and return whether the C library can.
 
-    glibc gives threads heaps of their own. What requests of all sizes leave free in one no other can use, so that memory
-    grows for as long as there is traffic; docs/decisions.md has the figures.
+    Call it before threads start. glibc gives each thread an arena, and a thread does not use the
+    free memory of another's arena: memory grows with traffic. docs/decisions.md has the figures.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
@@ -37,7 +35,7 @@ def one_heap() -> bool:
 
 
 def log_to_stderr(level: int) -> None:
-    """This package's log from a level on, of others what is a warning."""
+    """Log this package from `level` on, and warnings of other packages, to stderr."""
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
@@ -45,49 +43,49 @@ def log_to_stderr(level: int) -> None:
 
 
 class Protocol(H11Protocol):
-    """Closes connections whose next request does not begin in time: uvicorn itself waits for a slow header for ever."""
+    """Closes connections whose next header is late; uvicorn has no timeout for it."""
 
-    seconds = 30.0
-    _waiting: asyncio.TimerHandle | None = None
+    header_timeout = 30.0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._waiting = self.loop.call_later(self.seconds, self._late)
+        self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        asking = self.cycle is not None and not self.cycle.response_complete
-        if asking and self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-        elif not asking and self._waiting is None:
-            self._waiting = self.loop.call_later(self.seconds, self._late)
+        in_request = self.cycle is not None and not self.cycle.response_complete
+        if in_request and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif not in_request and self._timer is None:
+            self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._waiting is not None:
-            self._waiting.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _late(self) -> None:
-        self._waiting = None
+    def _on_timeout(self) -> None:
+        self._timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
 
-class Served(typing.Protocol):
-    """What answers behind a port."""
+class Drainable(typing.Protocol):
+    """State of an application that can shut down gracefully."""
 
     name: str
 
     def drain(self) -> None:
-        """Take nothing more, and let what is under way end within `shutdown_timeout`."""
+        """Refuse new requests; running ones get `shutdown_timeout` seconds."""
 
 
 class Server(uvicorn.Server):
-    """A server that lets answers under way end before it goes."""
+    """uvicorn's server with a graceful shutdown."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        protocol = type("Protocol", (Protocol,), {"seconds": settings.request_timeout})
+        protocol = type("Protocol", (Protocol,), {"header_timeout": settings.request_timeout})
         super().__init__(
             uvicorn.Config(
                 app,
@@ -102,14 +100,14 @@ class Server(uvicorn.Server):
                 server_header=False,
                 limit_concurrency=settings.max_connections,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=int(settings.shutdown_timeout) + AFTERWARDS,
+                timeout_graceful_shutdown=int(settings.shutdown_timeout) + FLUSH_TIMEOUT,
             )
         )
-        self.service: Served = app.state.service
+        self.service: Drainable = app.state.service
 
     @property
     def address(self) -> str:
-        """Where it listens, once it has `started`."""
+        """The URL it listens on, once `started`."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

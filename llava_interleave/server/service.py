@@ -1,4 +1,4 @@
-"""The way of a request: a place, its prompt made in a pool of threads, the engine's thread, pieces of answers."""
+"""The life of a request: admission, preparation in a thread pool, generation in the engine's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from ..options import MAX_NEW_TOKENS, Options
 from ..processing import Estimate, Loader
 from ..prompt import Prompt
 from .api_errors import ApiError, ClientDisconnected, log
-from .attribution import How, attribution_json, check_attribution_budget
-from .engine_thread import EngineThread, GenerationJob
+from .attribution import attribute_prompt, check_attribution_budget
+from .engine_thread import EngineThread, ServerJob
 from .metrics import Metrics
-from .requests import ChatRequest, ExplainRequest, PromptRequest, adapter_of
+from .openai_types import (
+    AttributionMode,
+    AttributionRequest,
+    AttributionResponse,
+    ChatRequest,
+    PromptRequest,
+    adapter_name,
+)
 from .settings import MB, Settings
-from .structured_output import Grammars
+from .structured_output import GrammarCompiler
 from .uploads import Files
 
 T = TypeVar("T")
@@ -30,132 +37,124 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class PreparedRequest:
-    """A request under way. prepared: seconds that its prompt took. image_tokens: of its prompt."""
+    """A request with its prompt. seconds: that preparation took. image_tokens: of its prompt."""
 
     request: ChatRequest
-    job: GenerationJob
+    job: ServerJob
     created: int
-    prepared: float
+    seconds: float
     image_tokens: int
 
 
 class Service:
-    """A model and everything that requests to it share."""
+    """A model and the state that its requests share."""
 
     def __init__(self, bot: Chatbot, settings: Settings) -> None:
         self.bot, self.settings = bot, settings
-        bot.processor.loader = Loader(settings.limits(bot.model.config))  # however it was loaded
+        bot.processor.loader = Loader(settings.limits(bot.model.config))
         self.name = settings.name or bot.source.name
         if self.name in bot.adapters:
             raise OptionError(
-                f"the model and an adapter are both called {self.name!r}: give the adapter another name"
+                f"the model and an adapter are both called {self.name!r}: rename the adapter"
             )
         self.created = int(time.time())
         self.worker = EngineThread(bot)
-        self.grammars = Grammars(bot.processor.tokenizer)
+        self.grammars = GrammarCompiler(bot.processor.tokenizer)
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
-        self.metrics.watch(lambda: self.worker.load, lambda: self.under_way)
-        self.pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="media")
-        self.explainer = ThreadPoolExecutor(
-            1, thread_name_prefix="explain"
-        )  # one at a time: each holds a prompt's activations
-        self.under_way = 0
+        self.metrics.watch(lambda: self.worker.load, lambda: self.num_active)
+        self.pool = ThreadPoolExecutor(settings.media_workers, thread_name_prefix="media")
+        # One at a time: each has a prompt's activations in memory.
+        self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
+        self.num_active = 0
+        """Answers being prepared, waiting or running."""
         self.stopping = False
-        self.late: ApiError | None = None  # what is told to whatever is still under way
+        self.shutdown_error: ApiError | None = None
 
-    @property
-    def trouble(self) -> ApiError | None:
-        """Why no request is taken now."""
+    def unavailable(self) -> ApiError | None:
+        """Why a further request is refused now, or None."""
         if self.worker.failed:
-            return ApiError(
-                503, "engine_failed", "the engine has failed; the server has to be started again"
-            )
+            return ApiError(503, "engine_failed", "the engine has failed; restart the server")
         if self.stopping:
             return ApiError(503, "stopping", "the server is shutting down", retry=10)
-        if self.under_way >= self.settings.max_requests:
-            return ApiError(
-                503,
-                "overloaded",
-                f"{self.under_way} answers are under way or waiting; try again",
-                retry=2,
-            )
+        if self.num_active >= self.settings.max_requests:
+            return _overloaded(f"{self.num_active} answers are running or waiting")
         return None
 
     @contextlib.contextmanager
-    def place(self, n: int) -> Iterator[None]:
-        """Room for n answers. Raises Refusal where there is none."""
-        if self.trouble:
-            raise self.trouble
-        if self.under_way and self.under_way + n > self.settings.max_requests:
-            raise ApiError(
-                503,
-                "overloaded",
-                f"{self.under_way} answers are under way, {n} more do not fit; try again",
-                retry=2,
+    def admission_slot(self, n: int) -> Iterator[None]:
+        """Admission control for n answers. Raises ApiError where they do not fit."""
+        if error := self.unavailable():
+            raise error
+        if self.num_active and self.num_active + n > self.settings.max_requests:
+            raise _overloaded(
+                f"{self.num_active} answers are running or waiting, {n} more do not fit"
             )
-        self.under_way += n
+        self.num_active += n
         try:
             yield
         finally:
-            self.under_way -= n
+            self.num_active -= n
 
-    def options(self, question: PromptRequest) -> Options:
-        """What a request asks for, its adapter by the name of its model. Raises Refusal or OptionError."""
-        return question.options(self.settings).but(
-            {"adapter": adapter_of(question.model, self.name, self.bot.adapters)}
-        )
+    def options(self, request: PromptRequest) -> Options:
+        """The options of a request; its `model` selects the adapter.
 
-    async def aside(self, work: Callable[[], T]) -> T:
-        """The result of work that takes time, done in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        Raises ApiError or OptionError.
+        """
+        adapter = adapter_name(request.model, self.name, self.bot.adapters)
+        return request.options(self.settings).but({"adapter": adapter})
+
+    async def run_in_pool(self, function: Callable[[], T]) -> T:
+        """Run blocking work in the thread pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function)
 
     @contextlib.asynccontextmanager
-    async def answering(self, request: ChatRequest, key: str) -> AsyncIterator[PreparedRequest]:
-        """A request in the engine's queue. Leaving ends it, and gives its memory back."""
+    async def generation(self, request: ChatRequest, key: str) -> AsyncIterator[PreparedRequest]:
+        """A request in the engine's queue. Leaving the context aborts it and frees its memory."""
         options = self.options(request)
-        began = time.perf_counter()
-        with self.place(options.n):
-            form = request.response_format.model_dump(by_alias=True)
-            guides = (
+        start = time.perf_counter()
+        with self.admission_slot(options.n):
+            response_format = request.response_format.model_dump(by_alias=True)
+            matchers = (
                 []
-                if form["type"] == "text"
-                else await self.aside(lambda: self.grammars.guides(form, options.n))
+                if response_format["type"] == "text"
+                else await self.run_in_pool(
+                    lambda: self.grammars.compile(response_format, options.n)
+                )
             )
             prompt = await self._prepare(
                 request, key, lambda turns: self.bot.prompt(turns, options)
             )
-            prepared = time.perf_counter() - began
-            self.metrics.prepare.observe(prepared)
+            seconds = time.perf_counter() - start
+            self.metrics.preprocess.observe(seconds)
             self.metrics.crops.inc(sum(media.layout.crops for media in prompt.media))
             if options.max_new_tokens is None:
                 left = self.bot.model.config.text.context - len(prompt)
                 options = options.but(
                     {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, self.settings.max_tokens, left))}
                 )
-            if request.explain:
-                most, how = self.settings.explain_tokens, request.explain
-                check_attribution_budget(prompt, options.n, options.max_new_tokens or 1, how, most)
-            job = GenerationJob(prompt, options, key.encode(), asyncio.get_running_loop(), guides)
-            asked = PreparedRequest(
-                request,
-                job,
-                int(time.time()),
-                prepared,
-                sum(media.layout.length for media in prompt.media),
-            )
+            if request.attribution:
+                check_attribution_budget(
+                    prompt,
+                    options.n,
+                    options.max_new_tokens or 1,
+                    request.attribution,
+                    self.settings.max_attribution_tokens,
+                )
+            job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers)
+            image_tokens = sum(media.layout.length for media in prompt.media)
             self.worker.submit(job)
-            outcome = "left"
+            outcome = "aborted"
             try:
-                await job.taken()
-                yield asked
-                outcome = "answered"
+                await job.queued()
+                yield PreparedRequest(request, job, int(time.time()), seconds, image_tokens)
+                outcome = "finished"
             except Exception:
                 outcome = "failed"
                 raise
             finally:
                 self.worker.abort(job)
-                if outcome == "left":
+                if outcome == "aborted":
                     self.metrics.aborted.inc()
                 log.info(
                     "%s: key %s, user %r, %d prompt tokens, %d answers, %.2f s",
@@ -164,79 +163,84 @@ class Service:
                     request.safety_identifier or request.user,
                     len(prompt),
                     options.n,
-                    time.perf_counter() - began,
+                    time.perf_counter() - start,
                 )
 
-    async def count(self, question: PromptRequest, key: str) -> Estimate:
-        """What a question would take, nothing decoded."""
-        options = self.options(question)
-        with self.place(1):
+    async def count(self, request: PromptRequest, key: str) -> Estimate:
+        """Tokens and memory of a prompt; nothing is decoded."""
+        options = self.options(request)
+        with self.admission_slot(1):
             return await self._prepare(
-                question, key, lambda turns: self.bot.estimate(turns, options)
+                request, key, lambda turns: self.bot.estimate(turns, options)
             )
 
-    async def explaining(self, request: ExplainRequest, key: str) -> dict[str, Any]:
-        """Which image the answer that ends the messages leaned on."""
-        options = self.options(request)
+    async def attribute_answer(self, request: AttributionRequest, key: str) -> AttributionResponse:
+        """Attribution of the answer that ends the messages."""
+        options, mode = self.options(request), request.attribution
 
         def work(turns: list[dict[str, Any]]) -> tuple[Prompt, list[int]]:
-            *asked, answer = turns
-            prompt = self.bot.prompt(asked, options)
+            *question, answer = turns
+            prompt = self.bot.prompt(question, options)
             tokens = self.bot.processor.tokenizer.encode(answer["content"], special=False)
-            check_attribution_budget(
-                prompt, 1, len(tokens), request.explain, self.settings.explain_tokens
-            )
+            budget = self.settings.max_attribution_tokens
+            check_attribution_budget(prompt, 1, len(tokens), mode, budget)
             return prompt, tokens
 
-        with self.place(1):
-            return await self.explain(
-                *await self._prepare(request, key, work), request.explain, options.adapter
-            )
+        with self.admission_slot(1):
+            prompt, tokens = await self._prepare(request, key, work)
+            return await self.attribute(prompt, tokens, mode, options.adapter)
 
-    async def explain(
-        self, prompt: Prompt, answer: Sequence[int], how: How, adapter: str | None
-    ) -> dict[str, Any]:
-        """Which image an answer leaned on, computed beside the engine. Leaving gives it up before its next pass."""
-        left, began = threading.Event(), time.perf_counter()
+    async def attribute(
+        self, prompt: Prompt, answer: Sequence[int], mode: AttributionMode, adapter: str | None
+    ) -> AttributionResponse:
+        """Attribution in its own thread.
 
-        def wanted() -> None:
-            if self.late:
-                raise self.late
-            if left.is_set():
+        Cancelling it ends the work before the next forward pass.
+        """
+        cancelled, start = threading.Event(), time.perf_counter()
+
+        def check_cancelled() -> None:
+            if self.shutdown_error:
+                raise self.shutdown_error
+            if cancelled.is_set():
                 raise ClientDisconnected
 
-        def work() -> dict[str, Any]:
+        def work() -> AttributionResponse:
             with self.bot.engine.adapters.whole(adapter):
-                return attribution_json(self.bot, prompt, answer, how, wanted)
+                return attribute_prompt(self.bot, prompt, answer, mode, check_cancelled)
 
         try:
-            told = await asyncio.wrap_future(self.explainer.submit(work))
+            result = await asyncio.wrap_future(self.attribution_pool.submit(work))
         finally:
-            left.set()
-        self.metrics.explain.observe(time.perf_counter() - began)
-        return told
+            cancelled.set()
+        self.metrics.attribution.observe(time.perf_counter() - start)
+        return result
 
     async def _prepare(
-        self, question: PromptRequest, key: str, work: Callable[[list[dict[str, Any]]], T]
+        self, request: PromptRequest, key: str, work: Callable[[list[dict[str, Any]]], T]
     ) -> T:
-        turns = question.turns(lambda name: self.files.get(key, name).data, self.settings)
-        return await self.aside(lambda: work(turns))
+        turns = request.turns(lambda name: self.files.get(key, name).data, self.settings)
+        return await self.run_in_pool(lambda: work(turns))
 
     def drain(self) -> None:
-        """Take nothing more; what is under way has `shutdown_timeout`, then it is told."""
+        """Refuse new requests; running ones get `shutdown_timeout` seconds."""
         self.stopping = True
         asyncio.get_running_loop().call_later(self.settings.shutdown_timeout, self.end)
 
     def end(self) -> None:
-        """Tell whoever is still answered that it was not in time."""
-        self.late = ApiError(
+        """End running requests with the error `stopping`."""
+        self.shutdown_error = ApiError(
             503, "stopping", "the server was stopped before the answer was complete", retry=10
         )
-        self.worker.fail(self.late)
+        self.worker.fail(self.shutdown_error)
 
     def close(self) -> None:
         """Stop all threads."""
         self.end()
         self.worker.close()
-        for pool in (self.pool, self.explainer):
+        for pool in (self.pool, self.attribution_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _overloaded(reason: str) -> ApiError:
+    return ApiError(503, "overloaded", f"{reason}; try again", retry=2)

@@ -1,4 +1,4 @@
-"""What the person who runs a server decides, and no request can change: flags and documentation come from these fields."""
+"""The operator's settings of a server: flags and documentation come from these fields."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _setting(default: Any, sentence: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What the machines of a cluster serve, under names that all of them know; log_level: of their logs."""
+    """The model of a cluster's replicas. Names are those that all machines know."""
 
     name: str | None
     revision: str | None
@@ -36,59 +36,60 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How a server is reached and how much a request may take."""
+    """Addresses, authentication and limits of a server."""
 
     host: str = _setting(
-        "127.0.0.1", "Address to listen on; any but this machine's own needs --api-keys."
+        "127.0.0.1", "Address to listen on; an address other than loopback needs --api-keys."
     )
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.")
     api_keys: Path | None = _setting(  # noqa: RUF009  a field
         None,
-        "File of API keys, one a line; with it all but /health, /docs and the page's files ask for one.",
+        "File of API keys, one a line; all routes but /health and the web UI then need one.",
     )
     name: str | None = _setting(
-        None, "What the model is called in requests; without it the name of its folder."
+        None, "Name of the model in requests. Default: the name of its folder."
     )
-    preset: str = _setting("interleave", "How messages become tokens: interleave, hf or official.")
+    preset: str = _setting("interleave", "Chat template: interleave, hf or official.")
     media_root: Path | None = _setting(  # noqa: RUF009  a field
-        None, "Requests may name files below this folder; without it none."
+        None, "Let requests name files below this folder. Default: no files."
     )
     allow_host: tuple[str, ...] = _setting(
         (),
-        "Fetch media from this host: images.example.com, *.example.com, host:port, or * for all; can be given several times.",
+        "Fetch media from this host: images.example.com, *.example.com, host:port, or * for all; "
+        "can be given several times.",
     )
-    max_requests: int = _setting(32, "Answers under way or waiting at a time; one more gets 503.")
-    workers: int = _setting(2, "Threads that fetch and decode media.")
-    max_connections: int = _setting(256, "Open connections; one more gets 503.")
+    max_requests: int = _setting(
+        32, "Answers running or waiting at a time; a further request gets 503."
+    )
+    media_workers: int = _setting(2, "Threads that fetch and decode media.")
+    max_connections: int = _setting(256, "Open connections; a further one gets 503.")
     requests_per_minute: int = _setting(
-        600, "Requests a minute of one API key, or of all without keys; more get 429."
+        600, "Rate limit of each API key, or of all clients without keys; over it: 429."
     )
-    max_body_mb: int = _setting(64, "Megabytes of a request.")
+    max_body_mb: int = _setting(64, "Largest request body in megabytes.")
     request_timeout: float = _setting(
-        30.0, "Seconds for a client to send a request, and to accept each chunk of an answer."
+        30.0, "Seconds for a client to send a request, and to accept each part of the response."
     )
-    max_parts: int = _setting(512, "Messages and parts of messages of a request.")
-    max_characters: int = _setting(500_000, "Characters of text of a request.")
-    max_media: int = _setting(32, "Images and videos of a request.")
+    max_parts: int = _setting(512, "Messages and content parts in a request.")
+    max_characters: int = _setting(500_000, "Characters of text in a request.")
+    max_media: int = _setting(32, "Images and videos in a request.")
     media_mb: int = _setting(100, "Megabytes of one image or video.")
-    image_megapixels: int = _setting(32, "Megapixels of an image or a video frame.")
+    image_megapixels: int = _setting(32, "Megapixels of one image or video frame.")
     media_megapixels: int = _setting(500, "Megapixels decoded for one request.")
-    video_frames: int = _setting(64, "Frames looked at in one video.")
+    video_frames: int = _setting(64, "Frames sampled from one video.")
     video_seconds: float = _setting(3600.0, "Length of a video in seconds.")
-    media_seconds: float = _setting(
-        30.0, "Seconds that one download may take, and reading one video."
-    )
+    media_timeout: float = _setting(30.0, "Seconds for one download, and for decoding one video.")
     max_tokens: int = _setting(4096, "Tokens of an answer.")
-    explain_tokens: int = _setting(
-        65_536, "Tokens that go through the network once more to explain the answers to a request."
+    max_attribution_tokens: int = _setting(
+        65_536, "Tokens that one attribution request may run through the model."
     )
     max_choices: int = _setting(8, "Answers to one request (n).")
-    files_mb: int = _setting(256, "Megabytes of uploaded files kept in memory for one API key.")
+    files_mb: int = _setting(256, "Megabytes of uploaded files in memory for each API key.")
     sse_keepalive: float = _setting(
-        15.0, "Seconds of silence after which a stream sends a keep-alive comment."
+        15.0, "Seconds without a token after which a stream sends a comment."
     )
     shutdown_timeout: float = _setting(
-        30.0, "Seconds for running requests to finish when the server stops."
+        30.0, "Seconds for running answers to finish when the server stops."
     )
 
     def __post_init__(self) -> None:
@@ -104,22 +105,22 @@ class Settings:
                 )
         if self.api_keys is None and not self.local:
             raise OptionError(
-                f"{self.host} can be reached from outside this machine, so the server asks for API keys there: "
-                "name a file of them with --api-keys, or stay on 127.0.0.1"
+                f"{self.host} can be reached from outside this machine, which needs API keys: "
+                "name a file of them with --api-keys, or use 127.0.0.1"
             )
         if self.media_root is not None and not self.media_root.is_dir():
             raise OptionError(f"--media-root {self.media_root} is not a folder")
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the server."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
 
     def limits(self, config: LlavaConfig) -> Limits:
-        """What requests to a network of this shape may have read."""
+        """Limits of the media of requests."""
         from ..processing import Limits
 
         return Limits(
@@ -136,6 +137,6 @@ class Settings:
             video_seconds=self.video_seconds,
             video_frames=self.video_frames,
             decoded_frames=10_000,
-            video_work_seconds=self.media_seconds,
-            download_seconds=self.media_seconds,
+            video_work_seconds=self.media_timeout,
+            download_seconds=self.media_timeout,
         )

@@ -1,4 +1,4 @@
-"""Answers in a given form: JSON, a JSON schema, a regular expression, one of some texts. By llguidance, within its bounds."""
+"""Structured output (guided decoding) by llguidance: JSON, schemas, regexes, choices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from ..errors import OptionError
 from ..processing import Tokenizer
 
-JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How JSON is written: as Python does. Free white space would let a model write nothing else for ever."""
-LONGEST = 64_000
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as Python writes it. With free whitespace a model could write whitespace for ever."""
+MAX_GRAMMAR = 64_000
 """Characters of a schema, a regular expression, or all choices."""
 
 
 class GrammarMatcher:
-    """Follows one answer; the engine's `Guide`. `failure`: why it could not go on, else ""."""
+    """The engine's `TokenConstraint` for one answer. failure: why it cannot continue, or ""."""
 
     def __init__(self, matcher: LLMatcher, ends: Tensor) -> None:
         self.matcher, self.ends = matcher, ends
@@ -40,41 +40,44 @@ class GrammarMatcher:
         return self.matcher.get_error() if self.matcher.is_error() else ""
 
 
-class Grammars:
-    """Makes guides for one tokenizer. Safe to share between threads."""
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool)
         self.ends[list(tokenizer.eos_ids)] = True
         self._lock = threading.Lock()
-        self._vocabulary: LLTokenizer | None = None
+        self._tokenizer: LLTokenizer | None = None
 
-    def guides(self, form: dict[str, Any], n: int) -> list[GrammarMatcher]:
-        """n guides for a `response_format`. Raises OptionError for one that cannot be followed."""
-        written = json.dumps(form)
-        if len(written) > LONGEST:
+    def compile(self, response_format: dict[str, Any], n: int) -> list[GrammarMatcher]:
+        """n matchers for a `response_format`.
+
+        Raises OptionError for an invalid or unsupported one.
+        """
+        if (length := len(json.dumps(response_format))) > MAX_GRAMMAR:
             raise OptionError(
-                f"response_format has {len(written):,} characters; the limit is {LONGEST:,}"
+                f"response_format has {length:,} characters; the limit is {MAX_GRAMMAR:,}"
             )
-        matcher = LLMatcher(self._tokens(), _grammar(form), log_level=0)
+        matcher = LLMatcher(self._vocabulary(), _grammar(response_format), log_level=0)
         if matcher.is_error():
             raise OptionError(f"response_format: {matcher.get_error()}")
         return [GrammarMatcher(matcher.deep_copy(), self.ends) for _ in range(n)]
 
-    def _tokens(self) -> LLTokenizer:
-        """The vocabulary in llguidance's form, made when it is first asked for: it takes a moment."""
+    def _vocabulary(self) -> LLTokenizer:
+        """The vocabulary in llguidance's form, made on first use."""
         with self._lock:
-            if self._vocabulary is None:
-                words = TokenizerWrapper(_Words(self.tokenizer))
-                self._vocabulary = LLTokenizer(
-                    words, n_vocab=self.tokenizer.size, eos_token=sorted(self.tokenizer.eos_ids)
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(
+                    TokenizerWrapper(_Vocabulary(self.tokenizer)),
+                    n_vocab=self.tokenizer.size,
+                    eos_token=sorted(self.tokenizer.eos_ids),
                 )
-            return self._vocabulary
+            return self._tokenizer
 
 
-class _Words:
-    """A tokenizer as llguidance asks for one."""
+class _Vocabulary:
+    """A tokenizer with llguidance's interface."""
 
     bos_token_id = None
 
@@ -91,12 +94,15 @@ class _Words:
         return self.encode(text.decode("utf-8", "replace"), special=False)
 
 
-def _grammar(form: dict[str, Any]) -> str:
-    kind = form["type"]
+def _grammar(response_format: dict[str, Any]) -> str:
+    kind = response_format["type"]
     if kind == "regex":
-        return LLMatcher.grammar_from_regex(form["regex"])
+        return LLMatcher.grammar_from_regex(response_format["regex"])
     if kind == "choice":
-        texts = (json.dumps(text, ensure_ascii=False) for text in form["choice"])
+        texts = (json.dumps(text, ensure_ascii=False) for text in response_format["choice"])
         return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
-    schema = {"type": "object"} if kind == "json_object" else form["json_schema"]["schema"]
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON)
+    if kind == "json_object":
+        schema: dict[str, Any] = {"type": "object"}
+    else:
+        schema = response_format["json_schema"]["schema"]
+    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)

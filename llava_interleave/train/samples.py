@@ -61,7 +61,9 @@ class SampleFormat:
     ) -> tuple[int, int]:
         """Tokens of `example`, and images with frames of videos; nothing is decoded. One in tiles is one."""
         shown = in_front(said) if front else said
-        found = processor.estimate(shown, media, anyres=self._tiled(said), generation=False)
+        found = processor.estimate(
+            shown, media, anyres=self._tiled(said), add_generation_prompt=False
+        )
         pictures = sum(part.tokens for part in found.parts[1:])
         images = 1 if self._tiled(said) else pictures // processor.config.vision.grid**2
         return found.total if self.template == "chat" else pictures + len(

@@ -90,11 +90,8 @@ class Candidate:
     def greedy(self, prompt: Prompt, tokens: int) -> list[int]:
         """The likeliest continuation, by the engine; it does not stop at the end of the turn."""
         how = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-        return [
-            e.token
-            for e in self.engine.stream(prompt, how, adapter=self.adapter)
-            if e.token is not None
-        ]
+        (request,) = self.engine.generate([prompt], how, adapter=self.adapter)
+        return request.generated
 
 
 def load(

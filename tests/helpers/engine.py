@@ -129,6 +129,12 @@ def finish(e: Engine) -> list[Event]:
     return events
 
 
+def stream(e: Engine, p: Prompt, how: SamplingParams, **options: Any) -> list[Event]:
+    """All events of one request."""
+    request = e.add(p, how, **options)
+    return [event for event in finish(e) if event.request is request]
+
+
 class Counting(Llava):
     """Counts the crops and the calls of the tower and the rows of the decoder."""
 

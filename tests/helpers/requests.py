@@ -127,6 +127,6 @@ def sent(case: bytes | str | dict[str, Any], path: str = "/v1/chat/completions")
     """A case as it goes to a route of a server whose model is called tiny: to be answered, counted, or explained."""
     if isinstance(case, dict):
         more = {"max_tokens": 2} if path.endswith("completions") else {}
-        answer = [{"role": "assistant", "content": "Red."}] if path.endswith("explain") else []
+        answer = [{"role": "assistant", "content": "Red."}] if path.endswith("attribution") else []
         case = json.dumps({"model": "tiny", "messages": [*case["messages"], *answer], **more})
     return case.encode() if isinstance(case, str) else case

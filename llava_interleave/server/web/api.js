@@ -63,7 +63,7 @@ export async function count(body, signal) {
 
 /** Which image the answer that ends the messages leaned on. */
 export async function explain(body, signal) {
-  return (await post("v1/messages/explain", body, signal)).json();
+  return (await post("v1/messages/attribution", body, signal)).json();
 }
 
 /** The chunks of a streamed answer. */

@@ -1,4 +1,7 @@
-"""A model on a machine of a cluster, with the routes of its server; the process in front guards them and keeps the files."""
+"""A model on a machine of a cluster, with the server's routes.
+
+The gateway authenticates and has the uploads.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from typing import Any, NamedTuple
 from ray import serve
 from starlette.types import Message
 
-from .. import chat
-from .app import application
-from .middleware import GuardMiddleware
-from .run import log_to_stderr, one_heap
-from .service import Service
-from .settings import ReplicaSpec, Settings
-from .uploads import RequestScopedFiles, Stored
+from ... import chat
+from ..app import create_routes
+from ..middleware import GuardMiddleware
+from ..run import log_to_stderr, use_single_malloc_arena
+from ..service import Service
+from ..settings import ReplicaSpec, Settings
+from ..uploads import RequestScopedFiles, Stored
 
 
 class ReplicaInfo(NamedTuple):
-    """What a replica says of itself: where it runs, what its model is called, and its metrics."""
+    """A replica's id, the name of its model, and its metrics."""
 
     replica: str
     name: str
@@ -28,18 +31,18 @@ class ReplicaInfo(NamedTuple):
 
 
 class TrustedGuard(GuardMiddleware):
-    """The guard of a replica's routes: the one in front has found out who asks, and has counted."""
+    """Middleware of a replica: the gateway has authenticated and counted the request."""
 
     def admit(self, scope: MutableMapping[str, Any]) -> str:
         return scope["state"]["key"]
 
 
 class Replica:
-    """A model and its routes; Ray calls these methods for the process in front."""
+    """A model and its routes; the gateway calls these methods through Ray."""
 
     def __init__(self, model: ReplicaSpec, settings: Settings) -> None:
         log_to_stderr(model.log_level)
-        one_heap()
+        use_single_malloc_arena()
         bot = chat.load(
             model.name,
             revision=model.revision,
@@ -48,12 +51,10 @@ class Replica:
             deterministic=model.deterministic,
             adapters=dict(model.adapters),
         )
-        settings = dataclasses.replace(
-            settings
-        )  # checked again: --media-root has to be a folder on this machine, too
+        settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
         self.service = Service(bot, settings)
-        self.service.files = self.lent = RequestScopedFiles()
-        self.app = application(self.service)
+        self.service.files = self.files = RequestScopedFiles()
+        self.app = create_routes(self.service)
         self.app.add_middleware(
             TrustedGuard, settings=settings, keys=None, metrics=self.service.metrics
         )
@@ -62,29 +63,29 @@ class Replica:
     async def answer(
         self, scope: dict[str, Any], body: bytes, files: Mapping[str, Stored]
     ) -> AsyncIterator[list[Message]]:
-        """Nothing, when the request is here; then the messages of the response, as ASGI has them, together what is ready.
+        """An empty list on acceptance, then the ASGI messages of the response, ready ones together.
 
-        Leaving ends it.
+        Closing the generator cancels the request.
         """
         yield []
-        asked, told = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
-        asked.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        with self.lent.during(scope["state"]["key"], files):
-            work = asyncio.ensure_future(self.app(scope, asked.get, told.put))
-            work.add_done_callback(lambda _: told.put_nowait(None))
+        received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
+        received.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        with self.files.during(scope["state"]["key"], files):
+            work = asyncio.ensure_future(self.app(scope, received.get, sent.put))
+            work.add_done_callback(lambda _: sent.put_nowait(None))
             try:
-                while not (work.done() and told.empty()):
-                    first = await told.get()
+                while not (work.done() and sent.empty()):
+                    first = await sent.get()
                     yield [
                         message
-                        for message in (first, *(told.get_nowait() for _ in range(told.qsize())))
+                        for message in (first, *(sent.get_nowait() for _ in range(sent.qsize())))
                         if message
                     ]
             finally:
                 work.cancel()
                 await asyncio.wait((work,))
 
-    def tell(self) -> ReplicaInfo:
+    def info(self) -> ReplicaInfo:
         return ReplicaInfo(
             serve.get_replica_context().replica_id.unique_id,
             self.service.name,
@@ -92,11 +93,11 @@ class Replica:
         )
 
     def end(self) -> None:
-        """Tell whoever is still answered that the server stops."""
+        """End running requests with the error `stopping`."""
         self.service.end()
 
     def check_health(self) -> None:
-        """Ray starts another replica where this raises."""
+        """Ray replaces a replica where this raises."""
         if self.service.worker.failed:
             raise RuntimeError("the engine has failed for good")
 

@@ -1,0 +1,98 @@
+"""Drives an engine: jobs in, text deltas out. Not thread-safe: a lock or one thread owns it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..engine import Engine, Request, TokenConstraint
+from ..options import Options
+from ..processing import Tokenizer
+from ..prompt import Prompt
+from .detokenize import AnswerBuilder, AnswerDelta
+
+
+@dataclass(slots=True, eq=False)
+class GenerationJob:
+    """`options.n` answers to one prompt.
+
+    index: of the first answer, in its deltas. salt: jobs of equal salt share caches.
+    constraints: one per answer, for structured output; or none.
+    """
+
+    prompt: Prompt
+    options: Options
+    index: int = 0
+    salt: bytes = b""
+    constraints: Sequence[TokenConstraint] = ()
+    running: dict[Request, AnswerBuilder] = field(default_factory=dict)
+    items: deque[AnswerDelta | Exception] = field(default_factory=deque)
+
+
+class EngineDriver:
+    """Adds jobs to an engine and turns its events into their deltas."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self._jobs: dict[Request, GenerationJob] = {}
+
+    @property
+    def jobs(self) -> list[GenerationJob]:
+        """The jobs that have not ended."""
+        return list(dict.fromkeys(self._jobs.values()))
+
+    def add(self, job: GenerationJob) -> None:
+        """Queue all answers of a job, or none of them: errors as `Engine.add`."""
+        options = job.options
+        context_left = self.engine.model.config.text.context - len(job.prompt)
+        try:
+            for number in range(options.n):
+                request = self.engine.add(
+                    job.prompt,
+                    options.sampling(number, context_left),
+                    salt=job.salt,
+                    constraint=job.constraints[number] if job.constraints else None,
+                    adapter=options.adapter,
+                )
+                self._jobs[request] = job
+                job.running[request] = AnswerBuilder(self.tokenizer, options, job.index + number)
+        except BaseException:
+            self.abort(job)
+            raise
+
+    def abort(self, job: GenerationJob) -> None:
+        """End the answers of a job that are still running, and free their memory."""
+        for request in job.running:
+            self._jobs.pop(request, None)
+            self.engine.abort(request)
+        job.running.clear()
+
+    def step(
+        self, prefill_time_budget: float = math.inf
+    ) -> list[tuple[GenerationJob, AnswerDelta | Exception]]:
+        """Compute a step; the new deltas by job, or the error that ended a job.
+
+        prefill_time_budget, and exceptions: as `Engine.step`.
+        """
+        items: list[tuple[GenerationJob, AnswerDelta | Exception]] = []
+        for event in self.engine.step(prefill_time_budget):
+            request = event.request
+            job = self._jobs.get(request)
+            if job is None:
+                continue
+            try:
+                if event.error is not None:
+                    raise event.error
+                delta = job.running[request].push(event)
+            except Exception as error:  # noqa: BLE001  an error of one job must not end the others
+                self.abort(job)
+                items.append((job, error))
+                continue
+            if delta is not None:
+                items.append((job, delta))
+                if delta.answer is not None:
+                    del self._jobs[request], job.running[request]
+                    self.engine.abort(request)  # which goes on after a stop string
+        return items

@@ -1,0 +1,170 @@
+"""Command-line flags: those that several commands share, and those generated from dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from ..options import Options
+
+Attach = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attach",
+        "-a",
+        metavar="FILE|URL|-",
+        help="An image, a video, a folder of frames, or '-' for standard input; repeatable.",
+    ),
+]
+View = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--view",
+        metavar="NAME=FILE",
+        help="A named view of a scene; all --view together are one multi-view input.",
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A checkpoint folder or a Hugging Face name.  [default: the built-in model]",
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit on the Hugging Face hub.")
+]
+PER_COMPONENT = "per component: int4,head=int4 or int8,tower=float."
+_PRECISIONS = (
+    "auto, float32, bfloat16, float16, int8, int4, on a CUDA GPU fp8 or nf4; "
+    f"int8 and int4 also {PER_COMPONENT}"
+)
+Precision = Annotated[str, typer.Option(help=_PRECISIONS)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Batch-invariant: the same output whatever else runs in the batch; slower.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+Command = Callable[..., None]
+NAMES = {"n": "-n", "stop_ids": "--stop-id"}
+"""Fields whose flag has another name than theirs."""
+
+
+def with_flags(
+    parameter: str,
+    record: type[Any],
+    *,
+    tables: Mapping[str, type[Any]] | None = None,
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
+    defaults: Mapping[str, str] | None = None,
+    overrides: bool = False,
+) -> Callable[[Command], Command]:
+    """Replace a command's `parameter` by one flag per field of the dataclass `record`.
+
+    The command receives a `record`; with `overrides` the used flags alone, as a dict by field name,
+    where the field of a table is `table.field` and a boolean also has its `--no-` flag.
+
+    only, without: which fields have a flag. defaults: texts that replace those of the fields.
+    """
+    flags = [
+        _flag(f"{prefix}{field.name}", field, hints[field.name], defaults or {}, overrides)
+        for prefix, table in [("", record), *((f"{n}.", t) for n, t in (tables or {}).items())]
+        for hints in [typing.get_type_hints(table)]
+        for field in dataclasses.fields(table)
+        if prefix or (field.name not in without and (only is None or field.name in only))
+    ]
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [p for p in signature if p.name != parameter] + [flag for _, flag in flags]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            values = {key: arguments.pop(flag.name) for key, flag in flags}
+            used = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+                if value is not None and value != []
+            }
+            command(**arguments, **{parameter: used if overrides else record(**used)})
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _flag(
+    key: str,
+    field: dataclasses.Field[Any],
+    hint: Any,
+    defaults: Mapping[str, str],
+    negatable: bool,
+) -> tuple[str, inspect.Parameter]:
+    """A field's key and its flag, which is None where it is not used."""
+    name = key.replace(".", "_")
+    flag = NAMES.get(key, "--" + name.replace("_", "-"))
+    default = defaults.get(key, field.metadata.get("default"))
+    if default is None:
+        default = _default_text(field.default)
+    sentence = field.metadata["help"] + (f"  [default: {default}]" if default else "")
+    if hint is bool and negatable:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    option = typer.Option(flag, help=sentence)
+    annotation = Annotated[_flag_type(hint) | None, option]  # type: ignore[valid-type]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return key, inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+def _default_text(value: Any) -> str:
+    """Empty for None, False and an empty tuple."""
+    if value is None or value is False:
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _flag_type(hint: Any) -> Any:
+    """The type of a field's flag: several strings or ids are a repeatable list."""
+    if "tuple" not in str(hint):
+        return hint
+    return list[int] if hint == tuple[int, ...] else list[str]
+
+
+with_options = with_flags("options", Options, without=("logit_bias",))
+"""Gives a command that takes `options: Options` one flag per field."""
+
+
+def attachments(words: list[str] | None, views: list[str] | None) -> list[object]:
+    """The media of -a and --view; '-' is read from standard input.
+
+    Raises `OptionError` for a view without a name.
+    """
+    sources: list[object] = [
+        sys.stdin.buffer.read() if word == "-" else word for word in words or []
+    ]
+    if views:
+        pairs = [view.partition("=") for view in views]
+        if not all(name and equals and file for name, equals, file in pairs):
+            raise OptionError("--view takes NAME=FILE, for example --view front=front.png")
+        sources.append(
+            {"type": "views", "views": [{"name": name, "image": file} for name, _, file in pairs]}
+        )
+    return sources

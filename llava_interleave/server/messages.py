@@ -1,0 +1,174 @@
+"""The `messages` of a request: JSON schema, limits, and uploads in the place of file ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..chat.attachments import is_video
+from ..errors import PromptError
+from .settings import Settings
+
+FILE_ID = re.compile(r"file-[0-9a-f]{64}")
+MEDIA_FIELDS = ("image_url", "video_url", "image", "video", "views")
+"""Fields of a content part that may name an upload."""
+DATA_FIELDS = (*MEDIA_FIELDS, "url", "path", "base64")
+
+FILE_OR_URL = {
+    "type": "string",
+    "pattern": ":|^file-[0-9a-f]{64}$",
+    "description": "A URL, a data URL, or the id of an upload.",
+}
+SECONDS = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}]}
+FRAME_SAMPLING = {
+    "frames": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]},
+    "fps": {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
+    "times": {
+        "anyOf": [
+            {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1},
+            {"type": "null"},
+        ]
+    },
+    "start": SECONDS,
+    "end": SECONDS,
+}
+
+
+def _object(
+    required: dict[str, Any], optional: dict[str, Any] | None = None, more: Any = False
+) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": required | (optional or {}),
+        "required": list(required),
+        "additionalProperties": more,
+    }
+
+
+def _part_schema(kind: str, required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    return _object({"type": {"const": kind}, **required}, optional)
+
+
+def _url(**optional: Any) -> dict[str, Any]:
+    return {"anyOf": [FILE_OR_URL, _object({"url": FILE_OR_URL}, optional)]}
+
+
+TEXT = {"type": "string"}
+DETAIL = {"enum": ["auto", "low", "high", None]}
+VIEW = _object({"image": TEXT}, {"name": {"type": ["string", "null"]}})
+VIEWS = [
+    {"type": "object", "additionalProperties": TEXT, "minProperties": 1},
+    {"type": "array", "items": {"anyOf": [TEXT, VIEW]}, "minItems": 1},
+]
+FRAMES = {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}]}
+PARTS = [
+    _part_schema("text", {"text": TEXT}),
+    _part_schema("image_url", {"image_url": _url(detail=DETAIL)}),
+    *(_part_schema("image", {source: TEXT}) for source in ("image", "url", "path", "base64")),
+    _part_schema("video_url", {"video_url": _url()}, **FRAME_SAMPLING),
+    _part_schema("video", {"video": FRAMES}, **FRAME_SAMPLING),
+    *(_part_schema("video", {source: TEXT}, **FRAME_SAMPLING) for source in ("url", "path")),
+    _part_schema("views", {"views": {"anyOf": VIEWS}}),
+    _part_schema("file", {"file": _object({"file_id": TEXT})}),
+]
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": _object(
+        {
+            "role": {"enum": ["system", "developer", "user", "assistant"]},
+            "content": {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": PARTS}}]},
+        },
+        more={"type": "null"},
+    ),
+}
+
+
+def resolve_messages(
+    messages: list[dict[str, Any]], upload: Callable[[str], bytes], settings: Settings
+) -> list[dict[str, Any]]:
+    """Messages as the processor reads them: null fields dropped, uploads in the place of their ids.
+
+    Raises PromptError over the limits of `settings`, and whatever `upload` raises for an unknown
+    id.
+    """
+    turns = [
+        {name: value for name, value in message.items() if value is not None}
+        for message in messages
+    ]
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    if (parts := len(turns) + sum(map(len, contents))) > settings.max_parts:
+        raise PromptError(
+            f"the request has {parts} messages and parts; the limit is {settings.max_parts}"
+        )
+    for turn in turns:
+        if turn.get("role") == "developer":
+            turn["role"] = "system"
+        if isinstance(turn.get("content"), list):
+            turn["content"] = [_resolve_part(part, upload) for part in turn["content"]]
+    if (characters := sum(map(_characters, turns))) > settings.max_characters:
+        raise PromptError(
+            f"the request has {characters:,} characters of text; "
+            f"the limit is {settings.max_characters:,}"
+        )
+    return turns
+
+
+def _resolve_part(part: Any, upload: Callable[[str], bytes]) -> Any:
+    """A part with uploads in the place of their ids; the chat template validates it."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "file":
+        file = part.get("file")
+        if set(part) != {"type", "file"} or not isinstance(file, dict) or set(file) != {"file_id"}:
+            raise PromptError(
+                "a file part is {'type': 'file', 'file': {'file_id': 'file-...'}}; "
+                "upload the file to /v1/files first"
+            )
+        data = upload(str(file["file_id"]))
+        kind = "video" if is_video(data[:512]) else "image"
+        return {"type": kind, kind: data}
+    for source in _sources(part):
+        if not isinstance(source, str | None):
+            raise PromptError(
+                f"the source of an image or a video must be a string, not {type(source).__name__}"
+            )
+    return {
+        name: _resolve_ids(value, upload) if name in MEDIA_FIELDS else value
+        for name, value in part.items()
+    }
+
+
+def _sources(part: dict[str, Any]) -> Iterator[Any]:
+    """Media sources where the chat template also accepts decoded images, which JSON cannot hold."""
+    video, views = part.get("video"), part.get("views")
+    yield part.get("image")
+    yield from video if isinstance(video, list) else [video]
+    if isinstance(views, dict):
+        yield from views.values()
+    elif isinstance(views, list):
+        yield from (view.get("image") if isinstance(view, dict) else view for view in views)
+
+
+def _resolve_ids(value: Any, upload: Callable[[str], bytes]) -> Any:
+    if isinstance(value, str):
+        return upload(value) if FILE_ID.fullmatch(value) else value
+    if isinstance(value, list):
+        return [_resolve_ids(item, upload) for item in value]
+    if isinstance(value, dict):
+        return {name: _resolve_ids(item, upload) for name, item in value.items()}
+    return value
+
+
+def _characters(value: Any, text: bool = True) -> int:
+    """Characters to tokenize, names of views included; URLs and data of media do not count."""
+    if isinstance(value, dict):
+        return sum(
+            len(name)
+            + _characters(item, name in ("text", "name") or (text and name not in DATA_FIELDS))
+            for name, item in value.items()
+        )
+    if isinstance(value, list):
+        return sum(_characters(item, text) for item in value)
+    return len(value) if text and isinstance(value, str) else 0

@@ -1,0 +1,477 @@
+"""Bodies of requests and responses: OpenAI's with this server's additions. /openapi.json has them.
+
+A request field is honoured or refused by name; none is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from ..errors import OptionError
+from ..options import Options
+from .api_errors import ApiError, ErrorResponse
+from .messages import MESSAGES_SCHEMA, resolve_messages
+from .settings import Settings
+
+AttributionMode = Literal[True, "attention"]
+"""True: attention maps and leave-one-out changes. "attention": the maps alone, which is cheaper."""
+MAX_DEPTH = 24
+"""Levels of nesting in a request; an image in a message has six."""
+MAX_ITEMS = 4096
+"""Items of any list or object: validation reports all faults of a list at once."""
+OPTIONS = [f.name for f in dataclasses.fields(Options) if f.name not in ("logit_bias", "logprobs")]
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """null stands for a field that is left out."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            outer = {k: field.pop(k) for k in ("title", "default", "description") if k in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
+
+
+class Strict(BaseModel):
+    """No unknown field, no conversion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class PromptRequest(Strict):
+    """Messages and the options of their images and videos: everything that makes a prompt.
+
+    Not OpenAI's: anyres, frames, fps, start, end and frame_times, as in `llava ask`.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES_SCHEMA)]
+    model: str | None = None
+    anyres: bool = False
+    frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(ge=0.001)] | None = None
+    start: Annotated[float, Field(ge=0)] | None = None
+    end: Annotated[float, Field(ge=0)] | None = None
+    frame_times: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        """Limit lists and nesting; drop null fields, which clients send for unset ones."""
+        level = [data]
+        for _ in range(MAX_DEPTH):
+            containers = [
+                item.values() if isinstance(item, dict) else item
+                for item in level
+                if isinstance(item, dict | list)
+            ]
+            if any(len(values) > MAX_ITEMS for values in containers):
+                raise ValueError(
+                    f"the request has a list or an object of more than {MAX_ITEMS:,} items"
+                )
+            level = [value for values in containers for value in values]
+        if any(isinstance(item, dict | list) for item in level):
+            raise ValueError(f"the request is nested more than {MAX_DEPTH} levels deep")
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+    def turns(self, upload: Callable[[str], bytes], settings: Settings) -> list[dict[str, Any]]:
+        """The messages as the processor reads them."""
+        return resolve_messages(self.messages, upload, settings)
+
+    def options(self, settings: Settings) -> Options:
+        """The fields that are options. Raises OptionError."""
+        shared = set(OPTIONS) & set(type(self).model_fields)
+        return Options(preset=settings.preset, **{name: getattr(self, name) for name in shared})
+
+
+class StreamOptions(Strict):
+    """Additions to a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class TextFormat(Strict):
+    """Free text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    """A JSON schema; it is enforced whatever `strict` says."""
+
+    name: Annotated[str, Field(max_length=64)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict):
+    """JSON of this schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class RegexFormat(Strict):
+    """Text that matches a regular expression from beginning to end."""
+
+    type: Literal["regex"]
+    regex: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class ChoiceFormat(Strict):
+    """One of these texts."""
+
+    type: Literal["choice"]
+    choice: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)
+    ]
+
+
+class AttributionRequest(PromptRequest):
+    """POST /v1/messages/attribution: a question's messages, then the answer to attribute."""
+
+    attribution: AttributionMode = True
+
+    @model_validator(mode="after")
+    def _ends_with_answer(self) -> AttributionRequest:
+        last = self.messages[-1]
+        if (
+            last.get("role") != "assistant"
+            or not isinstance(last.get("content"), str)
+            or len(self.messages) < 2
+        ):
+            raise ValueError(
+                "messages: the last must be the assistant's answer, a text, after the question"
+            )
+        return self
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class ChatRequest(PromptRequest):
+    """POST /v1/chat/completions. A field with one allowed value is not supported.
+
+    Not OpenAI's: top_k, min_p, repetition_penalty, attribution (which image the answer used: true,
+    or "attention" for the cheap variant), and response_format by `regex` and `choice`. The default
+    temperature is 0 (greedy).
+    """
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+    ] = {}
+    attribution: bool | Literal["attention"] = False
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    user: Annotated[str, Field(max_length=128)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    response_format: Annotated[
+        TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat,
+        Field(discriminator="type"),
+    ] = TextFormat(type="text")
+    modalities: list[Literal["text"]] = ["text"]
+    service_tier: Literal["auto", "default"] = "auto"
+    store: Literal[False] = False
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tool_choice: Literal["none", "auto"] = "none"
+
+    def options(self, settings: Settings) -> Options:
+        """All options.
+
+        Raises OptionError where fields contradict each other or exceed the server's limits.
+        """
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise OptionError(
+                f"max_tokens is {both[0]} and max_completion_tokens {both[1]}: "
+                "they mean the same, give one"
+            )
+        max_tokens = both[0] or both[1]
+        if max_tokens is not None and max_tokens > settings.max_tokens:
+            raise OptionError(
+                f"max_completion_tokens is {max_tokens}; this server's limit is "
+                f"{settings.max_tokens} tokens"
+            )
+        if self.n > settings.max_choices:
+            raise OptionError(f"n is {self.n}; this server's limit is {settings.max_choices}")
+        if self.n > 1 and self.seed is not None and self.seed + self.n > 2**63:
+            raise OptionError(
+                f"answer i of n uses seed + i, and {self.seed} + {self.n - 1} is above 2^63 - 1"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise OptionError("top_logprobs needs logprobs: true")
+        if self.stream_options is not None and not self.stream:
+            raise OptionError("stream_options needs stream: true")
+        return PromptRequest.options(self, settings).but(
+            {
+                "max_new_tokens": max_tokens,
+                "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
+                "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            }
+        )
+
+
+def adapter_name(model: str | None, served: str, adapters: Sequence[str]) -> str | None:
+    """The adapter of a request's `model`; None for the served model.
+
+    Raises ApiError for an unknown name.
+    """
+    if model in (None, served):
+        return None
+    if model not in adapters:
+        names = ", ".join(map(repr, (served, *adapters)))
+        raise ApiError(
+            404,
+            "model_not_found",
+            f"the model {model[:200]!r} does not exist; this server has {names}",
+            param="model",
+        )
+    return model
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": ErrorResponse,
+        "description": "The request is refused: the message says why, the code is for programs.",
+    },
+    "5XX": {
+        "model": ErrorResponse,
+        "description": "The server is busy (503, with Retry-After) or has failed.",
+    },
+}
+
+
+class Status(BaseModel):
+    """State of the server."""
+
+    status: Literal["ok", "ready", "failed"]
+
+
+class ModelInfo(BaseModel):
+    """A model. parent: the model that an adapter belongs to. tokens_per_image: of the context.
+
+    video_frames: sampled from a video by default.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "llava-interleave"
+    parent: str | None
+    context_length: int
+    tokens_per_image: int
+    video_frames: int
+
+
+class ModelList(BaseModel):
+    """The served model and its adapters."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class File(BaseModel):
+    """An upload; its id is the hash of its content."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+
+
+class FileList(BaseModel):
+    """All uploads of an API key, oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[File]
+    has_more: bool = False
+
+
+class FileDeleted(BaseModel):
+    """Confirms a deletion."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+class TopLogprob(BaseModel):
+    """A token, its natural log-probability and its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobs(TopLogprob):
+    """A token of an answer, and the most likely tokens at its position."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprobs]
+    refusal: None = None
+
+
+class Message(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of n answers."""
+
+    index: int
+    message: Message
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class PromptTokensDetails(BaseModel):
+    """Prompt tokens from the prefix cache, and prompt tokens of images."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Token counts: the prompt once, the completion of all answers."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Timings(BaseModel):
+    """Seconds, of the answer that finished last. prepare: before the engine's queue."""
+
+    prepare: float
+    queue: float
+    vision: float
+    prefill: float | None
+    first_token: float | None
+    total: float
+    tokens_per_second: float | None
+
+
+class ImageAttributionInfo(BaseModel):
+    """The library's `ImageAttribution`; a video has one map per frame."""
+
+    name: str
+    share: float | None
+    change: float | None
+    attention: float
+    heat: list[list[list[float]]]
+
+
+class AttributionResponse(BaseModel):
+    """Which image an answer used. layers: whose attention is averaged.
+
+    logprob: of the whole answer.
+    """
+
+    layers: list[int]
+    logprob: float
+    images: list[ImageAttributionInfo]
+
+
+class ChoiceAttribution(AttributionResponse):
+    """Attribution of answer `index`."""
+
+    index: int
+
+
+def _optional() -> Any:
+    """A field that is left out where it is None."""
+    return Field(None, exclude_if=lambda value: value is None)
+
+
+class Completion(BaseModel):
+    """Fields of a whole response and of a chunk."""
+
+    id: str
+    created: int
+    model: str
+
+
+class ChatCompletion(Completion):
+    """All answers; `attributions` only on request."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: Usage
+    timings: Timings
+    attributions: list[ChoiceAttribution] | None = _optional()
+
+
+class Delta(BaseModel):
+    """New text of an answer; the first delta has the role."""
+
+    role: Literal["assistant"] | None = _optional()
+    content: str | None = _optional()
+
+
+class ChunkChoice(BaseModel):
+    """A delta of answer `index`."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatCompletionChunk(Completion):
+    """An event of a stream. The last delta has the timings; attributions and usage follow."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    timings: Timings | None = _optional()
+    attributions: list[ChoiceAttribution] | None = _optional()
+
+
+CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ChatCompletion,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The answers; with `stream` server-sent events, errors as an `error` event.",
+    }
+}
