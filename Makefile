@@ -1,16 +1,24 @@
 # Needs Python 3.11 to 3.13, git and make. Everything is installed into .venv, once; PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 SHAPE ?= 0.5b
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+EXE := .exe
+else
 BIN := .venv/bin
+endif
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help demo test test-ray check bench bench-peers tiny
+.PHONY: help demo test test-ray coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
 	@echo "make test    the test suite; ARGS=tests/test_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
-	@echo "make check   ruff and mypy"
+	@echo "make coverage  the suite with line coverage, into build/coverage"
+	@echo "make check   ruff, and mypy for Linux, macOS and Windows"
+	@echo "make docs    the site, into build/site; strict: a broken link fails"
+	@echo "make dist    the wheel and the source archive, into dist"
 	@echo "make bench   speed beside transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same beside OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
@@ -25,10 +33,23 @@ test-ray: .venv/installed-dev
 	$(INSTALL) -e '.[dev,ray]' kubernetes-validate
 	$(BIN)/python -m pytest tests/test_cluster.py tests/test_serve_ray.py tests/test_deploy.py
 
+coverage: .venv/installed-dev
+	$(BIN)/python -m pytest --cov=llava_interleave --cov-report=term:skip-covered --cov-report=html:build/coverage $(ARGS)
+
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
+	$(BIN)/mypy --platform win32
+
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+dist: .venv/installed
+	$(INSTALL) build
+	$(BIN)/python -m build --outdir dist .
 
 bench: .venv/installed-dev
 	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
@@ -79,15 +100,19 @@ bench-peers: .venv/installed-dev build/peers/vllm $(foreach made,openvino-int8 o
 tiny: .venv/installed
 	$(BIN)/python -m recipes.tiny_world.training runs/tiny
 
-.venv/bin/python:
+$(BIN)/python$(EXE):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
 	$(INSTALL) -e .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(INSTALL) -e '.[docs]'
 	@touch $@
