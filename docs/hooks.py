@@ -29,11 +29,7 @@ def undocumented(page: Path = PAGE) -> Iterator[str]:
         for member, value in vars(thing).items() if inspect.isclass(thing) else ():
             function = value.fget if isinstance(value, property) else value
             function = getattr(function, "__func__", function)
-            if (
-                not member.startswith("_")
-                and inspect.isfunction(function)
-                and not function.__doc__
-            ):
+            if not member.startswith("_") and inspect.isfunction(function) and not function.__doc__:
                 yield f"{name}.{member}"
 
 
