@@ -1,4 +1,4 @@
-// The server's HTTP interface: keys, uploads, counting, streamed answers.
+// The server's HTTP API: keys, uploads, counting, streamed answers.
 
 let key = sessionStorage.getItem("key") ?? "";
 const uploads = new Map(); // file key -> promise of the server's id
@@ -61,8 +61,8 @@ export async function count(body, signal) {
   return (await post("v1/messages/count", body, signal)).json();
 }
 
-/** Which image the answer that ends the messages leaned on. */
-export async function explain(body, signal) {
+/** Which image the answer that ends the messages used. */
+export async function attribution(body, signal) {
   return (await post("v1/messages/attribution", body, signal)).json();
 }
 
@@ -73,7 +73,7 @@ export async function* stream(body, signal) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new ApiError(0, "the connection broke before the answer was complete");
+    if (done) throw new ApiError(0, "the connection was lost before the answer was complete");
     const events = (rest + value).split(/\r?\n\r?\n/);
     rest = events.pop();
     for (const event of events) {

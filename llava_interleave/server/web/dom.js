@@ -1,4 +1,4 @@
-// Elements of the page, made without HTML, and the frames of films.
+// Elements, made without HTML, and frames of videos.
 
 export function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -6,23 +6,23 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Hands `put` pictures of a film at these seconds while they are `wanted`. Fails if it cannot be shown. */
-export function frames(url, times, wanted, put) {
-  const film = make("video", { src: url, muted: true, preload: "auto" });
+/** Calls `put` with a canvas for each time in seconds while `wanted()`. Rejects if the browser cannot decode the video. */
+export function videoFrames(url, times, wanted, put) {
+  const video = make("video", { src: url, muted: true, preload: "auto" });
   const seek = (time) =>
     new Promise((resolve) => {
-      film.requestVideoFrameCallback?.(resolve);
-      film.onseeked = () => setTimeout(resolve, 300); // the same frame once more is not presented again
-      film.currentTime = time + 0.001; // a frame's first moment may be rounded to the one before
+      video.requestVideoFrameCallback?.(resolve);
+      video.onseeked = () => setTimeout(resolve, 300); // a repeated frame is not presented again
+      video.currentTime = time + 0.001; // the exact time of a frame may round to the previous one
     });
   return new Promise((resolve, reject) => {
-    film.onerror = reject;
-    film.onloadeddata = async () => {
+    video.onerror = reject;
+    video.onloadeddata = async () => {
       for (const [index, time] of times.entries()) {
         if (!wanted()) break;
         await seek(time);
-        const canvas = make("canvas", { height: 72, width: Math.max(1, Math.round((72 * film.videoWidth) / film.videoHeight)) });
-        canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
+        const canvas = make("canvas", { height: 72, width: Math.max(1, Math.round((72 * video.videoWidth) / video.videoHeight)) });
+        canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
         canvas.title = `${time.toFixed(2)} s`;
         put(canvas, index);
       }

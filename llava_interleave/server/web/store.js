@@ -1,26 +1,26 @@
-// Chats and the files they speak of, kept in the browser. A chat is a tree of messages; its `leaf` says which branch is shown.
+// Chats and their files in the browser. A chat is a tree of messages; its `leaf` selects the branch that is shown.
 
 const NAME = "llava-interleave";
 
-function done(request) {
+function result(request) {
   return new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
 }
 
-let opened;
+let connection;
 
 function database() {
-  opened ??= (() => {
+  connection ??= (() => {
     const request = indexedDB.open(NAME, 1);
     request.onupgradeneeded = () => {
       request.result.createObjectStore("chats", { keyPath: "id" });
       request.result.createObjectStore("files");
     };
-    return done(request);
+    return result(request);
   })();
-  return opened;
+  return connection;
 }
 
 async function table(name, mode = "readonly") {
@@ -28,28 +28,28 @@ async function table(name, mode = "readonly") {
 }
 
 export async function chats() {
-  const all = await done((await table("chats")).getAll());
+  const all = await result((await table("chats")).getAll());
   return all.sort((a, b) => b.changed - a.changed);
 }
 
 export async function save(chat) {
   chat.changed = Date.now();
-  await done((await table("chats", "readwrite")).put(chat));
+  await result((await table("chats", "readwrite")).put(chat));
 }
 
 export async function keep(key, blob) {
-  await done((await table("files", "readwrite")).put(blob, key));
+  await result((await table("files", "readwrite")).put(blob, key));
 }
 
 export async function file(key) {
-  return done((await table("files")).get(key));
+  return result((await table("files")).get(key));
 }
 
 /** Drop a chat, and the files that no other chat has. */
 export async function remove(chat) {
-  await done((await table("chats", "readwrite")).delete(chat.id));
+  await result((await table("chats", "readwrite")).delete(chat.id));
   const used = new Set((await chats()).flatMap(keys));
-  for (const key of keys(chat)) if (!used.has(key)) await done((await table("files", "readwrite")).delete(key));
+  for (const key of keys(chat)) if (!used.has(key)) await result((await table("files", "readwrite")).delete(key));
 }
 
 function keys(chat) {
@@ -57,17 +57,17 @@ function keys(chat) {
 }
 
 /** Also on a page that came over plain http, where browsers withhold crypto.randomUUID. */
-export function identity() {
+export function randomId() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 export function create() {
-  return { id: identity(), title: "", changed: 0, nodes: {}, leaf: null };
+  return { id: randomId(), title: "", changed: 0, nodes: {}, leaf: null };
 }
 
 /** Put a message after `parent` and show it. */
 export function add(chat, parent, role, parts) {
-  const node = { id: identity(), parent, role, parts, made: Date.now() };
+  const node = { id: randomId(), parent, role, parts, made: Date.now() };
   chat.nodes[node.id] = node;
   chat.leaf = node.id;
   return node;
@@ -104,7 +104,7 @@ function dataUrl(blob) {
 }
 
 /** Everything as one JSON text, files included. */
-export async function exported() {
+export async function exportChats() {
   const all = await chats();
   const files = {};
   for (const key of new Set(all.flatMap(keys))) {
@@ -114,20 +114,20 @@ export async function exported() {
   return JSON.stringify({ format: NAME, version: 1, chats: all, files });
 }
 
-/** Take in what `exported` wrote; chats that are already here are replaced. Refuses anything else before it changes a thing. */
-export async function imported(text) {
-  let given;
+/** Import an export; existing chats are replaced. Throws before any change if the file is not valid. */
+export async function importChats(text) {
+  let data;
   try {
-    given = JSON.parse(text);
+    data = JSON.parse(text);
   } catch {
     throw new Error("this file is not JSON");
   }
-  if (given?.format !== NAME || given.version !== 1 || !Array.isArray(given.chats) || typeof given.files !== "object") {
+  if (data?.format !== NAME || data.version !== 1 || !Array.isArray(data.chats) || typeof data.files !== "object") {
     throw new Error("this file is not an export of this page");
   }
-  for (const chat of given.chats) {
+  for (const chat of data.chats) {
     const nodes = typeof chat?.id === "string" && chat.nodes && typeof chat.nodes === "object" ? Object.entries(chat.nodes) : null;
-    const good = nodes?.every(([id, node]) => {
+    const valid = nodes?.every(([id, node]) => {
       const seen = new Set();
       for (let at = node; at; at = chat.nodes[at.parent]) {
         if (seen.has(at.id)) return false;
@@ -135,15 +135,15 @@ export async function imported(text) {
       }
       return node.id === id && ["user", "assistant"].includes(node.role) && Array.isArray(node.parts);
     });
-    if (!good || (chat.leaf && !chat.nodes[chat.leaf])) throw new Error("a chat in this file is damaged");
+    if (!valid || (chat.leaf && !chat.nodes[chat.leaf])) throw new Error("a chat in this file is damaged");
   }
   const blobs = [];
-  for (const [key, url] of Object.entries(given.files)) {
-    if (!/^data:(image|video)\/[\w.+-]+;base64,/.test(url)) throw new Error("a file in this export is no image or video");
+  for (const [key, url] of Object.entries(data.files)) {
+    if (!/^data:(image|video)\/[\w.+-]+;base64,/.test(url)) throw new Error("a file in this export is not an image or a video");
     const [head, body] = url.split(",", 2);
     blobs.push([key, new Blob([Uint8Array.from(atob(body), (c) => c.charCodeAt(0))], { type: head.slice(5, -7) })]);
   }
   for (const [key, blob] of blobs) await keep(key, blob);
-  for (const chat of given.chats) await done((await table("chats", "readwrite")).put(chat));
-  return given.chats.length;
+  for (const chat of data.chats) await result((await table("chats", "readwrite")).put(chat));
+  return data.chats.length;
 }
