@@ -119,7 +119,7 @@ def ask(page: Page, text: str) -> None:
     expect(page.locator("#text")).to_have_value("")
     expect(page.locator("#send")).to_be_visible(timeout=20_000)
     expect(page.locator("#messages > li.assistant").last.locator(".meta")).to_contain_text(
-        "tokens read"
+        "prompt tokens"
     )
 
 
@@ -135,7 +135,7 @@ def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> N
     expect(page.locator("#text")).to_have_value("Compare [image 2]")
     assert page.locator(".chip img").nth(1).get_attribute("alt") == "blue.png"
     ask(page, page.input_value("#text") + " with the others.")
-    said = page.locator("#messages > li.user .said")
+    said = page.locator("#messages > li.user .content")
     assert said.locator("img").count() == 3
     assert [img.get_attribute("alt") for img in said.locator("img").all()] == [
         "red.png",
@@ -150,7 +150,7 @@ def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> N
         "user",
     ]
     reused = page.locator("#messages > li.assistant").last.locator(".meta").inner_text()
-    assert int(re.search(r"(\d+) of them reused", reused)[1]) > 0
+    assert int(re.search(r"(\d+) cached", reused)[1]) > 0
     page.reload()
     page.locator("#chats button.open").first.click()
     expect(page.locator("#messages > li")).to_have_count(4)
@@ -218,7 +218,7 @@ def drop(page: Page, paths: list[Path]) -> None:
             page.wait_for_timeout(100)
 
 
-def test_which_image_an_answer_leaned_on(
+def test_which_image_an_answer_used(
     browser: Browser, folder: Path, files: list[Path], tmp_path: Path
 ) -> None:
     """Shares, maps and frames are the library's; shown at the press of a button, hidden at the next."""
@@ -234,27 +234,27 @@ def test_which_image_an_answer_leaned_on(
             page.locator("#frames").evaluate(
                 "(slider) => { slider.value = 5; }"
             )  # the answer was given with 3
-            button = page.get_by_role("button", name="Which image this answer leaned on")
+            button = page.get_by_role("button", name="Which image this answer used")
             with page.expect_request("**/v1/messages/attribution") as sent:
                 button.click()
-            told = page.locator(".leaned li")
+            told = page.locator(".attribution li")
             expect(told).to_have_count(3)
-            expect(page.locator(".leaned .frame")).to_have_count(2 + 3)
+            expect(page.locator(".attribution .frame")).to_have_count(2 + 3)
             expect(button).to_have_attribute("aria-expanded", "true")
             asked = json.loads(sent.value.post_data)
             known = explained(folder, asked, [*files[:2], tmp_path / "v.mp4"])
-            shares = page.locator(".leaned strong + meter + strong").all_inner_texts()
+            shares = page.locator(".attribution strong + meter + strong").all_inner_texts()
             assert [share.strip() for share in shares] == [
                 f"{round(100 * look.share)} %" for look in known
             ]
             for item, look in zip(told.all(), known, strict=True):
                 assert (
-                    f"{abs(look.change):.2f} nats {'likelier' if look.change < 0 else 'less likely'}"
+                    f"{abs(look.change):.2f} nats {'more likely' if look.change < 0 else 'less likely'}"
                     in item.inner_text()
                 )
                 assert f"{round(100 * look.attention)} % of the attention" in item.inner_text()
             most = max(look.heat.max() for look in known)
-            veils = page.locator(".veil").evaluate_all("""(all) => all.map((veil) => {
+            veils = page.locator(".heatmap").evaluate_all("""(all) => all.map((veil) => {
                 const { data } = veil.getContext("2d").getImageData(0, 0, veil.width, veil.height);
                 return [...data].filter((_, i) => i % 4 === 3);
             })""")
@@ -262,10 +262,10 @@ def test_which_image_an_answer_leaned_on(
                 veils, np.concatenate([look.heat for look in known]), strict=True
             ):
                 assert np.allclose(veil, 255 * 0.85 * (1 - np.sqrt(heat.ravel() / most)), atol=2)
-            page.get_by_label("pictures without maps").check()
-            expect(page.locator(".veil").first).to_be_hidden()
+            page.get_by_label("images without maps").check()
+            expect(page.locator(".heatmap").first).to_be_hidden()
             button.press("Enter")
-            expect(page.locator(".leaned")).to_have_count(0)
+            expect(page.locator(".attribution")).to_have_count(0)
             expect(button).to_have_attribute("aria-expanded", "false")
 
 
@@ -306,12 +306,12 @@ def test_without_a_mouse(page: Page, files: list[Path]) -> None:
     expect(page.locator("#text")).to_be_focused()
     page.keyboard.type("?")
     page.keyboard.press("Enter")
-    expect(page.locator("#messages > li.user .said")).to_contain_text("What of ?")
+    expect(page.locator("#messages > li.user .content")).to_contain_text("What of ?")
     assert page.locator("#messages > li.user img").evaluate_all(
         "(all) => all.map((i) => i.alt)"
     ) == ["red.png", "green.png"]
     expect(page.locator("#messages > li.assistant .meta")).to_contain_text(
-        "tokens read", timeout=20_000
+        "prompt tokens", timeout=20_000
     )
 
 
@@ -321,9 +321,7 @@ def test_a_mark_without_a_file_is_told_before_anything_is_sent(
     page.set_input_files("#pick-files", files[:2])
     page.fill("#text", "What of [image 3]?")
     page.click("#send")
-    expect(page.locator("#problem")).to_have_text(
-        "the text has [image 3], but 2 files are attached"
-    )
+    expect(page.locator("#error")).to_have_text("the text has [image 3], but 2 files are attached")
     expect(page.locator("#messages > li")).to_have_count(0)
     expect(page.locator("#text")).to_have_value("What of [image 3]?")
 
@@ -361,9 +359,9 @@ def test_retry_and_edit_make_branches(page: Page, files: list[Path]) -> None:
     page.get_by_label("Edit this message as a new branch").click()
     expect(page.locator("#text")).to_have_value("[image 1]First?")
     ask(page, "[image 1]Second?")
-    expect(page.locator("#messages > li.user .said")).to_contain_text("Second?")
-    page.get_by_label("The version before").first.click()
-    expect(page.locator("#messages > li.user .said")).to_contain_text("First?")
+    expect(page.locator("#messages > li.user .content")).to_contain_text("Second?")
+    page.get_by_label("The previous version").first.click()
+    expect(page.locator("#messages > li.user .content")).to_contain_text("First?")
     expect(page.locator("#messages > li.assistant .meta")).to_contain_text("2 of 2")
 
 
@@ -383,7 +381,7 @@ def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[P
     expect(
         page.locator("#budget")
     ).to_be_visible()  # counting what is left does not take the word back
-    expect(page.locator("#problem")).to_contain_text(
+    expect(page.locator("#error")).to_contain_text(
         "red.png is no longer in this browser and is left out"
     )
 
@@ -391,11 +389,11 @@ def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[P
 def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -> None:
     page.set_input_files("#pick-files", files[:1])
     page.fill("#text", "See [image 2]")
-    expect(page.locator("#problem")).to_contain_text(
+    expect(page.locator("#error")).to_contain_text(
         "the text has [image 2], but 1 files are attached"
     )
     page.fill("#text", "See [image 1]")
-    expect(page.locator("#problem")).to_be_hidden()
+    expect(page.locator("#error")).to_be_hidden()
 
 
 def test_stop_keeps_what_was_written(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +432,7 @@ def test_export_and_import(page: Page, files: list[Path], tmp_path: Path) -> Non
     node["parent"] = node["id"]
     path.write_text(json.dumps(broken))
     page.set_input_files("#import-file", path)
-    expect(page.locator("#problem")).to_have_text("a chat in this file is damaged")
+    expect(page.locator("#error")).to_have_text("a chat in this file is damaged")
 
 
 def test_answers_become_markdown_and_never_html(page: Page) -> None:

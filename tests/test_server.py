@@ -83,10 +83,14 @@ def settled(client: TestClient) -> None:
     service = client.app.state.service  # type: ignore[attr-defined]
     until(
         lambda: (
-            not (service.worker.load.running or service.worker.load.waiting or service.num_active)
+            not (
+                service.engine_thread.load.running
+                or service.engine_thread.load.waiting
+                or service.num_active
+            )
         )
     )
-    if not service.worker.failed:
+    if not service.engine_thread.failed:
         service.bot.engine.check()
 
 
@@ -1227,7 +1231,7 @@ def test_an_explanation_that_does_not_end_in_time_is_told(
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("half", [False, True])
 def test_who_leaves_frees_their_memory_at_once(server: Server, stream: bool, half: bool) -> None:
-    worker = server.service.worker
+    worker = server.service.engine_thread
     with connect(server) as leaving:
         leaving.sendall(request(CHAT, chat_body(stream=stream, max_tokens=3900, n=2)))
         until(lambda: worker.load.running == 2)
@@ -1325,17 +1329,17 @@ def test_what_runs_is_finished_before_the_server_goes(
             going.service.bot.engine, "step", lambda patience: time.sleep(0.005) or step(patience)
         )
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=100)))
-        until(lambda: going.service.worker.load.running)
+        until(lambda: going.service.engine_thread.load.running)
         going.should_exit = True
         text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
         assert "[DONE]" in text and "error" not in text
-    assert not going.service.worker._thread.is_alive()
+    assert not going.service.engine_thread._thread.is_alive()
 
 
 def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
     with listening(tiny, shutdown_timeout=0.2) as going, connect(going) as reading:
         reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=3900)))
-        until(lambda: going.service.worker.load.running)
+        until(lambda: going.service.engine_thread.load.running)
         going.should_exit = True
         text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()
         assert '"code":"stopping"' in text and "[DONE]" not in text

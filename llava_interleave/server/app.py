@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 from fastapi import FastAPI, Form, Request, UploadFile
@@ -20,13 +19,12 @@ from . import openai_types as openai
 from .api_errors import error_response, to_api_error
 from .chat_completions import respond, respond_attribution
 from .metrics import PROMETHEUS, Metrics
-from .middleware import WEB_FILES, ApiKeys, GuardMiddleware
+from .middleware import WEB, WEB_FILES, ApiKeys, GuardMiddleware
 from .service import Service
 from .settings import Settings
 from .uploads import Files
 
 T = TypeVar("T")
-WEB = Path(__file__).parent / "web"
 WEB_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; media-src blob:; img-src 'self' blob: data:; base-uri 'none'; "
@@ -64,7 +62,7 @@ def create_routes(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        service.engine_thread.start()
         try:
             yield
         finally:
@@ -120,7 +118,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health(response: Response) -> openai.Status:
         """Liveness: 503 once the engine has failed for good."""
-        if service.worker.failed:
+        if service.engine_thread.failed:
             response.status_code = 503
             return openai.Status(status="failed")
         return openai.Status(status="ok")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from torch import Tensor
-
-from ..attribution.attribution import AttributionRun, attribute, check, resolve_layers
+from ..attribution.attribution import AttributionRun, attribute, check, count_tokens, resolve_layers
 from ..chat import Chatbot, ImageAttribution
 from ..errors import OptionError, PromptError
 from ..prompt import Prompt
@@ -15,25 +12,6 @@ from .openai_types import AttributionMode, AttributionResponse, ImageAttribution
 
 MAX_ANSWER_TOKENS = 1024
 """Attention of each answer token is held in memory for a third of the layers."""
-
-
-class CancellableAttributionRun(AttributionRun):
-    """Calls `check_cancelled` before each forward pass, which may raise."""
-
-    def __init__(
-        self,
-        bot: Chatbot,
-        prompt: Prompt,
-        answer: Sequence[int],
-        check_cancelled: Callable[[], None],
-    ) -> None:
-        check_cancelled()
-        self.check_cancelled = check_cancelled
-        super().__init__(bot.model, prompt, answer, bot.processor.tokenizer.size)
-
-    def logprobs(self, *args: Any) -> Tensor:
-        self.check_cancelled()
-        return super().logprobs(*args)
 
 
 def check_attribution_budget(
@@ -51,11 +29,7 @@ def check_attribution_budget(
             f"attribution is limited to answers of {MAX_ANSWER_TOKENS} tokens, not "
             f"{answer_tokens}: set max_completion_tokens"
         )
-    lengths = [media.layout.length for media in prompt.media]
-    whole = len(prompt) + answer_tokens
-    count = 2 * whole - sum(lengths)
-    if mode is True:
-        count += sum(whole - length for length in lengths)
+    count = count_tokens(prompt, answer_tokens, mode is True)
     if n * count > budget:
         raise OptionError(
             f"attribution needs {n * count:,} tokens through the model; the limit is {budget:,}: "
@@ -75,7 +49,8 @@ def attribute_prompt(
     text = bot.model.config.text
     check(prompt, answer, text.context)
     layers = resolve_layers(None, text.num_layers)
-    run = CancellableAttributionRun(bot, prompt, answer, check_cancelled)
+    size = bot.processor.tokenizer.size
+    run = AttributionRun(bot.model, prompt, answer, size, check_cancelled)
     logprob, images = attribute(run, bot.processor.images, layers, mode is True)
     return AttributionResponse(
         layers=list(layers),

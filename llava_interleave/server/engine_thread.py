@@ -1,4 +1,4 @@
-"""The one thread that computes. It owns the engine; everybody else hands it jobs and reads the pieces it sends back."""
+"""The thread that owns the engine. The event loop submits jobs and receives their deltas."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..errors import OptionError
 from .structured_output import GrammarMatcher
 
 log = logging.getLogger("llava_interleave.server")
-FAULTS = 3
-"""So many steps that fail one after the other, and the engine is given up."""
+MAX_FAULTS = 3
+"""Consecutive failed steps after which the engine counts as failed."""
 MAX_PREFILL_DELAY = 0.2
-"""Seconds that answers under way wait for the prompts of others, as `Engine.step`."""
+"""Seconds of prefill between two decode steps, as `Engine.step`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +58,7 @@ class ServerJob(GenerationJob):
         return deltas
 
     def receive(self, item: AnswerDelta | Exception | None) -> None:
-        """None once it is queued, or why it was rejected; then deltas, or the error that ended it."""
+        """None once queued, or why it was rejected; then deltas, or the error that ended it."""
         if not self._queued.is_set():
             self._rejected = item if isinstance(item, Exception) else None
             self._queued.set()
@@ -72,15 +72,15 @@ class ServerJob(GenerationJob):
 
 
 class EngineThread:
-    """The engine's thread. `load` is as of its last step; `failed`: it has given up, and only a new process helps."""
+    """The engine's thread. load: as of its last step. failed: for good; restart the process."""
 
     def __init__(self, bot: Chatbot) -> None:
         self.bot, self.engine = bot, bot.engine
         self.load: Load = bot.engine.load()
         self.failed = False
-        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._driver = EngineDriver(bot.engine, bot.processor.tokenizer)
-        self._news: list[tuple[ServerJob, AnswerDelta | Exception | None]] = []
+        self._outbox: list[tuple[ServerJob, AnswerDelta | Exception | None]] = []
         self._faults = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -89,33 +89,33 @@ class EngineThread:
 
     def submit(self, job: ServerJob) -> None:
         """Queue a job, which receives None, then its deltas."""
-        self._orders.put(lambda: self._add(job))
+        self._commands.put(lambda: self._add(job))
 
     def abort(self, job: ServerJob) -> None:
-        """End what is left of a job and give back its memory; before the next step."""
-        self._orders.put(lambda: self._driver.abort(job))
+        """Abort a job's running answers and free their memory, before the next step."""
+        self._commands.put(lambda: self._driver.abort(job))
 
     def fail(self, error: Exception) -> None:
-        """End everything with this error."""
-        self._orders.put(lambda: self._fail(error))
+        """End all jobs with this error."""
+        self._commands.put(lambda: self._fail(error))
 
     def close(self) -> None:
         """Stop between two steps and wait for it."""
-        self._orders.put(None)
+        self._commands.put(None)
         if self._thread.ident is not None:
             self._thread.join()
 
     def _run(self) -> None:
         while True:
-            while self.failed or not self._orders.empty() or not self.engine.busy:
+            while self.failed or not self._commands.empty() or not self.engine.busy:
                 self.load = self.engine.load()
-                order = self._orders.get()
-                if order is None:
+                command = self._commands.get()
+                if command is None:
                     return
                 try:
-                    order()
-                except Exception as error:  # noqa: BLE001  the thread must not die unseen
-                    self._give_up(error)
+                    command()
+                except Exception as error:  # noqa: BLE001  the thread must not die silently
+                    self._fail_for_good(error)
                 if self.failed:
                     self._fail(RuntimeError("the engine has failed"))
                 self._post()
@@ -124,13 +124,13 @@ class EngineThread:
             self.load = self.engine.load()
 
     def _post(self) -> None:
-        """Hand over all that was told, by one call for each event loop: a call wakes it, and takes the interpreter from here."""
-        news, self._news = self._news, []
-        for loop, told in itertools.groupby(news, lambda pair: pair[0].loop):
-            with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody left to tell
-                loop.call_soon_threadsafe(_receive, list(told))
+        """Send the outbox with one call per event loop: each call wakes it and takes the GIL."""
+        outbox, self._outbox = self._outbox, []
+        for loop, batch in itertools.groupby(outbox, lambda pair: pair[0].loop):
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_receive, list(batch))
 
-    def _give_up(self, error: Exception) -> None:
+    def _fail_for_good(self, error: Exception) -> None:
         log.critical("the engine has failed for good", exc_info=error)
         self.failed = True
         self._fail(error)
@@ -139,32 +139,32 @@ class EngineThread:
         try:
             self._driver.add(job)
         except Exception as error:  # noqa: BLE001  fails this job only, the thread continues
-            self._news.append((job, error))
+            self._outbox.append((job, error))
         else:
-            self._news.append((job, None))
+            self._outbox.append((job, None))
 
     def _fail(self, error: Exception) -> None:
         for job in self._driver.jobs:
-            self._news.append((_server_job(job), error))
+            self._outbox.append((_server_job(job), error))
             with contextlib.suppress(Exception):  # a failed engine may not be able to abort
                 self._driver.abort(job)
 
     def _step(self) -> None:
-        """A fault ends the requests of its step; one that repeats ends the engine."""
+        """A fault ends the requests of its step; repeated faults end the engine."""
         try:
             items = self._driver.step(MAX_PREFILL_DELAY)
             self._faults = 0
         except Exception as error:
             log.exception("a step of the engine failed")
             self._faults += 1
-            if self._faults == FAULTS:
-                self._give_up(error)
+            if self._faults == MAX_FAULTS:
+                self._fail_for_good(error)
             return
         for job, item in items:
             failure = _constraint_failure(job, item)
             if failure:
                 self._driver.abort(job)
-            self._news.append((_server_job(job), failure or item))
+            self._outbox.append((_server_job(job), failure or item))
 
 
 def _server_job(job: GenerationJob) -> ServerJob:
@@ -182,6 +182,6 @@ def _constraint_failure(job: GenerationJob, item: AnswerDelta | Exception) -> Op
     return OptionError(f"the answer cannot follow response_format any further: {matcher.failure}")
 
 
-def _receive(news: list[tuple[ServerJob, AnswerDelta | Exception | None]]) -> None:
-    for job, item in news:
+def _receive(batch: list[tuple[ServerJob, AnswerDelta | Exception | None]]) -> None:
+    for job, item in batch:
         job.receive(item)

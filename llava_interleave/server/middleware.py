@@ -25,8 +25,8 @@ from .api_errors import (
 from .metrics import Metrics
 from .settings import MB, Settings
 
-SCRIPTS = ("app.js", "api.js", "dom.js", "leaned.js", "store.js", "markdown.js")
-WEB_FILES = {"/": "index.html"} | {f"/{name}": name for name in ("style.css", *SCRIPTS)}
+WEB = Path(__file__).parent / "web"
+WEB_FILES = {"/": "index.html"} | {f"/{path.name}": path.name for path in sorted(WEB.iterdir())}
 """The web UI's static files by path."""
 OPEN_PATHS = ("/health", *WEB_FILES)
 """Paths that need no API key; all others do."""

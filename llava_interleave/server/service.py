@@ -58,11 +58,11 @@ class Service:
                 f"the model and an adapter are both called {self.name!r}: rename the adapter"
             )
         self.created = int(time.time())
-        self.worker = EngineThread(bot)
+        self.engine_thread = EngineThread(bot)
         self.grammars = GrammarCompiler(bot.processor.tokenizer)
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
-        self.metrics.watch(lambda: self.worker.load, lambda: self.num_active)
+        self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
         self.pool = ThreadPoolExecutor(settings.media_workers, thread_name_prefix="media")
         # One at a time: each has a prompt's activations in memory.
         self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
@@ -73,7 +73,7 @@ class Service:
 
     def unavailable(self) -> ApiError | None:
         """Why a further request is refused now, or None."""
-        if self.worker.failed:
+        if self.engine_thread.failed:
             return ApiError(503, "engine_failed", "the engine has failed; restart the server")
         if self.stopping:
             return ApiError(503, "stopping", "the server is shutting down", retry=10)
@@ -143,7 +143,7 @@ class Service:
                 )
             job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers)
             image_tokens = sum(media.layout.length for media in prompt.media)
-            self.worker.submit(job)
+            self.engine_thread.submit(job)
             outcome = "aborted"
             try:
                 await job.queued()
@@ -153,7 +153,7 @@ class Service:
                 outcome = "failed"
                 raise
             finally:
-                self.worker.abort(job)
+                self.engine_thread.abort(job)
                 if outcome == "aborted":
                     self.metrics.aborted.inc()
                 log.info(
@@ -232,12 +232,12 @@ class Service:
         self.shutdown_error = ApiError(
             503, "stopping", "the server was stopped before the answer was complete", retry=10
         )
-        self.worker.fail(self.shutdown_error)
+        self.engine_thread.fail(self.shutdown_error)
 
     def close(self) -> None:
         """Stop all threads."""
         self.end()
-        self.worker.close()
+        self.engine_thread.close()
         for pool in (self.pool, self.attribution_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 

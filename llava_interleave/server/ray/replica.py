@@ -58,7 +58,7 @@ class Replica:
         self.app.add_middleware(
             TrustedGuard, settings=settings, keys=None, metrics=self.service.metrics
         )
-        self.service.worker.start()
+        self.service.engine_thread.start()
 
     async def answer(
         self, scope: dict[str, Any], body: bytes, files: Mapping[str, Stored]
@@ -98,7 +98,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray replaces a replica where this raises."""
-        if self.service.worker.failed:
+        if self.service.engine_thread.failed:
             raise RuntimeError("the engine has failed for good")
 
     def __del__(self) -> None:
