@@ -1,16 +1,18 @@
-"""Training: tokens a second and peak memory of our loop beside a plain one over transformers, and how full packed batches are.
+"""Training speed: tokens a second and peak memory of our loop and of a plain one over transformers.
 
     python bench/train.py [--rounds 3] [--bfloat16] [--json FILE]
     python bench/train.py --until 0.5 [--bfloat16] [--json FILE]
 
-Both train the same network of middle size (tower frozen, as in the stage with many images) on the same samples, with the same
-optimiser, each in a process of its own; a turn is one pass over all samples, and turns alternate. The plain loop takes 8 samples
-a step and pads them to the longest, as trainers do whose batches are samples; ours packs as many tokens as those have on average.
-Samples lie in memory: this measures steps, not how pictures are read. Peak memory is that of the process less what it had with
-the network loaded. Needs transformers.
+Both train the same network of middle size (frozen tower, as in the stage with many images) on the
+same samples, with the same optimizer, each in its own process; a turn is one pass over all samples,
+and turns alternate. The plain loop takes 8 samples a step and pads them to the longest, as trainers
+with batches of samples do; ours packs as many tokens as those have on average. Samples are in
+memory: steps are measured, not data loading. Peak memory is that of the process minus its memory
+after loading the network. It also reports how full packed and padded batches are. Needs
+transformers.
 
---until measures the time to a loss instead: a network like the built-in model, its weights random, trained on pictures of its
-world and answers about them, until a pass over all samples has had this loss (nats a learnt token) in mean.
+--until measures the time to a loss instead: a network of the built-in model's shape with random
+weights is trained on its world until a pass over all samples has this mean loss (nats a token).
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ from llava_interleave.config import LlavaConfig
 from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config, write_random
-from llava_interleave.train.loop import TrainConfig, autocast, make, step
+from llava_interleave.train.data.packing import collate, pack
+from llava_interleave.train.loop import autocast, build_optimizers, train_step
 from llava_interleave.train.losses import sft_loss
-from llava_interleave.train.packing import collate, pack
+from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.episodes import SCENARIOS
 from recipes.tiny_world.training import Lesson, WorldExamples
 
@@ -69,23 +72,21 @@ CONFIG = tiny_config(
 GRID = CONFIG.vision.grid
 IMAGES = (1, 2, 2, 4, 8, 10)  # of a sample; as often in M4-Instruct there are two
 SAMPLES, WORLD_SAMPLES, EACH = 48, 480, 8
-TRAINING = TrainConfig(
-    steps=10**6, lr=1e-4, warmup=1, scales=(("vision_tower.", 0.0),), decay=0.0, beta2=0.999
-)
+RECIPE = Recipe(steps=10**6, lr=1e-4, warmup_ratio=0.0)  # the tower is frozen
 SYSTEMS = ("plain", "ours")
 
 
 def world_samples() -> list[Prompt]:
-    """Pictures of the built-in model's world, in one conversation each."""
+    """Conversations about images of the built-in model's world."""
     drawn = WorldExamples(BUILTIN, 0, (Lesson(math.inf, SCENARIOS, 3, 0.1),))
     return [drawn(number).prompt for number in range(WORLD_SAMPLES)]
 
 
 def samples() -> list[Prompt]:
-    """Images, then text, of which the end is learnt."""
+    """Images, then text, whose end carries loss."""
     rng, random, made = Random(0), torch.Generator().manual_seed(0), []
     for number in range(SAMPLES):
-        images, text, learnt = rng.choice(IMAGES), rng.randint(16, 96), rng.randint(4, 16)
+        images, text, loss_tokens = rng.choice(IMAGES), rng.randint(16, 96), rng.randint(4, 16)
         tokens = [CONFIG.image_token_id] * (images * GRID**2) + [
             rng.randrange(300) for _ in range(text)
         ]
@@ -95,7 +96,9 @@ def samples() -> list[Prompt]:
             Media(p, ImageTokenLayout(GRID), bytes([number, i]), i * GRID**2)
             for i, p in enumerate(pixels)
         )
-        made.append(Prompt(tokens, media, [i >= len(tokens) - learnt for i in range(len(tokens))]))
+        made.append(
+            Prompt(tokens, media, [i >= len(tokens) - loss_tokens for i in range(len(tokens))])
+        )
     return made
 
 
@@ -104,10 +107,10 @@ Turn = Callable[
 ]  # a pass over samples in an order of this seed, -> the mean loss of its steps
 
 
-def ours(folder: Path, config: TrainConfig) -> Turn:
+def ours(folder: Path, recipe: Recipe) -> Turn:
     """A pass of our loop's steps."""
-    network = load(folder).float().train()
-    optimisers = make(network, config)
+    network = load(folder).float().requires_grad_(True).train()
+    optimizers = build_optimizers(network, recipe)
     number = 0
 
     def turn(given: list[Prompt], seed: int) -> float:
@@ -116,12 +119,12 @@ def ours(folder: Path, config: TrainConfig) -> Turn:
         batches = pack(lengths, sum(lengths) * EACH // len(given))
         for group in Random(seed).sample(batches, len(batches)):
             losses.append(
-                step(
+                train_step(
                     network,
                     sft_loss,
                     [collate([given[i] for i in group])],
-                    optimisers,
-                    config,
+                    optimizers,
+                    recipe,
                     number,
                 ).loss
             )
@@ -131,7 +134,7 @@ def ours(folder: Path, config: TrainConfig) -> Turn:
     return turn
 
 
-def plain(folder: Path, config: TrainConfig) -> Turn:
+def plain(folder: Path, recipe: Recipe) -> Turn:
     """A pass of steps as a trainer makes them: batches of samples, padded to the longest."""
     from transformers import LlavaForConditionalGeneration
 
@@ -139,19 +142,19 @@ def plain(folder: Path, config: TrainConfig) -> Turn:
     for name, p in network.named_parameters():
         p.requires_grad_("vision_tower" not in name)
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=0.0, fused=True
     )
 
     def turn(given: list[Prompt], seed: int) -> float:
         order, losses = Random(seed).sample(given, len(given)), []
         for first in range(0, len(order), EACH):
-            with autocast(torch.device("cpu"), config.bfloat16):
+            with autocast(torch.device("cpu"), recipe.bfloat16):
                 loss = network(**padded(order[first : first + EACH])).loss
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, config.clip)
-            optimiser.step()
-            optimiser.zero_grad()
+            nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
             losses.append(loss.item())
         return fmean(losses)
 
@@ -184,8 +187,8 @@ def work(
     """A system's process: seconds of a turn, peak bytes and loss, for each seed that comes."""
     torch.set_num_threads(threads)
     given = world_samples() if world else samples()
-    config = replace(TRAINING, bfloat16=bfloat16, lr=1e-3 if world else TRAINING.lr)
-    turn = {"ours": ours, "plain": plain}[system](folder, config)
+    recipe = replace(RECIPE, bfloat16=bfloat16, lr=1e-3 if world else RECIPE.lr)
+    turn = {"ours": ours, "plain": plain}[system](folder, recipe)
     loaded = peak()
     while (seed := pipe.recv()) is not None:
         began = time.perf_counter()
@@ -244,9 +247,8 @@ def until(loss: float, bfloat16: bool) -> dict[str, Any]:
                     flush=True,
                 )
     for system, turns in found.items():
-        print(
-            f"{system:<8}{sum(seconds for seconds, _ in turns):>8.1f} s to a loss of {loss}, {len(turns)} passes"
-        )
+        total = sum(seconds for seconds, _ in turns)
+        print(f"{system:<8}{total:>8.1f} s to a loss of {loss}, {len(turns)} passes")
     return {
         system: {"seconds": [s for s, _ in turns], "losses": [each for _, each in turns]}
         for system, turns in found.items()
@@ -255,7 +257,7 @@ def until(loss: float, bfloat16: bool) -> dict[str, Any]:
 
 def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
     given = samples()
-    tokens, learnt = sum(len(p) for p in given), sum(sum(p.loss_mask or []) for p in given)
+    tokens, loss_tokens = sum(len(p) for p in given), sum(sum(p.loss_mask or []) for p in given)
     found: dict[str, list[tuple[float, int]]] = {system: [] for system in SYSTEMS}
     with systems(CONFIG, False, bfloat16) as turn:
         for seed in range(rounds + 1):  # the first warms up
@@ -264,15 +266,17 @@ def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
     result: dict[str, Any] = {
         "samples": SAMPLES,
         "tokens": tokens,
-        "learnt": learnt,
+        "loss_tokens": loss_tokens,
         "threads": torch.get_num_threads(),
     }
     for system, turns in found.items():
         seconds = [s for s, _ in turns[1:]]
         result[system] = {
-            "tokens_per_s": tokens / median(seconds), "learnt_per_s": learnt / median(seconds),
-            "seconds": seconds, "peak_bytes": turns[-1][1],
-        }  # fmt: skip
+            "tokens_per_s": tokens / median(seconds),
+            "loss_tokens_per_s": loss_tokens / median(seconds),
+            "seconds": seconds,
+            "peak_bytes": turns[-1][1],
+        }
     result["speed"] = median(
         a / b for (a, _), (b, _) in zip(found["plain"][1:], found["ours"][1:], strict=True)
     )
@@ -281,7 +285,7 @@ def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
 
 
 def filling() -> dict[str, float]:
-    """How much of batches is samples, of lengths as in M4-Instruct (729 tokens an image): packed, and padded by fours."""
+    """The filled fraction of batches, packed and padded in fours, with M4-Instruct's lengths."""
     rng = Random(0)
     lengths = [rng.choice(IMAGES) * 729 + rng.randint(40, 400) for _ in range(12_800)]
     windows = [lengths[i : i + 128] for i in range(0, len(lengths), 128)]
@@ -295,13 +299,12 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         "filling": filling(),
         "bfloat16": given.bfloat16,
     }
-    print(f"{'':<8}{'tokens/s':>10}{'learnt/s':>10}{'peak MiB':>10}   seconds a pass")
+    print(f"{'':<8}{'tokens/s':>12}{'loss tok/s':>12}{'peak MiB':>12}   seconds a pass")
     for system in SYSTEMS:
         one = found[system]
         turns = " ".join(f"{s:.1f}" for s in one["seconds"])
-        print(
-            f"{system:<8}{one['tokens_per_s']:>10,.0f}{one['learnt_per_s']:>10,.0f}{one['peak_bytes'] / 2**20:>10,.0f}   {turns}"
-        )
+        figures = (one["tokens_per_s"], one["loss_tokens_per_s"], one["peak_bytes"] / 2**20)
+        print(f"{system:<8}" + "".join(f"{figure:>12,.0f}" for figure in figures) + f"   {turns}")
     print(f"ours has {found['speed']:.2f} times the speed and {found['memory']:.2f} of the memory")
     print(
         f"filled: packed {found['filling']['packed']:.1%}, padded {found['filling']['padded']:.1%}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 
 QUANTIZATION, METHOD = "quantization_config", "llava-interleave"
 """Where config.json tells that weights are quantized, and that this package did it."""
@@ -75,6 +76,53 @@ class TextConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The low-rank matrices of an adapter (LoRA); the defaults are LLaVA-NeXT's training code's."""
+
+    rank: int = field(default=64, metadata={"help": "Rank of the matrices."})
+    alpha: float = field(
+        default=16.0, metadata={"help": "Their product is scaled by alpha / rank."}
+    )
+    dropout: float = field(
+        default=0.05, metadata={"help": "Fraction of their inputs left out while training."}
+    )
+    targets: tuple[str, ...] = field(
+        default=("language_model.*",),
+        metadata={
+            "help": "Name patterns of the linears that get them, such as language_model.* or "
+            "*.q_proj; several times."
+        },
+    )
+    rslora: bool = field(
+        default=False,
+        metadata={"help": "Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)."},
+    )
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise OptionError(
+                f"the rank of an adapter is a whole number from 1 on, not {self.rank!r}"
+            )
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise OptionError(f"an adapter's alpha is a number above 0, not {self.alpha!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise OptionError(f"dropout is a fraction from 0 to below 1, not {self.dropout!r}")
+        targets = self.targets
+        if not (isinstance(targets, tuple) and targets and all(map(_is_text, targets))):
+            raise OptionError(f"targets must be a list of texts, not {targets!r}")
+        if type(self.rslora) is not bool:
+            raise OptionError(f"rslora must be true or false, not {self.rslora!r}")
+
+    def scale(self, rank: int) -> float:
+        """The factor on a product of this rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True, slots=True)

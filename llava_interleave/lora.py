@@ -18,42 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from .config import LoraConfig
 from .errors import OptionError
 from .model.llava import Llava
 
 Spans = Sequence[tuple[str, slice]]
 """Keys of adapters, and the rows that go through each: of tokens in the decoder, of crops in tower and projector."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """What low-rank matrices a network gets; the defaults are those of LLaVA-NeXT's training code.
-
-    rank: of the product B A that is added to a weight. alpha: the product is scaled by alpha / rank; with `rslora` by
-    alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
-    dropout: share of the inputs of A that are left out while training.
-    targets: patterns of the names of linears, as of files: `language_model.*`, `*.q_proj`, `multi_modal_projector.*`.
-    """
-
-    rank: int = 64
-    alpha: float = 16.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ("language_model.*",)
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise OptionError(
-                f"the rank of an adapter is a whole number from 1 on, not {self.rank!r}"
-            )
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise OptionError(f"an adapter's alpha is a number above 0, not {self.alpha!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise OptionError(f"dropout is a share from 0 to below 1, not {self.dropout!r}")
-
-    def scale(self, rank: int) -> float:
-        """What a product of this rank is multiplied by."""
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class LoraWeights(nn.Module):

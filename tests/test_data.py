@@ -19,10 +19,11 @@ from llava_interleave.cli import app
 from llava_interleave.errors import DataError
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import datasets, formats, recipe
+from llava_interleave.train import recipe
+from llava_interleave.train.data import datasets, formats
+from llava_interleave.train.data.validate import KINDS, validate
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
-from llava_interleave.train.validate import KINDS, check
 from recipes.tiny_world.draw import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +113,7 @@ FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
 def test_every_fault_is_found_and_names_its_sample(
     sample: dict[str, Any], kinds: list[str], text: str, media: Path
 ) -> None:
-    (found,) = check([datasets.RawSample(sample, media, sample["id"], "set")])
+    (found,) = validate([datasets.RawSample(sample, media, sample["id"], "set")])
     assert sorted(fault.kind for fault in found.faults) == sorted(kinds)
     assert all(f"sample {sample['id']}" in fault.text for fault in found.faults)
     assert not kinds or re.search(text, " | ".join(fault.text for fault in found.faults))
@@ -163,7 +164,7 @@ def test_duplicates_are_found_by_pixels_and_are_no_errors(media: Path, tmp_path:
     assert fault["text"].endswith("as sample good")
     write(path, [GOOD, GOOD, other])
     (fault,) = json.loads(llava("data", "check", path, "--media", media, "--json").stdout)["faults"]
-    assert fault["text"].startswith("sample good (2 of twins.json) says")
+    assert fault["text"].startswith("sample good (2 of twins.json) has")
     assert fault["text"].endswith("as sample good (1 of twins.json)")
 
 
@@ -171,16 +172,18 @@ def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path)
     processor = Processor.from_folder(model)
     samples = [sample for sample, kinds, _ in FAULTS if not kinds]
     rows = [datasets.RawSample(sample, media, sample["id"], "set") for sample in samples]
-    for row, found in zip(rows, check(rows, processor), strict=True):
+    for row, found in zip(rows, validate(rows, processor), strict=True):
         assert found.tokens == len(processor.example(*row.messages()))
-    lengths = {found.row.name: found.tokens for found in check(rows, processor)}
+    lengths = {found.row.name: found.tokens for found in validate(rows, processor)}
     limit = lengths["good"]
     assert limit is not None
-    short = [found.row.name for found in check(rows, processor, limit - 1) if not found.error]
+    short = [found.row.name for found in validate(rows, processor, limit - 1) if not found.error]
     assert short == [
         name for name, length in lengths.items() if length is not None and length < limit
     ]
-    assert "good" in [found.row.name for found in check(rows, processor, limit) if not found.error]
+    assert "good" in [
+        found.row.name for found in validate(rows, processor, limit) if not found.error
+    ]
     path = write(tmp_path / "a.json", [GOOD])
     told = llava("data", "check", path, "--media", media, "-m", model, "--tokens", limit - 1)
     assert told.exit_code == 1
@@ -208,7 +211,7 @@ def tune(
     **more: Any,
 ) -> None:
     settings = {"steps": 2, "lr": 1e-3, "save_every": 1, "log_every": 1, "workers": 0, **more}
-    run(Recipe(model=str(model), source=source, media=media, **settings), out, say=say)
+    run(Recipe(model=str(model), source=source, media=media, **settings), out, log=say)
 
 
 def test_training_refuses_errors_or_lists_what_it_leaves_out(
@@ -252,7 +255,7 @@ def test_a_run_goes_on_with_its_own_data_only(model: Path, media: Path, tmp_path
     tune(model, path, tmp_path / "out", media)
     tune(model, path, tmp_path / "out", media)
     write(path, [GOOD, FAULTS[1][0]])
-    with pytest.raises(DataError, match=r"run with other data \(1 samples there, 2 here"):
+    with pytest.raises(DataError, match=r"run on other data \(1 samples there, 2 here"):
         tune(model, path, tmp_path / "out", media)
 
 
@@ -336,7 +339,7 @@ def test_messages_of_openai_and_of_hugging_face(
     """What the processor is handed: exactly these pictures in this order, and every fault by its kind and the line."""
     processor = Processor.from_folder(model)
     (row,) = rows_of(tmp_path / "chat.jsonl", [sample], media=media)
-    (found,) = check([row], processor)
+    (found,) = validate([row], processor)
     assert [fault.kind for fault in found.faults] == ([kind] if kind else [])
     if kind:
         assert "sample 1 of chat.jsonl" in found.faults[0].text
@@ -453,7 +456,7 @@ def test_folders(tmp_path: Path) -> None:
         ("c.txt", [], "c!"),
     ]
     assert {row.sample["conversations"][0]["value"] for row in found} == {"<image>\nWho?"}
-    kinds = [[fault.kind for fault in one.faults] for one in check(found)]
+    kinds = [[fault.kind for fault in one.faults] for one in validate(found)]
     assert kinds == [[], ["empty"], ["placeholders"]]
     albums = tree(
         tmp_path,
@@ -469,13 +472,15 @@ def test_folders(tmp_path: Path) -> None:
         ("y", ["y/1.jpg"], ""),
         ("z", [], "u!"),
     ]
-    assert [[fault.kind for fault in one.faults] for one in check(found)] == [
+    assert [[fault.kind for fault in one.faults] for one in validate(found)] == [
         [],
         ["empty"],
         ["placeholders"],
     ]
     (classes / "cat" / "list.csv").write_text("x")
-    assert [one.row.name for one in check(datasets.rows(classes)) if one.error] == ["cat/list.csv"]
+    assert [one.row.name for one in validate(datasets.rows(classes)) if one.error] == [
+        "cat/list.csv"
+    ]
     (albums / "y" / "one.txt").touch()
     (albums / "y" / "two.txt").touch()
     with pytest.raises(
@@ -553,7 +558,7 @@ def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: 
     [
         (("a.json", "--question", "Who?"), "leave out question"),
         (("pets", "--media", "."), "leave out media"),
-        (("a.json", "--evaluate-every", 2), "nothing is: give held_out"),
+        (("a.json", "--evaluate-every", 2), r"there are none: give held_out"),
         (("pets", "--held-out", 0.9), "hold out less"),
     ],
 )

@@ -380,7 +380,7 @@ def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
     """In 64 tokens there was none for the order of three events, after what four frames show."""
     tokenizer = Tokenizer.from_folder(BUILTIN)
     told = [
-        exam(s, i, held_out=False, level=LEVELS[level])[1].told
+        exam(s, i, held_out=False, level=LEVELS[level])[1].full_answer
         for s in ("multi", "video")
         for i in range(400)
     ]

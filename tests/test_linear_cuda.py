@@ -15,8 +15,9 @@ from torch.nn.functional import linear
 from llava_interleave import checkpoints
 from llava_interleave.chat import load
 from llava_interleave.checkpoints.adapters import read_adapter
+from llava_interleave.config import LoraConfig
 from llava_interleave.errors import OptionError, Unsupported
-from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.lora import attach
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.quantization import linear_cuda
 from llava_interleave.quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase
@@ -32,7 +33,7 @@ from llava_interleave.quantization.precision import CUDA_ONLY, RECIPES
 from llava_interleave.quantization.replace import quantized_precision
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import run
-from llava_interleave.train.recipe import FEW_BITS, Recipe
+from llava_interleave.train.recipe import QUANTIZED, Recipe
 
 BF16 = torch.bfloat16
 CLASSES = {"fp8": Float8Linear, "nf4": NF4Linear}
@@ -479,7 +480,7 @@ def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(
         "few": {"model": str(folder), "precision": precision},
         "floats": {"model": str(floats)},
     }.items():
-        done = run.run(given.but(how), tmp_path / name, say=lambda _: None)
+        done = run.run(given.but(how), tmp_path / name, log=lambda _: None)
         lines = [
             json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
         ]
@@ -504,16 +505,16 @@ def test_what_few_bits_cannot_be_trained_beside(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="nf4 is not supported on cpu: it needs a CUDA GPU"):
         run.run(given.but({"model": str(folder), "precision": "nf4"}), tmp_path / "out")
     with pytest.raises(
-        OptionError, match="holds int8 weights: leave out precision int4, or name the checkpoint"
+        OptionError, match="has int8 weights: leave out precision int4, or name the checkpoint"
     ):
         run.run(given.but({"model": str(tmp_path / "int8"), "precision": "int4"}), tmp_path / "out")
     with pytest.raises(
-        OptionError, match="precision nf4 is for weights beside an adapter: train one"
+        OptionError, match="precision nf4 is for the frozen weights under an adapter: train one"
     ):
         given.but({"precision": "nf4", "adapter": None})
     with pytest.raises(OptionError, match="unknown precision 'nf5'; did you mean 'nf4'"):
         given.but({"precision": "nf5"})
-    assert set(FEW_BITS) == {*RECIPES, *CUDA_ONLY}
+    assert set(QUANTIZED) == {*RECIPES, *CUDA_ONLY}
 
 
 def test_what_devices_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,11 @@ from llava_interleave.chat import Chatbot
 from llava_interleave.checkpoints import CheckpointLayout, read_adapter, write_adapter
 from llava_interleave.cli import app
 from llava_interleave.cli.local_model import LazyModel, ModelFlags
+from llava_interleave.config import LoraConfig
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.image_layout import ImageTokenLayout
-from llava_interleave.lora import Adapters, LoraAdapter, LoraConfig, attach, linears, merge
+from llava_interleave.lora import Adapters, LoraAdapter, attach, linears, merge
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.quantization.linear_cpu import QuantizedLinear

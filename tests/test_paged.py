@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from llava_interleave.config import LoraConfig
 from llava_interleave.engine import SamplingParams, kv_budget
 from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, sizes
 from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
 from llava_interleave.engine.kv_paged import PagedKVCache
 from llava_interleave.engine.prefix_cache import BlockAllocator, CacheKey, PrefixCache, SequenceKV
 from llava_interleave.errors import OptionError
-from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.lora import attach
 from llava_interleave.model import PackedAttention, varlen
 from tests.helpers.cuda_graphs import graphs_of
 from tests.helpers.engine import (

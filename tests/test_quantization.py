@@ -13,8 +13,9 @@ from llava_interleave import checkpoints, kernels
 from llava_interleave.chat import Chatbot, estimate, load
 from llava_interleave.checkpoints import safetensors_file
 from llava_interleave.cli import app
+from llava_interleave.config import LoraConfig
 from llava_interleave.errors import CheckpointError, OptionError, Unsupported
-from llava_interleave.lora import Adapters, LoraConfig, attach, linears
+from llava_interleave.lora import Adapters, attach, linears
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.placement import pick_precision
 from llava_interleave.quantization.linear_cpu import QuantizedLinear

@@ -21,23 +21,24 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import formats, recipe
-from llava_interleave.train.loop import TrainConfig, groups, train
-from llava_interleave.train.losses import Loss, sft_loss
-from llava_interleave.train.packing import (
+from llava_interleave.train import recipe
+from llava_interleave.train.data import formats
+from llava_interleave.train.data.packing import (
     Batch,
-    PackedDataset,
     Position,
-    batches,
     collate,
     pack,
     prefetch,
 )
+from llava_interleave.train.loop import parameter_groups, train
+from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
 from recipes.tiny_world import SCENARIOS, episode, patch_pretraining, training
 from recipes.tiny_world.data import conversation, pictures, talk, write
 from recipes.tiny_world.episodes import FRAMES
+from recipes.tiny_world.packing import PackedDataset, batches
+from tests.helpers.training import PackedBatches
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,11 @@ def test_packed_and_unpacked_gradients_are_equal(model: Llava, prompts: list[Pro
     parts = [sft_loss(model, collate([prompt])) for prompt in prompts]
     sum((part.total for part in parts), torch.zeros(())).backward()
     assert whole.count == sum(part.count for part in parts)
-    assert whole.right == sum(part.right for part in parts)
+    assert whole.correct == sum(part.correct for part in parts)
     alone = gradients(model)
     assert alone.keys() == packed.keys()
     largest = max(float(gradient.abs().max()) for gradient in alone.values())
-    for name, gradient in alone.items():  # that of a key's bias is nought but for rounding
+    for name, gradient in alone.items():  # that of a key's bias is 0 but for rounding
         torch.testing.assert_close(
             packed[name],
             gradient,
@@ -191,7 +192,7 @@ class Numbers:
 
 
 def test_batches_go_on_at_any_position_and_do_not_depend_on_workers() -> None:
-    windows = PackedDataset(Numbers(), 50, size=16, tokens=10, seed=3)
+    windows = PackedDataset(Numbers(), 50, size=16, tokens=10, seed=3, collate=collate)
     whole = [(batch.tokens.tolist(), at) for batch, at in batches(windows, Position(), workers=0)]
     assert sorted(t for tokens, _ in whole for t in tokens[1::2]) == list(range(50))
     for cut in (0, 2, 3, 4, len(whole) - 1):
@@ -202,7 +203,18 @@ def test_batches_go_on_at_any_position_and_do_not_depend_on_workers() -> None:
     assert [(b.tokens.tolist(), at) for b, at in batches(windows, Position(), workers=1)] == whole
 
 
-CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log_every=1)
+RECIPE = Recipe(
+    steps=8,
+    lr=1e-3,
+    warmup_ratio=0.25,
+    min_lr_ratio=0.02,
+    tower_lr_scale=1.0,
+    weight_decay=0.05,
+    beta2=0.98,
+    grad_accum_steps=2,
+    save_every=3,
+    log_every=1,
+)
 
 
 @pytest.mark.parametrize("muon", [0.0, 2.0])
@@ -210,7 +222,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     folder: Path, prompts: list[Prompt], tmp_path: Path, muon: float
 ) -> None:
     """Killed after step 5, whose last checkpoint is of step 3."""
-    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
+    data = PackedBatches(prompts, tokens=800, each=2)
 
     class Killed(Exception):
         pass
@@ -229,13 +241,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
         return train(
             network,
             loss,
-            lambda at: batches(windows, at, workers=0),
+            data,
             config,
             out,
-            say=lambda _: None,
+            log=lambda _: None,
         )
 
-    config = replace(CONFIG, muon=muon)
+    config = replace(RECIPE, muon_lr_scale=muon)
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed):
         run(tmp_path / "killed", kill=10)
@@ -247,11 +259,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
-    with pytest.raises(DataError, match=r"another config \(lr: 0.001 there, 0.002 here\)"):
+    with pytest.raises(DataError, match=r"other settings \(lr: 0.001 there, 0.002 here\)"):
         train(
             whole,
             sft_loss,
-            lambda at: batches(windows, at, workers=0),
+            data,
             replace(config, lr=2e-3),
             tmp_path / "whole",
         )
@@ -259,24 +271,22 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
 
 def test_frozen_parts_stay_bit_equal(model: Llava, prompts: list[Prompt], tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
-    config = replace(
-        CONFIG, steps=2, scales=(("vision_tower.", 0.0), ("multi_modal_projector.", 0.5))
-    )
+    data = PackedBatches(prompts, tokens=800, each=2)
+    config = replace(RECIPE, steps=2, tower_lr_scale=0.0, projector_lr_scale=0.5)
     train(
         model,
         sft_loss,
-        lambda at: batches(windows, at, workers=0),
+        data,
         config,
         tmp_path,
-        say=lambda _: None,
+        log=lambda _: None,
     )
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("vision_tower."), name
 
 
 def test_matrices_decay_and_vectors_do_not(model: Llava) -> None:
-    for group in groups(model, CONFIG)[0]:
+    for group in parameter_groups(model, RECIPE)[0]:
         assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
 
 
@@ -285,14 +295,16 @@ def test_muon_steps_the_matrices_but_no_embedding(model: Llava) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, muon = (
         [names[id(p)] for g in some for p in g["params"]]
-        for some in groups(model, replace(CONFIG, muon=2.0))
+        for some in parameter_groups(model, replace(RECIPE, muon_lr_scale=2.0))
     )
     assert sorted(adamw + muon) == sorted(names.values())
     assert "language_model.layers.0.mlp.down_proj.weight" in muon
     assert "language_model.embed_tokens.weight" in adamw
     assert "vision_tower.embeddings.position_embedding.weight" in adamw
     assert not any(name.endswith(("norm.weight", "bias")) for name in muon)
-    assert {g["scale"] for g in groups(model, replace(CONFIG, muon=2.0))[1]} == {2.0}
+    assert {
+        g["lr_scale"] for g in parameter_groups(model, replace(RECIPE, muon_lr_scale=2.0))[1]
+    } == {2.0}
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(
@@ -304,15 +316,15 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(
         part = sft_loss(model, batch)
         return replace(part, total=part.total * float("nan"))
 
-    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=800, seed=1)
+    data = PackedBatches(prompts, tokens=800, each=2)
     with pytest.raises(DataError, match="the loss is nan at step 0"):
         train(
             model,
             broken,
-            lambda at: batches(windows, at, workers=0),
-            CONFIG,
+            data,
+            RECIPE,
             tmp_path,
-            say=lambda _: None,
+            log=lambda _: None,
         )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -370,7 +382,7 @@ def test_fine_tuning_a_checkpoint_learns_its_samples(folder: Path, tmp_path: Pat
         "--lr",
         "0.003",
     ]
-    result = CliRunner().invoke(app, [*words, "--warmup", "0", "--tokens", "2048"])
+    result = CliRunner().invoke(app, [*words, "--warmup-ratio", "0", "--tokens", "2048"])
     assert result.exit_code == 0, (result.output, result.exception)
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
@@ -390,34 +402,34 @@ def test_a_missing_picture_is_named_with_its_sample(folder: Path, tmp_path: Path
 
 
 @pytest.fixture
-def naming(tmp_path: Path) -> tuple[Llava, patch_pretraining.Naming]:
+def naming(tmp_path: Path) -> tuple[Llava, patch_pretraining.PatchNamingLoss]:
     config, source = training.prepare(tmp_path / "recipe", texts=40)
     network = Llava(config)
-    training.initialise(network, 0)
-    return network, patch_pretraining.Naming(formats.processor(source).tokenizer)
+    training.initialize(network, 0)
+    return network, patch_pretraining.PatchNamingLoss(formats.processor(source).tokenizer)
 
 
 def test_tower_and_projector_learn_to_name_what_they_see(
-    naming: tuple[Llava, patch_pretraining.Naming], tmp_path: Path
+    naming: tuple[Llava, patch_pretraining.PatchNamingLoss], tmp_path: Path
 ) -> None:
     network, loss = naming
-    batch, _ = next(patch_pretraining.pictures(training.VISION, 1, 1, Position()))
+    batch, _ = next(patch_pretraining.batches(training.VISION, 1, 1, Position()))
     first = loss(network, batch)
-    config = TrainConfig(steps=12, lr=1e-3, warmup=2, scales=training.SEE.scales)
+    config = replace(training.SEE, steps=12, lr=1e-3, warmup_ratio=2 / 12, muon_lr_scale=0.0)
     words = network.language_model.embed_tokens.weight.detach().clone()
 
     def same(at: Position):  # type: ignore[no-untyped-def]
         while True:
             yield batch, at
 
-    train(network, loss, same, config, tmp_path, say=lambda _: None)
+    train(network, loss, same, config, tmp_path, log=lambda _: None)
     last = loss(network, batch)
     assert last.total.item() < 0.7 * first.total.item()
     assert torch.equal(words, network.language_model.embed_tokens.weight)
 
 
 def test_a_name_is_the_mean_of_its_tokens_with_and_without_a_space(
-    naming: tuple[Llava, patch_pretraining.Naming], tmp_path: Path
+    naming: tuple[Llava, patch_pretraining.PatchNamingLoss], tmp_path: Path
 ) -> None:
     network, loss = naming
     tokenizer = formats.processor(tmp_path / "recipe" / "processor").tokenizer
@@ -431,11 +443,11 @@ def test_a_name_is_the_mean_of_its_tokens_with_and_without_a_space(
 
 
 def test_calibration_changes_the_size_of_features_and_not_what_they_say(
-    naming: tuple[Llava, patch_pretraining.Naming],
+    naming: tuple[Llava, patch_pretraining.PatchNamingLoss],
 ) -> None:
     """Unscaled, a tower's features drowned what the decoder adds to them, and it learnt to look only much later."""
     network, loss = naming
-    batch = patch_pretraining.Pictures(training.VISION, 1, 1)[0]
+    batch = patch_pretraining.LabeledPatchesDataset(training.VISION, 1, 1)[0]
     with torch.no_grad():
         for p in network.vision_tower.parameters():
             p.mul_(3)
@@ -455,8 +467,14 @@ def test_calibration_changes_the_size_of_features_and_not_what_they_say(
 
 def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> None:
     """Two steps of each stage: every part of the recipe runs, and the folder loads."""
-    short = TrainConfig(steps=2, warmup=1)
-    done = training.main(tmp_path, short, short, short, short, short, texts=40)
+    stages = [
+        replace(stage, steps=2)
+        for stage in (
+            *(training.SEE, training.DESCRIBE, training.PRACTISE),
+            *(training.SHARPEN, training.COMPARE),
+        )
+    ]
+    done = training.main(tmp_path, *stages, texts=40)
     from llava_interleave.chat import load
 
     bot = load(done)

@@ -20,12 +20,13 @@ from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import checkpointing, datasets, formats, loop, run
-from llava_interleave.train.losses import DPOLoss, logprobs
-from llava_interleave.train.packing import Pair, collate_pairs
-from llava_interleave.train.recipe import Dpo, Recipe
-from llava_interleave.train.samples import PackedSample, SampleFormat, Samples
-from llava_interleave.train.validate import check
+from llava_interleave.train import checkpointing, loop, references, run
+from llava_interleave.train.data import datasets, formats
+from llava_interleave.train.data.packing import Pair, collate_pairs
+from llava_interleave.train.data.samples import PackedSample, SampleFormat, Samples
+from llava_interleave.train.data.validate import validate
+from llava_interleave.train.losses import dpo_loss, logprobs
+from llava_interleave.train.recipe import DPOConfig, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def units(source: Path, folder: Path) -> list[PackedSample]:
-    checked = check(datasets.rows(source), formats.processor(folder))
+    checked = validate(datasets.rows(source), formats.processor(folder))
     assert not any(one.error for one in checked)
     return [
         PackedSample((a.row, b.row), (a.tokens or 0) + (b.tokens or 0), 0, a.images or 0)
@@ -88,7 +89,7 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
 ) -> None:
     beta = 0.3
     made = Samples(units(source, folder), folder, 0)
-    pairs = [pair for unit in made.units if isinstance(pair := made.make(unit), Pair)]
+    pairs = [pair for unit in made.packed if isinstance(pair := made.make(unit), Pair)]
     reference = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1)) * 3 - 20
     model = checkpoints.load(folder).requires_grad_(True)
     chosen, rejected = (
@@ -108,10 +109,10 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
             for p, (a, b) in zip(pairs, reference.tolist(), strict=True)
         ]
     )
-    found = DPOLoss(beta, smoothing, ipo)(model, batch)
+    found = dpo_loss(DPOConfig(beta=beta, label_smoothing=smoothing, ipo=ipo), model, batch)
     found.total.backward()
     torch.testing.assert_close(found.total, want, rtol=1e-4, atol=1e-4)
-    assert (found.count, found.right) == (len(pairs), int((h > 0).sum()))
+    assert (found.count, found.correct) == (len(pairs), int((h > 0).sum()))
     fast = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert fast.keys() == slow.keys()
     largest = max(float(gradient.abs().max()) for gradient in slow.values())
@@ -123,7 +124,7 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
 
 def test_pictures_go_through_the_tower_once_a_pair(folder: Path, source: Path) -> None:
     made = Samples(units(source, folder), folder, 0)
-    pairs = [pair for unit in made.units if isinstance(pair := made.make(unit), Pair)]
+    pairs = [pair for unit in made.packed if isinstance(pair := made.make(unit), Pair)]
     batch = collate_pairs(pairs)
     assert len(batch.pixels) == sum(len(pair.chosen.media) for pair in pairs) == 6
     assert [layout for *_, layout in batch.media] == [ImageTokenLayout(4)] * 6
@@ -208,30 +209,30 @@ def test_pairs_that_are_none_are_refused_by_name(
             run.run(
                 Recipe(model=str(folder), source=tmp_path / "a.json", steps=1, **more),
                 tmp_path / "out",
-                say=lambda _: None,
+                log=lambda _: None,
             )
 
     plain = {"id": "plain", "messages": [{"role": "user", "content": "a"}, YES]}
     pair = {"id": "pair", "prompt": "Who?", "chosen": "A cat.", "rejected": "A dog."}
     refused([pair], "sample pair has a chosen and a rejected answer.*take the recipe dpo")
-    refused([pair, plain], "sample plain is no pair", dpo=Dpo())
+    refused([pair, plain], "sample plain is not a pair", dpo=DPOConfig())
     refused(
         [pair | {"rejected": "A cat."}],
-        "pair pair has one answer twice: there is nothing to prefer",
-        dpo=Dpo(),
+        "pair pair has one answer twice: there is no preference",
+        dpo=DPOConfig(),
     )
     refused(
         [pair | {"rejected": " "}],
         "sample pair, rejected must have a role|its text is empty",
-        dpo=Dpo(),
+        dpo=DPOConfig(),
     )
-    refused([pair | {"prompt": None}], "sample pair, chosen begins with an answer", dpo=Dpo())
+    refused([pair | {"prompt": None}], "sample pair, chosen begins with an answer", dpo=DPOConfig())
     (tmp_path / "b.json").write_text(json.dumps([pair]))
     (unit,) = units(tmp_path / "b.json", folder)
     refused(
         [pair],
         rf"pair pair has {unit.tokens} tokens, more than the {unit.tokens - 1} of a batch",
-        dpo=Dpo(),
+        dpo=DPOConfig(),
         tokens=unit.tokens - 1,
     )
     done = CliRunner().invoke(app, ["data", "check", str(source), "-m", str(folder)])
@@ -251,14 +252,14 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
         workers=0,
         save_every=2,
         log_every=1,
-        dpo=Dpo(),
+        dpo=DPOConfig(),
         held_out=0.2,
     )
 
     class Killed(Exception):
         pass
 
-    whole = run.run(recipe, tmp_path / "whole", say=lambda _: None)
+    whole = run.run(recipe, tmp_path / "whole", log=lambda _: None)
     times = 0
 
     def once(*given: Any) -> Tensor:
@@ -268,10 +269,10 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
             raise Killed
         return logprobs(*given)
 
-    monkeypatch.setattr(run, "logprobs", once)
+    monkeypatch.setattr(references, "logprobs", once)
     with pytest.raises(Killed):
-        run.run(recipe, tmp_path / "killed", say=lambda _: None)
-    step = loop.step
+        run.run(recipe, tmp_path / "killed", log=lambda _: None)
+    step = loop.train_step
 
     def deadly(*given: Any) -> loop.StepStats:
         if given[5] == 5:
@@ -279,11 +280,11 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
         return step(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", deadly)
+        patch.setattr(loop, "train_step", deadly)
         with pytest.raises(Killed):
-            run.run(recipe, tmp_path / "killed", say=lambda _: None)
+            run.run(recipe, tmp_path / "killed", log=lambda _: None)
     before = times
-    resumed = run.run(recipe, tmp_path / "killed", say=lambda _: None)
+    resumed = run.run(recipe, tmp_path / "killed", log=lambda _: None)
     assert times == before
     assert (
         checkpointing.list_checkpoints(tmp_path / "killed")[-1].name
@@ -298,14 +299,14 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # nothing is preferred yet: log 2
     assert losses[-1] < losses[0]
-    assert [line for line in lines if "loss" in line][-1]["right"] == 1
+    assert [line for line in lines if "loss" in line][-1]["accuracy"] == 1
 
 
 def test_the_reference_is_the_model_before_training(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(model=str(folder), source=source, steps=1, lr=1e-3, workers=0, dpo=Dpo())
-    run.run(recipe, tmp_path / "out", say=lambda _: None)
+    recipe = Recipe(model=str(folder), source=source, steps=1, lr=1e-3, workers=0, dpo=DPOConfig())
+    run.run(recipe, tmp_path / "out", log=lambda _: None)
     rows = [
         json.loads(line)
         for line in (tmp_path / "out" / "reference.jsonl").read_text().splitlines()[1:]
@@ -313,7 +314,7 @@ def test_the_reference_is_the_model_before_training(
     stored = {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
     model = checkpoints.load(folder)
     made = Samples(units(source, folder), folder, 0, SampleFormat())
-    for unit in made.units:
+    for unit in made.packed:
         pair = made.make(unit)
         assert isinstance(pair, Pair)
         with torch.no_grad():

@@ -17,29 +17,37 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_interleave import checkpoints, cli
+from llava_interleave.config import LoraConfig
 from llava_interleave.distributed.process_group import ProcessGroup
 from llava_interleave.errors import OptionError, Unsupported
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.train import checkpointing, loop, recipe
-from llava_interleave.train.loop import TrainConfig, train
-from llava_interleave.train.losses import sft_loss
-from llava_interleave.train.packing import (
+from llava_interleave.train.data.packing import (
     DummyBatch,
     PlannedPackedDataset,
     Position,
     distributed_batches,
 )
-from llava_interleave.train.recipe import Adapter, Dpo, Recipe
+from llava_interleave.train.loop import train
+from llava_interleave.train.losses import sft_loss
+from llava_interleave.train.recipe import DPOConfig, Recipe
 from llava_interleave.train.run import run
 
 pytestmark = pytest.mark.timeout(900)  # three processes begin, on however busy a machine
 LR = 1e-4
 STAGES: dict[str, dict[str, Any]] = {
-    "all": {"tower": 0.2, "held_out": 0.2, "evaluate_every": 2, "answers": 2},
-    "decoder": {"projector": 0.0, "epochs": 1.3},  # and a last step without enough batches for all
-    "adapter": {"bfloat16": True, "recompute": True, "adapter": Adapter(rank=4, dropout=0.2)},
-    "dpo": {"dpo": Dpo()},
+    "all": {"tower_lr_scale": 0.2, "held_out": 0.2, "evaluate_every": 2, "sample_generations": 2},
+    "decoder": {
+        "projector_lr_scale": 0.0,
+        "epochs": 1.3,
+    },  # and a last step without enough batches for all
+    "adapter": {
+        "bfloat16": True,
+        "activation_checkpointing": True,
+        "adapter": LoraConfig(rank=4, dropout=0.2),
+    },
+    "dpo": {"dpo": DPOConfig()},
 }
 
 
@@ -49,7 +57,7 @@ class Killed(BaseException):
 
 def dying(number: int, how: Any) -> Any:
     """A step of the loop, before whose `number` something happens."""
-    step = loop.step
+    step = loop.train_step
 
     def taken(*words: Any) -> loop.StepStats:
         if words[5] == number:
@@ -91,24 +99,24 @@ def prepare(place: Path) -> None:
         settings = {
             "lr": LR,
             "tokens": 250,
-            "accumulate": 4,
+            "grad_accum_steps": 4,
             "workers": 0,
             "save_every": 2,
             "log_every": 1,
-            "warmup": 0.5,
+            "warmup_ratio": 0.5,
         }
         if "epochs" not in more:
             settings["steps"] = 4
         made = Recipe(model=str(model), source=source, **{**settings, **more})
         (place / f"{stage}.toml").write_text(made.toml())
-        run(made, place / stage / "one", say=lambda _: None)
+        run(made, place / stage / "one", log=lambda _: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "step", dying(2, killed))
+        patch.setattr(loop, "train_step", dying(2, killed))
         with pytest.raises(Killed):
             run(
                 recipe.read(place / "adapter.toml"),
                 place / "adapter" / "begun by one",
-                say=lambda _: None,
+                log=lambda _: None,
             )
 
 
@@ -118,7 +126,7 @@ def together(place: Path) -> None:
         run(recipe.read(place / f"{stage}.toml"), place / stage / "two")
     run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one")
     if os.environ["RANK"] == "1":
-        loop.step = dying(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        loop.train_step = dying(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     sys.argv = [
         "llava",
         "train",
@@ -166,13 +174,13 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def alike(one: Path, other: Path) -> None:
-    """Losses to 0.001 %, weights to 2 % of their change: sums have another order, and AdamW magnifies what is nearly nought."""
+    """Losses to 0.001 %, weights to 2 % of their change: sums have another order, and AdamW magnifies what is nearly 0."""
     mine, theirs = lines(one), lines(other)
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for a, b in zip(mine, theirs, strict=True):
         a, b = a.get("held_out", a), b.get("held_out", b)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["right"] == pytest.approx(b["right"])
+        assert a["accuracy"] == pytest.approx(b["accuracy"])
     name = "adapter" if (one / "adapter").exists() else "model"
     a, b = tensors(one / name), tensors(other / name)
     before = (
@@ -206,7 +214,7 @@ def test_a_signal_to_one_ends_all_and_one_goes_on_with_what_two_have_saved(place
     assert [(place / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]
     assert checkpointing.list_checkpoints(begun)[-1].name == "checkpoint-3"
     assert len(list((begun / "checkpoint-3").glob("*.safetensors"))) == 2
-    run(recipe.read(place / "all.toml"), begun, say=lambda _: None)
+    run(recipe.read(place / "all.toml"), begun, log=lambda _: None)
     alike(place / "all" / "one", begun)
 
 
@@ -271,15 +279,16 @@ def test_every_batch_of_a_step_has_one_rank_and_those_of_the_same_time_are_alike
 def test_what_cannot_be_shared_is_refused(place: Path, tmp_path: Path) -> None:
     model = checkpoints.load(place / "tiny").requires_grad_(True)
 
-    def go(config: TrainConfig, count: int) -> None:
+    def go(config: Recipe, count: int) -> None:
         train(model, sft_loss, lambda _: iter(()), config, tmp_path, ranks=ProcessGroup(0, count))
 
     with pytest.raises(
-        OptionError, match="3 processes cannot share 4 batches a step evenly: give accumulate 6"
+        OptionError,
+        match="3 processes cannot share 4 batches a step evenly: give grad_accum_steps 6",
     ):
-        go(TrainConfig(steps=1, accumulate=4), 3)
+        go(Recipe(steps=1, grad_accum_steps=4), 3)
     with pytest.raises(Unsupported, match="Muon needs whole matrices, and 2 processes have shards"):
-        go(TrainConfig(steps=1, accumulate=4, muon=1.0), 2)
+        go(Recipe(steps=1, grad_accum_steps=4, muon_lr_scale=1.0), 2)
 
 
 if __name__ == "__main__":

@@ -24,20 +24,28 @@ from typer.testing import CliRunner
 from llava_interleave import checkpoints, kernels
 from llava_interleave.checkpoints.adapters import read_adapter
 from llava_interleave.cli import app
+from llava_interleave.config import LoraConfig
 from llava_interleave.errors import DataError, OptionError, Unsupported
-from llava_interleave.lora import LoraConfig, attach, linears
+from llava_interleave.lora import attach, linears
 from llava_interleave.model import Llava
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import checkpointing, datasets, fsdp, loop, recipe, run
-from llava_interleave.train.loop import TrainConfig, train
+from llava_interleave.train import checkpointing, fsdp, loop, recipe, run
+from llava_interleave.train.data import datasets
+from llava_interleave.train.data.packing import Batch, collate, pack
+from llava_interleave.train.data.samples import (
+    PackedSample,
+    SampleFormat,
+    Samples,
+    move_images_first,
+)
+from llava_interleave.train.data.validate import validate
+from llava_interleave.train.loop import train
 from llava_interleave.train.losses import Loss, sft_loss
-from llava_interleave.train.packing import Batch, PackedDataset, batches, collate, pack
-from llava_interleave.train.recipe import Adapter, Recipe
-from llava_interleave.train.samples import PackedSample, SampleFormat, Samples, in_front
-from llava_interleave.train.validate import check
+from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.data import write
+from tests.helpers.training import PackedBatches
 
 
 def quiet(_: str) -> None:
@@ -82,7 +90,7 @@ def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for name, tensor in load_file(file).items()
-        if not name.startswith(checkpointing.MOMENT)
+        if not name.startswith(checkpointing.OPTIMIZER)
     }
 
 
@@ -137,7 +145,7 @@ def test_a_stage_trains_its_parts_and_leaves_all_others_bit_equal(
     assert recipe.read(tmp_path / "out" / "config.toml").lr == 0.01
     about = json.loads(
         (checkpointing.list_checkpoints(tmp_path / "out")[-1] / "state.json").read_text()
-    )["about"]
+    )["recipe"]
     assert about == recipe.read(tmp_path / "out" / "config.toml").stored()
 
 
@@ -172,16 +180,21 @@ def test_where_bfloat16_is_slow_it_is_float32(
 
 
 def units(source: Path, folder: Path, form: SampleFormat) -> list[PackedSample]:
-    checked = check(datasets.rows(source), Processor.from_folder(folder), form=form)
+    checked = validate(datasets.rows(source), Processor.from_folder(folder), form=form)
     return [
-        PackedSample((one.row,), one.tokens or 0, one.front or 0, one.images or 0)
+        PackedSample((one.row,), one.tokens or 0, one.images_first_tokens or 0, one.images or 0)
         for one in checked
     ]
 
 
 @pytest.mark.parametrize(
     "form",
-    [SampleFormat(), SampleFormat("plain"), SampleFormat(anyres=True), SampleFormat(front=0.5)],
+    [
+        SampleFormat(),
+        SampleFormat("plain"),
+        SampleFormat(anyres=True),
+        SampleFormat(images_first_ratio=0.5),
+    ],
 )
 def test_what_is_counted_is_what_is_trained_on(
     form: SampleFormat, folder: Path, source: Path
@@ -209,17 +222,17 @@ def test_batches_are_bounded_in_images_too(folder: Path, source: Path, tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             run,
-            "answers",
+            "sft_loss",
             lambda model, batch: seen.append(len(batch.pixels)) or sft_loss(model, batch),
         )
-        run.run(given, tmp_path / "out", say=quiet)
+        run.run(given, tmp_path / "out", log=quiet)
     assert sum(seen) == 18
     assert max(seen) <= 3
     with pytest.raises(
         DataError,
         match=r"sample s2 has 3 images and frames, more than the 2 of a batch: raise --images",
     ):
-        run.run(given.but({"images": 2}), tmp_path / "two", say=quiet)
+        run.run(given.but({"images": 2}), tmp_path / "two", log=quiet)
 
 
 @pytest.mark.parametrize("trained", ["", "multi_modal_projector", ".low."])
@@ -311,10 +324,10 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
 ) -> None:
     rows = datasets.rows(source)
     first, second, third = (row.messages()[0] for row in rows[:3])
-    assert in_front(first) is first
-    assert in_front(third) is third  # they are in front
+    assert move_images_first(first) is first
+    assert move_images_first(third) is third  # they are in front
     mark = {"type": "text", "text": "<image>"}
-    assert in_front(second)[0]["content"] == [
+    assert move_images_first(second)[0]["content"] == [
         mark,
         mark,
         {"type": "text", "text": "Is [image 1] like [image 2] here?"},
@@ -322,7 +335,8 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
     processor = Processor.from_folder(folder)
     said, media = rows[1].messages()
     made, plain = (
-        SampleFormat().example(processor, said, media, front=front) for front in (True, False)
+        SampleFormat().example(processor, said, media, images_first=images_first)
+        for images_first in (True, False)
     )
     assert [m.key for m in made.media] == [m.key for m in plain.media]
     learnt = [
@@ -341,7 +355,7 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
             "content": [{"type": "text", "text": "New"}, {"type": "image", "path": "b.png"}],
         },
     ]
-    assert in_front(chat) == [
+    assert move_images_first(chat) == [
         {
             "role": "user",
             "content": [
@@ -362,13 +376,13 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
             ],
         }
     ]
-    assert in_front(views) is views
+    assert move_images_first(views) is views
 
 
 def test_as_many_are_in_front_as_was_said_and_others_in_the_next_pass(
     folder: Path, source: Path
 ) -> None:
-    form = SampleFormat(front=0.3)
+    form = SampleFormat(images_first_ratio=0.3)
     samples = Samples(units(source, folder, form)[1:2], folder, 0, form)
     drawn = [samples._drawn(index)[1] for index in range(2000)]
     assert 0.27 < sum(drawn) / 2000 < 0.33
@@ -383,19 +397,35 @@ def test_epochs_show_every_sample_as_often(
     monkeypatch.setattr(
         Samples,
         "make",
-        lambda self, unit, front=False: seen.append(unit.name) or make(self, unit, front),
+        lambda self, sample, images_first=False: (
+            seen.append(sample.name) or make(self, sample, images_first)
+        ),
     )
     given = Recipe(
-        model=str(folder), source=source, epochs=3, tokens=200, workers=0, lr=1e-3, front=0.5
+        model=str(folder),
+        source=source,
+        epochs=3,
+        tokens=200,
+        workers=0,
+        lr=1e-3,
+        images_first_ratio=0.5,
     )
-    run.run(given, tmp_path / "out", say=quiet)
+    run.run(given, tmp_path / "out", log=quiet)
     assert sorted(seen) == sorted([f"s{i}" for i in range(9)] * 3)
     assert {frozenset(seen[i : i + 9]) for i in (0, 9, 18)} == {
         frozenset(f"s{i}" for i in range(9))
     }
 
 
-CONFIG = TrainConfig(steps=8, lr=1e-3, warmup=2, accumulate=2, save_every=3, log_every=1)
+RECIPE = Recipe(
+    steps=8,
+    lr=1e-3,
+    warmup_ratio=0.25,
+    tower_lr_scale=1.0,
+    grad_accum_steps=2,
+    save_every=3,
+    log_every=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -412,14 +442,13 @@ def go(
     folder: Path,
     prompts: list[Prompt],
     out: Path,
-    config: TrainConfig = CONFIG,
+    recipe: Recipe = RECIPE,
     at: int = 0,
     what: Any = None,
     **more: Any,
 ) -> Llava:
     """A small run; before batch number `at` of this call `what` happens."""
     network = checkpoints.load(folder).requires_grad_(True)
-    windows = PackedDataset(lambda i: prompts[i % len(prompts)], 400, size=8, tokens=300, seed=1)
     done = 0
 
     def loss(model: Llava, batch: Batch) -> Loss:
@@ -432,10 +461,10 @@ def go(
     return train(
         network,
         loss,
-        lambda start: batches(windows, start, workers=0),
-        config,
+        PackedBatches(prompts, tokens=300, each=recipe.grad_accum_steps),
+        recipe,
         out,
-        **{"say": quiet, **more},
+        **{"log": quiet, **more},
     )
 
 
@@ -473,7 +502,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
             tmp_path / "out",
             at=10,
             what=lambda: os.kill(os.getpid(), number),
-            say=said.append,
+            log=said.append,
         )
     assert number == signal.SIGINT or ended.value.code == 128 + signal.SIGTERM
     assert said[-1].startswith(f"stopped by {number.name} after step 5: ")
@@ -554,7 +583,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(
         rmtree(path, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "FILE", 400_000)
+        patch.setattr(checkpointing, "FILE_BYTES", 400_000)
         patch.setattr(safetensors.torch, "save", half)
         patch.setattr(Path, "replace", named)
         patch.setattr(checkpointing.shutil, "rmtree", removed)
@@ -601,7 +630,7 @@ def test_a_line_that_a_kill_cut_short_is_taken_off(tmp_path: Path) -> None:
         (b"a\n", b"a\nx\n"),
     ):
         path.write_bytes(before)
-        with loop.appending(path) as file:
+        with loop.open_jsonl(path) as file:
             file.write("x\n")
         assert path.read_bytes() == after
 
@@ -611,14 +640,16 @@ def test_the_last_few_and_the_best_are_kept(
 ) -> None:
     """Held-out losses are made up: lowest after step 4, which is saved although it is not due."""
     losses = {0: 3.0, 2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
-    config = TrainConfig(steps=8, warmup=1, save_every=3, keep=2, evaluate_every=2, log_every=1)
+    config = Recipe(
+        steps=8, warmup_ratio=0.125, save_every=3, keep=2, evaluate_every=2, log_every=1
+    )
     seen: list[int] = []
 
-    def measure(_: Llava, step: int) -> dict[str, float]:
+    def evaluate(_: Llava, step: int) -> dict[str, float]:
         seen.append(step)
         return {"loss": losses[step]}
 
-    go(folder, prompts, tmp_path / "out", config, measure=measure)
+    go(folder, prompts, tmp_path / "out", config, evaluate=evaluate)
     assert seen == [0, 2, 4, 6, 8]
     assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
         "checkpoint-4",
@@ -644,7 +675,7 @@ def test_checkpoints_come_by_time_too(
         folder,
         prompts,
         tmp_path / "out",
-        TrainConfig(steps=6, warmup=1, save_every=100, save_minutes=1, keep=9),
+        Recipe(steps=6, warmup_ratio=0.1, save_every=100, save_minutes=1, keep=9),
     )
     assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
         "checkpoint-2",
@@ -654,10 +685,10 @@ def test_checkpoints_come_by_time_too(
 
 
 def test_a_straight_decay_is_straight() -> None:
-    config = TrainConfig(steps=110, warmup=10, linear=True, final=0.5)
-    rates = [config.rate(step) for step in range(110)]
+    config = Recipe(steps=110, warmup_ratio=1 / 11, lr_schedule="linear", min_lr_ratio=0.5)
+    rates = [config.lr_factor(step) for step in range(110)]
     assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
-    assert [config.rate(10 + i) for i in (0, 50, 100)] == [1, 0.75, 0.5]
+    assert [config.lr_factor(10 + i) for i in (0, 50, 100)] == [1, 0.75, 0.5]
 
 
 @pytest.mark.usefixtures("foreground")
@@ -702,10 +733,10 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
     """With dropout, which a resumed run must repeat."""
     given = Recipe(
         model=str(folder), source=source, steps=6, lr=0.01, tokens=400, workers=0, save_every=2,
-        adapter=Adapter(rank=4, dropout=0.3, targets=("language_model.*_proj",)),
+        adapter=LoraConfig(rank=4, dropout=0.3, targets=("language_model.*_proj",)),
     )  # fmt: skip
     said: list[str] = []
-    whole = run.run(given, tmp_path / "whole", say=said.append)
+    whole = run.run(given, tmp_path / "whole", log=said.append)
     assert whole == tmp_path / "whole" / "adapter"
     network = checkpoints.load(folder)
     adapter = read_adapter(whole, network)
@@ -720,7 +751,7 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
     assert any(re.fullmatch(rf"decoder +{count:,} +{base:,}  0.01", line) for line in said), said
     stored = saved(tmp_path / "whole" / "checkpoint-6")
     assert sum(tensor.numel() for tensor in stored.values()) == count
-    step = loop.step
+    step = loop.train_step
 
     def deadly(*words: Any) -> loop.StepStats:
         if words[5] == 5:
@@ -728,15 +759,15 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
         return step(*words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", deadly)
+        patch.setattr(loop, "train_step", deadly)
         with pytest.raises(Killed):
-            run.run(given, tmp_path / "killed", say=quiet)
-    resumed = read_adapter(run.run(given, tmp_path / "killed", say=quiet), network)
+            run.run(given, tmp_path / "killed", log=quiet)
+    resumed = read_adapter(run.run(given, tmp_path / "killed", log=quiet), network)
     for name, part in adapter.parts.items():
         assert torch.equal(part.a, resumed.parts[name].a), name
         assert torch.equal(part.b, resumed.parts[name].b), name
-    with pytest.raises(OptionError, match=r"reaches vision_tower\.\S+, where the factor is 0"):
-        run.run(given.but({"adapter.targets": ("vision_tower.*",)}), tmp_path / "tower", say=quiet)
+    with pytest.raises(OptionError, match=r"has vision_tower\.\S+, whose learning rate scale is 0"):
+        run.run(given.but({"adapter.targets": ("vision_tower.*",)}), tmp_path / "tower", log=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -746,13 +777,13 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     annotations = write(place / "data", 12, size=30)
     given = Recipe(
         model=str(folder), source=annotations, steps=6, lr=1e-3, tokens=2000, workers=0, held_out=0.34, evaluate_every=2,
-        answers=3, log_every=1,
+        sample_generations=3, log_every=1,
     )  # fmt: skip
     said: list[str] = []
-    measure, losses = run._measure, iter((3.0, 1.0, 2.0, 2.5))
+    evaluate, losses = run.evaluate, iter((3.0, 1.0, 2.0, 2.5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_measure", lambda *words: measure(*words) | {"loss": next(losses)})
-        run.run(given, place / "out", say=said.append)
+        patch.setattr(run, "evaluate", lambda *words: evaluate(*words) | {"loss": next(losses)})
+        run.run(given, place / "out", log=said.append)
     return place / "out", said
 
 
@@ -763,7 +794,7 @@ def test_what_is_held_out_is_measured_and_answered(finished: tuple[Path, list[st
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert all(len(line["answers"]) == len(asked) == 3 for line in lines)
-    assert all(one["truth"] and one["question"] and one["pictures"] for one in asked)
+    assert all(one["truth"] and one["question"] and one["images"] for one in asked)
     for line in lines:
         for one, answer in zip(asked, line["answers"], strict=True):
             assert f"step {line['step']} {one['name']}: {answer}" in said
@@ -792,7 +823,7 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
     assert set(re.findall(r'src="([^:"]*)', page)) == {"data"}
     for title in (
         "Loss",
-        "Right",
+        "Accuracy",
         "Learning rate",
         "Tokens a second",
         "Images a second",
@@ -804,7 +835,7 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
         )
         (way,) = re.findall(r'<path class="train" d="M([^"]*)"', curve)
         assert len(way.split("L")) == 6
-        assert curve.count("<circle") == (4 if title in ("Loss", "Right") else 0)
+        assert curve.count("<circle") == (4 if title in ("Loss", "Accuracy") else 0)
         for x, y in (point.split() for point in way.split("L")):
             assert 0 <= float(x) <= 640
             assert 0 <= float(y) <= 220
@@ -820,7 +851,7 @@ def test_the_report_is_one_page_with_everything(finished: tuple[Path, list[str]]
 def test_a_report_of_a_run_that_is_just_writing_and_that_was_resumed(tmp_path: Path) -> None:
     """Steps that were done again count once, as they were done last; many points are thinned."""
     lines = [
-        {"step": s, "loss": float(s), "right": 0.0, "lr": 1.0, "norm": 1.0, "rate": 1.0}
+        {"step": s, "loss": float(s), "accuracy": 0.0, "learning_rate": 1.0, "grad_norm": 1.0}
         for s in [*range(1, 1001), 1000]
     ]
     lines[-1]["loss"] = 7.0
@@ -860,11 +891,11 @@ def test_of_a_quantized_checkpoint_adapters_alone_are_trained(
         tokens=400,
     )
     with pytest.raises(
-        Unsupported, match="holds int4 weights, which stay as they are: train an adapter"
+        Unsupported, match=r"has int4 weights, which cannot be trained: train an adapter"
     ):
-        run.run(given, tmp_path / "out", say=quiet)
+        run.run(given, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out").exists()
-    done = run.run(given.but({"adapter.rank": 2}), tmp_path / "out", say=quiet)
+    done = run.run(given.but({"adapter.rank": 2}), tmp_path / "out", log=quiet)
     for base in (tmp_path / "int4", folder):
         assert all(
             part.b.abs().max() > 0
@@ -880,7 +911,7 @@ def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
     given = Recipe(model=str(folder), source=source, steps=1, workers=0, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Unsupported, match=r"pip install 'llava-interleave\[tensorboard\]'"):
-        run.run(given, tmp_path / "out", say=quiet)
+        run.run(given, tmp_path / "out", log=quiet)
     seen: list[tuple[str, float, int]] = []
 
     class Writer:
@@ -899,7 +930,7 @@ def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
     monkeypatch.setitem(
         sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer})
     )
-    run.run(given.but({"held_out": 0.3}), tmp_path / "out", say=quiet)
+    run.run(given.but({"held_out": 0.3}), tmp_path / "out", log=quiet)
     written = {
         (f"train/{k}", v, 1)
         for line in log(tmp_path / "out")
@@ -908,7 +939,7 @@ def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
         if k != "step"
     }
     measured = {
-        (f"held out/{k}", v, line["step"])
+        (f"held_out/{k}", v, line["step"])
         for line in log(tmp_path / "out")
         for k, v in line.get("held_out", {}).items()
     }

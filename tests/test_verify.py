@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from llava_interleave import checkpoints, kernels, load
 from llava_interleave.cli import app
+from llava_interleave.config import LoraConfig
 from llava_interleave.errors import Unsupported
-from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.lora import attach
 from llava_interleave.quantization.linear_cpu import QuantizedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.verify import ablations, candidate, parity, why

@@ -14,7 +14,7 @@ import pytest
 from llava_interleave.processing import Limits, Processor
 from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.video import FrameSampling
-from llava_interleave.train import formats
+from llava_interleave.train.data import formats
 from recipes.tiny_world import SCENARIOS, ask, draw, episode
 from recipes.tiny_world.data import conversation, exam, pictures, talk, write
 from recipes.tiny_world.draw import COLOURS, Background, Thing, owners, patches, visible
@@ -77,12 +77,12 @@ def test_every_wording_is_filled_in(scenario: str, level: Level) -> None:
 
 def test_an_answer_counts_with_or_without_what_it_follows_from() -> None:
     question = Question("relation", "yes", "top left and bottom right")
-    assert question.told == "top left and bottom right: yes"
-    for text in (question.told, "yes", " Yes.", "middle left and bottom right: yes"):
+    assert question.full_answer == "top left and bottom right: yes"
+    for text in (question.full_answer, "yes", " Yes.", "middle left and bottom right: yes"):
         assert question.is_answered(text)
     for text in ("no", "top left and bottom right: no", "top left and bottom right", "yes: no", ""):
         assert not question.is_answered(text)
-    assert Question("count", "2").told == "2"
+    assert Question("count", "2").full_answer == "2"
 
 
 @every_level

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import read_json
+from ..config import LoraConfig, read_json
 from ..errors import CheckpointError, OptionError
-from ..lora import LoraAdapter, LoraConfig, LoraWeights, linears
+from ..lora import LoraAdapter, LoraWeights, linears
 from ..model import Llava
 from .files import new_folder
 from .layouts import ours, theirs

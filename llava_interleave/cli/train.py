@@ -141,15 +141,15 @@ def check(
     with terminal.spinner("starting"):
         from ..chat import locate
         from ..processing import Processor
-        from ..train import validate as checking
-        from ..train.datasets import rows
+        from ..train.data.datasets import rows
+        from ..train.data.validate import KINDS, table, validate
 
     processor = Processor.from_folder(locate(model, None, tensors=False)) if model else None
     with terminal.progress_bar("reading") as progress:
-        checked = checking.check(
+        checked = validate(
             rows(source, media=media, seed=seed or 0), processor, tokens or 8192, progress
         )
-    counts = checking.table(checked)
+    counts = table(checked)
     errors = sum(one.error for one in checked)
     if as_json:
         faults = [
@@ -176,10 +176,10 @@ def check(
         columns = [
             "samples",
             "errors",
-            *(kind for kind in checking.KINDS if any(row[kind] for row in counts.values())),
+            *(kind for kind in KINDS if any(row[kind] for row in counts.values())),
         ]
-        table = [[name, *(str(row[column]) for column in columns)] for name, row in counts.items()]
-        terminal.table(f"{source}", ["data set", *columns], table)
+        cells = [[name, *(str(row[column]) for column in columns)] for name, row in counts.items()]
+        terminal.table(f"{source}", ["data set", *columns], cells)
         if processor is None:
             print("Token lengths were not checked: name a checkpoint with -m.")
     if errors:

@@ -1,12 +1,11 @@
-"""A run's checkpoints in its folder: whole or not there, the last few and the best are kept, a run goes on from the newest.
+"""Checkpoints of a run. They appear when complete; the last few and the best are kept.
 
-What is trained lies in safetensors files, of each rank its shards; `torch.distributed.checkpoint` writes them, and reads them
-for any other number of ranks.
+Trained parameters and optimizer state are safetensors files, each rank's shards apart;
+`torch.distributed.checkpoint` writes them, and reads them with any number of ranks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import warnings
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,22 +28,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError
-from .packing import Position
+from .data.packing import Position
+from .recipe import Recipe, changed_settings
 
-if TYPE_CHECKING:
-    from .loop import TrainConfig
-
-UNSEEN = ("save_every", "save_minutes", "keep", "evaluate_every", "log_every")
-"""Settings of the loop that change no weight: a run may go on with others."""
-MOMENT = "optimiser."
-"""Before what optimisers keep of a parameter: this, its name, and after a dot what it is."""
-FILE = 256 << 20
-"""Bytes of a file, unless one tensor has more: as much is twice in memory while it is written."""
+OPTIMIZER = "optimizer."
+"""Prefix of optimizer state; its names are `optimizer.PARAMETER.STATE`."""
+FILE_BYTES = 256 << 20
+"""Bytes of a file, unless one tensor has more; twice as many are in memory while it is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How far a run is: steps done, data read, and (held-out loss, step) of the best measurement."""
+    """Progress of a run: steps, data position, (held-out loss, step) of the best evaluation."""
 
     step: int = 0
     position: Position = Position()  # noqa: RUF009  frozen
@@ -54,24 +49,23 @@ class State:
 def save(
     folder: Path,
     model: nn.Module,
-    optimisers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[torch.optim.Optimizer],
     state: State,
-    config: TrainConfig,
-    about: dict[str, Any],
+    recipe: Recipe,
     ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
 ) -> Path:
-    """Write what is trained, the optimisers and the state, then remove what is no longer kept. -> the checkpoint's folder.
+    """Write trained parameters, optimizers and state; then remove old checkpoints. -> its folder.
 
-    It gets its name when it is whole, so that a kill at any moment leaves the one before. Raises DataError where it cannot be
-    written.
+    The folder gets its name when it is complete, so that a kill at any moment leaves the checkpoint
+    before. Raises DataError where it cannot be written.
     """
     draft, done = folder / "checkpoint.new", named(folder, state.step)
     if ranks.run_on_rank0(done.exists):
         return done
     tensors = _trained(model)
-    kept = {id(p): of for optimiser in optimisers for p, of in optimiser.state.items()}
+    kept = {id(p): of for optimizer in optimizers for p, of in optimizer.state.items()}
     for name, p in model.named_parameters():
-        tensors |= {f"{MOMENT}{name}.{what}": value for what, value in kept.get(id(p), {}).items()}
+        tensors |= {f"{OPTIMIZER}{name}.{key}": value for key, value in kept.get(id(p), {}).items()}
 
     def begin() -> None:
         with _writing(done, ranks):
@@ -79,12 +73,12 @@ def save(
             draft.mkdir()
 
     def finish() -> None:
-        facts = {**asdict(state), "config": asdict(config), "about": about}
+        facts = {**asdict(state), "recipe": recipe.stored()}
         with _writing(done, ranks):
             (draft / "state.json").write_text(json.dumps(facts, indent=1))
             draft.replace(done)
         best = None if state.best is None else named(folder, state.best[1])
-        for old in list_checkpoints(folder)[: -config.keep]:
+        for old in list_checkpoints(folder)[: -recipe.keep]:
             if old != best:
                 shutil.rmtree(old)
 
@@ -99,13 +93,13 @@ def save(
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number of the file that each tensor lies in, from 1 on."""
-    found, number, held = {}, 1, 0
+    """The number of each tensor's file, from 1 on."""
+    files, number, size = {}, 1, 0
     for name, tensor in tensors.items():
-        if held and held + tensor.nbytes > FILE:
-            number, held = number + 1, 0
-        found[name], held = number, held + tensor.nbytes
-    return found
+        if size and size + tensor.nbytes > FILE_BYTES:
+            number, size = number + 1, 0
+        files[name], size = number, size + tensor.nbytes
+    return files
 
 
 @contextmanager
@@ -124,16 +118,16 @@ def _writing(done: Path, ranks: ProcessGroup) -> Iterator[None]:
         )
 
 
-def _quietly(do: Callable[..., Any], *words: Any, **more: Any) -> None:
+def _quietly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "torch.distributed is disabled"
         )  # that there is one process is no mistake
-        do(*words, **more)
+        fn(*args, **kwargs)
 
 
 def named(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return folder / f"checkpoint-{step}"
 
 
@@ -146,61 +140,49 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def restore(
     folder: Path,
     model: nn.Module,
-    optimisers: Sequence[torch.optim.Optimizer],
-    config: TrainConfig,
+    optimizers: Sequence[torch.optim.Optimizer],
+    recipe: Recipe,
     ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
 ) -> State:
-    """Take up the newest checkpoint in `folder`, if there is one. Raises DataError if it is of another config."""
+    """Load the newest checkpoint in `folder`, if there is one.
+
+    Raises DataError if it was saved with other settings that change the weights.
+    """
     if (last := ranks.run_on_rank0(lambda: next(reversed(list_checkpoints(folder)), None))) is None:
         return State()
     facts = json.loads((last / "state.json").read_text())
-    defaults = {
-        f.name: f.default
-        for f in dataclasses.fields(config)
-        if f.default is not dataclasses.MISSING
-    }
-    want, have = (
-        {
-            name: value
-            for name, value in json.loads(json.dumps(values)).items()
-            if name not in UNSEEN
-        }
-        for values in (asdict(config), defaults | facts["config"])
-    )
-    if want != have:
-        other = ", ".join(
-            f"{k}: {have.get(k)!r} there, {want[k]!r} here" for k in want if want[k] != have.get(k)
-        )
+    if changed := changed_settings(facts["recipe"], recipe):
         ranks.raise_everywhere(
             DataError(
-                f"{last} is of a run with another config ({other}); take another folder, or delete it"
+                f"{last} was trained with other settings ({changed}); take another folder, "
+                "or delete it"
             )
         )
     parameters, tensors = dict(model.named_parameters()), _trained(model)
     for key, stored in (
         HuggingFaceStorageReader(str(last)).read_metadata().state_dict_metadata.items()
     ):
-        if key.startswith(MOMENT) and isinstance(stored, TensorStorageMetadata):
-            p = parameters[key.removeprefix(MOMENT).rpartition(".")[0]]
+        if key.startswith(OPTIMIZER) and isinstance(stored, TensorStorageMetadata):
+            p = parameters[key.removeprefix(OPTIMIZER).rpartition(".")[0]]
             alone = torch.zeros(stored.size, dtype=stored.properties.dtype, device=p.device)
             tensors[key] = torch.zeros_like(p) if stored.size == p.shape else alone
     _read(last, tensors, alone=ranks.world_size == 1)
     kept: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith(MOMENT):
-            name, _, what = key.removeprefix(MOMENT).rpartition(".")
-            kept.setdefault(id(parameters[name]), {})[what] = value
-    for optimiser in optimisers:
-        for p in (p for group in optimiser.param_groups for p in group["params"] if id(p) in kept):
-            optimiser.state[p] = kept[id(p)]
+        if key.startswith(OPTIMIZER):
+            name, _, field = key.removeprefix(OPTIMIZER).rpartition(".")
+            kept.setdefault(id(parameters[name]), {})[field] = value
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) in kept):
+            optimizer.state[p] = kept[id(p)]
     best = facts.get("best")
     return State(
         facts["step"], Position(**facts["position"]), None if best is None else (best[0], best[1])
     )
 
 
-def weights(checkpoint: Path, model: nn.Module) -> None:
-    """Give what is trained in a whole `model` the weights of a checkpoint."""
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Load the trained parameters of a whole `model` from a checkpoint."""
     _read(checkpoint, _trained(model), alone=True)
 
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a batch needs, and how fast a device multiplies matrices: by both the MFU. How much memory was taken."""
+"""Operations of a batch, speed of a device in matrix products (both give the MFU), peak memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if sys.platform != "win32":
     import resource
 
 
-def needed(model: Llava, lengths: Sequence[int], crops: int, rows: int) -> float:
-    """Floating-point operations of the products and the attention of a batch, forwards and backwards; a multiply-add is two.
+def training_flops(model: Llava, lengths: Sequence[int], images: int, rows: int) -> float:
+    """Floating-point operations of a batch, forward and backward; a multiply-add is two.
 
-    lengths: tokens of each sample; rows: how many have their logits computed. Backwards counts from the first part on of which
-    something is trained: once for inputs, once for weights that are. What is computed again to save memory counts once.
+    Counted are matrix products and attention. lengths: tokens of each sample. rows: how many have
+    logits. Backward counts from the first part with trained weights on: once for inputs, once for
+    trained weights. Recomputation (activation checkpointing) is not counted.
     """
     vision, text = model.config.vision, model.config.text
-    patches = crops * vision.grid**2
+    patches = images * vision.grid**2
     seen = 4 * patches * vision.grid**2 * vision.hidden_size * vision.num_layers
     read = (
         2 * sum(n * n for n in lengths) * text.num_heads * text.head_dim * text.num_layers
@@ -45,7 +46,7 @@ def needed(model: Llava, lengths: Sequence[int], crops: int, rows: int) -> float
 
 
 def _product(module: nn.Module) -> tuple[int, bool]:
-    """Multiply-adds of a module, without those within it, for a token or a patch, and whether its weights are trained."""
+    """Multiply-adds of a module for a token or a patch, and whether its weights are trained."""
     if isinstance(module, LoraWeights):
         return module.a.numel() + module.b.numel(), module.a.requires_grad
     if isinstance(module, nn.Conv2d):
@@ -58,8 +59,8 @@ def _product(module: nn.Module) -> tuple[int, bool]:
 
 
 @cache
-def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one product of large square matrices: the fastest of five."""
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of large square matrices, the fastest of five."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     taken = []
@@ -70,8 +71,8 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(taken)
 
 
-def memory(device: torch.device) -> int:
-    """Most bytes so far: on a GPU of tensors, else of the whole process; 0 where nobody tells."""
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: on a GPU of tensors, else of the process; 0 where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform != "win32":

@@ -1,4 +1,4 @@
-"""Losses: pure functions of a network and a batch. They return sums; the loop divides by the step's count."""
+"""Losses: pure functions of a network and a batch. They return sums; the loop divides them."""
 
 from __future__ import annotations
 
@@ -13,78 +13,78 @@ from torch.utils.checkpoint import checkpoint
 
 from ..image_layout import ImageTokenLayout
 from ..model import Llava, PackedAttention, arrange_features
-from .flops import needed
-from .packing import Batch, Pairs, positions
+from .data.packing import Batch, Pairs, positions
+from .flops import training_flops
+from .recipe import DPOConfig
 
 CHUNK = 2048  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Summed loss, what it is summed over, how many of those were right; tokens, crops and operations that it took."""
+    """A summed loss.
+
+    count: what it is summed over (tokens or pairs). correct: how many of those are right. tokens,
+    images (crops), flops: the work that it took.
+    """
 
     total: Tensor
     count: int
-    right: int
+    correct: int
     tokens: int = 0
-    crops: int = 0
+    images: int = 0
     flops: float = 0.0
 
 
 def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) -> Loss:
-    """Cross-entropy of the tokens marked `loss_mask`, each predicted from the tokens before it in its sample.
+    """Cross-entropy of the tokens in `loss_mask`, each predicted from the tokens before it.
 
-    attend: stands in for `Packed(batch.lengths)`.
+    attend: replaces `PackedAttention(batch.lengths)`.
     """
     spans = _spans(model, batch.pixels, [((start,), layout) for start, layout in batch.media])
     hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths, attend)
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
-    total, right = hidden.new_zeros((), dtype=torch.float32), 0
+    total, correct = hidden.new_zeros((), dtype=torch.float32), 0
     for rows in where.split(CHUNK):
         losses, hits = checkpoint(
             _chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False
         )
-        total, right = total + losses.sum(), right + int(hits)
-    took = needed(model, batch.lengths, len(batch.pixels), len(where))
-    return Loss(total, len(where), right, len(tokens), len(batch.pixels), took)
+        total, correct = total + losses.sum(), correct + int(hits)
+    flops = training_flops(model, batch.lengths, len(batch.pixels), len(where))
+    return Loss(total, len(where), correct, len(tokens), len(batch.pixels), flops)
 
 
-@dataclass(frozen=True, slots=True)
-class DPOLoss:
-    """The loss of pairs of answers; right are those whose chosen answer has gained more than the rejected one."""
-
-    beta: float = 0.1
-    smoothing: float = 0.0
-    ipo: bool = False
-
-    def __call__(self, model: Llava, batch: Pairs) -> Loss:
-        gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
-        margin = gained[:, 0] - gained[:, 1]
-        losses = preference(margin, beta=self.beta, smoothing=self.smoothing, ipo=self.ipo)
-        took = needed(model, batch.lengths, len(batch.pixels), int(batch.loss_mask.sum()))
-        return Loss(
-            losses.sum(),
-            len(margin),
-            int((margin > 0).sum()),
-            len(batch.tokens),
-            len(batch.pixels),
-            took,
-        )
+def dpo_loss(config: DPOConfig, model: Llava, batch: Pairs) -> Loss:
+    """The DPO or IPO loss of pairs; correct are those whose chosen answer gained more."""
+    gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
+    margin = gained[:, 0] - gained[:, 1]
+    losses = preference_loss(margin, config)
+    return Loss(
+        losses.sum(),
+        len(margin),
+        int((margin > 0).sum()),
+        len(batch.tokens),
+        len(batch.pixels),
+        training_flops(model, batch.lengths, len(batch.pixels), int(batch.loss_mask.sum())),
+    )
 
 
-def preference(margin: Tensor, *, beta: float, smoothing: float, ipo: bool) -> Tensor:
-    """The loss of each pair, from how much more the chosen answer's log-probability has gained on the reference's.
+def preference_loss(margin: Tensor, config: DPOConfig) -> Tensor:
+    """The loss of each pair. margin: how much more the log-probability of the chosen answer gained
+    over the reference model than that of the rejected one.
 
-    DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with `smoothing`, the chance that a label is wrong, both ways
-    round are weighed. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17, on sums over tokens as there (TRL takes means).
+    DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; label smoothing mixes in the loss of
+    the swapped pair. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17, on sums over tokens as
+    there (TRL takes means).
     """
-    if ipo:
+    beta, smoothing = config.beta, config.label_smoothing
+    if config.ipo:
         return (margin - 1 / (2 * beta)).square()
     return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
 
 
 def logprobs(model: Llava, batch: Pairs) -> Tensor:
-    """Log-probabilities `[P, 2]` of the chosen and the rejected answers. Each picture goes through the tower once a pair."""
+    """Log-probabilities `[P, 2]` of chosen and rejected answers; images are encoded once a pair."""
     spans = _spans(model, batch.pixels, [(starts, layout) for *starts, layout in batch.media])
     hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
@@ -99,7 +99,7 @@ def logprobs(model: Llava, batch: Pairs) -> Tensor:
 def _spans(
     model: Llava, pixels: Tensor, media: Sequence[tuple[Sequence[int], ImageTokenLayout]]
 ) -> list[tuple[int, Tensor]]:
-    """(First token, rows for the decoder) wherever a media stands. A blank crop that is no media's has no rows there."""
+    """(First token, rows for the decoder) of all media; a blank crop without media has no rows."""
     if not len(pixels):
         return []
     crops = model.encode(pixels.to(model.lm_head.weight.device))
@@ -117,7 +117,7 @@ def _hidden(
     lengths: Sequence[int],
     attend: PackedAttention | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of samples that lie one after another, and their tokens, where the network is."""
+    """Hidden states of packed samples, and their tokens on the network's device."""
     tokens = tokens.to(model.lm_head.weight.device)
     return model(
         model.embed(tokens, spans),
@@ -127,6 +127,6 @@ def _hidden(
 
 
 def _chunk(model: Llava, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row, and how many are right."""
+    """Cross-entropy of each row, and how many rows are right."""
     logits = model.logits(hidden).float()
     return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).sum()

@@ -16,8 +16,10 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 76, 28, 14
 MOST = 400
 """Points of a curve; more are averaged."""
 CURVES = (
-    ("Loss", "loss"), ("Right", "right"), ("Learning rate", "lr"), ("Norm of the gradient", "norm"),
-    ("Tokens a second", "tokens"), ("Images a second", "crops"), ("MFU", "mfu"), ("Peak memory, GiB", "memory"),
+    ("Loss", "loss"), ("Accuracy", "accuracy"), ("Learning rate", "learning_rate"),
+    ("Gradient norm", "grad_norm"),
+    ("Tokens a second", "tokens_per_second"),
+    ("Images a second", "images_per_second"), ("MFU", "mfu"), ("Peak memory, GiB", "memory_gib"),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the model in training says to a few held-out questions, written down at every measurement."""
+"""Answers of the model in training to a few held-out questions, logged at every evaluation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..processing import Processor
 from ..processing.chat_template import MediaPlaceholder, parse
 from ..processing.video import FrameSampling
 from ..prompt import Prompt
-from . import formats
-from .datasets import RawSample
-from .loop import appending
-from .samples import SampleFormat
+from .data import formats
+from .data.datasets import RawSample
+from .data.samples import SampleFormat
+from .loop import open_jsonl
 
-LONGEST = 64
-"""Most tokens of an answer."""
-SIDE, FRAMES = 200, 4
-"""Pixels of a picture's side as it is kept for people, and how many are kept of a video."""
+MAX_NEW_TOKENS = 64
+THUMBNAIL_SIZE, MAX_FRAMES = 200, 4
+"""Pixels of a logged image's longer side, and logged frames of a video."""
 
 
 class GenerationLogger:
-    """Asks the last question of each row, and writes `questions.json` once and a line of `answers.jsonl` at each call.
+    """Answers the last question of each row.
 
-    Without `out` nothing is written: by the ranks that only compute with the one that does.
+    `questions.json` is written once, a line of `answers.jsonl` at each call. Without `out` nothing
+    is written: for the ranks that only compute.
     """
 
     def __init__(
@@ -40,50 +40,48 @@ class GenerationLogger:
         self.processor, self.out = formats.processor(model), out
         self.names = [row.name for row in rows]
         self.prompts: list[Prompt] = []
-        shown = []
+        questions = []
         for row in rows:
-            said, media = row.messages()
-            self.prompts.append(form.question(self.processor, said, media))
-            shown.append(
+            messages, media = row.messages()
+            self.prompts.append(form.question(self.processor, messages, media))
+            questions.append(
                 {
                     "name": row.name,
-                    "question": _text(said[-2]["content"]) if len(said) > 1 else "",
-                    "truth": _text(said[-1]["content"]),
-                    "pictures": _pictures(self.prompts[-1], self.processor),
+                    "question": _text(messages[-2]["content"]) if len(messages) > 1 else "",
+                    "truth": _text(messages[-1]["content"]),
+                    "images": _thumbnails(self.prompts[-1], self.processor),
                 }
             )
         if rows and out:
-            (out / "questions.json").write_text(json.dumps(shown), "utf-8")
+            (out / "questions.json").write_text(json.dumps(questions), "utf-8")
 
-    def __call__(self, model: Llava, step: int, say: Callable[[str], None]) -> None:
-        """Answer all, greedily."""
+    def __call__(self, model: Llava, step: int, log: Callable[[str], None]) -> None:
+        """Answer all questions, greedily."""
         if not self.prompts:
             return
-        tokenizer, text = self.processor.tokenizer, model.config.text
-        room = [min(LONGEST, text.context - len(prompt)) for prompt in self.prompts]
-        weight = model.language_model.norm.weight
-        memory = sum(len(p) + n for p, n in zip(self.prompts, room, strict=True)) * bytes_per_token(
-            text, weight.dtype
-        )
+        tokenizer, config = self.processor.tokenizer, model.config.text
+        limits = [min(MAX_NEW_TOKENS, config.context - len(prompt)) for prompt in self.prompts]
+        tokens = sum(len(prompt) + n for prompt, n in zip(self.prompts, limits, strict=True))
         engine = Engine(
             model,
             eos_ids=tokenizer.eos_ids,
             vocab=tokenizer.size,
-            kv_bytes=memory,
+            kv_bytes=tokens * bytes_per_token(config, model.language_model.norm.weight.dtype),
             feature_bytes=0,
             kv_block=0,
         )
-        requests = engine.generate(self.prompts, [SamplingParams(max_new_tokens=n) for n in room])
-        said = [tokenizer.decode(request.generated).strip() for request in requests]
+        params = [SamplingParams(max_new_tokens=n) for n in limits]
+        requests = engine.generate(self.prompts, params)
+        answers = [tokenizer.decode(request.generated).strip() for request in requests]
         if self.out:
-            with appending(self.out / "answers.jsonl") as file:
-                file.write(json.dumps({"step": step, "answers": said}) + "\n")
-        for name, answer in zip(self.names, said, strict=True):
-            say(f"step {step:,} {name}: {answer}")
+            with open_jsonl(self.out / "answers.jsonl") as file:
+                file.write(json.dumps({"step": step, "answers": answers}) + "\n")
+        for name, answer in zip(self.names, answers, strict=True):
+            log(f"step {step:,} {name}: {answer}")
 
 
 def _text(content: object) -> str:
-    """The text of a message for people; a picture in it is its place."""
+    """The text of a message, with `<image>` for each image."""
     (turn,) = parse([{"role": "user", "content": content}], FrameSampling())
     pieces = (
         piece
@@ -93,22 +91,19 @@ def _text(content: object) -> str:
     return "".join("<image>" if isinstance(piece, MediaPlaceholder) else piece for piece in pieces)
 
 
-def _pictures(prompt: Prompt, processor: Processor) -> list[str]:
-    """The pictures of a prompt as data URLs, as the tower sees them: of a video a few frames, of tiles the whole."""
+def _thumbnails(prompt: Prompt, processor: Processor) -> list[str]:
+    """The images of a prompt as data URLs: a few frames of a video, the whole image of tiles."""
     settings = processor.images
     mean, std = (torch.tensor(triple)[:, None, None] for triple in (settings.mean, settings.std))
-    found = []
-    for item in prompt.media:
-        crops = (
-            item.pixels[:1] if item.layout.tiles else item.pixels[:: -(-len(item.pixels) // FRAMES)]
-        )
-        for crop in crops:
+    urls = []
+    for media in prompt.media:
+        every = -(-len(media.pixels) // MAX_FRAMES)
+        for crop in media.pixels[:1] if media.layout.tiles else media.pixels[::every]:
             levels = ((crop * std + mean) / settings.rescale).round().clamp(0, 255).to(torch.uint8)
-            picture = Image.fromarray(levels.permute(1, 2, 0).numpy())
-            picture.thumbnail((SIDE, SIDE))
+            image = Image.fromarray(levels.permute(1, 2, 0).numpy())
+            image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
             file = BytesIO()
-            picture.save(file, "JPEG", quality=80)
-            found.append(
-                "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-            )
-    return found
+            image.save(file, "JPEG", quality=80)
+            data = base64.b64encode(file.getvalue()).decode("ascii")
+            urls.append("data:image/jpeg;base64," + data)
+    return urls

@@ -1,7 +1,7 @@
-"""Where a network is to look: attention at what is spoken of is taught along with the words.
+"""Attention supervision: tokens about a thing are trained to attend to the patches of that thing.
 
-Who says the triangle's colour looks at the triangle. To find it is what words alone teach slowest, and the world knows where
-everything is. (Attention with a teacher: Liu et al. 2016, arXiv 1609.04186.)
+A token of the triangle's colour attends to the triangle. Answers alone teach that slowest, and the
+world knows where everything is. (Supervised attention: Liu et al. 2016, arXiv 1609.04186.)
 """
 
 from __future__ import annotations
@@ -17,44 +17,40 @@ from torch import Tensor
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.processing.tokenizer import Tokenizer
 from llava_interleave.prompt import Prompt
+from llava_interleave.train.data import packing
+from llava_interleave.train.data.packing import Batch
 from llava_interleave.train.losses import Loss, sft_loss
-from llava_interleave.train.packing import Batch, collate
 
 from .data import Turn
 from .draw import patches
 from .episodes import FRAMES, SIDES, Episode
-from .patch_pretraining import NAMES, label
+from .patch_pretraining import NAMES, patch_label
 from .questions import Question
 
-MENTIONS, ANSWERS = (
-    (1, 2),
-    (3, 4),
-)  # layers whose first head learns to look: from pictures and questions, from what says answers
-WEIGHT = 0.5  # of looking beside the answers' tokens
+# Layers whose first head is supervised: from images and questions, and from tokens before answers.
+QUESTION_LAYERS, ANSWER_LAYERS = (1, 2), (3, 4)
+WEIGHT = 0.5  # of the attention loss, relative to the answers' tokens
 
-Spot = tuple[int, int]  # number of the picture, number of the patch
-NOWHERE: Spot = (
-    -1,
-    0,
-)  # a sample's first token stands for it: who has found nothing, or no more, looks there
-AttentionTarget = tuple[
-    int, int, bool
-]  # the token that looks, one that it may look at, whether the first stands before an answer
+Spot = tuple[int, int]  # number of the image, number of the patch
+# A sample's first token: the target of a token for which nothing, or nothing more, is found.
+NOWHERE: Spot = (-1, 0)
+# The token that attends, one that it may attend to, whether the first belongs to a question.
+AttentionTarget = tuple[int, int, bool]
 
 _kinds, _colours, _sizes, _rows, _columns, _depths = ("|".join(group) for group in NAMES)
 _PLACE = rf"(?:{_rows}|{_depths}) (?:{_columns})"
 _THING = rf"(?:(?:{_columns}|{_depths}) )?(?:(?:{_sizes}) )?(?:(?:{_colours}) )?(?:{_kinds})"
 _PHRASE = re.compile(rf"\b(?:{_PLACE}|{_THING}|(?:(?:{_sizes}) )?(?:{_colours})|(?:{_sizes}))\b")
-_JOINT = re.compile(r"(?:, | and |, then |; |(?<=:) the )$")  # says that another phrase comes
+_JOINT = re.compile(r"(?:, | and |, then |; |(?<=:) the )$")  # another phrase follows
 _READING = ("read", "character_at", "character_of", "digit")
 
 
 @dataclass(frozen=True, slots=True)
 class AttendedSample:
-    """A sample and where it looks."""
+    """A sample and its attention targets."""
 
     prompt: Prompt
-    looks: list[AttentionTarget]
+    targets: list[AttentionTarget]
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -62,39 +58,42 @@ class AttendedSample:
 
 @dataclass(frozen=True, slots=True)
 class AttendedBatch:
-    """Several, one after another; looks: `[L, 3]`, the numbers of a `Look`."""
+    """Several samples, packed; targets: `[L, 3]`, the numbers of each `AttentionTarget`."""
 
     batch: Batch
-    looks: Tensor
+    targets: Tensor
 
 
-def join(samples: Sequence[AttendedSample]) -> AttendedBatch:
-    looks: list[AttentionTarget] = []
+def collate(samples: Sequence[AttendedSample]) -> AttendedBatch:
+    targets: list[AttentionTarget] = []
     begin = 0
     for sample in samples:
-        looks += [(begin + row, begin + key, mention) for row, key, mention in sample.looks]
+        targets += [(begin + row, begin + key, kind) for row, key, kind in sample.targets]
         begin += len(sample)
     return AttendedBatch(
-        collate([sample.prompt for sample in samples]),
-        torch.tensor(looks, dtype=torch.long).reshape(-1, 3),
+        packing.collate([sample.prompt for sample in samples]),
+        torch.tensor(targets, dtype=torch.long).reshape(-1, 3),
     )
 
 
 class AttentionTargets:
-    """Where the words of conversations about an episode look, its pictures having `size` pixels in patches of `patch`."""
+    """Patches that the words of a conversation about an episode refer to.
+
+    size, patch: pixels a side of images and of patches.
+    """
 
     def __init__(self, ep: Episode, size: int, patch: int) -> None:
-        self.follow = not ep.names  # views do not follow each other
+        self.in_sequence = not ep.names  # views are not
         self.names: dict[Spot, set[str]] = {}
         for picture, scene in enumerate(ep.scenes):
             for place, thing in enumerate(patches(scene, size, patch)):
-                named = zip(NAMES, label(place, thing), strict=True)
+                named = zip(NAMES, patch_label(place, thing), strict=True)
                 self.names[picture, place] = {
                     group[number] for group, number in named if number >= 0
                 }
 
     def find(self, words: str, pictures: Sequence[int] | None = None) -> set[Spot]:
-        """The patches that have all these names, in these pictures."""
+        """The patches with all these names, in these images."""
         wanted = set(words.split())
         return {
             spot
@@ -102,16 +101,15 @@ class AttentionTargets:
             if wanted <= names and (pictures is None or spot[0] in pictures)
         }
 
-    def mentions(self, text: str) -> Iterator[tuple[int, set[Spot]]]:
-        """Where a question looks with the last character of each phrase that means something: (index, patches)."""
+    def of_question(self, text: str) -> Iterator[tuple[int, set[Spot]]]:
+        """(Index of the last character, patches) of each phrase of a question with a meaning."""
         for found in _PHRASE.finditer(text):
-            if (
-                len(found[0]) > 1 and found[0] not in NAMES[2]
-            ):  # "2" is a number, and "small or large" nothing
+            # "2" is a number, and "small or large" means nothing.
+            if len(found[0]) > 1 and found[0] not in NAMES[2]:
                 yield found.end() - 1, self.find(found[0])
 
-    def said(self, text: str, question: Question | None) -> Iterator[tuple[range, set[Spot]]]:
-        """Where the answer to a question, or a description, looks with the characters of each phrase."""
+    def of_answer(self, text: str, question: Question | None) -> Iterator[tuple[range, set[Spot]]]:
+        """(Characters, patches) of each phrase of an answer, or of a description."""
         about = question.about if question else ""
         slots = (
             [question.kind, question.colour, question.thing, question.place, question.a, question.b]
@@ -120,7 +118,7 @@ class AttentionTargets:
         )
         asked = set[Spot]().union(*(self.find(slot) for slot in slots if slot))
         found = [m for m in _PHRASE.finditer(text) if len(m[0]) > 1 or about in _READING]
-        here = set[Spot]()  # the place spoken of
+        here = set[Spot]()  # the place in the last phrase
         for m in found:
             joint = _JOINT.search(text, 0, m.start())
             spots = self.find(m[0], _pictures(text[: m.start()], question)) or self.find(m[0])
@@ -142,7 +140,7 @@ class AttentionTargets:
 
 
 def _pictures(before: str, question: Question | None) -> list[int] | None:
-    """Which picture is spoken of, if not any."""
+    """The image that a text is about, if it is one."""
     headings = re.findall(rf"(?:^|\. )(image \d|frame \d|first|last|{'|'.join(SIDES)}): ", before)
     named = (question.where or question.side) if question else ""
     named = headings[-1] if headings else named
@@ -157,44 +155,45 @@ def _number(picture: str) -> int:
     return SIDES.index(picture) if picture in SIDES else int(picture.split()[-1]) - 1
 
 
-def look(
-    prompt: Prompt, tokenizer: Tokenizer, looks: AttentionTargets, turns: Sequence[Turn]
+def with_targets(
+    prompt: Prompt, tokenizer: Tokenizer, targets: AttentionTargets, turns: Sequence[Turn]
 ) -> AttendedSample:
-    """What tokens look at: in a question the last of a phrase, in an answer all of it, each from the token before it.
+    """The targets of a sample's tokens: of the last token of a phrase in a question, of the token
+    before each token of a phrase in an answer.
 
-    What is in a picture that follows another looks at the same place there.
+    A patch of an image in a sequence attends to the same place in the image before.
     """
     firsts = [m.start + n * m.layout.grid**2 for m in prompt.media for n in range(m.layout.crops)]
     found: list[AttentionTarget] = []
-    for before, after in pairwise(firsts if looks.follow else ()):
+    for before, after in pairwise(firsts if targets.in_sequence else ()):
         found += [
             (after + patch, before + patch, True)
             for patch in range(prompt.media[0].layout.grid ** 2)
         ]
-    for turn, (question, answer) in zip(turns, _spoken(prompt, tokenizer), strict=True):
-        said = "".join(c for c, _ in question)
-        for index, spots in looks.mentions(said):
+    for turn, (question, answer) in zip(turns, _texts(prompt, tokenizer), strict=True):
+        text = "".join(c for c, _ in question)
+        for index, spots in targets.of_question(text):
             found += [
                 (question[index][1], firsts[picture] + patch, True) for picture, patch in spots
             ]
-        for span, spots in looks.said("".join(c for c, _ in answer), turn.asked):
+        for span, spots in targets.of_answer("".join(c for c, _ in answer), turn.asked):
             keys = [0 if spot == NOWHERE else firsts[spot[0]] + spot[1] for spot in spots]
             found += [
                 (row, key, False)
                 for row in sorted({answer[index][1] - 1 for index in span})
                 for key in keys
             ]
-        if turn.asked and turn.asked.relation:  # yes or no looks at what was claimed
-            claim = question[said.rindex(turn.asked.relation)][1]
+        if turn.asked and turn.asked.relation:  # yes or no attends to the claim
+            claim = question[text.rindex(turn.asked.relation)][1]
             found.append((answer[len(turn.asked.because) + len(": ")][1] - 1, claim, False))
     return AttendedSample(prompt, found)
 
 
-Text = list[tuple[str, int]]  # characters and the tokens that they come from
+Text = list[tuple[str, int]]  # characters, each with the index of its token
 
 
-def _spoken(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[tuple[Text, Text]]:
-    """What stands before each answer, and the answer."""
+def _texts(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[tuple[Text, Text]]:
+    """The text before each answer, and the answer."""
     assert prompt.loss_mask is not None
     texts: list[Text] = [[]]
     for index, (token, in_loss) in enumerate(zip(prompt.tokens, prompt.loss_mask, strict=True)):
@@ -205,20 +204,22 @@ def _spoken(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[tuple[Text, Text]]
 
 
 class AttentionSupervision(PackedAttention):
-    """`Packed` whose loss is how little the tokens of `looks` `[L, 3]` attend to what they should, in the layers of their sort.
+    """Packed attention with a loss on the attention of supervised heads.
 
-    loss: summed over rows and layers, -log of the share of attention that goes to any of a row's keys.
+    targets: `[L, 3]`. loss: the sum, over rows and layers, of -log of the attention that goes to the
+    row's targets.
     """
 
-    def __init__(self, lengths: Sequence[int], looks: Tensor) -> None:
+    def __init__(self, lengths: Sequence[int], targets: Tensor) -> None:
         super().__init__(lengths)
         sizes = torch.tensor(lengths)
         first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         self.loss = torch.zeros(())
         self.parts: list[tuple[Sequence[int], Tensor, Tensor, Tensor, Tensor]] = []
-        for layers, mention in ((MENTIONS, 1), (ANSWERS, 0)):
-            rows, where = looks[looks[:, 2] == mention, 0].unique(return_inverse=True)
-            keys, every = looks[looks[:, 2] == mention, 1], torch.arange(self.total)
+        for layers, kind in ((QUESTION_LAYERS, 1), (ANSWER_LAYERS, 0)):
+            mine = targets[targets[:, 2] == kind]
+            rows, where = mine[:, 0].unique(return_inverse=True)
+            keys, every = mine[:, 1], torch.arange(self.total)
             seen = (every <= rows[:, None]) & (every >= first[rows][:, None])
             self.parts.append((layers, rows, where, keys, seen))
 
@@ -234,8 +235,8 @@ class AttentionSupervision(PackedAttention):
         return super().__call__(layer, q, k, v)
 
 
-def looking(model: Llava, batch: AttendedBatch) -> Loss:
-    """The loss of the answers, and of where they and the questions look."""
-    attend = AttentionSupervision(batch.batch.lengths, batch.looks)
-    found = sft_loss(model, batch.batch, attend)
-    return replace(found, total=found.total + WEIGHT * attend.loss)
+def attended_loss(model: Llava, batch: AttendedBatch) -> Loss:
+    """The loss of the answers, and of the attention of answers and questions."""
+    attention = AttentionSupervision(batch.batch.lengths, batch.targets)
+    part = sft_loss(model, batch.batch, attention)
+    return replace(part, total=part.total + WEIGHT * attention.loss)

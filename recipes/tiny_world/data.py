@@ -44,7 +44,7 @@ class Turn:
 def talk(ep: Episode, rng: Random, *, questions: int, caption: float) -> list[Turn]:
     """Up to `questions` questions about an episode, and a description with probability `caption`, before or after them."""
     turns = [
-        Turn(ask(q, rng), q.told, q)
+        Turn(ask(q, rng), q.full_answer, q)
         for q in rng.sample(ep.questions, min(questions, len(ep.questions)))
     ]
     if not turns or rng.random() < caption:

@@ -1,6 +1,5 @@
-"""Before answering there is naming: tower and projector learn to say, in the decoder's own words, what lies under each patch.
-
-It stands in for the pre-training with language that SigLIP had.
+"""Pre-training of tower and projector: the feature of each patch names the patch's content, in the
+decoder's word embeddings. It replaces SigLIP's pre-training with language.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from llava_interleave.config import VisionConfig
 from llava_interleave.model import Llava
 from llava_interleave.model.siglip import Layer
 from llava_interleave.processing.tokenizer import Tokenizer
+from llava_interleave.train.data.packing import Position, prefetch
 from llava_interleave.train.losses import Loss
-from llava_interleave.train.packing import Position, prefetch
 
 from .draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, Background, Scene, Thing, draw, patches
 from .episodes import COLUMNS, DEPTHS, ROWS, SCENARIOS, episode, reading, stands
@@ -32,29 +31,30 @@ NAMES = (
     COLUMNS,
     DEPTHS,
 )
-PICTURES = 128
-DIRECTION = 3.0  # weight of the cosine beside the cross-entropies
+BATCH_IMAGES = 128
+COSINE_WEIGHT = 3.0  # of the cosine, relative to the cross-entropies
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """pixels `[N, 3, S, S]`; labels `[N * patches, 6]`: kind (0 is nothing), colour, size, row, column and depth,
-    numbered as in `NAMES`; -1 where there is none."""
+class LabeledPatches:
+    """pixels `[N, 3, S, S]`; labels `[N * patches, 6]`: kind (0 is nothing), colour, size, row,
+    column and depth, numbered as in `NAMES`; -1 where there is none."""
 
     pixels: Tensor
     labels: Tensor
 
     @property
-    def known(self) -> Tensor:
-        """Which of the labels say something."""
+    def label_mask(self) -> Tensor:
+        """True where there is a label."""
         return self.labels >= 0
 
 
-class Naming:
-    """The loss of naming. A name's vector is the mean of the embeddings of its tokens, as a first word and after a space.
+class PatchNamingLoss:
+    """Cross-entropy of the names of each patch, and the cosine with the sum of their vectors.
 
-    A feature is to name, and to point along the sum of its names' vectors: with the names alone a circle is told from a ball by
-    little, and a question that asks for the circle finds both.
+    A name's vector is the mean of the embeddings of its tokens, as a first word and after a space.
+    With the cross-entropy alone, features of a circle and a ball differ little, and a question
+    about the circle finds both.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -74,43 +74,44 @@ class Naming:
             )
         )
 
-    def __call__(self, model: Llava, batch: Named) -> Loss:
-        """Cross-entropy of each name that a patch has, and the cosine."""
+    def __call__(self, model: Llava, batch: LabeledPatches) -> Loss:
+        """The sum over patches; a patch is right if all its names are."""
         features, vectors = model.encode(batch.pixels).flatten(0, 1), self.vectors(model)
         total = (
-            1 - cosine_similarity(features.float(), self.meant(vectors, batch))
-        ).sum() * DIRECTION
-        right = torch.ones(len(features), dtype=torch.bool)
-        for names, labels, counts in zip(vectors, batch.labels.T, batch.known.T, strict=True):
+            1 - cosine_similarity(features.float(), self.target_features(vectors, batch))
+        ).sum() * COSINE_WEIGHT
+        correct = torch.ones(len(features), dtype=torch.bool)
+        for names, labels, mask in zip(vectors, batch.labels.T, batch.label_mask.T, strict=True):
             scores = (features @ names.T).float()
-            total = total + cross_entropy(scores[counts], labels[counts], reduction="sum")
-            right &= (scores.argmax(-1) == labels) | ~counts
-        return Loss(total, len(features), int(right.sum()))
+            total = total + cross_entropy(scores[mask], labels[mask], reduction="sum")
+            correct &= (scores.argmax(-1) == labels) | ~mask
+        return Loss(total, len(features), int(correct.sum()))
 
-    def meant(self, vectors: list[Tensor], batch: Named) -> Tensor:
-        """`[N * patches, D]`: the sums of the vectors that features stand for."""
+    def target_features(self, vectors: list[Tensor], batch: LabeledPatches) -> Tensor:
+        """`[N * patches, D]`: the sums of the vectors of the patches' names."""
         return sum(
             (
                 v[at] * n[:, None]
-                for v, at, n in zip(vectors, batch.labels.T, batch.known.T, strict=True)
+                for v, at, n in zip(vectors, batch.labels.T, batch.label_mask.T, strict=True)
             ),
             torch.zeros(()),
         )
 
     @torch.no_grad()
-    def calibrate(self, model: Llava, batch: Named) -> None:
-        """Scale tower and projector so that features of things are as large as the sums they stand for; what they say stays.
+    def calibrate(self, model: Llava, batch: LabeledPatches) -> None:
+        """Scale tower and projector so that features of things are as large as their targets.
 
-        Each layer normalises what it reads, so a trained tower's residual stream and features may have any size. Unscaled they
-        are hundreds of times as large as embeddings and drown what the decoder adds to them.
+        Layers normalize their inputs, so a trained tower's residual stream and features may have any
+        size. Unscaled they are hundreds of times as large as embeddings, and what the decoder adds
+        to them is lost. Directions stay the same.
         """
         size = model.vision_tower(batch.pixels).square().mean().sqrt()
-        sight = model.vision_tower
+        tower = model.vision_tower
         writers: list[nn.Module] = [
-            sight.embeddings.patch_embedding,
-            sight.embeddings.position_embedding,
+            tower.embeddings.patch_embedding,
+            tower.embeddings.position_embedding,
         ]
-        for layer in sight.encoder.layers:
+        for layer in tower.encoder.layers:
             assert isinstance(layer, Layer)
             writers += [layer.self_attn.out_proj, layer.mlp.fc2]
         for writer in writers:
@@ -118,16 +119,16 @@ class Naming:
                 p.div_(size)
         model.multi_modal_projector.linear_1.weight.mul_(size)
         there = batch.labels[:, 0] > 0
-        features, meant = (
+        features, targets = (
             model.encode(batch.pixels).flatten(0, 1)[there],
-            self.meant(self.vectors(model), batch)[there],
+            self.target_features(self.vectors(model), batch)[there],
         )
         for p in model.multi_modal_projector.linear_2.parameters():
-            p.mul_((features * meant).sum() / features.square().sum())
+            p.mul_((features * targets).sum() / features.square().sum())
 
 
-def label(place: int, thing: Thing | None) -> tuple[int, ...]:
-    """The names of a patch; of a solid thing the column is that where it stands."""
+def patch_label(place: int, thing: Thing | None) -> tuple[int, ...]:
+    """The label of a patch; the column of a solid thing is where it stands."""
     row, column = divmod(place, len(COLUMNS))
     if thing is None:
         return 0, -1, -1, row, column, -1
@@ -144,8 +145,8 @@ def label(place: int, thing: Thing | None) -> tuple[int, ...]:
     )
 
 
-class Pictures(Dataset[Named]):
-    """Batch k: pictures of the world, drawn with lots from `seed` and k."""
+class LabeledPatchesDataset(Dataset[LabeledPatches]):
+    """Batch k: images of the world, drawn from `seed` and k."""
 
     def __init__(self, vision: VisionConfig, seed: int, count: int) -> None:
         self.vision, self.seed, self.count = vision, seed, count
@@ -153,31 +154,31 @@ class Pictures(Dataset[Named]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Named:
+    def __getitem__(self, index: int) -> LabeledPatches:
         rng, size = Random(f"see/{self.seed}/{index}"), self.vision.image_size
         scenes: list[Scene] = []
-        while len(scenes) < PICTURES:
+        while len(scenes) < BATCH_IMAGES:
             kind = rng.choice((*SCENARIOS, "reading", "reading"))  # characters are many and rare
-            found = (
-                reading(rng, Background.sample(rng)) if kind == "reading" else episode(kind, rng)
-            ).scenes
-            scenes += rng.sample(found, min(3, len(found)))
-        scenes = scenes[:PICTURES]
-        pixels = torch.stack([torch.from_numpy(draw(scene, size)) for scene in scenes]).permute(
-            0, 3, 1, 2
-        )
+            if kind == "reading":
+                drawn = reading(rng, Background.sample(rng)).scenes
+            else:
+                drawn = episode(kind, rng).scenes
+            scenes += rng.sample(drawn, min(3, len(drawn)))
+        scenes = scenes[:BATCH_IMAGES]
+        images = torch.stack([torch.from_numpy(draw(scene, size)) for scene in scenes])
         labels = [
-            label(*found)
+            patch_label(place, thing)
             for scene in scenes
-            for found in enumerate(patches(scene, size, self.vision.patch_size))
+            for place, thing in enumerate(patches(scene, size, self.vision.patch_size))
         ]
-        return Named((pixels.float() / 255 - 0.5) / 0.5, torch.tensor(labels))
+        pixels = images.permute(0, 3, 1, 2).float()
+        return LabeledPatches((pixels / 255 - 0.5) / 0.5, torch.tensor(labels))
 
 
-def pictures(
+def batches(
     vision: VisionConfig, seed: int, steps: int, start: Position
-) -> Iterator[tuple[Named, Position]]:
-    """Batches from `start.window` on, prepared in a worker process."""
-    data = Subset(Pictures(vision, seed, steps), range(start.window, steps))
+) -> Iterator[tuple[LabeledPatches, Position]]:
+    """Batches from `start.window` on, made in a worker process."""
+    data = Subset(LabeledPatchesDataset(vision, seed, steps), range(start.window, steps))
     for index, batch in enumerate(prefetch(data, None, 1), start.window):
         yield batch, Position(index + 1)

@@ -29,7 +29,7 @@ class Question:
     where: str = ""
 
     @property
-    def told(self) -> str:
+    def full_answer(self) -> str:
         """The answer, after what it follows from."""
         return f"{self.because}: {self.answer}" if self.because else self.answer
 

@@ -1,4 +1,8 @@
-"""The built-in model's whole recipe: from nothing to a model that answers about the world. `make tiny` runs it."""
+"""The built-in model's training from scratch; `make tiny` runs it.
+
+Five stages: patch pre-training of tower and projector (`see`), then the decoder with frozen tower:
+captions (`describe`), questions (`practise`), hard questions (`sharpen`), comparisons (`compare`).
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,21 @@ from llava_interleave.checkpoints import save
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.model import Llava
 from llava_interleave.testing import processor_files, train_tokenizer
-from llava_interleave.train import formats
-from llava_interleave.train.loop import TrainConfig, train
-from llava_interleave.train.packing import PackedDataset, batches
+from llava_interleave.train.data import formats
+from llava_interleave.train.loop import train
+from llava_interleave.train.recipe import Recipe
 
 from . import patch_pretraining
-from .attention_supervision import AttendedSample, AttentionTargets, join, look, looking
+from .attention_supervision import (
+    AttendedSample,
+    AttentionTargets,
+    attended_loss,
+    collate,
+    with_targets,
+)
 from .data import conversation, pictures, talk
 from .episodes import FRAMES, NORMAL, SCENARIOS, changed, episode
+from .packing import PackedDataset, batches
 from .questions import ask
 
 SEED = 1
@@ -45,59 +56,55 @@ TEXT = TextConfig(
     context=4096, rope_theta=10000.0, tie_word_embeddings=True,
 )  # fmt: skip
 
-SEE = TrainConfig(
+SEE = Recipe(
     steps=2400,
     lr=2e-3,
-    warmup=60,
-    scales=(("language_model.", 0.0),),
-    muon=1.0,
+    warmup_ratio=60 / 2400,
+    min_lr_ratio=0.02,
+    tower_lr_scale=1.0,
+    decoder_lr_scale=0.0,
+    weight_decay=0.05,
+    beta2=0.98,
+    muon_lr_scale=1.0,
     bfloat16=True,
     save_every=250,
     log_every=25,
 )
-FROZEN = (
-    ("vision_tower.", 0.0),
-    ("multi_modal_projector.", 0.0),
-    ("language_model.embed_tokens.", 0.3),
-)
-DESCRIBE = TrainConfig(
+DESCRIBE = Recipe(
     steps=300,
     lr=1.5e-3,
-    final=0.87,
-    warmup=60,
-    scales=FROZEN,
+    warmup_ratio=60 / 300,
+    min_lr_ratio=0.87,
+    projector_lr_scale=0.0,
+    embedding_lr_scale=0.3,
+    weight_decay=0.05,
     beta2=0.95,
-    muon=2.0,
+    muon_lr_scale=2.0,
     bfloat16=True,
+    save_every=500,
     log_every=25,
 )
-PRACTISE = TrainConfig(
-    steps=5000,
-    lr=1.3e-3,
-    warmup=50,
-    scales=FROZEN,
-    beta2=0.95,
-    muon=2.0,
-    bfloat16=True,
-    log_every=25,
-)
-SHARPEN = replace(PRACTISE, steps=1200, lr=6e-4, warmup=30)
-COMPARE = replace(SHARPEN, steps=1300)
+PRACTISE = replace(DESCRIBE, steps=5000, lr=1.3e-3, warmup_ratio=50 / 5000, min_lr_ratio=0.02)
+SHARPEN = replace(PRACTISE, steps=1200, lr=6e-4, warmup_ratio=30 / 1200)
+COMPARE = replace(SHARPEN, steps=1300, warmup_ratio=30 / 1300)
 TOKENS = 2048  # of a batch
-WINDOW = 128  # samples packed together
+WINDOW = 128  # samples that are packed together
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """`samples` in a row, drawn from these scenarios, with up to so many questions and, in a share of them, a description; `hard`
-    is the share that asks `HARD` questions only, `alone` that of two pictures and one question about what differs."""
+    """`samples` in a row, drawn from `scenarios`.
+
+    questions: at most, of a sample. caption: fraction with a description. hard: fraction with `HARD`
+    questions only. comparison: fraction with two images and one question about their difference.
+    """
 
     samples: float
     scenarios: tuple[str, ...]
     questions: int
     caption: float
     hard: float = 0.0
-    alone: float = 0.0
+    comparison: float = 0.0
 
 
 HARD = (
@@ -106,7 +113,8 @@ HARD = (
     "in_front", "side_of", "total", "count_shape", "count_colour",
 )  # fmt: skip
 DESCRIBING = (Lesson(2000, ("single",), 1, 1.0), Lesson(math.inf, SCENARIOS, 3, 1.0))
-# What is asked of one picture is asked of several, and of the frames of a video: all mixed from the start is learnt far slower.
+# Questions about one image are also asked about several, and about the frames of a video: mixing all
+# scenarios from the start is learnt far slower.
 PRACTISING = (
     Lesson(6000, ("single",), 6, 0.1),
     Lesson(7000, ("single", "multi", "multi"), 6, 0.1),
@@ -116,13 +124,14 @@ PRACTISING = (
 SHARPENING = (
     Lesson(math.inf, ("single", *("multi",) * 4, *("video",) * 3, "views"), 6, 0.03, 0.65),
 )
-# In a conversation the first answer tells whether anything differs, and later ones repeat it: first answers teach to compare.
+# In a conversation the first answer says whether anything differs, and later answers repeat it: only
+# first answers teach comparison.
 COMPARING = (Lesson(math.inf, ("single", *("multi", "video", "views") * 2), 6, 0.03, 0.5, 0.45),)
 
 
 @dataclass(frozen=True, slots=True)
 class WorldExamples:
-    """Sample number i of the training set, drawn and tokenised when asked for."""
+    """Sample number i of the training set, drawn and tokenized on demand."""
 
     folder: Path
     seed: int
@@ -134,7 +143,7 @@ class WorldExamples:
             if index < lesson.samples:
                 break
             index -= int(lesson.samples)
-        if lesson.alone and rng.random() < lesson.alone:
+        if lesson.comparison and rng.random() < lesson.comparison:
             ep, about = changed(rng, NORMAL), rng.choice(("changed",) * 3 + ("same_at",) * 2)
             ep, lesson = (
                 replace(ep, questions=tuple(q for q in ep.questions if q.about == about)),
@@ -150,13 +159,12 @@ class WorldExamples:
                 ep, questions=tuple(q for q in ep.questions if q.about in HARD) or ep.questions
             )
         turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
-        shown = pictures(
-            ep, VISION.image_size * rng.choice((1, 1, 1, 2))
-        )  # some are shrunk, as pictures from files are
-        sample = {"conversations": conversation(ep, turns), "video" if ep.clip else "image": shown}
+        # Some images are resized, as images from files are.
+        images = pictures(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))
+        sample = {"conversations": conversation(ep, turns), "video" if ep.clip else "image": images}
         processor = formats.processor(self.folder)
         prompt = processor.example(*formats.messages(sample, Path()))
-        return look(
+        return with_targets(
             prompt,
             processor.tokenizer,
             AttentionTargets(ep, VISION.image_size, VISION.patch_size),
@@ -165,17 +173,18 @@ class WorldExamples:
 
 
 def world_texts(count: int) -> Iterator[str]:
-    """What the tokenizer is trained on."""
+    """Texts that the tokenizer is trained on."""
     rng = Random(f"tokenizer/{SEED}")
     for index in range(count):
         ep = episode(SCENARIOS[index % len(SCENARIOS)], rng)
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n" + ep.caption
         for question in ep.questions:
-            yield f"{ask(question, rng)}\n{question.told}"
+            yield f"{ask(question, rng)}\n{question.full_answer}"
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Matrices scaled by their inputs, those that write to the decoder's residual stream nought, norms one, biases nought."""
+def initialize(model: nn.Module, seed: int) -> None:
+    """Matrices scaled by their inputs, 0 those that write to the decoder's residual stream, norms 1,
+    biases 0."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -212,42 +221,45 @@ def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
 
 def main(
     folder: Path,
-    see: TrainConfig = SEE,
-    describe: TrainConfig = DESCRIBE,
-    practise: TrainConfig = PRACTISE,
-    sharpen: TrainConfig = SHARPEN,
-    compare: TrainConfig = COMPARE,
+    see: Recipe = SEE,
+    describe: Recipe = DESCRIBE,
+    practise: Recipe = PRACTISE,
+    sharpen: Recipe = SHARPEN,
+    compare: Recipe = COMPARE,
     texts: int = 12000,
 ) -> Path:
-    """The whole recipe in `folder`; called again it goes on where it stopped. -> the finished checkpoint's folder."""
+    """All stages in `folder`; called again it resumes. -> the folder of the final checkpoint."""
     config, source = prepare(folder, texts)
     model = Llava(config)
-    initialise(model, SEED)
-    naming = patch_pretraining.Naming(formats.processor(source).tokenizer)
+    initialize(model, SEED)
+    patch_loss = patch_pretraining.PatchNamingLoss(formats.processor(source).tokenizer)
     train(
         model,
-        naming,
-        lambda at: patch_pretraining.pictures(VISION, SEED, see.steps, at),
+        patch_loss,
+        partial(patch_pretraining.batches, VISION, SEED, see.steps),
         see,
         folder / "see",
     )
-    naming.calibrate(model, patch_pretraining.Pictures(VISION, SEED, 1)[0])
+    patch_loss.calibrate(model, patch_pretraining.LabeledPatchesDataset(VISION, SEED, 1)[0])
     stages = (
         ("describe", describe, DESCRIBING),
         ("practise", practise, PRACTISING),
         ("sharpen", sharpen, SHARPENING),
         ("compare", compare, COMPARING),
     )
-    for number, (name, stage, lessons) in enumerate(stages, SEED):
+    for number, (name, recipe, lessons) in enumerate(stages, SEED):
+        assert recipe.steps
         windows = PackedDataset(
             WorldExamples(source, number, lessons),
-            stage.steps * 40,
+            recipe.steps * 40,
             size=WINDOW,
             tokens=TOKENS,
             seed=number,
-            join=join,
+            collate=collate,
         )
-        train(model, looking, partial(batches, windows, workers=1), stage, folder / name)
+        model.requires_grad_(True)  # the recipe freezes some parts again
+        data = partial(batches, windows, workers=1)
+        train(model, attended_loss, data, recipe, folder / name)
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)
     save(model.to(torch.bfloat16), done, processor_from=source)

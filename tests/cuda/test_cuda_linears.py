@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from llava_interleave import checkpoints
+from llava_interleave.config import LoraConfig
 from llava_interleave.errors import Unsupported
-from llava_interleave.lora import LoraConfig, attach
+from llava_interleave.lora import attach
 from llava_interleave.model import PackedAttention
 from llava_interleave.quantization import linear_cuda
 from llava_interleave.quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from llava_interleave import checkpoints
-from llava_interleave.lora import LoraAdapter, LoraConfig, attach
+from llava_interleave.config import LoraConfig
+from llava_interleave.lora import LoraAdapter, attach
 
 DECODER = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import DataError, OptionError
+from ...errors import DataError, OptionError
 from . import formats
 
 QUESTION = ("What is in the picture?", "What is in the pictures?")

@@ -1,4 +1,4 @@
-"""Training examples become flat batches: whole samples, packed by best fit, nothing cut and nothing dropped."""
+"""Samples become flat batches, packed by best fit; no sample is cut or dropped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import resource_tracker
@@ -15,20 +15,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from ..distributed.process_group import ProcessGroup
-from ..errors import DataError
-from ..image_layout import ImageTokenLayout
-from ..prompt import Prompt
+from ...distributed.process_group import ProcessGroup
+from ...errors import DataError
+from ...image_layout import ImageTokenLayout
+from ...prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Several samples, one after another.
 
-    tokens: `[T]` ids with expanded placeholders; loss_mask: `[T]` which of them carry loss; lengths: tokens a sample.
-    pixels: `[N, 3, S, S]` crops of all media; media: (index of the first placeholder, layout) of each, in the order of the crops.
+    tokens: `[T]` ids with expanded placeholders. loss_mask: `[T]`, True where a token carries loss.
+    lengths: tokens of each sample. pixels: `[N, 3, S, S]`, crops of all media. media: (index of the
+    first placeholder, layout) of each, in the order of the crops.
     """
 
     tokens: Tensor
@@ -39,18 +40,21 @@ class Batch:
 
     @property
     def positions(self) -> Tensor:
-        """`[T]`, counted anew in each sample."""
+        """`[T]`, from 0 in each sample."""
         return positions(self.lengths)
 
 
 def positions(lengths: Sequence[int]) -> Tensor:
-    """Of the tokens of samples that lie one after another, counted anew in each."""
+    """Positions of the tokens of packed samples, from 0 in each."""
     return torch.cat([torch.arange(n) for n in lengths])
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A conversation with two last answers, which alone carry loss, and their log-probabilities under the reference."""
+    """A preference pair: one conversation with two last answers, which alone carry loss.
+
+    reference: log-probabilities of both answers under the reference model.
+    """
 
     chosen: Prompt
     rejected: Prompt
@@ -62,9 +66,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Several pairs: chosen, rejected, chosen, rejected ... one after another. As `Batch`, but pictures are there once a pair.
+    """Several pairs, packed: chosen, rejected, chosen, rejected ... Images are there once a pair.
 
-    media: (first placeholder in chosen, first placeholder in rejected, layout). reference: `[P, 2]`.
+    As `Batch`; media: (first placeholder in chosen, first placeholder in rejected, layout).
+    reference: `[P, 2]`, log-probabilities under the reference model.
     """
 
     tokens: Tensor
@@ -77,13 +82,13 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class DummyBatch:
-    """A batch that a rank computes so that the others need not wait for it, and that counts nothing."""
+    """A batch that a rank computes for the collectives alone; its loss counts nothing."""
 
     batch: Batch | Pairs
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
-    """Lay pairs one after another."""
+    """Pack pairs."""
     whole = collate(
         [
             prompt
@@ -109,7 +114,7 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
 
 
 def collate(prompts: Sequence[Prompt]) -> Batch:
-    """Lay prompts one after another."""
+    """Pack prompts."""
     tokens: list[int] = []
     loss_mask: list[bool] = []
     media: list[tuple[int, ImageTokenLayout]] = []
@@ -131,47 +136,49 @@ def collate(prompts: Sequence[Prompt]) -> Batch:
 def pack(
     lengths: Sequence[int], limit: int, images: Sequence[int] = (), most: int = 0
 ) -> list[list[int]]:
-    """Indices of samples grouped so that no group is longer than `limit` tokens: best fit, longest first.
+    """Groups of indices of samples with at most `limit` tokens each, by best fit decreasing.
 
-    With `most`, none has more than so many of the samples' `images` either. Raises DataError for a sample that is over a limit by
-    itself.
+    With `most`, no group has more than so many of the samples' `images`. Raises DataError for a
+    sample that is over a limit by itself.
     """
     groups: list[list[int]] = []
     room: list[int] = []
     shown: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length, pictures = lengths[index], images[index] if most else 0
+        length, count = lengths[index], images[index] if most else 0
         if length > limit:
             raise DataError(
-                f"sample {index} has {length:,} tokens, more than the {limit:,} of a batch: raise `tokens` or shorten it"
+                f"sample {index} has {length:,} tokens, more than the {limit:,} of a batch: "
+                "raise `tokens` or shorten it"
             )
-        if pictures > most:
+        if count > most:
             raise DataError(
-                f"sample {index} has {pictures:,} images, more than the {most:,} of a batch: raise `images`"
+                f"sample {index} has {count:,} images, more than the {most:,} of a batch: "
+                "raise `images`"
             )
-        fits = [g for g in range(len(groups)) if room[g] >= length and shown[g] + pictures <= most]
+        fits = [g for g in range(len(groups)) if room[g] >= length and shown[g] + count <= most]
         if fits:
             best = min(fits, key=lambda g: room[g])
             groups[best].append(index)
             room[best] -= length
-            shown[best] += pictures
+            shown[best] += count
         else:
             groups.append([index])
             room.append(limit - length)
-            shown.append(pictures)
+            shown.append(count)
     return groups
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far the data have been read: the next batch is number `batch` of window number `window`."""
+    """Progress through the data: the next batch is number `batch` of window number `window`."""
 
     window: int = 0
     batch: int = 0
 
 
 def join(samples: Sequence[Prompt | Pair]) -> Batch | Pairs:
-    """Lay samples of one kind one after another: prompts become a `Batch`, pairs `Pairs`."""
+    """Pack samples of one kind: prompts become a `Batch`, pairs `Pairs`."""
     pairs = [sample for sample in samples if isinstance(sample, Pair)]
     return (
         collate_pairs(pairs)
@@ -180,46 +187,8 @@ def join(samples: Sequence[Prompt | Pair]) -> Batch | Pairs:
     )
 
 
-class PackedDataset(Dataset[list[Any]]):
-    """Window k: the samples k * size … (k + 1) * size - 1, packed into batches in an order that `seed` and k decide.
-
-    For samples whose lengths are not known before they are made. join: makes a batch of some.
-    """
-
-    def __init__(
-        self,
-        example: Callable[[int], Sized],
-        count: int,
-        *,
-        size: int,
-        tokens: int,
-        seed: int,
-        join: Callable[[Sequence[Any]], Any] = join,
-    ) -> None:
-        self.example, self.count, self.size, self.tokens, self.seed = (
-            example,
-            count,
-            size,
-            tokens,
-            seed,
-        )
-        self.join = join
-
-    def __len__(self) -> int:
-        return -(-self.count // self.size)
-
-    def __getitem__(self, window: int) -> list[Any]:
-        first = window * self.size
-        samples: list[Any] = [
-            self.example(i) for i in range(first, min(first + self.size, self.count))
-        ]
-        groups = pack([len(sample) for sample in samples], self.tokens)
-        Random(f"{self.seed}/{window}").shuffle(groups)
-        return [self.join([samples[i] for i in group]) for group in groups]
-
-
-class Measured(Protocol):
-    """Samples, by number, and how many tokens and images (frames too) each will have, told without making it."""
+class SampleSource(Protocol):
+    """Samples by number, with numbers of tokens and images (with video frames) known in advance."""
 
     def __call__(self, index: int, /) -> Prompt | Pair: ...
 
@@ -229,10 +198,21 @@ class Measured(Protocol):
 
 
 class PlannedPackedDataset(Dataset[Any]):
-    """As `Windows`, of samples whose lengths are known: a batch is decided before it is made, and is made alone."""
+    """Samples number k * size ... (k + 1) * size - 1 are window k: packed into batches, shuffled.
+
+    Lengths are known in advance, so batches are planned without making samples. An item is a batch;
+    its index is the list of its samples' numbers.
+    """
 
     def __init__(
-        self, samples: Measured, count: int, *, size: int, tokens: int, seed: int, images: int = 0
+        self,
+        samples: SampleSource,
+        count: int,
+        *,
+        size: int,
+        tokens: int,
+        seed: int,
+        images: int = 0,
     ) -> None:
         self.samples, self.count, self.size, self.tokens, self.seed, self.images = (
             samples,
@@ -247,13 +227,13 @@ class PlannedPackedDataset(Dataset[Any]):
         return join([self.samples(i) for i in numbers])
 
     def steps(self, each: int) -> int:
-        """How many steps of `each` batches all samples are; the last may have fewer."""
+        """How many steps of `each` batches there are; the last may have fewer batches."""
         return -(
             -sum(len(self._window(first)) for first in range(0, self.count, self.size)) // each
         )
 
     def read(self, start: Position) -> Iterator[tuple[list[int], Position]]:
-        """The numbers of the samples of every batch from `start` on, with the position after it."""
+        """The samples' numbers of every batch from `start` on, with the position after it."""
         for first in range(start.window * self.size, self.count, self.size):
             window, groups = first // self.size, self._window(first)
             for index, group in enumerate(groups):
@@ -273,26 +253,13 @@ class PlannedPackedDataset(Dataset[Any]):
         return [[first + i for i in group] for group in groups]
 
 
-def batches(
-    windows: PackedDataset, start: Position, *, workers: int
-) -> Iterator[tuple[Any, Position]]:
-    """Batches from `start` on, each with the position after it; prepared ahead in worker processes."""
-    for window, group in enumerate(
-        prefetch(Subset(windows, range(start.window, len(windows))), None, workers), start.window
-    ):
-        for index, batch in enumerate(group):
-            if window > start.window or index >= start.batch:
-                last = index + 1 == len(group)
-                yield batch, Position(window + 1, 0) if last else Position(window, index + 1)
-
-
 def distributed_batches(
     plan: PlannedPackedDataset, start: Position, *, workers: int, each: int, ranks: ProcessGroup
 ) -> Iterator[tuple[Any, Position]]:
-    """A rank's batches of every step of `each` from `start` on, with the position after the step; made in worker processes.
+    """A rank's batches of every step of `each` from `start` on, with the position after the step.
 
-    A step's batches go to the ranks longest first, so that what they compute at the same time is as long; where too few are
-    left for all, one is `Idle`.
+    A step's batches are dealt to the ranks longest first, so that ranks compute batches of similar
+    length at the same time. A rank without a batch gets a `DummyBatch`.
     """
 
     def mine() -> Iterator[tuple[list[int], bool, Position]]:
@@ -309,18 +276,18 @@ def distributed_batches(
         yield DummyBatch(batch) if idle else batch, after
 
 
-def _leaves_at_once(_: int) -> None:
-    """A worker ends as one that was forked does. Python's end would take the interpreter from under the thread that sends what
-    was made; while that copies a tensor, in C++, the process aborts over it."""
+def _exit_at_once(_: int) -> None:
+    """A worker ends like a forked one. Python's own exit would finalize the interpreter under the
+    thread that sends batches; if that is copying a tensor in C++, the process aborts."""
     atexit.register(os._exit, 0)
 
 
 def prefetch(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) -> Iterator[Any]:
-    """Items prepared ahead in worker processes.
+    """Items, prefetched by worker processes.
 
-    A terminal sends Ctrl-C, and many a batch system SIGTERM, to those as well. What it means is decided by who trains, and their
-    death would be an error in the middle of a step: they are born with both blocked, since until they could say so themselves
-    they import PyTorch for seconds.
+    Terminals send Ctrl-C, and batch systems SIGTERM, to workers too. The training process decides
+    what a signal means, and a worker's death would be an error in the middle of a step: workers are
+    started with both blocked, since they import PyTorch for seconds before they could block them.
     """
     loader = DataLoader(
         items,
@@ -329,7 +296,7 @@ def prefetch(items: Dataset[Any], order: Iterator[list[int]] | None, workers: in
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_leaves_at_once,
+        worker_init_fn=_exit_at_once,
     )
     if sys.platform == "win32":
         return iter(loader)

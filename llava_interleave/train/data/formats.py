@@ -1,4 +1,7 @@
-"""Training samples become messages and media: the M4-Instruct / LLaVA form, OpenAI's messages, Hugging Face chat columns."""
+"""Training samples become messages and media.
+
+Forms: M4-Instruct / LLaVA, OpenAI messages, Hugging Face chat columns, preference pairs.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, LlavaError
-from ..processing import FrameSampling, Processor
-from ..processing.chat_template import MediaPlaceholder, parse
+from ...errors import DataError, LlavaError
+from ...processing import FrameSampling, Processor
+from ...processing.chat_template import MediaPlaceholder, parse
 
 ROLES = {
     "human": "user",
@@ -21,8 +24,8 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-UNLEARNT = ("weight", "tool_calls", "function_call")
-"""Keys of OpenAI's turns that change what is learnt, and that nothing stands behind here."""
+UNSUPPORTED_KEYS = ("weight", "tool_calls", "function_call")
+"""Keys of OpenAI's messages that change the loss and are not supported."""
 PAIR = (
     "prompt",
     "question",
@@ -34,15 +37,15 @@ PAIR = (
     "conversations",
     "image_path",
 )
-"""Keys of a preference pair that its two conversations stand for."""
+"""Keys of a preference pair that its two conversations replace."""
 ANIMATED = (".gif", ".webp")
-"""What is a picture unless a content part says that it is a video."""
+"""Suffixes of files that are images, unless a content part says video."""
 URL = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class DataIssue:
-    """What is wrong with a sample: its kind, and a sentence that names the sample. Without `error` it is only a remark."""
+    """A fault of a sample: its kind, and a sentence with the sample's name; else a remark."""
 
     kind: str
     text: str
@@ -51,16 +54,19 @@ class DataIssue:
 
 @dataclass(slots=True)
 class Reading:
-    """A sample as messages, all its places for media, the media of the places that name none, in order, and its faults."""
+    """A sample as messages.
 
-    said: list[dict[str, Any]] = field(default_factory=list)
+    slots: all its media placeholders. media: of the slots without a source, in order.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
     slots: list[MediaPlaceholder] = field(default_factory=list)
     media: list[object] = field(default_factory=list)
     faults: list[DataIssue] = field(default_factory=list)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The samples of a `.json` or `.jsonl` file. Raises DataError with the line of a mistake."""
+    """The samples of a `.json` or `.jsonl` file. Raises DataError with the line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -88,18 +94,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 def messages(
     sample: Mapping[str, Any], root: Path, name: str = ""
 ) -> tuple[list[dict[str, Any]], list[object]]:
-    """The messages of a sample, and the media that their `<image>` and open parts stand for; paths begin at `root`.
+    """The messages of a sample, and the media of their `<image>` and parts without a source.
 
-    Raises DataError with the sample's name, its id if none is given, for anything that does not fit.
+    Relative paths start from `root`. Raises DataError with the sample's name, by default its id.
     """
     found = reading(sample, root, name)
     if wrong := next((fault for fault in found.faults if fault.error), None):
         raise DataError(wrong.text)
-    return found.said, found.media
+    return found.messages, found.media
 
 
 def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
-    """A sample with everything that can be seen to be wrong before a file is opened."""
+    """A sample and all faults that can be found without opening a file."""
     name = name or str(first(sample, "id", "sample_id", "without id"))
     found = Reading()
 
@@ -109,17 +115,17 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
     images = [
         rooted(item, root) for key in ("image", "images") for item in _listed(sample.get(key))
     ]
-    film = sample.get("video")  # one, though it may be a list of frames
+    video = sample.get("video")  # one, though it may be a list of frames
     videos = [
         rooted(item, root)
-        for item in [*([film] if _listed(film) else []), *_listed(sample.get("videos"))]
+        for item in [*([video] if _listed(video) else []), *_listed(sample.get("videos"))]
     ]
     turns = first(sample, "conversations", "messages")
     if not isinstance(turns, list) or not turns:
         fault("form", f"sample {name} has no `conversations` or `messages`")
         return found
     if sample.get("tools") or sample.get("functions"):
-        fault("form", f"sample {name} has tools, which are not offered here: take them out")
+        fault("form", f"sample {name} has tools, which are not supported: take them out")
     used: set[int] = set()
     for number, turn in enumerate(turns, 1):
         turn = turn if isinstance(turn, Mapping) else {}
@@ -129,10 +135,11 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
         if not fits or empty:
             text = f"turn {number} of sample {name} must have a role of {', '.join(ROLES)} and a text; its role is {role!r}"
             fault("empty" if empty else "form", text + (" and its text is empty" if empty else ""))
-        if unlearnt := [key for key in UNLEARNT if turn.get(key) not in (None, [], 1)]:
+        if unsupported := [key for key in UNSUPPORTED_KEYS if turn.get(key) not in (None, [], 1)]:
             fault(
                 "form",
-                f"turn {number} of sample {name} has `{unlearnt[0]}`, which is not offered here: take it out",
+                f"turn {number} of sample {name} has `{unsupported[0]}`, which is not supported: "
+                "take it out",
             )
         if not fits:
             continue
@@ -145,11 +152,11 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
                     f"turn {number} of sample {name} points behind its {len(images)} images",
                 )
                 return found
-        found.said.append({"role": ROLES[role], "content": content})
-    order = [turn["role"] for turn in found.said]
+        found.messages.append({"role": ROLES[role], "content": content})
+    order = [turn["role"] for turn in found.messages]
     if order[-1:] != ["assistant"] and order:
         fault("roles", f"sample {name} ends with a question: there is nothing to learn")
-    if found.said and not any(f.kind == "form" for f in found.faults):
+    if found.messages and not any(f.kind == "form" for f in found.faults):
         _place(found, [item for i, item in enumerate(images) if i not in used], videos, name)
     if "system" in order[1:]:
         fault(
@@ -167,9 +174,9 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
 
 
 def _place(found: Reading, images: list[object], videos: list[object], name: str) -> None:
-    """Give every open place its picture or video, or find that they do not fit."""
+    """Give every slot without a source its image or video; numbers that do not fit are a fault."""
     try:
-        turns = parse(found.said, FrameSampling())
+        turns = parse(found.messages, FrameSampling())
     except LlavaError as error:
         found.faults.append(DataIssue("form", f"sample {name}: {error}"))
         return
@@ -196,7 +203,7 @@ def _place(found: Reading, images: list[object], videos: list[object], name: str
         if any(item is None for item in found.media):
             wrong = f"sample {name} has {len(images)} images and {len(videos)} videos, but its parts want other numbers of them"
     if any(slot.kind is None for slot in vacant) and any(
-        str(film).lower().endswith(ANIMATED) for film in videos
+        str(video).lower().endswith(ANIMATED) for video in videos
     ):
         text = f"sample {name} has an animation as its video, of which `<image>` shows one frame: give content parts"
         found.faults.append(DataIssue("form", text))

@@ -1,4 +1,4 @@
-"""Where training has the built-in model look: at what is spoken of, and attention alone is what the loss is about."""
+"""Attention supervision: targets are the patches of the words, and the loss is about attention."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ import torch
 from llava_interleave.model import PackedAttention
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.train import formats
+from llava_interleave.train.data import formats
 from recipes.tiny_world import SCENARIOS, episode
 from recipes.tiny_world.attention_supervision import (
-    ANSWERS,
-    MENTIONS,
+    ANSWER_LAYERS,
     NOWHERE,
+    QUESTION_LAYERS,
     AttendedSample,
     AttentionSupervision,
     AttentionTargets,
-    join,
-    look,
+    collate,
+    with_targets,
 )
 from recipes.tiny_world.data import Turn, conversation, pictures, talk
 from recipes.tiny_world.draw import Background, Scene
@@ -109,23 +109,25 @@ SECOND = [(0, "star", "red", False), (4, "circle", "green", True)]
 def test_an_answer_looks_at_what_it_names(
     question: Question, spots: list[set[tuple[int, int]]]
 ) -> None:
-    assert [where for _, where in shown(FIRST, SECOND).said(question.told, question)] == spots
+    assert [
+        where for _, where in shown(FIRST, SECOND).of_answer(question.full_answer, question)
+    ] == spots
 
 
 def test_a_description_looks_at_the_picture_that_it_has_come_to() -> None:
     text = (
         "image 1: 1 thing. top left: small red star. image 2: 2 things. top left: small red star."
     )
-    spots = [where for _, where in shown(FIRST, SECOND).said(text, None)]
+    spots = [where for _, where in shown(FIRST, SECOND).of_answer(text, None)]
     assert spots == [{(0, 0)}, {(0, 0)}, {(1, 0)}, {(1, 0)}]
 
 
 def test_a_question_looks_at_what_it_mentions() -> None:
-    looks, text = (
+    targets, text = (
         shown(FIRST, SECOND),
         "Is the red star small or large, or is it at the bottom right of 2 things?",
     )
-    assert [(text[: end + 1].split()[-1], where) for end, where in looks.mentions(text)] == [
+    assert [(text[: end + 1].split()[-1], where) for end, where in targets.of_question(text)] == [
         ("star", {(0, 0), (1, 0)}),
         ("right", {(0, 8), (1, 8)}),
     ]
@@ -133,14 +135,14 @@ def test_a_question_looks_at_what_it_mentions() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_what_is_said_of_episodes_is_there(scenario: str) -> None:
-    """Things and places that are told have a patch; what an occlusion hides may have none in the picture it is hidden in."""
+    """Things and places in answers have a patch; a hidden thing may have none in that image."""
     named = missing = 0
     for number in range(40):
         ep = episode(scenario, Random(number))
-        looks = AttentionTargets(ep, 96, 32)
+        targets = AttentionTargets(ep, 96, 32)
         for question in ep.questions:
-            for span, where in looks.said(question.told, question):
-                if question.told[span.start : span.stop] not in ("no", "nothing"):
+            for span, where in targets.of_answer(question.full_answer, question):
+                if question.full_answer[span.start : span.stop] not in ("no", "nothing"):
                     named, missing = named + 1, missing + (not where)
     assert named > 100
     assert missing < (0.1 if scenario in ("video", "views") else 0.01) * named
@@ -157,26 +159,26 @@ def sample(
 ) -> tuple[AttendedSample, AttentionTargets, list[Turn]]:
     rng = Random(f"{scenario}{number}")
     ep = episode(scenario, rng)
-    turns, looks = talk(ep, rng, questions=3, caption=0.5), AttentionTargets(ep, 96, 32)
+    turns, targets = talk(ep, rng, questions=3, caption=0.5), AttentionTargets(ep, 96, 32)
     said = {
         "conversations": conversation(ep, turns),
         "video" if ep.clip else "image": pictures(ep, 96),
     }
     prompt = processor.example(*formats.messages(said, Path()))
-    return look(prompt, processor.tokenizer, looks, turns), looks, turns
+    return with_targets(prompt, processor.tokenizer, targets, turns), targets, turns
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scenario: str) -> None:
-    """The token before each of a phrase's tokens looks, and the last token of a mention: spelt out again they are the phrases."""
+    """Tokens with targets, spelt out again, are the phrases of answers and the last words of questions'."""
     for number in range(6):
-        looked, looks, turns = sample(processor, scenario, number)
-        tokens, media = looked.prompt.tokens, looked.prompt.media
+        attended, targets, turns = sample(processor, scenario, number)
+        tokens, media = attended.prompt.tokens, attended.prompt.media
         keys = [
             m.start + n for m in media for n in range(m.layout.length)
         ]  # of all pictures' patches, in order
         assert all(tokens[key] == processor.config.image_token_id for key in keys)
-        answers = [(row, key) for row, key, mention in looked.looks if not mention]
+        answers = [(row, key) for row, key, mention in attended.targets if not mention]
         spelt = {
             row: processor.tokenizer.decode([tokens[row + 1]])
             for row, key in answers
@@ -185,7 +187,7 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
         spans = [
             (t.answer[s.start : s.stop], where)
             for t in turns
-            for s, where in looks.said(t.answer, t.asked)
+            for s, where in targets.of_answer(t.answer, t.asked)
         ]
         wanted = [text for text, where in spans if where - {NOWHERE}]
         assert "".join(spelt[row] for row in sorted(spelt)).replace(" ", "") == "".join(
@@ -198,39 +200,39 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
         assert any(key == 0 for _, key in answers) == (NOWHERE in meant)
         claims = [t.asked for t in turns if t.asked and t.asked.relation]
         assert sum(key > keys[-1] for _, key in answers) == len(claims)
-        before = {row: key for row, key, mention in looked.looks if mention and row in keys}
+        before = {row: key for row, key, mention in attended.targets if mention and row in keys}
         follow = keys[9:] if scenario in ("multi", "video") else []
         assert before == dict(zip(follow, keys, strict=False))
         ends = [
             t.question[: end + 1]
             for t in turns
-            for end, where in looks.mentions(t.question)
+            for end, where in targets.of_question(t.question)
             for _ in where
         ]
-        rows = [row for row, _, mention in looked.looks if mention and row not in keys]
+        rows = [row for row, _, mention in attended.targets if mention and row not in keys]
         assert len(rows) == len(ends)
         for row, text in zip(rows, ends, strict=True):
             assert text.endswith(processor.tokenizer.decode([tokens[row]]).strip())
 
 
 def test_the_loss_is_the_share_of_attention_elsewhere(processor: Processor) -> None:
-    """Looking attends as `Packed` does; its loss is that of a loop over rows, and stepping down its gradient looks better."""
-    batch = join([sample(processor, scenario, 1)[0] for scenario in SCENARIOS])
+    """It attends as `PackedAttention`; its loss is a loop's over rows, and falls along its gradient."""
+    batch = collate([sample(processor, scenario, 1)[0] for scenario in SCENARIOS])
     lengths, total = batch.batch.lengths, sum(batch.batch.lengths)
     torch.manual_seed(1)
     q, k, v = (torch.randn(total, 2, 8, requires_grad=True) for _ in range(3))
-    attend = AttentionSupervision(lengths, batch.looks)
+    attend = AttentionSupervision(lengths, batch.targets)
     expected = 0.0
     for layer in range(6):
         assert torch.equal(attend(layer, q, k, v), PackedAttention(lengths)(layer, q, k, v))
         starts = list(accumulate([0, *lengths]))
-        for row in batch.looks[:, 0].unique().tolist():
+        for row in batch.targets[:, 0].unique().tolist():
             start = max(s for s in starts if s <= row)
             shares = torch.softmax(q[row, 0] @ k[start : row + 1, 0].T / math.sqrt(8), 0)
-            for mention, layers in ((True, MENTIONS), (False, ANSWERS)):
+            for mention, layers in ((True, QUESTION_LAYERS), (False, ANSWER_LAYERS)):
                 keys = [
                     key - start
-                    for r, key, m in batch.looks.tolist()
+                    for r, key, m in batch.targets.tolist()
                     if r == row and bool(m) == mention
                 ]
                 if keys and layer in layers:
@@ -238,14 +240,14 @@ def test_the_loss_is_the_share_of_attention_elsewhere(processor: Processor) -> N
     assert float(attend.loss.detach()) == pytest.approx(expected, rel=1e-5)
     attend.loss.backward()
     assert q.grad is not None and not q.grad[:, 1].any()  # only the first head is taught
-    better = AttentionSupervision(lengths, batch.looks)
+    better = AttentionSupervision(lengths, batch.targets)
     for layer in range(6):
         better(layer, (q - 0.1 * q.grad).detach(), k.detach(), v.detach())
     assert float(better.loss) < expected
 
 
 def test_a_batch_without_looks_costs_nothing(processor: Processor) -> None:
-    plain = replace(sample(processor, "single", 2)[0], looks=[])
-    attend = AttentionSupervision([len(plain)], join([plain]).looks)
-    attend(MENTIONS[0], *(torch.randn(len(plain), 2, 8) for _ in range(3)))
+    plain = replace(sample(processor, "single", 2)[0], targets=[])
+    attend = AttentionSupervision([len(plain)], collate([plain]).targets)
+    attend(QUESTION_LAYERS[0], *(torch.randn(len(plain), 2, 8) for _ in range(3)))
     assert float(attend.loss) == 0

@@ -1,4 +1,4 @@
-"""Every sample of a data set is read, its media decoded and its tokens counted, before anything is trained on it."""
+"""Validation before training: samples are read, their media decoded, their tokens counted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import LlavaError, MediaError
-from ..processing import FrameSampling, Loader, Processor
-from ..processing.loader import name_of
+from ...errors import LlavaError, MediaError
+from ...processing import FrameSampling, Loader, Processor
+from ...processing.loader import name_of
 from .datasets import RawSample
 from .formats import DataIssue, Reading, reading
 from .samples import SampleFormat
@@ -22,44 +22,48 @@ from .samples import SampleFormat
 KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate")
 CHUNK = 256
 BLANK = Image.new("RGB", (1, 1))
-"""What is kept of a frame that was looked at."""
+"""Replaces a frame whose pixels were hashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValidatedSample:
-    """A sample that was read. tokens: as a checkpoint counts them, None where none was given or the sample has errors.
+    """A sample and its faults.
 
-    images: with frames of videos. front: tokens with the images in front, where the form has that.
+    tokens: as a checkpoint counts them, None without a checkpoint or with errors. images: with
+    video frames. images_first_tokens: tokens with the images first, where the format has that.
     """
 
     row: RawSample
     faults: tuple[DataIssue, ...]
     tokens: int | None = None
     images: int | None = None
-    front: int | None = None
+    images_first_tokens: int | None = None
 
     @property
     def error(self) -> bool:
         return any(fault.error for fault in self.faults)
 
 
-def check(
+def validate(
     rows: Sequence[RawSample],
     processor: Processor | None = None,
     tokens: int = 8192,
-    say: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     form: SampleFormat = SampleFormat(),  # noqa: B008  frozen
 ) -> list[ValidatedSample]:
-    """Read every sample whole. With a processor also its length in `form` is checked: against `tokens` and the context."""
-    look = _Look(processor, tokens, form)
+    """Read every sample whole; a processor checks its length against `tokens` and the context.
+
+    progress: called with how many are done, and of how many.
+    """
+    read = _SampleReader(processor, tokens, form)
     seen: dict[str, ValidatedSample] = {}
     done: list[ValidatedSample] = []
     last = ""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(rows), CHUNK):
-            if say:
-                say(first, len(rows))
-            for checked, key in pool.map(look, rows[first : first + CHUNK]):
+            if progress:
+                progress(first, len(rows))
+            for checked, key in pool.map(read, rows[first : first + CHUNK]):
                 if (
                     done
                     and checked.row.pair
@@ -67,44 +71,47 @@ def check(
                 ):
                     fault = DataIssue(
                         "duplicate",
-                        f"pair {checked.row.pair} has one answer twice: there is nothing to prefer",
+                        f"pair {checked.row.pair} has one answer twice: there is no preference",
                     )
                     checked = replace(checked, faults=(*checked.faults, fault))
                 last = key
                 if not checked.error and (twin := seen.setdefault(key, checked)) is not checked:
-                    text = f"sample {checked.row.name} says the same about the same pictures as sample {twin.row.name}"
+                    text = (
+                        f"sample {checked.row.name} has the same text and media as "
+                        f"sample {twin.row.name}"
+                    )
                     remark = DataIssue("duplicate", text, error=False)
                     checked = replace(checked, faults=(*checked.faults, remark))
                 done.append(checked)
-    if say:
-        say(len(rows), len(rows))
+    if progress:
+        progress(len(rows), len(rows))
     return done
 
 
 def table(checked: Sequence[ValidatedSample]) -> dict[str, dict[str, int]]:
-    """By data set, in the order they come: how many samples there are, have errors, and have each kind of fault."""
-    made: dict[str, dict[str, int]] = {}
+    """By data set: numbers of samples, of samples with errors, and of samples with each fault."""
+    tables: dict[str, dict[str, int]] = {}
     for one in checked:
-        counts = made.setdefault(one.row.group, dict.fromkeys(("samples", "errors", *KINDS), 0))
+        counts = tables.setdefault(one.row.group, dict.fromkeys(("samples", "errors", *KINDS), 0))
         for name in (
             "samples",
             *(["errors"] if one.error else []),
             *{fault.kind for fault in one.faults},
         ):
             counts[name] += 1
-    return made
+    return tables
 
 
-class _Look:
-    """Reads one sample; what it learns of a file it remembers."""
+class _SampleReader:
+    """Reads one sample; results of files are cached."""
 
     def __init__(self, processor: Processor | None, tokens: int, form: SampleFormat) -> None:
         self.processor, self.tokens, self.form = processor, tokens, form
         self.loader = processor.loader if processor else Loader()
-        self.known: dict[tuple[object, ...] | None, str | LlavaError] = {}
+        self.cache: dict[tuple[object, ...] | None, str | LlavaError] = {}
 
     def __call__(self, row: RawSample) -> tuple[ValidatedSample, str]:
-        """The sample, and a hash of what it says and shows."""
+        """The sample, and a hash of its text and media."""
         found = reading(row.sample, row.root, row.name)
         faults = list(found.faults)
         rest = iter(found.media)
@@ -119,7 +126,7 @@ class _Look:
         counts: list[int] = []
         if self.processor and not any(fault.error for fault in faults):
             counts = self._count(self.processor, found, row.name, faults)
-        words = [(turn["role"], _words(turn["content"])) for turn in found.said]
+        words = [(turn["role"], _words(turn["content"])) for turn in found.messages]
         key = hashlib.blake2b(
             json.dumps([words, shown]).encode("utf-8", "backslashreplace"), digest_size=16
         ).hexdigest()
@@ -128,14 +135,14 @@ class _Look:
     def _seen(
         self, kind: str | None, source: Any, sampling: FrameSampling | None
     ) -> str | LlavaError:
-        """A hash of the pixels that are looked at, or why there are none."""
+        """A hash of the pixels that training would use, or the error of reading them."""
         key = (
             (kind, str(source), sampling)
             if isinstance(source, str | os.PathLike) and str(source)[:5] != "data:"
             else None
         )
-        if key in self.known:
-            return self.known[key]
+        if key in self.cache:
+            return self.cache[key]
         state = hashlib.blake2b(digest_size=16)
 
         def take(picture: Image.Image) -> Image.Image:
@@ -161,17 +168,21 @@ class _Look:
         except OSError as error:  # a name that no file can have
             found = MediaError(f"{name_of(source)}: {error.strerror}")
         if key is not None:
-            self.known[key] = found
+            self.cache[key] = found
         return found
 
     def _count(
         self, processor: Processor, found: Reading, name: str, faults: list[DataIssue]
     ) -> list[int]:
-        """Tokens and images of the sample, and its tokens with the images in front; what is wrong with that goes to `faults`."""
+        """Tokens, images and, where the format has it, tokens with the images first.
+
+        What is wrong with them is added to `faults`.
+        """
+        layouts = (False, True) if self.form.images_first_ratio else (False,)
         try:
-            fronts = (False, True) if self.form.front else (False,)
             sizes = [
-                self.form.count(processor, found.said, found.media, front=front) for front in fronts
+                self.form.count(processor, found.messages, found.media, images_first=images_first)
+                for images_first in layouts
             ]
         except LlavaError as error:
             faults.append(DataIssue("form", f"sample {name}: {error}"))
@@ -182,14 +193,17 @@ class _Look:
             (self.tokens, "a batch", "raise --tokens, or shorten it"),
         ):
             if max(counts) > limit:
-                text = f"sample {name} has {max(counts):,} tokens, more than the {limit:,} of {what}: {way}"
+                text = (
+                    f"sample {name} has {max(counts):,} tokens, more than the {limit:,} of {what}: "
+                    f"{way}"
+                )
                 faults.append(DataIssue("long", text))
                 break
         return [counts[0], sizes[0][1], *counts[1:]]
 
 
 def _words(content: Any) -> Any:
-    """What a message says, without where its pictures come from."""
+    """The text of a message, without the sources of its media."""
     if isinstance(content, str):
         return [content]
     return [

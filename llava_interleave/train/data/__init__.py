@@ -1,0 +1,1 @@
+"""Training data: forms of samples, data sets, validation, prompts and packed batches."""

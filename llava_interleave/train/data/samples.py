@@ -1,0 +1,237 @@
+"""Samples become prompts to train on, in one of several layouts, single or in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from ...errors import DataError, LlavaError
+from ...processing import FrameSampling, Processor
+from ...processing.chat_template import MediaPlaceholder, parse
+from ...processing.tokenizer import IMAGE
+from ...prompt import Prompt
+from . import formats
+from .datasets import RawSample
+from .packing import Pair
+
+Messages = Sequence[Mapping[str, Any]]
+MEDIA_TYPES = ("image", "image_url", "video", "video_url")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFormat:
+    """The layout of samples.
+
+    template: `chat`, or `plain`: the images, then the answer, which carries loss with the newline
+    that ends it (LLaVA's version "plain"). anyres: cut the image of a single-image sample into
+    tiles. images_first_ratio: fraction of samples laid out by `move_images_first`.
+    """
+
+    template: str = "chat"
+    anyres: bool = False
+    images_first_ratio: float = 0.0
+
+    def example(
+        self,
+        processor: Processor,
+        messages: Messages,
+        media: Sequence[object],
+        *,
+        images_first: bool = False,
+    ) -> Prompt:
+        """A whole sample with its loss mask."""
+        if self.template == "chat":
+            moved = move_images_first(messages) if images_first else messages
+            return processor.example(moved, media, anyres=self._tiled(messages))
+        images = self.question(processor, messages, media)
+        answer = _plain_answer(processor, messages)
+        loss_mask = [False] * len(images) + [True] * len(answer)
+        return Prompt(images.tokens + answer, images.media, loss_mask)
+
+    def question(self, processor: Processor, messages: Messages, media: Sequence[object]) -> Prompt:
+        """A sample up to its last answer."""
+        if self.template == "chat":
+            return processor.prompt(messages[:-1], media, anyres=self._tiled(messages))
+        rest = iter(media)
+        slots = _slots(messages)
+        sources = [next(rest) if slot.source is None else slot.source for slot in slots]
+        return processor.raw(IMAGE * len(sources), sources)
+
+    def count(
+        self,
+        processor: Processor,
+        messages: Messages,
+        media: Sequence[object],
+        *,
+        images_first: bool = False,
+    ) -> tuple[int, int]:
+        """Tokens and images (with video frames; tiles are one) of `example`, without decoding."""
+        tiled = self._tiled(messages)
+        moved = move_images_first(messages) if images_first else messages
+        estimate = processor.estimate(moved, media, anyres=tiled, add_generation_prompt=False)
+        tokens = sum(part.tokens for part in estimate.parts[1:])
+        images = 1 if tiled else tokens // processor.config.vision.grid**2
+        if self.template == "chat":
+            return estimate.total, images
+        return tokens + len(_plain_answer(processor, messages)), images
+
+    def _tiled(self, messages: Messages) -> bool:
+        return self.anyres and len(_slots(messages)) == 1
+
+
+def _slots(messages: Messages) -> list[MediaPlaceholder]:
+    pieces = [part for turn in parse(messages, FrameSampling()) for part in turn.parts]
+    return [
+        piece
+        for part in pieces
+        for piece in ([part] if isinstance(part, MediaPlaceholder) else part)
+        if isinstance(piece, MediaPlaceholder)
+    ]
+
+
+def _plain_answer(processor: Processor, messages: Messages) -> list[int]:
+    """The tokens of a plain sample's answer. Raises DataError for more than one question."""
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if roles != ["user", "assistant"]:
+        raise DataError("template plain takes one question and its answer, without more turns")
+    (answer,) = parse(messages[-1:], FrameSampling())
+    texts = [
+        piece
+        for part in answer.parts
+        if not isinstance(part, MediaPlaceholder)
+        for piece in part
+        if isinstance(piece, str)
+    ]
+    return processor.tokenizer.encode("".join(texts) + "\n", special=False)
+
+
+def move_images_first(messages: Messages) -> Messages:
+    """All images before the text of the first question; `[image 1]`, ... take their places.
+
+    The published mixture has such samples ("in-the-front"; its marks are not published). Unchanged
+    are samples with fewer than two images, with all images first, with images in answers, or with
+    views, whose names say where they belong.
+    """
+    moved: list[Mapping[str, Any]] = []
+    changed: list[dict[str, Any]] = []
+    image_after_text = text_before = False
+    for message in messages:
+        parts: list[Mapping[str, Any]] = []
+        for part in _pieces(message["content"]):
+            image = part.get("type") in MEDIA_TYPES or part == {"type": "text", "text": IMAGE}
+            if part.get("type") == "views" or (image and message["role"] != "user"):
+                return messages
+            if image:
+                moved.append(part)
+                image_after_text |= text_before
+                parts.append({"type": "text", "text": f"[image {len(moved)}]"})
+            else:
+                text_before |= message["role"] == "user" and bool(part["text"].strip())
+                parts.append(part)
+        changed.append({"role": message["role"], "content": parts})
+    if len(moved) < 2 or not image_after_text:
+        return messages
+    first = next(message for message in changed if message["role"] == "user")
+    for message in changed:
+        message["content"] = "".join(part["text"] for part in message["content"])
+    first["content"] = [*moved, {"type": "text", "text": first["content"]}]
+    return changed
+
+
+def _pieces(content: Any) -> Iterator[Mapping[str, Any]]:
+    """The parts of a message, each `<image>` in a text a part of its own."""
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part.get("type") != "text":
+            yield part
+            continue
+        for number, text in enumerate(part["text"].split(IMAGE)):
+            if number:
+                yield {"type": "text", "text": IMAGE}
+            if text:
+                yield {"type": "text", "text": text}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSample:
+    """A sample, or the two sides of a pair: what is packed as one.
+
+    tokens, images: of it, images with video frames; a pair's images are there once.
+    images_first_tokens: tokens with the images first.
+    """
+
+    rows: tuple[RawSample, ...]
+    tokens: int
+    images_first_tokens: int
+    images: int
+
+    @property
+    def name(self) -> str:
+        return self.rows[0].pair or self.rows[0].name
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Example i: sample number i, counted on through any number of epochs, each in its own order.
+
+    references: of pairs, by name, the log-probabilities of both answers under the reference model.
+    """
+
+    packed: Sequence[PackedSample]
+    model: Path
+    seed: int
+    form: SampleFormat = SampleFormat()
+    references: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __call__(self, index: int) -> Prompt | Pair:
+        return self.make(*self._drawn(index))
+
+    def length(self, index: int) -> int:
+        """Tokens of example i."""
+        sample, images_first = self._drawn(index)
+        return sample.images_first_tokens if images_first else sample.tokens
+
+    def images(self, index: int) -> int:
+        """Images and video frames of example i."""
+        return self._drawn(index)[0].images
+
+    def make(self, sample: PackedSample, images_first: bool = False) -> Prompt | Pair:
+        """Raises DataError naming the sample."""
+        processor = formats.processor(self.model)
+        try:
+            messages, media = sample.rows[0].messages()
+            if len(sample.rows) == 1:
+                return self.form.example(processor, messages, media, images_first=images_first)
+            question = self.form.question(processor, messages, media)
+            chosen, rejected = (
+                _with_answer(processor, question, answer)
+                for answer in (messages[-1], sample.rows[1].messages()[0][-1])
+            )
+            return Pair(chosen, rejected, self.references.get(sample.name, (0.0, 0.0)))
+        except LlavaError as error:
+            raise DataError(f"sample {sample.name}: {error}") from error
+
+    def _drawn(self, index: int) -> tuple[PackedSample, bool]:
+        epoch, number = divmod(index, len(self.packed))
+        ratio = self.form.images_first_ratio
+        images_first = ratio > 0 and Random(f"front/{self.seed}/{index}").random() < ratio
+        return self.packed[_order(len(self.packed), self.seed + epoch)[number]], images_first
+
+
+@lru_cache(2)
+def _order(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _with_answer(processor: Processor, question: Prompt, answer: Mapping[str, Any]) -> Prompt:
+    """A question, whose answer has begun, with an answer: the tokens of the whole conversation."""
+    alone = processor.example([answer], system=None)
+    assert alone.loss_mask is not None
+    begin = alone.loss_mask.index(True)
+    loss_mask = [False] * len(question) + alone.loss_mask[begin:]
+    return Prompt(question.tokens + alone.tokens[begin:], question.media, loss_mask)
