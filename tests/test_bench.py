@@ -20,6 +20,8 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.model.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.testing import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from llava_interleave.testing import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def systems() -> ModuleType:

@@ -15,6 +15,8 @@ from recipes.tiny_world import SCENARIOS, episode
 from recipes.tiny_world.benchmark import evaluate
 from recipes.tiny_world.data import exam, pictures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bot() -> Chatbot:

@@ -142,6 +142,7 @@ def test_convert_and_ask_again(tiny: Path, tmp_path: Path) -> None:
     assert (again.code, again.err.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_quiet(tiny: Path) -> None:
     program = f"{sys.executable} -c 'from llava_interleave.cli import main; main()'"
     command = f"{program} ask -m {tiny} Hello --ignore-eos --max-new-tokens 2000 | head -c 1"

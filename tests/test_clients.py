@@ -17,6 +17,8 @@ from llava_interleave.server.run import Server
 from tests.helpers.requests import BLUE, RED, picture, png, user
 from tests.helpers.server import QUESTIONS, listening
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 
 

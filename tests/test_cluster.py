@@ -29,6 +29,8 @@ from llava_interleave.errors import (
 )
 from llava_interleave.options import Options
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'llava-interleave[ray]'")
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000}
 FAST = {

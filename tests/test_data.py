@@ -26,6 +26,8 @@ from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
 from recipes.tiny_world.draw import write_video
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -10,6 +10,8 @@ from typer.main import get_command
 
 from llava_interleave.cli import app
 
+pytestmark = pytest.mark.slow
+
 kubernetes_validate = pytest.importorskip(
     "kubernetes_validate", reason="needs pip install kubernetes-validate"
 )

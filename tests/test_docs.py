@@ -16,6 +16,8 @@ from llava_interleave.testing import tiny_checkpoint
 from recipes.tiny_world import Question
 from recipes.tiny_world import demo as recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "<!-- not run: needs the network and a published checkpoint -->\n"
 README = (ROOT / "README.md").read_text("utf-8")

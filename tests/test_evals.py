@@ -199,6 +199,7 @@ def counting(count: int) -> Task:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork")
 def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
     task = counting(600)
@@ -216,6 +217,7 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
     assert all(row["answer"] == row["truth"] and row["score"] == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_torn_line_is_taken_off_at_every_place(tmp_path: Path) -> None:
     """Wherever a file was cut, what is whole is kept and the rest answered again."""
     task = counting(2)
@@ -282,6 +284,7 @@ def test_comparison() -> None:
         stats.compare(a, [{"id": "y", "group": "g", "score": 1.0}])
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_hold() -> None:
     """About 95 of 100 intervals of 200 draws at 0.3 have 0.3 in them."""
     inside = 0

@@ -28,6 +28,7 @@ from llava_interleave.quantization.packing import pack
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         kernels.unavailable_reason() is not None,
         reason=f"no kernels: {kernels.unavailable_reason()}",

@@ -404,6 +404,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     "flags",

@@ -16,6 +16,8 @@ from llava_interleave import load
 from llava_interleave.chat import locate
 from tests.helpers.server import listening
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = os.environ.get("LMMS_EVAL") or shutil.which("lmms-eval")
 TASK = """task: colours
 dataset_path: json

@@ -145,6 +145,7 @@ def test_nothing_comes_after_a_stop_token() -> None:
         assert again.generated == request.generated
 
 
+@pytest.mark.slow
 def test_memory_that_is_short_changes_nothing() -> None:
     """Answers are pre-empted and go on; guesses never take room that is not there."""
     asked = [prompt(text(n, 30)) for n in range(4)]

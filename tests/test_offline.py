@@ -362,6 +362,7 @@ def test_a_mistake_in_a_samples_options_is_its_own(tmp_path: Path) -> None:
         Options(stop=("",))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork")
 def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
     """Order kept, every sample once, whatever moment the kill came; the output is never there in part."""

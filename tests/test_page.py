@@ -37,9 +37,12 @@ CHROMIUM = next(
     None,
 )
 expect.set_options(timeout=20_000)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine: apt install chromium"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium on this machine: apt install chromium"
+    ),
+]
 
 
 def serve(folder: Path, **fields: object) -> Iterator[str]:

@@ -24,7 +24,10 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.quantization.precision import RECIPES
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
-pytestmark = pytest.mark.timeout(600)  # two processes begin, on however busy a machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]  # two processes begin, on however busy a machine
 SIZES: dict[str, dict[str, Any]] = {
     "tied": {},
     "grouped": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "tie_word_embeddings": False},

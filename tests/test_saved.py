@@ -30,6 +30,8 @@ from tests.helpers.cli import llava
 from tests.helpers.engine import GREEDY, IMAGE, engine, naive, prompt, text
 from tests.helpers.lora import DECODER, made
 
+pytestmark = pytest.mark.slow
+
 UNTIED = tiny_config(text={"tie_word_embeddings": False})
 HOW: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": 2}
 KEPT = "talk.json.kv.safetensors"

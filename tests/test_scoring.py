@@ -115,6 +115,7 @@ def test_only_32_full_stops_go_as_published() -> None:
     assert normalise(given + "!") != normalise(given + "!", as_published=True)
 
 
+@pytest.mark.slow
 def test_open_answers_equal_the_package() -> None:
     """Row by row, bit by bit, wherever the published scorer has a number at all."""
     package, seen = (

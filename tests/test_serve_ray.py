@@ -37,15 +37,17 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter  
 from starlette.testclient import TestClient  # noqa: E402
 
 from llava_interleave.chat import load  # noqa: E402
-from llava_interleave.server.ray import gateway  # noqa: E402
 from llava_interleave.server.api_errors import ApiError  # noqa: E402
 from llava_interleave.server.app import create_app  # noqa: E402
+from llava_interleave.server.ray import gateway  # noqa: E402
 from llava_interleave.server.ray.gateway import deploy, session_id  # noqa: E402
 from llava_interleave.server.ray.router import SessionAffinityRouter  # noqa: E402
 from llava_interleave.server.run import Server  # noqa: E402
 from llava_interleave.server.settings import ReplicaSpec, Settings  # noqa: E402
 from llava_interleave.server.uploads import RequestScopedFiles, Stored  # noqa: E402
 from llava_interleave.testing import tiny_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}  # room for one replica
 FAST = {

@@ -60,6 +60,8 @@ from tests.helpers.requests import (
 )
 from tests.helpers.server import QUESTIONS, listening, until
 
+pytestmark = pytest.mark.slow
+
 LOCAL = "http://127.0.0.1:8000"
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).parent.parent

@@ -40,6 +40,8 @@ from recipes.tiny_world.episodes import FRAMES
 from recipes.tiny_world.packing import PackedDataset, batches
 from tests.helpers.training import PackedBatches
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -28,6 +28,8 @@ from llava_interleave.train.data.validate import validate
 from llava_interleave.train.losses import dpo_loss, logprobs
 from llava_interleave.train.recipe import DPOConfig, Recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

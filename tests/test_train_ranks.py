@@ -34,7 +34,10 @@ from llava_interleave.train.losses import sft_loss
 from llava_interleave.train.recipe import DPOConfig, Recipe
 from llava_interleave.train.run import run
 
-pytestmark = pytest.mark.timeout(900)  # three processes begin, on however busy a machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # three processes begin, on however busy a machine
 LR = 1e-4
 STAGES: dict[str, dict[str, Any]] = {
     "all": {"tower_lr_scale": 0.2, "held_out": 0.2, "evaluate_every": 2, "sample_generations": 2},

@@ -47,6 +47,8 @@ from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.data import write
 from tests.helpers.training import PackedBatches
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(_: str) -> None:
     pass

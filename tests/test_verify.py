@@ -20,6 +20,8 @@ from llava_interleave.quantization.linear_cpu import QuantizedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 from llava_interleave.verify import ablations, candidate, parity, why
 
+pytestmark = pytest.mark.slow
+
 WHOLE = LoraConfig(
     rank=3,
     alpha=5.0,
