@@ -357,7 +357,7 @@ void decode(int64_t bits, int64_t tokens, int64_t asked, bool in_8_bits) {
   auto part = [&](int64_t rows) { return in_8_bits ? (void*)exactly<int8_t>(rows) : (void*)exactly<uint16_t>(rows); };
   auto scales = [&](int64_t n) { return in_8_bits ? exactly<uint16_t>(n) : nullptr; };
   const int64_t capacity = tokens + 3;
-  Memory memory[2];
+  LayerKV memory[2];
   for (auto& m : memory) m = {part(2 * 32 * capacity), part(2 * 32 * capacity), scales(2 * capacity), scales(2 * capacity)};
   const Sequence sequence{0, tokens, 3, capacity, asked, memory};
   auto hidden = exactly<uint16_t>(tokens * 64), turns = exactly<uint16_t>(tokens * 32);

@@ -132,7 +132,7 @@ def compile_kernels(flags: tuple[str, ...], folder: Path | None = None) -> Path:
     folder = folder or cache_folder()
     command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags]
     state = hashlib.blake2b(repr(command).encode(), digest_size=8)
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(SOURCES.glob("*.[ch]*")):
         state.update(source.read_bytes())
     path = folder / f"kernels-{state.hexdigest()}.so"
     if path.is_file():
