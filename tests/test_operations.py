@@ -1,0 +1,116 @@
+"""Files of deploy/ for operators: read by the programs that they are for, with this program's flags."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from llava_interleave.chat import load
+from llava_interleave.cli import app
+from llava_interleave.server.metrics import Metrics
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+COMPOSE = DEPLOY / "compose"
+
+
+def needs(program: str) -> str:
+    return shutil.which(program) or pytest.skip(f"no {program} on this machine")
+
+
+@pytest.fixture
+def metrics(tiny: Path) -> str:
+    bot, metrics = load(tiny), Metrics()
+    metrics.watch(bot.engine.load, lambda: 0)
+    metrics.count_answer(bot.ask("Hello", max_new_tokens=3))
+    return metrics.text().decode()
+
+
+def test_promtool_accepts_the_metrics(metrics: str) -> None:
+    done = subprocess.run(
+        [needs("promtool"), "check", "metrics"], input=metrics, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_promtool_accepts_the_configuration() -> None:
+    done = subprocess.run(
+        [needs("promtool"), "check", "config", "--syntax-only", COMPOSE / "prometheus.yaml"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_reads_metrics_that_exist(metrics: str) -> None:
+    dashboard = json.loads((COMPOSE / "grafana" / "dashboards" / "llava.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for text in expressions for name in re.findall(r"llava_\w+", text)}
+    known = set(re.findall(r"^# TYPE (llava_\w+)", metrics, re.MULTILINE))
+    known |= {f"{name}_bucket" for name in known}
+    assert len(names) > 12
+    assert names <= known
+
+
+def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
+    """With names and paths of this machine: it resolves its upstream and reads the certificate."""
+    nginx, openssl = needs("nginx"), needs("openssl")
+    subject = ["-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    files = ["-keyout", str(tmp_path / "tls.key"), "-out", str(tmp_path / "tls.crt")]
+    subprocess.run([openssl, "req", *subject, *files], check=True, capture_output=True)
+    text = (COMPOSE / "nginx.conf").read_text()
+    text = text.replace("/etc/nginx/tls", str(tmp_path)).replace("llava:8000", "127.0.0.1:8000")
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/nginx.pid;\n{text}")
+    done = subprocess.run(
+        [nginx, "-t", "-c", tmp_path / "nginx.conf"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    program = needs("systemd-analyze")
+    unit = (DEPLOY / "systemd" / "llava.service").read_text()
+    (tmp_path / "llava.service").write_text(unit.replace("/opt/llava/bin/llava", "/bin/true"))
+    done = subprocess.run(
+        [program, "verify", "--man=no", tmp_path / "llava.service"], capture_output=True, text=True
+    )
+    assert "llava.service" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def commands() -> list[list[str]]:
+    """Every call of `llava` in these files, as words."""
+    compose = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    unit = (DEPLOY / "systemd" / "llava.service").read_text()
+    service = re.search(r"^ExecStart=\S+/llava (.*)$", unit, re.MULTILINE)
+    image = re.search(r"^CMD (\[.*\])$", dockerfile, re.MULTILINE)
+    assert service and image
+    return [
+        compose["services"]["llava"]["command"],
+        json.loads(image[1]),
+        shlex.split(service[1]),
+    ]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_flags_are_this_programs(words: list[str]) -> None:
+    serve = get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    flags = {flag for parameter in serve.params for flag in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= flags
+
+
+def test_the_image_copies_what_exists_and_runs_as_nobody_special() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    for source in re.findall(r"^COPY (?!--from)(\S+) ", text, re.MULTILINE):
+        assert (DEPLOY.parent / source).exists()
+    assert re.search(r"^USER llava$", text, re.MULTILINE)
+    assert "HEALTHCHECK" in text
+    assert ".git" in (DEPLOY.parent / ".dockerignore").read_text().split()
