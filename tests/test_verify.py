@@ -1,4 +1,6 @@
-"""The parity report: it passes for a faithful checkpoint, tells a network that differs and where, and what each switch does."""
+"""The parity report: it passes for a faithful checkpoint, names the layer where a network differs;
+ablations.
+"""
 
 import json
 import math
@@ -18,7 +20,7 @@ from llava_interleave.errors import Unsupported
 from llava_interleave.lora import attach
 from llava_interleave.quantization.linear_cpu import QuantizedLinear
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.verify import ablations, candidate, parity, why
+from llava_interleave.verify import ablate, ablations, candidate, parity
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +34,9 @@ WHOLE = LoraConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head of its own, so that greedy tokens of random weights are not one token again and again."""
+    """With a head of its own, so that greedy tokens of random weights are not one token again and
+    again.
+    """
     return tiny_checkpoint(
         tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False})
     )
@@ -68,17 +72,18 @@ def test_our_networks_agree_with_transformers(
     layers = [*(f"layer {i + 1}" for i in range(config.text.num_layers)), "norm", "logits"]
     for case in cases:
         assert case.passed, case
-        assert (case.ids, case.same, case.tokens, case.ours == case.theirs) == (True, 12, 12, True)
-        assert [stage.name for stage in case.stages] == [
+        assert (case.same_ids, case.matching, case.tokens) == (True, 12, 12)
+        assert case.candidate == case.reference
+        assert [layer.name for layer in case.layers] == [
             *(["pixels", "tower", "projector"] if case.images else []),
             *layers,
         ]
         assert all(
-            stage.relative <= parity.TOLERANCE and stage.largest > 0 for stage in case.stages
+            layer.relative <= parity.TOLERANCE and layer.largest > 0 for layer in case.layers
         )
         assert case.kl is not None and 0 <= case.kl < 1e-9
     assert [case.images for case in cases] == [False, True, True, True]
-    assert all(case.stage("pixels").error == 0 for case in cases[1:])
+    assert all(case.layer("pixels").error == 0 for case in cases[1:])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,9 @@ def test_our_networks_agree_with_transformers(
 def test_a_wrong_network_does_not_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, first: str
 ) -> None:
-    """A table that cannot fail would say nothing: one matrix is off by a hundredth here, and the stage where it is is named."""
+    """A table that cannot fail would say nothing: one matrix is off by a hundredth here, and the
+    layer where it is is named.
+    """
     folder = tiny_checkpoint(tmp_path / "tiny")
     loaded = checkpoints.load
 
@@ -104,35 +111,37 @@ def test_a_wrong_network_does_not_pass(
     monkeypatch.setattr(checkpoints, "load", slightly_off)
     cases = parity.verify(folder, tokens=2)
     for case in cases:
-        wrong = [stage.name for stage in case.stages if stage.relative > parity.TOLERANCE]
-        assert case.ids
+        wrong = [layer.name for layer in case.layers if layer.relative > parity.TOLERANCE]
+        assert case.same_ids
         assert case.passed == (first == "projector" and not case.images)
         assert case.passed or wrong[0] == first
 
 
-def test_other_ids_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ids_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compared beyond the pixels where the template makes other tokens."""
     made = parity.Processor.prompt
     monkeypatch.setattr(
         parity.Processor, "prompt", lambda self, chat, **_: made(self, chat, preset="official")
     )
     cases = parity.verify(tiny_checkpoint(tmp_path / "tiny"), tokens=2)
-    assert not any(case.ids or case.passed for case in cases)
-    assert [[stage.name for stage in case.stages] for case in cases] == [
+    assert not any(case.same_ids or case.passed for case in cases)
+    assert [[layer.name for layer in case.layers] for case in cases] == [
         [],
         ["pixels"],
         ["pixels"],
         ["pixels"],
     ]
-    told = cases[0].told()
-    assert (told["passed"], math.isinf(cases[0].stage("logits").error)) == (False, True)
-    json.dumps(told, allow_nan=False)
+    as_json = cases[0].to_dict()
+    assert (as_json["passed"], math.isinf(cases[0].layer("logits").error)) == (False, True)
+    json.dumps(as_json, allow_nan=False)
 
 
-def test_switches() -> None:
-    """The baseline is transformers' answer; what is switched changes prompts and distributions as it must."""
-    said: list[tuple[int, int]] = []
-    effects = why(tokens=6, say=lambda done, total: said.append((done, total)))
+def test_ablations() -> None:
+    """The baseline equals the answer of transformers; each changed setting changes prompts and
+    distributions.
+    """
+    calls: list[tuple[int, int]] = []
+    results = ablate(tokens=6, progress=lambda done, total: calls.append((done, total)))
     names = [
         "baseline",
         *ablations.PROMPTS,
@@ -142,19 +151,19 @@ def test_switches() -> None:
         "int8",
         "int4",
     ]
-    assert [(e.switch, e.case) for e in effects] == [
+    assert [(e.setting, e.case) for e in results] == [
         (name, case) for name in names for case in ablations.CASES
     ]
-    assert said[-1] == (len(effects), len(effects))
-    found = {(e.switch, e.case): e for e in effects}
+    assert calls[-1] == (len(results), len(results))
+    found = {(e.setting, e.case): e for e in results}
     for case, passed in ((c.name, c) for c in parity.verify(tokens=6)[1:3]):
         base = found["baseline", case]
-        assert (base.text, base.kl, base.likeliest, base.same, base.prompt) == (
-            passed.theirs,
+        assert (base.text, base.kl, base.same_top1, base.matching, base.prompt_tokens) == (
+            passed.reference,
             0,
             True,
             6,
-            passed.prompt,
+            passed.prompt_tokens,
         )
         assert found["geometry pad", case].kl > 1e-6
         assert found["layer before the last", case].kl > 1e-6
@@ -163,11 +172,14 @@ def test_switches() -> None:
         assert 0 < found["int8", case].kl < 0.1
         assert found["int8", case].kl < found["int4", case].kl < 0.5
         assert (
-            found["preset official", case].prompt
-            != base.prompt
-            != found["preset interleave", case].prompt
+            found["preset official", case].prompt_tokens
+            != base.prompt_tokens
+            != found["preset interleave", case].prompt_tokens
         )
-    assert found["geometry anyres", "one image"].prompt > found["baseline", "one image"].prompt
+    assert (
+        found["geometry anyres", "one image"].prompt_tokens
+        > found["baseline", "one image"].prompt_tokens
+    )
     chat = parity.conversations()["one image"]
     bot = load()
     assert (
@@ -205,7 +217,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert [case["passed"] for case in told["cases"]] == [True] * 4
-    assert told["cases"][1]["stages"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
+    assert told["cases"][1]["layers"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
     assert len(told["ablations"]) == 20
     tags = Tags()
     tags.feed(page.read_text())
@@ -231,16 +243,16 @@ def test_command_with_everything(packed: Path, folder: Path, adapter: Path, tmp_
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["adapter"], told["against"]) == (str(adapter), str(folder))
-    assert [effect["switch"] for effect in told["ablations"]][::2] == [
+    assert [result["setting"] for result in told["ablations"]][::2] == [
         "baseline",
         *ablations.PROMPTS,
         "layer before the last",
         "bfloat16",
     ]
-    assert told["cases"][0]["standard"].startswith(
+    assert told["cases"][0]["tolerance"].startswith(
         "equal ids, equal pixels, every quantized linear"
     )
-    for shown in (candidate.LINEARS, str(adapter), parity.COST.told):
+    for shown in (candidate.LINEARS, str(adapter), parity.OTHER_WEIGHTS.reference):
         assert shown in page.read_text()
 
 
@@ -259,11 +271,11 @@ def test_an_adapter_agrees_with_peft(
     )
     for case, other in zip(through, plain, strict=True):
         assert case.passed, case
-        assert all(stage.relative <= parity.TOLERANCE for stage in case.stages)
+        assert all(layer.relative <= parity.TOLERANCE for layer in case.layers)
         assert (
-            abs(case.stage("logits").largest - other.stage("logits").largest) > 1e-3
+            abs(case.layer("logits").largest - other.layer("logits").largest) > 1e-3
         )  # it is there, on both sides
-    assert [case.theirs for case in through] != [case.theirs for case in plain]
+    assert [case.reference for case in through] != [case.reference for case in plain]
     monkeypatch.setattr(LoraConfig, "scale", lambda self, rank: 1.01 * self.alpha / rank)
     assert not any(case.passed for case in parity.verify(folder, adapter=adapter, tokens=1))
 
@@ -271,25 +283,29 @@ def test_an_adapter_agrees_with_peft(
 def test_quantized_weights_are_computed_right(
     packed: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the same weights as floats; also with an adapter beside them. What a kernel gets wrong by a thousandth is told."""
-    for beside in (None, adapter):
-        for case in parity.verify(packed, adapter=beside, tokens=8):
+    """Against the same weights as floats; also with an adapter beside them. What a kernel gets
+    wrong by a thousandth is told.
+    """
+    for adapter_folder in (None, adapter):
+        for case in parity.verify(packed, adapter=adapter_folder, tokens=8):
             assert case.passed, case
-            assert (case.standard, case.stages[-1].name) == (parity.ROUNDED, candidate.LINEARS)
-            assert case.stages[-1].largest > 0
-            assert case.stage("layer 1").relative < 0.05
+            assert (case.tolerance, case.layers[-1].name) == (parity.QUANTIZED, candidate.LINEARS)
+            assert case.layers[-1].largest > 0
+            assert case.layer("layer 1").relative < 0.05
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
     monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: self.plain(x) * 1.001)
     cases = parity.verify(packed, tokens=1)
     assert not any(case.passed for case in cases)
     assert all(
-        case.stage(candidate.LINEARS).relative == pytest.approx(1e-3, rel=0.01) for case in cases
+        case.layer(candidate.LINEARS).relative == pytest.approx(1e-3, rel=0.01) for case in cases
     )
-    assert all(case.stage("logits").relative < parity.ROUNDED.within for case in cases)
+    assert all(case.layer("logits").relative < parity.QUANTIZED.logits for case in cases)
 
 
-def test_what_quantizing_costs(packed: Path, folder: Path) -> None:
-    """Against the checkpoint it was made from every stage is off, a little; nothing is asked of it."""
+def test_what_quantising_costs(packed: Path, folder: Path) -> None:
+    """Against the checkpoint it was made from every layer is off, a little; nothing is
+    asked of it.
+    """
     other = tiny_checkpoint(
         packed.parent / f"beside-{packed.name}", checkpoints.read_config(folder), seed=1
     )
@@ -300,10 +316,10 @@ def test_what_quantizing_costs(packed: Path, folder: Path) -> None:
     assert 0 < 2 * lost[0] < lost[1] < 0.1 * lost[2]
     for case, right in zip(against, own, strict=True):
         assert case.passed
-        assert case.standard is parity.COST
-        assert 1e-3 < case.stage("layer 1").relative < 0.2
-        assert case.stage(candidate.LINEARS) == right.stage(candidate.LINEARS)
-        assert json.dumps(case.told(), allow_nan=False)
+        assert case.tolerance is parity.OTHER_WEIGHTS
+        assert 1e-3 < case.layer("layer 1").relative < 0.2
+        assert case.layer(candidate.LINEARS) == right.layer(candidate.LINEARS)
+        assert json.dumps(case.to_dict(), allow_nan=False)
     assert not any(case.passed for case in parity.verify(folder, against=other, tokens=1))
 
 
@@ -316,10 +332,10 @@ def test_without_peft(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_measured() -> None:
-    assert candidate.measured(
+    assert candidate.layer_diff(
         "x", torch.zeros(2), torch.tensor([0.0, -3.0])
     ) == candidate.LayerDiff("x", 3.0, 3.0)
-    assert candidate.measured("x", torch.zeros(0), torch.zeros(0)).relative == 0
-    assert math.isinf(candidate.measured("x", torch.zeros(2), torch.zeros(3)).error)
-    assert parity.agreeing([1, 2, 3], [1, 2]) == 2
-    assert parity.agreeing([1, 2, 3], [1, 5, 3]) == 1
+    assert candidate.layer_diff("x", torch.zeros(0), torch.zeros(0)).relative == 0
+    assert math.isinf(candidate.layer_diff("x", torch.zeros(2), torch.zeros(3)).error)
+    assert parity.matching_prefix([1, 2, 3], [1, 2]) == 2
+    assert parity.matching_prefix([1, 2, 3], [1, 5, 3]) == 1

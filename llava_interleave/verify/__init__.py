@@ -1,7 +1,7 @@
-"""This package against transformers, and against itself made otherwise: why two numbers differ."""
+"""Parity with transformers, and ablations: which setting makes two results differ."""
 
-from .ablations import BASELINE, AblationResult, why
+from .ablations import BASELINE, AblationResult, ablate
 from .candidate import LayerDiff
 from .parity import ParityCase, Tolerance, verify
 
-__all__ = ["BASELINE", "AblationResult", "LayerDiff", "ParityCase", "Tolerance", "verify", "why"]
+__all__ = ["BASELINE", "AblationResult", "LayerDiff", "ParityCase", "Tolerance", "ablate", "verify"]

@@ -1,4 +1,6 @@
-"""Why do my numbers differ? The ways in which pipelines for these checkpoints differ, each switched alone, and what it does."""
+"""Why do my numbers differ? Pipelines for these checkpoints differ in a few settings; each is
+changed alone here.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from ..chat import locate
 from ..checkpoints import stored_precision
 from ..processing import Processor
 from .candidate import Candidate, load
-from .parity import agreeing, conversations, divergence
+from .parity import conversations, kl_divergence, matching_prefix
 
 BASELINE = (
-    "preset hf, pictures squashed, float32 (quantized weights as they are), all layers of the tower"
+    "preset hf, images squashed, float32 (quantized weights as stored), all layers of the tower"
 )
 CASES = ("one image", "three images")
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -27,112 +29,114 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "geometry pad": {"pad": True},
     "geometry anyres": {"anyres": True},
 }
-"""What is switched in the making of a prompt."""
+"""Changes of the prompt."""
 PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
     "int8": {"precision": "int8"},
     "int4": {"precision": "int4"},
 }
-"""What is switched in the reading of the weights."""
+"""Changes of the weights' precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class AblationResult:
-    """What one switch does to the answer to one prompt, against `BASELINE`.
+    """The effect of one changed setting on the answer to one prompt, against `BASELINE`.
 
-    prompt: its length in tokens. kl: Kullback-Leibler divergence of the first answer token's distribution from the baseline's, in
-    nats. likeliest: whether the likeliest first token is the same. same: how many of the `tokens` greedy tokens agree before the
-    first that differs. text: the greedy tokens.
+    prompt_tokens: length of the prompt. kl: Kullback-Leibler divergence of the first answer token's
+    distribution from the baseline's, in nats. same_top1: whether the most probable first token is
+    the same. matching: how many of the `tokens` greedy tokens agree before the first that differs.
+    text: the greedy tokens.
     """
 
-    switch: str
+    setting: str
     case: str
-    prompt: int
+    prompt_tokens: int
     kl: float
-    likeliest: bool
-    same: int
+    same_top1: bool
+    matching: int
     tokens: int
     text: str
 
 
-Answered = tuple[int, Tensor, list[int]]
+Output = tuple[int, Tensor, list[int]]
 """Length of the prompt, logits of the first answer token, greedy tokens."""
 
 
-def why(
+def ablate(
     name: str | Path | None = None,
     *,
     revision: str | None = None,
     adapter: str | Path | None = None,
     tokens: int = 32,
-    say: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[AblationResult]:
-    """The effects of every switch on one picture and on several; the first rows are the baseline itself. Needs no transformers.
+    """The effect of every changed setting on one image and on several; the baseline comes first.
+    Needs no transformers.
 
-    adapter: beside the network throughout. say: told how many of the answers are there, and of how many.
+    adapter: used throughout. progress: called with the number of finished answers, and of all.
     """
     folder = locate(name, revision)
-    beside = locate(adapter, None) if adapter else None
+    adapter_folder = locate(adapter, None) if adapter else None
     processor = Processor.from_folder(folder)
-    kinds = (
+    precisions = (
         ["bfloat16"] if stored_precision(folder) else list(PRECISIONS)
     )  # no kernel computes in float16
-    baseline: dict[str, Answered] = {}
-    effects: list[AblationResult] = []
-    for switch, case, answered in _answers(folder, processor, beside, kinds, tokens):
-        base = baseline.setdefault(case, answered)
-        effects.append(_effect(switch, case, base, answered, processor))
-        if say:
-            say(len(effects), len(CASES) * (len(PROMPTS) + len(kinds) + 2))
-    return effects
+    baseline: dict[str, Output] = {}
+    results: list[AblationResult] = []
+    for setting, case, output in _run_all(folder, processor, adapter_folder, precisions, tokens):
+        base = baseline.setdefault(case, output)
+        results.append(_result(setting, case, base, output, processor))
+        if progress:
+            progress(len(results), len(CASES) * (len(PROMPTS) + len(precisions) + 2))
+    return results
 
 
-def _answers(
-    folder: Path, processor: Processor, adapter: Path | None, kinds: list[str], tokens: int
-) -> Iterator[tuple[str, str, Answered]]:
+def _run_all(
+    folder: Path, processor: Processor, adapter: Path | None, precisions: list[str], tokens: int
+) -> Iterator[tuple[str, str, Output]]:
     chats = {case: chat for case, chat in conversations().items() if case in CASES}
 
     def answers(
-        network: Candidate, switch: str, **given: Any
-    ) -> Iterator[tuple[str, str, Answered]]:
+        network: Candidate, setting: str, **changes: Any
+    ) -> Iterator[tuple[str, str, Output]]:
         for case, chat in chats.items():
-            prompt = processor.prompt(chat, **{"preset": "hf", **given})
-            first = network.logits(prompt)[-1, : processor.tokenizer.size]
-            yield switch, case, (len(prompt), first, network.greedy(prompt, tokens))
+            prompt = processor.prompt(chat, **{"preset": "hf", **changes})
+            logits = network.logits(prompt)[-1, : processor.tokenizer.size]
+            yield setting, case, (len(prompt), logits, network.greedy(prompt, tokens))
 
     network = load(folder, processor, adapter)
     yield from answers(network, "baseline")
-    for switch, given in PROMPTS.items():
-        yield from answers(network, switch, **given)
+    for setting, changes in PROMPTS.items():
+        yield from answers(network, setting, **changes)
     _drop_layer(network)
     yield from answers(network, "layer before the last")
-    for switch in kinds:
+    for setting in precisions:
         del network
         gc.collect()
-        network = load(folder, processor, adapter, **PRECISIONS[switch])
-        yield from answers(network, switch)
+        network = load(folder, processor, adapter, **PRECISIONS[setting])
+        yield from answers(network, setting)
 
 
 def _drop_layer(network: Candidate) -> None:
     encoder = network.engine.model.vision_tower.encoder
     encoder.layers = encoder.layers[:-1]
-    network.engine.clear()  # what it keeps of pictures is made by all layers
+    network.engine.clear()  # its cached features come from all layers
 
 
-def _effect(
-    switch: str, case: str, base: Answered, answered: Answered, processor: Processor
+def _result(
+    setting: str, case: str, base: Output, output: Output, processor: Processor
 ) -> AblationResult:
-    (_, before, theirs), (length, first, written) = base, answered
-    same = bool(before.argmax() == first.argmax())
-    text = processor.tokenizer.decode(written)
+    (_, base_logits, base_tokens), (length, logits, tokens) = base, output
+    same_top1 = bool(base_logits.argmax() == logits.argmax())
+    text = processor.tokenizer.decode(tokens)
     return AblationResult(
-        switch,
+        setting,
         case,
         length,
-        divergence(before, first),
-        same,
-        agreeing(theirs, written),
-        len(written),
+        kl_divergence(base_logits, logits),
+        same_top1,
+        matching_prefix(base_tokens, tokens),
+        len(tokens),
         text,
     )

@@ -1,4 +1,6 @@
-"""Our network of a checkpoint, an adapter beside it or none, and what it computes of a prompt, stage by stage."""
+"""The network of this package, with an adapter or without, and its outputs for a prompt, layer by
+layer.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,16 @@ from ..processing import Processor
 from ..prompt import Prompt
 from ..quantization.linear_cpu import QuantizedLinear
 
-Stages = dict[str, Tensor]
-"""What a network computes on its way, by name: pixels, tower, projector, layer 1 ..., norm, logits."""
+LayerOutputs = dict[str, Tensor]
+"""Outputs by name: pixels, tower, projector, layer 1 ..., norm, logits."""
 LINEARS = "quantized linears, each alone"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerDiff:
-    """Two tensors at one place of the way. error: the largest difference, infinite for two shapes. largest: transformers' own."""
+    """Outputs of one layer on both sides. error: largest difference, infinite for two shapes.
+    largest: largest value of the reference.
+    """
 
     name: str
     error: float
@@ -39,7 +43,7 @@ class LayerDiff:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An engine, and the name of the adapter in it that everything goes through."""
+    """An engine, and the name of the adapter that everything goes through."""
 
     engine: Engine
     adapter: str | None
@@ -56,41 +60,45 @@ class Candidate:
             x = model.embed(torch.tensor(prompt.tokens), spans)
             return model.logits(model(x, torch.arange(len(prompt)), PackedAttention([len(prompt)])))
 
-    def stages(self, prompt: Prompt) -> Stages:
-        """What the network computes of a prompt."""
-        with recorded(
+    def layers(self, prompt: Prompt) -> LayerOutputs:
+        """The outputs of all layers for a prompt."""
+        with record_layers(
             self.engine.model.multi_modal_projector, self.engine.model.language_model
-        ) as seen:
+        ) as outputs:
             logits = self.logits(prompt)
         pixels = (
             {"pixels": torch.cat([media.pixels for media in prompt.media])} if prompt.media else {}
         )
         return (
-            pixels | {name: torch.cat(parts) for name, parts in seen.items()} | {"logits": logits}
+            pixels
+            | {name: torch.cat(parts) for name, parts in outputs.items()}
+            | {"logits": logits}
         )
 
     def linears(self, prompt: Prompt) -> tuple[LayerDiff, ...]:
-        """Of the quantized linears the one furthest from what its integers say, given what a prompt gives it; () without any."""
-        found: list[LayerDiff] = []
+        """The quantized linear with the largest error against the product with its integers, on a
+        prompt's inputs; () without any.
+        """
+        diffs: list[LayerDiff] = []
 
-        def keep(linear: QuantizedLinear, given: tuple[Tensor], out: Tensor) -> None:
-            found.append(measured(LINEARS, out, linear.plain(*given)))
+        def record(linear: QuantizedLinear, inputs: tuple[Tensor], out: Tensor) -> None:
+            diffs.append(layer_diff(LINEARS, out, linear.plain(*inputs)))
 
-        quantized = [
+        linears = [
             module for module in self.engine.model.modules() if isinstance(module, QuantizedLinear)
         ]
-        if not quantized:
+        if not linears:
             return ()
         with ExitStack() as hooks:
-            for linear in quantized:
-                hooks.enter_context(linear.register_forward_hook(keep))
+            for linear in linears:
+                hooks.enter_context(linear.register_forward_hook(record))
             self.logits(prompt)
-        return (max(found, key=lambda stage: stage.relative),)
+        return (max(diffs, key=lambda layer: layer.relative),)
 
     def greedy(self, prompt: Prompt, tokens: int) -> list[int]:
         """The likeliest continuation, by the engine; it does not stop at the end of the turn."""
-        how = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-        (request,) = self.engine.generate([prompt], how, adapter=self.adapter)
+        params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+        (request,) = self.engine.generate([prompt], params, adapter=self.adapter)
         return request.generated
 
 
@@ -101,7 +109,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     precision: str | None = None,
 ) -> Candidate:
-    """The network of a folder, as `weights.load` has it, with the adapter in another folder."""
+    """The network of a folder, as `checkpoints.load` has it, with the adapter in another folder."""
     model = checkpoints.load(folder, dtype=dtype, precision=precision)
     engine = Engine(
         model,
@@ -115,36 +123,38 @@ def load(
 
 
 @contextmanager
-def recorded(projector: nn.Module, decoder: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What goes into a projector and comes out, and what comes out of a decoder's layers and norm, while the context lasts."""
-    seen: dict[str, list[Tensor]] = {}
+def record_layers(projector: nn.Module, decoder: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the projector's input and output and the outputs of the decoder's layers and norm
+    within the context.
+    """
+    outputs: dict[str, list[Tensor]] = {}
 
-    def keep(name: str, value: Any) -> None:
+    def record(name: str, value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
-        seen.setdefault(name, []).append(value.detach().reshape(-1, value.shape[-1]).clone())
+        outputs.setdefault(name, []).append(value.detach().reshape(-1, value.shape[-1]).clone())
 
     with ExitStack() as hooks:
         hooks.enter_context(
-            projector.register_forward_pre_hook(lambda _, given: keep("tower", given[0]))
+            projector.register_forward_pre_hook(lambda _, inputs: record("tower", inputs[0]))
         )
         hooks.enter_context(
-            projector.register_forward_hook(lambda _, __, out: keep("projector", out))
+            projector.register_forward_hook(lambda _, __, out: record("projector", out))
         )
-        places = {
+        modules = {
             f"layer {i}": layer
             for i, layer in enumerate(decoder.get_submodule("layers").children(), 1)
         }
-        for name, module in {**places, "norm": decoder.get_submodule("norm")}.items():
+        for name, module in {**modules, "norm": decoder.get_submodule("norm")}.items():
             hooks.enter_context(
-                module.register_forward_hook(lambda _, __, out, name=name: keep(name, out))
+                module.register_forward_hook(lambda _, __, out, name=name: record(name, out))
             )
-        yield seen
+        yield outputs
 
 
-def measured(name: str, ours: Tensor, theirs: Tensor) -> LayerDiff:
-    error = _most(ours - theirs) if ours.shape == theirs.shape else float("inf")
-    return LayerDiff(name, error, _most(theirs))
+def layer_diff(name: str, ours: Tensor, theirs: Tensor) -> LayerDiff:
+    error = _max_abs(ours - theirs) if ours.shape == theirs.shape else float("inf")
+    return LayerDiff(name, error, _max_abs(theirs))
 
 
-def _most(values: Tensor) -> float:
+def _max_abs(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0

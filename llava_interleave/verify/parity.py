@@ -1,4 +1,6 @@
-"""Ours against transformers here, in float32: token ids, pixels, tower, projector, every layer, logits, greedy tokens."""
+"""Parity with transformers in float32: token ids, pixels, tower, projector, layers, logits, greedy
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from ..checkpoints import stored_precision
 from ..processing import Processor
 from ..prompt import Prompt
 from . import candidate, reference
-from .candidate import LINEARS, LayerDiff, Stages, measured
+from .candidate import LINEARS, LayerDiff, LayerOutputs, layer_diff
 
 TOLERANCE = 1e-4
 """What rounding in float32 explains, relative to the largest value."""
@@ -26,82 +28,85 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What is asked of two sides besides equal ids and pixels.
+    """What two sides must have in common besides equal ids and pixels.
 
-    within: how far a logit may be off, relative to the largest one where that is above 1. greedy: whether all greedy tokens must
-    be equal. told: what the other side is, in words.
+    logits: largest difference of a logit, relative to the largest logit where that is above 1.
+    greedy: whether all greedy tokens must be equal. reference: the other side, in words.
     """
 
-    within: float
+    logits: float
     greedy: bool
-    told: str
+    reference: str
 
     def __str__(self) -> str:
         logits = (
-            f", logits within {self.within:g} of the largest one" if isfinite(self.within) else ""
+            f", logits within {self.logits:g} of the largest one" if isfinite(self.logits) else ""
         )
         own = (
             ", equal greedy tokens"
             if self.greedy
-            else f", every quantized linear within {TOLERANCE:g} of what its integers say"
+            else f", every quantized linear within {TOLERANCE:g} of the product with its integers"
         )
         return f"equal ids, equal pixels{logits}{own}"
 
 
 EXACT = Tolerance(TOLERANCE, True, "transformers, float32")
-# Where a float's last digit makes the two sides round an input apart, it is off by a step, 1/127 of its group's largest, and what
-# follows is not near any more; so each linear is also asked alone, given what the other way of computing it is given.
-ROUNDED = Tolerance(
+# Where the last digit of a float makes the two sides round an input differently, that input is off
+# by a step, 1/127 of the largest one in its group, and every layer after it differs more; so each
+# linear is also compared alone, on equal inputs.
+QUANTIZED = Tolerance(
     0.1, False, "transformers, float32, with these weights as floats and inputs rounded to 8 bits"
 )
-COST = Tolerance(inf, False, "transformers, float32, with other weights")
+OTHER_WEIGHTS = Tolerance(inf, False, "transformers, float32, with other weights")
 
 
 @dataclass(frozen=True, slots=True)
 class ParityCase:
     """One prompt on both sides.
 
-    prompt: its length in tokens. ids: whether both made the same token ids of it: template and tokenizer. stages: from pixels to
-    logits, none beyond the pixels where ids differ; then `LINEARS`, of quantized weights. kl: divergence of the first answer
-    token's distribution, in nats; None where ids or vocabularies differ. same: how many of the `tokens` greedy tokens agree
-    before the first that differs. ours, theirs: those tokens as text.
+    prompt_tokens: length of the prompt. same_ids: whether template and tokenizer give both sides
+    the same token ids. layers: from pixels to logits, only pixels where ids differ; then `LINEARS`,
+    of quantized weights. kl: Kullback-Leibler divergence of the first answer token's distribution,
+    in nats; None where ids or vocabularies differ. matching: how many of the `tokens` greedy tokens
+    agree before the first that differs. candidate, reference: the greedy tokens of this package and
+    of transformers, as text.
     """
 
     name: str
-    standard: Tolerance
-    prompt: int
-    ids: bool
-    stages: tuple[LayerDiff, ...]
+    tolerance: Tolerance
+    prompt_tokens: int
+    same_ids: bool
+    layers: tuple[LayerDiff, ...]
     kl: float | None
-    same: int
+    matching: int
     tokens: int
-    ours: str
-    theirs: str
+    candidate: str
+    reference: str
 
     def has(self, name: str) -> bool:
-        return any(stage.name == name for stage in self.stages)
+        return any(layer.name == name for layer in self.layers)
 
-    def stage(self, name: str) -> LayerDiff:
-        """A stage by name; one that was not reached is infinitely wrong."""
+    def layer(self, name: str) -> LayerDiff:
+        """A layer by name; one that was not reached has an infinite error."""
         return next(
-            (stage for stage in self.stages if stage.name == name),
+            (layer for layer in self.layers if layer.name == name),
             LayerDiff(name, float("inf"), 0.0),
         )
 
-    def told(self) -> dict[str, Any]:
-        """As JSON has it: an infinite difference is null."""
-        stages = [
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: an infinite difference is null."""
+        layers = [
             {
                 "name": s.name,
                 "error": s.error if isfinite(s.error) else None,
                 "relative": s.relative if isfinite(s.error) else None,
             }
-            for s in self.stages
+            for s in self.layers
         ]
         return {
             **asdict(self),
-            "standard": str(self.standard),
-            "stages": stages,
+            "tolerance": str(self.tolerance),
+            "layers": layers,
             "passed": self.passed,
         }
 
@@ -111,15 +116,15 @@ class ParityCase:
 
     @property
     def passed(self) -> bool:
-        logits, pixels = self.stage("logits"), self.stage("pixels").error if self.images else 0.0
-        near = logits.error <= self.standard.within * max(1.0, logits.largest)
-        linears = not self.has(LINEARS) or self.stage(LINEARS).relative <= TOLERANCE
+        logits, pixels = self.layer("logits"), self.layer("pixels").error if self.images else 0.0
+        near = logits.error <= self.tolerance.logits * max(1.0, logits.largest)
+        linears = not self.has(LINEARS) or self.layer(LINEARS).relative <= TOLERANCE
         return (
-            self.ids
+            self.same_ids
             and pixels == 0
             and near
             and linears
-            and (self.same == self.tokens or not self.standard.greedy)
+            and (self.matching == self.tokens or not self.tolerance.greedy)
         )
 
 
@@ -131,36 +136,40 @@ def verify(
     against: str | Path | None = None,
     tokens: int = 32,
 ) -> list[ParityCase]:
-    """Compare a checkpoint folder or Hugging Face name, or the built-in model, with transformers on text, images, several turns.
+    """Compare a checkpoint folder or Hugging Face name, or the built-in model, with transformers on
+    text, images, several turns.
 
-    adapter: beside the network, there by PEFT. A quantized folder is compared with its own weights as floats and with the same
-    rounding of inputs, which asks whether it is computed right. against: the checkpoint that transformers reads instead; the one
-    that a quantized folder was made from tells what its rounding costs, of which nothing is asked.
-    Both networks are held in float32, one after the other. Raises `Unsupported` if transformers, or PEFT, is not installed.
+    adapter: used on both sides, by PEFT in transformers. A quantized folder is compared with its
+    own weights as floats and with the same rounding of inputs, which tests its arithmetic. against:
+    the checkpoint that transformers reads instead; with the one that a quantized folder was made
+    from, the result is the loss by quantization, and no tolerance applies. Both networks are in
+    float32, one after the other. Raises `Unsupported` if transformers, or PEFT, is not installed.
     """
-    folder, beside = locate(name, revision), locate(adapter, None) if adapter else None
-    reference.library(beside)
+    folder, adapter_folder = locate(name, revision), locate(adapter, None) if adapter else None
+    reference.library(adapter_folder)
     processor = Processor.from_folder(folder)
     chats = conversations()
     prompts = {case: processor.prompt(chat, preset="hf") for case, chat in chats.items()}
-    network = candidate.load(folder, processor, beside)
-    made = {
-        case: (network.stages(prompt), network.greedy(prompt, tokens))
+    network = candidate.load(folder, processor, adapter_folder)
+    outputs = {
+        case: (network.layers(prompt), network.greedy(prompt, tokens))
         for case, prompt in prompts.items()
     }
     alone = {case: network.linears(prompt) for case, prompt in prompts.items()}
     del network
     gc.collect()
     other = folder if against is None else locate(against, None)
-    standard = EXACT if not stored_precision(folder) else ROUNDED if against is None else COST
-    hf = reference.load(other, processor, beside, eight_bits=standard is ROUNDED)
+    tolerance = (
+        EXACT if not stored_precision(folder) else QUANTIZED if against is None else OTHER_WEIGHTS
+    )
+    hf = reference.load(other, processor, adapter_folder, int8_activations=tolerance is QUANTIZED)
     return [
         compare(
             case,
-            standard,
+            tolerance,
             processor,
             prompts[case],
-            made[case],
+            outputs[case],
             hf.answer(chats[case], tokens),
             alone[case],
         )
@@ -169,8 +178,10 @@ def verify(
 
 
 def conversations() -> dict[str, list[dict[str, Any]]]:
-    """What is asked on both sides: text alone, one image, several, and a second turn with another image."""
-    a, b, c = (picture(seed) for seed in range(3))
+    """The conversations of both sides: text alone, one image, several, and a second turn with
+    another image.
+    """
+    a, b, c = (sample_image(seed) for seed in range(3))
     several = [turn("user", "What changed between these pictures?", a, b, c)]
     turns = [
         turn("user", "What is this?", a),
@@ -195,8 +206,10 @@ def turn(role: str, text: str, *images: Image.Image) -> dict[str, Any]:
     }
 
 
-def picture(seed: int) -> Image.Image:
-    """A picture of coloured waves, 97 + 40 x seed pixels wide: smooth and sharp parts, and no side of the tower's size."""
+def sample_image(seed: int) -> Image.Image:
+    """Colored waves, 97 + 40 x seed pixels wide: smooth and sharp parts, and no side of the tower's
+    size.
+    """
     width, height = 97 + 40 * seed, 131
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     waves = torch.stack(
@@ -214,44 +227,48 @@ def picture(seed: int) -> Image.Image:
 
 def compare(
     name: str,
-    standard: Tolerance,
+    tolerance: Tolerance,
     processor: Processor,
     prompt: Prompt,
-    ours: tuple[Stages, list[int]],
-    theirs: tuple[list[int], Stages, list[int]],
+    ours: tuple[LayerOutputs, list[int]],
+    theirs: tuple[list[int], LayerOutputs, list[int]],
     alone: tuple[LayerDiff, ...] = (),
 ) -> ParityCase:
-    (our_stages, our_tokens), (ids, stages, tokens) = ours, theirs
+    (our_layers, our_tokens), (ids, layers, tokens) = ours, theirs
     same_ids = prompt.tokens == ids
-    names = [stage for stage in our_stages | stages if same_ids or stage == "pixels"]
-    nothing, size = torch.zeros(0), processor.tokenizer.size
-    alike = same_ids and our_stages["logits"].shape == stages["logits"].shape
+    names = [layer for layer in our_layers | layers if same_ids or layer == "pixels"]
+    missing, size = torch.zeros(0), processor.tokenizer.size
+    comparable = same_ids and our_layers["logits"].shape == layers["logits"].shape
     return ParityCase(
         name,
-        standard,
+        tolerance,
         len(prompt),
         same_ids,
         (
             *(
-                measured(stage, our_stages.get(stage, nothing), stages.get(stage, nothing))
-                for stage in names
+                layer_diff(layer, our_layers.get(layer, missing), layers.get(layer, missing))
+                for layer in names
             ),
             *alone,
         ),
-        divergence(stages["logits"][-1, :size], our_stages["logits"][-1, :size]) if alike else None,
-        agreeing(our_tokens, tokens),
+        kl_divergence(layers["logits"][-1, :size], our_layers["logits"][-1, :size])
+        if comparable
+        else None,
+        matching_prefix(our_tokens, tokens),
         max(len(our_tokens), len(tokens)),
         *(processor.tokenizer.decode(written) for written in (our_tokens, tokens)),
     )
 
 
-def divergence(theirs: Tensor, ours: Tensor) -> float:
-    """Kullback-Leibler divergence, in nats, of the distribution with our logits from that with theirs."""
+def kl_divergence(theirs: Tensor, ours: Tensor) -> float:
+    """Kullback-Leibler divergence, in nats, of the distribution with our logits from that with
+    theirs.
+    """
     p, q = theirs.double().log_softmax(dim=-1), ours.double().log_softmax(dim=-1)
     return max(0.0, float((p.exp() * (p - q)).sum()))
 
 
-def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+def matching_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens agree before the first that differs."""
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))

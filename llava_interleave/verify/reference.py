@@ -1,4 +1,6 @@
-"""What transformers makes of the same prompts: an adapter is put there by PEFT, quantized weights count as floats."""
+"""The network of transformers on the same prompts: an adapter by PEFT, quantized
+weights as floats.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,28 @@ from ..model import Llava
 from ..processing import Processor
 from ..quantization.linear_cpu import QuantizedLinear
 from ..quantization.packing import fake_quantize_activations
-from .candidate import Stages, recorded
+from .candidate import LayerOutputs, record_layers
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Transformers' network and its processor; a vocabulary's ids from `vocab` on have no meaning."""
+    """The network of transformers and its processor; token ids from `vocab` on have no meaning."""
 
     model: Any
-    prepare: Any
+    processor: Any
     vocab: int
 
     def answer(
         self, chat: Sequence[Mapping[str, Any]], tokens: int
-    ) -> tuple[list[int], Stages, list[int]]:
-        """Token ids of the prompt, the stages, and the greedy tokens written."""
-        inputs = self.prepare.apply_chat_template(
+    ) -> tuple[list[int], LayerOutputs, list[int]]:
+        """Token ids of the prompt, the layers, and the greedy tokens written."""
+        inputs = self.processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         with torch.inference_mode():
-            with recorded(
+            with record_layers(
                 self.model.model.multi_modal_projector, self.model.model.language_model
-            ) as seen:
+            ) as outputs:
                 logits = self.model(**inputs).logits[0]
             written = self.model.generate(
                 **inputs,
@@ -49,14 +51,18 @@ class Reference:
             )
         ids = inputs["input_ids"][0].tolist()
         pixels = {"pixels": inputs["pixel_values"]} if "pixel_values" in inputs else {}
-        stages = (
-            pixels | {name: torch.cat(parts) for name, parts in seen.items()} | {"logits": logits}
+        layers = (
+            pixels
+            | {name: torch.cat(parts) for name, parts in outputs.items()}
+            | {"logits": logits}
         )
-        return ids, stages, written[0, len(ids) :].tolist()
+        return ids, layers, written[0, len(ids) :].tolist()
 
 
 def library(adapter: Path | None) -> ModuleType:
-    """transformers, silent. Raises `Unsupported` where it, or PEFT for an adapter, is not installed."""
+    """transformers, without its messages. Raises `Unsupported` where it, or PEFT for an adapter, is
+    not installed.
+    """
     name = "transformers"
     try:
         import transformers
@@ -74,34 +80,42 @@ def library(adapter: Path | None) -> ModuleType:
 
 
 def load(
-    folder: Path, processor: Processor, adapter: Path | None = None, *, eight_bits: bool = False
+    folder: Path,
+    processor: Processor,
+    adapter: Path | None = None,
+    *,
+    int8_activations: bool = False,
 ) -> Reference:
-    """Transformers' network of a folder in float32. eight_bits: inputs of its linears are rounded as those of ours are."""
+    """The network of a folder in float32. int8_activations: the inputs of its linears are rounded
+    as in this package.
+    """
     transformers = library(adapter)
     with tempfile.TemporaryDirectory() as scratch:
         readable = _readable(folder, Path(scratch) / "hub")
         model = transformers.LlavaForConditionalGeneration.from_pretrained(
             readable, dtype=torch.float32
         ).eval()
-        prepare = transformers.AutoProcessor.from_pretrained(readable, backend="pil")
-    model.generation_config.eos_token_id = None  # as ours, it goes on past the end of the turn
+        auto_processor = transformers.AutoProcessor.from_pretrained(readable, backend="pil")
+    model.generation_config.eos_token_id = (
+        None  # continues past the end of the turn, as the candidate does
+    )
     for linear in (
-        module for module in model.modules() if eight_bits and isinstance(module, nn.Linear)
+        module for module in model.modules() if int8_activations and isinstance(module, nn.Linear)
     ):
-        linear.register_forward_pre_hook(lambda _, given: (fake_quantize_activations(given[0]),))
+        linear.register_forward_pre_hook(lambda _, inputs: (fake_quantize_activations(inputs[0]),))
     if adapter:
         from peft import PeftModel
 
-        PeftModel.from_pretrained(
-            model, adapter
-        ).eval()  # puts its matrices beside the linears of `model` itself
-    return Reference(model, prepare, processor.tokenizer.size)
+        PeftModel.from_pretrained(model, adapter).eval()  # adds its matrices to `model` itself
+    return Reference(model, auto_processor, processor.tokenizer.size)
 
 
 def _readable(folder: Path, new: Path) -> Path:
-    """A folder that transformers reads: this one, or for the original form and for quantized weights a copy."""
+    """A folder that transformers reads: this one, or a copy for the original layout and for
+    quantized weights.
+    """
     if checkpoints.stored_precision(folder):
-        _unpack(checkpoints.load(folder, dtype=torch.float32), new, folder)
+        _dequantize(checkpoints.load(folder, dtype=torch.float32), new, folder)
     elif "mm_projector_type" in checkpoints.read_json(folder / "config.json"):
         checkpoints.save(checkpoints.load(folder, dtype=torch.float32), new, processor_from=folder)
     else:
@@ -109,8 +123,8 @@ def _readable(folder: Path, new: Path) -> Path:
     return new
 
 
-def _unpack(model: Llava, new: Path, processor_from: Path) -> None:
-    """Write a quantized network with its weights as they count, in float32."""
+def _dequantize(model: Llava, new: Path, processor_from: Path) -> None:
+    """Write a quantized network with its weights dequantized to float32."""
     state, modules = model.state_dict(), dict(model.named_modules())
 
     def tensor(name: str) -> Tensor:
@@ -123,7 +137,7 @@ def _unpack(model: Llava, new: Path, processor_from: Path) -> None:
 
     untied = replace(
         model.config, text=replace(model.config.text, tie_word_embeddings=False)
-    )  # its head is a matrix of its own
+    )  # the head is quantized on its own
     checkpoints.write_checkpoint(
         new, untied, tensor, processor_from=processor_from, dtype=torch.float32
     )

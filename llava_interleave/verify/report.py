@@ -19,22 +19,22 @@ CASES = (
     "same greedy tokens",
     "passed",
 )
-EFFECTS = (
-    "switch",
+ABLATIONS = (
+    "setting",
     "prompt",
     "tokens",
     "divergence, nats",
-    "same likeliest token",
+    "same first token",
     "same greedy tokens",
 )
-STAGES = ("stage", "largest difference", "relative", "in")
+LAYERS = ("layer", "largest difference", "relative", "in")
 
 
 def write(
     path: Path,
     title: str,
     cases: Sequence[ParityCase],
-    effects: Sequence[AblationResult],
+    results: Sequence[AblationResult],
     about: dict[str, str],
 ) -> None:
     """Write the page."""
@@ -46,12 +46,12 @@ def write(
         cases=cases,
         case_columns=CASES,
         case_rows=case_rows(cases),
-        stage_columns=STAGES,
-        stage_rows=stage_rows(cases),
+        layer_columns=LAYERS,
+        layer_rows=layer_rows(cases),
         baseline=BASELINE,
-        effects=effects,
-        effect_columns=EFFECTS,
-        effect_rows=effect_rows(effects),
+        results=results,
+        ablation_columns=ABLATIONS,
+        ablation_rows=ablation_rows(results),
     )
 
 
@@ -59,35 +59,42 @@ def case_rows(cases: Sequence[ParityCase]) -> list[list[str]]:
     return [
         [
             case.name,
-            str(case.prompt),
-            _yes(case.ids),
-            f"{case.stage('pixels').error:.1e}" if case.images else "",
-            f"{case.stage('logits').error:.1e}",
+            str(case.prompt_tokens),
+            _yes(case.same_ids),
+            f"{case.layer('pixels').error:.1e}" if case.images else "",
+            f"{case.layer('logits').error:.1e}",
             "" if case.kl is None else f"{case.kl:.2g}",
-            f"{case.same}/{case.tokens}",
+            f"{case.matching}/{case.tokens}",
             _yes(case.passed),
         ]
         for case in cases
     ]
 
 
-def stage_rows(cases: Sequence[ParityCase]) -> list[list[str]]:
-    """Of every stage the case in which it is furthest off, in the order of the computation."""
-    longest = max(cases, key=lambda case: len(case.stages))
+def layer_rows(cases: Sequence[ParityCase]) -> list[list[str]]:
+    """For each layer the case with its largest relative error, in the order of the computation."""
+    longest = max(cases, key=lambda case: len(case.layers))
     rows = []
-    for name in (stage.name for stage in longest.stages):
+    for name in (layer.name for layer in longest.layers):
         worst = max(
-            (case for case in cases if case.has(name)), key=lambda case: case.stage(name).relative
+            (case for case in cases if case.has(name)), key=lambda case: case.layer(name).relative
         )
-        stage = worst.stage(name)
-        rows.append([name, f"{stage.error:.1e}", f"{stage.relative:.1e}", worst.name])
+        layer = worst.layer(name)
+        rows.append([name, f"{layer.error:.1e}", f"{layer.relative:.1e}", worst.name])
     return rows
 
 
-def effect_rows(effects: Sequence[AblationResult]) -> list[list[str]]:
+def ablation_rows(results: Sequence[AblationResult]) -> list[list[str]]:
     return [
-        [e.switch, e.case, str(e.prompt), f"{e.kl:.2g}", _yes(e.likeliest), f"{e.same}/{e.tokens}"]
-        for e in effects
+        [
+            e.setting,
+            e.case,
+            str(e.prompt_tokens),
+            f"{e.kl:.2g}",
+            _yes(e.same_top1),
+            f"{e.matching}/{e.tokens}",
+        ]
+        for e in results
     ]
 
 
