@@ -1,4 +1,6 @@
-"""HTML reports: every page is one self-contained file made from a template in `templates/`. Knows no models and no HTTP."""
+"""HTML reports: every page is one self-contained file made from a template in `templates/`. Knows
+no models and no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def render(template: str, **data: Any) -> str:
 
 
 def write(path: str | os.PathLike[str], template: str, **data: Any) -> None:
-    """Write the page a piece at a time; the file appears when it is complete. Raises `DataError`."""
+    """Write the page a piece at a time; the file appears when it is complete. Raises
+    `DataError`.
+    """
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     with _writing(target, draft), draft.open("w", encoding="utf-8", errors="backslashreplace") as f:

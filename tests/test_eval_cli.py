@@ -1,4 +1,6 @@
-"""`llava eval` and `llava batch` as a person types them: results, resuming, comparison, a server, errors."""
+"""`llava eval` and `llava batch` as a person types them: results, resuming, comparison, a server,
+errors.
+"""
 
 import json
 import re
@@ -37,14 +39,14 @@ def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
     )
     assert second.code == 0, second.err
     assert path.read_bytes().startswith(early)
-    bot, lines = load(tiny), json.loads(second.out)["world"]["lines"]
+    bot, lines = load(tiny), json.loads(second.out)["world"]["means"]
     errors = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     for scenario in ("single", "views"):
         score = benchmark.evaluate(
             lambda a: [x.text for x in bot.batch(a, max_new_tokens=80)], scenario, 3, held_out=False
         )
         (line,) = [line for line in lines if line["name"] == scenario]
-        assert (line["mean"], line["asked"]) == (score.share, 3)
+        assert (line["mean"], line["examples"]) == (score.share, 3)
         assert [
             (int(row["id"].split("/")[1]), row["question"], row["truth"], row["answer"])
             for row in errors
@@ -89,7 +91,8 @@ def test_a_custom_task_is_imported_from_the_working_directory(
         "from llava_interleave.evals.task import Example, Task\n"
         "def count(*, questions: int = 3, word: str = 'a') -> Task:\n"
         "    examples = [\n"
-        "        Example(id=str(i), group='all', question=word * i, truth='', judge=lambda text: 1.0,\n"
+        "        Example(id=str(i), group='all', question=word * i, truth='', scorer=lambda text: "
+        "1.0,\n"
         "            ask=lambda folder, i=i: [{'role': 'user', 'content': word * (i + 1)}])\n"
         "        for i in range(questions)\n"
         "    ]\n"
@@ -100,7 +103,7 @@ def test_a_custom_task_is_imported_from_the_working_directory(
     words = ("eval", "own_tasks:count", "-m", tiny, "--json", "--task-option", "questions=2")
     done = llava(*words, "--task-option", "word=b", "-o", tmp_path)
     assert done.code == 0, done.err
-    assert json.loads(done.out)["count"]["lines"][0]["asked"] == 2
+    assert json.loads(done.out)["count"]["means"][0]["examples"] == 2
     assert [row["question"] for row in read(tmp_path / "count.jsonl")[1]] == ["", "b"]
     other = llava("eval", "own_tasks:nothing")
     assert (other.code, other.err.count("\n")) == (2, 1)
@@ -116,14 +119,20 @@ def test_bench_and_diff(tiny: Path, tmp_path: Path) -> None:
     assert "made with float16" in done.out.replace("\n", " ")
     told = json.loads(llava(*words, "-n", 1, "-o", tmp_path / "b", "--as-published", "--json").out)
     assert told["interleave-in"]["run"]["preset"] == "official"
-    assert {line["name"]: line["asked"] for line in told["interleave-in"]["lines"] if line["kind"] == "group"} == {
-        "RAVEN": 1, "Spot-the-Diff": 1, "CLEVR-Change": 1,
-    }  # fmt: skip
+    assert {
+        line["name"]: line["examples"]
+        for line in told["interleave-in"]["means"]
+        if line["kind"] == "group"
+    } == {
+        "RAVEN": 1,
+        "Spot-the-Diff": 1,
+        "CLEVR-Change": 1,
+    }
     files = [str(tmp_path / name / "interleave-in.jsonl") for name in "ab"]
     compared = json.loads(llava("eval", "diff", *files, "--json").out)
     assert compared["changed"] == {"as_published": [False, True]}
     assert compared["only_in"] == [4, 0]
-    assert compared["lines"][-1]["pairs"] == 3
+    assert compared["differences"][-1]["pairs"] == 3
     table = llava("eval", "diff", *files).out
     assert "as_published: False | True" in table
     assert "4 examples only in A" in table
@@ -205,15 +214,15 @@ def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
     )
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    assert [line["name"] for line in told["blink"]["lines"]] == [
+    assert [line["name"] for line in told["blink"]["means"]] == [
         "Counting",
         "Jigsaw",
         "average",
         "all examples",
     ]
-    names = [line["name"] for line in told["pope"]["lines"]]
+    names = [line["name"] for line in told["pope"]["means"]]
     assert {"random", "popular: F1", "all examples: share of yes"} <= set(names)
-    assert all(line["failed"] == 0 for task in told.values() for line in task["lines"])
+    assert all(line["failed"] == 0 for task in told.values() for line in task["means"])
     assert (out / "blink.html").read_text().count("<img") == 4
 
 
@@ -291,7 +300,9 @@ def url() -> Iterator[str]:
 
 
 def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
-    """Files travel as data URLs; busy is waited for, a refusal is the sample's own, a wrong key ends the run."""
+    """Files travel as data URLs; busy is waited for, a refusal is the sample's own, a wrong key
+    ends the run.
+    """
     key = tmp_path / "key"
     key.write_text("wrong\n")
     samples = [
@@ -351,8 +362,14 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (("eval", "pope", "--check", "-m", "x"), "--model"),
         (("eval", WORLD, "--as-published"), "interleave-in"),
         (("eval", WORLD, "--html"), "--out"),
-        (("eval", WORLD, "--url", "http://x/v1", "--preset", "hf"), "the server's: leave out --preset"),
-        (("eval", WORLD, "--url", "http://x/v1", "--video-token-pool", "2"), "the server's: leave out --video-token-pool"),
+        (
+            ("eval", WORLD, "--url", "http://x/v1", "--preset", "hf"),
+            "the server's: leave out --preset",
+        ),
+        (
+            ("eval", WORLD, "--url", "http://x/v1", "--video-token-pool", "2"),
+            "the server's: leave out --video-token-pool",
+        ),
         (("eval", "diff", "a.jsonl", "b.jsonl", "--html"), "leave out --html"),
         (("eval", "diff", "a.jsonl"), "two result files"),
         (("eval", "diff", "a.jsonl", "b.jsonl"), "a.jsonl"),
@@ -361,7 +378,7 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (("batch", "none.jsonl", "out.jsonl"), "none.jsonl"),
         (("batch", "none.jsonl", "out.jsonl", "-n", "2"), "one answer"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(
     words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +400,6 @@ def test_progress_shows_how_many_and_how_fast(
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert "53/100" in shown
     pace = [float(found) for found in re.findall(r"([\d.e+]+)/s,", shown)]
-    assert pace  # the 50 that were there before are not counted as done in no time
+    assert pace  # the 50 that were there before are not scored_rows as done in no time
     assert all(speed < 20 for speed in pace)
     assert re.search(r"0:00:\d\d", shown)

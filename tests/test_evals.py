@@ -1,4 +1,6 @@
-"""Benchmarks: reading the published forms, running, resuming after kills, means, comparison and report. No model is needed."""
+"""Benchmarks: reading the published forms, running, resuming after kills, means, comparison and
+report. No model is needed.
+"""
 
 import json
 import os
@@ -18,7 +20,7 @@ from llava_interleave.chat import BUILTIN
 from llava_interleave.cli import evaluate
 from llava_interleave.errors import DataError, LlavaError, PromptError
 from llava_interleave.evals import interleave, multiple_choice, published, report, stats
-from llava_interleave.evals.run import BEFORE, about, run
+from llava_interleave.evals.run import PREVIOUS_TURN_FAILED, about, run
 from llava_interleave.evals.task import Example, Messages, Task
 from llava_interleave.journal import Journal, JsonRow, read
 from llava_interleave.processing.chat_template import MediaPlaceholder, parse
@@ -56,14 +58,22 @@ def rows_of(task: Task, answer: Any, folder: Path, **more: Any) -> list[JsonRow]
 
 
 def test_interleave_bench(tmp_path: Path) -> None:
-    """Prompts are the human turns with pictures in place; a later turn has the answers before it, and its own pictures."""
+    """Prompts are the human turns with pictures in place; a later turn has the answers before it,
+    and its own pictures.
+    """
     task = interleave.load("interleave-in", bench(tmp_path, WHOLE))
     assert not task.faults
     assert [e.id for e in task.examples] == [
-        "RAVEN/1/1", "Spot-the-Diff/1/1", "Spot-the-Diff/2/1", "RAVEN/2/1", "RAVEN/2/2", "RAVEN/2/3", "CLEVR-Change/1/1",
-    ]  # fmt: skip
+        "RAVEN/1/1",
+        "Spot-the-Diff/1/1",
+        "Spot-the-Diff/2/1",
+        "RAVEN/2/1",
+        "RAVEN/2/2",
+        "RAVEN/2/3",
+        "CLEVR-Change/1/1",
+    ]
     answer = said(ANSWERS)
-    rows = rows_of(task, answer, tmp_path, batch=2)
+    rows = rows_of(task, answer, tmp_path, batch_size=2)
     last = next(messages for messages in answer.asked if len(messages) == 5)
     assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
     assert [m["content"] for m in last if m["role"] == "assistant"] == ["B", "Answer: B"]
@@ -72,8 +82,11 @@ def test_interleave_bench(tmp_path: Path) -> None:
         "path": str(tmp_path / "interleave/Split1/RAVEN/2-1.png"),
     }
     assert {row["id"]: row["score"] for row in rows if row["group"] == "RAVEN"} == {
-        "RAVEN/1/1": 1, "RAVEN/2/1": 0, "RAVEN/2/2": 1, "RAVEN/2/3": 0,
-    }  # fmt: skip
+        "RAVEN/1/1": 1,
+        "RAVEN/2/1": 0,
+        "RAVEN/2/2": 1,
+        "RAVEN/2/3": 0,
+    }
     lines = {line.name: line for line in stats.summary(task, rows)}
     open_scores = [row["score"] for row in rows if row["group"] == "Spot-the-Diff"]
     assert open_scores[0] == 2 * ((4 / 5 * (4 / 5)) / (4 / 5 + 4 / 5 + 1e-8))
@@ -94,7 +107,7 @@ def test_the_average_is_the_papers(tmp_path: Path) -> None:
     ]
     task = interleave.load("interleave-in", bench(tmp_path, samples))
     line = stats.summary(task, rows_of(task, said({"<image>": "a"}), tmp_path))[-1]
-    assert (line.name, line.mean, line.asked) == ("average", 1.0, 8)
+    assert (line.name, line.mean, line.examples) == ("average", 1.0, 8)
 
 
 def test_as_published_repeats_the_slips(tmp_path: Path) -> None:
@@ -117,7 +130,9 @@ def test_as_published_repeats_the_slips(tmp_path: Path) -> None:
         rows["RAVEN/3/1"]["score"] == 0
     )  # judged as the first sample of RAVEN is: by the whole text
     own = interleave.load("interleave-in", tmp_path)
-    assert next(e for e in own.examples if e.id == "RAVEN/3/1").judge("two") == pytest.approx(2 / 3)
+    assert next(e for e in own.examples if e.id == "RAVEN/3/1").scorer("two") == pytest.approx(
+        2 / 3
+    )
 
 
 def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None:
@@ -139,7 +154,7 @@ def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None
     assert len(task.faults) == len(BROKEN) + 2
     for fault, wanted in zip(
         task.faults,
-        [*(w for _, w in BROKEN), "8-0.png is not there", "2-1.png is no picture"],
+        [*(w for _, w in BROKEN), "8-0.png does not exist", "2-1.png is no picture"],
         strict=True,
     ):
         assert wanted in fault
@@ -173,9 +188,9 @@ def test_what_cannot_be_answered_scores_nought(tmp_path: Path) -> None:
 
     rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
     assert (rows["RAVEN/2/2"]["error"], rows["RAVEN/2/2"]["score"]) == ("too long", 0)
-    assert rows["RAVEN/2/3"]["error"] == BEFORE
+    assert rows["RAVEN/2/3"]["error"] == PREVIOUS_TURN_FAILED
     lines = {line.name: line for line in stats.summary(task, list(rows.values()))}
-    assert (lines["RAVEN"].failed, lines["RAVEN"].asked, lines["RAVEN"].mean) == (2, 4, 0.25)
+    assert (lines["RAVEN"].failed, lines["RAVEN"].examples, lines["RAVEN"].mean) == (2, 4, 0.25)
 
 
 def counting(count: int) -> Task:
@@ -190,7 +205,7 @@ def counting(count: int) -> Task:
             ask=lambda _: messages,
             question=f"{i}",
             truth=f"{i}",
-            judge=lambda s: float(s == f"{i}"),
+            scorer=lambda s: float(s == f"{i}"),
             follows=follows,
         )
 
@@ -209,7 +224,7 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
             time.sleep(0.004)
             return [messages[-1]["content"][0]["text"] for messages in asked]
 
-        rows_of(task, answer, tmp_path, batch=3)
+        rows_of(task, answer, tmp_path, batch_size=3)
 
     assert kill_and_resume(work, random.Random(5)) == 20
     _, rows = read(tmp_path / "rows.jsonl")
@@ -261,7 +276,12 @@ def test_a_changed_question_is_noticed(tmp_path: Path) -> None:
     rows_of(counting(2), said({}), tmp_path)
     changed = counting(2)
     odd = Example(
-        id="1", group="n", ask=changed.examples[1].ask, question="?", truth="1", judge=lambda _: 0.0
+        id="1",
+        group="n",
+        ask=changed.examples[1].ask,
+        question="?",
+        truth="1",
+        scorer=lambda _: 0.0,
     )
     with pytest.raises(DataError, match="another question"):
         rows_of(
@@ -270,7 +290,9 @@ def test_a_changed_question_is_noticed(tmp_path: Path) -> None:
 
 
 def test_comparison() -> None:
-    """8 better, 2 worse: sign test by hand 2 (1 + 10 + 45) / 1024; the interval has the difference in it."""
+    """8 better, 2 worse: sign test by hand 2 (1 + 10 + 45) / 1024; the interval has the difference
+    in it.
+    """
     a = [{"id": str(i), "group": "g", "score": float(i < 4)} for i in range(20)]
     b = [{"id": str(i), "group": "g", "score": float(2 <= i < 12)} for i in range(20)] + [
         {"id": "x", "group": "g", "score": 1.0}
@@ -336,7 +358,9 @@ def test_the_report_is_one_file_with_everything(tmp_path: Path) -> None:
 
 
 def test_the_world_is_a_task(tmp_path: Path) -> None:
-    """The same questions, kinds and score as asking one by one; the report shows videos and views."""
+    """The same questions, kinds and score as asking one by one; the report shows videos
+    and views.
+    """
     truths = {
         exam(s, i, held_out=False)[2]: exam(s, i, held_out=False)[1].answer
         for s in ("views", "video")
@@ -396,21 +420,47 @@ def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
 
 
 CASES = {
-    "nlvr2": (2, "A", "Two dogs.", ["nlvr2/images/test1-0-1-img0.png", "nlvr2/images/test1-0-1-img1.png"]),
+    "nlvr2": (
+        2,
+        "A",
+        "Two dogs.",
+        ["nlvr2/images/test1-0-1-img0.png", "nlvr2/images/test1-0-1-img1.png"],
+    ),
     "qbench": (1, "B", "A. Blurry\nB. Clear\n", ["qbench/images/00051.jpg"]),
     "nextqa": (1, "C", "play?\nA. roll\nB. tap, feet\n", ["nextqa/NExTVideo/1164/4010069381.mp4"]),
     "pope": (6, "yes", "snowboard", ["pope/val2014/COCO_val2014_000000310196.jpg"]),
     "mvbench": (20, "B", "A. Ran\nB. Sat\nC. Fell\n", ["mvbench/video/star/Charades_v1_480/a.mp4"]),
-    "raven": (2, "D", "C. <image>\nD. <image>\n", [f"center_single-RAVEN_8_test-{i}.png" for i in range(16)]),
-    "scanqa": (1, "brown cabinet | cabinet", "corner?\n", [
-        f"scanqa/scannet_frames_25k/scene0011_00/color/{i * 40 // 16 * 100:06}.jpg" for i in range(16)
-    ]),
+    "raven": (
+        2,
+        "D",
+        "C. <image>\nD. <image>\n",
+        [f"center_single-RAVEN_8_test-{i}.png" for i in range(16)],
+    ),
+    "scanqa": (
+        1,
+        "brown cabinet | cabinet",
+        "corner?\n",
+        [
+            f"scanqa/scannet_frames_25k/scene0011_00/color/{i * 40 // 16 * 100:06}.jpg"
+            for i in range(16)
+        ],
+    ),
     "blink": (3, "B", "(B) 2\n(C) 3\nAnswer with", ["val-00000-of-00001-0-0.png"]),
-    "muirbench": (2, "A", "A. <image>\nB. None", [f"test-00000-of-00002-0-{i}.png" for i in range(3)]),
+    "muirbench": (
+        2,
+        "A",
+        "A. <image>\nB. None",
+        [f"test-00000-of-00002-0-{i}.png" for i in range(3)],
+    ),
     "ai2d": (2, "B", "What is E?\nA. a worm\n", ["test-00000-of-00001-2ce340398c113b79-0-0.png"]),
     "docvqa": (1, "8 May 1988 | May 8, 1988", "date?\n", ["validation-00000-of-00001-0-0.png"]),
-    "vqav2": (1, "down | at table | skateboard | the table.", "looking?\n", ["vqav2/val2014/COCO_val2014_000000262148.jpg"]),
-}  # fmt: skip
+    "vqav2": (
+        1,
+        "down | at table | skateboard | the table.",
+        "looking?\n",
+        ["vqav2/val2014/COCO_val2014_000000262148.jpg"],
+    ),
+}
 """Of a task: examples, and of the first one the truth, some of the text, and the files."""
 
 
@@ -428,7 +478,7 @@ def test_published_forms(name: str, tmp_path: Path) -> None:
     assert asks in first.question
     assert text.replace("<image>", "") == first.question.replace("<image>", "")
     assert first.truth == truth
-    assert (first.judge(truth.split(" | ")[0]), first.judge(""), first.judge("Q")) == (
+    assert (first.scorer(truth.split(" | ")[0]), first.scorer(""), first.scorer("Q")) == (
         1,
         float(name == "pope"),
         float(name == "pope"),
@@ -437,7 +487,9 @@ def test_published_forms(name: str, tmp_path: Path) -> None:
 
 
 def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
-    """MuirBench's and RAVEN's in place, the right ones; BLINK's before; what a row lacks is left out."""
+    """MuirBench's and RAVEN's in place, the right ones; BLINK's before; what a row lacks is left
+    out.
+    """
     for name in ("muirbench", "raven", "blink"):
         made(tmp_path, name)
     (message,) = published.load("muirbench", tmp_path).examples[1].ask(tmp_path)
@@ -459,9 +511,14 @@ def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
     (message,) = published.load("raven", tmp_path).examples[0].ask(tmp_path)
     panels = [part["path"] for part in message["content"] if part["type"] == "image"]
     assert [Image.open(path).getpixel((5, 5)) for path in panels] == list(range(16))
-    assert [[part["type"] for part in e.ask(tmp_path)[0]["content"]] for e in published.load("blink", tmp_path).examples] == [
-        ["image", "text"], ["image", "image", "text"], ["image", "text"],
-    ]  # fmt: skip
+    assert [
+        [part["type"] for part in e.ask(tmp_path)[0]["content"]]
+        for e in published.load("blink", tmp_path).examples
+    ] == [
+        ["image", "text"],
+        ["image", "image", "text"],
+        ["image", "text"],
+    ]
 
 
 def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
@@ -484,7 +541,9 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
 
 
 def test_figures(tmp_path: Path) -> None:
-    """POPE by hand: 3 yes of which 2 are right, 3 no of which 2 are right in one split; nothing but no in the others."""
+    """POPE by hand: 3 yes of which 2 are right, 3 no of which 2 are right in one split; nothing but
+    no in the others.
+    """
     made(tmp_path, "pope")
     (row,) = [{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}]
     rows = [
@@ -495,7 +554,7 @@ def test_figures(tmp_path: Path) -> None:
     task = published.load("pope", tmp_path)
     asked = said(
         {
-            f"<image>{i}\n{multiple_choice.ONE_WORD}": "Yes" if i in (0, 1, 5) else "No"
+            f"<image>{i}\n{multiple_choice.SHORT_INSTRUCTION}": "Yes" if i in (0, 1, 5) else "No"
             for i in range(6)
         }
     )
@@ -504,11 +563,15 @@ def test_figures(tmp_path: Path) -> None:
         return [one or "No" for one in asked(batch)]
 
     lines = {line.name: line for line in stats.summary(task, rows_of(task, answer, tmp_path))}
-    found = {name: lines[f"random: {name}"].mean for name in task.figures.of}  # type: ignore[union-attr]
+    assert task.metrics
+    found = {name: lines[f"random: {name}"].mean for name in task.metrics.of}
     assert found == {"precision": 2 / 3, "recall": 2 / 3, "F1": 2 / 3, "share of yes": 0.5}
     assert lines["random"].mean == 4 / 6
     assert lines["popular: precision"].mean == lines["popular: F1"].mean == 0  # no yes at all
-    assert (lines["all examples: recall"].mean, lines["all examples: recall"].asked) == (2 / 5, 10)
+    assert (lines["all examples: recall"].mean, lines["all examples: recall"].examples) == (
+        2 / 5,
+        10,
+    )
     assert lines["all examples"].mean == 6 / 10
     assert lines["average"].mean == pytest.approx((4 / 6 + 1 / 2 + 1 / 2) / 3)
     assert lines["random: recall"].low < 2 / 3 < lines["random: recall"].high
@@ -528,9 +591,9 @@ def test_pope_counts_a_no(tmp_path: Path) -> None:
     made(tmp_path, "pope")
     yes, no = published.load("pope", tmp_path).examples[:2]
     assert [
-        no.judge(s) for s in ("No", "There is no dog.", "no, none", "Yes. But not here.", "None")
+        no.scorer(s) for s in ("No", "There is no dog.", "no, none", "Yes. But not here.", "None")
     ] == [1, 1, 1, 0, 0]
-    assert yes.judge("Yes, it is.") == 1
+    assert yes.scorer("Yes, it is.") == 1
 
 
 def test_mvbench_asks_about_a_part(tmp_path: Path) -> None:
@@ -557,5 +620,5 @@ def test_another_form_is_said(tmp_path: Path) -> None:
     (tmp_path / "qbench/llvisionqa_dev.json").write_text(
         '[{"img_path": "a", "question": "?", "candidates": ["x"], "correct_ans": "y"}]'
     )
-    with pytest.raises(DataError, match=re.escape("after 0 samples: not of the published form")):
+    with pytest.raises(DataError, match=re.escape("after 0 samples: not in the published format")):
         published.load("qbench", tmp_path)

@@ -1,4 +1,6 @@
-"""The scores of LLaVA-Interleave Bench: equal to the published rules and to the package `rouge` to the last digit."""
+"""The scores of LLaVA-Interleave Bench: equal to the published rules and to the package `rouge` to
+the last digit.
+"""
 
 import re
 from random import Random
@@ -9,15 +11,15 @@ from rouge import Rouge
 from llava_interleave.evals.scoring import (
     CONTRACTIONS,
     anls,
-    exact,
+    exact_match,
     interleave_choice,
     interleave_open,
     letter,
-    normalise,
+    normalize,
     rouge_l,
     vqa_accuracy,
-    vqa_normalise,
-)  # fmt: skip
+    vqa_normalize,
+)
 
 MARKS = list(";/[]\"{}()=+\\_-><@`,?!.':")
 WORDS = 'The cat, sat on 3.14 a 1,000 mat A: B b. (c) Answer option d e-f g/h [x] "quoted" it\'s . .. ... 12 \n \t é ß ,'
@@ -97,22 +99,24 @@ ROWS += [
 
 @pytest.mark.parametrize(("given", "wanted"), BY_HAND)
 def test_normalised_by_hand(given: str, wanted: str) -> None:
-    assert normalise(given) == normalise(given, as_published=True) == wanted == published(given)
+    assert normalize(given) == normalize(given, as_published=True) == wanted == published(given)
 
 
 def test_normalised_as_published() -> None:
     assert len(ROWS) >= 2_000
     for row in ROWS:
         for given in row:
-            assert normalise(given, as_published=True) == published(given), given
+            assert normalize(given, as_published=True) == published(given), given
 
 
 def test_only_32_full_stops_go_as_published() -> None:
-    """The flag lands in `count`: from the 33rd full stop on they stay, and cut sentences for ROUGE."""
+    """The flag lands in `count`: from the 33rd full stop on they stay, and cut
+    sentences for ROUGE.
+    """
     given = "a. " * 40
-    assert normalise(given) == " ".join("a" * 40)
-    assert normalise(given, as_published=True) == ("a " * 32 + "a. " * 8).strip()
-    assert normalise(given + "!") != normalise(given + "!", as_published=True)
+    assert normalize(given) == " ".join("a" * 40)
+    assert normalize(given, as_published=True) == ("a " * 32 + "a. " * 8).strip()
+    assert normalize(given + "!") != normalize(given + "!", as_published=True)
 
 
 @pytest.mark.slow
@@ -153,7 +157,9 @@ def test_open_answers_equal_the_package() -> None:
 
 
 def test_rouge_by_hand() -> None:
-    """LCS of `a b c d` and `a c e`: a, c. Precision 2/3 of the answer, recall 2/4 of the truth, F 4/7 less the package's 1e-8."""
+    """LCS of `a b c d` and `a c e`: a, c. Precision 2/3 of the answer, recall 2/4 of the truth, F
+    4/7 less the package's 1e-8.
+    """
     assert rouge_l("a c e", "a b c d") == 2 * ((2 / 3 * (2 / 4)) / (2 / 3 + 2 / 4 + 1e-8))
     assert rouge_l("a c e", "a b c d") == pytest.approx(4 / 7)
     assert rouge_l("the the the", "the") == pytest.approx(1)  # sets of words
@@ -171,13 +177,26 @@ def test_a_long_truth_is_scored() -> None:
 @pytest.mark.parametrize(
     ("said", "truth", "wanted"),
     [
-        ("A", "a", 1), ("A.", "A", 1), ("(A)", "A", 1), ("A. cat", "A", 0), ("Answer: B", "b", 1), ("B: cat", "B", 1),
-        ("a: b: cat", "B", 1), ("a: b: cat", "A", 0), ("Answer: i", "i", 0), ("it is: cat", "it is: cat", 1), ("", "A", 0),
-        ("The answer is A", "A", 0), ("c :", "C", 1), ("yes", "Yes!", 1),
+        ("A", "a", 1),
+        ("A.", "A", 1),
+        ("(A)", "A", 1),
+        ("A. cat", "A", 0),
+        ("Answer: B", "b", 1),
+        ("B: cat", "B", 1),
+        ("a: b: cat", "B", 1),
+        ("a: b: cat", "A", 0),
+        ("Answer: i", "i", 0),
+        ("it is: cat", "it is: cat", 1),
+        ("", "A", 0),
+        ("The answer is A", "A", 0),
+        ("c :", "C", 1),
+        ("yes", "Yes!", 1),
     ],
-)  # fmt: skip
+)
 def test_choices_by_hand(said: str, truth: str, wanted: int) -> None:
-    """The last piece between colons that is a letter a to h; else the whole. `A. cat` is not `a`, nor is `i` a letter."""
+    """The last piece between colons that is a letter a to h; else the whole. `A. cat` is not `a`,
+    nor is `i` a letter.
+    """
     assert (
         interleave_choice(said, truth)
         == interleave_choice(said, truth, as_published=True)
@@ -210,10 +229,19 @@ def test_choices_as_published() -> None:
 @pytest.mark.parametrize(
     ("said", "choices", "wanted"),
     [
-        ("B", 4, "B"), ("b.", 4, "B"), ("(C) a cat", 4, "C"), ("Answer: D", 4, "D"), ("The answer is (a).", 4, "A"), ("E", 4, ""),
-        ("", 4, ""), ("A cat", 4, "A"), ("Bees", 4, ""), ("Option B", 2, "B"), ("\n C", 3, "C"),
+        ("B", 4, "B"),
+        ("b.", 4, "B"),
+        ("(C) a cat", 4, "C"),
+        ("Answer: D", 4, "D"),
+        ("The answer is (a).", 4, "A"),
+        ("E", 4, ""),
+        ("", 4, ""),
+        ("A cat", 4, "A"),
+        ("Bees", 4, ""),
+        ("Option B", 2, "B"),
+        ("\n C", 3, "C"),
     ],
-)  # fmt: skip
+)
 def test_letters(said: str, choices: int, wanted: str) -> None:
     assert letter(said, choices) == wanted
 
@@ -265,7 +293,9 @@ def vqa_published(answer: str, people: list[str]) -> float:
 
 
 def test_vqa_accuracy() -> None:
-    """By hand: of ten people k others said the same. Then thousands of rows against the published steps."""
+    """By hand: of ten people k others said the same. Then thousands of rows against the published
+    steps.
+    """
     for same, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
         assert vqa_accuracy(
             "Two", ["2"] * same + [f"x{i}" for i in range(10 - same)]
@@ -275,12 +305,12 @@ def test_vqa_accuracy() -> None:
         (3 * 2 / 3 + 2 * 1) / 5
     )
     assert vqa_accuracy("dogs.", ["dogs."] * 10) == 0  # where all say the same their marks stay
-    assert vqa_normalise("It's none\nof a dont, 1,000") == "it's 0 of don't 1000"
+    assert vqa_normalize("It's none\nof a dont, 1,000") == "it's 0 of don't 1000"
     seen = {0: 0, "between": 0, 1: 0}
     for i, (answer, other) in enumerate(ROWS):
         chance = Random(i)
         near = answer if i % 2 else " ".join(answer.split()[:2])
-        pool = [vqa_normalise(near), f"{vqa_normalise(near)}.", other, answer, "the Cat"]
+        pool = [vqa_normalize(near), f"{vqa_normalize(near)}.", other, answer, "the Cat"]
         people = [chance.choice(pool) for _ in range(10)] if i % 7 else [pool[0]] * 10
         score = vqa_accuracy(near, people)
         assert score == pytest.approx(vqa_published(near, people), abs=1e-12), (near, people)
@@ -289,7 +319,9 @@ def test_vqa_accuracy() -> None:
 
 
 def test_contractions() -> None:
-    """VQA's table has 114 of them that can match; a few of each form, and its one that is the wrong way round."""
+    """VQA's table has 114 of them that can match; a few of each form, and its one that is the wrong
+    way round.
+    """
     assert len(CONTRACTIONS) == 114
     some = {
         "dont": "don't",
@@ -306,10 +338,16 @@ def test_contractions() -> None:
 @pytest.mark.parametrize(
     ("said", "truths", "wanted"),
     [
-        ("8 May 1988", ["8 may  1988"], 1), ("8 May 1989", ["8 May 1988"], 1 - 1 / 10), ("cat", ["dog", "cats"], 1 - 1 / 4),
-        ("abcd", ["abxy"], 0.5), ("abc", ["axy"], 0), ("", ["x"], 0), ("", [""], 1), ("ab", ["a   b"], 1 - 1 / 5),
+        ("8 May 1988", ["8 may  1988"], 1),
+        ("8 May 1989", ["8 May 1988"], 1 - 1 / 10),
+        ("cat", ["dog", "cats"], 1 - 1 / 4),
+        ("abcd", ["abxy"], 0.5),
+        ("abc", ["axy"], 0),
+        ("", ["x"], 0),
+        ("", [""], 1),
+        ("ab", ["a   b"], 1 - 1 / 5),
     ],
-)  # fmt: skip
+)
 def test_anls(said: str, truths: list[str], wanted: float) -> None:
     """Edits by hand; spaces that were collapsed count in the length alone."""
     assert anls(said, truths) == pytest.approx(wanted)
@@ -319,4 +357,4 @@ def test_anls(said: str, truths: list[str], wanted: float) -> None:
     ("said", "wanted"), [("A  Red chair.", 1), ("red chair", 0), ("a red chair..", 0), ("", 0)]
 )
 def test_exact(said: str, wanted: float) -> None:
-    assert exact(said, ["the chair", "a red Chair"]) == wanted
+    assert exact_match(said, ["the chair", "a red Chair"]) == wanted

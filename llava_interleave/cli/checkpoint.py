@@ -101,11 +101,11 @@ def verify(
         cases = parity.verify(
             model, revision=revision, adapter=adapter, against=against, tokens=tokens
         )
-    effects: list[parity.AblationResult] = []
+    results: list[parity.AblationResult] = []
     if ablate:
         with terminal.spinner("running ablations") as progress:
-            effects = parity.why(
-                model, revision=revision, adapter=adapter, tokens=tokens, say=progress
+            results = parity.ablate(
+                model, revision=revision, adapter=adapter, tokens=tokens, progress=progress
             )
     versions = {
         "llava-interleave": __version__,
@@ -115,33 +115,33 @@ def verify(
     options = {name: value for name, value in (("adapter", adapter), ("against", against)) if value}
     about = {"model": model or "the built-in model", **options, **versions}
     if html:
-        report.write(html, f"llava verify: {about['model']}", cases, effects, about)
+        report.write(html, f"llava verify: {about['model']}", cases, results, about)
     if as_json:
         print(
             json.dumps(
                 about
                 | {
-                    "cases": [case.told() for case in cases],
-                    "ablations": [dataclasses.asdict(effect) for effect in effects],
+                    "cases": [case.to_dict() for case in cases],
+                    "ablations": [dataclasses.asdict(result) for result in results],
                 }
             )
         )
     else:
         terminal.table(
-            f"candidate against {cases[0].standard.told}",
+            f"candidate against {cases[0].tolerance.reference}",
             list(report.CASES),
             report.case_rows(cases),
         )
         terminal.table(
-            "each stage, for the prompt in which it differs most",
-            list(report.STAGES),
-            report.stage_rows(cases),
+            "each layer, for the prompt in which it differs most",
+            list(report.LAYERS),
+            report.layer_rows(cases),
         )
-        if effects:
+        if results:
             terminal.table(
                 f"ablations; baseline: {parity.BASELINE}",
-                list(report.EFFECTS),
-                report.effect_rows(effects),
+                list(report.ABLATIONS),
+                report.ablation_rows(results),
             )
     if not all(case.passed for case in cases):
         raise typer.Exit(1)

@@ -18,8 +18,8 @@ from . import flags, remote, terminal
 from .local_model import LazyModel, ModelFlags, answer_all
 
 if TYPE_CHECKING:
-    from ..evals.stats import Line
-    from ..evals.task import Answerer, Task
+    from ..evals.stats import Mean
+    from ..evals.task import AnswerFn, Task
     from ..journal import JsonRow
 
 INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
@@ -170,21 +170,25 @@ def evaluate(
                 terminal.progress_bar(task.name) as progress,
             ):
                 rows = run.run(
-                    task, answerer.with_options(options), journal, batch=batch_size, say=progress
+                    task,
+                    answerer.with_options(options),
+                    journal,
+                    batch_size=batch_size,
+                    progress=progress,
                 )
-        lines = stats.summary(task, rows)
-        errors += [row for row in run.counted(rows) if row["score"] < 1]
+        means = stats.summary(task, rows)
+        errors += [row for row in run.scored_rows(rows) if row["score"] < 1]
         if html:
             with terminal.spinner("writing the report"):
-                report.write(folder / f"{task.name}.html", task, rows, lines, about)
+                report.write(folder / f"{task.name}.html", task, rows, means, about)
         reports[task.name] = {
             "run": about,
-            "lines": [dataclasses.asdict(line) for line in lines],
+            "means": [dataclasses.asdict(mean) for mean in means],
             "faults": list(task.faults),
         }
         if not as_json:
             title = f"{answerer.title}: {task.name}" + (f", {task.note}" if task.note else "")
-            terminal.table(title, *_table(task, lines))
+            terminal.table(title, *_table(task, means))
             _remarks(task)
     if save_errors:
         save_errors.write_text("".join(json.dumps(row) + "\n" for row in errors), "utf-8")
@@ -197,22 +201,22 @@ def _only(used: Collection[str], allowed: Collection[str], why: str) -> None:
         raise OptionError(f"{why}: leave out {', '.join(others)}")
 
 
-def _table(task: Task, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def _table(task: Task, means: Sequence[Mean]) -> tuple[list[str], list[list[str]]]:
     """The means, next to the published ones."""
     rows = []
-    for line in lines:
+    for mean in means:
         published = [
-            f"{figures[line.name]:.1f}" if line.name in figures else ""
+            f"{figures[mean.name]:.1f}" if mean.name in figures else ""
             for figures in task.paper.values()
         ]
         own = [
-            f"{line.mean:.2%}",
-            f"{line.low:.1%} to {line.high:.1%}",
-            str(line.asked),
-            str(line.failed),
+            f"{mean.mean:.2%}",
+            f"{mean.low:.1%} to {mean.high:.1%}",
+            str(mean.examples),
+            str(mean.failed),
         ]
-        rows.append([line.name, *own, *published])
-    return ["", "mean", "95 % interval", "asked", "failed", *task.paper], rows
+        rows.append([mean.name, *own, *published])
+    return ["", "mean", "95 % interval", "examples", "failed", *task.paper], rows
 
 
 def _remarks(task: Task) -> None:
@@ -283,7 +287,7 @@ class _Remote:
             "sampling": sampling,
         }
 
-    def with_options(self, options: Options) -> Answerer:
+    def with_options(self, options: Options) -> AnswerFn:
         return remote.answerer(
             self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens
         )
@@ -314,7 +318,7 @@ class _Local:
             },
         }
 
-    def with_options(self, options: Options) -> Answerer:
+    def with_options(self, options: Options) -> AnswerFn:
         def answer(conversations: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
             bot = self.model.ready(options)
             return [
@@ -340,7 +344,7 @@ def compare(files: Sequence[str], as_json: bool) -> None:
             raise DataError(
                 f"the two runs differ in {key}: {about_a.get(key)!r} and {about_b.get(key)!r}"
             )
-    lines = stats.compare(a, b)
+    differences = stats.compare(a, b)
     changed = {
         key: [about_a.get(key), about_b.get(key)]
         for key in about_a | about_b
@@ -353,13 +357,13 @@ def compare(files: Sequence[str], as_json: bool) -> None:
                 {
                     "changed": changed,
                     "only_in": only_in,
-                    "lines": [dataclasses.asdict(line) for line in lines],
+                    "differences": [dataclasses.asdict(d) for d in differences],
                 }
             )
         )
         return
     rows = []
-    for d in lines:
+    for d in differences:
         shares = [f"{d.a:.2%}", f"{d.b:.2%}", f"{d.b - d.a:+.2%}", f"{d.low:+.1%} to {d.high:+.1%}"]
         rows.append([d.name, *shares, *map(str, (d.pairs, d.better, d.worse)), f"{d.p:.3g}"])
     columns = ["", "A", "B", "B - A", "95 % interval", "pairs", "B > A", "A > B", "p"]

@@ -1,1 +1,3 @@
-"""Measuring answers: tasks and scores over anything that answers. Knows nothing of how an answer was made."""
+"""Measuring answers: tasks and scores over anything that answers. Knows nothing of how an answer
+was made.
+"""

@@ -1,7 +1,9 @@
-"""LLaVA-Interleave Bench (Li et al., LLaVA-NeXT-Interleave, 2024), from the folder that was published with it.
+"""LLaVA-Interleave Bench (Li et al., LLaVA-NeXT-Interleave, 2024), from the folder that was
+published with it.
 
-Prompts, order and scores are those of LLaVA-NeXT, branch interleave_inference: `llava/eval/model_vqa.py` and
-`evaluate_interleave.py`. Its slips that change numbers are repeated only with `as_published`:
+Prompts, order and scores are those of LLaVA-NeXT, branch interleave_inference:
+`llava/eval/model_vqa.py` and `evaluate_interleave.py`. Its slips that change numbers are repeated
+only with `as_published`:
 - of the full stops in a text only the first 32 are dropped;
 - the question type of a data set is that of its first sample;
 - in a sample of several turns the system prompt stands before every question.
@@ -18,7 +20,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .scoring import interleave_choice, interleave_open
-from .task import Example, Messages, Task, asked, digest, find, read_json
+from .task import Example, Messages, Task, digest, read_json, require_file, with_images
 
 FILES = {
     "interleave-in": "multi_image_in_domain.json",
@@ -26,8 +28,9 @@ FILES = {
     "interleave-views": "multi_view_in_domain.json",
 }
 FETCH = (
-    "fetch the three JSON files and eval_images.zip of the data set lmms-lab/LLaVA-NeXT-Interleave-Bench on Hugging Face, "
-    "put them there and unzip it, so that Split1 and Split2 lie beside the JSON files"
+    "fetch the three JSON files and eval_images.zip of the data set "
+    "lmms-lab/LLaVA-NeXT-Interleave-Bench on Hugging Face, "
+    "put them there and unzip it, so that Split1 and Split2 are next to the JSON files"
 )
 CATEGORIES = {
     "spot_the_diff": ("Spot-the-Diff", "Birds-to-Words", "CLEVR-Change"),
@@ -50,13 +53,15 @@ AVERAGE = tuple(name for name in CATEGORIES if name != "visual_cloze")
 """The eight columns of the paper's in-domain table."""
 
 _IN = (
-    "spot_the_diff", "image_edit_instruct", "visual_story_telling", "text_rich_vqa", "multi_image_vqa", "puzzle", "qbench",
+    "spot_the_diff", "image_edit_instruct", "visual_story_telling", "text_rich_vqa",
+    "multi_image_vqa", "puzzle", "qbench",
     "nlrv2",
 )  # fmt: skip
 _OUT = ("MathVerse", "SciVerse", "Mantis", "BLINK")
 _VIEWS = ("ScanNet_chat", "ScanNet_task", "ScanQA", "ALFRED", "nuscenes")
 PAPER: dict[str, dict[str, dict[str, float]]] = {
-    # Li et al., 2024, tables of the benchmark: its model in three sizes; 14B and GPT-4V also in LLaVA-OneVision, table 4.
+    # Li et al., 2024, tables of the benchmark: its model in three sizes; 14B and GPT-4V also in
+    # LLaVA-OneVision, table 4.
     "interleave-in": {
         "GPT-4V": dict(zip(_IN, (12.5, 11.0, 10.9, 54.5, 52.0, 17.1, 76.5, 88.8), strict=True)),
         "0.5B": dict(zip(_IN, (34.3, 21.6, 29.7, 63.9, 54.8, 35.4, 52.0, 67.8), strict=True)),
@@ -74,7 +79,10 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
         "14B": dict(zip(_VIEWS, (70.6, 52.2, 34.5, 62.0, 76.7), strict=True)),
     },
 }
-PIPELINE = "float16, pictures squashed to 384 x 384, preset official, greedy, at most 1024 new tokens, --as-published"
+PIPELINE = (
+    "float16, images squashed to 384 x 384, preset official, greedy, at most 1024 new tokens, "
+    "--as-published"
+)
 
 
 def load(
@@ -84,12 +92,14 @@ def load(
     as_published: bool = False,
     system: str = "You are a helpful assistant.",
 ) -> Task:
-    """One of the three files below `root/interleave` as a task. Broken samples are its faults, the rest its examples."""
+    """One of the three files below `root/interleave` as a task. Broken samples are its faults, the
+    rest its examples.
+    """
     folder = root / "interleave"
-    path = find(folder / FILES[name], FETCH)
+    path = require_file(folder / FILES[name], FETCH)
     samples = read_json(path)
     if not isinstance(samples, list):
-        raise DataError(f"{path} holds no list of samples; {FETCH}")
+        raise DataError(f"{path} is not a list of samples; {FETCH}")
     examples: list[Example] = []
     faults: list[str] = []
     kinds: dict[str, str] = {}
@@ -99,7 +109,7 @@ def load(
             where = (
                 sample.get("sample_id", "without an id")
                 if isinstance(sample, dict)
-                else "that is no object"
+                else "that is not an object"
             )
             faults.append(f"sample {where} (number {index + 1}): {fault}")
             continue
@@ -109,7 +119,7 @@ def load(
         number = f"{dataset}/{sample['sample_id']}"
         seen[number] = seen.get(number, 0) + 1
         number += f"#{seen[number]}" if seen[number] > 1 else ""
-        judge = interleave_open if kind == "open-ended" else interleave_choice
+        scorer = interleave_open if kind == "open-ended" else interleave_choice
         for turn, (question, truth, content) in enumerate(turns(sample, folder)):
             messages: Messages = [{"role": "user", "content": content}]
             if as_published:
@@ -122,7 +132,7 @@ def load(
                     ask=lambda _, messages=messages: messages,  # type: ignore[misc]
                     question=question,
                     truth=truth,
-                    judge=partial(judge, truth=truth, as_published=as_published),
+                    scorer=partial(scorer, truth=truth, as_published=as_published),
                 )
             )
     return Task(
@@ -140,51 +150,58 @@ def load(
 
 
 def turns(sample: dict[str, Any], folder: Path) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """Question, truth and content of every turn of a sample that `check` passed; pictures are taken in order."""
-    pictures = [folder / name for name in sample["image"]]
-    said = sample["conversations"]
-    for human, gpt in zip(said[::2], said[1::2], strict=True):
+    """Question, truth and content of every turn of a sample that `check` passed; images are taken
+    in order.
+    """
+    images = [folder / name for name in sample["image"]]
+    conversation = sample["conversations"]
+    for human, gpt in zip(conversation[::2], conversation[1::2], strict=True):
         count = human["value"].count("<image>")
-        yield human["value"], gpt["value"], asked(human["value"], pictures[:count])
-        pictures = pictures[count:]
+        yield human["value"], gpt["value"], with_images(human["value"], images[:count])
+        images = images[count:]
 
 
 def check(sample: Any, folder: Path) -> str:
-    """What is wrong with a sample, or "". Of every picture the header is read."""
+    """The fault of a sample, or "". The header of every image is read."""
     try:
-        said, pictures, about = sample["conversations"], sample["image"], sample["metadata"]
-        values = [turn["value"] for turn in said]
-        who = [turn["from"] for turn in said]
-        kind, dataset, _ = about["question_type"], about["dataset"], sample["sample_id"]
+        conversation, images, metadata = (
+            sample["conversations"],
+            sample["image"],
+            sample["metadata"],
+        )
+        values = [turn["value"] for turn in conversation]
+        roles = [turn["from"] for turn in conversation]
+        kind, dataset, _ = metadata["question_type"], metadata["dataset"], sample["sample_id"]
     except (KeyError, TypeError) as error:
         return (
             f"it lacks {error}"
             if isinstance(error, KeyError)
-            else "a part of it has another form than the benchmark's"
+            else "a part of it is not in the benchmark's format"
         )
     if (
         not isinstance(dataset, str)
-        or not isinstance(pictures, list)
-        or not all(isinstance(p, str) for p in pictures)
+        or not isinstance(images, list)
+        or not all(isinstance(p, str) for p in images)
     ):
-        return "its image is no list of file names, or its dataset no name"
+        return "its image is not a list of file names, or its dataset not a name"
     if kind not in ("open-ended", "multi-choice"):
         return f"its question type is {kind!r}, not open-ended or multi-choice"
     if not all(isinstance(value, str) for value in values):
-        return "a turn's value is no text"
-    if not who or who != ["human", "gpt"] * (len(who) // 2):
+        return "the value of a turn is not text"
+    if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
         return (
-            f"its turns are {', '.join(map(str, who)) or 'none'} instead of human and gpt in pairs"
+            f"its turns are {', '.join(map(str, roles)) or 'none'} instead of human and gpt in "
+            "pairs"
         )
     placeholders = sum(value.count("<image>") for value in values[::2])
-    if placeholders != len(pictures):
-        return f"its questions have {placeholders} <image>, but it has {len(pictures)} pictures"
-    for name in pictures:
+    if placeholders != len(images):
+        return f"its questions have {placeholders} <image>, but it has {len(images)} images"
+    for name in images:
         try:
             with Image.open(folder / name):
                 pass
         except FileNotFoundError:
-            return f"{name} is not there"
+            return f"{name} does not exist"
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            return f"{name} is no picture that can be read ({type(error).__name__})"
+            return f"{name} is not a readable image ({type(error).__name__})"
     return ""

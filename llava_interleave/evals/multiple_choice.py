@@ -1,6 +1,6 @@
-"""Benchmarks with one right answer of a few, read from the files that their authors publish; one reader each.
+"""Multiple-choice benchmarks, read from the files of their authors; one reader each.
 
-Questions are put in LLaVA's form for choices (docs/Evaluation.md of LLaVA): options as `A. ...` and a closing instruction.
+Prompts follow LLaVA (docs/Evaluation.md there): options as `A. ...` and a closing instruction.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ from PIL import Image
 
 from ..parquet import Parquet
 from .scoring import letter
-from .task import ContentPart, Example, Figures, Media, embedded, example, read_json, read_lines
+from .task import (
+    AggregateMetrics,
+    ContentPart,
+    Example,
+    Media,
+    embedded_images,
+    example,
+    read_json,
+    read_lines,
+)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CHOOSE = "Answer with the option's letter from the given choices directly."
-ONE_WORD = "Answer the question using a single word or phrase."
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
+SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
 
 def choice(
@@ -29,32 +38,40 @@ def choice(
     media: Media,
     question: str,
     options: Sequence[str],
-    right: int,
+    correct: int,
     kind: str = "",
 ) -> Example:
-    """A question with lettered options, one of them right."""
+    """A question with lettered options, one of them correct."""
     listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
     return lettered(
-        name, group, media, f"{question}\n{listed}\n{CHOOSE}", len(options), LETTERS[right], kind
+        name,
+        group,
+        media,
+        f"{question}\n{listed}\n{LETTER_INSTRUCTION}",
+        len(options),
+        LETTERS[correct],
+        kind,
     )
 
 
 def lettered(
     name: str, group: str, media: Media, text: str, options: int, truth: str, kind: str = ""
 ) -> Example:
-    """A question that has its options in its text already."""
+    """A question whose text has its options already."""
     if truth not in LETTERS[:options]:
         raise ValueError(f"the answer of {name} is {truth!r}, but it has {options} options")
-    return example(name, group, media, text, truth, partial(_letter, options, truth), kind)
+    return example(name, group, media, text, truth, partial(_score_letter, options, truth), kind)
 
 
-def _letter(options: int, truth: str, said: str) -> float:
-    return float(letter(said, options) == truth)
+def _score_letter(options: int, truth: str, answer: str) -> float:
+    return float(letter(answer, options) == truth)
 
 
-def _no(truth: str, said: str) -> float:
-    """POPE's rule (LLaVA, llava/eval/eval_pope.py): an answer whose first sentence has no, No or not is no, any other is yes."""
-    words = said.split(".")[0].replace(",", "").split(" ")
+def _score_pope(truth: str, answer: str) -> float:
+    """POPE's rule (LLaVA, llava/eval/eval_pope.py): "no" if its first sentence has no, No or not,
+    else "yes".
+    """
+    words = answer.split(".")[0].replace(",", "").split(" ")
     return float(("no" if {"No", "not", "no"} & set(words) else "yes") == truth)
 
 
@@ -65,21 +82,26 @@ def nlvr2(folder: Path, path: Path) -> Iterator[Example]:
         media = [
             {"type": "image", "path": str(folder / "images" / f"{pair}-img{i}.png")} for i in (0, 1)
         ]
-        question = f"The first picture is the left one, the second the right one. {row['sentence']} Is this true or false?"
-        right = ("true", "false").index(str(row["label"]).lower())
-        yield choice(row["identifier"], "NLVR2", media, question, ("True", "False"), right)
+        question = (
+            f"The first picture is the left one, the second the right one. {row['sentence']} Is "
+            "this true or false?"
+        )
+        correct = ("true", "false").index(str(row["label"]).lower())
+        yield choice(row["identifier"], "NLVR2", media, question, ("True", "False"), correct)
 
 
 def qbench(folder: Path, path: Path) -> Iterator[Example]:
-    """Q-Bench, LLVisionQA (Wu et al., 2024): how good a picture is and what is wrong with it."""
+    """Q-Bench, LLVisionQA (Wu et al., 2024): the quality of an image and its defects."""
     for number, row in enumerate(read_json(path)):
         media = [{"type": "image", "path": str(folder / "images" / row["img_path"])}]
-        right = row["candidates"].index(row["correct_ans"])
-        yield choice(str(number), "Q-Bench", media, row["question"], row["candidates"], right)
+        correct = row["candidates"].index(row["correct_ans"])
+        yield choice(str(number), "Q-Bench", media, row["question"], row["candidates"], correct)
 
 
 def nextqa(folder: Path, path: Path) -> Iterator[Example]:
-    """NExT-QA, multiple choice (Xiao et al., 2021): why, how and when in a video. Kinds are the types of its files."""
+    """NExT-QA, multiple choice (Xiao et al., 2021): why, how and when in a video. Kinds are the
+    types of its files.
+    """
     videos = read_json(folder / "map_vid_vidorID.json")
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -100,37 +122,37 @@ def nextqa(folder: Path, path: Path) -> Iterator[Example]:
 
 
 def pope(folder: Path, path: Path) -> Iterator[Example]:
-    """POPE (Li et al., 2023): is a thing in the picture, or only likely to be?"""
+    """POPE (Li et al., 2023): is an object in the image, or only likely to be?"""
     split = path.stem.removeprefix("coco_pope_")
     for row in read_lines(path):
         media = [{"type": "image", "path": str(folder / "val2014" / row["image"])}]
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"a label is {row['label']!r}")
-        text = f"{row['text']}\n{ONE_WORD}"
+        text = f"{row['text']}\n{SHORT_INSTRUCTION}"
         yield example(
             f"{split}/{row['question_id']}",
             split,
             media,
             text,
             row["label"],
-            partial(_no, row["label"]),
+            partial(_score_pope, row["label"]),
         )
 
 
-def _outcome(row: dict[str, Any]) -> tuple[float, ...]:
-    """Of a row of POPE: true and false positives, true and false negatives; positive is a yes."""
-    right = row["score"] == 1
-    said = (row["truth"] == "yes") == right
+def _confusion(row: dict[str, Any]) -> tuple[float, ...]:
+    """True and false positives, true and false negatives of a row of POPE; yes is positive."""
+    correct = row["score"] == 1
+    yes = (row["truth"] == "yes") == correct
     return (
-        float(said and right),
-        float(said and not right),
-        float(not said and right),
-        float(not said and not right),
+        float(yes and correct),
+        float(yes and not correct),
+        float(not yes and correct),
+        float(not yes and not correct),
     )
 
 
-POPE = Figures(
-    _outcome,
+POPE_METRICS = AggregateMetrics(
+    _confusion,
     {
         "precision": lambda n: n[0] / (n[0] + n[1]),
         "recall": lambda n: n[0] / (n[0] + n[3]),
@@ -138,11 +160,11 @@ POPE = Figures(
         "share of yes": lambda n: (n[0] + n[1]) / n.sum(axis=0),
     },
 )
-"""What POPE reports beside the share that is right."""
+"""The metrics of POPE besides accuracy."""
 
 
 def mvbench(folder: Path, path: Path) -> Iterator[Example]:
-    """MVBench (Li et al., 2024): twenty ways to ask what happens in a video."""
+    """MVBench (Li et al., 2024): twenty kinds of questions about a video."""
     below = VIDEOS[path.stem]
     for number, row in enumerate(read_json(path)):
         place = folder / "video" / below / row["video"]
@@ -150,44 +172,49 @@ def mvbench(folder: Path, path: Path) -> Iterator[Example]:
         if path.stem == "episodic_reasoning":  # three frames a second, from 00001.jpg on
             video = {
                 "type": "video",
-                "video": [str(f) for f in _between(place, row["start"], row["end"])],
+                "video": [str(f) for f in _frames_between(place, row["start"], row["end"])],
             }
-        elif path.stem in BOUND:
+        elif path.stem in TIMED:
             video |= {"start": row["start"], "end": row["end"]}
-        right = row["candidates"].index(row["answer"])
+        correct = row["candidates"].index(row["answer"])
         yield choice(
-            f"{path.stem}/{number}", path.stem, [video], row["question"], row["candidates"], right
+            f"{path.stem}/{number}", path.stem, [video], row["question"], row["candidates"], correct
         )
 
 
-def _between(folder: Path, start: float, end: float) -> list[Path]:
+def _frames_between(folder: Path, start: float, end: float) -> list[Path]:
     frames = sorted(folder.glob("*.jpg"))
     return frames[max(1, round(start * 3)) - 1 : round(end * 3)] or frames or [folder / "00001.jpg"]
 
 
 VIDEOS = {
-    "action_sequence": "star/Charades_v1_480", "action_prediction": "star/Charades_v1_480", "action_antonym": "ssv2_video",
+    "action_sequence": "star/Charades_v1_480", "action_prediction": "star/Charades_v1_480",
+    "action_antonym": "ssv2_video",
     "fine_grained_action": "Moments_in_Time_Raw/videos", "unexpected_action": "FunQA_test/test",
     "object_existence": "clevrer/video_validation", "object_interaction": "star/Charades_v1_480",
     "object_shuffle": "perception/videos", "moving_direction": "clevrer/video_validation",
-    "action_localization": "sta/sta_video", "scene_transition": "scene_qa/video", "action_count": "perception/videos",
+    "action_localization": "sta/sta_video", "scene_transition": "scene_qa/video",
+    "action_count": "perception/videos",
     "moving_count": "clevrer/video_validation", "moving_attribute": "clevrer/video_validation",
-    "state_change": "perception/videos", "fine_grained_pose": "nturgbd", "character_order": "perception/videos",
+    "state_change": "perception/videos", "fine_grained_pose": "nturgbd",
+    "character_order": "perception/videos",
     "egocentric_navigation": "vlnqa", "episodic_reasoning": "tvqa/frames_fps3_hq",
     "counterfactual_inference": "clevrer/video_validation",
 }  # fmt: skip
-"""MVBench: where the videos of each of its files lie, as its authors' reader has it."""
-BOUND = ("action_sequence", "action_prediction", "object_interaction", "action_localization")
+"""MVBench: the folder of each file's videos, as in its authors' reader."""
+TIMED = ("action_sequence", "action_prediction", "object_interaction", "action_localization")
 """MVBench: the files whose questions are about a part of the video."""
 
 
 def raven(_: Path, path: Path) -> Iterator[Example]:
-    """RAVEN (Zhang et al., 2019): which panel completes the matrix? Groups are its seven configurations.
+    """RAVEN (Zhang et al., 2019): which panel completes the matrix? Groups are its seven
+    configurations.
 
-    A file is `CONFIGURATION/RAVEN_NUMBER_test.npz` with `image` [16, 160, 160], eight panels of the matrix and eight to choose
-    from, and `target` (RAVEN, src/model/utility/dataset_utility.py). The wording is ours.
+    A file is `CONFIGURATION/RAVEN_NUMBER_test.npz` with `image` [16, 160, 160], eight panels of the
+    matrix and eight options, and `target` (RAVEN, src/model/utility/dataset_utility.py). The
+    wording is this package's.
     """
-    with np.load(path) as file:  # without pickle: the other arrays of the file are never opened
+    with np.load(path) as file:  # without pickle: its other arrays are never opened
         target = int(file["target"])
 
     def panels(to: Path) -> list[ContentPart]:
@@ -199,7 +226,8 @@ def raven(_: Path, path: Path) -> Iterator[Example]:
         return [{"type": "image", "path": str(name)} for name in names]
 
     question = (
-        "Here is a Raven's Progressive Matrix of three rows and three columns, row by row, without its last panel: "
+        "Here is a Raven's Progressive Matrix of three rows and three columns, row by row, "
+        "without its last panel: "
         f"{'<image>' * 8}\n"
         "Which of these completes it?"
     )
@@ -214,52 +242,55 @@ def raven(_: Path, path: Path) -> Iterator[Example]:
 
 
 def blink(_: Path, path: Path) -> Iterator[Example]:
-    """BLINK (Fu et al., 2024): what people see within a blink; groups are its fourteen tasks.
+    """BLINK (Fu et al., 2024): perception within a blink; groups are its fourteen tasks.
 
-    Parquet of the data set BLINK-Benchmark/BLINK: idx, sub_task, prompt with its options as `(A) ...`, choices, answer `(A)`, and
-    image_1 to image_4. The prompt is the authors'; the closing instruction is LLaVA's.
+    Parquet of the data set BLINK-Benchmark/BLINK: idx, sub_task, prompt with its options as `(A)
+    ...`, choices, answer `(A)`, and image_1 to image_4. The prompt is the authors'; the closing
+    instruction is LLaVA's.
     """
     table = Parquet(path)
-    pictures = [f"image_{i}" for i in range(1, 5)]
+    columns = [f"image_{i}" for i in range(1, 5)]
     for number, row in enumerate(table.rows(("idx", "sub_task", "prompt", "choices", "answer"))):
-        text = f"{row['prompt']}\n{CHOOSE}"
-        media = embedded(table, number, *pictures)
+        text = f"{row['prompt']}\n{LETTER_INSTRUCTION}"
+        media = embedded_images(table, number, *columns)
         yield lettered(
             row["idx"], row["sub_task"], media, text, len(row["choices"]), row["answer"].strip("()")
         )
 
 
 def muirbench(_: Path, path: Path) -> Iterator[Example]:
-    """MuirBench (Wang et al., 2024): twelve tasks over several pictures; kinds are the relations between the pictures.
+    """MuirBench (Wang et al., 2024): twelve tasks over several images; kinds are the relations
+    between the images.
 
-    Parquet of the data set MUIRBENCH/MUIRBENCH: idx, task, image_relation, question and options with `<image>` where the pictures
-    of image_list stand, answer (a letter).
+    Parquet of the data set MUIRBENCH/MUIRBENCH: idx, task, image_relation, question and options
+    with `<image>` where the images of image_list stand, answer (a letter).
     """
     table = Parquet(path)
     for number, row in enumerate(
         table.rows(("idx", "task", "image_relation", "question", "options", "answer"))
     ):
-        right = LETTERS.index(row["answer"])
-        media = embedded(table, number, "image_list")
+        correct = LETTERS.index(row["answer"])
+        media = embedded_images(table, number, "image_list")
         yield choice(
             row["idx"],
             row["task"],
             media,
             row["question"],
             row["options"],
-            right,
+            correct,
             row["image_relation"],
         )
 
 
 def ai2d(_: Path, path: Path) -> Iterator[Example]:
-    """AI2D (Kembhavi et al., 2016), its test set: questions about diagrams of school books.
+    """AI2D (Kembhavi et al., 2016), its test set: questions about textbook diagrams.
 
-    Parquet of the data set lmms-lab/ai2d: question, options, answer (the number of the right option, as text), image.
+    Parquet of the data set lmms-lab/ai2d: question, options, answer (the index of the correct
+    option, as text), image.
     """
     table = Parquet(path)
     for number, row in enumerate(table.rows(("question", "options", "answer"))):
-        media = embedded(table, number, "image")
+        media = embedded_images(table, number, "image")
         yield choice(
             f"{path.stem}/{number}",
             "AI2D",

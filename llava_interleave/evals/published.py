@@ -1,4 +1,6 @@
-"""The benchmarks that are read from the files of their authors: which files, where they come from, and what reads them."""
+"""Benchmarks read from the files of their authors: which files, where they come from, and their
+readers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError, LlavaError
 from .multiple_choice import (
-    POPE,
+    POPE_METRICS,
     VIDEOS,
     ai2d,
     blink,
@@ -22,93 +24,114 @@ from .multiple_choice import (
     qbench,
     raven,
 )
-from .open_ended import SCANQA, docvqa, scanqa, vqav2
-from .task import Example, Figures, Task, digest, find
+from .open_ended import SCANQA_METRICS, docvqa, scanqa, vqav2
+from .task import AggregateMetrics, Example, Task, digest, require_file
 
 Reader = Callable[[Path, Path], Iterator[Example]]
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """A data set. read: what makes examples of one of its files. files: they, below a folder of the task's name; `*` is any text,
-    and of numbered parts (`-00000-of-00004`) all must be there. fetch: where they come from. beside: files that readers open."""
+class Dataset:
+    """A data set.
+
+    read: makes examples from one file. files: patterns below a folder with the task's name; of
+    numbered parts (`-00000-of-00004`) all must exist. fetch: where they come from. extra_files:
+    other files that the reader opens.
+    """
 
     read: Reader
     files: tuple[str, ...]
     fetch: str
     max_new_tokens: int = 16
-    figures: Figures | None = None
-    beside: tuple[str, ...] = ()
+    metrics: AggregateMetrics | None = None
+    extra_files: tuple[str, ...] = ()
 
 
-TASKS: Mapping[str, Published] = {
-    "ai2d": Published(
+TASKS: Mapping[str, Dataset] = {
+    "ai2d": Dataset(
         ai2d, ("data/test-*.parquet",), "fetch data/ of the data set lmms-lab/ai2d on Hugging Face"
     ),
-    "blink": Published(
-        blink, ("*/val-*.parquet",), "fetch the fourteen folders of the data set BLINK-Benchmark/BLINK on Hugging Face"
+    "blink": Dataset(
+        blink,
+        ("*/val-*.parquet",),
+        "fetch the fourteen folders of the data set BLINK-Benchmark/BLINK on Hugging Face",
     ),
-    "docvqa": Published(
-        docvqa, ("DocVQA/validation-*.parquet",), "fetch DocVQA/ of the data set lmms-lab/DocVQA on Hugging Face", 32
+    "docvqa": Dataset(
+        docvqa,
+        ("DocVQA/validation-*.parquet",),
+        "fetch DocVQA/ of the data set lmms-lab/DocVQA on Hugging Face",
+        32,
     ),
-    "muirbench": Published(
-        muirbench, ("data/test-*.parquet",), "fetch data/ of the data set MUIRBENCH/MUIRBENCH on Hugging Face"
+    "muirbench": Dataset(
+        muirbench,
+        ("data/test-*.parquet",),
+        "fetch data/ of the data set MUIRBENCH/MUIRBENCH on Hugging Face",
     ),
-    "mvbench": Published(
+    "mvbench": Dataset(
         mvbench,
         tuple(f"json/{name}.json" for name in VIDEOS),
-        "fetch json/ and video/ of the data set OpenGVLab/MVBench on Hugging Face, and unzip what is in video/ there",
+        "fetch json/ and video/ of the data set OpenGVLab/MVBench on Hugging Face, and unzip what "
+        "is in video/ there",
     ),
-    "nextqa": Published(
+    "nextqa": Dataset(
         nextqa,
         ("test.csv",),
-        "fetch test.csv and map_vid_vidorID.json of github.com/doc-doc/NExT-QA, and its videos into NExTVideo/ beside them",
-        beside=("map_vid_vidorID.json",),
+        "fetch test.csv and map_vid_vidorID.json of github.com/doc-doc/NExT-QA, and its videos "
+        "into NExTVideo/ next to them",
+        extra_files=("map_vid_vidorID.json",),
     ),
-    "nlvr2": Published(
+    "nlvr2": Dataset(
         nlvr2,
         ("test1.json",),
-        "fetch nlvr2/data/test1.json of github.com/lil-lab/nlvr, and its pictures (see its README) into images/ beside it",
+        "fetch nlvr2/data/test1.json of github.com/lil-lab/nlvr, and its images (see its README) "
+        "into images/ next to it",
     ),
-    "pope": Published(
+    "pope": Dataset(
         pope,
         ("coco_pope_random.json", "coco_pope_popular.json", "coco_pope_adversarial.json"),
-        "fetch output/coco/*.json of github.com/RUCAIBox/POPE, and COCO's val2014 pictures into val2014/ beside them",
-        figures=POPE,
+        "fetch output/coco/*.json of github.com/RUCAIBox/POPE, and COCO's val2014 images into "
+        "val2014/ next to them",
+        metrics=POPE_METRICS,
     ),
-    "qbench": Published(
+    "qbench": Dataset(
         qbench,
         ("llvisionqa_dev.json",),
-        "fetch llvisionqa_dev.json of Q-Bench (github.com/Q-Future/Q-Bench), and its pictures into images/ beside it",
+        "fetch llvisionqa_dev.json of Q-Bench (github.com/Q-Future/Q-Bench), and its images into "
+        "images/ next to it",
     ),
-    "raven": Published(
+    "raven": Dataset(
         raven,
         ("RAVEN-10000/*/RAVEN_*_test.npz",),
-        "fetch RAVEN-10000 (github.com/WellyZhang/RAVEN leads to it) and unzip it, so that RAVEN-10000/center_single and six "
+        "fetch RAVEN-10000 (github.com/WellyZhang/RAVEN leads to it) and unzip it, so that "
+        "RAVEN-10000/center_single and six "
         "more folders lie there",
     ),
-    "scanqa": Published(
+    "scanqa": Dataset(
         scanqa,
         ("ScanQA_v1.0_val.json",),
-        "fetch ScanQA_v1.0_val.json (github.com/ATR-DBI/ScanQA, docs/dataset.md), and ScanNet's scannet_frames_25k beside it",
+        "fetch ScanQA_v1.0_val.json (github.com/ATR-DBI/ScanQA, docs/dataset.md), and ScanNet's "
+        "scannet_frames_25k next to it",
         32,
-        SCANQA,
+        SCANQA_METRICS,
     ),
-    "vqav2": Published(
+    "vqav2": Dataset(
         vqav2,
         ("v2_OpenEnded_mscoco_val2014_questions.json",),
-        "fetch the questions and v2_mscoco_val2014_annotations.json of VQA v2 (visualqa.org), and COCO's val2014 pictures into "
-        "val2014/ beside them",
-        beside=("v2_mscoco_val2014_annotations.json",),
+        "fetch the questions and v2_mscoco_val2014_annotations.json of VQA v2 (visualqa.org), and "
+        "COCO's val2014 images into "
+        "val2014/ next to them",
+        extra_files=("v2_mscoco_val2014_annotations.json",),
     ),
-}  # fmt: skip
+}
 
 
 def load(name: str, root: Path) -> Task:
-    """A task of `TASKS` from its files below `root`. Raises `DataError` for a file that is missing or of another form."""
+    """A task of `TASKS` from its files below `root`. Raises `DataError` for a missing file or
+    another format.
+    """
     source, folder = TASKS[name], root / name
     paths = [path for pattern in source.files for path in _files(folder, pattern, source.fetch)]
-    beside = [find(folder / file, source.fetch) for file in source.beside]
+    extra_files = [require_file(folder / file, source.fetch) for file in source.extra_files]
     examples: list[Example] = []
     for path in paths:
         try:
@@ -124,31 +147,35 @@ def load(name: str, root: Path) -> Task:
             if isinstance(error, LlavaError):
                 raise
             raise DataError(
-                f"{path}, after {len(examples)} samples: not of the published form ({error!r})"
+                f"{path}, after {len(examples)} samples: not in the published format ({error!r})"
             ) from error
     return Task(
         name=name,
         examples=examples,
         max_new_tokens=source.max_new_tokens,
-        data=digest(*paths, *beside),
-        figures=source.figures,
+        data=digest(*paths, *extra_files),
+        metrics=source.metrics,
     )
 
 
 def _files(folder: Path, pattern: str, fetch: str) -> list[Path]:
-    """The files of a pattern, in order. Raises `DataError` where there are none, or numbered parts are missing."""
+    """The files of a pattern, in order. Raises `DataError` for none, and for missing numbered
+    parts.
+    """
     if "*" not in pattern:
-        return [find(folder / pattern, fetch)]
-    found = sorted(folder.glob(pattern))
-    if not found:
+        return [require_file(folder / pattern, fetch)]
+    paths = sorted(folder.glob(pattern))
+    if not paths:
         raise DataError(
-            f"{folder / pattern} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder"
+            f"{folder / pattern} does not exist: {fetch}. Nothing is downloaded; --data names "
+            "another folder"
         )
-    for path in found:
+    for path in paths:
         if parts := re.search(r"-(\d{5})-of-(\d{5})", path.name):
             others = f"{path.name[: parts.start()]}-*-of-{parts[2]}*{path.suffix}"
             if len(list(path.parent.glob(others))) != int(parts[2]):
                 raise DataError(
-                    f"of the {int(parts[2])} parts of {path.parent / others} some are missing: {fetch}"
+                    f"of the {int(parts[2])} parts of {path.parent / others} some are missing: "
+                    f"{fetch}"
                 )
-    return found
+    return paths

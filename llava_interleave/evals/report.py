@@ -1,4 +1,6 @@
-"""One HTML file with everything of a run: settings, means, and every example with its images and score."""
+"""One HTML file with everything of a run: settings, means, and every example with its images and
+score.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 from .. import reports
 from ..errors import MediaError
 from ..journal import JsonRow
-from .stats import Line
+from .stats import Mean
 from .task import Messages, Task
 
 SIDE, FRAMES = 200, 4
@@ -18,12 +20,12 @@ SIDE, FRAMES = 200, 4
 
 
 def write(
-    path: Path, task: Task, rows: Sequence[JsonRow], lines: Sequence[Line], about: dict[str, Any]
+    path: Path, task: Task, rows: Sequence[JsonRow], means: Sequence[Mean], about: dict[str, Any]
 ) -> None:
     """Write the report; the file appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{task.name}: {about.get('model', '')}"
-    data = {"about": about, "task": task, "lines": lines, "examples": _examples(task, rows)}
+    data = {"about": about, "task": task, "means": means, "examples": _examples(task, rows)}
     reports.write(path, "evals.html", title=title, **data)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark is: examples, each with what to ask and how to judge the answer, and which means are reported."""
+"""A benchmark: examples with messages and a scorer, and the means that are reported."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from numpy.typing import NDArray
 from ..errors import DataError, LlavaError
 from ..journal import JsonRow
 from ..parquet import Parquet
-from .scoring import Judge
+from .scoring import Scorer
 
 ContentPart = dict[str, Any]
 Messages = list[ContentPart]
 Media = Sequence[ContentPart] | Callable[[Path], Sequence[ContentPart]]
-"""The pictures and videos of a question, or what writes them into a folder when it is asked."""
-Answerer = Callable[[Sequence[Messages]], Sequence[str | LlavaError]]
-"""Answers several conversations; one that cannot be answered gets the reason."""
+"""The images and videos of a question, or a function that writes them into a folder first."""
+AnswerFn = Callable[[Sequence[Messages]], Sequence[str | LlavaError]]
+"""Conversations -> their answers; an error for one that cannot be answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One question.
 
-    group: the data set, scenario or category whose mean it goes into. ask: the messages; files may be drawn into the folder.
-    follows: the id of the turn before, whose conversation this one continues. kind: a finer name, for tables.
+    group: the data set, scenario or category whose mean it goes into. ask: its messages; it may
+    write files into the folder. follows: id of the previous turn, whose conversation this one
+    continues. kind: a finer name, for tables.
     """
 
     id: str
@@ -38,14 +39,16 @@ class Example:
     ask: Callable[[Path], Messages]
     question: str
     truth: str
-    judge: Judge
+    scorer: Scorer
     follows: str = ""
     kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """What a benchmark reports beside means. count: what a row adds to its sums. of: shares computed from the sums, by name."""
+class AggregateMetrics:
+    """Metrics of sums over rows, such as F1. count: the summands of a row. of: metrics by name,
+    computed from the sums.
+    """
 
     count: Callable[[JsonRow], Sequence[float]]
     of: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]
@@ -55,10 +58,11 @@ class Figures:
 class Task:
     """A benchmark.
 
-    categories: means of the means of groups. average: the categories (without any: the groups) whose mean is the last line.
-    paper: published figures in percent, by model and then by category or group; pipeline: how those were made.
-    faults: samples that are broken and left out, with reasons. data: a hash of the files that were read. figures: of every
-    group, and of all examples where there are several groups. note: of its options, for a table's title. fixed_frames: its
+    categories: means of the means of groups. average: the categories (without any: the groups)
+    whose mean is the last line. paper: published figures in percent, by model and then by category
+    or group; pipeline: how those were made. faults: samples that are broken and left out, with
+    reasons. data: a hash of the files that were read. figures: of every group, and of all examples
+    where there are several groups. note: of its options, for a table's title. fixed_frames: its
     questions say how many frames of a video are used.
     """
 
@@ -72,7 +76,7 @@ class Task:
     pipeline: str = ""
     faults: Sequence[str] = ()
     data: str = ""
-    figures: Figures | None = None
+    metrics: AggregateMetrics | None = None
     note: str = ""
     fixed_frames: bool = False
 
@@ -82,17 +86,17 @@ class Task:
         return Task(**(values | changes))
 
 
-def find(path: Path, fetch: str) -> Path:
-    """The path, if it is there; else a `DataError` that says what to fetch. Nothing is ever downloaded here."""
+def require_file(path: Path, fetch: str) -> Path:
+    """The path if it exists, else a `DataError` that says what to fetch. Nothing is downloaded."""
     if not path.exists():
         raise DataError(
-            f"{path} is not there: {fetch}. Nothing is downloaded by itself; --data names another folder"
+            f"{path} does not exist: {fetch}. Nothing is downloaded; --data names another folder"
         )
     return path
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises `DataError`."""
+    """The value in a JSON file. Raises `DataError`."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -100,13 +104,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """What the lines of a JSONL file hold. Raises `DataError` naming the line."""
+    """The values in a JSONL file. Raises `DataError` naming the line."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            raise DataError(f"line {number} of {path} is no JSON: {error}") from error
+            raise DataError(f"line {number} of {path} is not JSON: {error}") from error
     return rows
 
 
@@ -118,40 +122,49 @@ def digest(*paths: Path) -> str:
     return state.hexdigest()
 
 
-def asked(text: str, pictures: Sequence[Path]) -> list[ContentPart]:
-    """The content of a turn: `<image>` in the text becomes the pictures in order; as many as there are (else an assert)."""
-    assert text.count("<image>") == len(pictures)
-    return placed(text, [{"type": "image", "path": str(path)} for path in pictures])
+def with_images(text: str, images: Sequence[Path]) -> list[ContentPart]:
+    """The content of a turn: each `<image>` in the text becomes an image; the counts must be equal
+    (assert).
+    """
+    assert text.count("<image>") == len(images)
+    return place_media(text, [{"type": "image", "path": str(path)} for path in images])
 
 
-def placed(text: str, media: Sequence[ContentPart]) -> list[ContentPart]:
-    """Text with media where it says `<image>`; before it where it says so never, or another number of times."""
+def place_media(text: str, media: Sequence[ContentPart]) -> list[ContentPart]:
+    """Text with media in the place of `<image>`; all before the text where the counts differ."""
     pieces = text.split("<image>")
     if len(pieces) != len(media) + 1:
         return [*media, {"type": "text", "text": text}]
     parts: list[ContentPart] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-    for one, piece in zip(media, pieces[1:], strict=True):
-        parts += [one, {"type": "text", "text": piece}] if piece else [one]
+    for item, piece in zip(media, pieces[1:], strict=True):
+        parts += [item, {"type": "text", "text": piece}] if piece else [item]
     return parts
 
 
 def example(
-    name: str, group: str, media: Media, text: str, truth: str, judge: Judge, kind: str = ""
+    name: str, group: str, media: Media, text: str, truth: str, scorer: Scorer, kind: str = ""
 ) -> Example:
     """One question in one turn."""
 
     def ask(folder: Path) -> Messages:
         return [
-            {"role": "user", "content": placed(text, media(folder) if callable(media) else media)}
+            {
+                "role": "user",
+                "content": place_media(text, media(folder) if callable(media) else media),
+            }
         ]
 
     return Example(
-        id=name, group=group, kind=kind, ask=ask, question=text, truth=truth, judge=judge
+        id=name, group=group, kind=kind, ask=ask, question=text, truth=truth, scorer=scorer
     )
 
 
-def embedded(table: Parquet, number: int, *columns: str) -> Callable[[Path], list[ContentPart]]:
-    """The pictures in columns of a row, or in lists of them, as files; those that are not there are left out."""
+def embedded_images(
+    table: Parquet, number: int, *columns: str
+) -> Callable[[Path], list[ContentPart]]:
+    """Write the images in columns of a row, or in lists there, as files; empty cells
+    are skipped.
+    """
 
     def write(folder: Path) -> list[ContentPart]:
         row = table.row(number, columns)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava_interleave.evals.run import run
-from llava_interleave.evals.task import Answerer, Example, Task
+from llava_interleave.evals.task import AnswerFn, Example, Task
 from llava_interleave.journal import Journal, JsonRow
 from llava_interleave.options import unknown
 
@@ -80,7 +80,7 @@ def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal"
                 ),  # type: ignore[misc]
                 question=text,
                 truth=question.answer,
-                judge=lambda said, question=question: float(question.is_answered(said)),  # type: ignore[misc]
+                scorer=lambda said, question=question: float(question.is_answered(said)),  # type: ignore[misc]
             )
         )
     return out
@@ -141,7 +141,7 @@ def scored(rows: Sequence[JsonRow]) -> Score:
 
 
 def evaluate(
-    answer: Answerer,
+    answer: AnswerFn,
     scenario: str,
     count: int,
     *,
@@ -154,6 +154,10 @@ def evaluate(
         task = World(questions=count, scenario=scenario, held_out=held_out)
         return scored(
             run(
-                task, answer, journal, batch=batch, say=(lambda done, _: say(done)) if say else None
+                task,
+                answer,
+                journal,
+                batch_size=batch,
+                progress=(lambda done, _: say(done)) if say else None,
             )
         )

@@ -86,18 +86,20 @@ def said(answers: dict[str, str]) -> Any:
 BROKEN = [
     (
         sample(1, "RAVEN", "multi-choice", "<image>", "A", images=2),
-        "1 <image>, but it has 2 pictures",
+        "1 <image>, but it has 2 images",
     ),
     (sample(1, "RAVEN", "multi-choice", "<image>"), "human instead of human and gpt"),
     (sample(1, "RAVEN", "essay", "<image>", "A"), "'essay'"),
     ({"sample_id": 4, "image": [], "metadata": {}}, "lacks 'conversations'"),
-    (sample(1, "RAVEN", "multi-choice") | {"image": "a.png"}, "no list of file names"),
-    ("text", "another form"),
+    (sample(1, "RAVEN", "multi-choice") | {"image": "a.png"}, "not a list of file names"),
+    ("text", "not in the benchmark's format"),
 ]
 
 
 def kill_and_resume(work: Any, chance: random.Random) -> int:
-    """Run `work` in a child that is killed at random moments, until it ends by itself; how often it was killed."""
+    """Run `work` in a child that is killed at random moments, until it ends by itself; how often it
+    was killed.
+    """
     kills = 0
     while True:
         child = os.fork()
@@ -126,7 +128,9 @@ def pixels(colour: str) -> bytes:
 
 
 def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A file as Hugging Face's `datasets` writes it, pictures embedded as bytes and path; a row group a row."""
+    """A file as Hugging Face's `datasets` writes it, pictures embedded as bytes and path; a row
+    group a row.
+    """
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet as file
 
@@ -214,9 +218,15 @@ def made(root: Path, name: str) -> None:
             "prompt": "How many dogs are there?\nSelect from the following choices.\n(A) 0\n(B) 2\n(C) 3"
         }
         rows = [
-            row | {"idx": f"val_Counting_{i}", "image_1": embedded("red"), "image_2": embedded("blue") if i else None}
-            | {"image_3": None, "image_4": None} for i in range(2)
-        ]  # fmt: skip
+            row
+            | {
+                "idx": f"val_Counting_{i}",
+                "image_1": embedded("red"),
+                "image_2": embedded("blue") if i else None,
+            }
+            | {"image_3": None, "image_4": None}
+            for i in range(2)
+        ]
         parquet(folder / "Counting/val-00000-of-00001.parquet", rows)
         jigsaw = [rows[0] | {"idx": "val_Jigsaw_1", "sub_task": "Jigsaw"}]
         parquet(folder / "Jigsaw/val-00000-of-00001.parquet", jigsaw)
@@ -290,7 +300,7 @@ def made(root: Path, name: str) -> None:
             }
             bound = (
                 {"start": 1.0, "end": 2.0}
-                if task in (*multiple_choice.BOUND, "episodic_reasoning")
+                if task in (*multiple_choice.TIMED, "episodic_reasoning")
                 else {}
             )
             (folder / "json" / f"{task}.json").write_text(json.dumps([row | bound]))
