@@ -154,7 +154,7 @@ def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None
     assert len(task.faults) == len(BROKEN) + 2
     for fault, wanted in zip(
         task.faults,
-        [*(w for _, w in BROKEN), "8-0.png does not exist", "2-1.png is no picture"],
+        [*(w for _, w in BROKEN), "8-0.png does not exist", "2-1.png is not a readable image"],
         strict=True,
     ):
         assert wanted in fault
