@@ -41,7 +41,7 @@ from llava_interleave.bench import product_speed, reading_speed
 from llava_interleave.checkpoints.files import read_config
 from llava_interleave.cli import terminal
 from llava_interleave.config import LlavaConfig
-from llava_interleave.model.flops import prefill_flops, vision_flops
+from llava_interleave.flops import prefill_flops, vision_flops
 from llava_interleave.quantization.precision import parse_precision
 
 HERE = Path(__file__).parent

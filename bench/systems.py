@@ -32,7 +32,7 @@ class Llava:
 
     def __init__(self, folder: str, precision: str, kv: str = "") -> None:
         from llava_interleave.chat import Options, load
-        from llava_interleave.model.flops import decoder_bytes
+        from llava_interleave.flops import decoder_bytes
 
         self.bot = load(folder, precision=precision, kv_precision="int8" if kv == "kv8" else "auto")
         self.options = Options(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from .chat import Chatbot, Options
-from .model.flops import decoder_bytes, prefill_flops, vision_flops
+from .flops import decoder_bytes, prefill_flops, vision_flops
 from .quantization.fused import can_fuse_decoder
 from .quantization.replace import quantized_precision
 

@@ -16,8 +16,8 @@ from llava_interleave import checkpoints
 from llava_interleave.bench import measure, product_speed
 from llava_interleave.chat import load
 from llava_interleave.cli import app
+from llava_interleave.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.model import Llava, PackedAttention
-from llava_interleave.model.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.testing import tiny_checkpoint
 
 pytestmark = pytest.mark.slow

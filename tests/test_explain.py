@@ -83,8 +83,8 @@ def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups:
     recorded, written = AttentionRecorder(11, 7, [2]), Written()
     assert torch.allclose(recorded(2, q, k, v), written(2, q, k, v), atol=1e-6)
     recorded(1, q, k, v)
-    assert set(recorded.kept) == {2}
-    kept = recorded.kept[2]
+    assert set(recorded.recorded) == {2}
+    kept = recorded.recorded[2]
     assert kept.shape == (4, 11)
     assert torch.allclose(kept.sum(-1), torch.ones(4), atol=1e-6)
     assert torch.allclose(kept, written.kept[2].mean(0)[7:], atol=1e-6)

@@ -446,7 +446,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     package.flash_attn_varlen_func = flash  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    for module in ("model.attend", "engine.paged"):
+    for module in ("model.attention", "engine.kv_paged"):
         monkeypatch.setattr(f"llava_interleave.{module}.choose", lambda *_: kernel)
 
 
@@ -477,10 +477,10 @@ def test_why_a_kernel_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     card, half = torch.device("cuda", 0), torch.bfloat16
 
     def told(dtype: torch.dtype = half, width: int = 64) -> list[str | None]:
-        return list(varlen.unavailable_reasons(card, dtype, width).values())
+        return [varlen.unavailable_reason(name, card, dtype, width) for name in varlen.KERNELS]
 
     assert (
-        varlen.unavailable_reasons(CPU, half, 64)["varlen_attn"] == "there is no CUDA here"
+        varlen.unavailable_reason("varlen_attn", CPU, half, 64) == "it needs CUDA"
         and varlen.choose(CPU, half, 64) == "sdpa"
     )
     monkeypatch.setattr("torch.version.cuda", "13.0")
@@ -488,12 +488,12 @@ def test_why_a_kernel_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert told()[0] is None and told()[2] is None
-    assert "the package flash-attn is not to be had" in (told()[1] or "")
+    assert "the package flash-attn cannot be imported" in (told()[1] or "")
     assert told(torch.float32)[:2] == ["it computes in float16 or bfloat16, not in float32"] * 2
-    assert told(width=100)[0] == "it takes heads of a multiple of 8 up to 256, not of 100"
+    assert told(width=100)[0] == "it takes a head_dim that is a multiple of 8 up to 256, not 100"
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *_: None)
-    assert told() == [f"that of PyTorch {torch.__version__} reads no blocks", None, None]
+    assert told() == [f"in PyTorch {torch.__version__} it takes no block table", None, None]
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
     assert told()[0] == told()[1] == "it needs a GPU of compute capability 8.0, this one has 7.5"
 

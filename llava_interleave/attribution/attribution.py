@@ -121,7 +121,7 @@ class AttributionRun:
         """Log-probabilities `[A]`; the answer's attention `[A, T]`, mean over layers and heads."""
         recorder = AttentionRecorder(len(self.x), len(self.x) - len(self.answer), layers)
         logprobs = self.logprobs(recorder, self.x, self.positions)
-        return logprobs, torch.stack([recorder.kept[layer] for layer in layers]).mean(0)
+        return logprobs, torch.stack([recorder.recorded[layer] for layer in layers]).mean(0)
 
     def without(self, *media: Media) -> Tensor:
         """Log-probabilities `[A]` where nothing attends to these media; all positions stay.

@@ -173,10 +173,10 @@ class _Step:
         self,
         memory: PagedKVCache,
         slots: Tensor,
-        ragged: VarlenMetadata,
+        metadata: VarlenMetadata,
         held: Tensor | None = None,
     ) -> None:
-        self.memory, self.slots, self.ragged, self.held = memory, slots, ragged, held
+        self.memory, self.slots, self.metadata, self.held = memory, slots, metadata, held
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         memory = self.memory
@@ -184,4 +184,4 @@ class _Step:
         keys, values = (
             memory.pool[layer] if self.held is None else memory.unpacked(layer, self.held)
         )
-        return KERNELS[memory.kernel](q, keys, values, self.ragged)
+        return KERNELS[memory.kernel](q, keys, values, self.metadata)

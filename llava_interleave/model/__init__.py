@@ -1,6 +1,8 @@
-"""The network: SigLIP tower, projector, Qwen2 decoder. Knows no caches, batches, padding, tokenizers or files."""
+"""The network: SigLIP tower, projector, Qwen2 decoder. Knows no caches, batches, padding,
+tokenizers or files."""
 
 from .attention import AttentionFn, AttentionRecorder, PackedAttention
-from .llava import Llava, arrange_features
+from .image_tokens import arrange_features
+from .llava import Llava
 
 __all__ = ["AttentionFn", "AttentionRecorder", "Llava", "PackedAttention", "arrange_features"]

@@ -1,4 +1,5 @@
-"""The network's one question to its caller: what do these queries see?"""
+"""Attention is the caller's: the function that the network calls in each layer, and implementations
+of it."""
 
 from collections.abc import Collection, Sequence
 from itertools import accumulate
@@ -12,24 +13,24 @@ from .varlen import KERNELS, VarlenMetadata, choose
 
 
 class AttentionFn(Protocol):
-    """Attention of one layer over a flat batch: q `[T, H, d]`, k and v `[T, Hkv, d]` -> `[T, H, d]`.
+    """Attention of one layer over a flat batch: q `[T, H, d]`, k and v `[T, Hkv, d]` -> `[T, H,
+    d]`.
 
-    The caller decides which keys a query sees and where keys are kept. Scores are scaled by d ** -0.5.
-    """
+    The caller decides which keys a query sees, and owns the KV cache. Scores are scaled by d **
+    -0.5."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class PackedAttention:
-    """Causal attention within each of several sequences that lie one after another: training and one-off forwards.
+    """Causal attention within each of several packed sequences: training and one-off forwards.
 
-    Sequences of similar length go through one call, filled up at the end: what comes after a query it never sees, so no mask is
-    needed. A kernel of a GPU that takes unlike lengths takes all in one.
-    """
+    Sequences of similar length share a call, padded at the end: the causal mask hides the padding.
+    A varlen kernel of a GPU takes all sequences in one call."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.total = lengths, sum(lengths)
-        self.ragged: VarlenMetadata | None = None
+        self.metadata: VarlenMetadata | None = None
         starts = [0, *accumulate(lengths)]
         groups: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -38,9 +39,8 @@ class PackedAttention:
             else:
                 groups.append([index])
         self.groups: list[Tensor] = []  # rows of the flat batch, [sequences, longest]
-        back = torch.empty(
-            self.total, dtype=torch.long
-        )  # where each row is found in the groups' results
+        # row of the flat batch -> row of the concatenated results of the groups
+        back = torch.empty(self.total, dtype=torch.long)
         offset = 0
         for group in groups:
             longest = lengths[group[0]]
@@ -61,8 +61,8 @@ class PackedAttention:
         cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else q.dtype
         if (kernel := choose(q.device, dtype, q.shape[-1])) != "sdpa":
-            self.ragged = self.ragged or VarlenMetadata.of(self.lengths, self.lengths, q.device)
-            return KERNELS[kernel](q.to(dtype), k.to(dtype), v.to(dtype), self.ragged)
+            self.metadata = self.metadata or VarlenMetadata.of(self.lengths, self.lengths, q.device)
+            return KERNELS[kernel](q.to(dtype), k.to(dtype), v.to(dtype), self.metadata)
         if q.device != self.back.device:
             self.back, self.groups = (
                 self.back.to(q.device),
@@ -73,38 +73,41 @@ class PackedAttention:
 
 
 class AttentionRecorder:
-    """`Packed` of one sequence that also keeps what its rows from `first` on attend to in `layers`, computed beside the ordinary
-    attention, whose result stays what it is.
+    """`PackedAttention` of one sequence that also records the attention probabilities of its rows
+    from `first` on, in `layers`.
 
-    kept: by layer, the mean of the heads' probabilities, `[length - first, length]` float32.
+    They are computed separately; the result of the attention is unchanged.
+    recorded: by layer, the mean over heads, `[length - first, length]` float32.
     """
 
     def __init__(self, length: int, first: int, layers: Collection[int]) -> None:
         assert 0 <= first < length
         self.attend, self.first, self.layers = PackedAttention([length]), first, frozenset(layers)
-        self.kept: dict[int, Tensor] = {}
+        self.recorded: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.layers:
-            self.kept[layer] = probabilities(q[self.first :], k)
+            self.recorded[layer] = probabilities(q[self.first :], k)
         return self.attend(layer, q, k, v)
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """What `[R, H, d]` queries, the last of T keys `[T, Hkv, d]`, attend to under a causal mask, as the heads' mean `[R, T]`."""
+    """Causal attention probabilities of `[R, H, d]` queries, the last R of T tokens, over keys `[T,
+    Hkv, d]`: mean over heads `[R, T]`."""
     rows, heads, width = q.shape
     later = torch.ones(rows, len(k), dtype=torch.bool, device=q.device).triu(len(k) - rows + 1)
     mean = torch.zeros(rows, len(k), device=q.device)
     for queries, keys in zip(
         q.float().chunk(k.shape[1], 1), k.float().unbind(1), strict=True
-    ):  # a group at a time, for memory
+    ):  # one KV head at a time, to save memory
         scores = torch.einsum("rhd,td->hrt", queries, keys) * width**-0.5
         mean += scores.masked_fill(later, -torch.inf).softmax(-1).sum(0)
     return mean / heads
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of `[B, T, H, d]` queries, the last of S keys `[B, S, Hkv, d]` -> `[B, T, H, d]`; T == S or T == 1."""
+    """Causal attention of `[B, T, H, d]` queries, the last of S keys `[B, S, Hkv, d]` -> `[B, T, H,
+    d]`; T == S or T == 1."""
     assert q.shape[1] in (1, k.shape[1])
     return full(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=q.shape[1] > 1
@@ -112,12 +115,12 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def full(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
-    """Attention of `[B, H, T, d]` queries over keys and values `[B, Hkv, S, d]` -> `[B, H, T, d]`."""
+    """Attention of `[B, H, T, d]` queries over keys and values `[B, Hkv, S, d]` -> `[B, H, T,
+    d]`."""
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # a CPU's attention in bfloat16 takes four times as long backwards
+        # the backward of a CPU's attention takes four times as long in bfloat16
+        with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             return scaled_dot_product_attention(
                 q, k, v, is_causal=is_causal, enable_gqa=grouped

@@ -1,4 +1,8 @@
-"""Qwen2 decoder over a flat batch: embeddings `[T, D]` and positions `[T]` -> normalised hidden states `[T, D]`."""
+"""Qwen2 decoder over a flat batch: embeddings `[T, D]` and positions `[T]` -> normalized hidden
+states `[T, D]`.
+
+`quantization.fused` is a second implementation, for a CPU.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +13,7 @@ from .attention import AttentionFn
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32, scales in the type of the weights, as Qwen2 does."""
+    """Normalizes in float32, scales in the type of the weights, as transformers' Qwen2 does."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,7 +30,8 @@ class RMSNorm(nn.Module):
 def rotary(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[T, 1, d]` of RoPE (Su et al., 2021), the two halves of a head rotated against each other."""
+    """Cosines and sines `[T, 1, d]` of RoPE (Su et al. 2021, arXiv 2104.09864); the two halves of a
+    head are rotated against each other."""
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * (1.0 / theta**powers)
     angles = torch.cat([angles, angles], dim=-1)[:, None]

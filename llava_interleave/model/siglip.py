@@ -1,4 +1,5 @@
-"""SigLIP vision tower without its last norm and head: pixels `[N, 3, S, S]` -> features `[N, grid * grid, D]`."""
+"""SigLIP vision tower without its last norm and head: pixels `[N, 3, S, S]` -> features `[N, grid *
+grid, D]`."""
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu

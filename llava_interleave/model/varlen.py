@@ -1,8 +1,9 @@
-"""Attention of sequences of unlike length that lie one after another: by a GPU's kernels in one call, or a sequence at a time.
+"""Attention over packed sequences of different lengths: by a GPU kernel in one call, or one
+sequence at a time.
 
-PyTorch's kernel is told not to split the keys of a sequence. It then computes a token alike in any company; and split, with keys
-in blocks, it leaves out all sequences but the first (pytorch issue 194167).
-"""
+PyTorch's kernel is called with `num_splits=1`: it does not split the keys of a sequence, and so is
+batch-invariant. With splits and a block table it would also drop all sequences but the first
+(pytorch issue 194167)."""
 
 from __future__ import annotations
 
@@ -20,156 +21,164 @@ from torch.nn.functional import scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class VarlenMetadata:
-    """Where sequences lie. The new tokens of each are the last of those that it has, and see all up to themselves.
+    """Where each sequence lies in a flat batch. Its queries are its last tokens, and see all tokens
+    up to themselves.
 
-    new, seen: where the queries and the keys of each begin, and where the last ends, `[N + 1]`; lengths: of its keys, `[N]`; all
-    int32. most_new, most_seen: bounds of the queries and the keys of one. table: in a pool of blocks `[blocks, tokens, Hkv, d]`
-    the numbers of those where the keys of each lie, `[N, most]` int32; None: keys lie one after another, `[T, Hkv, d]`.
-    """
+    cu_seqlens_q, cu_seqlens_k: cumulative numbers of queries and keys, `[N + 1]`; seqlens_k: keys
+    of each, `[N]`; all int32. max_seqlen_q, max_seqlen_k: upper bounds for one sequence.
+    block_table: numbers of each sequence's blocks in a pool `[blocks, tokens, Hkv, d]`, `[N,
+    max_blocks]` int32; None: keys are contiguous, `[T, Hkv, d]`."""
 
-    new: Tensor
-    seen: Tensor
-    lengths: Tensor
-    most_new: int
-    most_seen: int
-    table: Tensor | None = None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    block_table: Tensor | None = None
 
     @classmethod
     def of(
         cls,
-        new: Sequence[int],
+        queries: Sequence[int],
         lengths: Sequence[int],
         device: torch.device,
-        table: Tensor | None = None,
+        block_table: Tensor | None = None,
     ) -> VarlenMetadata:
-        """Of sequences that have so many tokens, of which so many are new."""
-        rows = ([0, *accumulate(new)], [0, *accumulate(lengths)], lengths)
-        starts, ends, own = (torch.tensor(row, dtype=torch.int32, device=device) for row in rows)
-        return cls(starts, ends, own, max(new), max(lengths), table)
+        """From the number of queries and of all tokens of each sequence."""
+        rows = ([0, *accumulate(queries)], [0, *accumulate(lengths)], lengths)
+        q, k, own = (torch.tensor(row, dtype=torch.int32, device=device) for row in rows)
+        return cls(q, k, own, max(queries), max(lengths), block_table)
 
     @cached_property
     def spans(self) -> list[tuple[slice, slice]]:
-        """The rows of each one's queries and of its keys, where these lie one after another."""
-        new, seen = (
-            [slice(a, b) for a, b in pairwise(starts.tolist())] for starts in (self.new, self.seen)
+        """The rows of each sequence's queries, and of its keys where these are contiguous."""
+        queries, keys = (
+            [slice(a, b) for a, b in pairwise(starts.tolist())]
+            for starts in (self.cu_seqlens_q, self.cu_seqlens_k)
         )
-        return list(zip(new, seen, strict=True))
+        return list(zip(queries, keys, strict=True))
 
-    def read(self, number: int, kept: Tensor) -> Tensor:
+    def gather(self, number: int, x: Tensor) -> Tensor:
         """Keys or values `[S, Hkv, d]` of one sequence."""
         rows = self.spans[number][1]
-        if self.table is None:
-            return kept[rows]
-        length, size = rows.stop - rows.start, kept.shape[1]
-        return kept[self.table[number, : -(-length // size)].long()].flatten(0, 1)[:length]
+        if self.block_table is None:
+            return x[rows]
+        length, size = rows.stop - rows.start, x.shape[1]
+        return x[self.block_table[number, : -(-length // size)].long()].flatten(0, 1)[:length]
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenMetadata], Tensor]
-"""Queries `[T, H, d]`, keys and values as `Ragged` says -> `[T, H, d]`."""
+"""q `[T, H, d]`, k and v as `VarlenMetadata` says -> `[T, H, d]`."""
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, of: VarlenMetadata) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def varlen_attn(q: Tensor, k: Tensor, v: Tensor, meta: VarlenMetadata) -> Tensor:
+    """PyTorch's kernel."""
+    from torch.nn.attention import varlen
 
-    found = varlen_attn(
+    out = varlen.varlen_attn(
         q,
         k,
         v,
-        of.new,
-        of.seen,
-        of.most_new,
-        of.most_seen,
+        meta.cu_seqlens_q,
+        meta.cu_seqlens_k,
+        meta.max_seqlen_q,
+        meta.max_seqlen_k,
         window_size=(-1, 0),
         enable_gqa=q.shape[1] != k.shape[-2],
-        seqused_k=None if of.table is None else of.lengths,
-        block_table=of.table,
+        seqused_k=None if meta.block_table is None else meta.seqlens_k,
+        block_table=meta.block_table,
         num_splits=None if q.requires_grad else 1,
     )
-    assert isinstance(found, Tensor)
-    return found
+    assert isinstance(out, Tensor)
+    return out
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, of: VarlenMetadata) -> Tensor:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, meta: VarlenMetadata) -> Tensor:
+    """The kernel of the package flash-attn."""
     attention: Callable[..., Tensor] = import_module("flash_attn").flash_attn_varlen_func
     return attention(
-        q, k, v, of.new, of.seen, of.most_new, of.most_seen, causal=True, block_table=of.table
+        q,
+        k,
+        v,
+        meta.cu_seqlens_q,
+        meta.cu_seqlens_k,
+        meta.max_seqlen_q,
+        meta.max_seqlen_k,
+        causal=True,
+        block_table=meta.block_table,
     )
 
 
-def each(q: Tensor, k: Tensor, v: Tensor, of: VarlenMetadata) -> Tensor:
-    """The truth that kernels are held to."""
-    found = []
-    for number, (rows, _) in enumerate(of.spans):
+def sdpa(q: Tensor, k: Tensor, v: Tensor, meta: VarlenMetadata) -> Tensor:
+    """One call per sequence: the reference for the kernels."""
+    outputs = []
+    for number, (rows, _) in enumerate(meta.spans):
         queries, keys, values = (
-            x.transpose(0, 1)[None] for x in (q[rows], of.read(number, k), of.read(number, v))
+            x.transpose(0, 1)[None]
+            for x in (q[rows], meta.gather(number, k), meta.gather(number, v))
         )
-        new, seen, grouped = queries.shape[2], keys.shape[2], queries.shape[1] != keys.shape[1]
+        new, length, grouped = queries.shape[2], keys.shape[2], queries.shape[1] != keys.shape[1]
         mask = (
             None
-            if new in (1, seen)
-            else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+            if new in (1, length)
+            else torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
         )
         out = scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=new == seen > 1, enable_gqa=grouped
+            queries, keys, values, mask, is_causal=new == length > 1, enable_gqa=grouped
         )
-        found.append(out[0].transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
-KERNELS: dict[str, Kernel] = {"varlen_attn": varlen, "flash-attn": flash, "sdpa": each}
-"""By name, the fastest first."""
+KERNELS: dict[str, Kernel] = {"varlen_attn": varlen_attn, "flash-attn": flash_attn, "sdpa": sdpa}
+"""By name, the fastest first; the last is always available."""
 
 
-def unavailable_reasons(
-    device: torch.device, dtype: torch.dtype, head_dim: int
-) -> dict[str, str | None]:
-    """Of each of the kernels, why it cannot be used; None where it can, as the last always can."""
-    here = _hardware(device, dtype, head_dim)
-    return {"varlen_attn": here or _no_varlen(), "flash-attn": here or _no_flash(), "sdpa": None}
+def unavailable_reason(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Why a kernel cannot be used; None where it can."""
+    if kernel == "sdpa":
+        return None
+    no_package = _no_varlen_attn if kernel == "varlen_attn" else _no_flash_attn
+    return _unsupported(device, dtype, head_dim) or no_package()
 
 
 @cache
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The first of the kernels that can be used."""
-    return next(
-        name
-        for name, reason in unavailable_reasons(device, dtype, head_dim).items()
-        if reason is None
-    )
+    """The fastest kernel that can be used."""
+    names = (k for k in KERNELS if unavailable_reason(k, device, dtype, head_dim) is None)
+    return next(names)
 
 
-def _hardware(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda" or torch.version.cuda is None:
-        return "there is no CUDA here"
+        return "it needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > 256:
-        return f"it takes heads of a multiple of 8 up to 256, not of {head_dim}"
+        return f"it takes a head_dim that is a multiple of 8 up to 256, not {head_dim}"
     major, minor = torch.cuda.get_device_capability(device)
-    return (
-        f"it needs a GPU of compute capability 8.0, this one has {major}.{minor}"
-        if major < 8
-        else None
-    )
+    if major < 8:
+        return f"it needs a GPU of compute capability 8.0, this one has {major}.{minor}"
+    return None
 
 
-def _no_varlen() -> str | None:
+def _no_varlen_attn() -> str | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"PyTorch {torch.__version__} does not have it"
     if not {"block_table", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys():
-        return f"that of PyTorch {torch.__version__} reads no blocks"
-    return (
-        None
-        if torch.backends.cuda.is_flash_attention_available()
-        else "PyTorch was built without flash attention"
-    )
+        return f"in PyTorch {torch.__version__} it takes no block table"
+    if torch.backends.cuda.is_flash_attention_available():
+        return None
+    return "PyTorch was built without flash attention"
 
 
-def _no_flash() -> str | None:
+def _no_flash_attn() -> str | None:
     try:
         import_module("flash_attn")
     except ImportError as error:
-        return f"the package flash-attn is not to be had ({error})"
+        return f"the package flash-attn cannot be imported ({error})"
     return None

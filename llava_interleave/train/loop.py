@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from .. import kernels
 from ..distributed.process_group import ProcessGroup
 from ..errors import DataError, OptionError, Unsupported
+from ..flops import peak_memory
 from . import checkpointing
 from .checkpointing import State
 from .data.packing import Position
-from .flops import peak_memory
 from .losses import Loss
 from .recipe import Recipe
 

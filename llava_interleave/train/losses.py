@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.checkpoint import checkpoint
 
+from ..flops import training_flops
 from ..image_layout import ImageTokenLayout
 from ..model import Llava, PackedAttention, arrange_features
 from .data.packing import Batch, Pairs, positions
-from .flops import training_flops
 from .recipe import DPOConfig
 
 CHUNK = 2048  # tokens whose logits exist at once

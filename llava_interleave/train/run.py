@@ -20,12 +20,12 @@ from ..checkpoints.adapters import write_adapter
 from ..checkpoints.load import device_named
 from ..distributed.process_group import ProcessGroup, init_distributed
 from ..errors import OptionError, Unsupported
+from ..flops import measured_flops
 from ..lora import LoraAdapter
 from ..model import Llava
 from . import checkpointing
 from .data.packing import PlannedPackedDataset, distributed_batches
 from .data.samples import SampleFormat, Samples
-from .flops import measured_flops
 from .fsdp import enable_activation_checkpointing, fsdp_loss, shard_fsdp
 from .loop import LossFunction, autocast, bf16_is_faster, freeze, train
 from .losses import dpo_loss, sft_loss

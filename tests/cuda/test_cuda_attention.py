@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_interleave.model.varlen import KERNELS, VarlenMetadata, unavailable_reasons
+from llava_interleave.model.varlen import KERNELS, VarlenMetadata, unavailable_reason
 
 SEQUENCES = {  # new tokens of each, and all that it has
     "answers": ([1, 1, 1], [1, 300, 513]),
@@ -35,7 +35,7 @@ def test_kernels(
         heads,
     )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if reason := unavailable_reasons(place, dtype, width)[name]:
+    if reason := unavailable_reason(name, place, dtype, width):
         pytest.skip(f"{name}: {reason}")
     torch.manual_seed(0)
     q = torch.randn(sum(new), of_queries, width, device=place, dtype=dtype)

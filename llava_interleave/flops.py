@@ -1,4 +1,5 @@
-"""Operations of a batch, speed of a device in matrix products (both give the MFU), peak memory."""
+"""Operations and bytes that a network needs, the speed of a device in matrix products (MFU), peak
+memory."""
 
 from __future__ import annotations
 
@@ -6,15 +7,45 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 
 import torch
 from torch import nn
 
-from ..lora import LoraWeights
-from ..model import Llava
+from .config import LlavaConfig
+from .lora import LoraWeights
+from .model import Llava
 
 if sys.platform != "win32":
     import resource
+
+
+def vision_flops(c: LlavaConfig) -> int:
+    """Operations of tower and projector for a crop; a multiply-add is two."""
+    v, out, tokens = c.vision, c.text.hidden_size, c.vision.grid**2
+    layer = (
+        4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size + 2 * tokens * v.hidden_size
+    )
+    patches, projector = 3 * v.patch_size**2 * v.hidden_size, (v.hidden_size + out) * out
+    return 2 * tokens * (v.num_layers * layer + patches + projector)
+
+
+def prefill_flops(c: LlavaConfig, tokens: int) -> int:
+    """Operations of the decoder for a prompt (causal attention; logits of the last token only)."""
+    t = c.text
+    queries, keys = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+    layer = (
+        t.hidden_size * (2 * queries + 2 * keys + 3 * t.intermediate_size) + (tokens + 1) * queries
+    )
+    return 2 * (tokens * t.num_layers * layer + t.hidden_size * t.vocab_size)
+
+
+def decoder_bytes(model: Llava) -> int:
+    """Bytes of weights that a decode step reads."""
+    parts = (model.language_model.layers, model.language_model.norm, model.lm_head)
+    return sum(
+        tensor.nbytes for part in parts for tensor in chain(part.parameters(), part.buffers())
+    )
 
 
 def training_flops(model: Llava, lengths: Sequence[int], images: int, rows: int) -> float:
