@@ -19,7 +19,7 @@ from shapes import SHAPES
 from torch import Tensor, nn
 
 from llava_interleave import kernels
-from llava_interleave.bench import reading_speed
+from llava_interleave.bench import memory_bandwidth
 from llava_interleave.config import TextConfig
 from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, _DecodeAttention
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
@@ -153,7 +153,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     with torch.inference_mode():
-        speed = reading_speed(torch.device("cpu"))
+        speed = memory_bandwidth(torch.device("cpu"))
         about = {
             "threads": torch.get_num_threads(),
             "kernels": kernels.unavailable_reason() or "compiled",

@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 
 from llava_interleave import checkpoints, kernels
-from llava_interleave.bench import product_speed, reading_speed
+from llava_interleave.bench import matmul_throughput, memory_bandwidth
 from llava_interleave.checkpoints.files import read_config
 from llava_interleave.cli import terminal
 from llava_interleave.config import LlavaConfig
@@ -247,7 +247,7 @@ class Bench:
                 print(f"{name}: {figure}: {value[0]:.4g}", file=sys.stderr, flush=True)
 
     def ask(self, name: str, work: list[str]) -> Iterator[tuple[str, tuple[float, float | None]]]:
-        self.reads.append(reading_speed(torch.device("cpu")))
+        self.reads.append(memory_bandwidth(torch.device("cpu")))
         machine = replace(self.machine, read=self.reads[-1])
         self.pictures.start(0)
         question, began = user(self.pictures(1), QUESTIONS[0]), time.perf_counter()
@@ -340,7 +340,7 @@ def main() -> None:
     config = read_config(given.folder)
     device, kinds = torch.device("cpu"), ("float32", "bfloat16", "int8")
     machine = Machine(
-        config, reading_speed(device), {kind: product_speed(kind, device) for kind in kinds}
+        config, memory_bandwidth(device), {kind: matmul_throughput(kind, device) for kind in kinds}
     )
     with tempfile.TemporaryDirectory() as scratch:
         commands = {}

@@ -1,4 +1,6 @@
-"""How fast a model answers on this machine, and what share that is of what the machine gives."""
+"""The speed of a model on this machine, as fractions of the machine's peak compute and
+bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,28 @@ from .flops import decoder_bytes, prefill_flops, vision_flops
 from .quantization.fused import can_fuse_decoder
 from .quantization.replace import quantized_precision
 
-LONG = 0.05
-"""Seconds of a product after which no larger one is tried."""
+SLOW_PRODUCT = 0.05
+"""Seconds of a matrix product after which no larger one is tried."""
 QUESTIONS = ("Describe every image.", "What differs between them?")
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One quantity over all rounds. share: of the machine's ceiling; None where it has none."""
+    """One metric over all rounds. share: fraction of the machine's peak; None where
+    there is none.
+    """
 
     name: str
     unit: str
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured, with what, where, and the ceilings of that place."""
+    """The metrics, and the settings and machine of the run."""
 
     about: dict[str, object]
     figures: tuple[Figure, ...]
@@ -51,48 +55,50 @@ def measure(
     rounds: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Ask about new pictures in every round, then something else about the same ones; a first round is not counted.
+    """Ask about new images in every round, then a second question about them; after one warm-up
+    round.
 
-    tokens: of each first answer. progress: called with the rounds that are done, and all. Raises what `Chatbot.ask` does.
+    tokens: length of each first answer. progress: called with the number of finished rounds, and of
+    all. Raises the errors of `Chatbot.ask`.
     """
-    taken = []
+    timings = []
     for number in range(rounds + 1):
         if progress:
             progress(number, rounds + 1)
-        taken.append(ask(bot, images, tokens))
-    times, model = taken[1:], bot.model
+        timings.append(run_round(bot, images, tokens))
+    times, model = timings[1:], bot.model
     weight = model.language_model.norm.weight
-    computed = str(weight.dtype).removeprefix("torch.")
-    peak = peak_memory(weight.device)  # before the ceilings take memory of their own
+    compute_dtype = str(weight.dtype).removeprefix("torch.")
+    peak = peak_memory(weight.device)  # before measuring the peaks allocates memory
     kinds = (
         ("int8", "bfloat16", "float32")
         if quantized_precision(model) and weight.is_cpu
-        else (computed,)
+        else (compute_dtype,)
     )  # a GPU multiplies floats
-    products, kind = max((product_speed(kind, weight.device), kind) for kind in kinds)
-    read = reading_speed(weight.device)
+    products, kind = max((matmul_throughput(kind, weight.device), kind) for kind in kinds)
+    bandwidth = memory_bandwidth(weight.device)
     prompt = int(times[0]["prompt"])
-    ceilings = {
+    peaks = {
         "vision": products / vision_flops(model.config),
         "prefill": products * prompt / prefill_flops(model.config, prompt),
-        "decode": read
+        "decode": bandwidth
         / (decoder_bytes(model) + bot.engine.bytes_per_token * (prompt + tokens // 2)),
     }
-    figures = (  # of the second question the first token too
+    figures = (  # of the second question also the first token
         figure(
             "vision",
             "s an image",
             [row["vision"] / images for row in times],
-            1 / ceilings["vision"],
+            1 / peaks["vision"],
         ),
         figure(
             "prefill",
             "tokens/s",
             [row["prefilled"] / row["prefill"] for row in times],
-            ceilings["prefill"],
+            peaks["prefill"],
         ),
         figure("first token", "s", [row["first"] for row in times]),
-        figure("decode", "tokens/s", [row["rate"] for row in times], ceilings["decode"]),
+        figure("decode", "tokens/s", [row["rate"] for row in times], peaks["decode"]),
         figure("second question", "s", [row["second"] for row in times]),
         figure("peak memory", "MiB", [peak / 2**20]),
     )
@@ -106,22 +112,22 @@ def measure(
         "prompt": prompt,
         "tokens": tokens,
         "rounds": rounds,
-        "memory GB/s": round(read / 1e9, 1),
+        "memory GB/s": round(bandwidth / 1e9, 1),
         f"{kind} GOP/s": round(products / 1e9),
     }
     return Report(about, figures)
 
 
-def ask(bot: Chatbot, images: int, tokens: int) -> dict[str, float]:
-    """One round: numbers of tokens, seconds, and tokens a second of the answer."""
-    pictures = noise(images, bot.model.config.vision.image_size)
+def run_round(bot: Chatbot, images: int, tokens: int) -> dict[str, float]:
+    """One round: numbers of tokens, seconds, and tokens per second of the answer."""
+    inputs = random_images(images, bot.model.config.vision.image_size)
     options = Options(max_new_tokens=tokens, ignore_eos=True, prompt_lookup_num_tokens=0)
-    began = time.perf_counter()
-    answer = bot.ask(QUESTIONS[0], pictures, options)
-    total, took, used = time.perf_counter() - began, answer.timings, answer.usage
-    began = time.perf_counter()
-    bot.ask(QUESTIONS[1], pictures, options, max_new_tokens=1)
-    second = time.perf_counter() - began
+    start = time.perf_counter()
+    answer = bot.ask(QUESTIONS[0], inputs, options)
+    total, took, used = time.perf_counter() - start, answer.timings, answer.usage
+    start = time.perf_counter()
+    bot.ask(QUESTIONS[1], inputs, options, max_new_tokens=1)
+    second = time.perf_counter() - start
     assert (
         took.prefill is not None
         and took.first_token is not None
@@ -132,70 +138,72 @@ def ask(bot: Chatbot, images: int, tokens: int) -> dict[str, float]:
         "prefilled": used.prompt - used.cached,
         "vision": took.vision,
         "prefill": took.prefill,
-        "first": total
-        - (took.total - took.first_token),  # with what comes before the engine: pictures to crops
+        "first": total - (took.total - took.first_token),  # including the preprocessing of images
         "rate": took.tokens_per_second,
         "second": second,
     }
 
 
-def noise(count: int, side: int) -> list[Image.Image]:
-    """Pictures that no cache has seen."""
+def random_images(count: int, side: int) -> list[Image.Image]:
+    """Images that no cache has."""
     return [
-        Image.fromarray(picture)
-        for picture in np.random.default_rng().integers(0, 256, (count, side, side, 3), np.uint8)
+        Image.fromarray(pixels)
+        for pixels in np.random.default_rng().integers(0, 256, (count, side, side, 3), np.uint8)
     ]
 
 
-def figure(name: str, unit: str, values: Sequence[float], ceiling: float | None = None) -> Figure:
-    """The ceiling is in the unit of the values; of seconds it is the least."""
+def figure(name: str, unit: str, values: Sequence[float], peak: float | None = None) -> Figure:
+    """The peak is in the unit of the values; in seconds it is the minimum."""
     median = statistics.median(values)
-    share = (
-        None if ceiling is None else ceiling / median if unit.startswith("s") else median / ceiling
-    )
+    share = None if peak is None else peak / median if unit.startswith("s") else median / peak
     return Figure(name, unit, median, min(values), max(values), share)
 
 
-def reading_speed(device: torch.device) -> float:
-    """Bytes a second that are read from memory together: the best of several sums over 512 MB."""
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second read from memory: the best of several sums over 512 MB."""
     numbers = torch.ones(64 << 20, dtype=torch.int64, device=device)
     return numbers.nbytes / fastest(numbers.sum, device)
 
 
-def product_speed(kind: str, device: torch.device, side: int = 2048) -> float:
-    """Operations a second in products of matrices of a number type, int8 among them: the best of several. They are smaller than
-    `side` where that would take long: a CPU without instructions for a type is hundreds of times slower in it."""
+def matmul_throughput(kind: str, device: torch.device, side: int = 2048) -> float:
+    """Operations per second in matrix products of a number type: the best of several.
+
+    Matrices are smaller than `side` where that is slow: a CPU without instructions for a type is
+    hundreds of times slower in it.
+    """
     dtype = torch.int8 if kind == "int8" else getattr(torch, kind)
     multiply = torch._int_mm if kind == "int8" else torch.mm
-    now = min(256, side)
+    size = min(256, side)
     while True:
-        a, b = (torch.ones(now, now, dtype=dtype, device=device) for _ in range(2))
-        took = fastest(partial(multiply, a, b), device)
-        if now == side or took > LONG:
-            return 2 * now**3 / took
-        now = min(2 * now, side)
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        seconds = fastest(partial(multiply, a, b), device)
+        if size == side or seconds > SLOW_PRODUCT:
+            return 2 * size**3 / seconds
+        size = min(2 * size, side)
 
 
 def fastest(call: Callable[[], object], device: torch.device, repeat: int = 5) -> float:
     """Seconds of the fastest of several calls."""
 
     def once() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return min(once() for _ in range(repeat))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: on a GPU its tensors there, else resident pages; 0 on Windows."""
+    """Peak memory of this process in bytes: on a GPU its tensors, else resident pages; 0 on
+    Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return 0
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,8 @@
-"""A file of JSON lines that grows a row at a time and survives being killed: no row is lost, none is there twice.
+"""A file of JSON lines that grows a row at a time and survives being killed: no row is lost, none
+is there twice.
 
-The first line says how the rows are made; a file made otherwise is refused. A line that was cut short by a kill is taken off
-when the file is opened again. One process writes at a time.
+The first line says how the rows are made; a file made otherwise is refused. A line that was cut
+short by a kill is taken off when the file is opened again. One process writes at a time.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ JsonRow = dict[str, Any]
 
 
 class Journal:
-    """Rows with an `id` in a file. `done` tells which ids it has."""
+    """Rows with an `id` in a file. `done`: the ids in it, with their offsets."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        """Open or begin the file. `DataError` if it is no such file, was made with another `run`, or is being written."""
+        """Open or begin the file. `DataError` if it is no such file, was made with another `run`,
+        or is being written.
+        """
         self.path = path
         self.done: dict[str, int] = {}
         header = _line({"run": run})
@@ -38,7 +41,7 @@ class Journal:
             if not first.endswith(b"\n"):  # new, or killed while the first line was written
                 if not header.startswith(first):
                     raise DataError(
-                        f"{path} is not a results file of this program; name another file"
+                        f"{path} is not a results file of this program; choose another file"
                     )
                 self._file.truncate(0)
                 self._write(header)
@@ -83,7 +86,9 @@ class Journal:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[JsonRow]]:
-    """How a file's rows were made, and the rows; a last line that was cut short is left out. Raises `DataError`."""
+    """How a file's rows were made, and the rows; a last line that was cut short is left out. Raises
+    `DataError`.
+    """
     try:
         with path.open("rb") as file:
             run = _header(path, file.readline())
@@ -103,11 +108,13 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
             return run
     except (ValueError, TypeError, KeyError):
         pass
-    raise DataError(f"{path} is not a results file of this program; name another file")
+    raise DataError(f"{path} is not a results file of this program; choose another file")
 
 
 def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[JsonRow, int]]:
-    """The rows behind the first line, which has been read, and how many bytes each has; one that was cut short is left out."""
+    """The rows behind the first line, which has been read, and how many bytes each has; one that
+    was cut short is left out.
+    """
     known: set[str] = set()
     for number, line in enumerate(file, 2):
         if not line.endswith(b"\n"):
@@ -117,11 +124,11 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[JsonRow, int]]:
             name = row["id"]
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"line {number} of {path} is damaged; take it out and its sample is answered again"
+                f"line {number} of {path} is damaged; delete the line, and its sample is answered again"
             ) from error
         if not isinstance(name, str) or name in known:
             raise DataError(
-                f"line {number} of {path} has the id {name!r}, which is no text or was there before"
+                f"line {number} of {path} has the id {name!r}, which is not a string, or a duplicate"
             )
         known.add(name)
         yield row, len(line)
@@ -131,13 +138,14 @@ def _same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise DataError(
-                f"{path} was made with {key} {old.get(key)!r}, not {new.get(key)!r}; name another file, or go on as it was begun"
+                f"{path} was made with {key} {old.get(key)!r}, not {new.get(key)!r}; name another "
+                "file, or go on as it was begun"
             )
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
     if sys.platform != "win32":
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go of it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process is killed
         except OSError as error:
             raise DataError(f"another process is writing {path}") from error

@@ -1,4 +1,6 @@
-"""Parquet files as rows, a group of rows in memory at a time. Needs pyarrow, which is optional. Knows no models."""
+"""Parquet files as rows, one row group in memory at a time. Needs pyarrow, which is optional.
+Knows no models.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ from typing import Any
 
 from .errors import DataError, Unsupported
 
-JsonRow = dict[str, Any]
+Row = dict[str, Any]
 
 
 class Parquet:
-    """The rows of one file, by number. Pictures embedded as Hugging Face's `datasets` does it come as {"bytes", "path"}."""
+    """The rows of one file, by number. Pictures embedded as Hugging Face's `datasets` does it come
+    as {"bytes", "path"}.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises `Unsupported` without pyarrow, and `DataError` for a file that is no Parquet."""
@@ -22,43 +26,46 @@ class Parquet:
             from pyarrow import parquet
         except ImportError as error:
             raise Unsupported(
-                "reading Parquet needs pyarrow: pip install 'llava-interleave[parquet]', or give the rows as .jsonl or .csv"
+                "reading Parquet needs pyarrow: pip install 'llava-interleave[parquet]', or give "
+                "the rows as .jsonl or .csv"
             ) from error
         self.path = path
         try:
             self._file = parquet.ParquetFile(path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-        about = self._file.metadata
+        metadata = self._file.metadata
         self._starts = [
             0,
-            *accumulate(about.row_group(i).num_rows for i in range(about.num_row_groups)),
+            *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
         ]
-        self._kept: tuple[int, tuple[str, ...] | None, Any] | None = None
+        self._loaded: tuple[int, tuple[str, ...] | None, Any] | None = None
         self.columns: dict[str, str] = {
             field.name: str(field.type) for field in self._file.schema_arrow
         }
-        """Of each its type, in pyarrow's words."""
+        """Their types, as pyarrow names them."""
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def row(self, index: int, columns: Sequence[str] | None = None) -> JsonRow:
-        """A row, or some columns of it. Neighbours are read once. Raises `DataError` for damaged pages."""
+    def row(self, index: int, columns: Sequence[str] | None = None) -> Row:
+        """A row, or some columns of it. Neighbours are read once. Raises `DataError` for damaged
+        pages.
+        """
         group, wanted = (
             bisect_right(self._starts, index) - 1,
             None if columns is None else tuple(columns),
         )
-        if self._kept is None or self._kept[:2] != (group, wanted):
+        if self._loaded is None or self._loaded[:2] != (group, wanted):
             try:
-                self._kept = group, wanted, self._file.read_row_group(group, columns=columns)
+                self._loaded = group, wanted, self._file.read_row_group(group, columns=columns)
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"rows {self._starts[group]} and on of {self.path} cannot be read: {error}"
                 ) from error
-        return self._kept[2].slice(index - self._starts[group], 1).to_pylist()[0]
+        return self._loaded[2].slice(index - self._starts[group], 1).to_pylist()[0]
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[JsonRow]:
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """All rows in order. Raises `DataError` where a column is missing."""
         if missing := [name for name in columns or () if name not in self.columns]:
             raise DataError(

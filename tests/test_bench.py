@@ -1,4 +1,6 @@
-"""`llava bench`: its arithmetic against counters of what the network really does, and what it tells."""
+"""`llava bench`: its arithmetic against counters of what the network really does, and what it
+tells.
+"""
 
 import json
 import subprocess
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from llava_interleave import checkpoints
-from llava_interleave.bench import measure, product_speed
+from llava_interleave.bench import matmul_throughput, measure
 from llava_interleave.chat import load
 from llava_interleave.cli import app
 from llava_interleave.flops import decoder_bytes, prefill_flops, vision_flops
@@ -31,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_ceiling_is_soon_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`llava bench` took two minutes to learn that a CPU without AVX-512 multiplies slowly in 8 bits."""
+    """`llava bench` took two minutes to learn that a CPU without AVX-512 multiplies slowly in 8
+    bits.
+    """
     sides, slow = [], False
 
     def multiply(a: torch.Tensor, _: torch.Tensor) -> None:
@@ -39,10 +43,10 @@ def test_a_ceiling_is_soon_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.06 * slow)
 
     monkeypatch.setattr(torch, "_int_mm", multiply)
-    assert product_speed("int8", torch.device("cpu"), side=512) > 0
+    assert matmul_throughput("int8", torch.device("cpu"), side=512) > 0
     assert set(sides) == {256, 512}
     sides, slow = [], True
-    assert 2 * 256**3 / 0.2 < product_speed("int8", torch.device("cpu")) <= 2 * 256**3 / 0.06
+    assert 2 * 256**3 / 0.2 < matmul_throughput("int8", torch.device("cpu")) <= 2 * 256**3 / 0.06
     assert set(sides) == {256}
 
 
@@ -57,7 +61,9 @@ def decode(model: Llava, tokens: int = 1) -> None:
 
 @torch.inference_mode()
 def test_work_is_what_is_computed(folder: Path) -> None:
-    """Counted by PyTorch in its products; it knows of no causal attention, which needs a little more than half."""
+    """Counted by PyTorch in its products; it knows of no causal attention, which needs a little
+    more than half.
+    """
     model, tokens = checkpoints.load(folder), 33
     c, size = model.config.text, model.config.vision.image_size
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -103,8 +109,8 @@ def test_every_round_has_new_pictures_and_its_second_question_none(folder: Path)
         "second question",
         "peak memory",
     ]
-    assert all(0 < figure.least <= figure.median <= figure.most for figure in report.figures)
-    assert found["first token"].least > 3 * found["vision"].least
+    assert all(0 < figure.minimum <= figure.median <= figure.maximum for figure in report.figures)
+    assert found["first token"].minimum > 3 * found["vision"].minimum
     assert {name for name, figure in found.items() if figure.share} == {
         "vision",
         "prefill",
@@ -165,7 +171,9 @@ def test_the_bench_beside_transformers(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
-    """Two groups of it, on the CPU: what is measured has its share of a ceiling, what cannot be done its reason."""
+    """Two groups of it, on the CPU: what is measured has its share of a ceiling, what cannot be
+    done its reason.
+    """
     out, groups = tmp_path / "found.json", ["ceilings", "small ours float32", "small ours fp8"]
     command = [
         sys.executable,

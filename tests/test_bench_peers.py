@@ -1,4 +1,6 @@
-"""The systems that `make bench-peers` installs apart: what can be held to something without them."""
+"""The systems that `make bench-peers` installs apart: what can be held to something
+without them.
+"""
 
 import importlib.util
 from collections import Counter, defaultdict
@@ -52,7 +54,9 @@ def test_a_chat_is_spelt_as_the_checkpoints_template_does(
 
 
 class Library:
-    """What of llama.cpp reads prompts, as a memory of keys by sequence and position. A chunk is its kind and its keys."""
+    """What of llama.cpp reads prompts, as a memory of keys by sequence and position. A chunk is its
+    kind and its keys.
+    """
 
     MTMD_INPUT_CHUNK_TYPE_TEXT = "text"
 
@@ -90,7 +94,9 @@ class Library:
 
 
 def test_a_sequence_of_llama_cpp_computes_what_it_does_not_hold(systems: ModuleType) -> None:
-    """Whatever was read before, the memory ends as the prompt is; counts are of what the prompts do not have in common."""
+    """Whatever was read before, the memory ends as the prompt is; counts are of what the prompts do
+    not have in common.
+    """
     system, library = object.__new__(systems.LlamaCpp), Library()
     system.llama = system.mtmd = library
     system.context = system.tower = None

@@ -1,4 +1,6 @@
-"""`llava batch --ray` on a cluster of two nodes here: rows as one process makes them, whatever fails or is killed."""
+"""`llava batch --ray` on a cluster of two nodes here: rows as one process makes them, whatever
+fails or is killed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llava_interleave.batch import Answerer, JsonRow, Reply, Source, ray_cluster, run
+from llava_interleave.batch import JsonRow, Reply, ReplyFn, Source, ray_cluster, run
 from llava_interleave.cli import app
 from llava_interleave.errors import (
     DataError,
@@ -68,7 +70,9 @@ def nodes() -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Echo:
-    """Answers with the question, to which `prepare` adds a number. With a bug it fails where it is asked to `break`."""
+    """Answers with the question, to which `prepare` adds a number. With a bug it fails where it is
+    asked to `break`.
+    """
 
     seconds: float = 0.0
     bug: str = ""
@@ -87,7 +91,7 @@ class Echo:
 
         return prepare
 
-    def answerer(self) -> Answerer:
+    def answerer(self) -> ReplyFn:
         def answer(asked: Sequence[str], options: Options) -> list[Reply | LlavaError]:
             time.sleep(self.seconds)
             if self.bug and any(text.startswith("break") for text in asked):
@@ -135,7 +139,9 @@ def lines(path: Path) -> list[JsonRow]:
 
 
 def test_a_node_killed_in_the_middle_loses_nothing(nodes: Any, tmp_path: Path) -> None:
-    """Rows, their order and their errors are those of one process, though a node with a model, and what it had read, is gone."""
+    """Rows, their order and their errors are those of one process, though a node with a model, and
+    what it had read, is gone.
+    """
     source, options = samples(tmp_path, 40, _3="bad", _9="unreadable"), Options(max_new_tokens=7)
     out, lost = tmp_path / "out.jsonl", nodes.list_all_nodes()[1]
     said: list[tuple[int, int]] = []
@@ -161,7 +167,7 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
     """A bug ends the run, and is told; without it the same run asks only for what is left."""
     source, options, out = samples(tmp_path, 12, _11="break"), Options(), tmp_path / "out.jsonl"
     part = out.with_name("out.jsonl.part")
-    with pytest.raises(RemoteError, match=r"the same command goes on(.|\n)*out of cheese"):
+    with pytest.raises(RemoteError, match=r"the same command resumes(.|\n)*out of cheese"):
         ray_cluster.run(
             source,
             out,
@@ -169,7 +175,7 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
             options,
             {},
             address=nodes.address,
-            batch=1,
+            batch_size=1,
         )
     kept = [json.loads(line)["id"] for line in part.read_text().splitlines()[1:]]
     assert len(kept) > 1
@@ -186,7 +192,9 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
         return compute(ray, job, groups, fits)
 
     monkeypatch.setattr(ray_cluster, "_computed", spied)
-    assert ray_cluster.run(source, out, Echo(), options, {}, address=nodes.address, batch=3) == (
+    assert ray_cluster.run(
+        source, out, Echo(), options, {}, address=nodes.address, batch_size=3
+    ) == (
         13,
         1,
     )
@@ -243,7 +251,7 @@ def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
     assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == ray_cluster.STALLED
     job = ray_cluster.BatchJob(source.path, source.question, source.digest, Echo(), Options())
     assert [sample.messages for sample in job.prepared([1, 0])] == ["q1 None", "q0 None"]
-    with pytest.raises(DataError, match="another file on"):
+    with pytest.raises(DataError, match="a different file on"):
         dataclasses.replace(job, digest="").prepared([0])
 
 
@@ -272,30 +280,33 @@ def test_whose_mistake_it_is() -> None:
         return error
 
     own = DataError("not this one")
-    assert ray_cluster.told(within(own, ValueError("x"), KeyError("y"))) is own
-    assert ray_cluster.told(ray.exceptions.RayTaskError("f", "told", own)) is own
+    assert ray_cluster.to_llava_error(within(own, ValueError("x"), KeyError("y"))) is own
+    assert ray_cluster.to_llava_error(ray.exceptions.RayTaskError("f", "told", own)) is own
     assert isinstance(
-        ray_cluster.told(ray.data.exceptions.ExecutionTimeoutError("nothing for 1800 s")),
+        ray_cluster.to_llava_error(ray.data.exceptions.ExecutionTimeoutError("nothing for 1800 s")),
         RemoteError,
     )
     assert re.fullmatch(
-        r"the cluster gave up; the same command goes on.*out of cheese",
-        str(ray_cluster.told(within(ValueError("out of cheese"), KeyError()))),
+        r"the cluster failed; the same command resumes.*out of cheese",
+        str(ray_cluster.to_llava_error(within(ValueError("out of cheese"), KeyError()))),
     )
 
 
 def test_what_fits() -> None:
     def fits(cpus: int, *nodes: dict[str, float]) -> tuple[int, int]:
         found = ray_cluster.slots(nodes, cpus)
-        return found.models, found.readers
+        return found.replicas, found.readers
 
     assert fits(1, {"CPU": 2.0}, {"CPU": 2.0}) == (2, 2)
     assert fits(1, {"CPU": 1.0}) == (1, 1)
     assert fits(4, {"CPU": 16.0}, {"CPU": 4.0}, {}) == (3, 8)
     assert fits(2, {"CPU": 32.0, "GPU": 8.0}, {"CPU": 8.0}) == (8, 24)
-    assert ray_cluster.slots([{"CPU": 32.0, "GPU": 8.0}], 2).model == {"num_cpus": 2, "num_gpus": 1}
+    assert ray_cluster.slots([{"CPU": 32.0, "GPU": 8.0}], 2).resources == {
+        "num_cpus": 2,
+        "num_gpus": 1,
+    }
     with pytest.raises(
         OptionError,
-        match="a model takes 2 CPUs and a GPU, which fits on no node: there are 2 CPUs and 1 GPUs, 8 CPUs and 0",
+        match="a replica needs 2 CPUs and a GPU, more than any node has: 2 CPUs and 1 GPUs, 8 CPUs and 0",
     ):
         fits(2, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0})

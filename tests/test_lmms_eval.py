@@ -1,4 +1,5 @@
-"""lmms-eval drives our server through its OpenAI-compatible model. Needs lmms-eval, best in an environment of its own:
+"""lmms-eval drives our server through its OpenAI-compatible model. Needs lmms-eval, best in an
+environment of its own:
 
 LMMS_EVAL=/path/to/its/bin/lmms-eval pytest tests/test_lmms_eval.py
 """
@@ -46,7 +47,9 @@ def results(doc, said):
     PROGRAM is None, reason="lmms-eval is not installed; LMMS_EVAL names its program"
 )
 def test_lmms_eval_gets_our_answers(tmp_path: Path) -> None:
-    """Eight questions with one to three pictures, four at once: what it scores as right is what the chatbot says alone."""
+    """Eight questions with one to three pictures, four at once: what it scores as right is what the
+    chatbot says alone.
+    """
     bot, rows = load(), []
     for i in range(8):
         paths = [tmp_path / f"{i}-{j}.png" for j in range(1 + i % 3)]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletion
 
-from llava_interleave.batch import Answerer, JsonRow, Reply, Source, order, run
+from llava_interleave.batch import JsonRow, Reply, ReplyFn, Source, order, run
 from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from llava_interleave.options import Options
 from tests.helpers.batches import openai, shard
@@ -45,7 +45,7 @@ def lines(path: Path) -> list[JsonRow]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def done(source: Path, answer: Answerer, question: str | None = None, **more: Any) -> list[JsonRow]:
+def done(source: Path, answer: ReplyFn, question: str | None = None, **more: Any) -> list[JsonRow]:
     out = source.with_name("out.jsonl")
     out.unlink(missing_ok=True)
     run(Source(source, question), out, answer, Options(), {"model": "m"}, **more)
@@ -68,7 +68,7 @@ def test_lines_keep_their_order_and_failures_their_place(tmp_path: Path) -> None
         + json.dumps({"id": "z", "question": "last", "images": ["b.png"]})
     )
     source.write_text(text)
-    rows = done(source, Echo(), batch=2)
+    rows = done(source, Echo(), batch_size=2)
     assert [row["id"] for row in rows] == ["a", "7", "3", "d", "e", "6", "7", "z"]
     assert [row.get("answer") for row in rows] == [
         "one",
@@ -102,7 +102,7 @@ def test_shared_media_meet(tmp_path: Path) -> None:
         "\n".join(json.dumps({"question": str(i), "images": [f"{i % 3}.png"]}) for i in range(9))
     )
     echo = Echo()
-    assert [row["answer"] for row in done(source, echo, batch=3)] == [str(i) for i in range(9)]
+    assert [row["answer"] for row in done(source, echo, batch_size=3)] == [str(i) for i in range(9)]
     assert [texts for texts, _ in echo.calls] == [["0", "3", "6"], ["1", "4", "7"], ["2", "5", "8"]]
 
 
@@ -141,7 +141,9 @@ def test_tables_and_folders(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    """Paths in it are paths; pictures in it are theirs as they are, and the order stays the file's."""
+    """Paths in it are paths; pictures in it are theirs as they are, and the order stays
+    the file's.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -177,15 +179,19 @@ def test_parquet_is_refused_by_name_without_pyarrow(
 
 
 def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
-    """Neighbours with what stands before the first dot of the last part of the name; across shards nothing is joined."""
+    """Neighbours with what stands before the first dot of the last part of the name; across shards
+    nothing is joined.
+    """
     folder = tmp_path / "shards"
     folder.mkdir()
     shard(folder / "x-10.tar", ("b/1.jpg", b"last"), ("b/1.txt", b"not read"))
     shard(
         folder / "x-9.tar",
-        ("a.v1/1.left.JPG", b"l"), ("a.v1/1.json", b'{"question": "Same?"}'), ("a.v1/1.right.jpg", b"r"),
+        ("a.v1/1.left.JPG", b"l"), ("a.v1/1.json", b'{"question": "Same?"}'),
+        ("a.v1/1.right.jpg", b"r"),
         ("a.v1/2.mp4", b"film"), ("a.v1/2.json", b'{"id": 5, "url": "https://x", "image_path": "/etc/passwd"}'),
-        ("a.v1/.hidden", b"-"), ("noext", b"-"), ("__meta__/a.jpg", b"-"), ("a.v1/1.png", b"again"), ("b/1.jpg", b"first"),
+        ("a.v1/.hidden", b"-"), ("noext", b"-"), ("__meta__/a.jpg", b"-"),
+        ("a.v1/1.png", b"again"), ("b/1.jpg", b"first"),
     )  # fmt: skip
     source = Source(folder, "What?")
     samples = [source.sample(i) for i in range(len(source))]
@@ -213,7 +219,9 @@ def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links and devices are nobody's file, names lead nowhere, a member that is too large is its sample's error alone."""
+    """Links and devices are nobody's file, names lead nowhere, a member that is too large is its
+    sample's error alone.
+    """
     path = tmp_path / "in.tar"
     with tarfile.open(path, "w") as tar:
         for name, kind in (
@@ -234,13 +242,13 @@ def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, BytesIO(data))
-    monkeypatch.setattr("llava_interleave.batch.webdataset.MOST", 8)
+    monkeypatch.setattr("llava_interleave.batch.webdataset.MAX_BYTES", 8)
     before = set(tmp_path.parent.rglob("*"))
     rows = done(path, Echo(), "What?")
     assert [row["id"] for row in rows] == ["../../d", "e", "f", "g", "h"]
     assert [row.get("answer") for row in rows] == ["What?", None, None, None, "What?"]
     for row, wanted in zip(
-        rows[1:4], ("has 9 bytes, the most is 8", "is no object", "no JSON"), strict=True
+        rows[1:4], ("has 9 bytes, above the limit of 8", "is not an object", "no JSON"), strict=True
     ):
         assert wanted in row["error"]
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "out.jsonl"}
@@ -270,7 +278,9 @@ def test_sources_that_are_none(name: str, content: str | None, tmp_path: Path) -
 
 
 def test_openai_batches(tmp_path: Path) -> None:
-    """Its options hold for the sample alone; its answers have its form; what is not offered is refused beside the sample."""
+    """Its options hold for the sample alone; its answers have its form; what is not offered is
+    refused beside the sample.
+    """
     source = tmp_path / "in.jsonl"
     bodies = [
         {},
@@ -347,7 +357,7 @@ def test_nothing_is_overwritten_or_mixed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="made with input"):
         run(Source(source), out, Echo(), Options(), {"model": "m"})
     out.write_text("mine")
-    with pytest.raises(DataError, match="there already"):
+    with pytest.raises(DataError, match="already exists"):
         run(Source(source), out, Echo(), Options(), {"model": "m"})
     assert out.read_text() == "mine"
 
@@ -365,7 +375,9 @@ def test_a_mistake_in_a_samples_options_is_its_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork")
 def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
-    """Order kept, every sample once, whatever moment the kill came; the output is never there in part."""
+    """Order kept, every sample once, whatever moment the kill came; the output is never there in
+    part.
+    """
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     chance = random.Random(3)
     source.write_text(
@@ -384,7 +396,7 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
             time.sleep(0.004)
             return [Reply(m[-1]["content"][-1]["text"], "stop", 1, 1) for m in asked]
 
-        run(Source(source), out, answer, Options(), {}, batch=2)
+        run(Source(source), out, answer, Options(), {}, batch_size=2)
 
     assert kill_and_resume(work, chance) == 20
     assert [row["answer"] for row in lines(out)] == [str(i) for i in range(400)]

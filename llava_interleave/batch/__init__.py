@@ -1,6 +1,6 @@
-"""Many samples from a file, from shards or from a folder, answered into a file. Knows nothing of how answers are made."""
+"""Batch inference on samples of a file, of shards or of a folder. Knows no models."""
 
-from .run import Answerer, Reply, order, run
+from .run import Reply, ReplyFn, order, run
 from .sources import JsonRow, Sample, Source
 
-__all__ = ["Answerer", "JsonRow", "Reply", "Sample", "Source", "order", "run"]
+__all__ = ["JsonRow", "Reply", "ReplyFn", "Sample", "Source", "order", "run"]

@@ -1,7 +1,7 @@
-"""The same over a Ray cluster: CPU tasks read and decode, a model on every GPU or CPU slot answers, one process writes.
+"""Batch inference on a Ray cluster: CPU tasks read and decode, replicas answer, one process writes.
 
-Ray Data moves groups of samples from the ones to the others, holds back what nobody takes, and computes again what a lost
-machine had. Every machine must see the samples and the model under the same names. Knows nothing of how answers are made.
+Ray Data moves batches of samples between them with backpressure, and recomputes those of a lost
+machine. Every machine must see the samples and the model under the same paths. Knows no models.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from typing import Any, Protocol
 
 from ..errors import DataError, LlavaError, OptionError, RemoteError, Unsupported
 from ..options import Options
-from .run import Answerer, Computed, Groups, rows, write
+from .run import Computed, Groups, ReplyFn, answer_samples, write
 from .sources import Sample, Source
 
-STALLED = 1800
-"""Seconds without a row after which a run ends: no machine has come back for what is left."""
+STALL_TIMEOUT = 1800
+"""Seconds without a row after which a run ends."""
 
 
 class WorkerSpec(Protocol):
-    """What the cluster's processes do, each with a copy of this; copies of one are equal."""
+    """The work of the cluster's processes, each with a copy of this; copies are equal."""
 
     def __hash__(self) -> int: ...
 
     def about(self, options: Options) -> Mapping[str, Any]:
-        """What answers, as it does where this runs. Raises `LlavaError` for a mistake in the options."""
+        """Describes the model on this machine. Raises `LlavaError` for wrong options."""
 
     def preparer(self) -> Callable[[Any, Options], Any]:
-        """A function from a conversation to what the answerer takes; it raises `LlavaError` for one that cannot be answered."""
+        """A function from a conversation to the answerer's input. It raises `LlavaError`."""
 
-    def answerer(self) -> Answerer:
-        """The model, ready."""
+    def answerer(self) -> ReplyFn:
+        """The loaded model."""
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What is to be done, for all processes."""
+    """The job, for all processes."""
 
     path: Path
     question: str | None
@@ -53,11 +53,12 @@ class BatchJob:
     options: Options
 
     def prepared(self, indices: Sequence[int]) -> list[Sample]:
-        """Samples, with what the answerer takes in the place of their messages; read and decoded here."""
+        """Samples, read and decoded here, with the answerer's input in place of their messages."""
         source, prepare = _source(self.path, self.question), _preparer(self.worker)
         if source.digest != self.digest:
             raise DataError(
-                f"{self.path} is another file on {platform.node()}: every machine must see the same samples"
+                f"{self.path} is a different file on {platform.node()}: all machines need the "
+                "same samples"
             )
         return [self._prepared(source.sample(i), prepare) for i in indices]
 
@@ -73,7 +74,7 @@ class BatchJob:
 
 
 _source = cache(Source)
-"""A source is opened once a process."""
+"""A source is opened once per process."""
 
 
 @cache
@@ -83,32 +84,34 @@ def _preparer(worker: WorkerSpec) -> Callable[[Any, Options], Any]:
 
 @dataclass(frozen=True)
 class Slots:
-    """How many models and readers a cluster has at a time, and what Ray is told that a model takes."""
+    """How many replicas and readers run at a time, and the Ray resources of a replica."""
 
-    models: int
+    replicas: int
     readers: int
-    model: Mapping[str, int]
+    resources: Mapping[str, int]
 
 
 class AnswerActor:
-    """An actor: the rows of groups that were prepared."""
+    """An actor: answers prepared batches."""
 
     def __init__(self, job: BatchJob) -> None:
         self._options, self._answer = job.options, job.worker.answerer()
 
     def __call__(self, batch: Any) -> dict[str, list[str]]:
-        indices, samples = _taken(batch)
-        return {"done": [json.dumps([indices, rows(samples, self._answer, self._options)])]}
+        indices, samples = _unpack(batch)
+        return {
+            "done": [json.dumps([indices, answer_samples(samples, self._answer, self._options)])]
+        }
 
 
 def prepare(batch: Any, job: BatchJob) -> Any:
-    """A task: what `Answering` takes, of one group."""
+    """A task: the input of `AnswerActor` for one batch."""
     (group,) = batch["group"].to_pylist()
-    return _packed((group, job.prepared(group)))
+    return _pack((group, job.prepared(group)))
 
 
-def _packed(value: Any) -> Any:
-    """A table of one cell: Ray Data moves tables, and objects of ours are no columns."""
+def _pack(value: Any) -> Any:
+    """A table of one cell: Ray Data moves tables, not Python objects."""
     import pyarrow
     from ray import cloudpickle
 
@@ -117,7 +120,7 @@ def _packed(value: Any) -> Any:
     )
 
 
-def _taken(table: Any) -> Any:
+def _unpack(table: Any) -> Any:
     from ray import cloudpickle
 
     return cloudpickle.loads(table["packed"][0].as_py())
@@ -132,72 +135,80 @@ def run(
     *,
     address: str,
     cpus: int = 1,
-    batch: int = 32,
-    say: Callable[[int, int], None] | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
-    """As `offline.run`, on the cluster at `address`: auto, HOST:PORT, or local for one of this machine alone. A program that is
-    connected to one stays there.
+    """As `batch.run`, on the cluster at `address`: auto, HOST:PORT, or local for this machine
+    alone. A program that is already connected stays connected.
 
-    cpus: of each model; where the cluster has GPUs, one of those as well. Raises `RemoteError` where the cluster gives up; what
-    is done is kept.
+    cpus: CPUs of each replica; where the cluster has GPUs, it also gets one. Raises `RemoteError`
+    where the cluster fails; finished rows are kept.
     """
     job = BatchJob(source.path.absolute(), source.question, source.digest, worker, options)
-    with connected(address, "data") as ray, _moving(ray):
-        fits = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
-        model = ray.get(ray.remote(**fits.model)(type(worker).about).remote(worker, options))
+    with connected(address, "data") as ray, _ray_data(ray):
+        plan = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
+        model = ray.get(ray.remote(**plan.resources)(type(worker).about).remote(worker, options))
 
         def compute(groups: Groups) -> Computed:
-            return _computed(ray, job, groups, fits)
+            return _compute(ray, job, groups, plan)
 
-        return write(source, out, compute, {**model, **about}, batch=batch, say=say)
+        return write(
+            source, out, compute, {**model, **about}, batch_size=batch_size, progress=progress
+        )
 
 
 def slots(nodes: Sequence[Mapping[str, float]], cpus: int) -> Slots:
-    """What fits on nodes with these resources: a model a GPU if there are any, and a CPU a node for reading where it has two."""
+    """Replicas on nodes with these resources: one per GPU if there are any, and one CPU per node
+    for reading where it has two.
+    """
     gpus = any(node.get("GPU") for node in nodes)
-    have = [int(node.get("CPU", 0)) for node in nodes]
-    room = [max(count - 1, min(count, 1)) // cpus for count in have]
-    models = sum(
-        min(fits, int(node.get("GPU", 0))) if gpus else fits
-        for fits, node in zip(room, nodes, strict=True)
+    node_cpus = [int(node.get("CPU", 0)) for node in nodes]
+    capacity = [max(count - 1, min(count, 1)) // cpus for count in node_cpus]
+    replicas = sum(
+        min(count, int(node.get("GPU", 0))) if gpus else count
+        for count, node in zip(capacity, nodes, strict=True)
     )
-    if not models:
-        told = ", ".join(
+    if not replicas:
+        available = ", ".join(
             f"{count} CPUs and {node.get('GPU', 0):g} GPUs"
-            for count, node in zip(have, nodes, strict=True)
+            for count, node in zip(node_cpus, nodes, strict=True)
         )
         raise OptionError(
-            f"a model takes {cpus} CPUs{' and a GPU' * gpus}, which fits on no node: there are {told}"
+            f"a replica needs {cpus} CPUs{' and a GPU' * gpus}, more than any node has: {available}"
         )
     return Slots(
-        models,
-        max(len(nodes), sum(have) - models * cpus),
+        replicas,
+        max(len(nodes), sum(node_cpus) - replicas * cpus),
         {"num_cpus": cpus, "num_gpus": int(gpus)},
     )
 
 
-def _computed(ray: Any, job: BatchJob, groups: Groups, fits: Slots) -> Computed:
+def _compute(ray: Any, job: BatchJob, groups: Groups, plan: Slots) -> Computed:
     if not groups:
         return
-    models = ray.data.ActorPoolStrategy(min_size=1, max_size=fits.models, initial_size=fits.models)
-    # Readers are counted and hold no CPU: a model whose machine was lost may begin again on the last one, and needs them.
-    readers = {"compute": ray.data.TaskPoolStrategy(size=fits.readers), "num_cpus": 0}
+    replicas = ray.data.ActorPoolStrategy(
+        min_size=1, max_size=plan.replicas, initial_size=plan.replicas
+    )
+    # Readers reserve no CPU: a replica of a lost machine may restart on the last one, and needs it.
+    readers = {"compute": ray.data.TaskPoolStrategy(size=plan.readers), "num_cpus": 0}
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     data = ray.data.from_items(
         [{"group": list(group)} for group in groups], override_num_blocks=len(groups)
     )
     data = data.map_batches(prepare, fn_kwargs={"job": job}, **one, **readers)
     data = data.map_batches(
-        AnswerActor, fn_constructor_args=[job], compute=models, **one, **fits.model
+        AnswerActor, fn_constructor_args=[job], compute=replicas, **one, **plan.resources
     )
     for row in data.iter_rows():
-        indices, made = json.loads(row["done"])
-        yield indices, made
+        indices, rows = json.loads(row["done"])
+        yield indices, rows
 
 
 @contextmanager
 def connected(address: str, library: str) -> Iterator[Any]:
-    """Ray with its library (data, serve), connected where this process is not yet, silent, and without its reports of use."""
+    """Ray and one of its libraries (data, serve), connected, without log output and
+    usage reports.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -205,53 +216,53 @@ def connected(address: str, library: str) -> Iterator[Any]:
         import_module(f"ray.{library}")
     except ImportError as error:
         raise Unsupported(
-            "ray is not installed; pip install 'llava-interleave[ray]', on every machine of the cluster"
+            "ray is not installed; pip install 'llava-interleave[ray]', on every machine of the "
+            "cluster"
         ) from error
     if "://" in address:
         raise OptionError(
-            f"{address} is for Ray's client, which has no Ray {library.title()}: run the command on a node, with auto"
+            f"{address} is an address of Ray Client, which has no Ray {library.title()}: run the "
+            "command on a node, with auto"
         )
-    begun = not ray.is_initialized()
+    connecting = not ray.is_initialized()
     try:
-        if begun:
+        if connecting:
             ray.init(
                 None if address == "local" else address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        begin = "`ray start --head` begins one; if it asks for a token, set RAY_AUTH_MODE=token here, too"
-        raise RemoteError(f"there is no Ray cluster at {address!r} ({error}); {begin}") from error
+        hint = "`ray start --head` starts one; if it needs a token, set RAY_AUTH_MODE=token"
+        raise RemoteError(f"there is no Ray cluster at {address!r} ({error}); {hint}") from error
     try:
         yield ray
     finally:
-        if begun:
+        if connecting:
             ray.shutdown()
 
 
 @contextmanager
-def _moving(ray: Any) -> Iterator[None]:
-    """Ray Data as a run needs it, and errors told as a user knows them."""
+def _ray_data(ray: Any) -> Iterator[None]:
+    """Settings of Ray Data for a run; its errors become `LlavaError`s."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else it stays on the machine that raised it
-    context.execution_no_progress_timeout_s = STALLED
+    context.execution_no_progress_timeout_s = STALL_TIMEOUT
     try:
         yield
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
-        raise told(error) from error
+        raise to_llava_error(error) from error
 
 
-def told(error: BaseException) -> LlavaError:
-    """What a user is told of an error that Ray raises: our own where one lies beneath it."""
-    beneath = getattr(error, "cause", None) or error.__cause__
-    if isinstance(beneath, LlavaError):
-        return beneath
+def to_llava_error(error: BaseException) -> LlavaError:
+    """The `LlavaError` that caused an error of Ray, else a `RemoteError`."""
+    cause = getattr(error, "cause", None) or error.__cause__
+    if isinstance(cause, LlavaError):
+        return cause
     return (
-        told(beneath)
-        if beneath
-        else RemoteError(
-            f"the cluster gave up; the same command goes on with what is left. {error}"
-        )
+        to_llava_error(cause)
+        if cause
+        else RemoteError(f"the cluster failed; the same command resumes the run. {error}")
     )

@@ -1,6 +1,7 @@
-"""Samples answered in the order that shares most, and written in the order they came.
+"""Answer samples in the order that shares most prefixes, and write them in their own order.
 
-Rows grow in a journal beside the output, so a killed run goes on; the output appears when it is complete.
+Rows go to a journal next to the output, so that a killed run resumes; the output appears when it
+is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .sources import JsonRow, Sample, Source
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: text, why it ended, and the numbers of tokens of the prompt and of the answer."""
+    """An answer: text, finish reason, and the numbers of tokens of the prompt and of the answer."""
 
     text: str
     finish_reason: str
@@ -30,16 +31,18 @@ class Reply:
     generated: int
 
 
-Answerer = Callable[[Sequence[Any], Options], Sequence[Reply | LlavaError]]
-"""Conversations, or what was made of them elsewhere -> a reply to each, or why there is none."""
+ReplyFn = Callable[[Sequence[Any], Options], Sequence[Reply | LlavaError]]
+"""Conversations, or prompts made of them elsewhere -> a reply to each, or an error."""
 Groups = Sequence[Sequence[int]]
-"""Samples that belong together, by number."""
+"""Batches of samples, by number."""
 Computed = Iterable[tuple[Sequence[int], Sequence[JsonRow]]]
-"""A group, and the row of each of its samples."""
+"""A batch, and the row of each of its samples."""
 
 
 def order(media: Sequence[Sequence[str]]) -> list[int]:
-    """Positions so that samples which share media, also through others, stand together, those with equal beginnings nearest."""
+    """Positions that put samples with common media together (also through a third sample), those
+    with equal beginnings closest.
+    """
     parent = list(range(len(media)))
 
     def root(i: int) -> int:
@@ -58,20 +61,22 @@ def order(media: Sequence[Sequence[str]]) -> list[int]:
 def run(
     source: Source,
     out: Path,
-    answer: Answerer,
+    answer: ReplyFn,
     options: Options,
     about: Mapping[str, Any],
     *,
-    batch: int = 32,
-    say: Callable[[int, int], None] | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
-    """Answer all samples into `out`, a row each, in their order; how many there are, and how many have an error."""
+    """Answer all samples into `out`, one row each, in order. Returns their number, and how many
+    have an error.
+    """
 
     def compute(groups: Groups) -> Computed:
         for group in groups:
-            yield group, rows([source.sample(i) for i in group], answer, options)
+            yield group, answer_samples([source.sample(i) for i in group], answer, options)
 
-    return write(source, out, compute, about, batch=batch, say=say)
+    return write(source, out, compute, about, batch_size=batch_size, progress=progress)
 
 
 def write(
@@ -80,24 +85,26 @@ def write(
     compute: Callable[[Groups], Computed],
     about: Mapping[str, Any],
     *,
-    batch: int,
-    say: Callable[[int, int], None] | None = None,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
-    """As `run`, for whoever computes: `compute` is given groups of at most `batch` samples and gives their rows, in any order."""
+    """As `run`, with a function that gets batches of at most `batch_size` samples and yields their
+    rows, in any order.
+    """
     if out.exists():
-        raise DataError(f"{out} is there already; take it away or name another file")
+        raise DataError(f"{out} already exists; delete it or choose another output file")
     journal_path = out.with_name(out.name + ".part")
     with Journal(journal_path, {"input": source.digest, **about}) as journal:
         ranked = order([source.media(i) for i in range(len(source))])
         todo = [i for i in ranked if str(i) not in journal.done]
-        if say:
-            say(len(journal.done), len(source))
-        for group, made in compute(
-            [todo[first : first + batch] for first in range(0, len(todo), batch)]
+        if progress:
+            progress(len(journal.done), len(source))
+        for group, rows in compute(
+            [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         ):
-            journal.add({"id": str(i), "row": row} for i, row in zip(group, made, strict=True))
-            if say:
-                say(len(journal.done), len(source))
+            journal.add({"id": str(i), "row": row} for i, row in zip(group, rows, strict=True))
+            if progress:
+                progress(len(journal.done), len(source))
         failed = 0
         draft = out.with_name(f".{out.name}.draft")
         with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -110,54 +117,56 @@ def write(
     return len(source), failed
 
 
-def rows(samples: Sequence[Sample], answer: Answerer, options: Options) -> list[JsonRow]:
-    """The rows of samples; neighbours with equal options are computed together."""
-    made: list[JsonRow] = []
+def answer_samples(samples: Sequence[Sample], answer: ReplyFn, options: Options) -> list[JsonRow]:
+    """The rows of samples; neighbors with equal options are one batch."""
+    rows: list[JsonRow] = []
     for own, same in groupby(
         samples, key=lambda sample: (sample.error is None, dict(sample.options))
     ):
         members = list(same)
-        said: Sequence[Reply | LlavaError]
+        results: Sequence[Reply | LlavaError]
         try:
-            chosen = options.but(own[1])
+            merged = options.but(own[1])
         except OptionError as error:
-            said = [error] * len(members)
+            results = [error] * len(members)
         else:
-            said = answer([sample.messages for sample in members], chosen) if own[0] else []
-        replies = iter(said)
-        made += [_row(sample, sample.error or next(replies)) for sample in members]
+            results = answer([sample.messages for sample in members], merged) if own[0] else []
+        replies = iter(results)
+        rows += [_row(sample, sample.error or next(replies)) for sample in members]
         assert next(replies, None) is None, "one answer to each sample"
-    return made
+    return rows
 
 
-def _row(sample: Sample, said: Reply | LlavaError) -> JsonRow:
-    failed = isinstance(said, LlavaError)
+def _row(sample: Sample, reply: Reply | LlavaError) -> JsonRow:
+    failed = isinstance(reply, LlavaError)
     if not sample.openai:
         return (
-            {"id": sample.id, "error": str(said)} if failed else {"id": sample.id, **_answer(said)}
+            {"id": sample.id, "error": str(reply)}
+            if failed
+            else {"id": sample.id, **_answer(reply)}
         )
     name = hashlib.blake2b(
         sample.id.encode("utf-8", "backslashreplace"), digest_size=12
     ).hexdigest()
-    if isinstance(said, LlavaError):
+    if isinstance(reply, LlavaError):
         body: JsonRow = {
             "error": {
-                "message": str(said),
+                "message": str(reply),
                 "type": "invalid_request_error",
-                "code": type(said).__name__,
+                "code": type(reply).__name__,
             }
         }
     else:
-        message = {"role": "assistant", "content": said.text}
+        message = {"role": "assistant", "content": reply.text}
         usage = {
-            "prompt_tokens": said.prompt,
-            "completion_tokens": said.generated,
-            "total_tokens": said.prompt + said.generated,
+            "prompt_tokens": reply.prompt,
+            "completion_tokens": reply.generated,
+            "total_tokens": reply.prompt + reply.generated,
         }
         choice = {
             "index": 0,
             "message": message,
-            "finish_reason": said.finish_reason,
+            "finish_reason": reply.finish_reason,
             "logprobs": None,
         }
         about = {
@@ -167,15 +176,15 @@ def _row(sample: Sample, said: Reply | LlavaError) -> JsonRow:
             "model": sample.model,
         }
         body = {**about, "choices": [choice], "usage": usage}
-    status = said.http_status if isinstance(said, LlavaError) else 200
+    status = reply.http_status if isinstance(reply, LlavaError) else 200
     response = {"status_code": status, "request_id": f"req_{name}", "body": body}
     return {"id": f"batch_req_{name}", "custom_id": sample.id, "response": response, "error": None}
 
 
-def _answer(said: Reply | LlavaError) -> JsonRow:
-    assert isinstance(said, Reply)
-    usage = {"prompt": said.prompt, "generated": said.generated}
-    return {"answer": said.text, "finish_reason": said.finish_reason, "usage": usage}
+def _answer(reply: Reply | LlavaError) -> JsonRow:
+    assert isinstance(reply, Reply)
+    usage = {"prompt": reply.prompt, "generated": reply.generated}
+    return {"answer": reply.text, "finish_reason": reply.finish_reason, "usage": usage}
 
 
 def _failed(row: JsonRow) -> bool:

@@ -1,4 +1,6 @@
-"""The samples of a file, of shards or of a folder, one at a time. One that cannot be read says why, and the others go on."""
+"""The samples of a file, of shards or of a folder, one at a time. One that cannot be read says why,
+and the others go on.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ from .webdataset import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Embedded, Shards
 MEDIA = re.compile(r"(image|video)\w*")
 """Names of columns and keys that hold a file, or a list of them."""
 BODY = {
-    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature", "top_p": "top_p",
-    "seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
+    "temperature": "temperature", "top_p": "top_p",
+    "seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
 }  # fmt: skip
 """OpenAI's names of options -> ours."""
 IGNORED_KEYS = ("model", "messages", "user", "metadata", "store", "service_tier")
@@ -34,8 +38,9 @@ JsonRow = dict[str, Any]
 class Sample:
     """What to ask.
 
-    messages: a conversation, or what was made of it elsewhere. options: what its row says of them. openai: its row is in OpenAI's
-    batch format, and so is its answer's; model: the one that it names.
+    messages: a conversation, or what was made of it elsewhere. options: what its row says of them.
+    openai: its row is in OpenAI's batch format, and so is its answer's; model: the one that it
+    names.
     """
 
     id: str
@@ -99,7 +104,9 @@ class Source:
         return len(self._rows)
 
     def media(self, index: int) -> list[str]:
-        """What tells a sample's media apart. Those that lie within shards or tables are nobody else's, and are not looked at."""
+        """What tells a sample's media apart. Those that lie within shards or tables are nobody
+        else's, and are not looked at.
+        """
         if isinstance(self._rows, Shards):
             return []
         if isinstance(self._rows, Parquet) and any(
@@ -132,7 +139,8 @@ class Source:
         question = row.get("question") or self.question
         if not isinstance(question, str):
             raise DataError(
-                "the sample has neither a question nor messages; --question is asked of all that have none"
+                "the sample has neither a question nor messages; --question is asked of all that "
+                "have none"
             )
         files: list[Any] = []
         for key, value in row.items():
@@ -165,7 +173,8 @@ class Source:
             "/v1/chat/completions",
         ) or not isinstance(body, dict):
             raise DataError(
-                "a line of OpenAI's batch format has the method POST, the url /v1/chat/completions and a body"
+                "a line of OpenAI's batch format has the method POST, the url "
+                "/v1/chat/completions and a body"
             )
         if unknown := [
             key
@@ -195,18 +204,23 @@ class Source:
 
 
 def _embedded(file: Any) -> str | Embedded:
-    """A path or URL, or a file that the row has in itself, as Hugging Face's `datasets` writes it."""
+    """A path or URL, or a file that the row has in itself, as Hugging Face's `datasets`
+    writes it.
+    """
     if isinstance(file, dict) and isinstance(file.get("bytes"), bytes):
         return Embedded(str(file.get("path") or ""), file["bytes"])
     if not isinstance(file, str | Embedded):
         raise DataError(
-            "images and videos are given as texts (paths or URLs), or in a Parquet file as {'bytes', 'path'}"
+            "images and videos are given as texts (paths or URLs), or in a Parquet file as "
+            "{'bytes', 'path'}"
         )
     return file
 
 
 def part(file: str | Embedded, folder: Path) -> dict[str, Any]:
-    """The message part of a path, below `folder` unless it is absolute, of a URL, or of the bytes themselves."""
+    """The message part of a path, below `folder` unless it is absolute, of a URL, or of the bytes
+    themselves.
+    """
     if isinstance(file, Embedded):
         kind = "video" if file.name.lower().endswith(VIDEO_SUFFIXES) else "image"
         return {"type": kind, kind: file.data}

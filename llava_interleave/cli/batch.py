@@ -92,8 +92,8 @@ def batch(
                 about,
                 address=ray,
                 cpus=ray_cpus,
-                batch=batch_size,
-                say=progress,
+                batch_size=batch_size,
+                progress=progress,
             )
     else:
         local = LazyModel(model_flags)
@@ -105,8 +105,8 @@ def batch(
                 answer,
                 options,
                 {**local.about, **about},
-                batch=batch_size,
-                say=progress,
+                batch_size=batch_size,
+                progress=progress,
             )
     seconds = time.monotonic() - started
     print(f"{out}: {count} samples, {failed} with an error, in {seconds:.0f} s", file=sys.stderr)

@@ -44,7 +44,7 @@ def bench(
         [
             f"{f.name}, {f.unit}",
             number(f.median),
-            f"{number(f.least)} to {number(f.most)}",
+            f"{number(f.minimum)} to {number(f.maximum)}",
             "" if f.share is None else f"{f.share:.0%}",
         ]
         for f in report.figures

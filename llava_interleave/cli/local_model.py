@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..batch import Answerer, Reply
+from ..batch import Reply, ReplyFn
 from ..errors import LlavaError
 from ..options import Options
 from . import terminal
@@ -104,7 +104,7 @@ def answer_all(
     )
 
 
-def replies(batch: Batch) -> Answerer:
+def replies(batch: Batch) -> ReplyFn:
     """`answer_all` in the form that `llava batch` writes."""
 
     def answer(conversations: Sequence[Any], options: Options) -> list[Reply | LlavaError]:
@@ -138,6 +138,6 @@ class ClusterWorker:
         processor = Processor.from_folder(folder)
         return lambda messages, options: processor.prompt(messages, options=prompt_options(options))
 
-    def answerer(self) -> Answerer:
+    def answerer(self) -> ReplyFn:
         bot = LazyModel(self.flags).ready(Options(adapter=self.flags.adapter))
         return replies(bot.answer_prompts)

@@ -203,16 +203,16 @@ def deploy(
     _check_port(settings)
     with connected(address, "serve") as ray:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        fits = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
+        plan = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
         replica_settings = replace(
             settings, media_root=settings.media_root and settings.media_root.absolute()
         )
-        fewest, most = replicas or (1, fits.models)
+        fewest, most = replicas or (1, plan.replicas)
         router = SessionAffinityRouter
         target = max(1, settings.max_requests // 2)
         deployment = serve.deployment(
             Replica,
-            ray_actor_options=dict(fits.model),
+            ray_actor_options=dict(plan.resources),
             autoscaling_config={
                 "min_replicas": fewest,
                 "max_replicas": most,
