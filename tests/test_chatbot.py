@@ -214,7 +214,8 @@ def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
         "type": "video",
         "url": "https://example.org/a/film.mp4?size=1",
     }
-    assert part("https://example.org/picture")["type"] == "image"
+    assert part("https://example.org/image.jpg")["type"] == "image"
+    assert part("https://example.org/clip")["type"] == "media"
     assert part("data:video/mp4;base64,AAAA")["type"] == "video"
     assert part(np.zeros((4, 8, 8, 3), np.uint8))["type"] == "video"
     assert part(np.zeros((8, 8, 3), np.uint8))["type"] == "image"

@@ -60,7 +60,6 @@ HOSTILE = {
     "no pixels": png_header(0, 5),
     "a line": png_header(100_000, 1),
     "gif without frames": GIF_WITHOUT_FRAMES,
-    "tiff": saved(kind="TIFF"),
     "pdf": saved(kind="PDF"),
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
@@ -124,12 +123,12 @@ def test_every_source_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
     ("url", "message"),
     [
         ("data:image/png;base64,%%%", "damaged"),
-        ("data:image/png;base64,AAA", "damaged"),
+        ("data:image/png;base64,A", "damaged"),
         ("data:image/png,hello", "of the form"),
         ("data:image/png;base64", "of the form"),
         (
             "data:image/png;base64," + "A" * 4000,
-            "about 3,000 bytes are more than the limit of 2,000",
+            "3,000 bytes are more than the limit of 2,000",
         ),
     ],
 )

@@ -114,7 +114,7 @@ def test_samplings(films: dict[str, Path], sampling: FrameSampling, wanted: list
 def test_moments_outside_the_video(films: dict[str, Path]) -> None:
     for sampling in (FrameSampling(times=(9.0,)), FrameSampling(start=9)):
         with pytest.raises(
-            OptionError, match=r"9 s was asked for, but the video's last frame is at 3\.90 s"
+            OptionError, match=r"9 s is past the video's last frame at 3\.90 s"
         ):
             Loader().video(films["mp4"], sampling)
 
@@ -251,7 +251,7 @@ def test_folders_and_lists_of_frames(tmp_path: Path) -> None:
         with pytest.raises(MediaError):
             Loader().video(wrong)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MediaError, match="holds no pictures"):
+    with pytest.raises(MediaError, match="holds no images"):
         Loader().video(tmp_path / "empty")
 
 

@@ -1,4 +1,4 @@
-"""What a person attaches becomes a part of a message: images and videos told apart by their first bytes or their name."""
+"""Attachments become parts of a message; their content decides between image and video."""
 
 from __future__ import annotations
 
@@ -9,60 +9,61 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import MediaError, PromptError
-from ..processing.loader import VIDEO_SUFFIXES, video_format
+from ..processing.formats import VIDEO_SUFFIXES, data_url_is_video, is_video
+from ..processing.loader import file_path
 
-HEAD = 512
-"""How many of its first bytes tell what a file is."""
+STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".heic", ".heif")
+"""Suffixes of images that are never animated."""
 
 ContentPart = dict[str, Any]
 
 
-def is_video(head: bytes) -> bool:
-    """Whether a file that begins with `head` is a video; a GIF counts as one."""
-    return head.startswith(b"GIF8") or video_format(head[:HEAD]) is not None
-
-
 def part(source: object) -> ContentPart:
-    """The message part for a path, URL, data URL, folder of frames, bytes, PIL image, array or list of frames; a dict is one.
+    """The message part for a source; a dict is a part already.
 
-    Raises `MediaError` for a file that is missing or something that is no picture.
+    A source is a path, URL, data URL, folder of frames, bytes, PIL image, array or list of frames.
+    The content decides whether it is an image or a video, for a URL its suffix, else its content
+    when it is fetched; a GIF is a video. Raises `MediaError` for a file that is missing.
     """
     if isinstance(source, dict):
         return source
     if isinstance(source, bytes | bytearray):
-        kind = "video" if is_video(bytes(source[:HEAD])) else "image"
+        kind = "video" if is_video(bytes(source)) else "image"
         return {"type": kind, kind: bytes(source)}
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        if source.startswith("data:"):
-            video = source.startswith(("data:video/", "data:image/gif"))
-        else:
-            video = urlsplit(source).path.lower().endswith((*VIDEO_SUFFIXES, ".gif"))
-        return {"type": "video" if video else "image", "url": source}
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return {"type": "video" if data_url_is_video(source) else "image", "url": source}
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        path = urlsplit(source).path.lower()
+        if path.endswith((*VIDEO_SUFFIXES, ".gif")):
+            return {"type": "video", "url": source}
+        return {"type": "image" if path.endswith(STILL_SUFFIXES) else "media", "url": source}
     if isinstance(source, str | os.PathLike):
-        return _file(Path(source).expanduser())
+        return _file(file_path(source) or Path(source))
     if isinstance(source, list | tuple) or getattr(source, "ndim", 0) == 4:
         return {"type": "video", "video": list(source)}  # type: ignore[call-overload]
     return {"type": "image", "image": source}
 
 
 def _file(path: Path) -> ContentPart:
+    path = path.expanduser()
     if path.is_dir():
         return {"type": "video", "path": str(path)}
     try:
         with path.open("rb") as file:
-            video = is_video(file.read(HEAD))
+            video = is_video(file)
     except OSError as error:
         raise MediaError(f"cannot read {path}: {error.strerror}") from error
     return {"type": "video" if video else "image", "path": str(path)}
 
 
 def content(question: str, attachments: Sequence[object]) -> list[ContentPart]:
-    """The content of a user turn: attachments where `<image>` stands in the question, or all of them before it.
+    """The content of a user turn: attachments where `<image>` stands in the question, or before it.
 
-    Raises `PromptError` if the question has `<image>`, but not as many as there are attachments.
+    Without attachments `<image>` is a word of the question. Raises `PromptError` if there are
+    attachments, but not as many as the question's `<image>`.
     """
     parts = [part(source) for source in attachments]
-    pieces = question.split("<image>")
+    pieces = question.split("<image>") if attachments else [question]
     if len(pieces) == 1:
         return [*parts, {"type": "text", "text": question}]
     if len(pieces) - 1 != len(parts):

@@ -13,8 +13,9 @@ from .. import data_url
 from ..engine.prefix_cache import CacheKey
 from ..errors import DataError
 from ..options import DEFAULTS, Options
+from ..processing.formats import is_video
 from ..processing.images import from_array
-from .attachments import ContentPart, content, is_video, part
+from .attachments import ContentPart, content, part
 from .kv_file import beside, replacing
 
 if TYPE_CHECKING:

@@ -37,7 +37,8 @@ SAMPLING_KEYS = ("frames", "fps", "times", "start", "end")
 class MediaPlaceholder:
     """The place of one image or video in a conversation.
 
-    kind: "image" or "video"; None for a `<image>` in text, whose kind its source decides.
+    kind: "image" or "video". None for a `<image>` in text, whose kind its source decides, and
+        "media" for a part that leaves it to its source; there an animated image is a video.
     source: the media to load; None for the next one of the prompt's `media`.
     anyres: True or False where the message part says it, None for the prompt's own setting.
     name: the name of a view.
@@ -138,6 +139,10 @@ def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> Content
         _check_keys(part, where, needed, (*sources, *SAMPLING_KEYS))
         source = _source(part, where, sources) if sources else _url(part["video_url"], where, ())[0]
         return [MediaPlaceholder("video", source, _sampling(part, frames))]
+    if kind == "media":
+        _check_keys(part, where, ("type",), ("url", "path", *SAMPLING_KEYS))
+        source = _source(part, where, ("url", "path"))
+        return [MediaPlaceholder("media", source, _sampling(part, frames))]
     if kind == "views":
         _check_keys(part, where, needed=("type", "views"))
         return _views(part["views"], where)

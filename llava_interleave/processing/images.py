@@ -3,13 +3,18 @@
 Opens no files.
 
 To RGB (`to_rgb`), in this order:
-- EXIF orientation is applied; an animation is its first frame; color profiles are not applied.
-- Modes with transparency (RGBA, LA, PA, RGBa, La, and P, L or RGB with a transparent color) are
-  composited on white.
-- 16-bit gray (I;16, and I, which Pillow used for it earlier) is scaled by 255/65535 and rounded. Of
-  16-bit color PNGs the decoder keeps the high byte.
-- 1, L, P, CMYK, YCbCr and HSV go through Pillow's `convert("RGB")`. F and LAB have no defined range
-  here and are refused.
+- An animation is its first frame; color profiles are not applied.
+- Gray modes of more than 8 bits (I;16 and its byte orders, I, F) have no range of their own, so the
+  values decide: if the smallest is below 0 it becomes 0, and the values are scaled by
+  255 / (2^n - 1) and rounded, with the smallest n from 8 on that holds the largest value. So 8-bit
+  values in a wide mode stay, 12- and 16-bit values use their whole range, and no image becomes
+  black. Floats up to 1 are scaled by 255; values that are not finite become 0. Of 16-bit color the
+  decoder keeps the high byte, and 10- and 12-bit AVIF and HEIC are decoded to 8 bits.
+- Modes with transparency (RGBA, LA, PA, RGBa, La, and modes with a transparent color or palette)
+  are composited on white.
+- 1, L, P, CMYK, YCbCr, HSV and RGBX go through Pillow's `convert("RGB")`, LAB through its color
+  management (D50 white, relative colorimetric).
+- EXIF orientation is applied.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
 
 from ..config import read_json
 from ..errors import CheckpointError, MediaError
@@ -36,6 +41,15 @@ if TYPE_CHECKING:
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; values from 5 on swap the sides."""
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 ACTIONS = {
     "do_resize": True,
     "do_rescale": True,
@@ -49,22 +63,59 @@ PLAIN = ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image as RGB, by the rules of this module. Raises MediaError for a mode that has none."""
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = TRANSPOSITIONS.get(orientation(image))
+    rgb = _rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, which is upright, where it is missing or damaged."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  Pillow's parsers raise anything
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _wide_to_rgb(image)
     if image.mode in TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "LAB":
+        return _lab_to_rgb(image)
     if image.mode not in PLAIN:
         raise MediaError(
-            f"images of mode {image.mode} have no defined way to RGB; convert to L, RGB or RGBA "
-            "first"
+            f"images of mode {image.mode} have no defined way to RGB; convert to L, RGB or RGBA"
         )
     return image.convert("RGB")
+
+
+def _wide_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values, posinf=0, neginf=0)
+    low = min(float(values.min()), 0.0)
+    high = float(values.max()) - low
+    scale = 1.0 if image.mode == "F" and high <= 1 else 2 ** max(int(high).bit_length(), 8) - 1
+    clear = image.info.get("transparency")
+    gray = np.empty(values.shape, np.uint8)
+    for row, line in zip(gray, values, strict=True):  # by rows, for float64 takes much memory
+        row[:] = ((line - low) * (255 / scale)).round()
+        if isinstance(clear, int | float):
+            row[line == clear] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", intent)
+    rgb = ImageCms.applyTransform(image, transform)
+    assert rgb is not None
+    return rgb
 
 
 def from_array(array: Any) -> Image.Image:

@@ -35,6 +35,7 @@ class Limits:
     prompt_pixels: maximum pixels decoded for one prompt.
     prompt_frames: maximum number of images and video frames of one prompt.
     video_seconds: the longest video, in seconds.
+    video_packets: maximum number of compressed frames in one video.
     video_frames: maximum number of frames sampled from one video.
     decoded_frames: maximum number of frames decoded to reach those.
     video_work_seconds: wall-clock seconds that reading one video may take.
@@ -55,6 +56,7 @@ class Limits:
     prompt_pixels: int = 4_000_000_000
     prompt_frames: int = 4096
     video_seconds: float = 6 * 3600.0
+    video_packets: int = 1_500_000
     video_frames: int = 256
     decoded_frames: int = 50_000
     video_work_seconds: float = 300.0
@@ -87,7 +89,8 @@ class Limits:
             raise MediaError(f"an image of {width} x {height} pixels is empty")
         if width * height > self.image_pixels:
             raise MediaError(
-                f"{width} x {height} pixels are more than the limit of {self.image_pixels:,} pixels"
+                f"{width} x {height} pixels are more than the limit of {self.image_pixels:,} "
+                "pixels (--image-megapixels, Limits.image_pixels)"
             )
         if max(width, height) > self.side_ratio * min(width, height):
             raise MediaError(
@@ -112,7 +115,7 @@ class PixelBudget:
             if self._pixels < 0:
                 raise MediaError(
                     f"the prompt's images have more than the limit of {self._max_pixels:,} pixels "
-                    "in all"
+                    "in all (--media-megapixels, Limits.prompt_pixels)"
                 )
             if self._frames < 0:
                 raise MediaError(

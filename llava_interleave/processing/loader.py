@@ -1,7 +1,11 @@
-"""The one place that reads images and videos from outside, within `Limits`. Messages are ours, never a library's."""
+"""The one module that reads images and videos from outside, within `Limits`.
+
+Its messages are the package's own, never a library's.
+"""
 
 from __future__ import annotations
 
+import binascii
 import os
 import re
 import stat
@@ -9,55 +13,76 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
+from PIL import AvifImagePlugin, Image, TiffImagePlugin
 
 from .. import data_url
 from ..errors import LlavaError, MediaError, MediaRefused
 from .fetch import fetch
-from .images import ORIENTATION, from_array, to_rgb
+from .formats import (
+    HEAD,
+    IMAGE_SUFFIXES,
+    IMAGES,
+    VIDEO_SUFFIXES,
+    VIDEOS,
+    image_format,
+    is_video,
+    video_format,
+)
+from .images import from_array, orientation, to_rgb
 from .limits import Deadline, Limits, PixelBudget
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 
-IMAGES = "JPEG, PNG, WEBP, GIF or BMP"
-VIDEOS = "MP4/MOV, WEBM/MKV, AVI, MPEG-TS, animated GIF or WEBP"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts")
-MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot")
-STILLS_RATE = 2
-"""Frames a second that a folder or list of frames counts as: what the frame folders of the training data were cut at."""
+FRAME_FOLDER_FPS = 2
+"""Frames a second of a folder or a list of frames, as in the training data's frame folders."""
+REDUCED_IMAGE, DNG_VERSION = 254, 50706
+"""TIFF tags of camera raw files: of a first image that is only a preview, and of Adobe's DNG."""
 BROKEN = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError, AttributeError,
-    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError,
+    MemoryError, AttributeError, RuntimeError, AssertionError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-"""What Pillow's decoders raise on damaged files."""
+"""Exceptions of Pillow's decoders for damaged files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A URL and its bytes: a source that is read several times but downloaded once."""
+
+    url: str
+    file: BinaryIO
 
 
 class Loader:
-    """Images and videos from paths, URLs, data URLs, bytes, PIL images and arrays. Safe to share between threads."""
+    """Images and videos from paths, URLs, data URLs, bytes, PIL images and arrays. Thread-safe."""
 
     def __init__(self, limits: Limits = Limits()) -> None:  # noqa: B008  frozen
         self.limits = limits
 
     def image(self, source: object, budget: PixelBudget | None = None) -> Image.Image:
-        """The picture as RGB, by the rules of `images.to_rgb`. Raises MediaError or MediaRefused, naming the source."""
-        with _naming(source), self._picture(source) as picture:
+        """The image as RGB, by the rules of `images.to_rgb`.
+
+        Raises MediaError or MediaRefused, naming the source.
+        """
+        with _naming(source), self._image(source) as image:
             if budget:
-                budget.take(picture.size)
-            picture.load()
-            self.limits.check_size(*picture.size)  # a GIF's frames may outgrow its header
-            return to_rgb(picture)
+                budget.take(image.size)
+            image.load()
+            self.limits.check_size(*image.size)  # a GIF's frames may outgrow its header
+            return to_rgb(image)
 
     def image_size(self, source: object) -> tuple[int, int]:
-        """Width and height as `image` would return them, from the header."""
-        with _naming(source), self._picture(source) as picture:
-            turned = picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-            return picture.size[::-1] if turned else picture.size
+        """Width and height of `image`'s result, from the header."""
+        with _naming(source), self._image(source) as image:
+            # Pillow's size of a TIFF that is not decoded yet is already the turned one.
+            turned = image.format != "TIFF" and orientation(image) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
 
     def video(
         self,
@@ -66,7 +91,7 @@ class Loader:
         budget: PixelBudget | None = None,
         each: Each | None = None,
     ) -> Clip:
-        """Frames as RGB, of a film, an animated GIF or WEBP, a folder of pictures or a list of them."""
+        """Frames as RGB, of a video, an animation, a folder of images or a list of them."""
 
         def keep(frame: Image.Image) -> Image.Image:
             if budget:
@@ -76,87 +101,105 @@ class Loader:
         return self._video(source, sampling, keep)
 
     def video_times(self, source: object, sampling: FrameSampling = FrameSampling()) -> Clip:  # noqa: B008  frozen
-        """What `video` would return, without the frames: of a film nothing is decoded."""
+        """The result of `video` without the frames: nothing of a video file is decoded."""
         return self._video(source, sampling, None)
 
-    def is_video(self, source: object) -> bool:
-        """Whether a source given without a type is a video: a list, a folder, or a name that ends like a film's."""
+    def resolve(self, source: object, animations: bool = False) -> tuple[bool, object]:
+        """Whether a source without a type is a video, and the source, a URL's bytes with it.
+
+        Lists, folders and names with a known suffix decide without being read; else the first bytes
+        do. animations: an animated image is a video, not an image.
+        """
         if isinstance(source, list | tuple) or getattr(source, "ndim", 0) == 4:
-            return True
-        if isinstance(source, bytes):
-            return video_format(source[:512]) is not None
-        if not isinstance(source, str | os.PathLike):
-            return False
-        text = os.fspath(source)
-        if (
-            isinstance(text, str)
-            and (scheme := _scheme(text))
-            and not isinstance(source, os.PathLike)
-        ):
-            return scheme.startswith("data:video/") or urlsplit(text).path.lower().endswith(
-                VIDEO_SUFFIXES
-            )
-        return str(text).lower().endswith(VIDEO_SUFFIXES) or (
-            self.limits.allow_local_files and self._locate(Path(source)).is_dir()
-        )
+            return True, source
+        if isinstance(source, Image.Image) or hasattr(source, "shape"):
+            return False, source
+        with _naming(source):
+            if isinstance(source, str | os.PathLike):
+                path = file_path(source)
+                name = os.fspath(path) if path else urlsplit(str(source)).path
+                if str(source)[:5].lower() != "data:":
+                    if name.lower().endswith(VIDEO_SUFFIXES):
+                        return True, source
+                    if name.lower().endswith(IMAGE_SUFFIXES) and not animations:
+                        return False, source
+                if path and self._locate(path).is_dir():
+                    return True, source
+                if path is None and str(source)[:5].lower() != "data:":
+                    self._check_remote()
+                    source = Download(
+                        str(source), fetch(str(source), self.limits.video_bytes, self.limits)
+                    )
+            with self._open(source, self.limits.video_bytes) as file:
+                if animations:
+                    return is_video(file), source
+                return video_format(file.read(HEAD)) is not None, source
 
     @contextmanager
-    def _picture(self, source: object) -> Iterator[Image.Image]:
-        """A picture whose header passed the limits, not decoded yet unless it came decoded."""
-        with _guarding("the picture is damaged or cut short"):
+    def _image(self, source: object) -> Iterator[Image.Image]:
+        """An image whose header passed the limits, not decoded yet unless it came decoded."""
+        with _guarding("the image is damaged or cut short"):
             if isinstance(source, Image.Image):
                 self.limits.check_size(*source.size)
                 yield source
             elif hasattr(source, "shape"):
-                picture = from_array(source)
-                self.limits.check_size(*picture.size)
-                yield picture
+                image = from_array(source)
+                self.limits.check_size(*image.size)
+                yield image
             else:
                 with self._open(source, self.limits.image_bytes) as file:
-                    kind = image_format(file.read(16))
-                    file.seek(0)
+                    head = file.read(HEAD)
+                    kind = image_format(head)
+                    if kind is None and video_format(head):
+                        raise MediaError("this is a video, not an image; give it as a video")
                     if kind is None:
-                        raise MediaError(f"not a picture in a known format ({IMAGES})")
-                    with Image.open(file, formats=[kind]) as picture:
-                        self.limits.check_size(*picture.size)
-                        yield picture
+                        raise MediaError(f"not an image in a known format ({IMAGES})")
+                    with _open_image(file, kind) as image:
+                        self.limits.check_size(*image.size)
+                        yield image
 
     def _video(self, source: object, sampling: FrameSampling, each: Each | None) -> Clip:
         with _naming(source):
             if getattr(source, "ndim", 0) == 4:
                 source = list(source)  # type: ignore[call-overload]
             if isinstance(source, list | tuple):
-                return self._stills(source, sampling, each)
+                return self._frame_list(source, sampling, each)
             if (
                 isinstance(source, str | os.PathLike)
-                and (path := _as_path(source))
+                and (path := file_path(source))
                 and self._locate(path).is_dir()
             ):
-                return self._stills(self._folder(self._locate(path)), sampling, each)
+                return self._frame_list(self._folder(self._locate(path)), sampling, each)
             if isinstance(source, Image.Image):
-                raise MediaError("one picture is not a video; pass a list of pictures")
+                raise MediaError("one image is not a video; pass a list of images")
             with self._open(source, self.limits.video_bytes) as file:
-                head = file.read(512)
+                head = file.read(HEAD)
                 file.seek(0)
-                if (still := image_format(head)) in ("GIF", "WEBP"):
+                kind = image_format(head)
+                if kind in ("GIF", "WEBP") or (kind and is_video(file)):
                     with _guarding("the animation is damaged or cut short"):
-                        return self._animation(file, still, sampling, each)
-                if (kind := video_format(head)) is None:
+                        return self._animation(file, kind, sampling, each)
+                if kind is not None:
+                    raise MediaError("this is an image, not a video; give it as an image")
+                if (container := video_format(head)) is None:
                     raise MediaError(f"not a video in a known format ({VIDEOS})")
-                return read_video(file, kind, sampling, self.limits, each)
+                return read_video(file, container, sampling, self.limits, each)
 
-    def _stills(
+    def _frame_list(
         self, sources: Sequence[object], sampling: FrameSampling, each: Each | None
     ) -> Clip:
         if not sources:
             raise MediaError("a video needs at least one frame")
-        clock = FrameTimeline(range(len(sources)), Fraction(1, STILLS_RATE))
-        chosen = sampling.choose(clock, self.limits.video_frames)
+        timeline = FrameTimeline(range(len(sources)), Fraction(1, FRAME_FOLDER_FPS))
+        chosen = sampling.choose(timeline, self.limits.video_frames)
         frames = [each(self.image(sources[i])) for i in chosen] if each else []
-        return Clip(frames, [float(clock.time(i)) for i in chosen], clock.duration)
+        return Clip(frames, [float(timeline.time(i)) for i in chosen], timeline.duration)
 
     def _folder(self, folder: Path) -> list[Path]:
-        """The pictures of a folder in natural order: 2.png before 10.png. Below a `media_root` as they are known there."""
+        """The images of a folder in natural order: 2.png before 10.png.
+
+        Below a `media_root` they are relative to it.
+        """
         with _guarding("the folder cannot be read"):
             files = [
                 p
@@ -164,7 +207,7 @@ class Loader:
                 if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
             ]
         if not files:
-            raise MediaError(f"the folder holds no pictures ({IMAGES})")
+            raise MediaError(f"the folder holds no images ({IMAGES})")
         if self.limits.media_root is not None:
             files = [p.relative_to(self.limits.media_root.resolve()) for p in files]
         return sorted(files, key=lambda p: _natural(p.name))
@@ -173,58 +216,75 @@ class Loader:
         self, file: BinaryIO, kind: str, sampling: FrameSampling, each: Each | None
     ) -> Clip:
         deadline = Deadline(self.limits.video_work_seconds, "reading the animation")
-        with Image.open(file, formats=[kind]) as picture:
-            self.limits.check_size(*picture.size)
+        with _open_image(file, kind) as image:
+            self.limits.check_size(*image.size)
+            # The default image of an APNG may stand outside its animation.
+            first = 1 if image.info.get("default_image") else 0
             stamps = [0]
-            for _ in _frames(picture):
+            for _ in _frames(image, first):
                 deadline.left()
                 if len(stamps) > self.limits.decoded_frames:
                     raise MediaError(
-                        f"the animation has more than the limit of {self.limits.decoded_frames} frames"
+                        f"the animation has more than the limit of {self.limits.decoded_frames} "
+                        "frames"
                     )
-                # Browsers show frames of no duration for a tenth of a second.
-                stamps.append(stamps[-1] + (int(picture.info.get("duration") or 0) or 100))
-            clock = FrameTimeline(stamps[:-1], Fraction(1, 1000))
-            if stamps[-1] > self.limits.video_seconds * 1000:
+                stamps.append(stamps[-1] + _microseconds(image))
+            if len(stamps) == 1:
+                raise MediaError("the animation has no frame")
+            timeline = FrameTimeline(stamps[:-1], Fraction(1, 1_000_000))
+            duration = stamps[-1] / 1_000_000
+            if duration > self.limits.video_seconds:
                 raise MediaError(
-                    f"the animation lasts {stamps[-1] / 1000:.0f} s, the limit is {self.limits.video_seconds:g} s"
+                    f"the animation lasts {duration:.0f} s, the limit is "
+                    f"{self.limits.video_seconds:g} s"
                 )
-            chosen = sampling.choose(clock, self.limits.video_frames)
+            chosen = sampling.choose(timeline, self.limits.video_frames)
             frames = []
             if each:
-                for index in _frames(picture):
+                wanted = set(chosen)
+                for index, _ in zip(range(chosen[-1] + 1), _frames(image, first), strict=False):
                     deadline.left()
-                    if index in chosen:
-                        self.limits.check_size(*picture.size)
-                        frames.append(each(to_rgb(picture.copy())))
-        return Clip(frames, [float(clock.time(i)) for i in chosen], stamps[-1] / 1000)
+                    if index in wanted:
+                        self.limits.check_size(*image.size)
+                        frames.append(each(to_rgb(image.copy())))
+        return Clip(frames, [float(timeline.time(i)) for i in chosen], duration)
 
     @contextmanager
-    def _open(self, source: object, most: int) -> Iterator[BinaryIO]:
-        """The bytes of a source, at most `most`."""
+    def _open(self, source: object, max_bytes: int) -> Iterator[BinaryIO]:
+        """The bytes of a source, at most `max_bytes`."""
+        if isinstance(source, Download):
+            _check_bytes(source.file.seek(0, os.SEEK_END), max_bytes)
+            source.file.seek(0)
+            yield source.file
+            return
         if isinstance(source, bytes | bytearray | memoryview):
-            file: BinaryIO = BytesIO(_at_most(bytes(source), most))
+            _check_bytes(memoryview(source).nbytes, max_bytes)
+            file: BinaryIO = BytesIO(bytes(source))
         elif isinstance(source, str | os.PathLike):
-            path = _as_path(source)
+            path = file_path(source)
             if path is not None:
-                file = self._open_file(path, most)
+                file = self._open_file(path, max_bytes)
             elif str(source)[:5].lower() == "data:":
-                file = BytesIO(_data_url(str(source), most))
-            elif not self.limits.allow_remote:
-                raise MediaRefused(
-                    "URLs may not be fetched here; send the file itself (bytes or a data: URL)"
-                )
+                file = BytesIO(_data_url(str(source), max_bytes))
             else:
-                file = fetch(str(source), most, self.limits)
+                self._check_remote()
+                file = fetch(str(source), max_bytes, self.limits)
         else:
             raise MediaError(
-                f"{type(source).__name__} is not a source of media: pass a path, URL, data URL, bytes, PIL image or array"
+                f"{type(source).__name__} is not a source of media: pass a path, URL, data URL, "
+                "bytes, PIL image or array"
             )
         with file:
             yield file
 
+    def _check_remote(self) -> None:
+        if not self.limits.allow_remote:
+            raise MediaRefused(
+                "URLs may not be fetched here; send the file itself (bytes or a data: URL)"
+            )
+
     def _locate(self, path: Path) -> Path:
-        """Where a path leads, symbolic links followed. Raises MediaRefused where that is not allowed."""
+        """The path with symbolic links resolved. Raises MediaRefused where that is not allowed."""
         if not self.limits.allow_local_files:
             raise MediaRefused(
                 "local files may not be read here; send the file itself (bytes or a data: URL)"
@@ -238,7 +298,7 @@ class Loader:
             raise MediaRefused("the path leads out of the folder that media may be read from")
         return real
 
-    def _open_file(self, path: Path, most: int) -> BinaryIO:
+    def _open_file(self, path: Path, max_bytes: int) -> BinaryIO:
         real = self._locate(path)
         flags = (
             os.O_RDONLY
@@ -247,9 +307,8 @@ class Loader:
             | getattr(os, "O_BINARY", 0)
         )
         if self.limits.media_root is not None:
-            flags |= getattr(
-                os, "O_NOFOLLOW", 0
-            )  # `real` has no links left: one that appeared since is not followed
+            # `real` has no links: one that appeared since is not followed.
+            flags |= getattr(os, "O_NOFOLLOW", 0)
         try:
             number = os.open(real, flags)
         except FileNotFoundError as error:
@@ -257,18 +316,21 @@ class Loader:
         except (OSError, ValueError) as error:
             raise MediaError("the file cannot be opened") from error
         file = os.fdopen(number, "rb")
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode):
+        try:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
+                raise MediaRefused("not a regular file")
+            _check_bytes(status.st_size, max_bytes)
+        except LlavaError:
             file.close()
-            raise MediaRefused("not a regular file")
-        if status.st_size > most:
-            file.close()
-            raise MediaError(f"{status.st_size:,} bytes are more than the limit of {most:,} bytes")
+            raise
         return file
 
 
 def name_of(source: object) -> str:
     """A short name of a source for messages and tables: no query of a URL, no data."""
+    if isinstance(source, Download):
+        source = source.url
     if isinstance(source, str | os.PathLike):
         text = str(source)
         scheme = _scheme(text)
@@ -281,12 +343,36 @@ def name_of(source: object) -> str:
         return f"list of {len(source)} frames"
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{len(source):,} bytes"
-    return "picture in memory"
+    return "image in memory"
+
+
+def _open_image(file: BinaryIO, kind: str) -> Image.Image:
+    """A file as Pillow's image of a format that its first bytes announce, not decoded yet."""
+    file.seek(0)
+    if kind == "HEIF":
+        try:
+            from pillow_heif.as_plugin import HeifImageFile
+        except ImportError as error:
+            raise MediaError(
+                "HEIC and HEIF images need pillow-heif: pip install 'llava-interleave[heif]'"
+            ) from error
+        return HeifImageFile(file)  # type: ignore[no-untyped-call]
+    if kind == "AVIF":  # by its class: `Image.open` looks at the major brand alone
+        return AvifImagePlugin.AvifImageFile(file)
+    image = Image.open(file, formats=[kind])
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        if DNG_VERSION in tags or int(tags.get(REDUCED_IMAGE) or 0) & 1:
+            raise MediaError(
+                "this is a camera's raw file, of which only a preview could be read; "
+                "develop it to JPEG or TIFF first"
+            )
+    return image
 
 
 @contextmanager
 def _guarding(message: str) -> Iterator[None]:
-    """Turn what decoders raise on damaged input into a MediaError with a message of our own."""
+    """Turn a decoder's exception for damaged input into a MediaError with `message`."""
     try:
         yield
     except LlavaError:
@@ -304,28 +390,38 @@ def _naming(source: object) -> Iterator[None]:
         raise error if str(error).startswith(name) else type(error)(f"{name}: {error}") from error
 
 
-def _frames(picture: Image.Image) -> Iterator[int]:
-    """Decode an animation frame by frame; yields the index of the frame that `picture` now shows."""
-    index = 0
+def _frames(image: Image.Image, first: int) -> Iterator[None]:
+    """Decode an animation frame by frame, each into `image`."""
+    index = first
     with suppress(EOFError):
         while True:
-            picture.seek(index)
-            picture.load()
-            yield index
+            image.seek(index)
+            image.load()
+            yield
             index += 1
 
 
+def _microseconds(image: Image.Image) -> int:
+    """How long the current frame of an animation is shown.
+
+    As in FFmpeg and browsers 0.1 s where the file has 0, in a GIF also where it has 0.01 s.
+    """
+    milliseconds = float(image.info.get("duration") or 0)
+    shortest = 20 if image.format == "GIF" else 0
+    return round(milliseconds * 1000) if milliseconds > 0 and milliseconds >= shortest else 100_000
+
+
 def _scheme(text: str) -> str:
-    """The scheme and what follows of something that is a URL, in lower case; "" for a path."""
+    """The beginning of a URL with its scheme, in lower case; "" for a path."""
     return (
         text[:64].lower()
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|file:", text, re.IGNORECASE)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:|file:", text, re.IGNORECASE)
         else ""
     )
 
 
-def _as_path(source: str | os.PathLike[str]) -> Path | None:
-    """The path that a source names, plainly or as a file:// URL; None for other URLs."""
+def file_path(source: str | os.PathLike[str]) -> Path | None:
+    """The path of a source that is a path or a file:// URL; None for other URLs."""
     if not isinstance(source, str):
         return Path(source)
     scheme = _scheme(source)
@@ -333,62 +429,42 @@ def _as_path(source: str | os.PathLike[str]) -> Path | None:
         return Path(source)
     if not scheme.startswith("file:"):
         return None
-    parts = urlsplit(source)
+    return Path(_file_url_path(source, windows=os.name == "nt"))
+
+
+def _file_url_path(url: str, windows: bool) -> str:
+    """The path of a file:// URL; on Windows that of `file:///C:/a` and `file://C:/a` is C:/a."""
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if windows:
+        if re.fullmatch(r"[A-Za-z][:|]?", parts.netloc):
+            return f"{parts.netloc[0]}:{path}"
+        if drive := re.match(r"/([A-Za-z])[:|](?=/|$)", path):
+            path = f"{drive[1]}:{path[3:]}"
     if parts.netloc not in ("", "localhost"):
         raise MediaRefused("a file:// URL may not name another machine")
-    return Path(unquote(parts.path))
+    return path
 
 
-def _data_url(url: str, most: int) -> bytes:
+def _data_url(url: str, max_bytes: int) -> bytes:
     try:
-        data = data_url.payload(url)
+        length = len(data_url.payload(url)) * 3 // 4
+        if length > 2 * max_bytes:  # with white space or percent-encoding
+            raise MediaError(
+                f"about {length:,} bytes are more than the limit of {max_bytes:,} bytes"
+            )
+        data = data_url.decode(url)
+    except binascii.Error as error:
+        raise MediaError("the base64 of the data is damaged") from error
     except ValueError as error:
         raise MediaError(str(error)) from None
-    if len(data) * 3 // 4 > most + 3:
-        raise MediaError(
-            f"about {len(data) * 3 // 4:,} bytes are more than the limit of {most:,} bytes"
-        )
-    try:
-        decoded = data_url.decode(url)
-    except ValueError as error:
-        raise MediaError("the base64 of the data is damaged") from error
-    return _at_most(decoded, most)
-
-
-def _at_most(data: bytes, most: int) -> bytes:
-    if len(data) > most:
-        raise MediaError(f"{len(data):,} bytes are more than the limit of {most:,} bytes")
+    _check_bytes(len(data), max_bytes)
     return data
 
 
-def image_format(head: bytes) -> str | None:
-    """Pillow's name of the format that a file's first bytes announce."""
-    for magic, kind in (
-        (b"\xff\xd8\xff", "JPEG"),
-        (b"\x89PNG\r\n\x1a\n", "PNG"),
-        (b"GIF87a", "GIF"),
-        (b"GIF89a", "GIF"),
-    ):
-        if head.startswith(magic):
-            return kind
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return "WEBP"
-    return "BMP" if head.startswith(b"BM") else None
-
-
-def video_format(head: bytes) -> str | None:
-    """FFmpeg's name of the format that a file's first 512 bytes announce."""
-    if head[4:8] in MOV_BOXES:
-        return "mov"
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
-        return "avi"
-    if len(head) == 512 and any(
-        head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))
-    ):
-        return "mpegts"
-    return None
+def _check_bytes(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise MediaError(f"{size:,} bytes are more than the limit of {max_bytes:,} bytes")
 
 
 def _natural(name: str) -> list[Any]:

@@ -118,15 +118,35 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _MediaRequest:
-    """One image or video to load, with every option about it decided."""
+    """One image or video to load. video: None until its first bytes are read."""
 
-    name: str  # "image 1"
+    number: int  # in the prompt, from 1
+    place: MediaPlaceholder
     source: object
-    sampling: FrameSampling | None  # of a video; None for an image
-    anyres: bool
-    pad: bool
-    pool: int
-    share: float
+    video: bool | None
+    options: PromptOptions
+
+    @property
+    def name(self) -> str:
+        """Like "image 1"."""
+        if self.place.name:
+            return f"view {self.place.name}"
+        return f"{'video' if self.video else 'image'} {self.number}"
+
+    @property
+    def anyres(self) -> bool:
+        own = self.place.anyres
+        return not self.video and (self.options.anyres if own is None else own)
+
+    def crop(self, grid: int) -> ImageTokenLayout:
+        """The layout of one crop."""
+        reduction = self.options.reduction
+        pool, share = (
+            (reduction.video_token_pool, reduction.video_token_ratio)
+            if self.video
+            else (reduction.image_token_pool, reduction.image_token_ratio)
+        )
+        return ImageTokenLayout(grid, pool=pool, share=float(share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +284,7 @@ class Processor:
         renderer = self._renderer(messages, options)
         rendered = renderer({})
         requests = self._requests(rendered.placeholders, media, options)
+        requests = _each(self._decide, requests)
         sizes = _each(self._measure, requests)
         if options.frame_times:
             rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
@@ -313,6 +334,7 @@ class Processor:
         self._check_context(
             len(rendered.tokens), requests, [self._crop(request) for request in requests], reserve
         )
+        requests = _each(self._decide, requests)
         budget = PixelBudget(self.loader.limits)
         loaded = _each(lambda request: self._load(request, budget), requests)
         if options.frame_times:
@@ -374,33 +396,30 @@ class Processor:
                 f"{limits.prompt_media} in a prompt"
             )
         rest = iter(media)
-        requests = []
-        for number, place in enumerate(placeholders, 1):
-            source = next(rest) if place.source is None else place.source
-            video = place.kind == "video" or (place.kind is None and self.loader.is_video(source))
-            name = (
-                f"view {place.name}" if place.name else f"{'video' if video else 'image'} {number}"
+        return [
+            _MediaRequest(
+                number,
+                place,
+                next(rest) if place.source is None else place.source,
+                {"image": False, "video": True}.get(place.kind or ""),
+                options,
             )
-            sampling = (place.sampling or options.frames) if video else None
-            if sampling and (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
-                sampling = replace(sampling, frames=self.num_frames)
-            pool, share = (
-                (reduction.video_token_pool, reduction.video_token_ratio)
-                if video
-                else (reduction.image_token_pool, reduction.image_token_ratio)
-            )
-            requests.append(
-                _MediaRequest(
-                    name=name,
-                    source=source,
-                    sampling=sampling,
-                    anyres=not video and (options.anyres if place.anyres is None else place.anyres),
-                    pad=options.pad,
-                    pool=pool,
-                    share=share,
-                )
-            )
-        return requests
+            for number, place in enumerate(placeholders, 1)
+        ]
+
+    def _decide(self, request: _MediaRequest) -> _MediaRequest:
+        """The request with its kind, which the source decides where the message does not."""
+        if request.video is not None:
+            return request
+        animations = request.place.kind == "media"
+        video, source = self.loader.resolve(request.source, animations)
+        return replace(request, video=video, source=source)
+
+    def _sampling(self, request: _MediaRequest) -> FrameSampling:
+        sampling = request.place.sampling or request.options.frames
+        if (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
+            return replace(sampling, frames=self.num_frames)
+        return sampling
 
     def _check_reduction(self, reduction: TokenReduction) -> None:
         grid = self.config.vision.grid
@@ -420,10 +439,7 @@ class Processor:
                 )
 
     def _crop(self, request: _MediaRequest) -> ImageTokenLayout:
-        """The layout of one crop."""
-        return ImageTokenLayout(
-            self.config.vision.grid, pool=request.pool, share=float(request.share)
-        )
+        return request.crop(self.config.vision.grid)
 
     def _tiles(self, request: _MediaRequest, width: int, height: int) -> ImageTokenLayout:
         """The layout of an image of this size cut into tiles."""
@@ -435,8 +451,8 @@ class Processor:
 
     def _measure(self, request: _MediaRequest) -> tuple[ImageTokenLayout, Clip | None]:
         """The layout, and of a video its times, without decoding."""
-        if request.sampling is not None:
-            clip = self.loader.video_times(request.source, request.sampling)
+        if request.video:
+            clip = self.loader.video_times(request.source, self._sampling(request))
             return replace(self._crop(request), crops=len(clip.times)), clip
         if request.anyres:
             return self._tiles(request, *self.loader.image_size(request.source)), None
@@ -444,12 +460,11 @@ class Processor:
 
     def _load(self, request: _MediaRequest, budget: PixelBudget) -> _LoadedMedia:
         clip = None
-        if request.sampling is not None:
+        pad = request.options.pad
+        if request.video:
+            sampling = self._sampling(request)
             clip = self.loader.video(
-                request.source,
-                request.sampling,
-                budget,
-                lambda frame: self.images.fit(frame, request.pad),
+                request.source, sampling, budget, lambda frame: self.images.fit(frame, pad)
             )
             layout, crops = replace(self._crop(request), crops=len(clip.frames)), clip.frames
         else:
@@ -457,7 +472,7 @@ class Processor:
             if request.anyres:
                 layout, crops = self._tiles(request, *image.size), self.images.anyres_tiles(image)
             else:
-                layout, crops = self._crop(request), [self.images.fit(image, request.pad)]
+                layout, crops = self._crop(request), [self.images.fit(image, pad)]
         pixels, key = self.images.pixels(crops, layout)
         label = _item(request, layout, clip).name
         return _LoadedMedia(pixels, layout, key, label, clip)
@@ -481,8 +496,8 @@ class Processor:
         if total + reserve <= context:
             return
         crops = [self._crop(request).length for request in requests]
-        videos = sum(n for request, n in zip(requests, lengths, strict=True) if request.sampling)
-        frames = [n for request, n in zip(requests, crops, strict=True) if request.sampling]
+        videos = sum(n for request, n in zip(requests, lengths, strict=True) if request.video)
+        frames = [n for request, n in zip(requests, crops, strict=True) if request.video]
         fit = (context - reserve - (total - videos)) // sum(frames) if frames else 0
         images = (context - reserve - text) // max(crops, default=1)
         if frames and fit > 0:

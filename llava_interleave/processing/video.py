@@ -1,32 +1,40 @@
-"""Frames of a film at the times asked for, by keyframe seeks. Reads from an open binary file; knows no sources or models."""
+"""Frames of a video at requested times, by keyframe seeks, as FFmpeg shows them.
+
+Reads from an open binary file; knows no sources or models.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from ..errors import MediaError, OptionError
 from .limits import Deadline, Limits
 
-UNIFORM, MOST_AT_RATE = 16, 32
+UNIFORM, MAX_AT_RATE = 16, 32
 Each = Callable[[Image.Image], Image.Image]
-"""Applied to a frame as soon as it is decoded, so that large frames need not be kept."""
+"""Applied to each frame as soon as it is decoded, so that large frames do not stay in memory."""
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders of codecs whose transparency FFmpeg's own decoders drop."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrameSampling:
-    """Which frames of a video are looked at. A moment stands for the frame on screen at it; no frame is taken twice.
+    """The choice of a video's frames. A moment stands for the frame on screen; none is taken twice.
 
-    frames: how many, spread evenly in time from the first to the last frame (default: the checkpoint's number, else 16);
-        with `fps`, the most (default 32).
-    fps: so many a second from the first frame on; if that is more than `frames`, `frames` spread evenly instead.
+    frames: how many, spread evenly in time from the first to the last frame (default: the
+        checkpoint's number, else 16); with `fps`, their maximum (default 32).
+    fps: frames a second from the first frame on; if that is more than `frames`, `frames` spread
+        evenly instead.
     times: exactly these moments, in seconds from the first frame.
     start: the clip begins here, in seconds from the first frame of the video.
     end: the clip ends here.
@@ -63,50 +71,58 @@ class FrameSampling:
         if self.start is not None and self.end is not None and self.start > self.end:
             raise OptionError(f"start {self.start} s lies after end {self.end} s")
 
-    def choose(self, clock: FrameTimeline, limit: int) -> list[int]:
-        """Indices, ascending, of the frames to look at. Raises OptionError for moments outside the video, or over `limit`."""
-        chosen = sorted({clock.shown_at(moment) for moment in self._moments(clock, limit + 1)})
+    def choose(self, timeline: FrameTimeline, limit: int) -> list[int]:
+        """Indices of the frames, ascending.
+
+        Raises OptionError for moments outside the video, or more frames than `limit`.
+        """
+        chosen = sorted(
+            {timeline.shown_at(moment) for moment in self._moments(timeline, limit + 1)}
+        )
         if len(chosen) > limit:
             raise OptionError(
-                f"more frames were asked of a video than the limit of {limit}; ask for fewer"
+                f"the sampling chooses more frames of a video than the limit of {limit}; "
+                "choose fewer"
             )
         return chosen
 
-    def _moments(self, clock: FrameTimeline, most: int) -> Iterator[Fraction]:
-        """Moments that name the frames; never more than are needed to name `most` of them, whatever is asked for."""
-        for asked in (self.start or 0, *(self.times or ())):
-            if asked > clock.duration:
-                end = float(clock.time(len(clock.stamps) - 1))
-                raise OptionError(
-                    f"{asked:g} s was asked for, but the video's last frame is at {end:.2f} s"
-                )
+    def _moments(self, timeline: FrameTimeline, max_frames: int) -> Iterator[Fraction]:
+        """Moments that choose the frames; never more than are needed for `max_frames` of them."""
+        for seconds in (self.start or 0, *(self.times or ())):
+            if seconds > timeline.duration:
+                end = float(timeline.time(len(timeline.stamps) - 1))
+                raise OptionError(f"{seconds:g} s is past the video's last frame at {end:.2f} s")
         if self.times is not None:
             yield from map(_exact, self.times)
             return
-        low = clock.shown_at(_exact(self.start or 0))
-        high = clock.shown_at(_exact(self.end)) if self.end is not None else len(clock.stamps) - 1
-        first, last = clock.time(low), clock.time(high)
-        count = self.frames or (MOST_AT_RATE if self.fps else UNIFORM)
+        low = timeline.shown_at(_exact(self.start or 0))
+        high = (
+            timeline.shown_at(_exact(self.end))
+            if self.end is not None
+            else len(timeline.stamps) - 1
+        )
+        first, last = timeline.time(low), timeline.time(high)
+        count = self.frames or (MAX_AT_RATE if self.fps else UNIFORM)
         if self.fps is not None and int((last - first) * _exact(self.fps)) < count:
             moment, step = first, 1 / _exact(self.fps)
-            while moment <= last and most:
+            while moment <= last and max_frames:
                 yield moment
-                most -= 1
-                shown = clock.shown_at(moment)
+                max_frames -= 1
+                shown = timeline.shown_at(moment)
                 if shown == high:
                     break
                 # the first step that shows another frame
-                moment = first + -((first - clock.time(shown + 1)) // step) * step
-        elif high - low < count:  # fewer frames than asked for: all of them
-            yield from (clock.time(i) for i in range(low, min(high + 1, low + most)))
+                moment = first + -((first - timeline.time(shown + 1)) // step) * step
+        elif high - low < count:  # fewer frames than that: all of them
+            yield from (timeline.time(i) for i in range(low, min(high + 1, low + max_frames)))
         else:
-            count = min(count, most)
+            count = min(count, max_frames)
             yield from (first + (last - first) * i / max(count - 1, 1) for i in range(count))
 
 
 @dataclass(frozen=True, slots=True)
 class FrameTimeline:
-    """When a video's frames appear: `stamps`, ascending, in `unit` seconds; times count from the first frame."""
+    """The times of a video's frames: `stamps`, ascending, in `unit` seconds."""
 
     stamps: Sequence[int]
     unit: Fraction
@@ -128,9 +144,9 @@ class FrameTimeline:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Frames looked at, their times in seconds from the video's first frame, and how long the whole video lasts in seconds.
+    """Sampled frames, their times from the first frame, and the video's duration, both in seconds.
 
-    `frames` is empty where only the times were asked for.
+    `frames` is empty where only the times were read.
     """
 
     frames: list[Image.Image]
@@ -138,59 +154,60 @@ class Clip:
     duration: float
 
     def sentence(self) -> str:
-        """What the training code of this family says about frame times, in its words.
+        """The sentence of this family's training code about frame times.
 
         Source: LLaVA-NeXT `llava/train/train.py`, add_time_instruction.
         """
         times = ",".join(f"{t:.2f}s" for t in self.times)
         return (
-            f"The video lasts for {self.duration:.2f} seconds, and {len(self.times)} frames are uniformly sampled from it. "
-            f"These frames are located at {times}.Please answer the following questions related to this video."
+            f"The video lasts for {self.duration:.2f} seconds, and {len(self.times)} frames are "
+            f"uniformly sampled from it. These frames are located at {times}."
+            "Please answer the following questions related to this video."
         )
 
 
 def read_video(
     file: BinaryIO, container: str, sampling: FrameSampling, limits: Limits, each: Each | None
 ) -> Clip:
-    """Sample a film in FFmpeg's `container` format; without `each` nothing is decoded.
+    """Sample a video in FFmpeg's `container` format; without `each` nothing is decoded.
 
-    The time stamps of all packets are read first: they tell the frames, also of variable rate and without a duration in
-    the header, and where the keyframes are. Then the decoder jumps to the last keyframe before a wanted frame, or simply goes
-    on where that is nearer. Raises MediaError for a film that is broken, cut short or over a limit.
+    The time stamps of all packets are read first: they give the frames, also of variable rate and
+    without a duration in the header, and the keyframes. Then the decoder jumps to the last keyframe
+    before a frame of the sample, or goes on where that is nearer. Packets that an edit list
+    discards are decoded but are not frames. Raises MediaError for a video that is broken, cut short
+    or over a limit.
     """
     import av
 
-    head = file.read(512)
-    if (size := file.seek(0, os.SEEK_END)) < (promised := _promised_bytes(head)):
-        raise MediaError(
-            f"the video is cut short: its header promises {promised:,} bytes, the file holds {size:,}"
-        )
-    file.seek(0)
     deadline = Deadline(limits.video_work_seconds, "reading the video")
+    fragmented = _check_whole(file, container, deadline)
+    file.seek(0)
     try:
-        # The format is forced and no protocol allowed: a film cannot make FFmpeg open other files or addresses.
+        # The format is forced and no protocol allowed: a video cannot make FFmpeg open other files
+        # or addresses.
         options = {"protocol_whitelist": "none"}
-        with av.open(file, format=container, options=options, metadata_errors="replace") as source:
-            if not source.streams.video or source.streams.video[0].codec_context is None:
-                raise MediaError("the file has no video track that can be decoded")
-            stream = source.streams.video[0]
+        with av.open(
+            file, mode="r", format=container, options=options, metadata_errors="replace"
+        ) as source:
+            stream = _main_stream(source)
             stream.thread_type = "AUTO"
             limits.check_size(stream.codec_context.width, stream.codec_context.height)
-            clock, keys = _index(source, stream, deadline)
-            if clock.duration > limits.video_seconds:
+            index = _index(source, stream, container, fragmented, limits, deadline)
+            timeline = index.timeline
+            if timeline.duration > limits.video_seconds:
                 raise MediaError(
-                    f"the video lasts {clock.duration:.0f} s, the limit is {limits.video_seconds:g} s"
+                    f"the video lasts {timeline.duration:.0f} s, the limit is "
+                    f"{limits.video_seconds:g} s"
                 )
-            chosen = sampling.choose(clock, limits.video_frames)
+            chosen = sampling.choose(timeline, limits.video_frames)
             if each is None:
-                return Clip([], [float(clock.time(i)) for i in chosen], clock.duration)
-            clip = Clip([], [], clock.duration)
-            for stamp, frame in _decode(
-                source, stream, [clock.stamps[i] for i in chosen], keys, limits, deadline
-            ):
+                return Clip([], [float(timeline.time(i)) for i in chosen], timeline.duration)
+            clip = Clip([], [], timeline.duration)
+            stamps = [timeline.stamps[i] for i in chosen]
+            for stamp, frame in _decode(source, stream, stamps, index, limits, deadline):
                 limits.check_size(frame.width, frame.height)
                 clip.frames.append(each(_upright(frame)))
-                clip.times.append(float((stamp - clock.stamps[0]) * clock.unit))
+                clip.times.append(float((stamp - timeline.stamps[0]) * timeline.unit))
     except av.error.FFmpegError as error:
         raise MediaError(
             "the video cannot be decoded: it is damaged, cut short or of an unknown codec"
@@ -198,71 +215,121 @@ def read_video(
     return clip
 
 
-def _index(source: Any, stream: Any, deadline: Deadline) -> tuple[FrameTimeline, dict[int, int]]:
-    """When the frames appear, and for each keyframe's stamp where to seek for it, ascending; nothing is decoded."""
-    stamps: set[int] = set()
-    keys: dict[int, int] = {}
-    packets = 0
-    for packet in source.demux(stream):
-        deadline.left()
-        packets += packet.size > 0
-        stamp = packet.pts if packet.pts is not None else packet.dts
-        if packet.size and stamp is not None and not packet.is_discard:
-            stamps.add(stamp)
-            if packet.is_keyframe:
-                # Containers are searched by decoding time, which may lie before the time of showing.
-                keys[stamp] = stamp if packet.dts is None else min(stamp, packet.dts)
-    if packets < stream.frames and "mov" in source.format.name:
-        raise MediaError(
-            f"the video is cut short: its header promises {stream.frames} frames, the file holds {packets}"
-        )
-    if not keys:
-        raise MediaError("the video has no frame that can be shown")
-    # What comes before the first keyframe cannot be decoded.
-    return FrameTimeline(sorted(s for s in stamps if s >= min(keys)), stream.time_base), dict(
-        sorted(keys.items())
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """The timeline, and of each keyframe its stamp, ascending, and the position to seek to."""
+
+    timeline: FrameTimeline
+    keys: Sequence[int]
+    positions: Sequence[int]
+
+
+def _main_stream(source: Any) -> Any:
+    """The video track that FFmpeg shows: the default one, then the largest; never a cover image."""
+    import av
+
+    shown = av.stream.Disposition
+    streams = [
+        stream
+        for stream in source.streams.video
+        if stream.codec_context is not None and not stream.disposition & shown.attached_pic
+    ]
+    if not streams:
+        raise MediaError("the file has no video track that can be decoded")
+    return max(
+        streams,
+        key=lambda stream: (
+            bool(stream.disposition & shown.default),
+            stream.codec_context.width * stream.codec_context.height,
+        ),
     )
+
+
+def _index(
+    source: Any, stream: Any, container: str, fragmented: bool, limits: Limits, deadline: Deadline
+) -> _Index:
+    """The index of all packets; nothing is decoded."""
+    import av
+
+    stamps, keys, positions = array("q"), array("q"), array("q")
+    packets = 0
+    try:
+        for packet in source.demux(stream):
+            deadline.left()
+            if not packet.size:
+                continue
+            packets += 1
+            if packets > limits.video_packets:
+                raise MediaError(
+                    f"the video has more than the limit of {limits.video_packets:,} packets"
+                )
+            if packet.is_corrupt and container == "mov":
+                if fragmented:
+                    break
+                raise MediaError("the video is cut short: its last frames are missing")
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None:
+                continue
+            if not packet.is_discard:
+                stamps.append(stamp)
+            if packet.is_keyframe and (not keys or stamp > keys[-1]):
+                keys.append(stamp)
+                # Containers are searched by decoding time, which may lie before the presentation.
+                positions.append(stamp if packet.dts is None else min(stamp, packet.dts))
+    except av.error.FFmpegError:
+        if not (fragmented and stamps):
+            raise
+    # Packets before the first keyframe cannot be decoded.
+    shown = sorted({stamp for stamp in stamps if keys and stamp >= keys[0]})
+    if not shown:
+        raise MediaError("the video has no frame that can be shown")
+    return _Index(FrameTimeline(shown, stream.time_base), keys, positions)
 
 
 def _decode(
     source: Any,
     stream: Any,
-    wanted: list[int],
-    keys: dict[int, int],
+    stamps: list[int],
+    index: _Index,
     limits: Limits,
     deadline: Deadline,
 ) -> Iterator[tuple[int, Any]]:
-    """The wanted frames with their stamps, ascending. Where a container stamps half frames, the next whole frame is given."""
+    """The frames with these stamps, ascending.
+
+    Where a container stamps half frames, the next whole frame is given.
+    """
     decoded = 0
 
-    def run(key: int) -> Iterator[tuple[int, Any]]:
+    def run(position: int) -> Iterator[tuple[int, Any]]:
         nonlocal decoded
-        source.seek(keys[key], stream=stream)
-        for frame in source.decode(stream):
+        source.seek(position, stream=stream)
+        decoder = _alpha_decoder(stream)
+        for packet in source.demux(stream):
             deadline.left()
-            decoded += 1
-            if decoded > limits.decoded_frames:
-                raise MediaError(
-                    f"reaching the frames meant decoding more than the limit of {limits.decoded_frames} frames"
-                )
-            if frame.is_corrupt:
-                raise MediaError("the video is damaged: a frame could not be decoded whole")
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is not None:
-                yield stamp, frame
+            for frame in decoder.decode(packet) if decoder else packet.decode():
+                decoded += 1
+                if decoded > limits.decoded_frames:
+                    raise MediaError(
+                        "reaching the frames meant decoding more than the limit of "
+                        f"{limits.decoded_frames} frames"
+                    )
+                if frame.is_corrupt:
+                    raise MediaError("the video is damaged: a frame could not be decoded whole")
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                if stamp is not None:
+                    yield stamp, frame
 
     frames: Iterator[tuple[int, Any]] = iter(())
-    starts = list(keys)
     at = -math.inf  # stamp of the frame decoded last
-    for stamp in wanted:
+    for stamp in stamps:
         if at >= stamp:
             continue
-        key = starts[bisect_right(starts, stamp) - 1]
-        if jump := key > at:
-            frames = run(key)
+        key = bisect_right(index.keys, stamp) - 1
+        if jump := index.keys[key] > at:
+            frames = run(index.positions[key])
         current = next((pair for pair in frames if pair[0] >= stamp), None)
         if jump and (current is None or current[0] > stamp):  # the container's seek went too far
-            frames = run(starts[0])
+            frames = run(index.positions[0])
             current = next((pair for pair in frames if pair[0] >= stamp), None)
         if current is None:
             break
@@ -272,36 +339,117 @@ def _decode(
         raise MediaError("the video has no frame that can be decoded")
 
 
-def _promised_bytes(head: bytes) -> int:
-    """How many bytes the header of an AVI or Matroska file says it has; 0 where it does not say. (MP4 counts its frames.)"""
+def _alpha_decoder(stream: Any) -> Any:
+    """A decoder that keeps the transparency of a VP8 or VP9 track; None where FFmpeg's own does."""
+    import av
+
+    name = ALPHA_DECODERS.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return None
+    try:
+        decoder = av.CodecContext.create(name, "r")
+    except ValueError:  # a build of FFmpeg without it
+        return None
+    decoder.extradata = stream.codec_context.extradata
+    return decoder
+
+
+def _check_whole(file: BinaryIO, container: str, deadline: Deadline) -> bool:
+    """Raise MediaError for a file that is shorter than its header says; whether it is fragmented.
+
+    A fragmented MP4 is written to be readable up to where it ends.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if container == "mov":
+        return _check_boxes(file, size, deadline)
+    if size < (expected := _header_bytes(file.read(512))):
+        raise MediaError(
+            f"the video is cut short: its header promises {expected:,} bytes, the file holds "
+            f"{size:,}"
+        )
+    return False
+
+
+def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> bool:
+    """`_check_whole` of an MP4 or MOV, whose boxes at the top begin with their length."""
+    at, fragmented = 0, False
+    while at + 8 <= size:
+        deadline.left()
+        file.seek(at)
+        head = file.read(16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        fragmented |= kind == b"moof"
+        if length < 8:  # 0: up to the end of the file
+            break
+        at += length
+        if at > size and kind in (b"mdat", b"moov") and not fragmented:
+            raise MediaError(
+                f"the video is cut short: its {kind.decode()} box promises {at:,} bytes, the file "
+                f"holds {size:,}"
+            )
+    return fragmented
+
+
+def _header_bytes(head: bytes) -> int:
+    """The file size in the header of an AVI or Matroska file; 0 if unknown."""
     if head.startswith(b"RIFF"):
         return 8 + int.from_bytes(head[4:8], "little")
-    at = (
-        head.find(b"\x18\x53\x80\x67", 0, 256) + 4
-    )  # the Segment element; its size is a number of 1 to 8 bytes
+    # The Segment element; its size is a number of 1 to 8 bytes.
+    at = head.find(b"\x18\x53\x80\x67", 0, 256) + 4
     if at < 4 or at >= len(head) or not head[at]:
         return 0
     length = 9 - head[at].bit_length()
     value = int.from_bytes(head[at : at + length], "big") ^ 1 << 7 * length
-    return (
-        0 if value == (1 << 7 * length) - 1 else at + length + value
-    )  # all ones: written live, size unknown
+    # All ones: written live, size unknown.
+    return 0 if value == (1 << 7 * length) - 1 else at + length + value
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A frame as RGB, turned as its display matrix says (counter-clockwise, in degrees)."""
-    image: Image.Image = frame.to_image()
-    turns = {
-        90: Image.Transpose.ROTATE_90,
-        180: Image.Transpose.ROTATE_180,
-        270: Image.Transpose.ROTATE_270,
-    }
-    turn = turns.get(round(frame.rotation) % 360)
-    return image if turn is None else image.transpose(turn)
+    """A frame as RGB, transparency on white, turned and mirrored by its display matrix."""
+    if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
+        rgba = Image.fromarray(frame.to_ndarray(format="rgba"))
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        image = frame.to_image()
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return image
+    return _displayed(image, np.frombuffer(bytes(side_data), np.int32)[:9].tolist())
+
+
+def _displayed(image: Image.Image, matrix: list[int]) -> Image.Image:
+    """An image under a display matrix, by the rules of FFmpeg's automatic rotation.
+
+    Source: FFmpeg `fftools/ffmpeg_filter.c`, configure_input_video_filter, and `cmdutils.c`,
+    get_rotation.
+    """
+    transpose = Image.Transpose
+    scale_x, scale_y = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
+    if not (scale_x and scale_y):
+        return image
+    angle = round(math.degrees(math.atan2(matrix[1] / scale_y, matrix[0] / scale_x))) % 360
+    steps: list[Image.Transpose] = []
+    if angle == 90:
+        steps = [transpose.TRANSPOSE if matrix[3] > 0 else transpose.ROTATE_270]
+    elif angle == 180:
+        steps += [transpose.FLIP_LEFT_RIGHT] * (matrix[0] < 0)
+        steps += [transpose.FLIP_TOP_BOTTOM] * (matrix[4] < 0)
+    elif angle == 270:
+        steps = [transpose.TRANSVERSE if matrix[3] < 0 else transpose.ROTATE_90]
+    elif angle:
+        return image.rotate(-angle, Image.Resampling.BILINEAR)
+    else:
+        steps += [transpose.FLIP_TOP_BOTTOM] * (matrix[4] < 0)
+    for step in steps:
+        image = image.transpose(step)
+    return image
 
 
 def _exact(seconds: float) -> Fraction:
-    """0.3 as 3/10: the moment that was meant, not the float just below it."""
+    """0.3 as 3/10, not the float just below it."""
     return Fraction(seconds).limit_denominator(10**6)
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..chat.attachments import is_video
 from ..errors import PromptError
+from ..processing.formats import is_video
 from .settings import Settings
 
 FILE_ID = re.compile(r"file-[0-9a-f]{64}")
@@ -127,7 +127,7 @@ def _resolve_part(part: Any, upload: Callable[[str], bytes]) -> Any:
                 "upload the file to /v1/files first"
             )
         data = upload(str(file["file_id"]))
-        kind = "video" if is_video(data[:512]) else "image"
+        kind = "video" if is_video(data) else "image"
         return {"type": kind, kind: data}
     for source in _sources(part):
         if not isinstance(source, str | None):

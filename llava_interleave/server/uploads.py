@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import MediaError
-from ..processing.loader import IMAGES, VIDEOS, image_format, video_format
+from ..processing.formats import HEAD, IMAGES, VIDEOS, image_format, video_format
 from .api_errors import ApiError
 from .openai_types import File
 
@@ -50,7 +50,7 @@ class Files:
 
         Raises MediaError or ApiError.
         """
-        if image_format(data[:512]) is None and video_format(data[:512]) is None:
+        if image_format(data[:HEAD]) is None and video_format(data[:HEAD]) is None:
             raise MediaError(f"the file is neither an image ({IMAGES}) nor a video ({VIDEOS})")
         name = "file-" + hashlib.sha256(data).hexdigest()
         files = self._by_key.setdefault(key, {})

@@ -151,7 +151,7 @@ class _SampleReader:
 
         found: str | LlavaError
         try:
-            if kind == "video" or (kind is None and self.loader.is_video(source)):
+            if kind == "video" or (kind is None and self.loader.resolve(source)[0]):
                 chosen = sampling or FrameSampling()
                 if self.processor and (chosen.frames, chosen.fps, chosen.times) == (
                     None,
