@@ -1,9 +1,11 @@
-"""Write a checkpoint of random weights in the shape of a real one: for measuring speed and memory without a download.
+"""Write a checkpoint of random weights in the shape of a real one: for measuring speed and memory
+without a download.
 
     python bench/make_checkpoint.py FOLDER --shape 0.5b
 
-The weights are bfloat16 in the hub layout, made tensor by tensor. The tokenizer has Qwen's vocabulary where the package
-dashscope is installed (it carries qwen.tiktoken), else a byte-level one of a few hundred pieces with the real special ids.
+The weights are bfloat16 in the hub layout, made tensor by tensor. The tokenizer has Qwen's
+vocabulary where the package dashscope is installed (it carries qwen.tiktoken), else a byte-level
+one of a few hundred pieces with the real special ids.
 """
 
 import argparse
@@ -28,7 +30,9 @@ VOCABULARY = 151643  # pieces before the special tokens
 
 
 def tokenizer() -> Tokenizer:
-    """Qwen's tokenizer, or one that has its ids for the special tokens and pieces that are never written in between."""
+    """Qwen's tokenizer, or one that has its ids for the special tokens and pieces that are never
+    written in between.
+    """
     package = importlib.util.find_spec("dashscope")
     found = (
         list(Path(package.origin).parent.rglob("qwen.tiktoken"))
@@ -51,7 +55,9 @@ def padded_bpe() -> models.BPE:
 
 
 def tiktoken_bpe(path: Path) -> models.BPE:
-    """Ranks of byte strings as vocabulary and merges: a piece was merged from the two that the ranks below its own make of it."""
+    """Ranks of byte strings as vocabulary and merges: a piece was merged from the two that the
+    ranks below its own make of it.
+    """
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
     assert len(ranks) == VOCABULARY, len(ranks)

@@ -2,8 +2,9 @@
 
 python bench/make_gguf.py FOLDER OUT q4_0
 
-OUT/decoder.gguf is quantized by llama.cpp itself, q4_0 or q8_0, its output head as llama.cpp chooses; OUT/tower.gguf is the tower
-with the projector, in bfloat16. The folder is one of bench/make_checkpoint.py.
+OUT/decoder.gguf is quantized by llama.cpp itself, q4_0 or q8_0, its output head as llama.cpp
+chooses; OUT/tower.gguf is the tower with the projector, in bfloat16. The folder is one of
+bench/make_checkpoint.py.
 """
 
 import json
@@ -25,7 +26,9 @@ Tensors = Iterator[tuple[str, np.ndarray]]
 
 
 def tensors(folder: Path) -> Tensors:
-    """All tensors in float32 by their names, which are the hub's; linears of the projector count from 0."""
+    """All tensors in float32 by their names, which are the hub's; linears of the projector count
+    from 0.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in SafetensorsLocal(path).tensors.items():
             raw = tensor.mmap_bytes().reshape(*tensor.shape[:-1], -1)
@@ -34,7 +37,9 @@ def tensors(folder: Path) -> Tensors:
 
 
 def add(writer: gguf.GGUFWriter, found: Tensors, names: gguf.TensorNameMap) -> None:
-    """Those that `names` knows: matrices in bfloat16; biases, norms, positions and patches in float32, as llama.cpp has them."""
+    """Those that `names` knows: matrices in bfloat16; biases, norms, positions and patches in
+    float32, as llama.cpp has them.
+    """
     for name, values in found:
         spelt = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if (

@@ -1,4 +1,5 @@
-"""Export a checkpoint for OpenVINO GenAI, its weights in 8 or 4 bits. Runs where optimum-intel is installed.
+"""Export a checkpoint for OpenVINO GenAI, its weights in 8 or 4 bits. Runs where optimum-intel is
+installed.
 
 python bench/make_openvino.py FOLDER OUT int4
 """
@@ -20,8 +21,6 @@ subprocess.run(
     [*command, "--task", "image-text-to-text", "--weight-format", kind, str(out)], check=True
 )
 config = json.loads((folder / "preprocessor_config.json").read_text())
-size = config[
-    "size"
-]  # GenAI knows the keys of CLIP's processor alone, and without them makes features that are not numbers
+size = config["size"]  # GenAI needs the keys of CLIP's processor, else features are NaN
 config |= {"crop_size": size, "size": {"shortest_edge": size["height"]}}
 (out / "preprocessor_config.json").write_text(json.dumps(config))

@@ -1,18 +1,21 @@
-"""One workload on this machine in one run, systems taking turns: this package at each precision, transformers, and others.
+"""One workload on this machine, systems in turns: this package at each precision, transformers,
+and others.
 
     python bench/make_checkpoint.py /tmp/half --shape 0.5b
-    python bench/peers.py /tmp/half [--minutes 7.5] [--systems "llava int4" "transformers bfloat16"] [--out docs/bench/latest.json]
+    python bench/peers.py /tmp/half [--minutes 7.5] [--systems "llava int4"] [--out RESULT.json]
     python bench/page.py docs/bench/latest.json docs/bench/index.html
 
-Each in turn is started, asked everything and ended, so that nothing else is in memory; once, whatever it takes, then again as
-often as --minutes allow. Every question has new pictures but where it says that they are the same; all systems get the same
-ones. Systems in float32 take several times as long, and by default answer about one image only, unless the processor has no
-products in bfloat16: then those of that type are left out. --also NAME=COMMAND: another system, a command that speaks as
-bench/systems.py does.
+Each system in turn is started, gets all questions and is stopped, so that only one is in memory;
+once in any case, then again as often as --minutes allow. All systems get the same images, new ones
+for every question unless it says otherwise. Systems in float32 take several times as long and by
+default answer about one image only, unless the processor has no bfloat16 instructions: then the
+bfloat16 systems are left out. --also NAME=COMMAND: another system, with the protocol of
+bench/systems.py.
 
---out: system -> figure -> median, least, most, how often, and the share of the machine's ceiling, measured in the same run: for
-pictures and prompts the fastest matrix product of any number type, for decoding the memory's reading speed by what the system
-must read, measured anew before each is started, for others on the same host may take of it. Linux only.
+--out: system -> figure -> median, least, most, number of measurements, and the share of the
+machine's peak in the same run: for images and prompts the fastest matrix product of any number
+type, for decoding the memory bandwidth by the bytes that the system must read. The bandwidth is
+measured before each start, because other tenants of the host use it too. Linux only.
 """
 
 import argparse
@@ -45,41 +48,39 @@ from llava_interleave.flops import prefill_flops, vision_flops
 from llava_interleave.quantization.precision import parse_precision
 
 HERE = Path(__file__).parent
-FLOATS = (
-    ["bfloat16", "float32"] if kernels.multiplies_bfloat16() else ["float32"]
-)  # the fastest first
+FLOATS = ["bfloat16", "float32"] if kernels.multiplies_bfloat16() else ["float32"]  # fastest first
 IN_FLOATS = [f"{name} {kind}" for kind in FLOATS for name in ("llava", "transformers")]
 SYSTEMS, BRIEF = ["llava int4 kv8", "llava int4", "llava int8", *IN_FLOATS], IN_FLOATS[2:]
 QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
-SIZE = (1024, 768)  # pixels of a picture
+SIZE = (1024, 768)  # pixels of an image
 SHORT, LONG = 32, 64  # tokens of an answer, and of each of several at once
 
-Found = dict[str, tuple[float, float | None]]
-"""By figure its value, and the share of the ceiling where there is one."""
+Figures = dict[str, tuple[float, float | None]]
+"""Figure -> its value, and its share of the peak where there is one."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Ceilings: bytes a second from memory, operations a second in products by number type."""
+    """Peaks: bytes per second from memory, operations per second in products by number type."""
 
     config: LlavaConfig
     read: float
     products: dict[str, float]
 
-    def least(self, images: int, prompt: int = 0) -> float:
-        """Seconds that these images and a prompt take at best."""
+    def min_seconds(self, images: int, prompt: int = 0) -> float:
+        """Seconds for these images and a prompt at the peak."""
         work = images * vision_flops(self.config) + (
             prefill_flops(self.config, prompt) if prompt else 0
         )
         return work / max(self.products.values())
 
-    def tokens(self, about: dict[str, int], context: float) -> float:
-        """Tokens a second after so many, at best."""
+    def max_rate(self, about: dict[str, int], context: float) -> float:
+        """Tokens per second after a context, at the peak."""
         return self.read / (about["weights"] + about["kv"] * context)
 
 
 class System:
-    """A process of bench/systems.py, or one that speaks as it does."""
+    """A process with the protocol of bench/systems.py."""
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
@@ -96,17 +97,18 @@ class System:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(
-                f"{shlex.join(self.process.args)} ended with {self.process.wait()}; run it by hand to see why"
+                f"{shlex.join(self.process.args)} ended with {self.process.wait()}; run it by "
+                "hand to see why"
             )
         return json.loads(line)
 
     def answer(self, *chats: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-        """Timings, as bench/systems.py tells them."""
+        """Timings, as in bench/systems.py."""
         print(json.dumps({"chats": chats, "tokens": tokens}), file=self.process.stdin, flush=True)
         return self.read()
 
     def peak(self) -> int:
-        """Most resident bytes so far, of weights in mapped files too."""
+        """Peak resident bytes, mapped weights included."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
@@ -115,18 +117,18 @@ class System:
         self.process.wait()
 
 
-class Pictures:
-    """Files of pictures; each turn has its own, the same for every system."""
+class ImageFiles:
+    """Image files; each turn has its own, the same for every system."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.turn, self.made = folder, 0, 0
+        self.folder, self.turn, self.count = folder, 0, 0
 
     def start(self, turn: int) -> None:
-        self.turn, self.made = turn, 0
+        self.turn, self.count = turn, 0
 
     def __call__(self, count: int) -> list[str]:
-        paths = [self.folder / f"{self.turn}-{self.made + index}.jpg" for index in range(count)]
-        self.made += count
+        paths = [self.folder / f"{self.turn}-{self.count + index}.jpg" for index in range(count)]
+        self.count += count
         for path in paths:
             if not path.exists():
                 pixels = np.random.default_rng(list(path.name.encode())).integers(
@@ -136,36 +138,38 @@ class Pictures:
         return [str(path) for path in paths]
 
 
-def user(pictures: list[str], question: str) -> dict[str, Any]:
+def user(images: list[str], question: str) -> dict[str, Any]:
     return {
         "role": "user",
         "content": [
-            *({"type": "image", "path": path} for path in pictures),
+            *({"type": "image", "path": path} for path in images),
             {"type": "text", "text": question},
         ],
     }
 
 
-def one_image(system: System, machine: Machine, new: Pictures) -> Found:
-    took = system.answer([user(new(1), QUESTIONS[0])], tokens=SHORT)
-    return first_token(took, machine, 1) | vision(took, machine, 1)
+def one_image(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
+    timing = system.answer([user(new_images(1), QUESTIONS[0])], tokens=SHORT)
+    return first_token(timing, machine, 1) | vision(timing, machine, 1)
 
 
-def conversation(system: System, machine: Machine, new: Pictures) -> Found:
-    pictures = new(2)
-    turn = user(pictures, QUESTIONS[0])
-    took = system.answer([turn], tokens=SHORT)
-    again = system.answer([user(pictures, QUESTIONS[1])], tokens=1)
-    said = {"role": "assistant", "content": [{"type": "text", "text": "They differ in colour."}]}
-    more = system.answer([turn, said, user(new(1), QUESTIONS[2])], tokens=1)
+def conversation(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
+    images = new_images(2)
+    turn = user(images, QUESTIONS[0])
+    timing = system.answer([turn], tokens=SHORT)
+    again = system.answer([user(images, QUESTIONS[1])], tokens=1)
+    said = {"role": "assistant", "content": [{"type": "text", "text": "They differ in color."}]}
+    more = system.answer([turn, said, user(new_images(1), QUESTIONS[2])], tokens=1)
     found = (
-        first_token(took, machine, 2)
-        | vision(took, machine, 2)
-        | decode(took, machine, system.about, "2 images")
+        first_token(timing, machine, 2)
+        | vision(timing, machine, 2)
+        | decode(timing, machine, system.about, "2 images")
     )
-    if took["prefill"] is not None:
-        share = (machine.least(2, took["prompt"]) - machine.least(2)) / took["prefill"]
-        found["prefill of 2 images, tokens/s"] = took["prompt"] / took["prefill"], share
+    if timing["prefill"] is not None:
+        share = (machine.min_seconds(2, timing["prompt"]) - machine.min_seconds(2)) / timing[
+            "prefill"
+        ]
+        found["prefill of 2 images, tokens/s"] = timing["prompt"] / timing["prefill"], share
     return found | {
         "second question about the same 2 images, s to first token": (again["first"], None),
         "one more image in the conversation, s to first token": (more["first"], None),
@@ -173,47 +177,52 @@ def conversation(system: System, machine: Machine, new: Pictures) -> Found:
     }
 
 
-def many_images(system: System, machine: Machine, new: Pictures) -> Found:
-    took = system.answer([user(new(8), QUESTIONS[0])], tokens=SHORT)
-    return first_token(took, machine, 8) | decode(took, machine, system.about, "8 images")
+def many_images(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
+    timing = system.answer([user(new_images(8), QUESTIONS[0])], tokens=SHORT)
+    return first_token(timing, machine, 8) | decode(timing, machine, system.about, "8 images")
 
 
-def many_requests(system: System, _: Machine, new: Pictures) -> Found:
-    took = system.answer(
-        *([user(new(1), f"{index}: {QUESTIONS[0]}")] for index in range(8)), tokens=LONG
+def many_requests(system: System, _: Machine, new_images: ImageFiles) -> Figures:
+    timing = system.answer(
+        *([user(new_images(1), f"{index}: {QUESTIONS[0]}")] for index in range(8)), tokens=LONG
     )
     return {
         "8 requests with an image each, tokens/s from question to last answer": (
-            8 * LONG / took["total"],
+            8 * LONG / timing["total"],
             None,
         )
     }
 
 
-def first_token(took: dict[str, Any], machine: Machine, images: int) -> Found:
-    share = machine.least(images, took["prompt"]) / took["first"]
-    return {f"first token, {images} image{'s' * (images > 1)}, s": (took["first"], share)}
+def first_token(timing: dict[str, Any], machine: Machine, images: int) -> Figures:
+    share = machine.min_seconds(images, timing["prompt"]) / timing["first"]
+    return {f"first token, {images} image{'s' * (images > 1)}, s": (timing["first"], share)}
 
 
-def vision(took: dict[str, Any], machine: Machine, images: int) -> Found:
+def vision(timing: dict[str, Any], machine: Machine, images: int) -> Figures:
     return (
-        {"vision, s an image": (took["vision"] / images, machine.least(images) / took["vision"])}
-        if took["vision"]
+        {
+            "vision, s an image": (
+                timing["vision"] / images,
+                machine.min_seconds(images) / timing["vision"],
+            )
+        }
+        if timing["vision"]
         else {}
     )
 
 
-def decode(took: dict[str, Any], machine: Machine, about: dict[str, int], after: str) -> Found:
-    rate = (SHORT - 1) / (took["total"] - took["first"])
+def decode(timing: dict[str, Any], machine: Machine, about: dict[str, int], after: str) -> Figures:
+    rate = (SHORT - 1) / (timing["total"] - timing["first"])
     return {
         f"decode after {after}, tokens/s": (
             rate,
-            rate / machine.tokens(about, took["prompt"] + SHORT / 2),
+            rate / machine.max_rate(about, timing["prompt"] + SHORT / 2),
         )
     }
 
 
-Work = Callable[[System, Machine, Pictures], Found]
+Work = Callable[[System, Machine, ImageFiles], Figures]
 WORK: dict[str, Work] = {
     "one": one_image,
     "conversation": conversation,
@@ -223,16 +232,16 @@ WORK: dict[str, Work] = {
 
 
 class Bench:
-    """What has been found. Systems are started, asked and ended one after another, so that none takes another's memory."""
+    """The results. One system at a time is in memory."""
 
     def __init__(
         self, commands: dict[str, list[str]], brief: list[str], machine: Machine, scratch: Path
     ) -> None:
-        self.commands, self.brief, self.machine, self.pictures = (
+        self.commands, self.brief, self.machine, self.images = (
             commands,
             brief,
             machine,
-            Pictures(scratch),
+            ImageFiles(scratch),
         )
         self.found: dict[str, dict[str, list[tuple[float, float | None]]]] = {
             name: {} for name in commands
@@ -249,28 +258,28 @@ class Bench:
     def ask(self, name: str, work: list[str]) -> Iterator[tuple[str, tuple[float, float | None]]]:
         self.reads.append(memory_bandwidth(torch.device("cpu")))
         machine = replace(self.machine, read=self.reads[-1])
-        self.pictures.start(0)
-        question, began = user(self.pictures(1), QUESTIONS[0]), time.perf_counter()
+        self.images.start(0)
+        question, start = user(self.images(1), QUESTIONS[0]), time.perf_counter()
         system = System(self.commands[name])
-        loaded = time.perf_counter() - began
-        took = system.answer([question], tokens=8)
-        self.written[name] = took["written"]
-        yield "cold process to first token, 1 image, s", (loaded + took["first"], None)
+        loaded = time.perf_counter() - start
+        timing = system.answer([question], tokens=8)
+        self.written[name] = timing["written"]
+        yield "cold process to first token, 1 image, s", (loaded + timing["first"], None)
         for turn, one in enumerate(work, 1):
-            self.pictures.start(turn)
-            yield from WORK[one](system, machine, self.pictures).items()
+            self.images.start(turn)
+            yield from WORK[one](system, machine, self.images).items()
         system.close()
 
 
 def summary(bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
     """By system and figure."""
     return {
-        name: {figure: told(values) for figure, values in found.items()}
+        name: {figure: statistics_of(values) for figure, values in found.items()}
         for name, found in bench.found.items()
     }
 
 
-def told(values: list[tuple[float, float | None]]) -> dict[str, float | None]:
+def statistics_of(values: list[tuple[float, float | None]]) -> dict[str, float | None]:
     numbers, shares = zip(*values, strict=True)
     return {
         "median": statistics.median(numbers),
@@ -292,7 +301,9 @@ def ceilings(machine: Machine, reads: list[float]) -> dict[str, float]:
 
 
 def agreement(written: dict[str, list[int]]) -> dict[str, int]:
-    """How many of a first answer's tokens each has in common with the last system, before the first that differs."""
+    """How many tokens of the first answer equal those of the last system, before the first
+    difference.
+    """
     last = list(written.values())[-1]
     return {
         name: sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(ids, last, strict=True)))
@@ -330,30 +341,30 @@ def main() -> None:
         nargs="*",
         default=BRIEF,
         metavar="NAME",
-        help="those that answer about one image only",
+        help="systems that answer about one image only",
     )
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--work", nargs="*", default=list(WORK), choices=list(WORK))
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    end = time.perf_counter() + 60 * given.minutes
-    config = read_config(given.folder)
+    args = parser.parse_args()
+    end = time.perf_counter() + 60 * args.minutes
+    config = read_config(args.folder)
     device, kinds = torch.device("cpu"), ("float32", "bfloat16", "int8")
     machine = Machine(
         config, memory_bandwidth(device), {kind: matmul_throughput(kind, device) for kind in kinds}
     )
     with tempfile.TemporaryDirectory() as scratch:
         commands = {}
-        for name in given.systems:
+        for name in args.systems:
             kind, precision, *more = name.split()
-            folder = given.folder
+            folder = args.folder
             if parse_precision(precision):
                 folder = Path(scratch) / precision
                 if not folder.exists():
                     checkpoints.save(
-                        checkpoints.load(given.folder, precision=precision),
+                        checkpoints.load(args.folder, precision=precision),
                         folder,
-                        processor_from=given.folder,
+                        processor_from=args.folder,
                     )
             commands[name] = [
                 sys.executable,
@@ -363,15 +374,15 @@ def main() -> None:
                 precision,
                 *more,
             ]
-        for name, _, command in (also.partition("=") for also in given.also):
+        for name, _, command in (also.partition("=") for also in args.also):
             commands[name] = shlex.split(command)
-        bench = Bench(commands, given.brief, machine, Path(scratch))
+        bench = Bench(commands, args.brief, machine, Path(scratch))
         about = dict(versions()) | {"processor": cpu(), "threads": torch.get_num_threads()}
-        took = 0.0
-        while not took or time.perf_counter() + took <= end:
-            began = time.perf_counter()
-            bench.round(given.work)
-            took = time.perf_counter() - began
+        timing = 0.0
+        while not timing or time.perf_counter() + timing <= end:
+            start = time.perf_counter()
+            bench.round(args.work)
+            timing = time.perf_counter() - start
             result = {
                 "about": about,
                 "ceilings": ceilings(machine, bench.reads),
@@ -379,8 +390,8 @@ def main() -> None:
                 "first tokens as the last system": agreement(bench.written),
                 "systems": summary(bench),
             }
-            if given.out:
-                given.out.write_text(json.dumps(result, indent=1) + "\n")
+            if args.out:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
     columns = list(result["systems"])
     figures = dict.fromkeys(figure for found in result["systems"].values() for figure in found)
     cells = {

@@ -1,22 +1,22 @@
-"""Speed under load: this server, `transformers serve` and vLLM's, in one run, in turns, asked the same at the same moments.
+"""Speed under load: this server, `transformers serve` and vLLM, with the same requests in turns.
 
     python bench/make_checkpoint.py /tmp/half --shape 0.5b
-    python bench/serve.py -m builtin -m /tmp/half [--clients 1 4 16] [--rounds 3] [--vllm COMMAND] [--out serve.json] [--quick]
-    python bench/serve.py -m /tmp/half --also other=http://127.0.0.1:8001/v1      # whatever else answers as OpenAI does
+    python bench/serve.py -m builtin -m /tmp/half [--clients 1 4 16] [--rounds 3] [--vllm COMMAND]
+    python bench/serve.py -m /tmp/half --also other=http://127.0.0.1:8001/v1   # any OpenAI server
 
-The load is open: each client asks at moments drawn beforehand (Poisson, fixed seed), whether it has its answers or not, and times
-count from those moments. On average a client asks every two times that a lone answer of ours takes, or --rate times a second; 16
-clients ask for more than a server can answer that takes one request after another. `shared` images are those of all requests of a
-round, `fresh` ones new in each. All servers lay prompts out as the checkpoint's template does; those that are not being asked are
-stopped meanwhile (SIGSTOP). --vllm: the command of a vLLM in an environment of its own. --quick: a tiny network, few requests, to
-see that everything works. --out has every request and the medians.
+The load is open: each client sends at times drawn beforehand (Poisson, fixed seed), whether or not
+it has its answers, and latencies count from those times. On average a client sends a request in
+twice the time of a single answer of this package, or --rate per second; 16 clients send more than a
+server can answer that processes one request after another. `shared` images are those of all
+requests of a round, `fresh` ones new in each. All servers use the checkpoint's chat template; the
+servers that wait are stopped (SIGSTOP). --vllm: the command of vLLM in its own environment.
+--quick: a tiny network, few requests, a smoke test. --out FILE.json: all requests and the medians.
 
-tokens/s     written, from the first moment to the end of the last answer
+tokens/s     generated tokens, from the first request to the end of the last answer
 first        seconds to the first text, median and 95th percentile
-whole        seconds to the whole answer, median and 95th percentile: whoever waits for a turn waits here
-token        milliseconds a token from the first text to the end, median: low where requests wait and are answered one by one;
-             where they are answered together, all share the machine
-pause        milliseconds of the longest silence between two texts of an answer, median
+whole        seconds to the whole answer with queueing, median and 95th percentile
+token        milliseconds per token from the first text to the end, median
+pause        milliseconds of the longest gap between two texts of an answer, median
 """
 
 import argparse
@@ -55,7 +55,9 @@ START = 600  # seconds that a server may take to load
 
 @dataclass(frozen=True)
 class Timed:
-    """A request: seconds from its moment; tokens as the server counts them. `failed` says why it has no answer."""
+    """A request: seconds from its moment; tokens as the server counts them. `failed` says why it
+    has no answer.
+    """
 
     prompt: int = 0
     tokens: int = 0
@@ -82,7 +84,9 @@ def picture(rng: np.random.Generator) -> dict[str, Any]:
 def load(
     clients: int, shared: bool, round_: int, given: argparse.Namespace, rate: float
 ) -> list[tuple[float, list[Any]]]:
-    """The moments of all requests, the first one's 0, and their contents; the same for every server."""
+    """The moments of all requests, the first one's 0, and their contents; the same for every
+    server.
+    """
     rng = np.random.default_rng([clients, shared, round_, given.seed])
     same = [picture(rng) for _ in range(given.images)]
     moments = np.sort(

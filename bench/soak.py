@@ -1,16 +1,18 @@
-"""Good and hostile traffic against one server for minutes: does its memory grow, does a good request fail?
+"""Good and hostile traffic against one server for minutes: memory growth and failed requests.
 
     python bench/soak.py [-m FOLDER] [--minutes 30] [--out soak.json] [--quick]
 
-Good clients ask about the same and about new images, whole and streamed, several answers, in a form, explained, about uploads;
-what is asked again must be answered the same. Hostile ones send the corpus of the tests, break off in the middle, send slowly or
-nothing, send what is no HTTP, and leave while they are answered. Prints one JSON object and ends with 1 if a good request failed,
-a hostile one got anything but a 4xx, or something still runs at the end. --quick: a tiny network, one minute.
+Good clients send old and new images, whole and streamed, n answers, structured output, attribution,
+uploads; a repeated request must get the same answer. Hostile ones send the corpus of the tests,
+disconnect half-way, send slowly, nothing or invalid HTTP, and leave during an answer. Prints one
+JSON object; exit code 1 if a good request failed, a hostile one got anything but 4xx, or a request
+still runs at the end. --quick: a tiny network, one minute.
 
-memory       MiB resident in the server at its start, after the warm-up (a sixth of the time) and at the end; `course` in tenths
-slope        MiB a minute from the warm-up on, by least squares; `caches` is what its image features and prefixes took meanwhile,
-             which are bounded
-statuses     of hostile requests; 0: the connection was closed without an answer
+memory       resident MiB of the server at the start, after the warm-up (a sixth of the time) and at
+             the end; `course` in tenths
+slope        MiB per minute after the warm-up, by least squares; `caches`: growth of its bounded
+             caches of image features and prefixes
+statuses     of hostile requests; 0: the connection was closed without a response
 """
 
 import argparse
@@ -55,7 +57,9 @@ class Soak:
         self.answers: dict[str, Any] = {}
 
     def client(self) -> httpx.Client:
-        """One that leaves idle connections before the server does, which would look like a failure."""
+        """One that leaves idle connections before the server does, which would look
+        like a failure.
+        """
         return httpx.Client(
             base_url=self.address, timeout=300, limits=httpx.Limits(keepalive_expiry=2)
         )
@@ -168,7 +172,10 @@ def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
     body = json.dumps(
         {"model": "tiny", "messages": user(picture(RED), "?"), "max_tokens": 2000, "stream": True}
     ).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     whole = head.encode() + body
     kind = chance.choice(["cut", "half", "slow", "silent", "garbage", "leaves", "leaves"])
     at = urlsplit(soak.address)

@@ -1,15 +1,16 @@
-"""One system as a process that answers: JSON lines in, JSON lines out. `bench/peers.py` starts it and takes the times.
+"""One system as a process: JSON lines in, JSON lines out. `bench/peers.py` starts it and measures.
 
     python bench/systems.py llava FOLDER int4 [kv8]
     python bench/systems.py transformers FOLDER bfloat16
     python bench/systems.py openvino EXPORTED int4
-    python bench/systems.py llamacpp MADE q4_0
+    python bench/systems.py llamacpp CONVERTED q4_0
     python bench/systems.py vllm FOLDER bfloat16
 
-The first line out tells that it is loaded, and how many bytes a token reads: `weights`, and `kv` for each token before it.
-In: {"chats": [messages, ...], "tokens": N}; all are answered together, with N tokens each. Out: seconds to the `first` token and
-in `total`, of them in the tower (`vision`) and from there to the first token (`prefill`; both null where unknown), `prompt` in
-tokens, and the ids `written`; of several chats those of the first one.
+The first output line comes after loading and has the bytes read per token: `weights`, and `kv` for
+each token before it. In: {"chats": [messages, ...], "tokens": N}; one batch, N tokens each. Out:
+seconds to the `first` token and in `total`, of these in the tower (`vision`) and from there to the
+first token (`prefill`; both null where unknown), `prompt` in tokens, and the ids `written`; of
+several chats those of the first one.
 """
 
 import ctypes
@@ -27,8 +28,7 @@ Chats = list[list[dict[str, Any]]]
 
 
 class Llava:
-    """This package, keys and values in 8 bits where asked for. A question is laid out as the checkpoint's own template does, as
-    transformers does it."""
+    """This package, optionally with an int8 KV cache, and the checkpoint's chat template."""
 
     def __init__(self, folder: str, precision: str, kv: str = "") -> None:
         from llava_interleave.chat import Options, load
@@ -37,7 +37,7 @@ class Llava:
         self.bot = load(folder, precision=precision, kv_precision="int8" if kv == "kv8" else "auto")
         self.options = Options(
             preset="hf", ignore_eos=True, prompt_lookup_num_tokens=0
-        )  # random weights repeat themselves
+        )  # random weights repeat tokens
         self.about = {
             "weights": decoder_bytes(self.bot.model),
             "kv": self.bot.engine.bytes_per_token,
@@ -58,7 +58,7 @@ class Llava:
 
 
 class Transformers:
-    """transformers, several questions as a batch padded on the left."""
+    """transformers, several questions as a left-padded batch."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         import torch
@@ -122,7 +122,7 @@ class Transformers:
 
 
 class OpenVino:
-    """OpenVINO GenAI with a folder that optimum-intel exported: its continuous batching, which finds prefixes again."""
+    """OpenVINO GenAI with a folder from optimum-intel: continuous batching with prefix caching."""
 
     def __init__(self, folder: str, _: str) -> None:
         import openvino_genai as genai
@@ -174,8 +174,10 @@ class OpenVino:
 
 
 class LlamaCpp:
-    """llama.cpp with a folder of bench/make_gguf.py, used as its own server uses it: a sequence keeps what the next chat has in
-    common with the one before, images included; several prompts are read one after another, their answers written together."""
+    """llama.cpp with a folder of bench/make_gguf.py, used as its own server uses it: a sequence
+    keeps what the next chat has in common with the one before, images included; several prompts are
+    read one after another, their answers written together.
+    """
 
     SEQUENCES, CONTEXT = 8, 8192  # tokens of all sequences
 
@@ -202,7 +204,9 @@ class LlamaCpp:
         self.size = json.loads((Path(folder) / "preprocessor_config.json").read_text())["size"]
         self.batch = llama.llama_batch_init(self.CONTEXT, 0, 1)
         self.held: list[list[Any]] = [[] for _ in range(self.SEQUENCES)]
-        """By sequence a key for each of its tokens: the token's id, or the digest of the picture that it is part of."""
+        """By sequence a key for each of its tokens: the token's id, or the digest of the picture
+        that it is part of.
+        """
         width = llama.llama_model_n_embd(self.model) // llama.llama_model_n_head(self.model)
         kv = (
             2
@@ -242,7 +246,9 @@ class LlamaCpp:
         }
 
     def prompt(self, chat: list[dict[str, Any]]) -> tuple[int, list[tuple[int, list[Any]]]]:
-        """Its chunks as llama.cpp cuts it up, to be freed; and each with a key for each of its tokens."""
+        """Its chunks as llama.cpp cuts it up, to be freed; and each with a key for each of its
+        tokens.
+        """
         mtmd, text = self.mtmd, spelt(chat, self.mtmd.mtmd_default_marker().decode()).encode()
         chunks, bitmaps = mtmd.mtmd_input_chunks_init(), [self.bitmap(path) for path in paths(chat)]
         given = (
@@ -261,7 +267,9 @@ class LlamaCpp:
         return chunks, [(piece, self.keys(piece)) for piece in pieces]
 
     def bitmap(self, path: str) -> int:
-        """A picture squashed to the tower's size, as the checkpoint's processor does it; llama.cpp would pad it to a square."""
+        """A picture squashed to the tower's size, as the checkpoint's processor does it; llama.cpp
+        would pad it to a square.
+        """
         from PIL import Image
 
         picture = (
@@ -331,7 +339,9 @@ class LlamaCpp:
         return vision
 
     def decode(self, tokens: list[tuple[int, int]]) -> None:
-        """Compute (sequence, token) pairs, sequence by sequence; the last of each tells what comes next."""
+        """Compute (sequence, token) pairs, sequence by sequence; the last of each tells what comes
+        next.
+        """
         batch = self.batch
         for row, (sequence, token) in enumerate(tokens):
             batch.token[row], batch.pos[row] = token, len(self.held[sequence])
@@ -357,8 +367,9 @@ class LlamaCpp:
 
 
 class Vllm:
-    """vLLM's CPU build with a checkpoint's folder, in this process, as several would share the cores: its continuous batching,
-    which finds prefixes again in whole blocks."""
+    """vLLM's CPU build with a checkpoint's folder, in this process, as several would share the
+    cores: its continuous batching, which finds prefixes again in whole blocks.
+    """
 
     def __init__(self, folder: str, dtype: str) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}  # GB
@@ -413,7 +424,9 @@ class Vllm:
 
 
 def spelt(chat: list[dict[str, Any]], tag: str) -> str:
-    """A chat as the checkpoint's template lays it out, with tags where images are; {} in a tag is the image's number."""
+    """A chat as the checkpoint's template lays it out, with tags where images are; {} in a tag is
+    the image's number.
+    """
     text, images = "", count()
     for turn in chat:
         tags = "".join(
@@ -438,10 +451,8 @@ SYSTEMS = {
 
 
 def main() -> None:
-    del sys.path[
-        0
-    ]  # this folder: its kernels.py is not the package of that name, which peers use where they find it
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    del sys.path[0]  # this folder: its kernels.py would shadow the package `kernels`
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries print, too
     name, *how = sys.argv[1:]
     system = SYSTEMS[name](*how)
     print(json.dumps(system.about), file=out, flush=True)
