@@ -1,12 +1,20 @@
-"""Every code block of the README runs, in a folder with the files of `llava demo`."""
+"""The pages hold: commands and Python run on the demo's files, names, flags, links and keys exist.
 
+A block after `<!-- not run: reason -->` is not run, and neither are commands of SLOW; the flags of
+every `llava` command are checked all the same. A block after a line that ends with `name.py`: is
+written to that file.
+"""
+
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,21 +27,73 @@ from recipes.tiny_world import demo as recipe
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-NOT_RUN = "<!-- not run: needs the network and a published checkpoint -->\n"
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = [
-    (README.count("\n", 0, found.start()) + 1, found[2], found[3])
-    for found in re.finditer(
-        r"^(<!--[^\n]*-->\n)?```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+PACKAGE = ROOT / "llava_interleave"
+PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
+WRITTEN = ("CHANGELOG.md", "cli.md")
+"""A history with its old names, and a page that another test compares."""
+SLOW = {
+    "bench": "a minute",
+    "mcp": "waits for a client",
+    "serve": "waits for requests",
+    "train": "tests/test_data.py runs the commands of docs/training.md",
+    "verify": "half a minute; tests/test_verify.py",
+}
+TESTED_ELSEWHERE = ("training.md",)
+COMMANDS = typer.main.get_group(app).commands
+MOSTLY_RUN = ("README.md", "index.md", "images.md", "video.md", "views.md", "python.md")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+    not_run: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text("utf-8")
+    pattern = (
+        r"(?:`(?P<file>[\w.]+)`:\n\n|<!-- not run: (?P<why>[^\n]*) -->\n)?"
+        r"^```(?P<language>\w*)\n(?P<code>.*?)^```$"
     )
-    if found[1] != NOT_RUN
+    return [
+        Block(
+            page,
+            text.count("\n", 0, match.start("code")),
+            match["language"],
+            match["code"],
+            match["why"] or "",
+            match["file"] or "",
+        )
+        for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+BLOCKS = [
+    block
+    for page in PAGES
+    if page.name not in WRITTEN
+    for block in blocks(page)
+    if block.language in ("sh", "console", "python")
 ]
+
+
+def commands(code: str) -> list[str]:
+    """The commands of a shell block, one each, continued lines joined."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line and not line.startswith("#")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with demo/ in it, and a model of random weights for a clone that has no built-in one."""
-    folder = tmp_path_factory.mktemp("readme")
+    """A folder with demo/, and a model of random weights for a clone that has no built-in one."""
+    folder = tmp_path_factory.mktemp("pages")
     demo.copy_files(folder / "demo")
     if not (BUILTIN / "config.json").is_file():
         tiny_checkpoint(folder / "builtin")
@@ -47,48 +107,150 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("llava_interleave.chat.loading.BUILTIN", folder / "builtin")
 
 
-@pytest.mark.parametrize(
-    ("line", "language", "code"), BLOCKS, ids=[f"line {line}" for line, _, _ in BLOCKS]
-)
-def test_block(
-    line: int, language: str, code: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if language == "python":
-        exec(compile(code, f"README.md:{line}", "exec"), {})
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block(block: Block, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if block.file:
+        Path(block.file).write_text(block.code, "utf-8")
+    if block.language == "python":
+        code = compile(block.code, str(block), "exec")
+        if block.file or block.not_run:
+            return
+        exec(code, {})
         # Random weights may write nothing that can be seen.
         assert capsys.readouterr().out.strip() or (folder / "builtin").is_dir()
         return
-    assert language == "sh"
-    for command in code.splitlines():
-        words = shlex.split(command)
-        if words[0] == "make":
-            known = shutil.which("make") and subprocess.run(
-                ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True
-            )
-            assert not known or known.returncode == 0, known.stderr
+    for command in commands(block.code):
+        check_flags(command)
+        if not block.not_run and block.page.name not in TESTED_ELSEWHERE:
+            run(command)
+
+
+def check_flags(command: str) -> None:
+    """Every flag of a `llava` command exists, wherever in a pipeline it stands."""
+    words = shlex.split(command)
+    for start, word in enumerate(words):
+        if word not in ("llava", "llava_interleave") or start + 1 == len(words):
             continue
-        assert words[0] == "llava"
+        known = COMMANDS.get(words[start + 1])
+        if known is None:
+            assert words[start + 1] in ("--help", "--version", "reference"), command
+            continue
+        below = getattr(known, "commands", {}).get(
+            words[start + 2] if start + 2 < len(words) else ""
+        )
+        flags = {
+            flag for one in (known, below) if one for param in one.params for flag in param.opts
+        }
+        flags |= {
+            flag for one in (known, below) if one for p in one.params for flag in p.secondary_opts
+        }
+        for flag in words[start + 2 :]:
+            if flag in ("|", "||", "&&", ";", "done"):
+                break
+            if re.match(r"--?[a-z]", flag):
+                assert flag.split("=")[0] in flags, (command, flag)
+
+
+def run(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        done = shutil.which("make") and subprocess.run(
+            ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert not done or done.returncode == 0, done.stderr
+        return
+    assert words[0] == "llava", f"{command}: mark the block as not run"
+    if words[1] not in SLOW:
         done = CliRunner().invoke(app, words[1:], input="")
         assert done.exit_code == 0, (command, done.output, done.exception)
 
 
-def test_few_blocks_are_not_run() -> None:
-    assert README.count("<!--") == README.count(NOT_RUN) <= 2
-    assert len(BLOCKS) + README.count(NOT_RUN) == len(re.findall(r"^```\w+$", README, re.MULTILINE))
+def test_guides_begin_with_a_command_that_runs() -> None:
+    guides = re.search(r"- Guides:\n(.*?)  - \w", (ROOT / "mkdocs.yml").read_text(), re.DOTALL)
+    assert guides
+    for name in re.findall(r": (\S+\.md)", guides[1]):
+        if name != "checkpoints.md":  # its subject has to be downloaded
+            first = blocks(ROOT / "docs" / name)[0]
+            assert first.language in ("sh", "python") and not first.not_run, name
+
+
+def test_few_blocks_of_the_first_pages_are_not_run() -> None:
+    for page in PAGES:
+        if page.name in MOSTLY_RUN:
+            assert sum(bool(block.not_run) for block in blocks(page)) <= 3, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), link
 
 
 @pytest.mark.parametrize(
-    "document",
-    sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")),
-    ids=lambda path: path.name,
+    "page", [page for page in PAGES if page.name not in WRITTEN], ids=lambda path: path.name
 )
-def test_links_lead_somewhere(document: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text("utf-8")):
-        assert (document.parent / link).exists(), link
+def test_names_exist(page: Path) -> None:
+    """Files, modules and flags in prose; a line is at most 100 columns wide."""
+    text = page.read_text("utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for path in re.findall(r"`((?:\w[\w.-]*/)+[\w.-]*\.(?:py|md|html|json|yaml|cpp|h))`", prose):
+        if path.split("/")[0] in TOP | {part.name for part in PACKAGE.iterdir()}:
+            assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+    for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", prose):
+        if name.split(".")[0] in PARTS and not name.endswith((".py", ".json", ".jsonl", ".toml")):
+            assert resolves(name), name
+    flags = {
+        flag
+        for command in COMMANDS.values()
+        for one in (command, *getattr(command, "commands", {}).values())
+        for param in one.params
+        for flag in (*param.opts, *param.secondary_opts)
+    }
+    for flag in re.findall(r"`(--[a-z][a-z-]+)", prose):
+        assert flag in flags | FOREIGN_FLAGS, flag
+    if page.name not in ("recipe.md", "NOTICE.md"):
+        for number, line in enumerate(text.splitlines(), 1):
+            whole = len(line) <= 100 or line.startswith(("|", "{")) or "http" in line
+            assert whole, f"{page.name}:{number} has {len(line)} columns"
+
+
+TOP = {"bench", "docs", "examples", "recipes", "tests", "deploy", "plugins"}
+PARTS = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")} - {"__init__"}
+FOREIGN_FLAGS = {"--nnodes", "--rdzv-endpoint", "--also", "--help", "--version"}
+"""Of torchrun and of bench/peers.py."""
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name below the package is a module, or an attribute of one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            thing: object = importlib.import_module(".".join(["llava_interleave", *parts[:count]]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[count:]:
+            if not hasattr(thing, attribute):
+                return False
+            thing = getattr(thing, attribute)
+        return True
+    return False
+
+
+def test_recipe_keys_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    hooks = importlib.import_module("hooks")
+    assert (ROOT / "docs" / "recipe.md").read_text("utf-8") == hooks.recipe_keys() + "\n", (
+        "run `python docs/hooks.py > docs/recipe.md`"
+    )
+
+
+def test_public_names_have_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    assert not list(importlib.import_module("hooks").undocumented())
 
 
 def test_the_demo_answers_and_counts(tmp_path: Path) -> None:
-    """Every question is a command line that can be copied, and the follow-up shows how much was cached."""
+    """Questions are command lines to copy, and the follow-up shows how much was cached."""
     tiny = tiny_checkpoint(tmp_path / "tiny")
     done = CliRunner().invoke(app, ["demo", "--folder", "shown", "-m", str(tiny)])
     assert done.exit_code == 0, done.exception
