@@ -1,4 +1,4 @@
-"""A griffe extension: lines `name: meaning` of a docstring become a list, so that they render so."""
+"""A griffe extension: lines `name: meaning` of a docstring become a list on the site."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def recipe_keys() -> str:
     parts = [
         "# Recipe keys\n",
         "<!-- Written by `python docs/hooks.py > docs/recipe.md`; a test compares. -->\n",
-        "The settings of [`llava train`](training.md), as keys of a TOML file. Each is also a flag:",
-        "`lr` is `--lr`, `rank` of `[adapter]` is `--adapter-rank`. A flag replaces the file's value.\n",
+        "The settings of [`llava train`](training.md), as keys of a TOML file. Each is a flag too:",
+        "`lr` is `--lr`, `rank` of `[adapter]` is `--adapter-rank`. A flag replaces the key.\n",
         table(recipe.Recipe),
     ]
     for name, record in recipe.TABLES.items():

@@ -291,10 +291,12 @@ class LlavaForConditionalGeneration:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.language_model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights that are not quantized."""
         return self.model.language_model.norm.weight.dtype
 
     def to(

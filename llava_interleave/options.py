@@ -108,6 +108,7 @@ class SamplingParams:
 
     @property
     def penalized(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0

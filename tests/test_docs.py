@@ -125,11 +125,16 @@ def test_block(block: Block, folder: Path, capsys: pytest.CaptureFixture[str]) -
             run(command)
 
 
+STARTS = {("llava", word) for word in ("|", "||", "&&", "do", "$SLOT")}
+STARTS.add(("llava_interleave", "-m"))
+
+
 def check_flags(command: str) -> None:
     """Every flag of a `llava` command exists, wherever in a pipeline it stands."""
     words = shlex.split(command)
     for start, word in enumerate(words):
-        if word not in ("llava", "llava_interleave") or start + 1 == len(words):
+        before = words[start - 1] if start else "|"
+        if (word, before) not in STARTS:
             continue
         known = COMMANDS.get(words[start + 1])
         if known is None:
@@ -197,7 +202,7 @@ def test_names_exist(page: Path) -> None:
         if path.split("/")[0] in TOP | {part.name for part in PACKAGE.iterdir()}:
             assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
     for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", prose):
-        if name.split(".")[0] in PARTS and not name.endswith((".py", ".json", ".jsonl", ".toml")):
+        if name.split(".")[0] in PARTS and not name.endswith(FILES):
             assert resolves(name), name
     flags = {
         flag
@@ -216,23 +221,20 @@ def test_names_exist(page: Path) -> None:
 
 TOP = {"bench", "docs", "examples", "recipes", "tests", "deploy", "plugins"}
 PARTS = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")} - {"__init__"}
+FILES = (".py", ".json", ".jsonl", ".toml", ".safetensors", ".html")
 FOREIGN_FLAGS = {"--nnodes", "--rdzv-endpoint", "--also", "--help", "--version"}
 """Of torchrun and of bench/peers.py."""
 
 
 def resolves(name: str) -> bool:
-    """Whether a dotted name below the package is a module, or an attribute of one."""
+    """Whether a dotted name below the package is a module, or a name in the text of one."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
-        try:
-            thing: object = importlib.import_module(".".join(["llava_interleave", *parts[:count]]))
-        except ModuleNotFoundError:
-            continue
-        for attribute in parts[count:]:
-            if not hasattr(thing, attribute):
-                return False
-            thing = getattr(thing, attribute)
-        return True
+        path = PACKAGE.joinpath(*parts[:count])
+        files = list(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        if files and files[0].is_file():
+            text = "".join(file.read_text("utf-8") for file in files)
+            return all(re.search(rf"\b{rest}\b", text) for rest in parts[count:])
     return False
 
 
