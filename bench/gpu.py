@@ -34,7 +34,7 @@ import torch
 from shapes import SHAPES
 from torch import Tensor, nn
 
-from llava_interleave.checkpoints import skeleton
+from llava_interleave.checkpoints import meta_network
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
 from llava_interleave.engine.kv_budget import profile_kv_bytes
@@ -102,7 +102,7 @@ Say = Callable[[Row], None]
 def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
     """A network of random weights in a precision, made where it computes."""
     dtype = FLOATS.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    network = skeleton(config)
+    network = meta_network(config)
     if precision not in FLOATS:
         replace_linears(network, precision)
     for parameter in network.parameters():

@@ -41,7 +41,7 @@ from PIL import Image
 
 from llava_interleave import checkpoints, kernels
 from llava_interleave.bench import matmul_throughput, memory_bandwidth
-from llava_interleave.checkpoints.files import read_config
+from llava_interleave.checkpoints import Checkpoint
 from llava_interleave.cli import terminal
 from llava_interleave.config import LlavaConfig
 from llava_interleave.flops import prefill_flops, vision_flops
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     end = time.perf_counter() + 60 * args.minutes
-    config = read_config(args.folder)
+    config = Checkpoint.open(args.folder).config
     device, kinds = torch.device("cpu"), ("float32", "bfloat16", "int8")
     machine = Machine(
         config, memory_bandwidth(device), {kind: matmul_throughput(kind, device) for kind in kinds}

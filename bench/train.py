@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_interleave.chat import BUILTIN
-from llava_interleave.checkpoints import load, read_config
+from llava_interleave.checkpoints import Checkpoint, load
 from llava_interleave.config import LlavaConfig
 from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt
@@ -231,7 +231,7 @@ def systems(
 def until(loss: float, bfloat16: bool) -> dict[str, Any]:
     """Seconds and passes until a loss; systems take turns while both are above it."""
     found: dict[str, list[tuple[float, float]]] = {system: [] for system in SYSTEMS}
-    with systems(read_config(BUILTIN), True, bfloat16) as turn:
+    with systems(Checkpoint.open(BUILTIN).config, True, bfloat16) as turn:
         for seed in count():
             above = [
                 system for system in SYSTEMS if not found[system] or found[system][-1][1] > loss

@@ -1,44 +1,11 @@
-"""Frozen shapes of vision, text and model, from and to a checkpoint's config.json. Knows no torch."""
+"""Shapes of vision tower, decoder, whole network and adapter. Knows no torch and no files."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from .errors import CheckpointError, OptionError
-
-QUANTIZATION, METHOD = "quantization_config", "llava-interleave"
-"""Where config.json tells that weights are quantized, and that this package did it."""
-_MAX_JSON = 64 << 20
-
-
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint; {} for an `optional` file that is not there. Else `CheckpointError`."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read"
-            )
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        if optional:
-            return {}
-        raise CheckpointError(
-            f"there is no {path.name} in {path.parent}; a checkpoint is a folder that holds one"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
+from .errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +20,18 @@ class VisionConfig:
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
     spare_layers: int = field(default=0, compare=False)
-    """Layers after the used ones that a checkpoint may hold; they are dropped, so they are no part of the network."""
+    """Layers of a checkpoint after the used ones; they are not loaded."""
 
     @property
     def grid(self) -> int:
-        """Features a side: 384 // 14 = 27."""
+        """Features per side: 384 // 14 = 27."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The Qwen2 decoder. The defaults are transformers' `Qwen2Config` defaults, which the 7B file relies on."""
+    """The Qwen2 decoder. The defaults are those of transformers' `Qwen2Config`, which the 7B file
+    relies on."""
 
     hidden_size: int = 4096
     intermediate_size: int = 22016
@@ -133,364 +101,16 @@ class LlavaConfig:
     text: TextConfig
     image_token_id: int = 151646
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LlavaConfig:
-        """The network that a config.json describes: transformers' form of any release, or the original lmms-lab form.
-
-        Absent keys mean what they mean to transformers. Keys that change nothing are passed over; a key that is unknown and
-        not empty, and a value of another network, raise `CheckpointError` by name. How this package quantized the weights is
-        left to `weights`.
-        """
-        if (
-            isinstance(about := values.get(QUANTIZATION), Mapping)
-            and about.get("quant_method") == METHOD
-        ):
-            values = {key: value for key, value in values.items() if key != QUANTIZATION}
-        top = _Section("", values)
-        return (
-            _original(top)
-            if "mm_projector_type" in values or "mm_vision_tower" in values
-            else _hub(top)
-        )
-
-    def to_dict(self, *, original: bool = False) -> dict[str, Any]:
-        """The content of a config.json: transformers' spelling that every release since 4.39 reads, or the original form.
-
-        A tower that is not so400m cannot be named in the original form; its sizes then stand in an own `vision_config`.
-        """
-        text, vision = self.text, self.vision
-        decoder: dict[str, Any] = {
-            "hidden_act": "silu",
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "max_position_embeddings": text.context,
-            "num_attention_heads": text.num_heads,
-            "num_hidden_layers": text.num_layers,
-            "num_key_value_heads": text.num_kv_heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": text.rope_theta,
-            "tie_word_embeddings": text.tie_word_embeddings,
-            "use_sliding_window": False,
-            "vocab_size": text.vocab_size,
-        }
-        if text.head_dim * text.num_heads != text.hidden_size:
-            decoder["head_dim"] = text.head_dim
-        tower = {
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": vision.hidden_size,
-            "image_size": vision.image_size,
-            "intermediate_size": vision.intermediate_size,
-            "layer_norm_eps": vision.layer_norm_eps,
-            "model_type": "siglip_vision_model",
-            "num_attention_heads": vision.num_heads,
-            "num_hidden_layers": vision.num_layers,
-            "patch_size": vision.patch_size,
-            "vision_use_head": False,
-        }
-        if original:
-            own_tower = (
-                {}
-                if vision == VisionConfig()
-                else {"vision_config": tower | {"num_hidden_layers": vision.num_layers + 1}}
-            )
-            return {
-                "architectures": ["LlavaQwenForCausalLM"],
-                "model_type": "llava_qwen",
-                "image_token_index": self.image_token_id,
-                "mm_hidden_size": vision.hidden_size,
-                "mm_patch_merge_type": "flat",
-                "mm_projector_type": "mlp2x_gelu",
-                "mm_use_im_patch_token": False,
-                "mm_use_im_start_end": False,
-                "mm_vision_select_feature": "patch",
-                "mm_vision_select_layer": -2,
-                "mm_vision_tower": f"google/{_SO400M}",
-                **own_tower,
-                **decoder,
-            }
-        return {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "ignore_index": -100,
-            "image_seq_length": vision.grid**2,
-            "image_token_index": self.image_token_id,
-            "multimodal_projector_bias": True,
-            "projector_hidden_act": "gelu",
-            "text_config": {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
-                **decoder,
-            },
-            "tie_word_embeddings": text.tie_word_embeddings,
-            "vision_config": tower,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-        }
-
-
-_SO400M = "siglip-so400m-patch14-384"
-_TOWER_DEFAULTS = VisionConfig(768, 3072, 12, 12, 224, 16)  # transformers' SiglipVisionConfig
-
-# Keys that transformers or the original trainer write and that say nothing about what a forward pass computes. Generation
-# settings are among them: generation_config.json decides, and the tokenizer's own special tokens.
-_IGNORED_KEYS = frozenset(
-    """
-    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward diversity_penalty dtype early_stopping
-    eos_token_id id2label ignore_index image_seq_length initializer_factor initializer_range label2id length_penalty max_length
-    max_window_layers min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type projector_lr pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id sliding_window task_specific_params temperature
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-    use_sliding_window vision_use_head
-    """.split()  # noqa: SIM905
-)
-_IGNORED_KEYS_ORIGINAL = frozenset(
-    """
-    freeze_mm_mlp_adapter image_aspect_ratio image_crop_resolution image_grid_pinpoints image_split_resolution
-    mm_newline_position mm_patch_merge_type mm_projector_lr mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts
-    mm_vision_tower_lr tokenizer_model_max_length tokenizer_padding_side tune_mm_mlp_adapter unfreeze_mm_vision_tower use_mm_proj
-    """.split()  # noqa: SIM905
-)
-
-
-class _Section:
-    """Takes the keys of one JSON object one by one; what remains at the end must be harmless."""
-
-    def __init__(self, name: str, values: object) -> None:
-        self.name = name
-        if not isinstance(values, Mapping):
-            raise CheckpointError(
-                f"config.json: {name or 'the file'} must be a JSON object, not {_brief(values)}"
-            )
-        self.left = dict(values)
-        if self.left.get("quantization_config"):
-            raise self.wrong(
-                "quantization_config",
-                "is present: quantized tensors are not read; use the unquantized checkpoint",
-            )
-
-    def wrong(self, key: str, what: str) -> CheckpointError:
-        return CheckpointError(f"config.json: {f'{self.name}.' if self.name else ''}{key} {what}")
-
-    def integer(self, key: str, default: int | None, least: int = 1, most: int = 2**20) -> int:
-        """The integer at `key`; absent or null means `default`; without a default the key must be there."""
-        value = self.left.pop(key, None)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self.wrong(key, f"must be an integer from {least} to {most}, not {_brief(value)}")
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        value = self.left.pop(key, None)
-        value = default if value is None else value
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not 0 < value < float("inf")
-        ):
-            raise self.wrong(key, f"must be a positive number, not {_brief(value)}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.left.pop(key, None)
-        if value not in (None, False, True):
-            raise self.wrong(key, f"must be true or false, not {_brief(value)}")
-        return bool(value)
-
-    def only(self, key: str, *allowed: object) -> None:
-        """`key` must have one of the `allowed` values; absent is as good as the first of them."""
-        value = self.left.pop(key, allowed[0])
-        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-            raise self.wrong(
-                key, f"is {_brief(value)}; this network has {' or '.join(map(repr, allowed))}"
-            )
-
-    def finish(self, harmless: frozenset[str]) -> None:
-        for key, value in self.left.items():
-            if value and key not in harmless and not key.startswith("_"):
-                raise self.wrong(
-                    key,
-                    f"= {_brief(value)} is unknown here and may change results; delete the key if it does not",
-                )
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _hub(top: _Section) -> LlavaConfig:
-    top.only("model_type", "llava")
-    if "vision_config" not in top.left or "text_config" not in top.left:
-        raise CheckpointError(
-            "config.json describes no LLaVA network: it has neither vision_config and text_config nor mm_* keys"
-        )
-    top.only("projector_hidden_act", "gelu")
-    top.only("multimodal_projector_bias", True)
-    if (strategy := top.left.pop("vision_feature_select_strategy", "default")) != "full":
-        raise top.wrong(
-            "vision_feature_select_strategy",
-            f"is {_brief(strategy)} (absent means 'default'); SigLIP has no class token: 'full'",
-        )
-    layer = top.integer("vision_feature_layer", -2, -1000, 1000)
-    vision = _vision(_Section("vision_config", top.left.pop("vision_config")), layer)
-    decoder = _Section("text_config", top.left.pop("text_config"))
-    # transformers reads a text_config without a model_type as Llama. No checkpoint of this family is one, and a Llama's
-    # tensors, which have no q, k and v biases, would be refused when they are loaded.
-    decoder.only("model_type", "qwen2")
-    # As transformers: true in either place ties. Releases before 5 wrote the outer key only where it was not their default.
-    text = _text(decoder, tied=top.flag("tie_word_embeddings"))
-    decoder.finish(_IGNORED_KEYS)
-    config = LlavaConfig(vision, text, _image_token(top, text, None))
-    top.finish(_IGNORED_KEYS)
-    return config
-
-
-def _original(top: _Section) -> LlavaConfig:
-    top.only("model_type", "llava_qwen", "llava", "qwen2")
-    top.only("mm_projector_type", "mlp2x_gelu")
-    # The original code always removes the last of 27 layers, which is what -2 says; other values say something it never did.
-    top.only("mm_vision_select_layer", -2)
-    top.only("mm_vision_select_feature", "patch")
-    top.only("mm_resampler_type", None)
-    tower = top.left.pop("mm_vision_tower", None)
-    if not isinstance(tower, str) or _SO400M not in tower:
-        raise top.wrong(
-            "mm_vision_tower", f"is {_brief(tower)}; this network has 'google/{_SO400M}'"
-        )
-    own_tower = top.left.pop("vision_config", None)
-    vision = (
-        VisionConfig(spare_layers=1)
-        if own_tower is None
-        else _vision(_Section("vision_config", own_tower), -2)
-    )
-    if (width := top.integer("mm_hidden_size", vision.hidden_size)) != vision.hidden_size:
-        raise top.wrong(
-            "mm_hidden_size", f"is {width}, but the tower's width is {vision.hidden_size}"
-        )
-    text = _text(top, tied=False)
-    # The original puts -200 where an image goes and has no token for it; its Hugging Face conversion took the first free id.
-    config = LlavaConfig(vision, text, _image_token(top, text, 151646))
-    top.finish(_IGNORED_KEYS | _IGNORED_KEYS_ORIGINAL)
-    return config
-
-
-def _image_token(top: _Section, text: TextConfig, default: int | None) -> int:
-    ids = {
-        key: value
-        for key in ("image_token_index", "image_token_id")
-        if (value := top.left.get(key)) is not None
-    }
-    if len(set(map(repr, ids.values()))) > 1:
-        raise top.wrong(
-            "image_token_index", f"and image_token_id contradict each other: {_brief(ids)}"
-        )
-    name = next(iter(ids), "image_token_index")
-    number = top.integer(name, default, 0, 2**31)
-    top.left.pop("image_token_id", None)
-    if number >= text.vocab_size:
-        raise top.wrong(name, f"is {number}, outside the vocabulary of {text.vocab_size}")
-    return number
-
-
-def _vision(s: _Section, feature_layer: int) -> VisionConfig:
-    s.only("model_type", "siglip_vision_model")
-    s.only("hidden_act", "gelu_pytorch_tanh")
-    s.only("num_channels", 3)
-    d = _TOWER_DEFAULTS
-    layers = s.integer("num_hidden_layers", d.num_layers, most=1000)
-    # hidden_states of transformers: the embeddings, then each layer's output, the last one before post_layernorm.
-    used = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
-    if not 1 <= used <= layers:
-        raise CheckpointError(
-            f"config.json: vision_feature_layer {feature_layer} takes {used} of the tower's {layers} layers"
-        )
-    vision = VisionConfig(
-        hidden_size=s.integer("hidden_size", d.hidden_size),
-        intermediate_size=s.integer("intermediate_size", d.intermediate_size),
-        num_layers=used,
-        num_heads=s.integer("num_attention_heads", d.num_heads),
-        image_size=s.integer("image_size", d.image_size, most=2**14),
-        patch_size=s.integer("patch_size", d.patch_size),
-        layer_norm_eps=s.positive("layer_norm_eps", d.layer_norm_eps),
-        spare_layers=layers - used,
-    )
-    if vision.hidden_size % vision.num_heads:
-        raise s.wrong(
-            "hidden_size",
-            f"is {vision.hidden_size}, not a multiple of num_attention_heads = {vision.num_heads}",
-        )
-    if vision.image_size < vision.patch_size:
-        raise s.wrong(
-            "patch_size", f"is {vision.patch_size}, larger than image_size = {vision.image_size}"
-        )
-    s.finish(_IGNORED_KEYS)
-    return vision
-
-
-def _text(s: _Section, *, tied: bool) -> TextConfig:
-    d = TextConfig()
-    s.only("hidden_act", "silu")
-    s.only("partial_rotary_factor", 1.0, None)
-    layers = s.integer("num_hidden_layers", d.num_layers, most=1000)
-    heads = s.integer("num_attention_heads", d.num_heads)
-    # Null means "as many as heads", absent means 32: so does Qwen2Config.
-    kv_absent = d.num_kv_heads if "num_key_value_heads" not in s.left else heads
-    hidden = s.integer("hidden_size", d.hidden_size)
-    if s.left.get("head_dim") is None and hidden % heads:
-        raise s.wrong(
-            "hidden_size", f"is {hidden}, not a multiple of num_attention_heads = {heads}"
-        )
-    text = TextConfig(
-        hidden_size=hidden,
-        intermediate_size=s.integer("intermediate_size", d.intermediate_size),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=s.integer("num_key_value_heads", kv_absent),
-        head_dim=s.integer("head_dim", hidden // heads),
-        vocab_size=s.integer("vocab_size", d.vocab_size, most=2**31),
-        context=s.integer("max_position_embeddings", d.context, most=2**31),
-        rope_theta=_rope_theta(s, d.rope_theta),
-        rms_norm_eps=s.positive("rms_norm_eps", d.rms_norm_eps),
-        tie_word_embeddings=s.flag("tie_word_embeddings") or tied,
-    )
-    if heads % text.num_kv_heads:
-        raise s.wrong(
-            "num_key_value_heads",
-            f"is {text.num_kv_heads}, which does not divide num_attention_heads = {heads}",
-        )
-    if text.head_dim % 2:
-        raise s.wrong("head_dim", f"is {text.head_dim}; rotary embeddings need an even number")
-    kinds = s.left.pop("layer_types", None) or []
-    first = s.left.get("max_window_layers", 28)
-    window = s.left.get("sliding_window", 4096) if s.left.get("use_sliding_window") else None
-    if set(kinds) - {"full_attention"} or (
-        not kinds and window is not None and isinstance(first, int) and first < layers
-    ):
-        raise s.wrong(
-            "use_sliding_window",
-            "or layer_types asks for sliding attention, which no checkpoint of this family has",
-        )
-    return text
-
-
-def _rope_theta(s: _Section, default: float) -> float:
-    """The rotary base, from `rope_theta`, `rope_parameters` (transformers 5) or a `rope_scaling` that scales nothing."""
-    outer = s.left.get("rope_theta")
-    theta = s.positive("rope_theta", default)
-    for key in ("rope_parameters", "rope_scaling"):
-        if (inner := s.left.pop(key, None)) is None:
-            continue
-        rope = _Section(f"{s.name}.{key}" if s.name else key, inner)
-        rope.only("rope_type", "default")
-        rope.only("type", "default")
-        rope.only("partial_rotary_factor", 1.0, None)
-        inner_theta = rope.positive("rope_theta", theta)
-        if outer is not None and inner_theta != theta:
-            raise s.wrong(
-                "rope_theta",
-                f"is {theta}, but {key}.rope_theta is {inner_theta}: they contradict each other",
-            )
-        outer, theta = inner_theta, inner_theta
-        rope.finish(frozenset())
-    return theta
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network; a tied output head counts once."""
+        v, t = self.vision, self.text
+        width, inner = v.hidden_size, v.intermediate_size
+        tower = (3 * v.patch_size**2 + 1 + v.grid**2) * width
+        tower += v.num_layers * (4 * (width + 1) * width + 2 * inner * width + inner + 5 * width)
+        projector = (width + 1 + t.hidden_size + 1) * t.hidden_size
+        q, kv = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+        layer = t.hidden_size * (2 * q + 2 * kv + 3 * t.intermediate_size + 2) + q + 2 * kv
+        embeddings = t.vocab_size * (1 if t.tie_word_embeddings else 2)
+        decoder = t.num_layers * layer + (embeddings + 1) * t.hidden_size
+        return tower + projector + decoder

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checkpoints, license_notice
 from .chat import kv_memory, named_dtype, pick_device
-from .config import read_json
+from .config_json import read_json
 from .engine import Engine, SamplingParams
 from .errors import OptionError, PromptError, Unsupported
 from .image_layout import ImageTokenLayout
@@ -274,19 +274,19 @@ class LlavaForConditionalGeneration:
         wanted = dtype if dtype is not None else torch_dtype
         if isinstance(wanted, str):
             wanted = None if wanted == "auto" else named_dtype(wanted)
-        folder = checkpoints.resolve(name, revision)
+        checkpoint = checkpoints.Checkpoint.open(checkpoints.resolve(name, revision))
         few, usual = ("nf4", "cuda") if load_in_4bit else (None, "cpu")
-        place = _device(usual if device_map is None else device_map, folder, few or "auto")
-        model = checkpoints.load(folder, dtype=wanted, device=place, precision=few)
+        place = _device(usual if device_map is None else device_map, checkpoint, few or "auto")
+        model = checkpoints.load(checkpoint, dtype=wanted, device=place, precision=few)
         if flash and model.language_model.norm.weight.dtype == torch.float32:
             raise OptionError(
                 "FlashAttention 2 computes in 16 bits: pass torch_dtype=torch.bfloat16 or torch.float16"
             )
-        license_notice.show_once(str(name), folder)
+        license_notice.show_once(str(name), checkpoint.folder, checkpoint.values)
         return cls(
             model,
-            Tokenizer.from_folder(folder),
-            read_json(folder / "generation_config.json", optional=True),
+            Tokenizer.from_folder(checkpoint.folder),
+            read_json(checkpoint.folder / "generation_config.json", optional=True),
         )
 
     @property
@@ -642,7 +642,7 @@ def _where(given: Sequence[Any], named: Mapping[str, Any]) -> tuple[str | None, 
 
 def _device(
     named: str | int | torch.device | Mapping[str, Any],
-    folder: Path | None = None,
+    source: checkpoints.Checkpoint | None = None,
     precision: str = "auto",
 ) -> str:
     if isinstance(named, Mapping):
@@ -651,4 +651,4 @@ def _device(
                 "a device_map that splits the network is not offered; give one device, such as device_map='cuda'"
             )
         named = named[""]
-    return pick_device(f"cuda:{named}" if isinstance(named, int) else str(named), folder, precision)
+    return pick_device(f"cuda:{named}" if isinstance(named, int) else str(named), source, precision)

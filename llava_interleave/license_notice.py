@@ -1,9 +1,10 @@
 """The license notice of the published checkpoints, shown once per user. Knows no torch."""
 
-import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -17,22 +18,19 @@ BASES = re.compile(r"Qwen1\.5-", re.IGNORECASE)
 LICENSE = re.compile(r"^license_name:\s*[\"']?tongyi-qianwen", re.IGNORECASE | re.MULTILINE)
 
 
-def is_published(name: str, folder: Path) -> bool:
+def is_published(name: str, folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is one of the published family.
 
-    By its name, its model card, or the base model in its config.json.
+    By its name, its model card, or the base model in its `config` (the content of config.json).
     """
     if NAMES.search(name) or NAMES.search(str(folder)):
         return True
-    card, config = folder / "README.md", folder / "config.json"
+    card = folder / "README.md"
     if card.is_file() and LICENSE.search(card.read_text("utf-8", errors="replace")):
         return True
-    if not config.is_file():
-        return False
-    values = json.loads(config.read_text("utf-8"))
     return any(
         BASES.search(str(part.get("_name_or_path", "")))
-        for part in (values, values.get("text_config") or {})
+        for part in (config, config.get("text_config") or {})
     )
 
 
@@ -41,12 +39,12 @@ def state_folder() -> Path:
     return platformdirs.user_state_path("llava-interleave", appauthor=False)
 
 
-def show_once(name: str, folder: Path) -> None:
+def show_once(name: str, folder: Path, config: Mapping[str, Any]) -> None:
     """Print the notice to stderr for a published checkpoint that this user loads first.
 
     If the home folder is read-only, it is shown every time.
     """
-    if not is_published(name, folder):
+    if not is_published(name, folder, config):
         return
     marker = state_folder() / "license-notice-shown"
     if marker.exists():

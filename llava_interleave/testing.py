@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .checkpoints import CheckpointLayout, shapes, skeleton, write_checkpoint
+from .checkpoints import CheckpointLayout, meta_network, tensor_shapes, write_checkpoint
 from .config import LlavaConfig, TextConfig, VisionConfig
 from .processing.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, qwen2_tokenizer
 
@@ -111,7 +111,7 @@ def write_random(
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """A checkpoint of random weights of any size, one tensor in memory at a time."""
-    sizes = shapes(skeleton(config))
+    sizes = tensor_shapes(meta_network(config))
     write_checkpoint(
         folder,
         config,

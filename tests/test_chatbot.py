@@ -4,8 +4,10 @@ import dataclasses
 import json
 import random
 import threading
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -373,7 +375,7 @@ def test_auto_is_the_fastest_that_loses_nothing(
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert pick_precision("auto", half, "cpu") == (torch.float32, None)  # small
-    monkeypatch.setattr("llava_interleave.placement.SMALL", 0)
+    monkeypatch.setattr("llava_interleave.placement.MAX_FLOAT32_PARAMETERS", 0)
     assert pick_precision("auto", whole, "cpu") == (torch.float32, None)
     assert pick_precision("bfloat16", half, "cpu") == (torch.bfloat16, None)
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
@@ -389,7 +391,7 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
     """Without AVX-512 PyTorch multiplied 1.3 GFLOP/s in bfloat16 and 150 in float32: an answer about one image took a quarter of
     an hour, where there was no compiler."""
     half = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
-    monkeypatch.setattr(places, "SMALL", 0)
+    monkeypatch.setattr(places, "MAX_FLOAT32_PARAMETERS", 0)
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, "int8")
@@ -399,12 +401,13 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
         "int8,tower=float",
     )  # PyTorch multiplies a part
     with pytest.warns(
-        UserWarning, match="no products in bfloat16: int8 and float32 are a hundred times as fast"
+        UserWarning,
+        match="no fast products in bfloat16: int8 and float32 are a hundred times as fast",
     ):
         load(half, precision="bfloat16", device="cpu")
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: "no compiler")
     assert pick_precision("auto", half, "cpu") == (torch.float32, None)
-    with pytest.warns(UserWarning, match="no products in float16: float32 is a hundred"):
+    with pytest.warns(UserWarning, match="no fast products in float16: float32 is a hundred"):
         load(half, precision="float16", device="cpu")
 
 
@@ -431,11 +434,12 @@ def test_auto_takes_the_card_that_the_network_fits(
             name,
             lambda *_, value=value, **__: (value[0], 0) if value is free else value,
         )
-    monkeypatch.setattr(places, "SMALL", 0)
-    config, dtype = checkpoints.read_config(folder), torch.bfloat16
+    monkeypatch.setattr(places, "MAX_FLOAT32_PARAMETERS", 0)
+    config, dtype = checkpoints.Checkpoint.open(folder).config, torch.bfloat16
     kv = 4096 * 2 * 2 * 256 * 2  # tokens, layers, keys and values, width, bytes
     need = {
-        few: checkpoints.size(config, dtype, few, "cuda") + kv + (1 << 30) for few in (None, "int4")
+        few: checkpoints.weight_bytes(config, dtype, few, "cuda") + kv + (1 << 30)
+        for few in (None, "int4")
     }
     assert need["int4"] < need[None]
     free[0] = need[None]
@@ -443,7 +447,7 @@ def test_auto_takes_the_card_that_the_network_fits(
     free[0] -= 1
     with pytest.warns(
         UserWarning,
-        match=r"needs 1\.0 GiB in bfloat16, and the GPU has 1\.0 free: it runs on the CPU; precision int4",
+        match=r"needs 1\.0 GiB in bfloat16, and the GPU has 1\.0 GiB free: it runs on the CPU; use precision int4",
     ):
         assert pick_device("auto", folder) == "cpu"
     assert pick_device("auto", folder, "int4") == "cuda"
@@ -467,7 +471,7 @@ def test_keys_and_values_get_what_a_card_has_left(monkeypatch: pytest.MonkeyPatc
 def test_apples_gpu_computes_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     assert pick_dtype("auto", folder, "mps") == torch.float32
-    monkeypatch.setattr(places, "SMALL", 0)
+    monkeypatch.setattr(places, "MAX_FLOAT32_PARAMETERS", 0)
     assert pick_dtype("auto", folder, "mps") == torch.float16
     with pytest.raises(Unsupported, match="int4 is not supported on mps"):
         pick_precision("int4", folder, "mps")
@@ -495,11 +499,31 @@ def test_license_notice_once(
     assert "research only" in capsys.readouterr().err
     load(official, device="cpu")
     assert capsys.readouterr().err == ""
-    assert license_notice.is_published("lmms-lab/llava-next-interleave-qwen-7b", tmp_path)
-    assert license_notice.is_published("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
+    assert license_notice.is_published("lmms-lab/llava-next-interleave-qwen-7b", tmp_path, {})
+    assert license_notice.is_published("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path, {})
     assert not license_notice.is_published(
-        "llava_interleave/builtin", Path(llava_interleave.__file__).parent
+        "llava_interleave/builtin", Path(llava_interleave.__file__).parent, {}
     )
+
+
+def test_loading_reads_config_json_once_and_builds_one_meta_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
+    reads: list[Path] = []
+    built: list[Any] = []
+    loading = import_module("llava_interleave.checkpoints.load")
+    read_text, build = Path.read_text, loading.meta_network
+
+    def counted_read(path: Path, *args: Any, **more: Any) -> str:
+        reads.append(path)
+        return read_text(path, *args, **more)
+
+    monkeypatch.setattr(Path, "read_text", counted_read)
+    monkeypatch.setattr(loading, "meta_network", lambda *args: built.append(args) or build(*args))
+    for precision in ("auto", "int4"):
+        load(folder, precision=precision, device="cpu")
+    assert len(built) == 2 and reads.count(folder / "config.json") == 2
 
 
 def test_a_home_that_cannot_be_written_is_no_error(
@@ -507,4 +531,4 @@ def test_a_home_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(license_notice, "state_folder", lambda: tmp_path / "file" / "below")
-    license_notice.show_once("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path)
+    license_notice.show_once("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path, {})

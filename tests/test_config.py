@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import transformers
 
-from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig, read_json
+from llava_interleave import config_json
+from llava_interleave.checkpoints import meta_network
+from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.config_json import read_json
 from llava_interleave.errors import CheckpointError
 from llava_interleave.testing import tiny_config
 
@@ -165,16 +168,16 @@ def theirs(values: dict[str, Any]) -> LlavaConfig:
 
 
 def test_half_b() -> None:
-    ours = LlavaConfig.from_dict(HALF_B)
+    ours = config_json.from_dict(HALF_B)
     assert ours == LlavaConfig(VisionConfig(), TEXT_HALF_B) == theirs(HALF_B)
     assert ours.vision.grid**2 == 729
 
 
 def test_seven_b_sizes_come_from_defaults() -> None:
-    ours = LlavaConfig.from_dict(SEVEN_B)
+    ours = config_json.from_dict(SEVEN_B)
     assert ours.text == TextConfig(4096, 11008, 32, 32, 32, 128, 152000, 32768, 1e6, 1e-6, False)
     assert ours == theirs(SEVEN_B)
-    assert LlavaConfig.from_dict(changed(SEVEN_B, "text_config.model_type", "absent")) == ours
+    assert config_json.from_dict(changed(SEVEN_B, "text_config.model_type", "absent")) == ours
 
 
 def test_all_defaults_are_transformers() -> None:
@@ -183,8 +186,8 @@ def test_all_defaults_are_transformers() -> None:
         "vision_config": {"model_type": "siglip_vision_model"},
     }
     bare["image_token_index"] = 7
-    assert LlavaConfig.from_dict(bare) == theirs(bare)
-    assert LlavaConfig.from_dict(bare).text == TextConfig()
+    assert config_json.from_dict(bare) == theirs(bare)
+    assert config_json.from_dict(bare).text == TextConfig()
 
 
 @pytest.mark.parametrize("values", [HALF_B, SEVEN_B], ids=["0.5b", "7b"])
@@ -192,15 +195,15 @@ def test_transformers_5_spelling(values: dict[str, Any]) -> None:
     """What transformers 5 writes for the same network: rope_parameters, layer_types, dtype, and all keys with their defaults."""
     written = transformers.LlavaConfig.from_dict(copy.deepcopy(values)).to_dict()
     assert "rope_parameters" in written["text_config"]
-    assert LlavaConfig.from_dict(written) == LlavaConfig.from_dict(values)
+    assert config_json.from_dict(written) == config_json.from_dict(values)
     renamed = {k: v for k, v in written.items() if k != "image_token_index"} | {
         "image_token_id": 151646
     }
-    assert LlavaConfig.from_dict(renamed) == LlavaConfig.from_dict(values)
+    assert config_json.from_dict(renamed) == config_json.from_dict(values)
 
 
 def test_original() -> None:
-    ours = LlavaConfig.from_dict(ORIGINAL)
+    ours = config_json.from_dict(ORIGINAL)
     assert ours.text == TextConfig(1024, 2816, 24, 16, 16, 64, 151936, 32768, 1e6, 1e-6, True)
     assert (ours.vision, ours.vision.spare_layers, ours.image_token_id) == (
         VisionConfig(),
@@ -213,15 +216,15 @@ def test_original() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        LlavaConfig.from_dict(HALF_B),
-        LlavaConfig.from_dict(SEVEN_B),
+        config_json.from_dict(HALF_B),
+        config_json.from_dict(SEVEN_B),
         tiny_config(text={"head_dim": 20, "num_kv_heads": 2}),
     ],
     ids=["0.5b", "7b", "tiny"],
 )
 def test_written_is_read(config: LlavaConfig, original: bool) -> None:
-    written = config.to_dict(original=original)
-    assert LlavaConfig.from_dict(written) == config
+    written = config_json.to_dict(config, original=original)
+    assert config_json.from_dict(written) == config
     if not original:
         assert theirs(written) == config
 
@@ -233,7 +236,7 @@ def test_feature_layer_is_a_number_of_layers(layer: int, used: int) -> None:
     values = changed(
         HALF_B | {"vision_feature_layer": layer}, "vision_config.num_hidden_layers", 27
     )
-    vision = LlavaConfig.from_dict(values).vision
+    vision = config_json.from_dict(values).vision
     assert (vision.num_layers, vision.spare_layers) == (used, 27 - used)
 
 
@@ -249,7 +252,7 @@ def test_tied_where_either_place_says_so() -> None:
             HALF_B | {"tie_word_embeddings": False}, "text_config.tie_word_embeddings", inner
         )
         assert (
-            LlavaConfig.from_dict(
+            config_json.from_dict(
                 changed(values, "tie_word_embeddings", outer)
             ).text.tie_word_embeddings
             is tied
@@ -258,10 +261,10 @@ def test_tied_where_either_place_says_so() -> None:
 
 def test_kv_heads_null_or_absent() -> None:
     """Null means as many as heads; absent means 32, as Qwen2Config has it, which cannot be with 16 heads."""
-    null = LlavaConfig.from_dict(changed(HALF_B, "text_config.num_key_value_heads", None))
+    null = config_json.from_dict(changed(HALF_B, "text_config.num_key_value_heads", None))
     assert null.text.num_kv_heads == 16
     with pytest.raises(CheckpointError, match="num_key_value_heads is 32"):
-        LlavaConfig.from_dict(changed(HALF_B, "text_config.num_key_value_heads", "absent"))
+        config_json.from_dict(changed(HALF_B, "text_config.num_key_value_heads", "absent"))
 
 
 REFUSED = [
@@ -333,7 +336,7 @@ REFUSED_ORIGINAL = [
 )
 def test_refused_by_name(base: dict[str, Any], path: str, value: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        LlavaConfig.from_dict(changed(base, path, value))
+        config_json.from_dict(changed(base, path, value))
 
 
 @pytest.mark.parametrize(
@@ -358,12 +361,12 @@ def test_refused_by_name(base: dict[str, Any], path: str, value: object, message
     ],
 )
 def test_harmless_keys_change_nothing(path: str, value: object) -> None:
-    assert LlavaConfig.from_dict(changed(HALF_B, path, value)) == LlavaConfig.from_dict(HALF_B)
+    assert config_json.from_dict(changed(HALF_B, path, value)) == config_json.from_dict(HALF_B)
 
 
 def test_plain_language_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="model_type is 'qwen2'"):
-        LlavaConfig.from_dict(HALF_B["text_config"])
+        config_json.from_dict(HALF_B["text_config"])
 
 
 def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path) -> None:
@@ -372,8 +375,8 @@ def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no config"):
         read_json(file)
     for written, says in (
-        ("{", "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "must hold a JSON object"),
     ):
         file.write_text(written)
@@ -381,3 +384,11 @@ def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path) -> None:
             read_json(file, optional=True)
     file.write_text('{"a": 1}')
     assert read_json(file) == {"a": 1}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_num_parameters_are_those_of_the_network(tied: bool) -> None:
+    text = {"num_kv_heads": 2, "head_dim": 24, "tie_word_embeddings": tied}
+    config = tiny_config(vision={"patch_size": 5}, text=text)
+    network = meta_network(config)
+    assert config.num_parameters == sum(p.numel() for p in network.parameters())

@@ -350,7 +350,7 @@ def test_a_network_is_put_in_order_as_it_is_loaded(
         Int4PackedLinear
     } and quantized_precision(tiled) == precision
     assert float((logits(tiled) - right).norm() / right.norm()) < 0.02
-    counted = checkpoints.size(tiled.config, BF16, precision, "cuda")
+    counted = checkpoints.weight_bytes(tiled.config, BF16, precision, "cuda")
     assert counted == sum(value.nbytes for value in (*tiled.parameters(), *tiled.buffers()))
     with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
         checkpoints.save(tiled, tmp_path / "out", processor_from=folder)
@@ -378,7 +378,7 @@ def test_floats_become_few_bits_as_they_are_read(
         ) and torch.equal(module.scale, scale), name
     right = logits(floats)
     assert float((logits(model) - right).norm() / right.norm()) < 0.3
-    assert checkpoints.size(model.config, BF16, precision) == sum(
+    assert checkpoints.weight_bytes(model.config, BF16, precision) == sum(
         v.nbytes for v in (*model.parameters(), *model.buffers())
     )
     assert bot.ask("Hm?", max_new_tokens=3).tokens

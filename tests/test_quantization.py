@@ -135,11 +135,11 @@ def test_parts_apart(
     found = [network.get_submodule(end) for end in ends]
     assert tuple(getattr(module, "bits", 0) for module in found) == bits
     checkpoints.save(network, tmp_path / "out", processor_from=folder)
-    assert checkpoints.stored_precision(tmp_path / "out") == name
+    assert checkpoints.Checkpoint.open(tmp_path / "out").precision == name
     again = load(tmp_path / "out", precision=asked, device="cpu")
     assert again.info()["precision"] == name
     assert torch.equal(logits(again.model), logits(network))
-    with pytest.raises(OptionError, match=f"holds {name} weights"):
+    with pytest.raises(OptionError, match=f"has {name} weights"):
         load(
             tmp_path / "out", precision="int4,head=int4" if name == "int4" else "int4", device="cpu"
         )
@@ -152,7 +152,7 @@ def test_parts_that_are_none(odd: str, folder: Path) -> None:
     assert parse_precision(odd) is None
     with pytest.raises(
         OptionError,
-        match=r"is no precision; .* apart, in int4, int8 or float, as in int4,head=int4",
+        match=r"unknown precision .* set to int4, int8 or float, as in int4,head=int4",
     ):
         pick_precision(odd, folder, "cpu")
     assert (
@@ -179,7 +179,7 @@ def test_loading_quantizes_a_few_rows_at_a_time(
         assert torch.equal(state.pop(f"{name}.scale"), scale), name
     others = floats.state_dict()
     assert all(torch.equal(value, others[name]) for name, value in state.items())
-    assert checkpoints.size(ours.config, torch.bfloat16, precision) == sum(
+    assert checkpoints.weight_bytes(ours.config, torch.bfloat16, precision) == sum(
         v.nbytes for v in ours.state_dict().values()
     )
 
@@ -238,15 +238,15 @@ def test_with_and_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
     with pytest.raises(
         OptionError,
-        match="'int3' is no precision; there are auto, float32, bfloat16, float16, int8, int4, fp8, nf4",
+        match="unknown precision 'int3'; choose auto, float32, bfloat16, float16, int8, int4, fp8, nf4",
     ):
         load(folder, precision="int3")
     for precision in ("int8", "bfloat16"):
         with pytest.raises(
-            OptionError, match=f"holds int4 weights; for {precision} name the checkpoint"
+            OptionError, match=f"has int4 weights; for {precision} name the checkpoint"
         ):
             load(int4, precision=precision)
-    with pytest.raises(OptionError, match="holds int4 weights"):
+    with pytest.raises(OptionError, match="has int4 weights"):
         checkpoints.load(int4, precision="int8")
     config = json.loads((int4 / "config.json").read_text("utf-8"))
     config["quantization_config"]["version"] = 99
@@ -262,7 +262,7 @@ def test_what_is_refused(folder: Path, int4: Path, tmp_path: Path) -> None:
 
 def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        import_module("llava_interleave.checkpoints.load"), "device_named", torch.device
+        import_module("llava_interleave.checkpoints.load"), "get_device", torch.device
     )
     with pytest.raises(
         Unsupported,
@@ -302,7 +302,7 @@ def test_answers_of_the_built_in_model(bot: Chatbot) -> None:
     assert bot.info()["linears"] == (
         "compiled kernels"
         if reason is None
-        else f"PyTorch, which unpacks the weights at every call: {reason}"
+        else f"PyTorch, which dequantizes the weights at every call: {reason}"
     )
     assert floats.info()["linears"] == "PyTorch"
     assert bot.info()["parameters"] == floats.info()["parameters"]

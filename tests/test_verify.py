@@ -307,7 +307,7 @@ def test_what_quantising_costs(packed: Path, folder: Path) -> None:
     asked of it.
     """
     other = tiny_checkpoint(
-        packed.parent / f"beside-{packed.name}", checkpoints.read_config(folder), seed=1
+        packed.parent / f"beside-{packed.name}", checkpoints.Checkpoint.open(folder).config, seed=1
     )
     own, against, foreign = (
         parity.verify(packed, against=source, tokens=2) for source in (None, folder, other)

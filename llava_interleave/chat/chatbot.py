@@ -138,7 +138,7 @@ class Chatbot:
             options=prompt_options(options.but(changes)),
             number_bytes=weight.dtype.itemsize,
         )
-        held = checkpoints.size(
+        held = checkpoints.weight_bytes(
             self.processor.config, weight.dtype, quantized_precision(self.model), str(weight.device)
         )
         return dataclasses.replace(counted, weight_bytes=held)
@@ -236,9 +236,7 @@ class Chatbot:
         weight = self.model.language_model.norm.weight
         return {
             "source": str(self.source),
-            "parameters": sum(
-                p.numel() for p in checkpoints.skeleton(self.processor.config).parameters()
-            ),
+            "parameters": self.processor.config.num_parameters,
             "precision": quantized_precision(self.model)
             or str(weight.dtype).removeprefix("torch."),
             "device": str(weight.device),

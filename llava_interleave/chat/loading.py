@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .. import checkpoints, license_notice
+from ..checkpoints import Checkpoint
 from ..distributed.loading import load_shard
 from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
@@ -54,21 +55,22 @@ def load(
     Where torchrun has started several processes, each takes its share of the network, on a GPU of its own if there are any. The
     first gets the chatbot; the others follow it and end with it.
     """
-    folder = locate(name_or_folder, revision)
+    checkpoint = Checkpoint.open(locate(name_or_folder, revision))
+    folder = checkpoint.folder
     beside = {name: adapter_folder(adapter) for name, adapter in adapters.items()}
-    processor = Processor.from_folder(folder, limits=limits)
+    processor = Processor.from_folder(folder, checkpoint.config, limits)
     tp_group = None
     if rank_and_world_size()[1] > 1:
-        model, tp_group = load_shard(folder, precision, device, deterministic=deterministic)
+        model, tp_group = load_shard(checkpoint, precision, device, deterministic=deterministic)
     else:
-        place = pick_device(device, folder, precision)
-        dtype, bits = pick_precision(precision, folder, place)
+        place = pick_device(device, checkpoint, precision)
+        dtype, bits = pick_precision(precision, checkpoint, place)
         warn_if_slow(bits, dtype, place)
         model = checkpoints.load(
-            folder, dtype=dtype, device=place, precision=bits, progress=progress
+            checkpoint, dtype=dtype, device=place, precision=bits, progress=progress
         )
     if name_or_folder is not None:
-        license_notice.show_once(str(name_or_folder), folder)
+        license_notice.show_once(str(name_or_folder), folder, checkpoint.values)
     tokenizer, kv = (
         processor.tokenizer,
         kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes,
@@ -100,17 +102,17 @@ def estimate(
     revision: str | None = None,
 ) -> Estimate:
     """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they are on the hub."""
-    folder = locate(name_or_folder, revision, tensors=False)
+    checkpoint = Checkpoint.open(locate(name_or_folder, revision, tensors=False))
     messages = [{"role": "user", "content": content(question, attachments)}]
-    place = pick_device(device, folder, precision)
-    dtype, bits = pick_precision(precision, folder, place)
+    place = pick_device(device, checkpoint, precision)
+    dtype, bits = pick_precision(precision, checkpoint, place)
     warn_if_slow(bits, dtype, place)
-    processor = Processor.from_folder(folder)
+    processor = Processor.from_folder(checkpoint.folder, checkpoint.config)
     counted = processor.estimate(
         messages, options=prompt_options(options), number_bytes=dtype.itemsize
     )
     return dataclasses.replace(
-        counted, weight_bytes=checkpoints.size(processor.config, dtype, bits, place)
+        counted, weight_bytes=checkpoints.weight_bytes(processor.config, dtype, bits, place)
     )
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LoraConfig, read_json
+from ..config import LoraConfig
+from ..config_json import read_json
 from ..errors import CheckpointError, OptionError
 from ..lora import LoraAdapter, LoraWeights, linears
 from ..model import Llava
 from .files import new_folder
-from .layouts import ours, theirs
+from .layouts import network_name, stored_name
 from .safetensors_file import FLOATS, Reader, Stored, read_header, write
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,7 +33,8 @@ _READ = (
     "use_rslora",
     "init_lora_weights",
 )
-# Where it was made, how it began, and which modules it has, which its tensors say better: of no effect on what it computes.
+# Where it was made, how it began, and which modules it has, which its tensors say better: of no
+# effect on what it computes.
 _INERT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *(
@@ -52,9 +54,11 @@ _TOLD = 8
 def read_adapter(
     folder: str | Path, network: Llava, *, dtype: torch.dtype | None = None
 ) -> LoraAdapter:
-    """The adapter in a folder for `network`, on its device; in `dtype`, or without it in the type that the network computes in.
+    """The adapter in a folder for `network`, on its device; in `dtype`, or without it in the type
+    that the network computes in.
 
-    Raises `CheckpointError` for what is no adapter, is of another network, or asks for what is not computed here.
+    Raises `CheckpointError` for what is no adapter, is of another network, or asks for what is not
+    computed here.
     """
     folder, weight = Path(folder), network.language_model.norm.weight
     config = _settings(folder)
@@ -95,14 +99,17 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _refuse(config: dict[str, Any], path: Path) -> None:
-    """Raises `CheckpointError` for settings under which an adapter computes anything but scale * B A x beside linears."""
+    """Raises `CheckpointError` for settings under which an adapter computes anything but scale * B
+    A x beside linears."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path} is of the type {config.get('peft_type')!r}; adapters are read of the type 'LORA'"
+            f"{path} is of the type {config.get('peft_type')!r}; adapters are read of the type "
+            "'LORA'"
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise CheckpointError(
-            f"{path} is for the task {config['task_type']!r}; this network writes text: 'CAUSAL_LM', or none"
+            f"{path} is for the task {config['task_type']!r}; this network writes text: "
+            "'CAUSAL_LM', or none"
         )
     if lost := [name for name in ("r", "lora_alpha") if name not in config]:
         raise CheckpointError(f"{path} does not say {' and '.join(lost)}")
@@ -118,27 +125,27 @@ def _refuse(config: dict[str, Any], path: Path) -> None:
     if odd:
         told = ", ".join(f"{name}={str(value)[:60]}" for name, value in sorted(odd.items()))
         raise CheckpointError(
-            f"{path} asks for what is not computed here: {told}; merge it into its network with PEFT"
+            f"{path} asks for what is not computed here: {told}; merge it into its network with "
+            "PEFT"
         )
 
 
 def _match(
     headers: dict[str, Stored], network: Llava, config: dict[str, Any], folder: Path
 ) -> dict[str, tuple[Stored, Stored]]:
-    """A and B by our name of the linear that they stand beside; all that does not fit is in one `CheckpointError`."""
+    """A and B by our name of the linear that they stand beside; all that does not fit is in one
+    `CheckpointError`."""
     known, wrong = linears(network), []
     found: dict[str, dict[str, Stored]] = {}
-    for stored_name, stored in headers.items():
-        named = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", stored_name)
-        name = ours(f"{named[1]}.weight").removesuffix(".weight") if named else ""
+    for key, stored in headers.items():
+        named = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
+        name = network_name(f"{named[1]}.weight").removesuffix(".weight") if named else ""
         if not named or name not in known:
-            wrong.append(
-                f"{stored_name} {list(stored.shape)} stands beside no linear of the network"
-            )
+            wrong.append(f"{key} {list(stored.shape)} stands beside no linear of the network")
         elif stored.dtype not in FLOATS:
-            wrong.append(f"{stored_name} is of type {stored.dtype}, quantized tensors are not read")
+            wrong.append(f"{key} is of type {stored.dtype}, quantized tensors are not read")
         elif named[2] in found.setdefault(name, {}):
-            wrong.append(f"{stored_name} is a second {named[2]} of {name}")
+            wrong.append(f"{key} is a second {named[2]} of {name}")
         else:
             found[name][named[2]] = stored
     for name, pair in found.items():
@@ -148,7 +155,8 @@ def _match(
         if not rank or shapes != {"A": [rank, inputs], "B": [outputs, rank]}:
             told = " and ".join(f"{side} {shape}" for side, shape in shapes.items())
             wrong.append(
-                f"{name} has {inputs} inputs and {outputs} outputs, the adapter, of rank {config['r']}, {told}"
+                f"{name} has {inputs} inputs and {outputs} outputs, the adapter, of rank "
+                f"{config['r']}, {told}"
             )
     if wrong or not found:
         more = f" and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
@@ -160,13 +168,15 @@ def _match(
 
 
 def write_adapter(folder: str | Path, adapter: LoraAdapter, *, base: str | None = None) -> None:
-    """Write an adapter as a folder that PEFT loads onto transformers' network; all of it or nothing.
+    """Write an adapter as a folder that PEFT loads onto transformers' network; all of it or
+    nothing.
 
-    base: the folder or hub name of the network it is for, as a note. The folder must not exist or be empty.
+    base: the folder or hub name of the network it is for, as a note. The folder must not exist or
+    be empty.
     """
     lora = adapter.lora
     names = {
-        name: theirs(f"{name}.weight", "transformers-5").removesuffix(".weight")
+        name: stored_name(f"{name}.weight", "transformers-5").removesuffix(".weight")
         for name in adapter.parts
     }
     tensors = {

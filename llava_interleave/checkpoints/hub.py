@@ -1,4 +1,5 @@
-"""Where a checkpoint is: a local folder, or a repository of the Hugging Face hub that is fetched into its cache."""
+"""Where a checkpoint is: a local folder, or a repository of the Hugging Face hub that is fetched
+into its cache."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ def resolve(
     endpoint: str | None = None,
     cache: str | Path | None = None,
 ) -> Path:
-    """The folder of a checkpoint: `name_or_folder` itself where it is one, else the hub's repository of this name.
+    """The folder of a checkpoint: `name_or_folder` itself where it is one, else the hub's
+    repository of this name.
 
-    revision: branch, tag or commit on the hub; of the files only JSON, safetensors and tokenizer files are fetched, and with
-    tensors=False no safetensors.
+    revision: branch, tag or commit on the hub; of the files only JSON, safetensors and tokenizer
+    files are fetched, and with tensors=False no safetensors.
     endpoint, cache: another hub's URL and another cache folder than huggingface_hub's own.
     """
     name = str(name_or_folder)
@@ -67,11 +69,13 @@ def _fetch(
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{name} is gated: accept its terms on the hub and log in with `hf auth login`, {by_hand}"
+            f"{name} is gated: accept its terms on the hub and log in with `hf auth login`, "
+            f"{by_hand}"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"the hub has no {name} that you may see, and there is no such local folder: check the spelling, "
+            f"the hub has no {name} that you may see, and there is no such local folder: check "
+            "the spelling, "
             f"log in with `hf auth login` if it is private, {by_hand}"
         ) from error
     except errors.RevisionNotFoundError as error:

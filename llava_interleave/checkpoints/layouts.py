@@ -1,4 +1,4 @@
-"""The names that tensors of this network have in checkpoints, for each of the family's layouts."""
+"""Names of the network's tensors in each checkpoint layout of the family."""
 
 from typing import Literal, get_args
 
@@ -12,7 +12,8 @@ _DECODER = "language_model."
 _TOWER = "vision_tower."
 _FIRST, _SECOND = "multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."
 
-# Our prefix -> stored prefix. "hub": what llava-hf uploaded; "original": lmms-lab; the others: what these releases save.
+# Prefix in the network -> stored prefix. "hub": as uploaded by llava-hf; "original": by lmms-lab;
+# the others: as saved by these releases.
 _PREFIXES: dict[CheckpointLayout, dict[str, str]] = {
     "hub": {
         _DECODER: "language_model.model.",
@@ -43,30 +44,30 @@ _PREFIXES: dict[CheckpointLayout, dict[str, str]] = {
         _SECOND: f"model.{_SECOND}",
     },
 }
-_READ = sorted(
-    ((stored, ours) for names in _PREFIXES.values() for ours, stored in names.items()),
+_BY_STORED_PREFIX = sorted(
+    ((stored, own) for names in _PREFIXES.values() for own, stored in names.items()),
     key=lambda pair: -len(pair[0]),
 )
 
 
-def ours(stored: str) -> str:
-    """Our name of a stored tensor, whichever layout it comes from: the longest known prefix decides."""
-    for prefix, mine in _READ:
+def network_name(stored: str) -> str:
+    """The network's name of a stored tensor of any layout; the longest known prefix decides."""
+    for prefix, own in _BY_STORED_PREFIX:
         if stored.startswith(prefix):
-            return mine + stored.removeprefix(prefix)
+            return own + stored.removeprefix(prefix)
     return stored
 
 
-def theirs(name: str, layout: CheckpointLayout) -> str:
-    """The name under which our tensor `name` is stored in `layout`."""
-    for mine, prefix in _PREFIXES[layout].items():
-        if name.startswith(mine):
-            return prefix + name.removeprefix(mine)
+def stored_name(name: str, layout: CheckpointLayout) -> str:
+    """The name under which the network's tensor `name` is stored in `layout`."""
+    for own, prefix in _PREFIXES[layout].items():
+        if name.startswith(own):
+            return prefix + name.removeprefix(own)
     raise AssertionError(name)
 
 
-def unused(name: str, config: LlavaConfig) -> bool:
-    """Whether a tensor that the network does not have may be in a checkpoint all the same."""
+def is_ignored(name: str, config: LlavaConfig) -> bool:
+    """Whether a checkpoint may hold a tensor that the network does not have."""
     if name.endswith(("image_newline", ".rotary_emb.inv_freq", ".embeddings.position_ids")):
         return True
     first = config.vision.num_layers

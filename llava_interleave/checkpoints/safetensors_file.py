@@ -1,8 +1,10 @@
-"""The safetensors format: where each tensor lies in a file, reading one into place, writing a file as a stream.
+"""The safetensors format: where each tensor lies in a file, reading one into place, writing a file
+as a stream.
 
-The safetensors package hands out mapped tensors only, whose pages stay resident beside the weights while a checkpoint is
-cast: 3 times the weights at the peak for float32 -> bfloat16. Reading with a small buffer where a cast or another device is
-wanted needs 1.0 times. The format: 8 bytes with the length of a JSON header, the header, then the tensors without gaps.
+The safetensors package hands out mapped tensors only, whose pages stay resident beside the weights
+while a checkpoint is cast: 3 times the weights at the peak for float32 -> bfloat16. Reading with a
+small buffer where a cast or another device is wanted needs 1.0 times. The format: 8 bytes with the
+length of a JSON header, the header, then the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor on disk: `shape` numbers of type `dtype` in the file `path`, from byte `start` on."""
+    """A tensor on disk: `shape` numbers of type `dtype` in the file `path`, from byte `start`
+    on."""
 
     path: Path
     start: int
@@ -57,7 +60,8 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Where each tensor of a safetensors file lies. A broken or truncated file raises `CheckpointError`."""
+    """Where each tensor of a safetensors file lies. A broken or truncated file raises
+    `CheckpointError`."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -114,9 +118,10 @@ def _broken(path: Path, why: str) -> CheckpointError:
 class Reader:
     """Reads tensors of one file to a type and a device, through one small buffer.
 
-    A tensor whose type and place are those of the file is the file itself, mapped: it takes no time, its pages come when they
-    are first used, are shared with other processes, and are copied where they are written to. Such a file must not be changed
-    in place while the tensors live; replacing or deleting it is safe.
+    A tensor whose type and place are those of the file is the file itself, mapped: it takes no
+    time, its pages come when they are first used, are shared with other processes, and are copied
+    where they are written to. Such a file must not be changed in place while the tensors live;
+    replacing or deleting it is safe.
     """
 
     def __init__(self, file: FileIO) -> None:
@@ -144,8 +149,9 @@ class Reader:
         return target
 
     def rows(self, stored: Stored, count: int) -> Iterator[Tensor]:
-        """The rows of a matrix of floats as they are stored, some times `count` at once. A piece lives until the next is asked
-        for, and is small, so that what is computed with it stays in a core's cache.
+        """The rows of a matrix of floats as they are stored, some times `count` at once. A piece
+        lives until the next is asked for, and is small, so that what is computed with it stays in a
+        core's cache.
         """
         height, width = stored.shape
         size = width * FLOATS[stored.dtype].itemsize
@@ -183,7 +189,8 @@ def write(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     tensor: Callable[[str], Tensor],
 ) -> None:
-    """Write a safetensors file, asking `tensor(name)` for one at a time and casting it in pieces; `dtype` of all, or by name."""
+    """Write a safetensors file, asking `tensor(name)` for one at a time and casting it in pieces;
+    `dtype` of all, or by name."""
     types = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -210,7 +217,8 @@ def write(
 def shards(
     shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, torch.dtype], max_bytes: int
 ) -> Iterable[dict[str, tuple[int, ...]]]:
-    """Cut a list of tensors, in order, into lists of at most `max_bytes`; a larger tensor is alone."""
+    """Cut a list of tensors, in order, into lists of at most `max_bytes`; a larger tensor is
+    alone."""
     part: dict[str, tuple[int, ...]] = {}
     held = 0
     for name, shape in shapes.items():

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import METHOD, QUANTIZATION, LlavaConfig
+from .. import config_json
+from ..config import LlavaConfig
+from ..config_json import METHOD, QUANTIZATION
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
 from ..quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase
 from ..quantization.replace import quantized_precision
 from .files import INDEX, SINGLE, VERSION, new_folder
-from .layouts import LAYOUTS, CheckpointLayout, theirs
-from .load import DTYPES, blank, shapes
+from .layouts import LAYOUTS, CheckpointLayout, stored_name
+from .load import DTYPES, meta_network, tensor_shapes
 from .safetensors_file import shards, write
 
 COMPANIONS = (
@@ -47,11 +49,13 @@ def save(
     layout: CheckpointLayout = "hub",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a network as a checkpoint folder, with tokenizer, processor and generation files copied from `processor_from`.
+    """Write a network as a checkpoint folder, with tokenizer, processor and generation files copied
+    from `processor_from`.
 
-    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once. A quantized network is
-    written as it is, in a form that `load` maps and nobody else reads.
-    The folder must not exist or be empty. It appears when it is complete: a failure leaves nothing behind.
+    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once.
+    A quantized network is written as it is, in a form that `load` maps and nobody else reads. The
+    folder must not exist or be empty. It appears when it is complete: a failure leaves nothing
+    behind.
     """
     state = model.state_dict()
     precision = quantized_precision(model)
@@ -60,9 +64,12 @@ def save(
         for module in model.modules()
     ):
         raise OptionError(
-            f"{precision} weights on a GPU are not written: load the checkpoint on the CPU, in int4 or int8"
+            f"{precision} weights on a GPU are not written: load the checkpoint on the CPU, in "
+            "int4 or int8"
         )
-    if (names := shapes(blank(model.config, precision))) != (have := shapes(model)):
+    if (names := tensor_shapes(meta_network(model.config, precision))) != (
+        have := tensor_shapes(model)
+    ):
         odd = sorted(names.items() ^ have.items())[0][0]
         raise CheckpointError(
             f"this network was changed ({odd}): merge adapters before it is saved"
@@ -90,19 +97,23 @@ def write_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     precision: str | None = None,
 ) -> None:
-    """As `save`, for tensors that are made on demand: `tensor(name)` is asked for one after another, so few are in memory."""
+    """As `save`, for tensors that are made on demand: `tensor(name)` is asked for one after
+    another, so few are in memory."""
     if layout not in LAYOUTS:
         raise OptionError(f"{layout!r} is no layout; there are {', '.join(LAYOUTS)}")
     if dtype not in DTYPES:
         raise OptionError(
-            f"weights are stored as {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
+            f"weights are stored as {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, "
+            f"not {dtype}"
         )
     if max_shard_bytes < 1:
         raise OptionError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
     companions = _companions(None if processor_from is None else Path(processor_from))
     with new_folder(Path(folder)) as partial:
-        _write_tensors(partial, blank(config, precision), tensor, dtype, layout, max_shard_bytes)
-        values = config.to_dict(original=layout == "original") | {
+        _write_tensors(
+            partial, meta_network(config, precision), tensor, dtype, layout, max_shard_bytes
+        )
+        values = config_json.to_dict(config, original=layout == "original") | {
             "torch_dtype": str(dtype).removeprefix("torch.")
         }
         if precision:
@@ -134,15 +145,17 @@ def _write_tensors(
     max_bytes: int,
 ) -> None:
     width = (model.config.vision.hidden_size,)
-    # Not used by the network, but transformers has this norm and calls a file without it incomplete: the identity.
+    # Not used by the network, but transformers has this norm and calls a file without it
+    # incomplete: the identity.
     norm = {
         "vision_tower.post_layernorm.weight": lambda: torch.ones(width),
         "vision_tower.post_layernorm.bias": lambda: torch.zeros(width),
     }
-    mine = shapes(model) | dict.fromkeys(norm, width)
+    mine = tensor_shapes(model) | dict.fromkeys(norm, width)
     packed = {name: value.dtype for name, value in model.named_buffers()}
     names = {
-        theirs(name, layout): name for name in sorted(mine, key=lambda name: name not in packed)
+        stored_name(name, layout): name
+        for name in sorted(mine, key=lambda name: name not in packed)
     }  # these whole cache lines
     types = {stored: packed.get(name, dtype) for stored, name in names.items()}
     parts = list(shards({stored: mine[name] for stored, name in names.items()}, types, max_bytes))

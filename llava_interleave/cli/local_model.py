@@ -55,18 +55,19 @@ class LazyModel:
     def __init__(self, flags: ModelFlags) -> None:
         with terminal.spinner("starting"):
             from ..chat import locate
-            from ..checkpoints import adapter_fingerprint, fingerprint, resolve
+            from ..checkpoints import Checkpoint, adapter_fingerprint, resolve
             from ..distributed.process_group import rank_and_world_size
             from ..placement import pick_device, pick_precision
         self.flags = flags
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
         self.folder = locate(flags.name, flags.revision)
-        device = pick_device(flags.device, self.folder, flags.precision)
-        dtype, bits = pick_precision(flags.precision, self.folder, device)
+        checkpoint = Checkpoint.open(self.folder)
+        device = pick_device(flags.device, checkpoint, flags.precision)
+        dtype, bits = pick_precision(flags.precision, checkpoint, device)
         self.about = {
             "model": flags.name or "the built-in model",
-            "fingerprint": fingerprint(self.folder),
+            "fingerprint": checkpoint.fingerprint(),
             "precision": bits or str(dtype).removeprefix("torch."),
             "device": device,
         }

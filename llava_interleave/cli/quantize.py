@@ -32,7 +32,7 @@ def quantize(
     A CPU memory-maps it (instant load, no extra memory); CUDA can load it too.
     """
     with terminal.spinner(f"quantizing {source}") as progress:
-        from ..checkpoints import load, resolve, save
+        from ..checkpoints import Checkpoint, load, resolve, save
         from ..errors import OptionError
         from ..placement import pick_precision
         from ..quantization.precision import parse_precision
@@ -41,11 +41,11 @@ def quantize(
             raise OptionError(
                 f"cannot store precision {precision!r}: use int4 or int8, or {flags.PER_COMPONENT}"
             )
-        folder = resolve(source, revision)
-        dtype, bits = pick_precision(precision, folder, "cpu")
+        checkpoint = Checkpoint.open(resolve(source, revision))
+        dtype, bits = pick_precision(precision, checkpoint, "cpu")
         save(
-            load(folder, dtype=dtype, precision=bits, progress=progress),
+            load(checkpoint, dtype=dtype, precision=bits, progress=progress),
             target,
-            processor_from=folder,
+            processor_from=checkpoint.folder,
         )
     print(target)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch.distributed as dist
 
 from .. import checkpoints
-from ..checkpoints.files import read_headers
-from ..checkpoints.load import device_named
+from ..checkpoints import Checkpoint
+from ..checkpoints.load import get_device
 from ..errors import Unsupported
 from ..model import Llava
 from ..placement import pick_precision
@@ -20,7 +18,7 @@ from .tensor_parallel import TensorParallelGroup, shard_model
 
 
 def load_shard(
-    folder: Path, precision: str, device: str, *, deterministic: bool
+    checkpoint: Checkpoint, precision: str, device: str, *, deterministic: bool
 ) -> tuple[Llava, TensorParallelGroup]:
     """This rank's shard of a checkpoint's network, on its own device; the arguments are those of
     `load`.
@@ -37,8 +35,8 @@ def load_shard(
             "deterministic answers need one process: an all-reduce over several adds in no fixed "
             "order"
         )
-    group, own = init_distributed(device, device_named)
-    dtype, bits = pick_precision(precision, folder, str(own))
+    group, own = init_distributed(device, get_device)
+    dtype, bits = pick_precision(precision, checkpoint, str(own))
     if bits in CUDA_ONLY:
         group.raise_everywhere(
             Unsupported(
@@ -47,9 +45,9 @@ def load_shard(
                 "use bfloat16, int8 or int4"
             )
         )
-    stored = {tensor.dtype for tensor in read_headers(folder).values()}
+    stored = {tensor.dtype for tensor in checkpoint.headers.values()}
     network = checkpoints.load(
-        folder, dtype=None if len(stored) == 1 and not bits else dtype, precision=bits
+        checkpoint, dtype=None if len(stored) == 1 and not bits else dtype, precision=bits
     )
     tp_group = shard_model(network, group, own, dtype)
     if bits and linear_cuda.unavailable_reason(own, dtype) is None:

@@ -17,7 +17,8 @@ class AttentionFn(Protocol):
     d]`.
 
     The caller decides which keys a query sees, and owns the KV cache. Scores are scaled by d **
-    -0.5."""
+    -0.5.
+    """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -26,7 +27,8 @@ class PackedAttention:
     """Causal attention within each of several packed sequences: training and one-off forwards.
 
     Sequences of similar length share a call, padded at the end: the causal mask hides the padding.
-    A varlen kernel of a GPU takes all sequences in one call."""
+    A varlen kernel of a GPU takes all sequences in one call.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.total = lengths, sum(lengths)

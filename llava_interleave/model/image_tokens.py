@@ -31,7 +31,8 @@ def divprune(features: Tensor, count: int) -> Tensor:
 
     The first is the token that is farthest from its nearest neighbor, then each time the one that
     is farthest from all selected ones (max-min diversity). Source: DivPrune, Alvar et al. 2025,
-    arXiv 2503.02175."""
+    arXiv 2503.02175.
+    """
     n, tokens = features.shape[:2]
     if count == tokens:
         return features

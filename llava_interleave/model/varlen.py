@@ -27,7 +27,8 @@ class VarlenMetadata:
     cu_seqlens_q, cu_seqlens_k: cumulative numbers of queries and keys, `[N + 1]`; seqlens_k: keys
     of each, `[N]`; all int32. max_seqlen_q, max_seqlen_k: upper bounds for one sequence.
     block_table: numbers of each sequence's blocks in a pool `[blocks, tokens, Hkv, d]`, `[N,
-    max_blocks]` int32; None: keys are contiguous, `[T, Hkv, d]`."""
+    max_blocks]` int32; None: keys are contiguous, `[T, Hkv, d]`.
+    """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor

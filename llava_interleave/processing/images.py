@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageCms
 
-from ..config import read_json
+from ..config_json import read_json
 from ..errors import CheckpointError, MediaError
 from ..image_layout import ImageTokenLayout, best_pinpoint
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from ..config import LlavaConfig, read_json
+from .. import config_json
+from ..config import LlavaConfig
+from ..config_json import read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
 from ..image_layout import ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
@@ -196,7 +198,7 @@ class Processor:
         Raises CheckpointError.
         """
         folder = Path(folder)
-        config = config or LlavaConfig.from_dict(read_json(folder / "config.json"))
+        config = config or config_json.from_dict(read_json(folder / "config.json"))
         tokenizer = Tokenizer.from_folder(folder, config.image_token_id)
         images = ImageSettings.from_folder(folder, config.vision.image_size)
         video = folder / "video_preprocessor_config.json"

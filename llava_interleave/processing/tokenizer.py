@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE, Model
 
-from ..config import read_json
+from ..config_json import read_json
 from ..errors import CheckpointError, PromptError
 
 IMAGE = "<image>"

@@ -181,7 +181,7 @@ def _check_resumed_run(recipe: Recipe, samples: Sequence[PackedSample], out: Pat
 
 def check_precision(recipe: Recipe, model: Path, device: torch.device) -> None:
     """Raises Unsupported or OptionError where quantized weights cannot be trained on or with."""
-    stored = checkpoints.stored_precision(model)
+    stored = checkpoints.Checkpoint.open(model).precision
     if stored and not recipe.adapter:
         raise Unsupported(
             f"{model} has {stored} weights, which cannot be trained: train an adapter "

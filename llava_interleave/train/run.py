@@ -17,7 +17,7 @@ import torch
 
 from .. import checkpoints
 from ..checkpoints.adapters import write_adapter
-from ..checkpoints.load import device_named
+from ..checkpoints.load import get_device
 from ..distributed.process_group import ProcessGroup, init_distributed
 from ..errors import OptionError, Unsupported
 from ..flops import measured_flops
@@ -56,7 +56,7 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
     if not recipe.steps and not recipe.epochs:
         raise OptionError("a run needs its length: steps, or epochs, passes over all samples")
     model = checkpoints.resolve(recipe.model)
-    ranks, device = init_distributed(recipe.device, device_named)
+    ranks, device = init_distributed(recipe.device, get_device)
     log = log if ranks.rank == 0 else _no_log
     network, adapter, dtype = _train(recipe, model, out, ranks, device, log)
     name = "adapter" if adapter else "model"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..chat import locate
-from ..checkpoints import stored_precision
+from ..checkpoints import Checkpoint
 from ..processing import Processor
 from .candidate import Candidate, load
 from .parity import conversations, kl_divergence, matching_prefix
@@ -80,7 +80,7 @@ def ablate(
     adapter_folder = locate(adapter, None) if adapter else None
     processor = Processor.from_folder(folder)
     precisions = (
-        ["bfloat16"] if stored_precision(folder) else list(PRECISIONS)
+        ["bfloat16"] if Checkpoint.open(folder).precision else list(PRECISIONS)
     )  # no kernel computes in float16
     baseline: dict[str, Output] = {}
     results: list[AblationResult] = []

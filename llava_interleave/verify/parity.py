@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..chat import locate
-from ..checkpoints import stored_precision
+from ..checkpoints import Checkpoint
 from ..processing import Processor
 from ..prompt import Prompt
 from . import candidate, reference
@@ -160,7 +160,11 @@ def verify(
     gc.collect()
     other = folder if against is None else locate(against, None)
     tolerance = (
-        EXACT if not stored_precision(folder) else QUANTIZED if against is None else OTHER_WEIGHTS
+        EXACT
+        if not Checkpoint.open(folder).precision
+        else QUANTIZED
+        if against is None
+        else OTHER_WEIGHTS
     )
     hf = reference.load(other, processor, adapter_folder, int8_activations=tolerance is QUANTIZED)
     return [

@@ -114,7 +114,7 @@ def _readable(folder: Path, new: Path) -> Path:
     """A folder that transformers reads: this one, or a copy for the original layout and for
     quantized weights.
     """
-    if checkpoints.stored_precision(folder):
+    if checkpoints.Checkpoint.open(folder).precision:
         _dequantize(checkpoints.load(folder, dtype=torch.float32), new, folder)
     elif "mm_projector_type" in checkpoints.read_json(folder / "config.json"):
         checkpoints.save(checkpoints.load(folder, dtype=torch.float32), new, processor_from=folder)

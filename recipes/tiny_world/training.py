@@ -19,6 +19,7 @@ from random import Random
 import torch
 from torch import nn
 
+from llava_interleave import config_json
 from llava_interleave.checkpoints import save
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.model import Llava
@@ -215,7 +216,7 @@ def prepare(folder: Path, texts: int = 12000) -> tuple[LlavaConfig, Path]:
     (source / "video_preprocessor_config.json").write_text(
         json.dumps({"num_frames": FRAMES}) + "\n"
     )
-    (source / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    (source / "config.json").write_text(json.dumps(config_json.to_dict(config), indent=1))
     return config, source
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_interleave.checkpoints import skeleton
+from llava_interleave.checkpoints import meta_network
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.engine.cuda_graphs import CudaGraphDecoder
 from llava_interleave.engine.kv_contiguous import Span
@@ -38,7 +38,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def network(precision: str, *, trained: bool = False) -> Llava:
-    made = skeleton(CONFIG)
+    made = meta_network(CONFIG)
     if precision != "bfloat16":
         replace_linears(made, precision)
     for module in made.modules():
