@@ -41,8 +41,9 @@ from llava_interleave.server import service as service_module
 from llava_interleave.server.api_errors import ApiError
 from llava_interleave.server.app import create_app
 from llava_interleave.server.engine_thread import EngineThread, ServerJob
+from llava_interleave.server.fairness import RateLimit
 from llava_interleave.server.metrics import Metrics
-from llava_interleave.server.middleware import ApiKeys, RateLimit
+from llava_interleave.server.middleware import ApiKeys
 from llava_interleave.server.openai_types import ChatRequest
 from llava_interleave.server.run import Server
 from llava_interleave.server.settings import Settings
@@ -1318,7 +1319,7 @@ def test_who_takes_nothing_is_left() -> None:
     guarded = middleware.GuardMiddleware(app, Settings(request_timeout=0.05), None, Metrics())
     scope = {"type": "http", "path": "/health", "headers": []}
     asyncio.run(asyncio.wait_for(guarded(scope, receive, send), 5))
-    assert left and guarded.body_bytes == 0
+    assert left and guarded.bodies.used == 0
 
 
 def test_what_runs_is_finished_before_the_server_goes(

@@ -20,7 +20,10 @@ MAX_MESSAGE = 1000
 
 
 class ApiError(Exception):
-    """An error response with its HTTP status. retry: seconds for the Retry-After header."""
+    """An error response with its HTTP status. retry: seconds for the Retry-After header.
+
+    close: the connection ends with it.
+    """
 
     def __init__(
         self,
@@ -30,9 +33,11 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param, self.retry = status, code, param, retry
+        self.close = close
 
 
 class ClientDisconnected(Exception):
@@ -118,5 +123,7 @@ def error_response(error: ApiError) -> Response:
     headers = {} if error.retry is None else {"Retry-After": str(error.retry)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.close:
+        headers["Connection"] = "close"
     content = error_body(error).model_dump_json()
     return Response(content, error.status, headers, "application/json")

@@ -41,7 +41,7 @@ class Shared(Protocol):
     files: Files
     metrics: Metrics
 
-    async def run_in_pool(self, function: Callable[[], T]) -> T: ...
+    async def run_in_pool(self, key: str, function: Callable[[], T]) -> T: ...
 
 
 def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
@@ -50,8 +50,8 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     Its threads live as long as the application's lifespan. `app.state.service` is the state of its
     routes.
     """
-    service = Service(bot, settings)
     keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
+    service = Service(bot, settings, several_keys=keys is not None and len(keys) > 1)
     app = create_routes(service)
     app.add_middleware(GuardMiddleware, settings=settings, keys=keys, metrics=service.metrics)
     return app
@@ -187,7 +187,7 @@ def add_file_routes(app: FastAPI, service: Shared) -> None:
         """Upload an image or a video; requests refer to it by its id."""
         data, key = await file.read(), request.state.key
         return await service.run_in_pool(
-            lambda: service.files.put(key, data, file.filename or "", purpose)
+            key, lambda: service.files.put(key, data, file.filename or "", purpose)
         )
 
     @app.get("/v1/files")

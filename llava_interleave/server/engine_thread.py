@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -34,6 +35,13 @@ class ServerJob(GenerationJob):
     _deltas: dict[int, AnswerDelta] = field(default_factory=dict)  # by answer, merged until read
     _rejected: Exception | None = None
     _error: Exception | None = None
+    _finished_tokens: int = 0
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of all answers so far, finished or not."""
+        running = sum(len(builder.tokens) for builder in list(self.running.values()))
+        return self._finished_tokens + running
 
     async def queued(self) -> None:
         """Wait until it is in the engine's queue; raises the reason if it was rejected."""
@@ -64,6 +72,7 @@ class ServerJob(GenerationJob):
             self._queued.set()
             return
         if isinstance(item, AnswerDelta):
+            self._finished_tokens += len(item.answer.tokens) if item.answer else 0
             earlier = self._deltas.get(item.index)
             self._deltas[item.index] = earlier + item if earlier else item
         else:
@@ -82,6 +91,7 @@ class EngineThread:
         self._driver = EngineDriver(bot.engine, bot.processor.tokenizer)
         self._outbox: list[tuple[ServerJob, AnswerDelta | Exception | None]] = []
         self._faults = 0
+        self._step_start: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -105,6 +115,11 @@ class EngineThread:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def step_seconds(self) -> float:
+        """How long the current step has taken so far."""
+        start = self._step_start
+        return 0.0 if start is None else time.monotonic() - start
+
     def _run(self) -> None:
         while True:
             while self.failed or not self._commands.empty() or not self.engine.busy:
@@ -119,7 +134,9 @@ class EngineThread:
                 if self.failed:
                     self._fail(RuntimeError("the engine has failed"))
                 self._post()
+            self._step_start = time.monotonic()
             self._step()
+            self._step_start = None
             self._post()
             self.load = self.engine.load()
 

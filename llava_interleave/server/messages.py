@@ -115,6 +115,16 @@ def resolve_messages(
     return turns
 
 
+def has_media(turns: list[dict[str, Any]]) -> bool:
+    """Whether a part is not text."""
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    return any(
+        not isinstance(part, dict) or part.get("type") != "text"
+        for parts in contents
+        for part in parts
+    )
+
+
 def _resolve_part(part: Any, upload: Callable[[str], bytes]) -> Any:
     """A part with uploads in the place of their ids; the chat template validates it."""
     if not isinstance(part, dict):

@@ -22,13 +22,15 @@ from .api_errors import (
     error_response,
     to_api_error,
 )
+from .fairness import RateLimit, Shares
 from .metrics import Metrics
 from .settings import MB, Settings
 
 WEB = Path(__file__).parent / "web"
 WEB_FILES = {"/": "index.html"} | {f"/{path.name}": path.name for path in sorted(WEB.iterdir())}
 """The web UI's static files by path."""
-OPEN_PATHS = ("/health", *WEB_FILES)
+HEALTH = "/health"
+OPEN_PATHS = (HEALTH, *WEB_FILES)
 """Paths that need no API key; all others do."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 MAX_BODIES = 4
@@ -66,30 +68,15 @@ class ApiKeys:
             raise OptionError(f"cannot read the API keys in {path}: {error}") from error
         return cls([line for line in lines if line and not line.startswith("#")])
 
+    def __len__(self) -> int:
+        return len(self._hashes)
+
     def name(self, authorization: str) -> str | None:
         """The name of the key in an Authorization header, None if unknown. Constant time."""
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         matches = [known for known in self._hashes if hmac.compare_digest(known, digest)]
         return matches[0].hex()[:16] if matches and scheme.lower() == "bearer" else None
-
-
-class RateLimit:
-    """Requests per minute: one token bucket for each key."""
-
-    def __init__(self, per_minute: int) -> None:
-        self.per_minute = per_minute
-        self._buckets: dict[str, tuple[float, float]] = {}
-
-    def take(self, key: str, now: float) -> None:
-        """Raises ApiError when the key's bucket is empty."""
-        level, since = self._buckets.get(key, (float(self.per_minute), now))
-        level = min(self.per_minute, level + (now - since) * self.per_minute / 60)
-        if level < 1:
-            wait = 1 + int((1 - level) * 60 / self.per_minute)
-            message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
-            raise ApiError(429, "rate_limit_exceeded", message, retry=wait)
-        self._buckets[key] = (level - 1, now)
 
 
 class GuardMiddleware:
@@ -100,7 +87,11 @@ class GuardMiddleware:
     ) -> None:
         self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
         self.rate = RateLimit(settings.requests_per_minute)
-        self.body_bytes = 0  # of all bodies in memory
+        self.max_body = settings.max_body_mb * MB
+        self.bodies = Shares(MAX_BODIES * self.max_body, exclusive=keys is None or len(keys) == 1)
+        self.open_requests = Shares(
+            settings.max_connections, exclusive=keys is None or len(keys) == 1
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -119,10 +110,15 @@ class GuardMiddleware:
             except TimeoutError:
                 raise ClientDisconnected from None
 
-        body = _Body()
+        body, key, admitted = _Body(), "", 0
         try:
-            scope.setdefault("state", {})["key"] = self.admit(scope)
-            await self._read(body, Headers(scope=scope), receive)
+            _check_framing(scope)
+            key = scope.setdefault("state", {})["key"] = self.admit(scope)
+            if scope["path"] != HEALTH:
+                self._check_open_requests(key)
+            self.open_requests.add(key, 1)
+            admitted = 1
+            await self._read(body, key, Headers(scope=scope), receive)
             await self.app(scope, body.replay(receive), send_in_time)
         except ClientDisconnected as gone:
             clear_traceback(gone)
@@ -132,7 +128,8 @@ class GuardMiddleware:
                 with contextlib.suppress(ClientDisconnected):
                     await error_response(api_error)(scope, receive, send_in_time)
         finally:
-            self.body_bytes -= body.size
+            self.bodies.add(key, -body.size)
+            self.open_requests.add(key, -admitted)
             self.metrics.count_response(scope, status)
 
     def admit(self, scope: MutableMapping[str, Any]) -> str:
@@ -176,15 +173,22 @@ class GuardMiddleware:
                 "this request came through a proxy; a server behind one needs --api-keys",
             )
 
-    async def _read(self, body: _Body, headers: Headers, receive: Receive) -> None:
-        max_bytes = self.settings.max_body_mb * MB
+    def _check_open_requests(self, key: str) -> None:
+        """Raises ApiError where too many requests are open; /health always has room."""
+        if self.open_requests.used >= self.open_requests.total:
+            raise _overloaded("too many requests are open")
+        if not self.open_requests.fits(key, 1):
+            message = f"this API key has {self.open_requests.of(key)} open requests; try again"
+            raise ApiError(429, "concurrency_limit_exceeded", message, retry=2)
+
+    async def _read(self, body: _Body, key: str, headers: Headers, receive: Receive) -> None:
         too_large = ApiError(
             413,
             "request_too_large",
             f"the request exceeds the limit of {self.settings.max_body_mb} MB",
         )
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > max_bytes:
+        if length.isdigit() and int(length) > self.max_body:
             raise too_large
         try:
             async with asyncio.timeout(self.settings.request_timeout):
@@ -192,16 +196,13 @@ class GuardMiddleware:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnected
-                    self.body_bytes += body.add(message)
-                    if body.size > max_bytes:
+                    size = body.add(message)
+                    fits = self.bodies.fits(key, size)
+                    self.bodies.add(key, size)
+                    if body.size > self.max_body:
                         raise too_large
-                    if self.body_bytes > MAX_BODIES * max_bytes:
-                        raise ApiError(
-                            503,
-                            "overloaded",
-                            "the server is reading too many large requests; try again",
-                            retry=2,
-                        )
+                    if not fits or self.bodies.used > self.bodies.total:
+                        raise _overloaded("too many large requests arrive at once")
         except TimeoutError:
             seconds = f"{self.settings.request_timeout:g} s"
             raise ApiError(
@@ -215,6 +216,18 @@ class GuardMiddleware:
                 f"the JSON has {values:,} commas and brackets; the limit is {MAX_JSON_VALUES:,}"
             )
             raise ApiError(413, "request_too_large", reason)
+
+
+def _overloaded(reason: str) -> ApiError:
+    return ApiError(503, "overloaded", f"{reason}; try again", retry=2)
+
+
+def _check_framing(scope: Scope) -> None:
+    """Raises ApiError for two lengths of one body: a proxy may choose the other one (smuggling)."""
+    names = [name for name, _ in scope["headers"]]
+    if b"transfer-encoding" in names and b"content-length" in names:
+        message = "a request may not have both Content-Length and Transfer-Encoding"
+        raise ApiError(400, "invalid_request", message, close=True)
 
 
 class _Body:

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import socket
 import typing
+from collections import Counter
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .settings import Settings
 
+HEADER_TIMEOUT = 10.0
+"""Seconds for a client to send the header of its next request."""
 KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
 FLUSH_TIMEOUT = 5
@@ -43,31 +46,58 @@ def log_to_stderr(level: int) -> None:
 
 
 class Protocol(H11Protocol):
-    """Closes connections whose next header is late; uvicorn has no timeout for it."""
+    """Closes connections whose next header is late; uvicorn has no timeout for it.
 
-    header_timeout = 30.0
+    At the limit of connections a new one takes the place of the one that has waited longest, among
+    those of the address that has most waiting: half-open connections never keep others out.
+    """
+
+    header_timeout = HEADER_TIMEOUT
+    max_connections = 256
+    waiting: dict[Protocol, str]
+    """Connections without a request, oldest first, with their addresses; of one server."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
+        self._wait()
+        if len(self.connections) > self.max_connections:
+            addresses = Counter(self.waiting.values())
+            address = addresses.most_common(1)[0][0]
+            oldest = next(one for one, peer in self.waiting.items() if peer == address)
+            oldest._stop_waiting()
+            self.connections.discard(oldest)
+            oldest.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         in_request = self.cycle is not None and not self.cycle.response_complete
-        if in_request and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif not in_request and self._timer is None:
-            self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
+        if in_request:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._timer is None and not self.transport.is_closing():
+            self._wait()
+
+    def _wait(self) -> None:
+        self.waiting[self] = self.client[0] if self.client else ""
+        self._timer = self.loop.call_later(self.header_timeout, self._on_timeout)
+
+    def _stop_waiting(self) -> None:
+        self.waiting.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _on_timeout(self) -> None:
-        self._timer = None
+        self._stop_waiting()
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
@@ -85,7 +115,12 @@ class Server(uvicorn.Server):
     """uvicorn's server with a graceful shutdown."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        protocol = type("Protocol", (Protocol,), {"header_timeout": settings.request_timeout})
+        limits = {
+            "header_timeout": min(HEADER_TIMEOUT, settings.request_timeout),
+            "max_connections": settings.max_connections,
+            "waiting": {},
+        }
+        protocol = type("Protocol", (Protocol,), limits)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -98,7 +133,6 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                limit_concurrency=settings.max_connections,
                 timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=int(settings.shutdown_timeout) + FLUSH_TIMEOUT,
             )

@@ -19,6 +19,8 @@ from ..prompt import Prompt
 from .api_errors import ApiError, ClientDisconnected, log
 from .attribution import attribute_prompt, check_attribution_budget
 from .engine_thread import EngineThread, ServerJob
+from .fairness import FairThreadPool, RateLimit, Shares
+from .messages import has_media
 from .metrics import Metrics
 from .openai_types import (
     AttributionMode,
@@ -33,6 +35,8 @@ from .structured_output import GrammarCompiler
 from .uploads import Files
 
 T = TypeVar("T")
+STUCK_STEP = 120.0
+"""Seconds of a step after which the engine counts as stuck."""
 
 
 @dataclass(slots=True)
@@ -49,7 +53,7 @@ class PreparedRequest:
 class Service:
     """A model and the state that its requests share."""
 
-    def __init__(self, bot: Chatbot, settings: Settings) -> None:
+    def __init__(self, bot: Chatbot, settings: Settings, *, several_keys: bool) -> None:
         self.bot, self.settings = bot, settings
         bot.processor.loader = Loader(settings.limits(bot.model.config))
         self.name = settings.name or bot.source.name
@@ -62,14 +66,23 @@ class Service:
         self.grammars = GrammarCompiler(bot.processor.tokenizer)
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
+        self.shares = Shares(settings.max_requests, exclusive=not several_keys)
+        """Answers being prepared, waiting or running, by API key."""
         self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
-        self.pool = ThreadPoolExecutor(settings.media_workers, thread_name_prefix="media")
+        self.media_pool = FairThreadPool(settings.media_workers, "media")
+        self.text_pool = FairThreadPool(1, "text")
+        self.grammar_pool = FairThreadPool(1, "grammar")
+        per_minute = settings.tokens_per_minute
+        self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
         # One at a time: each has a prompt's activations in memory.
         self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
-        self.num_active = 0
-        """Answers being prepared, waiting or running."""
         self.stopping = False
         self.shutdown_error: ApiError | None = None
+
+    @property
+    def num_active(self) -> int:
+        """Answers being prepared, waiting or running."""
+        return self.shares.used
 
     def unavailable(self) -> ApiError | None:
         """Why a further request is refused now, or None."""
@@ -77,12 +90,16 @@ class Service:
             return ApiError(503, "engine_failed", "the engine has failed; restart the server")
         if self.stopping:
             return ApiError(503, "stopping", "the server is shutting down", retry=10)
+        if self.engine_thread.step_seconds() > STUCK_STEP:
+            return ApiError(503, "engine_stuck", f"the engine is stuck for {STUCK_STEP:g} s")
+        if self.media_pool.longest() > self.settings.prepare_timeout + self.settings.media_timeout:
+            return ApiError(503, "media_stuck", "all media workers are stuck; restart the server")
         if self.num_active >= self.settings.max_requests:
             return _overloaded(f"{self.num_active} answers are running or waiting")
         return None
 
     @contextlib.contextmanager
-    def admission_slot(self, n: int) -> Iterator[None]:
+    def admission_slot(self, n: int, key: str) -> Iterator[None]:
         """Admission control for n answers. Raises ApiError where they do not fit."""
         if error := self.unavailable():
             raise error
@@ -90,11 +107,23 @@ class Service:
             raise _overloaded(
                 f"{self.num_active} answers are running or waiting, {n} more do not fit"
             )
-        self.num_active += n
+        if n > self.shares.largest:
+            raise OptionError(f"n is {n}; an API key has at most {self.shares.largest} answers")
+        if not self.shares.fits(key, n):
+            raise ApiError(
+                429,
+                "concurrency_limit_exceeded",
+                f"{self.shares.of(key)} answers of this API key are running or waiting, and {n} "
+                "more would leave other keys no room; try again",
+                retry=2,
+            )
+        if self.token_rate is not None:
+            self.token_rate.take(key, time.monotonic(), 0)
+        self.shares.add(key, n)
         try:
             yield
         finally:
-            self.num_active -= n
+            self.shares.add(key, -n)
 
     def options(self, request: PromptRequest) -> Options:
         """The options of a request; its `model` selects the adapter.
@@ -104,22 +133,22 @@ class Service:
         adapter = adapter_name(request.model, self.name, self.bot.adapters)
         return request.options(self.settings).but({"adapter": adapter})
 
-    async def run_in_pool(self, function: Callable[[], T]) -> T:
-        """Run blocking work in the thread pool."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function)
+    async def run_in_pool(self, key: str, function: Callable[[], T]) -> T:
+        """Run blocking work that reads no media in a thread."""
+        return await self.text_pool.run(key, function)
 
     @contextlib.asynccontextmanager
     async def generation(self, request: ChatRequest, key: str) -> AsyncIterator[PreparedRequest]:
         """A request in the engine's queue. Leaving the context aborts it and frees its memory."""
         options = self.options(request)
         start = time.perf_counter()
-        with self.admission_slot(options.n):
+        with self.admission_slot(options.n, key):
             response_format = request.response_format.model_dump(by_alias=True)
             matchers = (
                 []
                 if response_format["type"] == "text"
-                else await self.run_in_pool(
-                    lambda: self.grammars.compile(response_format, options.n)
+                else await self.grammar_pool.run(
+                    key, lambda: self.grammars.compile(response_format, options.n)
                 )
             )
             prompt = await self._prepare(
@@ -154,6 +183,9 @@ class Service:
                 raise
             finally:
                 self.engine_thread.abort(job)
+                if self.token_rate is not None:
+                    tokens = len(prompt) + job.generated_tokens
+                    self.token_rate.charge(key, time.monotonic(), tokens)
                 if outcome == "aborted":
                     self.metrics.aborted.inc()
                 log.info(
@@ -169,7 +201,7 @@ class Service:
     async def count(self, request: PromptRequest, key: str) -> Estimate:
         """Tokens and memory of a prompt; nothing is decoded."""
         options = self.options(request)
-        with self.admission_slot(1):
+        with self.admission_slot(1, key):
             return await self._prepare(
                 request, key, lambda turns: self.bot.estimate(turns, options)
             )
@@ -186,7 +218,7 @@ class Service:
             check_attribution_budget(prompt, 1, len(tokens), mode, budget)
             return prompt, tokens
 
-        with self.admission_slot(1):
+        with self.admission_slot(1, key):
             prompt, tokens = await self._prepare(request, key, work)
             return await self.attribute(prompt, tokens, mode, options.adapter)
 
@@ -220,7 +252,15 @@ class Service:
         self, request: PromptRequest, key: str, work: Callable[[list[dict[str, Any]]], T]
     ) -> T:
         turns = request.turns(lambda name: self.files.get(key, name).data, self.settings)
-        return await self.run_in_pool(lambda: work(turns))
+        pool = self.media_pool if has_media(turns) else self.text_pool
+        try:
+            async with asyncio.timeout(self.settings.prepare_timeout):
+                return await pool.run(key, lambda: work(turns))
+        except TimeoutError:
+            seconds = f"{self.settings.prepare_timeout:g} s"
+            raise ApiError(
+                503, "media_timeout", f"reading the media took more than {seconds}", retry=10
+            ) from None
 
     def drain(self) -> None:
         """Refuse new requests; running ones get `shutdown_timeout` seconds."""
@@ -238,8 +278,10 @@ class Service:
         """Stop all threads."""
         self.end()
         self.engine_thread.close()
-        for pool in (self.pool, self.attribution_pool):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
+        for pool in (self.media_pool, self.text_pool, self.grammar_pool):
+            pool.close()
+        self.attribution_pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _overloaded(reason: str) -> ApiError:

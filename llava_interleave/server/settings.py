@@ -61,10 +61,15 @@ class Settings:
     max_requests: int = _setting(
         32, "Answers running or waiting at a time; a further request gets 503."
     )
-    media_workers: int = _setting(2, "Threads that fetch and decode media.")
+    media_workers: int = _setting(
+        2, "Threads that fetch and decode media; one more is reserved for idle API keys."
+    )
     max_connections: int = _setting(256, "Open connections; a further one gets 503.")
     requests_per_minute: int = _setting(
         600, "Rate limit of each API key, or of all clients without keys; over it: 429."
+    )
+    tokens_per_minute: int | None = _setting(
+        None, "Rate limit of each API key in tokens of prompts and answers; over it: 429."
     )
     max_body_mb: int = _setting(64, "Largest request body in megabytes.")
     request_timeout: float = _setting(
@@ -79,6 +84,9 @@ class Settings:
     video_frames: int = _setting(64, "Frames sampled from one video.")
     video_seconds: float = _setting(3600.0, "Length of a video in seconds.")
     media_timeout: float = _setting(30.0, "Seconds for one download, and for decoding one video.")
+    prepare_timeout: float = _setting(
+        120.0, "Seconds for fetching and decoding all media of a request."
+    )
     max_tokens: int = _setting(4096, "Tokens of an answer.")
     max_attribution_tokens: int = _setting(
         65_536, "Tokens that one attribution request may run through the model."

@@ -1,9 +1,20 @@
-"""Structured output (guided decoding) by llguidance: JSON, schemas, regexes, choices."""
+"""Structured output (guided decoding) by llguidance: JSON, schemas, regexes, choices.
+
+A grammar is compiled in a process of its own first, which is killed where it takes too long, and a
+matcher fails once its masks take too long: one request cannot hold up the engine's thread.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
+import selectors
+import subprocess
+import sys
 import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +29,16 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 """JSON as Python writes it. With free whitespace a model could write whitespace for ever."""
 MAX_GRAMMAR = 64_000
 """Characters of a schema, a regular expression, or all choices."""
+COMPILE_TIMEOUT = 3.0
+"""Seconds for compiling a grammar with its first mask."""
+START_TIMEOUT = 60.0
+"""Seconds for the compiling process to start."""
+MASK_SECONDS, MASK_SECONDS_PER_TOKEN = 0.25, 0.002
+"""Seconds of the engine's thread for the masks of an answer, and more for each token."""
+MAX_KNOWN = 256
+"""Grammars that are remembered as valid."""
+MAX_INTEGER = 2**63
+"""llguidance's integers have 64 bits."""
 
 
 class GrammarMatcher:
@@ -25,19 +46,28 @@ class GrammarMatcher:
 
     def __init__(self, matcher: LLMatcher, ends: Tensor) -> None:
         self.matcher, self.ends = matcher, ends
+        self.seconds, self.tokens = 0.0, 0
+        self._slow = False
 
     def allowed(self) -> Tensor:
-        mask = torch.from_numpy(
-            np.frombuffer(self.matcher.compute_logit_bias(), np.uint8).copy()
-        ).bool()
-        return self.ends if self.matcher.is_error() or not mask.any() else mask
+        if self._slow or self.matcher.is_error():
+            return self.ends
+        start = time.perf_counter()
+        bias = self.matcher.compute_logit_bias()
+        self.seconds += time.perf_counter() - start
+        self._slow = self.seconds > MASK_SECONDS + MASK_SECONDS_PER_TOKEN * self.tokens
+        mask = torch.from_numpy(np.frombuffer(bias, np.uint8).copy()).bool()
+        return self.ends if self.failure or not mask.any() else mask
 
     def take(self, token: int) -> None:
+        self.tokens += 1
         self.matcher.consume_token(token)
 
     @property
     def failure(self) -> str:
-        return self.matcher.get_error() if self.matcher.is_error() else ""
+        if self._slow:
+            return f"its masks took {self.seconds:.1f} s for {self.tokens} tokens; simplify it"
+        return _short(self.matcher.get_error()) if self.matcher.is_error() else ""
 
 
 class GrammarCompiler:
@@ -49,20 +79,55 @@ class GrammarCompiler:
         self.ends[list(tokenizer.eos_ids)] = True
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._processes: list[_CompileProcess] = []  # idle ones
+        self._valid: OrderedDict[str, None] = OrderedDict()
 
     def compile(self, response_format: dict[str, Any], n: int) -> list[GrammarMatcher]:
-        """n matchers for a `response_format`.
-
-        Raises OptionError for an invalid or unsupported one.
-        """
+        """n matchers for a `response_format`. Raises OptionError for an invalid or costly one."""
         if (length := len(json.dumps(response_format))) > MAX_GRAMMAR:
             raise OptionError(
                 f"response_format has {length:,} characters; the limit is {MAX_GRAMMAR:,}"
             )
-        matcher = LLMatcher(self._vocabulary(), _grammar(response_format), log_level=0)
+        try:
+            grammar = _grammar(response_format)
+        except ValueError as error:  # text that is not Unicode
+            raise OptionError(f"response_format: {error}") from error
+        self._validate(grammar)
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_logit_bias()  # here, and not in the engine's thread
         if matcher.is_error():
-            raise OptionError(f"response_format: {matcher.get_error()}")
+            raise OptionError(f"response_format: {_short(matcher.get_error())}")
         return [GrammarMatcher(matcher.deep_copy(), self.ends) for _ in range(n)]
+
+    def close(self) -> None:
+        """End the idle processes."""
+        with self._lock:
+            for process in self._processes:
+                process.kill()
+            self._processes.clear()
+
+    def _validate(self, grammar: str) -> None:
+        with self._lock:
+            if grammar in self._valid:
+                self._valid.move_to_end(grammar)
+                return
+            process = self._processes.pop() if self._processes else None
+        process = process or _CompileProcess(self.tokenizer)
+        error = process.compile(grammar)
+        if error is None:
+            process.kill()
+            raise OptionError(
+                f"response_format takes more than {COMPILE_TIMEOUT:g} s to compile; simplify it"
+            )
+        with self._lock:
+            self._processes.append(process)
+            if not error:
+                self._valid[grammar] = None
+                if len(self._valid) > MAX_KNOWN:
+                    self._valid.popitem(last=False)
+        if error:
+            raise OptionError(f"response_format: {_short(error)}")
 
     def _vocabulary(self) -> LLTokenizer:
         """The vocabulary in llguidance's form, made on first use."""
@@ -74,6 +139,46 @@ class GrammarCompiler:
                     eos_token=sorted(self.tokenizer.eos_ids),
                 )
             return self._tokenizer
+
+
+class _CompileProcess:
+    """A process of grammar_process.py; starting it waits until it is ready."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        script = Path(__file__).with_name("grammar_process.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        words = _Vocabulary(tokenizer)
+        vocabulary = words.tokens, sorted(tokenizer.eos_ids), words.special_token_ids
+        if self._ask(pickle.dumps(vocabulary), START_TIMEOUT) is None:
+            self.kill()
+            raise RuntimeError("the process that compiles grammars does not start")
+
+    def compile(self, grammar: str) -> str | None:
+        """The error of a grammar, "" for a valid one; None: too slow or too large."""
+        answer = self._ask(json.dumps(grammar).encode() + b"\n", COMPILE_TIMEOUT)
+        return None if answer is None else str(json.loads(answer))
+
+    def _ask(self, data: bytes, timeout: float) -> bytes | None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            try:
+                self.process.stdin.write(data)
+                self.process.stdin.flush()
+            except BrokenPipeError:
+                return None
+            if not selector.select(timeout):
+                return None
+        return self.process.stdout.readline() or None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 class _Vocabulary:
@@ -105,4 +210,20 @@ def _grammar(response_format: dict[str, Any]) -> str:
         schema: dict[str, Any] = {"type": "object"}
     else:
         schema = response_format["json_schema"]["schema"]
+        _check_numbers(schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
+    elif isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
+        raise OptionError(
+            f"response_format has an integer of {value.bit_length()} bits; the limit is 64 bits"
+        )
+
+
+def _short(error: str) -> str:
+    """llguidance's message without the dump of its state."""
+    return " ".join(error.partition("\n<state>")[0].split())[:300]

@@ -77,7 +77,7 @@ class Gateway:
         self.stopping = False
         self.name: str = handle.broadcast("info").results(timeout_s=ACCEPT_TIMEOUT)[0].name
 
-    async def run_in_pool(self, function: Callable[[], T]) -> T:
+    async def run_in_pool(self, key: str, function: Callable[[], T]) -> T:
         return await asyncio.to_thread(function)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

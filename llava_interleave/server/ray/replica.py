@@ -52,7 +52,7 @@ class Replica:
             adapters=dict(model.adapters),
         )
         settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
-        self.service = Service(bot, settings)
+        self.service = Service(bot, settings, several_keys=settings.api_keys is not None)
         self.service.files = self.files = RequestScopedFiles()
         self.app = create_routes(self.service)
         self.app.add_middleware(

@@ -1,0 +1,53 @@
+"""A process that compiles grammars, so that one that takes too long can be killed with it.
+
+Run as a script. It reads a pickled vocabulary `(tokens, eos_ids, special_ids)` from standard input
+and writes a line. Then it reads grammars, one JSON string a line, and writes for each its error, ""
+for a valid one, as a JSON string. It imports nothing of this package.
+"""
+
+import json
+import os
+import pickle
+import sys
+
+import llguidance
+
+MAX_MEMORY = 4 * 2**30
+
+
+class Vocabulary:
+    """The tokens, with llguidance's interface of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], eos_ids: list[int], special_ids: list[int]) -> None:
+        self.tokens, self.eos_token_id, self.special_token_ids = tokens, eos_ids[0], special_ids
+        self._bytes = {token: number for number, token in enumerate(tokens) if len(token) == 1}
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Tokens of single bytes: good enough to compile with."""
+        return [self._bytes[text[i : i + 1]] for i in range(len(text))]
+
+
+def main() -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    except (ImportError, ValueError, OSError):  # not on this system
+        pass
+    if hasattr(os, "nice"):
+        os.nice(5)
+    tokens, eos_ids, special_ids = pickle.load(sys.stdin.buffer)  # noqa: S301  of the parent
+    wrapper = llguidance.TokenizerWrapper(Vocabulary(tokens, eos_ids, special_ids))
+    tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=eos_ids)
+    print("ready", flush=True)
+    for line in sys.stdin.buffer:
+        matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0)
+        if not matcher.is_error():
+            matcher.compute_logit_bias()
+        print(json.dumps(matcher.get_error() if matcher.is_error() else ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()
