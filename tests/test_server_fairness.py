@@ -197,13 +197,15 @@ def test_readiness_notices_a_stuck_engine(server: Server, monkeypatch: pytest.Mo
 
 
 def test_tokens_a_minute_are_limited(folder: Path, key_file: Path) -> None:
-    with listening(folder, api_keys=key_file, tokens_per_minute=5, shutdown_timeout=0.1) as server:
-        with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
-            assert ask(attacker).status_code == 200
-            refused = ask(attacker)
-            assert refused.status_code == 429 and "5 tokens a minute" in refused.text
-            assert int(refused.headers["retry-after"]) > 0
-            assert ask(guest).status_code == 200
+    limits = {"api_keys": key_file, "tokens_per_minute": 5, "shutdown_timeout": 0.1}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(listening(folder, **limits))
+        attacker, guest = (stack.enter_context(client(server, key)) for key in (ATTACKER, GUEST))
+        assert ask(attacker).status_code == 200
+        refused = ask(attacker)
+        assert refused.status_code == 429 and "5 tokens a minute" in refused.text
+        assert int(refused.headers["retry-after"]) > 0
+        assert ask(guest).status_code == 200
 
 
 def regex(pattern: str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """A process that compiles grammars, so that one that takes too long can be killed with it.
 
-Run as a script. It reads a pickled vocabulary `(tokens, eos_ids, special_ids)` from standard input
-and writes a line. Then it reads grammars, one JSON string a line, and writes for each its error, ""
-for a valid one, as a JSON string. It imports nothing of this package.
+Run as a script. It reads lines of JSON from standard input: first the vocabulary `[tokens, eos_ids,
+special_ids]`, its tokens in latin-1, then grammars. It answers each with a line, a grammar with its
+error, "" for a valid one, as a JSON string. It imports nothing of this package.
 """
 
 import json
 import os
-import pickle
 import sys
 
 import llguidance
@@ -38,10 +37,11 @@ def main() -> None:
         pass
     if hasattr(os, "nice"):
         os.nice(5)
-    tokens, eos_ids, special_ids = pickle.load(sys.stdin.buffer)  # noqa: S301  of the parent
+    texts, eos_ids, special_ids = json.loads(sys.stdin.buffer.readline())
+    tokens = [text.encode("latin-1") for text in texts]
     wrapper = llguidance.TokenizerWrapper(Vocabulary(tokens, eos_ids, special_ids))
     tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=eos_ids)
-    print("ready", flush=True)
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin.buffer:
         matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0)
         if not matcher.is_error():

@@ -7,7 +7,6 @@ matcher fails once its masks take too long: one request cannot hold up the engin
 from __future__ import annotations
 
 import json
-import pickle
 import selectors
 import subprocess
 import sys
@@ -153,28 +152,29 @@ class _CompileProcess:
             stderr=subprocess.DEVNULL,
         )
         words = _Vocabulary(tokenizer)
-        vocabulary = words.tokens, sorted(tokenizer.eos_ids), words.special_token_ids
-        if self._ask(pickle.dumps(vocabulary), START_TIMEOUT) is None:
+        tokens = [token.decode("latin-1") for token in words.tokens]
+        vocabulary = tokens, sorted(tokenizer.eos_ids), words.special_token_ids
+        if self._ask(vocabulary, START_TIMEOUT) is None:
             self.kill()
             raise RuntimeError("the process that compiles grammars does not start")
 
     def compile(self, grammar: str) -> str | None:
         """The error of a grammar, "" for a valid one; None: too slow or too large."""
-        answer = self._ask(json.dumps(grammar).encode() + b"\n", COMPILE_TIMEOUT)
-        return None if answer is None else str(json.loads(answer))
+        return self._ask(grammar, COMPILE_TIMEOUT)
 
-    def _ask(self, data: bytes, timeout: float) -> bytes | None:
+    def _ask(self, data: object, timeout: float) -> str | None:
         assert self.process.stdin is not None and self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             try:
-                self.process.stdin.write(data)
+                self.process.stdin.write(json.dumps(data).encode() + b"\n")
                 self.process.stdin.flush()
             except BrokenPipeError:
                 return None
             if not selector.select(timeout):
                 return None
-        return self.process.stdout.readline() or None
+        line = self.process.stdout.readline()
+        return str(json.loads(line)) if line else None
 
     def kill(self) -> None:
         self.process.kill()
