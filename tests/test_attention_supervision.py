@@ -25,7 +25,7 @@ from recipes.tiny_world.attention_supervision import (
     collate,
     with_targets,
 )
-from recipes.tiny_world.data import Turn, conversation, pictures, talk
+from recipes.tiny_world.data import Turn, conversation, render, talk
 from recipes.tiny_world.draw import Background, Scene
 from recipes.tiny_world.episodes import Episode, in_cell
 from recipes.tiny_world.questions import Question
@@ -33,13 +33,13 @@ from recipes.tiny_world.training import VISION
 
 
 def shown(
-    *pictures: Sequence[tuple[int, str, str, bool]], scenario: str = "multi"
+    *images: Sequence[tuple[int, str, str, bool]], scenario: str = "multi"
 ) -> AttentionTargets:
-    """Pictures with things at (cell, kind, colour, large)."""
+    """Images with things at (cell, kind, colour, large)."""
     background = Background.sample(Random(1))
     scenes = tuple(
         Scene(tuple(in_cell(Random(2), *thing) for thing in things), background)
-        for things in pictures
+        for things in images
     )
     return AttentionTargets(Episode(scenario, scenes, "", ()), 96, 32)
 
@@ -162,7 +162,7 @@ def sample(
     turns, targets = talk(ep, rng, questions=3, caption=0.5), AttentionTargets(ep, 96, 32)
     said = {
         "conversations": conversation(ep, turns),
-        "video" if ep.clip else "image": pictures(ep, 96),
+        "video" if ep.clip else "image": render(ep, 96),
     }
     prompt = processor.example(*formats.messages(said, Path()))
     return with_targets(prompt, processor.tokenizer, targets, turns), targets, turns
@@ -187,7 +187,7 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
         spans = [
             (t.answer[s.start : s.stop], where)
             for t in turns
-            for s, where in targets.of_answer(t.answer, t.asked)
+            for s, where in targets.of_answer(t.answer, t.source)
         ]
         wanted = [text for text, where in spans if where - {NOWHERE}]
         assert "".join(spelt[row] for row in sorted(spelt)).replace(" ", "") == "".join(
@@ -198,7 +198,7 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
             NOWHERE
         }
         assert any(key == 0 for _, key in answers) == (NOWHERE in meant)
-        claims = [t.asked for t in turns if t.asked and t.asked.relation]
+        claims = [t.source for t in turns if t.source and t.source.relation]
         assert sum(key > keys[-1] for _, key in answers) == len(claims)
         before = {row: key for row, key, mention in attended.targets if mention and row in keys}
         follow = keys[9:] if scenario in ("multi", "video") else []

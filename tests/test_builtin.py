@@ -13,7 +13,7 @@ from llava_interleave.chat import BUILTIN, Chatbot
 from llava_interleave.checkpoints import save
 from recipes.tiny_world import SCENARIOS, episode
 from recipes.tiny_world.benchmark import evaluate
-from recipes.tiny_world.data import exam, pictures
+from recipes.tiny_world.data import exam, render
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ FLOOR = {"single": 0.86, "multi": 0.85, "video": 0.88, "views": 0.87}
 def test_it_knows_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None:
     """A part of `llava eval recipes.tiny_world.benchmark:World`; the whole figures are in the model's card."""
     score = evaluate(lambda asked: answer(bot, asked), scenario, 50, held_out=held_out)
-    assert score.share >= FLOOR[scenario], score.wrong
+    assert score.accuracy >= FLOOR[scenario], score.wrong
 
 
 def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
     for number, scenario in enumerate(SCENARIOS):
         ep, _, text = exam(scenario, 1000 + number, held_out=False)
-        shown = pictures(ep, 200)
+        shown = render(ep, 200)
         asked = [
             {
                 "role": "user",
@@ -91,7 +91,7 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
 
 
 def test_a_second_question_computes_no_picture_again(bot: Chatbot) -> None:
-    shown = pictures(episode("multi", Random(11)), 96)
+    shown = render(episode("multi", Random(11)), 96)
     first = bot.ask("How many images are there?", shown)
     second = bot.ask("Which image has the most things?", shown)
     assert first.usage.cached == 0

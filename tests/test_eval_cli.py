@@ -46,7 +46,7 @@ def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
             lambda a: [x.text for x in bot.batch(a, max_new_tokens=80)], scenario, 3, held_out=False
         )
         (line,) = [line for line in lines if line["name"] == scenario]
-        assert (line["mean"], line["examples"]) == (score.share, 3)
+        assert (line["mean"], line["examples"]) == (score.accuracy, 3)
         assert [
             (int(row["id"].split("/")[1]), row["question"], row["truth"], row["answer"])
             for row in errors

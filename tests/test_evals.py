@@ -28,7 +28,7 @@ from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.tokenizer import Tokenizer
 from llava_interleave.processing.video import FrameSampling
 from recipes.tiny_world import benchmark
-from recipes.tiny_world.data import exam, pictures
+from recipes.tiny_world.data import exam, render
 from recipes.tiny_world.episodes import FRAMES, LEVELS
 from tests.helpers.benchmarks import (
     BROKEN,
@@ -373,7 +373,7 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
         ]
 
     score = benchmark.evaluate(answer, "views", 3, held_out=False)
-    assert (score.right, score.asked) == (2, 3)
+    assert (score.correct, score.count) == (2, 3)
     _, question, text = exam("views", 0, held_out=False)
     assert score.wrong == [(0, text, question.answer, "no idea")]
     assert sum(asked for _, asked in score.kinds.values()) == 3
@@ -398,7 +398,7 @@ def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(
         assert isinstance(slot, MediaPlaceholder)
         assert slot.sampling
         frames = Loader().video(slot.source, slot.sampling).frames
-        for frame, drawn in zip(frames, pictures(ep, benchmark.SIZE), strict=True):
+        for frame, drawn in zip(frames, render(ep, benchmark.SIZE), strict=True):
             assert np.abs(np.asarray(frame, float) - np.asarray(drawn, float)).mean() < 6
 
 

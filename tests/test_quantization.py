@@ -23,7 +23,7 @@ from llava_interleave.quantization.packing import pack
 from llava_interleave.quantization.precision import bits_per_linear, parse_precision
 from llava_interleave.quantization.replace import quantized_precision
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from recipes.tiny_world.data import exam, pictures
+from recipes.tiny_world.data import exam, render
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_answers_of_the_built_in_model(bot: Chatbot) -> None:
     floats = load()
     for number in range(20_000, 20_006):
         episode, _, text = exam("single", number, held_out=False)
-        turn = bot.turn(text, pictures(episode, 96))
+        turn = bot.turn(text, render(episode, 96))
         assert bot.chat(turn, max_new_tokens=24).text == floats.chat(turn, max_new_tokens=24).text
     assert bot.info()["precision"] == "int8"
     reason = kernels.unavailable_reason()

@@ -35,7 +35,7 @@ from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
 from recipes.tiny_world import SCENARIOS, episode, patch_pretraining, training
-from recipes.tiny_world.data import conversation, pictures, talk, write
+from recipes.tiny_world.data import conversation, render, talk, write
 from recipes.tiny_world.episodes import FRAMES
 from recipes.tiny_world.packing import PackedDataset, batches
 from tests.helpers.training import PackedBatches
@@ -61,7 +61,7 @@ def prompts(folder: Path) -> list[Prompt]:
     for index in range(8):
         rng = Random(index)
         ep = episode(SCENARIOS[index % 4], rng)
-        turns, shown = conversation(ep, talk(ep, rng, questions=2, caption=0.5)), pictures(ep, 30)
+        turns, shown = conversation(ep, talk(ep, rng, questions=2, caption=0.5)), render(ep, 30)
         said, media = formats.messages(
             {"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path()
         )
@@ -482,8 +482,6 @@ def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> Non
     bot = load(done)
     assert bot.processor.num_frames == FRAMES
     assert isinstance(
-        bot.ask(
-            "What is there?", pictures(episode("single", Random(0)), 96), max_new_tokens=3
-        ).text,
+        bot.ask("What is there?", render(episode("single", Random(0)), 96), max_new_tokens=3).text,
         str,
     )

@@ -16,7 +16,7 @@ from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.video import FrameSampling
 from llava_interleave.train.data import formats
 from recipes.tiny_world import SCENARIOS, ask, draw, episode
-from recipes.tiny_world.data import conversation, exam, pictures, talk, write
+from recipes.tiny_world.data import conversation, exam, render, talk, write
 from recipes.tiny_world.draw import COLOURS, Background, Thing, owners, patches, visible
 from recipes.tiny_world.episodes import (
     DEPTHS,
@@ -434,10 +434,10 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
         if ep.clip:
             frames = loader.video(media[0], FrameSampling(frames=FRAMES)).frames
             assert len(frames) == FRAMES
-            for frame, picture in zip(frames, pictures(ep, 96), strict=True):
+            for frame, picture in zip(frames, render(ep, 96), strict=True):
                 assert np.abs(np.asarray(frame, float) - np.asarray(picture, float)).mean() < 6
         else:
-            for source, picture in zip(media, pictures(ep, 96), strict=True):
+            for source, picture in zip(media, render(ep, 96), strict=True):
                 assert (np.asarray(loader.image(source)) == np.asarray(picture)).all()
 
 
@@ -451,7 +451,7 @@ def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(
     for scenario in SCENARIOS:
         ep = episode(scenario, Random(2))
         turns = conversation(ep, talk(ep, Random(1), questions=1, caption=0.0))
-        shown = pictures(ep, 30)
+        shown = render(ep, 30)
         said, media = formats.messages(
             {"conversations": turns, **({"video": shown} if ep.clip else {"image": shown})}, Path()
         )

@@ -1,7 +1,8 @@
 """A small world that can be drawn: what the built-in model was trained on and what it knows.
 
-Coloured shapes, digits and letters in the four scenarios of M4-Instruct (single image, several images, video, several views of
-one arrangement), with questions in varied wording and exact answers. Knows no torch and no network.
+Coloured shapes, digits and letters in the four scenarios of M4-Instruct (single image, several
+images, video, views of one scene), with questions in varied wordings and exact answers. Without
+PyTorch and without a network.
 """
 
 from .draw import draw, write_video

@@ -85,28 +85,26 @@ class AttentionTargets:
     def __init__(self, ep: Episode, size: int, patch: int) -> None:
         self.in_sequence = not ep.names  # views are not
         self.names: dict[Spot, set[str]] = {}
-        for picture, scene in enumerate(ep.scenes):
+        for image, scene in enumerate(ep.scenes):
             for place, thing in enumerate(patches(scene, size, patch)):
                 named = zip(NAMES, patch_label(place, thing), strict=True)
-                self.names[picture, place] = {
-                    group[number] for group, number in named if number >= 0
-                }
+                self.names[image, place] = {group[number] for group, number in named if number >= 0}
 
-    def find(self, words: str, pictures: Sequence[int] | None = None) -> set[Spot]:
+    def find(self, words: str, images: Sequence[int] | None = None) -> set[Spot]:
         """The patches with all these names, in these images."""
         wanted = set(words.split())
         return {
             spot
             for spot, names in self.names.items()
-            if wanted <= names and (pictures is None or spot[0] in pictures)
+            if wanted <= names and (images is None or spot[0] in images)
         }
 
     def of_question(self, text: str) -> Iterator[tuple[int, set[Spot]]]:
         """(Index of the last character, patches) of each phrase of a question with a meaning."""
-        for found in _PHRASE.finditer(text):
+        for phrase in _PHRASE.finditer(text):
             # "2" is a number, and "small or large" means nothing.
-            if len(found[0]) > 1 and found[0] not in NAMES[2]:
-                yield found.end() - 1, self.find(found[0])
+            if len(phrase[0]) > 1 and phrase[0] not in NAMES[2]:
+                yield phrase.end() - 1, self.find(phrase[0])
 
     def of_answer(self, text: str, question: Question | None) -> Iterator[tuple[range, set[Spot]]]:
         """(Characters, patches) of each phrase of an answer, or of a description."""
@@ -116,24 +114,24 @@ class AttentionTargets:
             if question
             else []
         )
-        asked = set[Spot]().union(*(self.find(slot) for slot in slots if slot))
-        found = [m for m in _PHRASE.finditer(text) if len(m[0]) > 1 or about in _READING]
+        subjects = set[Spot]().union(*(self.find(slot) for slot in slots if slot))
+        phrases = [m for m in _PHRASE.finditer(text) if len(m[0]) > 1 or about in _READING]
         here = set[Spot]()  # the place in the last phrase
-        for m in found:
+        for m in phrases:
             joint = _JOINT.search(text, 0, m.start())
             spots = self.find(m[0], _pictures(text[: m.start()], question)) or self.find(m[0])
             if re.fullmatch(_PLACE, m[0]):
                 here = spots
                 spots = spots - self.find("nothing")
             if m[0] == "nothing":
-                spots = spots & (asked or here) or {NOWHERE}
+                spots = spots & (subjects or here) or {NOWHERE}
             yield (
                 range(joint.start() if joint else m.start(), m.end()),
-                spots & asked or spots & here or spots,
+                spots & subjects or spots & here or spots,
             )
-        if question and question.because and found:
+        if question and question.because and phrases:
             yield range(len(question.because), len(question.because) + 1), {NOWHERE}
-        elif question and question.thing and not found:
+        elif question and question.thing and not phrases:
             yield range(len(text)), self.find(question.thing, _pictures("", question)) or {NOWHERE}
         elif text == "0":
             yield range(1), {NOWHERE}
@@ -151,8 +149,8 @@ def _pictures(before: str, question: Question | None) -> list[int] | None:
     ]
 
 
-def _number(picture: str) -> int:
-    return SIDES.index(picture) if picture in SIDES else int(picture.split()[-1]) - 1
+def _number(image: str) -> int:
+    return SIDES.index(image) if image in SIDES else int(image.split()[-1]) - 1
 
 
 def with_targets(
@@ -164,29 +162,27 @@ def with_targets(
     A patch of an image in a sequence attends to the same place in the image before.
     """
     firsts = [m.start + n * m.layout.grid**2 for m in prompt.media for n in range(m.layout.crops)]
-    found: list[AttentionTarget] = []
+    pairs: list[AttentionTarget] = []
     for before, after in pairwise(firsts if targets.in_sequence else ()):
-        found += [
+        pairs += [
             (after + patch, before + patch, True)
             for patch in range(prompt.media[0].layout.grid ** 2)
         ]
     for turn, (question, answer) in zip(turns, _texts(prompt, tokenizer), strict=True):
         text = "".join(c for c, _ in question)
         for index, spots in targets.of_question(text):
-            found += [
-                (question[index][1], firsts[picture] + patch, True) for picture, patch in spots
-            ]
-        for span, spots in targets.of_answer("".join(c for c, _ in answer), turn.asked):
+            pairs += [(question[index][1], firsts[image] + patch, True) for image, patch in spots]
+        for span, spots in targets.of_answer("".join(c for c, _ in answer), turn.source):
             keys = [0 if spot == NOWHERE else firsts[spot[0]] + spot[1] for spot in spots]
-            found += [
+            pairs += [
                 (row, key, False)
                 for row in sorted({answer[index][1] - 1 for index in span})
                 for key in keys
             ]
-        if turn.asked and turn.asked.relation:  # yes or no attends to the claim
-            claim = question[text.rindex(turn.asked.relation)][1]
-            found.append((answer[len(turn.asked.because) + len(": ")][1] - 1, claim, False))
-    return AttendedSample(prompt, found)
+        if turn.source and turn.source.relation:  # yes or no attends to the claim
+            claim = question[text.rindex(turn.source.relation)][1]
+            pairs.append((answer[len(turn.source.because) + len(": ")][1] - 1, claim, False))
+    return AttendedSample(prompt, pairs)
 
 
 Text = list[tuple[str, int]]  # characters, each with the index of its token
@@ -206,8 +202,8 @@ def _texts(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[tuple[Text, Text]]:
 class AttentionSupervision(PackedAttention):
     """Packed attention with a loss on the attention of supervised heads.
 
-    targets: `[L, 3]`. loss: the sum, over rows and layers, of -log of the attention that goes to the
-    row's targets.
+    targets: `[L, 3]`. loss: the sum, over rows and layers, of -log of the attention to the row's
+    targets.
     """
 
     def __init__(self, lengths: Sequence[int], targets: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The world's own benchmark: questions about scenes that training never saw, from real files, with exact answers."""
+"""The world's benchmark: questions with exact answers about unseen scenes, from image files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_interleave.evals.task import AnswerFn, Example, Task
 from llava_interleave.journal import Journal, JsonRow
 from llava_interleave.options import unknown
 
-from .data import VIDEO_FRAMES, exam, pictures
+from .data import VIDEO_FRAMES, exam, render
 from .draw import draw, write_video
 from .episodes import FRAMES, LEVELS, SCENARIOS, Episode
 
@@ -24,22 +24,22 @@ ROOM = 20  # tokens of an answer for each frame: the longest tells what is in ev
 
 @dataclass(slots=True)
 class Score:
-    """Right answers of one scenario; `kinds` has right and asked for each kind of question, `wrong` what was missed."""
+    """Correct answers of one scenario; kinds: (correct, count) of each kind of question."""
 
-    right: int = 0
-    asked: int = 0
+    correct: int = 0
+    count: int = 0
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
     wrong: list[tuple[int, str, str, str]] = field(
         default_factory=list
     )  # number, question, truth, answer
 
     @property
-    def share(self) -> float:
-        return self.right / self.asked
+    def accuracy(self) -> float:
+        return self.correct / self.count
 
 
 def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[str, Any]]:
-    """The question as a user asks it: PNG files in order, views with their names, a video as an H.264 file.
+    """The question as a user's message: PNG files, named views, or an H.264 file.
 
     A video that tells more than the frames of training can show says how many are to be looked at.
     """
@@ -55,7 +55,7 @@ def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[s
         ]
     else:
         paths = [folder / f"{name}-{i}.png" for i in range(len(ep.scenes))]
-        for path, image in zip(paths, pictures(ep, SIZE), strict=True):
+        for path, image in zip(paths, render(ep, SIZE), strict=True):
             image.save(path, compress_level=1)
         if ep.names:
             views = dict(zip(ep.names, map(str, paths), strict=True))
@@ -66,7 +66,10 @@ def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[s
 
 
 def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal") -> list[Example]:
-    """`count` questions of a scenario, in the wordings of training or in those kept out of it. Files are drawn when asked."""
+    """`count` questions of a scenario, in training wordings or held-out ones.
+
+    Files are drawn on demand.
+    """
     out = []
     for number in range(count):
         ep, question, text = exam(scenario, number, held_out=held_out, level=LEVELS[level])
@@ -80,17 +83,18 @@ def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal"
                 ),  # type: ignore[misc]
                 question=text,
                 truth=question.answer,
-                scorer=lambda said, question=question: float(question.is_answered(said)),  # type: ignore[misc]
+                scorer=lambda answer, question=question: float(question.is_answered(answer)),  # type: ignore[misc]
             )
         )
     return out
 
 
 class World(Task):
-    """The benchmark as a task: `llava eval recipes.tiny_world.benchmark:World`, with its options by --task-option.
+    """The benchmark as a task: `llava eval recipes.tiny_world.benchmark:World`.
 
-    questions: of each scenario. scenario: single, multi, video, views, or several of them with commas; without it all.
-    level: easy, normal (as in training) or hard (more images, things and frames). held_out: in wordings that training never has.
+    questions: of each scenario. scenario: single, multi, video, views, or several with commas.
+    level: easy, normal (as in training) or hard (more images, things and frames). held_out: in
+    wordings that are held out of training.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class World(Task):
         if level not in LEVELS:
             raise unknown("level", level, LEVELS)
         wordings = "held-out wordings" if held_out else "training wordings"
-        # Training shows FRAMES frames of a video. A level with more says in each question how many are used.
+        # Training shows FRAMES frames of a video; questions of a level with more name their number.
         super().__init__(
             name="world",
             examples=[
@@ -128,8 +132,8 @@ def scored(rows: Sequence[JsonRow]) -> Score:
     score, kinds = Score(), Counter[tuple[str, bool]]()
     for row in rows:
         good = row["score"] == 1.0
-        score.asked += 1
-        score.right += good
+        score.count += 1
+        score.correct += good
         kinds[row["kind"], good] += 1
         if not good:
             score.wrong.append(

@@ -1,6 +1,6 @@
 """Episodes as training samples in the M4-Instruct form, in memory or as files.
 
-`python -m recipes.tiny_world.data FOLDER -n 100` writes samples: annotations.json and the files it names.
+`python -m recipes.tiny_world.data FOLDER -n 100` writes samples: annotations.json and its files.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def placeholders(ep: Episode) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is asked and answered in words; asked: None for a description."""
+    """A question and its answer as texts. source: the question, None for a description."""
 
     question: str
     answer: str
-    asked: Question | None
+    source: Question | None
 
 
 def talk(ep: Episode, rng: Random, *, questions: int, caption: float) -> list[Turn]:
-    """Up to `questions` questions about an episode, and a description with probability `caption`, before or after them."""
+    """Up to `questions` questions about an episode; with probability `caption`, a description."""
     turns = [
         Turn(ask(q, rng), q.full_answer, q)
         for q in rng.sample(ep.questions, min(questions, len(ep.questions)))
@@ -58,25 +58,26 @@ def talk(ep: Episode, rng: Random, *, questions: int, caption: float) -> list[Tu
 def conversation(
     ep: Episode, turns: Sequence[Turn], *, behind: bool = False
 ) -> list[dict[str, str]]:
-    """The same as {"from", "value"}, the episode's pictures before the first question, or behind it."""
-    said = [
+    """The turns in M4-Instruct form, with the images before the first question, or `behind` it."""
+    messages = [
         {"from": who, "value": text}
         for t in turns
         for who, text in (("human", t.question), ("gpt", t.answer))
     ]
-    first = (said[0]["value"], placeholders(ep))
-    said[0]["value"] = "\n".join(first if behind else reversed(first))
-    return said
+    first = (messages[0]["value"], placeholders(ep))
+    messages[0]["value"] = "\n".join(first if behind else reversed(first))
+    return messages
 
 
-def pictures(ep: Episode, size: int) -> list[Image.Image]:
+def render(ep: Episode, size: int) -> list[Image.Image]:
     return [Image.fromarray(draw(scene, size)) for scene in ep.scenes]
 
 
 def exam(
     scenario: str, index: int, *, held_out: bool, level: Level = NORMAL
 ) -> tuple[Episode, Question, str]:
-    """Question `index` of the world's benchmark in a scenario: episode, question, wording. Training never sees its seed."""
+    """Question `index` of the benchmark in a scenario: episode, question, wording; its seed is held
+    out of training."""
     rng = Random(f"exam 2/{scenario}/{index}")
     ep = episode(scenario, rng, level)
     question = rng.choice(ep.questions)
@@ -84,7 +85,7 @@ def exam(
 
 
 def write(folder: Path, count: int, *, size: int = 384, seed: int = 0) -> Path:
-    """`count` samples, the scenarios in turn, as `annotations.json` in the M4-Instruct form, with the files it names."""
+    """`count` samples, scenarios in turn: annotations.json in M4-Instruct form and its files."""
     folder.mkdir(parents=True, exist_ok=True)
     samples: list[dict[str, Any]] = []
     for index in range(count):
@@ -99,7 +100,7 @@ def write(folder: Path, count: int, *, size: int = 384, seed: int = 0) -> Path:
             sample["video"] = f"{name}.mp4"
         else:
             files = [f"{name}-{label}.png" for label in (ep.names or range(1, len(ep.scenes) + 1))]
-            for file, image in zip(files, pictures(ep, size), strict=True):
+            for file, image in zip(files, render(ep, size), strict=True):
                 image.save(folder / file)
             sample["image"] = files
         sample["conversations"] = conversation(ep, talk(ep, rng, questions=4, caption=0.5))

@@ -1,6 +1,6 @@
 """The files of `llava demo`: episodes that neither training nor the benchmark has.
 
-`python -m recipes.tiny_world.demo llava_interleave/demo_files` writes the files that the package ships.
+`python -m recipes.tiny_world.demo llava_interleave/demo_files` writes the package's copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .data import VIDEO_FRAMES, pictures
+from .data import VIDEO_FRAMES, render
 from .draw import draw, write_video
 from .episodes import Episode, episode
 from .questions import ask
@@ -22,7 +22,7 @@ SIZE = 384  # pixels a side of the files
 
 @dataclass(frozen=True, slots=True)
 class Exhibit:
-    """One section: the first episode of `scenario` with as many images and these kinds of questions.
+    """One section: the first episode of `scenario` that has these files and kinds of questions.
 
     chat: the questions follow each other in one conversation.
     """
@@ -91,7 +91,7 @@ def write(folder: Path) -> None:
             times = (i / (VIDEO_FRAMES - 1) for i in range(VIDEO_FRAMES))
             write_video([draw(ep.clip(t), SIZE) for t in times], folder / exhibit.files[0])
             continue
-        for name, image in zip(exhibit.files, pictures(ep, SIZE), strict=True):
+        for name, image in zip(exhibit.files, render(ep, SIZE), strict=True):
             image.save(folder / name)
     entries = json.dumps([entry(exhibit) for exhibit in EXHIBITS], indent=1)
     (folder / "demo.json").write_text(entries + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""Scenes and how they look: flat things on a background, or solid things on a floor seen from one side."""
+"""Scenes as pixels: flat things on a background, or solid things on a floor seen from one side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SOLIDS = ("ball", "cube", "cone")
 DIGITS = "0123456789"
-LETTERS = "ACEFHKLPRTXY"  # none that looks like a digit or like another letter at the size of a few pixels
+LETTERS = "ACEFHKLPRTXY"  # distinct from digits and from each other in a few pixels
 TEXTURES = ("plain", "plain", "stripes", "checks", "dots", "noise")
 
 Pixels = NDArray[np.uint8]
@@ -30,7 +30,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One thing; x, y and radius are in units of the picture's side, y downwards."""
+    """One thing; x, y and radius are in units of the image's side, y downwards."""
 
     kind: str
     colour: str
@@ -73,7 +73,7 @@ class Scene:
 
 @lru_cache(maxsize=4096)
 def stamp(kind: str, radius: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Coverage and shade of a thing, both `[2 * radius, 2 * radius]`, drawn four times as large and averaged."""
+    """Coverage and shade of a thing, `[2 * radius, 2 * radius]`, averaged from 4 times the size."""
     n, over = 2 * radius, 4
     big = n * over
     mask, shade = Image.new("L", (big, big), 0), Image.new("L", (big, big), 200)
@@ -142,7 +142,7 @@ def backdrop(b: Background, size: int) -> NDArray[np.float32]:
 
 
 def draw(scene: Scene, size: int) -> Pixels:
-    """The picture `[size, size, 3]` of a scene."""
+    """The image `[size, size, 3]` of a scene."""
     canvas = backdrop(scene.background, size).copy()
     for thing in scene.things:
         paste(canvas, thing, size)
@@ -159,7 +159,7 @@ def paste(canvas: NDArray[np.float32], thing: Thing, size: int) -> None:
 def place(
     thing: Thing, size: int
 ) -> tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]:
-    """Where a thing lies in a picture of `size`, its coverage and its shade there."""
+    """Position of a thing in an image of `size` pixels, its coverage and its shade there."""
     radius = max(2, round(thing.radius * size))
     left, top = round(thing.x * size) - radius, round(thing.y * size) - radius
     cover, shade = stamp(thing.kind, radius)
@@ -194,10 +194,11 @@ def visible(scene: Scene, size: int = 96) -> list[float]:
 
 
 def patches(scene: Scene, size: int, patch: int) -> list[Thing | None]:
-    """For each patch of a picture, row by row, the thing that it stands for.
+    """For each patch of an image, row by row, the thing that it represents.
 
-    That is the one that covers most of the patch, if it covers three hundredths (a small star covers six). What is hidden but for
-    a fifth is left out; what is not, and covers most of no patch, has one all the same: the nearest that is empty or one of many.
+    It is the thing that covers most of the patch, if it covers 3 % (a small star covers 6 %). A
+    thing of which less than a fifth is visible has no patch. Any other thing that covers most of no patch
+    gets the nearest patch that is empty or one of several of its thing.
     """
     grid = size // patch
     owner = (

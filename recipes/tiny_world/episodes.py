@@ -1,4 +1,4 @@
-"""One episode: the scenes of a sample of some scenario, a dense caption, and everything that can be asked about it."""
+"""Episodes: the scenes of a sample, a dense caption, and all questions about them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ FRAMES = 4
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How much there is to see: a number of an episode is one of those given, all equally likely.
+    """How much there is to see: each number of an episode is drawn uniformly from its tuple.
 
-    things: of a single picture. characters: of a text. before: things of a picture, of which one then changes. pictures: of an
-    album. each: things of one of them, the last only where all have other numbers. actors: things of a video. frames: of a
-    video, looked at. solids: things seen from four sides.
+    things: of a single image. characters: of a text. before: things of an image, of which one then
+    changes. images: of an album. each: things of an album's image, the last number only where all
+    images have different ones. actors: things of a video. frames: of a video that the model gets.
+    solids: things seen from four sides.
     """
 
     things: tuple[int, ...]
     characters: tuple[int, ...]
     before: tuple[int, ...]
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     each: tuple[int, ...]
     actors: tuple[int, ...]
     frames: int
@@ -40,31 +41,43 @@ class Level:
 
 
 NORMAL = Level(
-    things=(1, 2, 2, 3, 3, 4), characters=(1, 2, 3), before=(1, 2, 3), pictures=(2, 3), each=(1, 2, 3, 4),
-    actors=(1, 2, 2, 3), frames=FRAMES, solids=(2, 3, 3, 4),
-)  # fmt: skip
+    things=(1, 2, 2, 3, 3, 4),
+    characters=(1, 2, 3),
+    before=(1, 2, 3),
+    images=(2, 3),
+    each=(1, 2, 3, 4),
+    actors=(1, 2, 2, 3),
+    frames=FRAMES,
+    solids=(2, 3, 3, 4),
+)
 EASY = Level(
     things=(1, 2),
     characters=(1, 2),
     before=(1,),
-    pictures=(2,),
+    images=(2,),
     each=(1, 2),
     actors=(1,),
     frames=FRAMES,
     solids=(2,),
 )
 HARD = Level(
-    things=(5, 6, 7, 8), characters=(4, 5, 6), before=(4, 5), pictures=(4, 5, 6), each=(1, 2, 3, 4, 5, 6, 7),
-    actors=(3,), frames=9, solids=(5, 6),
-)  # fmt: skip
+    things=(5, 6, 7, 8),
+    characters=(4, 5, 6),
+    before=(4, 5),
+    images=(4, 5, 6),
+    each=(1, 2, 3, 4, 5, 6, 7),
+    actors=(3,),
+    frames=9,
+    solids=(5, 6),
+)
 LEVELS = {"easy": EASY, "normal": NORMAL, "hard": HARD}
-"""Training draws the normal one. Easy is the least that it shows; hard more than it ever shows, but for the things of a video,
-which need a row or a column each."""
+"""Training uses `normal`. `easy` has its smallest numbers, `hard` larger ones; only the things of a
+video, which need a row or a column each, are as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """`scenes` are the pictures in order (for a video its frames); `names` are given for views only."""
+    """A sample. scenes: its images in order, or frames. names: of views, else empty."""
 
     scenario: str
     scenes: tuple[Scene, ...]
@@ -161,47 +174,49 @@ def reading(rng: Random, background: Background, level: Level = NORMAL) -> Episo
         in_cell(rng, first + i, rng.choice(DIGITS + LETTERS), rng.choice(list(COLOURS)), True)
         for i in range(n)
     ]
-    asked = [Question("read", " ".join(t.kind for t in things))]
+    questions = [Question("read", " ".join(t.kind for t in things))]
     one = rng.choice(things)
-    asked.append(Question("character_at", one.kind, place=place_of(one)))
-    asked.append(Question("characters", str(n)))
+    questions.append(Question("character_at", one.kind, place=place_of(one)))
+    questions.append(Question("characters", str(n)))
     if t := unique(rng, things, lambda t: t.colour):
-        asked.append(Question("character_of", t.kind, colour=t.colour))
+        questions.append(Question("character_of", t.kind, colour=t.colour))
     if t := unique(rng, things, lambda t: t.kind):
-        asked.append(Question("colour", t.colour, kind=t.kind))
+        questions.append(Question("colour", t.colour, kind=t.kind))
     digits = [t for t in things if t.kind in DIGITS]
     if len(digits) == 1:
-        asked.append(Question("digit", digits[0].kind))
+        questions.append(Question("digit", digits[0].kind))
     if len(things) - len(digits) == 1:
-        asked.append(Question("letter", next(t.kind for t in things if t not in digits)))
-    return Episode("single", (Scene(tuple(things), background),), listing(things), tuple(asked))
+        questions.append(Question("letter", next(t.kind for t in things if t not in digits)))
+    return Episode("single", (Scene(tuple(things), background),), listing(things), tuple(questions))
 
 
 def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
-    """Everything that can be asked about the things of one picture."""
-    asked = []
+    """All questions about the things of one image."""
+    questions = []
     if t := unique(rng, things, lambda t: t.kind):
-        asked.append(Question("colour", t.colour, kind=t.kind, where=where))
+        questions.append(Question("colour", t.colour, kind=t.kind, where=where))
     if t := unique(rng, things, lambda t: t.colour):
-        asked.append(Question("shape", t.kind, colour=t.colour, where=where))
+        questions.append(Question("shape", t.kind, colour=t.colour, where=where))
     if things:
         t = rng.choice(things)
-        asked.append(Question("size", "large" if t.large else "small", thing=t.short, where=where))
+        questions.append(
+            Question("size", "large" if t.large else "small", thing=t.short, where=where)
+        )
         t = rng.choice(things)
-        asked.append(Question("position", place_of(t), thing=t.short, where=where))
+        questions.append(Question("position", place_of(t), thing=t.short, where=where))
     empty = [p for i, p in enumerate(PLACES) if all(cell_of(t) != i for t in things)]
     if things and rng.random() < 0.8:
         t = rng.choice(things)
-        asked.append(Question("at", t.name, place=place_of(t), where=where))
+        questions.append(Question("at", t.name, place=place_of(t), where=where))
     else:
-        asked.append(Question("at", "nothing", place=rng.choice(empty), where=where))
-    asked.append(Question("count", str(len(things)), where=where))
+        questions.append(Question("at", "nothing", place=rng.choice(empty), where=where))
+    questions.append(Question("count", str(len(things)), where=where))
     colour = (
         rng.choice([t.colour for t in things])
         if things and rng.random() < 0.7
         else rng.choice(list(COLOURS))
     )
-    asked.append(
+    questions.append(
         counted(
             "count_colour", [t for t in things if t.colour == colour], colour=colour, where=where
         )
@@ -211,18 +226,18 @@ def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
         if things and rng.random() < 0.7
         else rng.choice(SHAPES)
     )
-    asked.append(
+    questions.append(
         counted("count_shape", [t for t in things if t.kind == kind], kind=kind, where=where)
     )
     if things and rng.random() < 0.5:
-        asked.append(Question("exists", "yes", thing=rng.choice(things).short, where=where))
+        questions.append(Question("exists", "yes", thing=rng.choice(things).short, where=where))
     else:
         pair = next(
             p
             for p in iter(lambda: lots(rng, 1)[0], None)
             if all((t.kind, t.colour) != p for t in things)
         )
-        asked.append(Question("exists", "no", thing=f"{pair[1]} {pair[0]}", where=where))
+        questions.append(Question("exists", "no", thing=f"{pair[1]} {pair[0]}", where=where))
     if len(things) >= 2:
         a, b = rng.sample(things, 2)
         axis = rng.choice(
@@ -233,16 +248,16 @@ def about(rng: Random, things: list[Thing], where: str = "") -> list[Question]:
         claim = rng.choice([word, opposite])
         because = f"{place_of(a)} and {place_of(b)}, {word if before else opposite}"
         answer = "yes" if (claim == word) == before else "no"
-        asked.append(
+        questions.append(
             Question("relation", answer, because, a=a.short, b=b.short, relation=claim, where=where)
         )
-    return asked
+    return questions
 
 
-def counted(about: str, found: list[Thing], **slots: str) -> Question:
+def counted(about: str, things: list[Thing], **slots: str) -> Question:
     """How many there are, after their places."""
     return Question(
-        about, str(len(found)), ", ".join(place_of(t) for t in reading_order(found)), **slots
+        about, str(len(things)), ", ".join(place_of(t) for t in reading_order(things)), **slots
     )
 
 
@@ -288,7 +303,7 @@ def change(rng: Random, things: list[Thing]) -> tuple[list[Thing], str]:
 def changed(rng: Random, level: Level) -> Episode:
     background = Background.sample(rng)
     before = scatter(rng, rng.choice(level.before))
-    after, told = change(rng, before)
+    after, change_text = change(rng, before)
     here, there = ({cell_of(t): t.name for t in things} for things in (before, after))
     pairs = [
         (PLACES[c], here.get(c, "nothing"), there.get(c, "nothing"))
@@ -298,15 +313,15 @@ def changed(rng: Random, level: Level) -> Episode:
         f"{place} {one} and {other} {'same' if one == other else 'different'}"
         for place, one, other in pairs
     )
-    asked = [Question("changed", told, ", ".join(both))] * 2
-    pictures = [before, reading_order(after)]
-    asked += [same_at(rng, *pictures), same_at(rng, *pictures), *between(rng, pictures)]
-    scenes = tuple(Scene(tuple(things), background) for things in pictures)
-    return Episode("multi", scenes, caption_of(pictures) + f" {told}.", tuple(asked))
+    questions = [Question("changed", change_text, ", ".join(both))] * 2
+    images = [before, reading_order(after)]
+    questions += [same_at(rng, *images), same_at(rng, *images), *between(rng, images)]
+    scenes = tuple(Scene(tuple(things), background) for things in images)
+    return Episode("multi", scenes, caption_of(images) + f" {change_text}.", tuple(questions))
 
 
 def same_at(rng: Random, before: list[Thing], after: list[Thing]) -> Question:
-    """Whether a place looks the same in two pictures: half the time, if anything changed, one that does not."""
+    """Whether a place looks the same in two images; half of the time a changed one, if any."""
     here, there = ({place_of(t): t.name for t in things} for things in (before, after))
     differ = [p for p in PLACES if here.get(p) != there.get(p)]
     same = [p for p in PLACES if p in here and p not in differ] or [
@@ -318,64 +333,64 @@ def same_at(rng: Random, before: list[Thing], after: list[Thing]) -> Question:
 
 
 def album(rng: Random, level: Level) -> Episode:
-    n = rng.choice(level.pictures)
+    n = rng.choice(level.images)
     counts = (
         rng.sample(level.each, n)
         if rng.random() < 0.6
         else [rng.choice(level.each[:-1]) for _ in range(n)]
     )
-    pictures = [scatter(rng, count) for count in counts]
-    asked = between(rng, pictures)
+    images = [scatter(rng, count) for count in counts]
+    questions = between(rng, images)
     if len(set(counts)) == n:
         order = sorted(range(n), key=lambda i: counts[i])
         if rng.random() < 0.5:
-            asked.append(
+            questions.append(
                 Question(
                     "order_up", ", ".join(str(i + 1) for i in order), ", ".join(map(str, counts))
                 )
             )
         else:
-            asked.append(
+            questions.append(
                 Question(
                     "order_down",
                     ", ".join(str(i + 1) for i in reversed(order)),
                     ", ".join(map(str, counts)),
                 )
             )
-    scenes = tuple(Scene(tuple(things), Background.sample(rng)) for things in pictures)
-    return Episode("multi", scenes, caption_of(pictures), tuple(asked))
+    scenes = tuple(Scene(tuple(things), Background.sample(rng)) for things in images)
+    return Episode("multi", scenes, caption_of(images), tuple(questions))
 
 
-def caption_of(pictures: list[list[Thing]]) -> str:
-    return " ".join(f"image {i}: {listing(things)}" for i, things in enumerate(pictures, 1))
+def caption_of(images: list[list[Thing]]) -> str:
+    return " ".join(f"image {i}: {listing(things)}" for i, things in enumerate(images, 1))
 
 
-def between(rng: Random, pictures: list[list[Thing]]) -> list[Question]:
-    """Questions that need several pictures, or the right one of them."""
-    asked = []
-    names = [t.short for things in pictures for t in things]
+def between(rng: Random, images: list[list[Thing]]) -> list[Question]:
+    """Questions about several images, or about one of them by its number."""
+    questions = []
+    names = [t.short for things in images for t in things]
     alone = [name for name in names if names.count(name) == 1]
     for name in rng.sample(alone, k=min(2, len(alone))):
-        index = next(i for i, things in enumerate(pictures) if any(t.short == name for t in things))
-        asked.append(Question("which", f"image {index + 1}", thing=name))
-    counts = [len(things) for things in pictures]
+        index = next(i for i, things in enumerate(images) if any(t.short == name for t in things))
+        questions.append(Question("which", f"image {index + 1}", thing=name))
+    counts = [len(things) for things in images]
     tally = ", ".join(map(str, counts))
     if counts.count(max(counts)) == 1:
-        asked.append(Question("most", f"image {counts.index(max(counts)) + 1}", tally))
+        questions.append(Question("most", f"image {counts.index(max(counts)) + 1}", tally))
     if counts.count(min(counts)) == 1:
-        asked.append(Question("fewest", f"image {counts.index(min(counts)) + 1}", tally))
-    if len(pictures) == 2:
-        asked.append(
+        questions.append(Question("fewest", f"image {counts.index(min(counts)) + 1}", tally))
+    if len(images) == 2:
+        questions.append(
             Question(
                 "same_count",
                 "yes" if counts[0] == counts[1] else "no",
                 f"{counts[0]} and {counts[1]}",
             )
         )
-    asked.append(Question("images", str(len(pictures))))
-    index = rng.randrange(len(pictures))
-    asked += rng.sample(about(rng, pictures[index], where=f"image {index + 1}"), 2)
-    return asked
+    questions.append(Question("images", str(len(images))))
+    index = rng.randrange(len(images))
+    questions += rng.sample(about(rng, images[index], where=f"image {index + 1}"), 2)
+    return questions
 
 
 # --- video ---
@@ -427,12 +442,12 @@ def video(rng: Random, level: Level) -> Episode:
             "nothing",
         )
         story.append(f"frame {i + 1}: {listed}" + f"; {now}" * (i > 0))
-    asked: list[Question] = []
+    questions: list[Question] = []
     for a in actors:
-        asked.append(Question("event", a.event, a.course, thing=a.thing.short))
+        questions.append(Question("event", a.event, a.course, thing=a.thing.short))
         if a.act in ("fast", "slow"):
-            asked.append(Question("direction", a.direction, a.course, thing=a.thing.short))
-            asked.append(
+            questions.append(Question("direction", a.direction, a.course, thing=a.thing.short))
+            questions.append(
                 Question(
                     "speed", "fast" if a.act == "fast" else "slowly", a.course, thing=a.thing.short
                 )
@@ -442,7 +457,7 @@ def video(rng: Random, level: Level) -> Episode:
         pair = rng.sample([movers["fast"], movers["slow"]], 2)
         because = "; ".join(f"{a.thing.short} {a.course}" for a in pair)
         for about, act in (("faster", "fast"), ("slower", "slow")):
-            asked.append(
+            questions.append(
                 Question(
                     about,
                     f"the {movers[act].thing.short}",
@@ -454,13 +469,15 @@ def video(rng: Random, level: Level) -> Episode:
     for act in ("appears", "disappears"):
         who = [a for a in actors if a.act == act]
         if len(who) == 1:
-            asked.append(Question(act, f"the {who[0].thing.short}", courses))
+            questions.append(Question(act, f"the {who[0].thing.short}", courses))
         if len(who) == 2:
             first_, second = sorted(who, key=lambda a: a.time)
-            asked.append(Question(f"first_{act}", f"the {first_.thing.short}", ". ".join(story)))
-            asked.append(Question(f"last_{act}", f"the {second.thing.short}", ". ".join(story)))
+            questions.append(
+                Question(f"first_{act}", f"the {first_.thing.short}", ". ".join(story))
+            )
+            questions.append(Question(f"last_{act}", f"the {second.thing.short}", ". ".join(story)))
     if len(happenings) >= 2:
-        asked += [
+        questions += [
             Question(
                 "order_events",
                 ", then ".join(f"the {a.thing.short}" for a in happenings),
@@ -468,13 +485,13 @@ def video(rng: Random, level: Level) -> Episode:
             )
         ] * 2
     moving = reading_order([a.thing for a in actors if a.act in ("fast", "slow")])
-    asked.append(Question("moving", str(len(moving)), ", ".join(t.short for t in moving)))
+    questions.append(Question("moving", str(len(moving)), ", ".join(t.short for t in moving)))
     still = [a for a in actors if a.act == "still"]
     if len(still) == 1:
-        asked.append(Question("still", f"the {still[0].thing.short}", courses))
-    told = " ".join(f"{a.thing.short}: {a.course}: {a.event}." for a in actors)
+        questions.append(Question("still", f"the {still[0].thing.short}", courses))
+    events = " ".join(f"{a.thing.short}: {a.course}: {a.event}." for a in actors)
     listed = f"first: {listing(list(scenes[0].things))} last: {listing(list(scenes[-1].things))}"
-    return Episode("video", scenes, f"{listed} {told}", tuple(asked), clip=clip)
+    return Episode("video", scenes, f"{listed} {events}", tuple(questions), clip=clip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,7 +540,7 @@ class Actor:
 
 
 def seen_from(side: str, i: int, j: int) -> tuple[int, int]:
-    """Column from left to right and depth from near to far, as seen from a side; (i, j) are those from the front."""
+    """Column (left to right) and depth (near to far) from a side; (i, j) are the front's."""
     return {"front": (i, j), "right": (j, 2 - i), "back": (2 - i, 2 - j), "left": (2 - j, i)}[side]
 
 
@@ -538,13 +555,13 @@ SCALES, BASES = (1.0, 0.82, 0.67), (0.92, 0.78, 0.67)  # of what is near, halfwa
 
 
 def stands(thing: Thing) -> tuple[int, int]:
-    """Column and depth of a solid thing in a picture."""
+    """Column and depth of a solid thing in an image."""
     depth = min(range(3), key=lambda d: abs(thing.y + thing.radius - BASES[d]))
     return round((thing.x - 0.5) / 0.33 / SCALES[depth]) + 1, depth
 
 
 def look(side: str, floor: list[tuple[int, int, Thing]], background: Background) -> Scene:
-    """The picture from one side: what is farther is smaller, higher and painted first."""
+    """The image from one side: farther things are smaller, higher and painted first."""
     placed = []
     for i, j, thing in floor:
         column, depth = seen_from(side, i, j)
@@ -583,7 +600,7 @@ def views(rng: Random, level: Level) -> Episode:
     ]
     scenes = tuple(look(side, floor, background) for side in SIDES)
     everything = ", ".join(t.short for _, _, t in sorted(floor, key=lambda p: p[:2]))
-    asked = [Question("total", str(n), everything)] * 2
+    questions = [Question("total", str(n), everything)] * 2
     shown: dict[str, str] = {}
     for side, scene in zip(SIDES, scenes, strict=True):
         shares = visible(scene)
@@ -599,17 +616,17 @@ def views(rng: Random, level: Level) -> Episode:
         )
         if len(hidden) <= 1 and len(clear) + len(hidden) == n:
             listed = ", ".join(t.short for t in clear_spots.values())
-            asked.append(
+            questions.append(
                 Question(
                     "hidden", f"the {hidden[0].short}" if hidden else "nothing", listed, side=side
                 )
             )
-            asked.append(Question("seen", str(n - len(hidden)), listed, side=side))
+            questions.append(Question("seen", str(n - len(hidden)), listed, side=side))
         (column, depth), t = rng.choice(list(by_spot.items()))
         lined = ", ".join(f"{DEPTHS[d]} {by_spot[c, d].short}" for c, d in by_spot if c == column)
         farther = [by_spot[column, d] for d in range(depth + 1, 3) if (column, d) in by_spot]
         nearer = [by_spot[column, d] for d in range(depth - 1, -1, -1) if (column, d) in by_spot]
-        asked.append(
+        questions.append(
             Question(
                 "behind",
                 f"the {farther[0].short}" if farther else "nothing",
@@ -618,7 +635,7 @@ def views(rng: Random, level: Level) -> Episode:
                 side=side,
             )
         )
-        asked.append(
+        questions.append(
             Question(
                 "in_front",
                 f"the {nearer[0].short}" if nearer else "nothing",
@@ -631,7 +648,7 @@ def views(rng: Random, level: Level) -> Episode:
         a, b = rng.sample(list(columns), 2)
         if columns[a] != columns[b]:
             because = " and ".join(f"{COLUMNS[columns[name]]} {name}" for name in (a, b))
-            asked.append(
+            questions.append(
                 Question(
                     "side_of",
                     "left" if columns[a] < columns[b] else "right",
@@ -642,15 +659,15 @@ def views(rng: Random, level: Level) -> Episode:
                 )
             )
     t = rng.choice(floor)[2]
-    asked.append(Question("colour", t.colour, kind=t.kind)) if sum(
+    questions.append(Question("colour", t.colour, kind=t.kind)) if sum(
         o.kind == t.kind for _, _, o in floor
     ) == 1 else None
-    asked.append(Question("shape", t.kind, colour=t.colour))
-    rng.shuffle(asked)
+    questions.append(Question("shape", t.kind, colour=t.colour))
+    rng.shuffle(questions)
     return Episode(
         "views",
         scenes,
         " ".join(f"{side}: {shown[side]}" for side in SIDES),
-        tuple(asked),
+        tuple(questions),
         names=SIDES,
     )

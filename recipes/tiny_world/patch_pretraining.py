@@ -101,9 +101,9 @@ class PatchNamingLoss:
     def calibrate(self, model: Llava, batch: LabeledPatches) -> None:
         """Scale tower and projector so that features of things are as large as their targets.
 
-        Layers normalize their inputs, so a trained tower's residual stream and features may have any
-        size. Unscaled they are hundreds of times as large as embeddings, and what the decoder adds
-        to them is lost. Directions stay the same.
+        Layers normalize their inputs, so a trained tower's residual stream and features may have
+        any size. Unscaled they are hundreds of times as large as embeddings, and the decoder's
+        additions to them are lost. Directions stay the same.
         """
         size = model.vision_tower(batch.pixels).square().mean().sqrt()
         tower = model.vision_tower

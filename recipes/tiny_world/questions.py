@@ -1,4 +1,4 @@
-"""What can be asked, in many wordings, a part of which is kept out of training."""
+"""Questions and their wordings; some wordings are held out of training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from random import Random
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about an episode with its exact answer; the other fields fill the wording's slots.
+    """A question about an episode with its exact answer; the other fields fill slots of a wording.
 
-    because: what the answer follows from, told before it: a network that has written down what it looked up need not compare what
-        it has not (Wei et al. 2022, arXiv 2201.11903).
+    because: the reasons, written before the answer: a network that has written down what it looked
+        up can compare it (chain of thought; Wei et al. 2022, arXiv 2201.11903).
     """
 
     about: str
@@ -30,11 +30,14 @@ class Question:
 
     @property
     def full_answer(self) -> str:
-        """The answer, after what it follows from."""
+        """The reasons, then the answer."""
         return f"{self.because}: {self.answer}" if self.because else self.answer
 
     def is_answered(self, text: str) -> bool:
-        """Whether `text` gives the answer: what comes before its last colon, capitals and a full stop do not matter."""
+        """Whether `text` gives the answer.
+
+        Reasons before its last colon, capitals and a full stop do not matter.
+        """
         return text.rpartition(":")[2].strip().rstrip(".").lower() == self.answer.lower()
 
 
@@ -44,7 +47,8 @@ def ask(question: Question, rng: Random, *, held_out: bool = False) -> str:
     text = re.sub(r"\[([^][]*)\]", lambda m: rng.choice(m[1].split("|")), wording)
     inside, at = (f" in {question.where}", f"In {question.where}, ") if question.where else ("", "")
     text = text.format(
-        kind=question.kind, colour=question.colour, thing=question.thing, place=question.place, relation=question.relation,
+        kind=question.kind, colour=question.colour, thing=question.thing, place=question.place,
+        relation=question.relation,
         side=question.side, a=question.a, b=question.b, where=inside,
     )  # fmt: skip
     if at and " in image" not in text:
@@ -210,7 +214,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Is the {place} the same in [both|the two] [images|pictures]?",
         "Do [both|the two] [images|pictures] [show|have] the same [at|in] the {place}?",
         "Compare the {place}: is it the same in [both|the two] [images|pictures]?",
-        "Is [the same thing|the same object|the same] [at|in] the {place} in [both|the two] [images|pictures]?",
+        "Is [the same thing|the same object|the same] [at|in] the {place} in [both|the two] "
+        "[images|pictures]?",
     ),
     "images": (
         "How many [images|pictures] are there?",

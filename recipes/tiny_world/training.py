@@ -36,7 +36,7 @@ from .attention_supervision import (
     collate,
     with_targets,
 )
-from .data import conversation, pictures, talk
+from .data import conversation, render, talk
 from .episodes import FRAMES, NORMAL, SCENARIOS, changed, episode
 from .packing import PackedDataset, batches
 from .questions import ask
@@ -96,8 +96,9 @@ WINDOW = 128  # samples that are packed together
 class Lesson:
     """`samples` in a row, drawn from `scenarios`.
 
-    questions: at most, of a sample. caption: fraction with a description. hard: fraction with `HARD`
-    questions only. comparison: fraction with two images and one question about their difference.
+    questions: at most, of a sample. caption: fraction with a description. hard: fraction with
+    `HARD` questions only. comparison: fraction with two images and one question about their
+    difference.
     """
 
     samples: float
@@ -109,13 +110,14 @@ class Lesson:
 
 
 HARD = (
-    "changed", "same_at", "order_up", "order_down", "order_events", "still", "moving", "appears", "disappears",
-    "first_appears", "last_appears", "first_disappears", "last_disappears", "faster", "slower", "seen", "hidden", "behind",
-    "in_front", "side_of", "total", "count_shape", "count_colour",
+    "changed", "same_at", "order_up", "order_down", "order_events", "still", "moving", "appears",
+    "disappears", "first_appears", "last_appears", "first_disappears", "last_disappears",
+    "faster", "slower", "seen", "hidden", "behind", "in_front", "side_of", "total",
+    "count_shape", "count_colour",
 )  # fmt: skip
 DESCRIBING = (Lesson(2000, ("single",), 1, 1.0), Lesson(math.inf, SCENARIOS, 3, 1.0))
-# Questions about one image are also asked about several, and about the frames of a video: mixing all
-# scenarios from the start is learnt far slower.
+# Questions about one image are also asked about several, and about the frames of a video: a mix of
+# all scenarios from the start is learnt far slower.
 PRACTISING = (
     Lesson(6000, ("single",), 6, 0.1),
     Lesson(7000, ("single", "multi", "multi"), 6, 0.1),
@@ -125,8 +127,8 @@ PRACTISING = (
 SHARPENING = (
     Lesson(math.inf, ("single", *("multi",) * 4, *("video",) * 3, "views"), 6, 0.03, 0.65),
 )
-# In a conversation the first answer says whether anything differs, and later answers repeat it: only
-# first answers teach comparison.
+# In a conversation the first answer says whether anything differs, and later answers repeat it:
+# only first answers teach comparison.
 COMPARING = (Lesson(math.inf, ("single", *("multi", "video", "views") * 2), 6, 0.03, 0.5, 0.45),)
 
 
@@ -161,7 +163,7 @@ class WorldExamples:
             )
         turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
         # Some images are resized, as images from files are.
-        images = pictures(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))
+        images = render(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))
         sample = {"conversations": conversation(ep, turns), "video" if ep.clip else "image": images}
         processor = formats.processor(self.folder)
         prompt = processor.example(*formats.messages(sample, Path()))
@@ -184,7 +186,7 @@ def world_texts(count: int) -> Iterator[str]:
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Matrices scaled by their inputs, 0 those that write to the decoder's residual stream, norms 1,
+    """Matrices scaled by their inputs (0 if they write to the decoder's residual stream), norms 1,
     biases 0."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import random_tensor
 from recipes.tiny_world import SCENARIOS
-from recipes.tiny_world.data import exam, pictures
+from recipes.tiny_world.data import exam, render
 
 ERRORS = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 """How far features and logits may be from float32 on the CPU, as a share of their size: some roundings of the type."""
@@ -117,7 +117,7 @@ def questions() -> Questions:
     found = []
     for number, scenario in enumerate([*SCENARIOS, *SCENARIOS]):
         seen, _, text = exam(scenario, 2000 + number, held_out=False)
-        parts = [{"type": "image", "image": picture} for picture in pictures(seen, 200)]
+        parts = [{"type": "image", "image": picture} for picture in render(seen, 200)]
         found.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
     return found
 
