@@ -77,6 +77,7 @@ def write(path: Path, samples: list[dict[str, Any]]) -> Path:
     return path
 
 
+USER, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Noise."}
 GOOD = llava_sample("good", "<image>\nWhat is it?", "Noise.", image="a.png")
 FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
     (GOOD, [], ""),
@@ -106,6 +107,32 @@ FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
     (llava_sample("silent", "<image> What?", " \n", image="a.png"), ["empty"], "turn 2 of sample silent .* its text is empty"),
     (llava_sample("picture alone", "What?", "<image>", image="a.png"), ["empty", "roles"], "turn 2"),
     (llava_sample("asks nothing", " ", "b"), ["empty"], "turn 1"),
+    (llava_sample("slip", "What?", "x", imgaes=["a.png"]), ["form"], "`imgaes`: it is not read; did you mean `images`"),
+    (llava_sample("another key", "What?", "x", image_2="a.png"), ["form"], "`image_2`: it is not read: name it"),
+    (llava_sample("kto", "What?", "x", kto_tag=False), ["form"], "`kto_tag`: KTO is not supported"),
+    (llava_sample("label", "What?", "x", label=True), ["form"], "`label`: KTO is not supported"),
+    (llava_sample("sound", "What?", "x", audios=["a.wav"]), ["form"], "`audios`: there is no audio encoder"),
+    (llava_sample("history", "What?", "x", history=[["a", "b"]]), ["form"], "`history` next to its messages"),
+    (llava_sample("weight", "What?", "x", weight=0.5), ["form"], "`weight`: samples have no weights"),
+    (llava_sample("left out", "What?", "x", loss=False), ["form"], "`loss`: leave the sample out"),
+    (llava_sample("tools", "What?", "x", tools=[{"name": "f"}]), ["form"], "tool calls are not supported"),
+    (llava_sample("two systems", "What?", "x", system="a") | {"messages": None, "conversations": [
+        {"from": "system", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
+        ["form"], "`system` and another system message"),
+    ({"id": "half", "messages": [USER, {**ANSWER, "weight": 0.5}]}, ["form"], "turn 2 .* `weight` 0.5: it may be 0 or 1"),
+    ({"id": "on a question", "messages": [{**USER, "train": True}, ANSWER]}, ["form"], "only answers are trained on"),
+    ({"id": "no loss", "messages": [USER, {**ANSWER, "loss": False}]}, ["roles"], "no answer with loss"),
+    ({"id": "thinks", "messages": [USER, {**ANSWER, "reasoning_content": "Hm."}]}, ["form"], "`reasoning_content`: reasoning"),
+    ({"id": "own images", "messages": [{**USER, "images": ["a.png"]}, ANSWER]}, ["form"], "turn 1 .* `images`: name images as"),
+    ({"id": "a number", "messages": [USER, ANSWER], "images": [5]}, ["form"], "has 5 among its media"),
+    ({"id": "an object", "messages": [USER, {"role": "assistant", "content": {"a": 1}}]}, ["form", "roles"], "turn 2 .* a text"),
+    ({"id": "a list", "messages": [USER, {"role": "assistant", "content": [["x"]]}]}, ["empty", "form"], "part 1 of message 2"),
+    ({"id": "truth", "messages": [USER, {"role": "assistant", "content": True}]}, ["form", "roles"], "its text is True"),
+    ({"id": "a string", "messages": "[]"}, ["form"], "no list of messages"),
+    ({"id": "prompt alone", "prompt": "What?"}, ["form"], "a `prompt` without a `completion`"),
+    ({"id": "broken history", "query": "a", "response": "b", "history": ["c"]}, ["form"], "not a list of \\[question, answer\\]"),
+    ({"id": "beyond", "images": ["a.png"], "messages": [
+        {"role": "user", "content": [{"type": "image", "index": -1}]}, ANSWER]}, ["placeholders"], "`index` beyond its 1 images"),
 ]  # fmt: skip
 
 
@@ -120,6 +147,108 @@ def test_every_fault_is_found_and_names_its_sample(
     assert all(f"sample {sample['id']}" in fault.text for fault in found.faults)
     assert not kinds or re.search(text, " | ".join(fault.text for fault in found.faults))
     assert found.error == bool(kinds)
+
+
+IMAGE_PARTS = [{"type": "image"}, {"type": "text", "text": "What?"}]
+EARLIER = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+SAME: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "TRL, texts": ({"prompt": "What?", "completion": "4"}, [USER, {**ANSWER, "content": "4"}]),
+    "TRL, messages, the earlier answer without loss": (
+        {"prompt": [*EARLIER, USER], "completion": [ANSWER]},
+        [EARLIER[0], {**EARLIER[1], "loss": False}, USER, ANSWER],
+    ),
+    "TRL, images without a place": (
+        {"prompt": "What?", "completion": "Noise.", "images": ["a.png"]},
+        [{**USER, "content": IMAGE_PARTS}, ANSWER],
+    ),
+    "messages, images without a place": (
+        {"messages": [USER, ANSWER], "images": ["a.png"]},
+        [{**USER, "content": IMAGE_PARTS}, ANSWER],
+    ),
+    "LLaMA-Factory, alpaca": (
+        {"instruction": "What", "input": "is it?", "output": 4, "history": [["Who?", "Me."]]},
+        [*EARLIER, {**USER, "content": "What\nis it?"}, {**ANSWER, "content": "4"}],
+    ),
+    "ms-swift, query": (
+        {"query": "What?", "response": "Noise.", "history": [["Who?", "Me."]], "system": "S"},
+        [{"role": "system", "content": "S"}, *EARLIER, USER, ANSWER],
+    ),
+    "LLaMA-Factory, a system column": (
+        {"conversations": [USER, ANSWER], "system": "S", "tools": "", "audios": []},
+        [{"role": "system", "content": "S"}, USER, ANSWER],
+    ),
+    "ms-swift, loss": (
+        {"messages": [EARLIER[0], {**EARLIER[1], "loss": False}, USER, {**ANSWER, "loss": True}]},
+        [EARLIER[0], {**EARLIER[1], "loss": False}, USER, ANSWER],
+    ),
+    "axolotl, train": (
+        {
+            "messages": [
+                EARLIER[0],
+                {**EARLIER[1], "train": False},
+                {**USER, "train": False},
+                ANSWER,
+            ]
+        },
+        [EARLIER[0], {**EARLIER[1], "loss": False}, USER, ANSWER],
+    ),
+    "OpenAI, weight": (
+        {"messages": [EARLIER[0], {**EARLIER[1], "weight": 0}, USER, {**ANSWER, "weight": 1}]},
+        [EARLIER[0], {**EARLIER[1], "loss": False}, USER, ANSWER],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_forms_of_other_trainers_become_the_same_messages(form: str, media: Path) -> None:
+    sample, want = SAME[form]
+    messages, found = formats.messages(sample, media)
+    assert messages == want
+    assert found == ([media / "a.png"] if "images" in sample else [])
+
+
+def test_an_answer_without_loss_is_read_and_not_learnt(model: Path) -> None:
+    processor = Processor.from_folder(model)
+    messages, _ = formats.messages(SAME["ms-swift, loss"][0], Path())
+    prompt, plain = (
+        processor.example([*messages[:1], {**messages[1], "loss": loss}, *messages[2:]])
+        for loss in (False, True)
+    )
+    assert prompt.tokens == plain.tokens
+
+    def learnt(mask: list[bool] | None) -> str:
+        tokens = [t for t, flag in zip(prompt.tokens, mask or [], strict=True) if flag]
+        return processor.tokenizer.decode(tokens, skip_special=False)
+
+    assert learnt(prompt.loss_mask) == "Noise.<|im_end|>"
+    assert learnt(plain.loss_mask) == "Me.<|im_end|>Noise.<|im_end|>"
+
+
+def test_videos_are_named_in_texts(media: Path) -> None:
+    sample = llava_sample("v", "<video> and <image>?", "x", images=["a.png"], videos=["film.mp4"])
+    messages, found = formats.messages(sample, media)
+    assert [part["type"] for part in messages[0]["content"]] == ["video", "text", "image", "text"]
+    assert found == [media / "film.mp4", media / "a.png"]
+    (one,) = validate([datasets.RawSample(sample, media, "v", "set")])
+    assert not one.faults
+
+
+def test_paths_of_index_parts_are_rooted_once(monkeypatch: pytest.MonkeyPatch, media: Path) -> None:
+    """With a relative folder of media a path had it twice."""
+    monkeypatch.chdir(media.parent)
+    part = {"type": "image", "index": 0, "text": None}
+    sample = {"images": ["a.png"], "messages": [{"role": "user", "content": [part]}, ANSWER]}
+    (found,) = validate([datasets.RawSample(sample, Path(media.name), "x", "set")])
+    assert not found.faults
+
+
+def test_keys_that_are_not_read_are_listed_once_a_data_set() -> None:
+    rows = [
+        datasets.RawSample({**sample, "messages": [USER, ANSWER]}, Path(), str(i), "set")
+        for i, sample in enumerate([{"score": 1, "id": "x", "source": "y"}, {"score": 2}])
+    ]
+    keys = [[f.text for f in one.faults if f.kind == "keys"] for one in validate(rows)]
+    assert keys == [["sample 0 and maybe others of set have keys that are not read: score"], []]
 
 
 def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None:
@@ -200,7 +329,7 @@ def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path)
     )
     with pytest.raises(ValueError, match="name one with -m"):
         raise llava("data", "check", path, "--tokens", 9).exception or AssertionError
-    with pytest.raises(ValueError, match="--seed is for .yaml"):
+    with pytest.raises(ValueError, match=r"--seed is for \.yaml"):
         raise llava("data", "check", path, "--seed", 1).exception or AssertionError
 
 
@@ -326,7 +455,7 @@ CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("missing", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "n.png"}]}, TOLD]}, [], "media"),
     ("empty parts", {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}],
         "images": ["a.png"]}, [], "empty"),
-    ("weight", {"messages": [{"role": "user", "content": "a"}, {**TOLD, "weight": 0}]}, [], "form"),
+    ("weight", {"messages": [{"role": "user", "content": "a"}, {**TOLD, "weight": 2}]}, [], "form"),
     ("tools", {"messages": [{"role": "user", "content": "a"}, TOLD], "tools": [{"type": "function"}]}, [], "form"),
     ("unknown part", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, TOLD]}, [], "form"),
 ]  # fmt: skip
@@ -587,7 +716,7 @@ def test_the_documentation_runs_and_its_forms_are_read(
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     files = re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(files) == 6
+    assert len(files) == 7
     for name, text in files:
         (tmp_path / name).write_text(text)
         for picture in re.findall(r'"(\w+\.png)"', text):

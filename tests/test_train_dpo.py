@@ -183,6 +183,13 @@ FORMS: dict[str, dict[str, Any]] = {
         "id": "v", "video": "a.png", "prompt": "<video>\nWho?", "answer": "x", "chosen": "A cat.", "rejected": "A dog.",
         "chosen_score": 5, "rejected_score": 1,
     },
+    "LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "<image>\nWho?"}], "chosen": {"from": "gpt", "value": "A cat."},
+        "rejected": {"from": "gpt", "value": "A dog."}, "images": ["a.png"],
+    },
+    "ms-swift": {"messages": [QUESTION, YES], "rejected_response": "A dog.", "images": ["a.png"]},
+    "ms-swift, messages": {"messages": [QUESTION, YES], "rejected_messages": [QUESTION, NO], "images": ["a.png"]},
+    "both whole, the prompt again": {"prompt": "<image>\nWho?", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO], "images": ["a.png"]},
     "RLAIF-V": {"question": "Who?", "chosen": "A cat.", "rejected": "A dog.", "image": "a.png", "ds_name": "x"},
     "RLHF-V": {"text": json.dumps({"question": "Who?", "chosen": "A cat.", "rejected": "A dog."}), "image_path": "a.png"},
 }  # fmt: skip
@@ -229,6 +236,18 @@ def test_pairs_that_are_none_are_refused_by_name(
         dpo=DPOConfig(),
     )
     refused([pair | {"prompt": None}], "sample pair, chosen begins with an answer", dpo=DPOConfig())
+    refused([pair | {"chosen": [YES, 2]}], "turn 3 of sample pair, chosen", dpo=DPOConfig())
+    refused(
+        [pair | {"chosen": {}, "rejected": [[]]}], "turn 2 of sample pair, chosen", dpo=DPOConfig()
+    )
+    refused(
+        [{"id": "one", "chosen": [YES], "rejected": [NO]}], "one, chosen begins", dpo=DPOConfig()
+    )
+    refused(
+        [pair | {"chosen": [{**YES, "loss": False}]}],
+        "sample pair, chosen has no answer with loss",
+        dpo=DPOConfig(),
+    )
     (tmp_path / "b.json").write_text(json.dumps([pair]))
     (unit,) = units(tmp_path / "b.json", folder)
     refused(

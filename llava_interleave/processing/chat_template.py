@@ -59,10 +59,11 @@ ContentParts = list[MediaPlaceholder | TextPieces]
 
 @dataclass(slots=True)
 class Turn:
-    """One message."""
+    """One message; `loss`: whether an answer is in the loss mask."""
 
     role: str
     parts: ContentParts
+    loss: bool = True
 
 
 @dataclass(slots=True)
@@ -85,6 +86,8 @@ class Rendered:
 def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[Turn]:
     """Read messages of the forms of transformers and of OpenAI.
 
+    A message may have `"loss": False`, for training: its answer carries no loss.
+
     frames: the sampling of videos whose part does not say it. Raises PromptError for anything
     unknown, naming it.
     """
@@ -98,18 +101,18 @@ def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[
 
 
 def _turn(message: Mapping[str, Any], where: str, frames: FrameSampling) -> Turn:
-    _check_keys(message, where, needed=("role", "content"))
-    role, content = message["role"], message["content"]
+    _check_keys(message, where, needed=("role", "content"), allowed=("loss",))
+    role, content, loss = message["role"], message["content"], message.get("loss", True)
     if role not in ROLES:
         raise PromptError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
     if isinstance(content, str):
-        return Turn(role, [_text(content)])
+        return Turn(role, [_text(content)], loss)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise PromptError(
             f"{where} has a content of type {type(content).__name__}; it must be a text or a list "
             "of parts"
         )
-    turn = Turn(role, [])
+    turn = Turn(role, [], loss)
     for i, part in enumerate(content):
         turn.parts += _part(part, f"part {i + 1} of {where}", frames)
     return turn
@@ -271,12 +274,14 @@ def render(
     """
     if system is not None and not any(turn.role == "system" for turn in turns):
         turns = [Turn("system", [[system]]), *turns]
-    turns = [Turn(turn.role, _noted(turn.parts, notes)) for turn in turns] if notes else turns
+    if notes:
+        turns = [replace(turn, parts=_noted(turn.parts, notes)) for turn in turns]
     if preset == "hf":
         return _hf(tokenizer, turns, add_generation_prompt)
     out = Rendered()
     for turn in turns:
         answer = turn.role == "assistant"
+        loss = answer and turn.loss
         out.add([tokenizer.im_start])
         # An answer is tokenised apart from its header, as it is when it is generated.
         text = f"{turn.role}\n"
@@ -287,14 +292,14 @@ def render(
             if isinstance(piece, str):
                 text += piece
                 continue
-            out.add(tokenizer.encode(text, special=False), answer)
+            out.add(tokenizer.encode(text, special=False), loss)
             text = ""
             out.add([tokenizer.image_id])
             out.placeholders.append(piece)
             if preset == "official":
-                out.add(tokenizer.encode("\n", special=False), answer)
-        out.add(tokenizer.encode(text, special=False), answer)
-        out.add([tokenizer.im_end], answer)
+                out.add(tokenizer.encode("\n", special=False), loss)
+        out.add(tokenizer.encode(text, special=False), loss)
+        out.add([tokenizer.im_end], loss)
         out.add(tokenizer.encode("\n", special=False))
     if add_generation_prompt:
         out.add([tokenizer.im_start, *tokenizer.encode("assistant\n", special=False)])
@@ -327,7 +332,7 @@ def hf_text(
                 text += "\n" + "".join(piece if isinstance(piece, str) else IMAGE for piece in part)
                 placeholders += [piece for piece in part if isinstance(piece, MediaPlaceholder)]
         text += IM_END
-        if turn.role == "assistant":
+        if turn.role == "assistant" and turn.loss:
             spans.append((start, len(text)))
         text += "\n"
     return text + (f"{IM_START}assistant\n" if add_generation_prompt else ""), spans, placeholders

@@ -257,7 +257,8 @@ class Processor:
     ) -> Prompt:
         """A finished conversation to train on: as `prompt`, with a `loss_mask`.
 
-        The mask is True on answers and on the tokens that end them.
+        The mask is True on answers and on the tokens that end them, unless the message has
+        `"loss": False`.
         """
         options = replace(options, **changes, add_generation_prompt=False)
         renderer = self._renderer(messages, options)

@@ -1,13 +1,14 @@
 """Training samples become messages and media.
 
-Forms: M4-Instruct / LLaVA, OpenAI messages, Hugging Face chat columns, preference pairs.
+Read are M4-Instruct and LLaVA, OpenAI messages, Hugging Face chat columns, the forms of TRL,
+LLaMA-Factory, ms-swift and axolotl, and preference pairs; docs/training.md lists them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from ...errors import DataError, LlavaError
 from ...processing import FrameSampling, Processor
 from ...processing.chat_template import MediaPlaceholder, parse
+from . import keys
 
 ROLES = {
     "human": "user",
@@ -24,23 +26,21 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-UNSUPPORTED_KEYS = ("weight", "tool_calls", "function_call")
-"""Keys of OpenAI's messages that change the loss and are not supported."""
-PAIR = (
-    "prompt",
-    "question",
-    "chosen",
-    "rejected",
-    "text",
-    "answer",
-    "messages",
-    "conversations",
-    "image_path",
+CONVERSATIONS = ("conversations", "messages")
+PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
+FORMS: tuple[tuple[str, ...], ...] = (
+    CONVERSATIONS,
+    ("prompt", "completion"),
+    ("instruction", "input", "output"),
+    ("query", "response"),
 )
-"""Keys of a preference pair that its two conversations replace."""
+"""Keys of the forms of a conversation; the first form of which a sample has a key is read."""
+WITH_HISTORY = FORMS[2:]
+"""Forms whose earlier turns are in `history`."""
 ANIMATED = (".gif", ".webp")
 """Suffixes of files that are images, unless a content part says video."""
 URL = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
+TAG = re.compile(r"(<image>|<video>)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,19 @@ class DataIssue:
 class Reading:
     """A sample as messages.
 
-    slots: all its media placeholders. media: of the slots without a source, in order.
+    slots: all its media placeholders. media: of the slots without a source, in order. ignored: keys
+    that were not read.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     slots: list[MediaPlaceholder] = field(default_factory=list)
     media: list[object] = field(default_factory=list)
     faults: list[DataIssue] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+
+
+class _NotASample(Exception):
+    """Why a sample has no conversation."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -74,21 +80,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     line = 0
     try:
         if path.suffix == ".jsonl":
-            found: Any = []
+            samples: Any = []
             for row in text.split("\n"):  # not splitlines: JSON's texts may hold other line ends
                 line += 1
-                found += [json.loads(row)] if row.strip() else []
+                samples += [json.loads(row)] if row.strip() else []
         else:
-            found = json.loads(text)
+            samples = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{f'line {line} of ' if line else ''}{path} is not JSON: {error}"
-        ) from error
-    if not isinstance(found, list) or not found or not all(isinstance(s, dict) for s in found):
+        where = f"line {line} of {path}" if line else str(path)
+        raise DataError(f"{where} is not JSON: {error}") from error
+    if not isinstance(samples, list) or not samples:
+        raise DataError(f"{path} must be a list of samples, and not empty")
+    if not all(isinstance(sample, dict) for sample in samples):
         raise DataError(
             f"{path} must be a list of samples, each an object with `conversations` or `messages`"
         )
-    return found
+    return samples
 
 
 def messages(
@@ -96,200 +103,389 @@ def messages(
 ) -> tuple[list[dict[str, Any]], list[object]]:
     """The messages of a sample, and the media of their `<image>` and parts without a source.
 
-    Relative paths start from `root`. Raises DataError with the sample's name, by default its id.
+    A message without loss has `"loss": False`. Relative paths start from `root`. Raises DataError
+    with the sample's name, by default its id.
     """
-    found = reading(sample, root, name)
-    if wrong := next((fault for fault in found.faults if fault.error), None):
-        raise DataError(wrong.text)
-    return found.messages, found.media
+    result = reading(sample, root, name)
+    if error := next((fault for fault in result.faults if fault.error), None):
+        raise DataError(error.text)
+    return result.messages, result.media
 
 
 def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
     """A sample and all faults that can be found without opening a file."""
-    name = name or str(first(sample, "id", "sample_id", "without id"))
-    found = Reading()
+    name = name or str(first(sample, "id", "sample_id", default="without id"))
+    result = Reading()
 
     def fault(kind: str, text: str) -> None:
-        found.faults.append(DataIssue(kind, text))
+        result.faults.append(DataIssue(kind, text))
 
-    images = [
-        rooted(item, root) for key in ("image", "images") for item in _listed(sample.get(key))
-    ]
-    video = sample.get("video")  # one, though it may be a list of frames
-    videos = [
-        rooted(item, root)
-        for item in [*([video] if _listed(video) else []), *_listed(sample.get("videos"))]
-    ]
-    turns = first(sample, "conversations", "messages")
-    if not isinstance(turns, list) or not turns:
-        fault("form", f"sample {name} has no `conversations` or `messages`")
-        return found
-    if sample.get("tools") or sample.get("functions"):
-        fault("form", f"sample {name} has tools, which are not supported: take them out")
+    refused = dict(keys.refused(sample))
+    for key, reason in refused.items():
+        fault("form", f"sample {name} has `{key}`: {reason}")
+    try:
+        form, turns = _conversation(sample)
+    except _NotASample as error:
+        fault("form", f"sample {name} {error}")
+        return result
+    result.ignored = keys.ignored(sample, {*form, *keys.MEDIA, *keys.META, "history", *refused})
+    if form not in WITH_HISTORY and _given(sample.get("history")):
+        fault("form", f"sample {name} has `history` next to its messages: put it into them")
+    images, videos = _media(sample, root)
+    if wrong := next((item for item in [*images, *videos] if not _is_source(item)), None):
+        fault("form", f"sample {name} has {wrong!r} among its media, which is not a path or a URL")
     used: set[int] = set()
     for number, turn in enumerate(turns, 1):
+        where = f"turn {number} of sample {name}"
         turn = turn if isinstance(turn, Mapping) else {}
-        role, content = first(turn, "from", "role"), first(turn, "value", "content")
+        role = first(turn, "from", "role")
+        content = _text_of_number(first(turn, "value", "content"))
         fits = isinstance(role, str) and role in ROLES and isinstance(content, str | list)
-        empty = fits and _empty(content, ROLES[role])
+        empty = fits and _is_empty(content, ROLES[role])
         if not fits or empty:
-            text = f"turn {number} of sample {name} must have a role of {', '.join(ROLES)} and a text; its role is {role!r}"
-            fault("empty" if empty else "form", text + (" and its text is empty" if empty else ""))
-        if unsupported := [key for key in UNSUPPORTED_KEYS if turn.get(key) not in (None, [], 1)]:
             fault(
-                "form",
-                f"turn {number} of sample {name} has `{unsupported[0]}`, which is not supported: "
-                "take it out",
+                "empty" if empty else "form",
+                f"{where} must have a role of {', '.join(ROLES)} and a text; its role is {role!r} "
+                f"and its text is {'empty' if empty else repr(content)[:60]}",
             )
+        for key, reason in keys.refused(turn, message=True):
+            fault("form", f"{where} has `{key}`: {reason}")
         if not fits:
             continue
         if isinstance(content, list):
             try:
                 content = [_part(part, root, images, used) for part in content]
             except IndexError:
-                fault(
-                    "placeholders",
-                    f"turn {number} of sample {name} points behind its {len(images)} images",
+                fault("placeholders", f"{where} has an `index` beyond its {len(images)} images")
+                return result
+        message: dict[str, Any] = {"role": ROLES[role], "content": content}
+        try:
+            if not _has_loss(turn):
+                message["loss"] = False
+        except ValueError as error:
+            fault("form", f"{where} has {error}")
+        result.messages.append(message)
+    _check_roles(result, name)
+    if result.messages and not any(one.kind == "form" for one in result.faults):
+        unused = [item for i, item in enumerate(images) if i not in used]
+        tagged = any("from" in turn for turn in turns if isinstance(turn, Mapping))
+        _place(result, unused, videos, name, insert=not tagged)
+    return result
+
+
+def _conversation(sample: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """The form of a sample's conversation, and its messages, a system message first.
+
+    Raises _NotASample.
+    """
+    form = next((one for one in FORMS if any(_given(sample.get(key)) for key in one)), None)
+    if form is None:
+        raise _NotASample("has no `conversations` or `messages`")
+    if form == CONVERSATIONS:
+        turns = first(sample, *CONVERSATIONS)
+        if not isinstance(turns, list) or not turns:
+            raise _NotASample("has no list of messages in `conversations` or `messages`")
+    elif form[0] == "prompt":
+        if not _given(sample.get("completion")):
+            raise _NotASample("has a `prompt` without a `completion`, and no messages")
+        before = [_without_loss(turn) for turn in _turns(sample.get("prompt"), "user")]
+        turns = [*before, *_turns(sample["completion"], "assistant")]
+    else:
+        question, answer = (
+            (sample.get("instruction"), sample.get("output"))
+            if form[0] == "instruction"
+            else (sample.get("query"), sample.get("response"))
+        )
+        question = _text_of_number(question)
+        if _given(more := _text_of_number(sample.get("input"))) and form[0] == "instruction":
+            question = f"{question}\n{more}" if _given(question) else more
+        turns = [
+            *_history(sample.get("history")),
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    if not _given(system := sample.get("system")):
+        return form, list(turns)
+    opening = turns[0] if isinstance(turns[0], Mapping) else {}
+    if first(opening, "from", "role") == "system":
+        if first(opening, "value", "content") != system:
+            raise _NotASample("has a `system` and another system message: leave out one of them")
+        return form, list(turns)
+    return form, [{"role": "system", "content": system}, *turns]
+
+
+def _history(history: Any) -> list[dict[str, Any]]:
+    """Earlier turns, as pairs of question and answer. Raises _NotASample."""
+    turns: list[dict[str, Any]] = []
+    for pair in history or ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _NotASample("has a `history` that is not a list of [question, answer]")
+        turns += [
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
+        ]
+    return turns
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    """A text, a message or a list of messages as messages; a text is one of the `role`."""
+    if isinstance(value, Mapping):
+        return [value]
+    if isinstance(value, list):
+        return value
+    return [{"role": role, "content": value}] if _given(value) else []
+
+
+def _without_loss(turn: Any) -> Any:
+    answer = isinstance(turn, Mapping) and ROLES.get(str(first(turn, "from", "role"))) != "user"
+    return {**turn, "loss": False} if answer else turn
+
+
+def _has_loss(turn: Mapping[str, Any]) -> bool:
+    """Whether a message's own keys give it loss; a question has none anyway. Raises ValueError."""
+    answers = ROLES.get(str(first(turn, "from", "role"))) == "assistant"
+    has_loss = True
+    for key in ("loss", "train", "weight"):
+        value = turn.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise ValueError(f"`{key}` {value!r}: it may be 0 or 1, false or true")
+        if value and not answers and key != "weight":
+            raise ValueError(f"`{key}` {value!r}, and only answers are trained on: take it out")
+        has_loss = has_loss and bool(value)
+    return has_loss or not answers
+
+
+def _check_roles(result: Reading, name: str) -> None:
+    roles = [message["role"] for message in result.messages]
+
+    def fault(text: str) -> None:
+        result.faults.append(DataIssue("roles", f"sample {name} {text}"))
+
+    if roles and roles[-1] != "assistant":
+        fault("ends with a question: there is nothing to learn")
+    elif roles and not any(
+        message["role"] == "assistant" and message.get("loss", True) for message in result.messages
+    ):
+        fault("has no answer with loss: there is nothing to learn")
+    if "system" in roles[1:]:
+        fault("has a system message that is not its first: put it there, or take it out")
+    if next((role for role in roles if role != "system"), None) == "assistant":
+        fault("begins with an answer: its roles seem to be swapped")
+    for i in range(1, len(roles)):
+        if roles[i] == roles[i - 1]:
+            result.faults.append(
+                DataIssue(
+                    "roles",
+                    f"messages {i} and {i + 1} of sample {name} are both of the {roles[i]}: "
+                    "join them",
                 )
-                return found
-        found.messages.append({"role": ROLES[role], "content": content})
-    order = [turn["role"] for turn in found.messages]
-    if order[-1:] != ["assistant"] and order:
-        fault("roles", f"sample {name} ends with a question: there is nothing to learn")
-    if found.messages and not any(f.kind == "form" for f in found.faults):
-        _place(found, [item for i, item in enumerate(images) if i not in used], videos, name)
-    if "system" in order[1:]:
-        fault(
-            "roles",
-            f"sample {name} has a system message that is not its first: put it there, or take it out",
-        )
-    if next((role for role in order if role != "system"), None) == "assistant":
-        fault("roles", f"sample {name} begins with an answer: its roles seem to be swapped")
-    if twice := next((i for i in range(1, len(order)) if order[i] == order[i - 1]), None):
-        fault(
-            "roles",
-            f"messages {twice} and {twice + 1} of sample {name} are both of the {order[twice]}: join them",
-        )
-    return found
+            )
+            break
 
 
-def _place(found: Reading, images: list[object], videos: list[object], name: str) -> None:
-    """Give every slot without a source its image or video; numbers that do not fit are a fault."""
+def _place(
+    result: Reading, images: list[object], videos: list[object], name: str, *, insert: bool
+) -> None:
+    """Give every slot without a source its image or video; numbers that do not fit are a fault.
+
+    insert: without any slot, media go before the text of the first question.
+    """
+    count = len(images) + len(videos)
+    _tags_to_parts(result.messages, images, videos)
     try:
-        turns = parse(found.messages, FrameSampling())
+        result.slots, roles = _slots(result.messages)
+        if insert and count and not result.slots:
+            _insert_media(result.messages, len(images), len(videos))
+            result.slots, roles = _slots(result.messages)
     except LlavaError as error:
-        found.faults.append(DataIssue("form", f"sample {name}: {error}"))
+        result.faults.append(DataIssue("form", f"sample {name}: {error}"))
         return
-    pieces = [(turn.role, part) for turn in turns for part in turn.parts]
-    placed = [
-        (role, p)
-        for role, part in pieces
-        for p in ([part] if isinstance(part, MediaPlaceholder) else part)
-        if isinstance(p, MediaPlaceholder)
-    ]
-    found.slots = [slot for _, slot in placed]
-    vacant = [slot for slot in found.slots if slot.source is None]
-    given = len(images) + len(videos)
+    vacant = [slot for slot in result.slots if slot.source is None]
     wrong = ""
-    if len(vacant) != given:
-        wrong = f"sample {name} has {len(vacant)} `<image>` but {given} images or videos"
+    if len(vacant) != count:
+        wrong = f"sample {name} has {len(vacant)} `<image>` but {count} images or videos"
     elif images and videos and any(slot.kind is None for slot in vacant):
-        wrong = f"sample {name} has images and videos, and `<image>` does not say which stands where: give content parts"
+        wrong = (
+            f"sample {name} has images and videos, and `<image>` does not say which belongs where: "
+            "write `<video>`, or give content parts"
+        )
     else:
         rest = {"image": iter(images), "video": iter(videos)}
-        found.media = [
+        result.media = [
             next(rest[slot.kind or ("video" if videos else "image")], None) for slot in vacant
         ]
-        if any(item is None for item in found.media):
-            wrong = f"sample {name} has {len(images)} images and {len(videos)} videos, but its parts want other numbers of them"
+        if any(item is None for item in result.media):
+            wrong = (
+                f"sample {name} has {len(images)} images and {len(videos)} videos, "
+                "but its parts want other numbers of them"
+            )
     if any(slot.kind is None for slot in vacant) and any(
         str(video).lower().endswith(ANIMATED) for video in videos
     ):
-        text = f"sample {name} has an animation as its video, of which `<image>` shows one frame: give content parts"
-        found.faults.append(DataIssue("form", text))
+        result.faults.append(
+            DataIssue(
+                "form",
+                f"sample {name} has an animation as its video, of which `<image>` shows one frame: "
+                "give content parts",
+            )
+        )
     if wrong:
-        found.faults.append(DataIssue("placeholders", wrong))
-        found.slots = [slot for slot in found.slots if slot.source is not None] + [
-            MediaPlaceholder() for _ in range(given)
-        ]
-        found.media = [*images, *videos]  # so that they are looked at all the same
-    if placed and all(role == "assistant" for role, _ in placed):
-        text = f"sample {name} has its images in answers alone: its roles may be swapped"
-        found.faults.append(DataIssue("roles", text, error=False))
+        result.faults.append(DataIssue("placeholders", wrong))
+        placed = [slot for slot in result.slots if slot.source is not None]
+        result.slots = placed + [MediaPlaceholder() for _ in range(count)]
+        result.media = [*images, *videos]  # so that they are validated all the same
+    if roles and all(role == "assistant" for role in roles):
+        result.faults.append(
+            DataIssue(
+                "roles",
+                f"sample {name} has its images in answers alone: its roles may be swapped",
+                error=False,
+            )
+        )
+
+
+def _slots(said: Sequence[Mapping[str, Any]]) -> tuple[list[MediaPlaceholder], list[str]]:
+    """The media placeholders of messages, and the role of the message of each."""
+    slots: list[MediaPlaceholder] = []
+    roles: list[str] = []
+    for turn in parse(said, FrameSampling()):
+        for part in turn.parts:
+            for piece in [part] if isinstance(part, MediaPlaceholder) else part:
+                if isinstance(piece, MediaPlaceholder):
+                    slots.append(piece)
+                    roles.append(turn.role)
+    return slots, roles
+
+
+def _tags_to_parts(said: list[dict[str, Any]], images: list[object], videos: list[object]) -> None:
+    """`<video>` in texts becomes `<image>` or, with images next to videos, a content part."""
+    if not videos:
+        return
+    for message in said:
+        content = message["content"]
+        if not isinstance(content, str) or "<video>" not in content:
+            continue
+        if not images:
+            message["content"] = content.replace("<video>", "<image>")
+            continue
+        message["content"] = [
+            {"type": piece[1:-1]} if piece in ("<image>", "<video>") else
+            {"type": "text", "text": piece}
+            for piece in TAG.split(content)
+            if piece
+        ]  # fmt: skip
+
+
+def _insert_media(said: list[dict[str, Any]], images: int, videos: int) -> None:
+    """Places for media before the text of the first question."""
+    if question := next((one for one in said if one["role"] == "user"), None):
+        content = question["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        media = [{"type": "image"}] * images + [{"type": "video"}] * videos
+        question["content"] = [*media, *parts]
 
 
 def sides(sample: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The two conversations of a preference pair; None for what is none.
+    """The two conversations of a preference pair; None for a sample that is not a pair.
 
-    `chosen` and `rejected` are texts that answer `prompt` (TRL, LLaVA-Hound) or `question` (RLHF-V, RLAIF-V), the messages
-    that follow it, or whole conversations (TRL without a prompt). Images that no text places stand before the first question.
+    The answers are `chosen` and `rejected`, or the last message and `rejected_response` (ms-swift):
+    texts, messages, or whole conversations. The question is `prompt` (TRL, LLaVA-Hound), `question`
+    (RLHF-V, RLAIF-V) or the messages (LLaMA-Factory).
     """
-    if (
-        isinstance(text := sample.get("text"), str) and "chosen" not in sample
-    ):  # RLHF-V keeps the pair as JSON in a column
-        try:
+    if isinstance(text := sample.get("text"), str) and "chosen" not in sample:
+        try:  # RLHF-V keeps the pair as JSON in a column
             inner = json.loads(text)
         except ValueError:
-            return None
-        sample = {**sample, **(inner if isinstance(inner, dict) else {})}
-    if sample.get("chosen") is None or sample.get("rejected") is None:
+            inner = None
+        sample = {**sample, **inner} if isinstance(inner, dict) else sample
+    before = _turns(first(sample, "prompt", "question", *CONVERSATIONS), "user")
+    chosen, rejected = sample.get("chosen"), first(sample, "rejected", *PAIR[2:])
+    if chosen is None and rejected is not None and before:
+        before, chosen = before[:-1], before[-1]
+    if chosen is None or rejected is None:
         return None
-    asked = first(sample, "prompt", "question") or []
-    before = (
-        [{"role": "user", "content": asked}]
-        if isinstance(asked, str)
-        else [dict(turn) for turn in asked]
-    )
-    rest = {key: value for key, value in sample.items() if key not in PAIR}
-    if "image" not in rest and "images" not in rest and isinstance(sample.get("image_path"), str):
-        rest["image"] = sample["image_path"]
-    made = []
-    for answer in (sample["chosen"], sample["rejected"]):
-        after = (
-            [{"role": "assistant", "content": answer}]
-            if isinstance(answer, str)
-            else [dict(turn) for turn in answer]
-        )
-        made.append({**rest, "messages": _shown([*before, *after], rest)})
-    return made[0], made[1]
+    dropped = {"prompt", "question", "text", "answer", *CONVERSATIONS, *PAIR}
+    rest = {key: value for key, value in sample.items() if key not in dropped}
+    both = []
+    for answer in (chosen, rejected):
+        after = _turns(answer, "assistant") or [{"role": "assistant", "content": answer}]
+        opening = after[0] if isinstance(after[0], Mapping) else {}
+        whole = ROLES.get(str(first(opening, "from", "role"))) in ("user", "system")
+        repeated = [_said(turn) for turn in after[: len(before)]] == [_said(t) for t in before]
+        turns = after if whole and repeated else [*before, *after]
+        both.append({**rest, "messages": [_with_role(turn) for turn in turns]})
+    return both[0], both[1]
 
 
-def _shown(said: list[dict[str, Any]], rest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Messages with `<image>` for `<video>` in texts; if no message has a place, the first question gets one for each media."""
-    texts = [turn for turn in said if isinstance(turn.get("content"), str)]
-    for turn in texts:
-        turn["content"] = turn["content"].replace("<video>", "<image>")
-    if len(texts) == len(said) and not any("<image>" in turn["content"] for turn in texts):
-        count = sum(len(_listed(rest.get(key))) for key in ("image", "images", "videos")) + bool(
-            _listed(rest.get("video"))
-        )
-        if asked := next((turn for turn in said if turn.get("role") == "user"), None):
-            asked["content"] = "<image>\n" * count + asked["content"]
-    return said
+def _with_role(turn: Any) -> Any:
+    """A message in OpenAI's names, so that its media need no `<image>`."""
+    if not isinstance(turn, Mapping):
+        return turn
+    other = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    role, content = first(turn, "from", "role"), first(turn, "value", "content")
+    return {**other, "role": role, "content": content}
 
 
-def first(row: Mapping[str, Any], one: str, other: str, default: object = None) -> Any:
-    """What stands under the first of two names that has anything: tables fill up columns with nothing."""
-    return next((row[key] for key in (one, other) if row.get(key) is not None), default)
+def _said(turn: Any) -> Any:
+    if not isinstance(turn, Mapping):
+        return turn
+    return ROLES.get(str(first(turn, "from", "role"))), first(turn, "value", "content")
+
+
+def first(row: Mapping[str, Any], *names: str, default: object = None) -> Any:
+    """The first value that is not None; tables fill columns up with None."""
+    return next((row[key] for key in names if row.get(key) is not None), default)
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value != "" and value != []
+
+
+def _text_of_number(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and type(value) is not bool else value
+
+
+def _media(sample: Mapping[str, Any], root: Path) -> tuple[list[object], list[object]]:
+    """Images and videos of a sample, their relative paths from `root`."""
+    images = [item for key in ("image", "images") for item in _listed(sample.get(key))]
+    images = images or _listed(sample.get("image_path"))
+    video = sample.get("video")  # one, though it may be a list of frames
+    videos = [*([video] if _listed(video) else []), *_listed(sample.get("videos"))]
+    return [rooted(item, root) for item in images], [rooted(item, root) for item in videos]
+
+
+def _is_source(item: object) -> bool:
+    if isinstance(item, list | tuple):
+        return bool(item) and all(map(_is_source, item))
+    return item is not None and not isinstance(item, bool | int | float | Mapping)
 
 
 def rooted(item: Any, root: Path) -> Any:
-    """A source whose relative path begins at `root`. Parquet's {bytes, path} becomes what is there of it."""
+    """A source whose relative path starts from `root`; of Parquet's {bytes, path} what is there."""
     if isinstance(item, Mapping) and {"bytes", "path"} & item.keys():
-        item = item["path"] if item.get("bytes") is None else item["bytes"]
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if isinstance(item, list | tuple):
         return [rooted(one, root) for one in item]
     return root / item if isinstance(item, str | Path) and not URL.match(str(item)) else item
 
 
 def _part(part: Any, root: Path, images: list[object], used: set[int]) -> Any:
-    """A content part without empty keys (Parquet fills up with them), its paths rooted, its `index` looked up in the images."""
+    """A content part without empty keys (Parquet has them), with rooted paths.
+
+    `index` is looked up in the images, whose numbers are noted in `used`. Raises IndexError.
+    """
     if not isinstance(part, Mapping):
         return part
     part = {key: value for key, value in part.items() if value is not None}
-    if part.get("type") == "image" and isinstance(index := part.get("index"), int):
-        part = {"type": "image", "image": images[index]}
+    if part.get("type") == "image" and type(index := part.get("index")) is int:
+        if index < 0:
+            raise IndexError
         used.add(index)
+        return {"type": "image", "image": images[index]}  # its path is rooted already
+    if part.get("type") == "text" and "text" in part:
+        part["text"] = _text_of_number(part["text"])
     for key in part.keys() & {"image", "video", "path"}:
         part[key] = rooted(part[key], root)
     for key in part.keys() & {"url", "image_url", "video_url"}:
@@ -312,7 +508,7 @@ def _part(part: Any, root: Path, images: list[object], used: set[int]) -> Any:
 
 
 def _url(text: Any, root: Path) -> Any:
-    """A path that stands where OpenAI has a URL becomes one, which keeps `detail` with it."""
+    """A path in the place of OpenAI's URL becomes a URL, so that it keeps its `detail`."""
     return (
         (root / text).absolute().as_uri() if isinstance(text, str) and not URL.match(text) else text
     )
@@ -324,13 +520,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _empty(content: str | list[Any], role: str) -> bool:
-    """Whether a turn says nothing. A question may be a picture alone, an answer may not."""
+def _is_empty(content: str | list[Any], role: str) -> bool:
+    """Whether a turn says nothing. A question may be an image alone, an answer may not."""
     if isinstance(content, str):
-        return not (content.replace("<image>", "") if role == "assistant" else content).strip()
+        return not (TAG.sub("", content) if role == "assistant" else content).strip()
     kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
     texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-    silent = not any(isinstance(text, str) and not _empty(text, role) for text in texts)
+    texts = [_text_of_number(text) for text in texts]
+    silent = not any(isinstance(text, str) and not _is_empty(text, role) for text in texts)
     return silent and (role == "assistant" or all(kind == "text" for kind in kinds))
 
 

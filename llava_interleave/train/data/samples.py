@@ -134,7 +134,7 @@ def move_images_first(messages: Messages) -> Messages:
             else:
                 text_before |= message["role"] == "user" and bool(part["text"].strip())
                 parts.append(part)
-        changed.append({"role": message["role"], "content": parts})
+        changed.append({**message, "content": parts})
     if len(moved) < 2 or not image_after_text:
         return messages
     first = next(message for message in changed if message["role"] == "user")

@@ -19,7 +19,7 @@ from .datasets import RawSample
 from .formats import DataIssue, Reading, reading
 from .samples import SampleFormat
 
-KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate")
+KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate", "keys")
 CHUNK = 256
 BLANK = Image.new("RGB", (1, 1))
 """Replaces a frame whose pixels were hashed."""
@@ -57,13 +57,24 @@ def validate(
     """
     read = _SampleReader(processor, tokens, form)
     seen: dict[str, ValidatedSample] = {}
+    reported: set[tuple[str, str]] = set()
     done: list[ValidatedSample] = []
     last = ""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(rows), CHUNK):
             if progress:
                 progress(first, len(rows))
-            for checked, key in pool.map(read, rows[first : first + CHUNK]):
+            for checked, key, ignored in pool.map(read, rows[first : first + CHUNK]):
+                new = {name for name in ignored if (checked.row.group, name) not in reported}
+                if new:  # once for each data set
+                    reported |= {(checked.row.group, name) for name in new}
+                    remark = DataIssue(
+                        "keys",
+                        f"sample {checked.row.name} and maybe others of {checked.row.group} have "
+                        f"keys that are not read: {', '.join(sorted(new))}",
+                        error=False,
+                    )
+                    checked = replace(checked, faults=(*checked.faults, remark))
                 if (
                     done
                     and checked.row.pair
@@ -110,10 +121,15 @@ class _SampleReader:
         self.loader = processor.loader if processor else Loader()
         self.cache: dict[tuple[object, ...] | None, str | LlavaError] = {}
 
-    def __call__(self, row: RawSample) -> tuple[ValidatedSample, str]:
-        """The sample, and a hash of its text and media."""
+    def __call__(self, row: RawSample) -> tuple[ValidatedSample, str, set[str]]:
+        """The sample, a hash of its text and media, and its ignored keys."""
         found = reading(row.sample, row.root, row.name)
         faults = list(found.faults)
+        if row.pair and found.messages and not found.messages[-1].get("loss", True):
+            text = (
+                f"the last answer of sample {row.name} is without loss, and a pair learns from it"
+            )
+            faults.append(DataIssue("form", text))
         rest = iter(found.media)
         shown = []
         for slot in found.slots:
@@ -126,11 +142,14 @@ class _SampleReader:
         counts: list[int] = []
         if self.processor and not any(fault.error for fault in faults):
             counts = self._count(self.processor, found, row.name, faults)
-        words = [(turn["role"], _words(turn["content"])) for turn in found.messages]
+        words = [
+            (turn["role"], turn.get("loss", True), _words(turn["content"]))
+            for turn in found.messages
+        ]
         key = hashlib.blake2b(
             json.dumps([words, shown]).encode("utf-8", "backslashreplace"), digest_size=16
         ).hexdigest()
-        return ValidatedSample(row, tuple(faults), *counts), key
+        return ValidatedSample(row, tuple(faults), *counts), key, found.ignored
 
     def _seen(
         self, kind: str | None, source: Any, sampling: FrameSampling | None
