@@ -181,7 +181,7 @@ def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> Non
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     alone = load(tiny).ask("Same?", [tmp_path / "a.png", tmp_path / "b.png"], max_new_tokens=6)
     assert (rows[0]["answer"], rows[0]["usage"]["prompt"]) == (alone.text, alone.usage.prompt)
-    assert (rows[1]["id"], "picture" in rows[1]["error"]) == ("2", True)
+    assert (rows[1]["id"], "not an image" in rows[1]["error"]) == ("2", True)
     parquet(
         tmp_path / "in.parquet",
         [{"id": "1", "image_1": embedded("red"), "image_2": embedded("blue")}],

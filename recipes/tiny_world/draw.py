@@ -197,8 +197,8 @@ def patches(scene: Scene, size: int, patch: int) -> list[Thing | None]:
     """For each patch of an image, row by row, the thing that it represents.
 
     It is the thing that covers most of the patch, if it covers 3 % (a small star covers 6 %). A
-    thing of which less than a fifth is visible has no patch. Any other thing that covers most of no patch
-    gets the nearest patch that is empty or one of several of its thing.
+    thing of which less than a fifth is visible has no patch. Any other thing that covers most of no
+    patch gets the nearest patch that is empty or one of several of its thing.
     """
     grid = size // patch
     owner = (
