@@ -153,8 +153,8 @@ def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
     done = llava(
         "batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--max-new-tokens", 6
     )
-    assert done.code == 0, done.err
-    assert "4 samples, 1 with an error" in done.err
+    assert done.code == 1, done.err
+    assert "4 samples, 1 with an error" in done.err and "missing.png" in done.err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     bot = load(tiny)
     for row, sample in zip(rows, samples, strict=True):

@@ -88,7 +88,7 @@ def test_lines_keep_their_order_and_failures_their_place(tmp_path: Path) -> None
     }
     told = [row["error"] for row in rows if "error" in row]
     for error, wanted in zip(
-        told, ("refused", "--question", "1 <image>, but", "no JSON object", "no JSON"), strict=True
+        told, ("refused", "--question", "1 <image>, but", "not a JSON object", "not JSON"), strict=True
     ):
         assert wanted in error
     assert not (tmp_path / "out.jsonl.part").exists()
@@ -113,14 +113,14 @@ def test_tables_and_folders(tmp_path: Path) -> None:
     )
     sample = Source(table, "What?").sample(0)
     parts = [
-        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "media", "path": str(tmp_path / "a.png")},
         {"type": "text", "text": "One, or two?"},
     ]
     assert (sample.id, sample.messages[0]["content"]) == ("x", parts)
     media = Source(table, "What?").sample(1).messages[0]["content"][:-1]
     assert [(part["type"], Path(part["path"]).name) for part in media] == [
-        ("image", "a.png"),
-        ("video", "b.mp4"),
+        ("media", "a.png"),
+        ("media", "b.mp4"),
     ]
     assert "more cells" in str(Source(table).sample(2).error)
     table.write_bytes(b"question\n\xff\n")
@@ -248,7 +248,7 @@ def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["id"] for row in rows] == ["../../d", "e", "f", "g", "h"]
     assert [row.get("answer") for row in rows] == ["What?", None, None, None, "What?"]
     for row, wanted in zip(
-        rows[1:4], ("has 9 bytes, above the limit of 8", "is not an object", "no JSON"), strict=True
+        rows[1:4], ("has 9 bytes, above the limit of 8", "is not an object", "not JSON"), strict=True
     ):
         assert wanted in row["error"]
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "out.jsonl"}

@@ -1,6 +1,7 @@
 """Batch inference on samples of a file, of shards or of a folder. Knows no models."""
 
+from ..journal import JsonRow
 from .run import Reply, ReplyFn, order, run
-from .sources import JsonRow, Sample, Source
+from .sources import Sample, Source
 
 __all__ = ["JsonRow", "Reply", "ReplyFn", "Sample", "Source", "order", "run"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, LlavaError, OptionError
-from ..journal import Journal
+from ..journal import Journal, JsonRow
 from ..options import Options
-from .sources import JsonRow, Sample, Source
+from .sources import Sample, Source
 
 
 @dataclass(frozen=True, slots=True)

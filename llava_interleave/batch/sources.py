@@ -1,10 +1,11 @@
-"""The samples of a file, of shards or of a folder, one at a time. One that cannot be read says why,
-and the others go on.
+"""The samples of a file, of shards or of a folder, one at a time.
+
+Nothing is passed over in silence: each sample that cannot be read has an error in its row, and each
+file that is not a sample is in `Source.skipped` with the reason.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -13,34 +14,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
+from .. import openai_body
 from ..errors import DataError, LlavaError, OptionError
+from ..journal import JsonRow
 from ..parquet import Parquet
-from .webdataset import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Embedded, Shards
+from . import folders, tables
+from .webdataset import Embedded, Shards
 
-MEDIA = re.compile(r"(image|video)\w*")
-"""Names of columns and keys that hold a file, or a list of them."""
-BODY = {
-    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
-    "temperature": "temperature", "top_p": "top_p",
-    "seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-}  # fmt: skip
-"""OpenAI's names of options -> ours."""
 IGNORED_KEYS = ("model", "messages", "user", "metadata", "store", "service_tier")
-"""What an OpenAI body may have besides, and does not change the answer."""
-
-JsonRow = dict[str, Any]
+"""Keys of an OpenAI body that do not change the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What to ask.
+    """One question.
 
-    messages: a conversation, or what was made of it elsewhere. options: what its row says of them.
-    openai: its row is in OpenAI's batch format, and so is its answer's; model: the one that it
-    names.
+    messages: a conversation, or the prompt made of it elsewhere. options: those in its row. openai:
+    its row is in OpenAI's batch format, and so is the answer's; model: the name in it.
     """
 
     id: str
@@ -52,15 +43,15 @@ class Sample:
 
 
 class RowSource(Protocol):
-    """What a source is made of: rows by number."""
+    """Rows by number."""
 
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> Any: ...
 
 
-class Lines:
-    """The lines of a .jsonl file that are not empty. Only their places are kept."""
+class JsonLines:
+    """The lines of a .jsonl file that are not empty; only their offsets are in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._starts = path, list[int]()
@@ -76,36 +67,42 @@ class Lines:
     def row(self, index: int) -> Any:
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
-            return json.loads(file.readline())
+            return json.loads(file.readline().removeprefix(b"\xef\xbb\xbf"))
 
 
-class Listed(list[JsonRow]):
-    """Rows that are kept: those of a table or a folder, without the pictures."""
+class RowList(list[JsonRow]):
+    """Rows in memory: those of a table or a folder, without their media."""
 
     def row(self, index: int) -> JsonRow:
         return self[index]
 
 
 class Source:
-    """The samples of a .jsonl, .csv, .parquet or .tar file, or of a folder."""
+    """The samples of a .jsonl, .csv, .tsv, .parquet or .tar file, or of a folder.
+
+    skipped: files that are not samples, and why.
+    """
 
     def __init__(self, path: Path, question: str | None = None) -> None:
         self.path, self.question = path, question
         if not path.exists():
-            raise DataError(f"{path} is not there")
-        self._rows, seen = _rows(path)
+            raise DataError(f"{path} does not exist")
+        self._folder = path if path.is_dir() else path.parent
+        self._rows, self.skipped, contents = _open(path)
         if not len(self):
-            raise DataError(f"{path} has no samples")
+            names = "; ".join(f"{name}: {why}" for name, why in self.skipped[:10])
+            raise DataError(f"{path} has no samples" + (f" ({names})" if names else ""))
         self.digest = hashlib.blake2b(
-            f"{path.suffix} {question} {seen}".encode(), digest_size=16
+            f"{path.suffix} {question} {contents}".encode("utf-8", "backslashreplace"),
+            digest_size=16,
         ).hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def media(self, index: int) -> list[str]:
-        """What tells a sample's media apart. Those that lie within shards or tables are nobody
-        else's, and are not looked at.
+        """A key of each media file of a sample; none for media within shards and tables, which no
+        other sample has.
         """
         if isinstance(self._rows, Shards):
             return []
@@ -113,7 +110,7 @@ class Source:
             "binary" in kind for kind in self._rows.columns.values()
         ):
             return []
-        return media_of(self.sample(index))
+        return media_keys(self.sample(index))
 
     def sample(self, index: int) -> Sample:
         """A sample; one that cannot be read has the reason in `error`."""
@@ -122,36 +119,27 @@ class Source:
         try:
             row = self._rows.row(index)
             if not isinstance(row, dict):
-                raise DataError("the line holds no JSON object")
-            given = row.get("custom_id", row.get("id"))
-            name = name if given is None else str(given)
-            return self._openai(name, row) if "custom_id" in row else self._plain(name, row)
+                raise DataError("the line is not a JSON object")
+            if "custom_id" not in row:
+                row = tables.normalized(row)
+            own = row.get("custom_id", row.get("id"))
+            name = name if own in (None, "") else str(own)
+            return _openai(name, row) if "custom_id" in row else self._plain(name, row)
         except (LlavaError, ValueError, RecursionError) as error:
-            found = error if isinstance(error, LlavaError) else DataError(f"it is no JSON: {error}")
-            return Sample(name, openai=isinstance(row, dict) and "custom_id" in row, error=found)
+            reason = error if isinstance(error, LlavaError) else DataError(f"not JSON: {error}")
+            return Sample(name, openai=isinstance(row, dict) and "custom_id" in row, error=reason)
 
     def _plain(self, name: str, row: JsonRow) -> Sample:
         if "messages" in row:
-            return Sample(
-                name,
-                [_placed(message, self.path) for message in _list(row["messages"], "messages")],
-            )
-        question = row.get("question") or self.question
+            messages = _list(row["messages"], "messages")
+            return Sample(name, [_resolve_paths(message, self._folder) for message in messages])
+        question = next((row[key] for key in tables.QUESTIONS if row.get(key)), self.question)
         if not isinstance(question, str):
             raise DataError(
-                "the sample has neither a question nor messages; --question is asked of all that "
-                "have none"
+                "the sample has neither a question nor messages; --question is the question of "
+                f"samples without one. Its fields: {', '.join(map(str, row))}"
             )
-        files: list[Any] = []
-        for key, value in row.items():
-            if key is not None and MEDIA.fullmatch(key) and value not in (None, ""):
-                files += value if isinstance(value, list) else [value]
-        files = [_embedded(file) for file in files]
-        if None in row:  # what csv.DictReader calls the cells beyond the header
-            raise DataError(f"the row has more cells than the header has names: {row[None]}")  # type: ignore[index]
-        media = [
-            part(file, self.path if self.path.is_dir() else self.path.parent) for file in files
-        ]
+        media = [media_part(file, self._folder) for file in tables.media(row)]
         pieces = question.split("<image>")
         if len(pieces) == 1:
             return Sample(
@@ -166,82 +154,49 @@ class Source:
             mixed += [file, {"type": "text", "text": piece}] if piece else [file]
         return Sample(name, [{"role": "user", "content": mixed}])
 
-    def _openai(self, name: str, row: JsonRow) -> Sample:
-        body = row.get("body")
-        if (row.get("method", "POST"), row.get("url")) != (
-            "POST",
-            "/v1/chat/completions",
-        ) or not isinstance(body, dict):
-            raise DataError(
-                "a line of OpenAI's batch format has the method POST, the url "
-                "/v1/chat/completions and a body"
-            )
-        if unknown := [
-            key
-            for key in body
-            if key not in (*BODY, *IGNORED_KEYS)
-            and (key, body[key]) not in (("n", 1), ("stream", False))
-        ]:
-            raise OptionError(f"the body has {', '.join(unknown)}, which is not offered here")
-        options = {
-            BODY[key]: value for key, value in body.items() if key in BODY and value is not None
-        }
-        if wrong := [
-            name
-            for name in options
-            if name != "stop" and not isinstance(options[name], int | float)
-        ]:
-            raise OptionError(f"{', '.join(wrong)} must be numbers")
-        if isinstance(options.get("stop"), list):
-            options["stop"] = tuple(options["stop"])
-        return Sample(
-            name,
-            _list(body.get("messages"), "messages"),
-            options,
-            openai=True,
-            model=str(body.get("model") or ""),
-        )
 
-
-def _embedded(file: Any) -> str | Embedded:
-    """A path or URL, or a file that the row has in itself, as Hugging Face's `datasets`
-    writes it.
-    """
-    if isinstance(file, dict) and isinstance(file.get("bytes"), bytes):
-        return Embedded(str(file.get("path") or ""), file["bytes"])
-    if not isinstance(file, str | Embedded):
+def _openai(name: str, row: JsonRow) -> Sample:
+    """A line of OpenAI's batch format."""
+    body = row.get("body")
+    endpoint = row.get("method", "POST"), row.get("url")
+    if endpoint != ("POST", "/v1/chat/completions") or not isinstance(body, dict):
         raise DataError(
-            "images and videos are given as texts (paths or URLs), or in a Parquet file as "
-            "{'bytes', 'path'}"
+            "a line of OpenAI's batch format has the method POST, the url /v1/chat/completions "
+            "and a body"
         )
-    return file
+    unknown = [
+        key
+        for key, value in body.items()
+        if key not in (*openai_body.OPTIONS, *IGNORED_KEYS)
+        and (key, value) not in (("n", 1), ("stream", False))
+    ]
+    if unknown:
+        raise OptionError(f"the body has {', '.join(unknown)}, which is not supported here")
+    return Sample(
+        name,
+        _list(body.get("messages"), "messages"),
+        openai_body.options(body),
+        openai=True,
+        model=str(body.get("model") or ""),
+    )
 
 
-def part(file: str | Embedded, folder: Path) -> dict[str, Any]:
-    """The message part of a path, below `folder` unless it is absolute, of a URL, or of the bytes
-    themselves.
-    """
+def media_part(file: str | Embedded, folder: Path) -> dict[str, Any]:
+    """The message part of a path (relative to `folder`), of a URL or of bytes."""
     if isinstance(file, Embedded):
-        kind = "video" if file.name.lower().endswith(VIDEO_SUFFIXES) else "image"
+        kind = "video" if folders.is_video(file.name, file.data) else "image"
         return {"type": kind, kind: file.data}
     if re.match(r"https?://|data:", file):
-        film = file.startswith("data:video/") or urlsplit(file).path.lower().endswith(
-            VIDEO_SUFFIXES
-        )
-        return {"type": "video" if film else "image", "url": file}
-    path = folder / file
-    return {
-        "type": "video" if path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir() else "image",
-        "path": str(path),
-    }
+        return {"type": "media", "url": file}
+    return {"type": "media", "path": str(folder / file)}
 
 
-def _placed(message: Any, source: Path) -> Any:
-    """A message whose relative paths begin at the file's folder, as those of columns do."""
+def _resolve_paths(message: Any, folder: Path) -> Any:
+    """A message whose relative paths begin at the source's folder, like those in columns."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
     parts = [
-        {**p, "path": str(source.parent / p["path"])}
+        {**p, "path": str(folder / p["path"])}
         if isinstance(p, dict) and isinstance(p.get("path"), str)
         else p
         for p in message["content"]
@@ -251,71 +206,36 @@ def _placed(message: Any, source: Path) -> Any:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"{name} is no list")
+        raise DataError(f"{name} is not a list")
     return value
 
 
-def _rows(path: Path) -> tuple[RowSource, str]:
-    """The rows of a path, and what changes whenever they do."""
+def _open(path: Path) -> tuple[RowSource, list[tuple[str, str]], str]:
+    """The rows of a path, its files that are not samples, and a text that changes with them."""
     if path.is_dir():
-        if tars := sorted(path.glob("*.tar"), key=_natural):
+        if tars := sorted(path.glob("*.tar"), key=folders.natural):
+            others = [p for p in sorted(path.iterdir(), key=folders.natural) if p not in tars]
             shards = Shards(tars)
-            return shards, shards.digest
-        rows = _folder(path)
-        return rows, repr(rows)
-    if path.suffix == ".csv":
-        rows = _csv(path)
-        return rows, repr(rows)
-    if path.suffix == ".tar":
+            ignored = [(p.name, "next to .tar shards only these are read") for p in others]
+            return shards, [*ignored, *shards.skipped], shards.digest
+        rows, skipped = folders.rows(path)
+        return RowList(rows), skipped, repr(rows)
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        table = RowList(tables.read_csv(path))
+        return table, [], repr(table)
+    if suffix == ".tar":
         shards = Shards([path])
-        return shards, shards.digest
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path} is neither .jsonl, .csv, .parquet or .tar nor a folder")
+        return shards, shards.skipped, shards.digest
+    if suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} is neither .jsonl, .csv, .tsv, .parquet or .tar nor a folder")
     with path.open("rb") as file:
-        seen = hashlib.file_digest(file, "blake2b").hexdigest()
-    return (Lines(path) if path.suffix == ".jsonl" else Parquet(path)), seen
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    return (JsonLines(path) if suffix == ".jsonl" else Parquet(path)), [], digest
 
 
-def _csv(path: Path) -> Listed:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return Listed(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
-
-
-def _folder(folder: Path) -> Listed:
-    """A sample a file, and one a sub-folder with all its pictures, in natural order."""
-    rows = Listed()
-    for path in sorted(folder.iterdir(), key=_natural):
-        if path.is_dir():
-            files = sorted(
-                (
-                    f
-                    for f in path.iterdir()
-                    if f.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-                ),
-                key=_natural,
-            )
-            rows += (
-                [{"id": path.name, "images": [f"{path.name}/{file.name}" for file in files]}]
-                if files
-                else []
-            )
-        elif path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
-            rows.append({"id": path.name, "images": [path.name]})
-    return rows
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [
-        (int(piece), "") if piece.isdigit() else (-1, piece)
-        for piece in re.split(r"(\d+)", path.name)
-    ]
-
-
-def media_of(sample: Sample) -> list[str]:
-    """What tells a sample's media apart: a hash of where each comes from."""
+def media_keys(sample: Sample) -> list[str]:
+    """A hash of where each media file of a sample comes from."""
     parts = [
         p
         for m in sample.messages

@@ -12,15 +12,15 @@ import hashlib
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
+from .folders import has_media_suffix
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts", ".gif")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 KEY = re.compile(r"(?!__[^/]*__/)((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 """Key and suffix of a member's name; what lies below `__name__/` is WebDataset's own."""
 MAX_BYTES, MAX_JSON_BYTES = 4_000_000_000, 10_000_000
@@ -56,14 +56,20 @@ class Shards:
         self._paths = list(paths)
         self._samples: list[tuple[str, list[Member]]] = []
         state = hashlib.blake2b(digest_size=16)
+        skipped: Counter[tuple[str, str]] = Counter()
         for shard, path in enumerate(self._paths):
             last = None
-            for key, member, stamp in _members(path, shard):
+            for key, member, stamp in _members(path, shard, skipped):
                 state.update(f"{key}.{member} {stamp}".encode("utf-8", "backslashreplace"))
                 if key != last:
                     self._samples.append((key, []))
                 self._samples[-1][1].append(member)
                 last = key
+        self.skipped = [
+            (name, why if count == 1 else f"{why}, {count} members")
+            for (name, why), count in skipped.items()
+        ]
+        """Members that are not read, and why."""
         self.digest = state.hexdigest()
         """Hash of the members' names, sizes and times."""
 
@@ -84,7 +90,7 @@ class Shards:
             ending = f".{member.suffix}".lower()
             if ending == ".json":
                 meta = json.loads(self._read(member, MAX_JSON_BYTES))
-            elif ending.endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)):
+            elif has_media_suffix(ending):
                 files.append(Embedded(ending, self._read(member, MAX_BYTES)))
         if not isinstance(meta, dict) or "messages" in meta:
             raise DataError(
@@ -108,23 +114,32 @@ class Shards:
         return data
 
 
-def _members(path: Path, shard: int) -> list[tuple[str, Member, float]]:
-    """Key, position and time of every regular file with a key; links, devices and sparse files are
-    skipped.
+def _members(
+    path: Path, shard: int, skipped: Counter[tuple[str, str]]
+) -> list[tuple[str, Member, float]]:
+    """Key, position and time of every regular file with a key.
+
+    Links, devices, sparse files, files without a key and those of other types are counted in
+    `skipped`.
     """
     members = []
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                if info.isreg() and not info.issparse() and (match := KEY.fullmatch(info.name)):
-                    members.append(
-                        (
-                            match[1],
-                            Member(match[2], shard, info.offset_data, info.size),
-                            float(info.mtime),
-                        )
-                    )
                 tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
+                if info.isdir():
+                    continue
+                match = KEY.fullmatch(info.name)
+                if not info.isreg() or info.issparse():
+                    skipped[info.name, "a link, a device or a sparse file"] += 1
+                elif not match:
+                    skipped[info.name, "a name without a key and a suffix"] += 1
+                else:
+                    suffix = match[2].rpartition(".")[2].lower()
+                    if suffix != "json" and not has_media_suffix(f".{suffix}"):
+                        skipped[f"*.{suffix}", "not an image, a video or a .json"] += 1
+                    member = Member(match[2], shard, info.offset_data, info.size)
+                    members.append((match[1], member, float(info.mtime)))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
     return members

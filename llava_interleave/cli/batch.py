@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +17,12 @@ from ..errors import OptionError
 from ..options import Options
 from . import flags, terminal
 from .local_model import ClusterWorker, LazyModel, ModelFlags, replies
+
+if TYPE_CHECKING:
+    from ..batch import Source
+
+SHOWN = 10
+"""Errors and skipped files that are printed."""
 
 
 def register(app: typer.Typer) -> None:
@@ -24,8 +33,8 @@ def batch(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Samples: .jsonl (also OpenAI's batch format), .csv, .parquet, WebDataset .tar, "
-            "or a folder."
+            help="Samples: .jsonl (also OpenAI's batch format), .csv, .tsv, .parquet, a WebDataset "
+            ".tar, or a folder."
         ),
     ],
     out: Annotated[
@@ -61,7 +70,10 @@ def batch(
     *,
     options: Options,
 ) -> None:
-    """Answer many samples. An interrupted run resumes; a failed sample's line has its error."""
+    """Answer many samples. An interrupted run resumes; a failed sample's line has its error.
+
+    Exit code 1 if a sample failed.
+    """
     if out.suffix != ".jsonl":
         raise OptionError(
             f"the answers are JSON lines, so the output must end in .jsonl, not {out.name!r}"
@@ -110,6 +122,38 @@ def batch(
             )
     seconds = time.monotonic() - started
     print(f"{out}: {count} samples, {failed} with an error, in {seconds:.0f} s", file=sys.stderr)
+    report_skipped(samples, out)
+    if failed:
+        for sample, error in itertools.islice(errors(out), SHOWN):
+            print(f"  {sample}: {error}", file=sys.stderr)
+        if failed > SHOWN:
+            print(f"  and {failed - SHOWN} more; each line has its error", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def report_skipped(samples: Source, out: Path) -> None:
+    """Name the files that are not samples; all of them in a file next to the output if many."""
+    if not samples.skipped:
+        return
+    print(f"{len(samples.skipped)} files are not samples:", file=sys.stderr)
+    for name, reason in samples.skipped[:SHOWN]:
+        print(f"  {name}: {reason}", file=sys.stderr)
+    if len(samples.skipped) > SHOWN:
+        log = out.with_suffix(".skipped.txt")
+        text = "".join(f"{name}: {reason}\n" for name, reason in samples.skipped)
+        log.write_text(text, "utf-8", "backslashreplace")
+        print(f"  and {len(samples.skipped) - SHOWN} more, see {log}", file=sys.stderr)
+
+
+def errors(out: Path) -> Iterator[tuple[str, str]]:
+    """Ids and errors of the failed samples in an output."""
+    with out.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if "response" not in row:
+                if "error" in row:
+                    yield row["id"], row["error"]
+            elif row["response"]["status_code"] != 200:
+                yield row["custom_id"], row["response"]["body"]["error"]["message"]
 
 
 def absolute(name: str | None) -> str | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import PurePath
 from typing import BinaryIO
 
 from .. import data_url
@@ -17,6 +21,7 @@ IMAGE_SUFFIXES = (
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts",
 )  # fmt: skip
+FRAME_NAME = re.compile(r"((?:frames?|frm|out|f)?[-_ .]?)(\d+)", re.IGNORECASE)
 MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot", b"styp", b"moof")
 MAX_PNG_CHUNKS = 10_000
 """Chunks before the image data among which the animation control chunk is searched."""
@@ -86,6 +91,24 @@ def is_video(data: bytes | BinaryIO) -> bool:
     if name == "AVIF":
         return _brands(head)[0] == b"avis"
     return name == "GIF" or video_format(head) is not None
+
+
+def is_frame_sequence(names: Sequence[str]) -> bool:
+    """Whether the names of a folder's files number the frames of a video: 00001.jpg, frame_12.png.
+
+    Nothing but a number, or frame, frm, out or f before it, in equal steps (of two files: by one).
+    Names of cameras (IMG_0001.JPG) number photos.
+    """
+    stems = [FRAME_NAME.fullmatch(PurePath(name).stem) for name in names]
+    numbers = sorted(int(stem[2]) for stem in stems if stem)
+    steps = {b - a for a, b in pairwise(numbers)}
+    prefixes = {stem[1].lower() for stem in stems if stem}
+    return (
+        len(numbers) == len(names) > 1
+        and len(prefixes) == len(steps) == 1
+        and (len(numbers) > 2 or steps == {1})
+        and 0 not in steps
+    )
 
 
 def data_url_is_video(url: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..errors import OptionError
+from ..openai_body import max_new_tokens
 from ..options import Options
 from .api_errors import ApiError, ErrorResponse
 from .messages import MESSAGES_SCHEMA, resolve_messages
@@ -209,13 +210,7 @@ class ChatRequest(PromptRequest):
 
         Raises OptionError where fields contradict each other or exceed the server's limits.
         """
-        both = self.max_tokens, self.max_completion_tokens
-        if None not in both and both[0] != both[1]:
-            raise OptionError(
-                f"max_tokens is {both[0]} and max_completion_tokens {both[1]}: "
-                "they mean the same, give one"
-            )
-        max_tokens = both[0] or both[1]
+        max_tokens = max_new_tokens(self.max_tokens, self.max_completion_tokens)
         if max_tokens is not None and max_tokens > settings.max_tokens:
             raise OptionError(
                 f"max_completion_tokens is {max_tokens}; this server's limit is "
