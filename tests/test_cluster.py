@@ -229,7 +229,7 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     given = ["batch", "in.jsonl", "-m", "model", "--max-new-tokens", "6", "--batch-size", "3"]
     for out, more in (("one.jsonl", []), ("ray.jsonl", ["--ray", nodes.address])):
         done = CliRunner().invoke(app, [*given[:2], str(tmp_path / out), *given[2:], *more])
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == 1, done.output  # one of nine samples has an error
     one, many = lines(tmp_path / "one.jsonl"), lines(tmp_path / "ray.jsonl")
     assert one[7].pop("error") in many[7].pop("error")  # there with its whole path
     for row in one + many:

@@ -177,7 +177,7 @@ def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> Non
         ("2.png", b"no picture"),
     )
     words = ("-m", tiny, "--max-new-tokens", 6, "--question", "Same?")
-    assert llava("batch", tmp_path / "in.tar", tmp_path / "out.jsonl", *words).code == 0
+    assert llava("batch", tmp_path / "in.tar", tmp_path / "out.jsonl", *words).code == 1
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     alone = load(tiny).ask("Same?", [tmp_path / "a.png", tmp_path / "b.png"], max_new_tokens=6)
     assert (rows[0]["answer"], rows[0]["usage"]["prompt"]) == (alone.text, alone.usage.prompt)
