@@ -1,7 +1,7 @@
-"""Adapters: low-rank matrices beside the linears of a finished network (LoRA, Hu et al. 2021, arXiv 2106.09685).
+"""LoRA adapters on the linears of a finished network (Hu et al. 2021, arXiv 2106.09685), also DoRA.
 
-A network can carry several. Which rows of a batch go through which is said by the thread that calls the network, so that a
-batch may mix them; rows that no adapter has cost nothing more than the network alone.
+A network can carry several adapters. The thread that calls the network says which rows of a batch
+go through which one, so a batch may mix them; rows without an adapter cost nothing more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,16 +23,37 @@ from .errors import OptionError
 from .model.llava import Llava
 
 Spans = Sequence[tuple[str, slice]]
-"""Keys of adapters, and the rows that go through each: of tokens in the decoder, of crops in tower and projector."""
+"""Keys of adapters, and the rows that go through each: tokens in the decoder, crops in tower and
+projector."""
 
 
 class LoraWeights(nn.Module):
-    """x `[..., in]` -> scale * B A x `[..., out]`, in the type of A `[rank, in]` and B `[out, rank]`."""
+    """x `[..., in]` -> scale * B A x `[..., out]`, in the type of A `[rank, in]` and B `[out,
+    rank]`.
 
-    def __init__(self, a: Tensor, b: Tensor, lora: LoraConfig, *, train: bool = False) -> None:
+    gain: with DoRA (Liu et al. 2024, arXiv 2402.09353) the factor `[out]` on the adapted product,
+    magnitude / |W + scale * B A| per output; None: LoRA.
+    """
+
+    magnitude: Tensor | None
+    gain: Tensor | None
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        lora: LoraConfig,
+        *,
+        alpha: float | None = None,
+        magnitude: Tensor | None = None,
+        train: bool = False,
+    ) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a, requires_grad=train), nn.Parameter(b, requires_grad=train)
-        self.scale, self.dropout = lora.scale(len(a)), lora.dropout
+        self.alpha = lora.alpha if alpha is None else alpha
+        self.scale, self.dropout = replace(lora, alpha=self.alpha).scale(len(a)), lora.dropout
+        self.register_buffer("magnitude", magnitude)
+        self.register_buffer("gain", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = dropout(x.to(self.a.dtype), self.dropout, self.training)
@@ -40,20 +61,47 @@ class LoraWeights(nn.Module):
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """scale * B A, float32: what the weight of the linear would have more."""
+        """scale * B A, float32: what is added to the weight."""
         return self.b.float() @ self.a.float() * self.scale
+
+    @torch.no_grad()
+    def set_gain(self, base: nn.Module) -> None:
+        """Compute the DoRA gain for the linear `base`; without a magnitude there is none."""
+        if self.magnitude is not None:
+            dequantize = getattr(base, "dequantize", None)  # of a quantized linear
+            weight = base.weight if dequantize is None else dequantize()
+            assert isinstance(weight, Tensor)
+            norm = (weight.float() + self.product()).norm(dim=1)
+            self.gain = (self.magnitude.float() / norm).to(self.a.dtype)
+
+
+class ReplacedLinear(nn.Module):
+    """A linear that an adapter brings along as a whole (PEFT's `modules_to_save`)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        bias = tensors.get("bias")
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraAdapter:
-    """The low-rank matrices of one adapter, by the name of the linear that each stands beside."""
+    """An adapter: its low-rank matrices, by the name of their linear.
+
+    replaced: tensors of whole modules (PEFT's `modules_to_save`), by module and name.
+    """
 
     lora: LoraConfig
     parts: Mapping[str, LoraWeights]
+    replaced: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class AdapterRouting(threading.local):
-    """Which rows go through which adapter, in the thread that asks; `spans` where it has not said."""
+    """Which rows go through which adapter, per thread; `spans` is the default."""
 
     def __init__(self, spans: Spans = ()) -> None:
         self.spans = spans
@@ -68,7 +116,7 @@ class AdapterRouting(threading.local):
 
 
 class LoraLinear(nn.Module):
-    """A linear with the low-rank matrices of adapters beside it: W x + b, and + scale B A x for the rows of each."""
+    """A linear with adapters: W x + b, plus scale * B A x for the rows of each adapter."""
 
     def __init__(self, base: nn.Module, route: AdapterRouting) -> None:
         super().__init__()
@@ -78,39 +126,48 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for key, rows in self.route.spans:
-            if key in self.low:
-                y[rows].add_(self.low[key](x[rows]))
+            if key not in self.low:
+                continue
+            part = self.low[key]
+            if isinstance(part, ReplacedLinear):
+                y[rows] = part(x[rows]).to(y.dtype)
+            elif part.gain is None:
+                y[rows].add_(part(x[rows]))
+            else:
+                bias = 0 if self.base.bias is None else self.base.bias
+                y[rows] = (part.gain * (y[rows] - bias + part(x[rows])) + bias).to(y.dtype)
         return y
 
 
 def linears(network: Llava) -> dict[str, nn.Module]:
-    """What adapters can stand beside, by name: every linear but the output head, which may be the embedding.
+    """The linears that can have adapters, by name: all but the output head, which may be tied.
 
-    Of whatever kind: what has `in_features` and `out_features` is one. One that has adapters is meant without them.
+    Of any kind with `in_features` and `out_features`; of one with adapters its base.
     """
-    found = ((name.removesuffix(".base"), module) for name, module in network.named_modules())
+    modules = ((name.removesuffix(".base"), module) for name, module in network.named_modules())
     return {
         name: module
-        for name, module in found
+        for name, module in modules
         if hasattr(module, "in_features") and name != "lm_head"
     }
 
 
 def attach(network: Llava, lora: LoraConfig, seed: int = 0) -> LoraAdapter:
-    """Put a fresh adapter, float32, beside the linears that `lora` targets. Every row goes through it, and it alone trains.
+    """Add a new adapter, float32, to the linears that `lora` targets, for training.
 
-    A is uniform within 1 / sqrt(in), B nought: the network computes what it did until B has been changed. The weights may be
-    quantized (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Raises `OptionError` for a pattern that no linear has.
+    All rows go through it, and only its matrices are trained. A is uniform within 1 / sqrt(in) and
+    B is 0: it changes nothing at first. The weights may be quantized (QLoRA, Dettmers et al. 2023,
+    arXiv 2305.14314). Raises `OptionError` for a pattern that matches no linear.
     """
-    found = linears(network)
+    modules = linears(network)
     for pattern in lora.targets or ("",):
-        if not any(fnmatchcase(name, pattern) for name in found):
-            kinds = ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in found))
-            raise OptionError(f"no linear is called {pattern!r}; there are {kinds}")
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            kinds = ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in modules))
+            raise OptionError(f"no linear matches {pattern!r}; there are {kinds}")
     device = network.language_model.norm.weight.device
     random = torch.Generator().manual_seed(seed)
     parts = {}
-    for name, module in found.items():
+    for name, module in modules.items():
         if any(fnmatchcase(name, pattern) for pattern in lora.targets):
             inputs, outputs = module.in_features, module.out_features
             assert isinstance(inputs, int) and isinstance(outputs, int)
@@ -125,30 +182,60 @@ def attach(network: Llava, lora: LoraConfig, seed: int = 0) -> LoraAdapter:
 
 
 def install(network: Llava, adapter: LoraAdapter, key: str, route: AdapterRouting) -> None:
-    """Put an adapter beside the linears of a network; rows go through it where `route` has its key."""
-    for name, part in adapter.parts.items():
+    """Add an adapter to the linears of a network; rows go through it where `route` has its key.
+
+    Raises `OptionError` for an adapter that replaces other modules than linears.
+    """
+    found = linears(network)
+    if others := sorted(adapter.replaced.keys() - found.keys()):
+        raise OptionError(
+            f"the adapter replaces {', '.join(others)} for all requests; merge it into a "
+            "checkpoint first (llava convert --adapter)"
+        )
+    own: dict[str, nn.Module] = {n: ReplacedLinear(t) for n, t in adapter.replaced.items()}
+    for name, part in (own | dict(adapter.parts)).items():
+        if isinstance(part, LoraWeights):
+            part.set_gain(found[name])
         module = network.get_submodule(name)
         if not isinstance(module, LoraLinear):
             module = LoraLinear(module, route).train(module.training)
             network.set_submodule(name, module)
-        assert module.route is route, "one set of adapters a network"
+        assert module.route is route, "one set of adapters per network"
         module.low[key] = part.train(module.training)
 
 
 @torch.no_grad()
 def merge(network: Llava, adapter: LoraAdapter) -> None:
-    """Add an adapter to the weights of a network that carries none, in float32: no matrices are left beside them."""
+    """Merge an adapter into the weights of a network without adapters, in float32."""
     for name, part in adapter.parts.items():
         module = network.get_submodule(name)
         if not isinstance(module, nn.Linear):
             raise OptionError(
                 f"{name} is a {type(module).__name__}: an adapter is merged into float weights only"
             )
-        module.weight.copy_(module.weight.float() + part.product())
+        part.set_gain(module)
+        weight = module.weight.float() + part.product()
+        module.weight.copy_(weight if part.gain is None else part.gain.float()[:, None] * weight)
+    if {"lm_head", "language_model.embed_tokens"} & adapter.replaced.keys():
+        _untie(network)
+    for name, tensors in adapter.replaced.items():
+        for key, tensor in tensors.items():
+            network.get_parameter(f"{name}.{key}").copy_(tensor)
+
+
+def _untie(network: Llava) -> None:
+    """Give a tied output head a weight of its own."""
+    text = network.config.text
+    if text.tie_word_embeddings:
+        text = replace(text, tie_word_embeddings=False)
+        network.config = replace(network.config, text=text)
+        network.language_model.config = text
+        weight = network.lm_head.weight.detach().clone()
+        network.lm_head.weight = nn.Parameter(weight, requires_grad=False)
 
 
 class Adapters:
-    """The adapters of one network, by name; none at first. They can be added while other threads compute."""
+    """The adapters of one network, by name; none at first. Adding is safe while threads compute."""
 
     def __init__(self, network: Llava) -> None:
         self.network, self.route = network, AdapterRouting()
@@ -159,27 +246,29 @@ class Adapters:
         return tuple(self._keys)
 
     def add(self, name: str, adapter: LoraAdapter) -> None:
-        """Put an adapter beside the network's linears, to be chosen by `name`."""
+        """Add an adapter to the network's linears, to be selected by `name`."""
         if name in self._keys:
-            raise OptionError(f"there is an adapter {name!r} already; give this one another name")
+            raise OptionError(f"an adapter {name!r} exists already; give this one another name")
         key = str(len(self._keys))
         install(self.network, adapter, key, self.route)
-        pictures = any(not part.startswith("language_model.") for part in adapter.parts)
-        self._keys[name] = key, key if pictures else ""
+        modules = [*adapter.parts, *adapter.replaced]
+        affects_images = any(not module.startswith("language_model.") for module in modules)
+        self._keys[name] = key, key if affects_images else ""
 
     def keys(self, name: str | None) -> tuple[str, str]:
-        """Keys of the adapter that tokens go through, and of the one that pictures do; "" is the network alone."""
+        """Keys of the adapter for tokens, and of the one for images; "" is the base network."""
         if name is None:
             return "", ""
         if name not in self._keys:
             raise OptionError(
-                f"there is no adapter {name!r} here; there are: {', '.join(map(repr, self._keys)) or 'none'}"
+                f"unknown adapter {name!r}; loaded are: "
+                f"{', '.join(map(repr, self._keys)) or 'none'}"
             )
         return self._keys[name]
 
     @contextmanager
     def whole(self, name: str | None) -> Iterator[None]:
-        """Within it, all that this thread computes with the network goes through one adapter."""
+        """Within it, everything that this thread computes goes through one adapter."""
         key, _ = self.keys(name)
         with self.route.through([(key, slice(None))] if key else ()):
             yield

@@ -30,7 +30,7 @@ from llava_interleave.config import LoraConfig
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.image_layout import ImageTokenLayout
-from llava_interleave.lora import Adapters, LoraAdapter, attach, linears, merge
+from llava_interleave.lora import Adapters, LoraAdapter, LoraWeights, attach, linears, merge
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.quantization.linear_cpu import QuantizedLinear
@@ -172,7 +172,7 @@ def test_targets_are_patterns_and_one_that_matches_nothing_is_told(folder: Path)
         match=r"'\*\.c_attn'; there are vision_tower\.encoder\.layers\.\*\.self_attn\.q_proj, ",
     ):
         attach(checkpoints.load(folder), LoraConfig(targets=("*.q_proj", "*.c_attn")))
-    with pytest.raises(OptionError, match="no linear is called 'lm_head'"):
+    with pytest.raises(OptionError, match="no linear matches 'lm_head'"):
         attach(checkpoints.load(folder), LoraConfig(targets=("lm_head",)))
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}):
         with pytest.raises(OptionError, match=r"not [01]"):
@@ -382,12 +382,12 @@ def test_training_beside_quantized_weights_is_training_beside_what_they_stand_fo
 
 def test_names(folder: Path) -> None:
     e = engine(checkpoints.load(folder))
-    with pytest.raises(OptionError, match="no adapter 'd' here; there are: none"):
+    with pytest.raises(OptionError, match="unknown adapter 'd'; loaded are: none"):
         e.add(prompt(0, 5), adapter="d")
     e = with_both(folder)
-    with pytest.raises(OptionError, match="no adapter 'x' here; there are: 'd', 'w'"):
+    with pytest.raises(OptionError, match="unknown adapter 'x'; loaded are: 'd', 'w'"):
         e.add(prompt(0, 5), adapter="x")
-    with pytest.raises(OptionError, match="there is an adapter 'd' already"):
+    with pytest.raises(OptionError, match="an adapter 'd' exists already"):
         e.adapters.add("d", made(folder, DECODER, 1))
     assert not e.busy
 
@@ -464,8 +464,16 @@ def test_peft_loads_ours(
             "rank_pattern": {"gate_proj": 2},
             "task_type": "CAUSAL_LM",
         },
+        {
+            "target_modules": ["q_proj", "up_proj", "fc1"],
+            "rank_pattern": {"up_proj": 2},
+            "alpha_pattern": {"layers.1.mlp.up_proj": 3, "up_proj": 9, "fc1": 1},
+        },
+        {"target_modules": ["q_proj", "linear_2", "fc1", "down_proj"], "use_dora": True},
+        {"target_modules": ["v_proj"], "modules_to_save": ["multi_modal_projector"]},
+        {"target_modules": ["linear_1"], "modules_to_save": ["linear_2", "gate_proj"]},
     ],
-    ids=["some", "all, rslora", "ranks"],
+    ids=["some", "all, rslora", "ranks", "alphas", "dora", "projector", "linears"],
 )
 def test_ours_loads_pefts(
     folder: Path, tmp_path: Path, theirs: Callable[[], Any], options: dict[str, Any]
@@ -474,6 +482,10 @@ def test_ours_loads_pefts(
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **options)
     network, asked = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
+    with torch.no_grad():  # as training leaves them
+        for name, parameter in network.named_parameters():
+            if "magnitude" in name or "modules_to_save" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
     network.save_pretrained(tmp_path / "a")
     own, adapters = carrying(folder, read_adapter(tmp_path / "a", checkpoints.load(folder)))
     expected = their_logits(network, asked)
@@ -492,6 +504,50 @@ def test_ours_loads_pefts(
     assert (
         their_logits(peft.PeftModel.from_pretrained(theirs(), tmp_path / "again"), asked) - expected
     ).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "language_model.norm"]])
+def test_whole_modules_that_are_no_linears_are_merged(
+    folder: Path, tmp_path: Path, theirs: Callable[[], Any], modules: list[str]
+) -> None:
+    """Beside other requests they cannot stand. A tied output head gets a weight of its own, as in PEFT."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=modules, init_lora_weights=False
+    )
+    network, asked = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    network.save_pretrained(tmp_path / "a")
+    own = checkpoints.load(folder)
+    adapter = read_adapter(tmp_path / "a", own)
+    with pytest.raises(OptionError, match=r"for all requests; merge it .*llava convert --adapter"):
+        Adapters(own).add("a", adapter)
+    expected, together = their_logits(network, asked), merged(folder, adapter)
+    assert (logits(together, asked) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not together.config.text.tie_word_embeddings
+    checkpoints.save(together, tmp_path / "merged", processor_from=folder)
+    again = checkpoints.load(tmp_path / "merged")
+    assert torch.equal(logits(again, asked), logits(together, asked))
+
+
+def test_dora_over_quantized_weights_is_dora_over_what_they_stand_for(folder: Path) -> None:
+    network, lora = checkpoints.load(folder, precision="int8"), LoraConfig(4, 8.0, 0.0)
+    name = "language_model.layers.0.mlp.up_proj"
+    linear, random = network.get_submodule(name), torch.Generator().manual_seed(0)
+    a, b, magnitude, x = (
+        torch.randn(*shape, generator=random) for shape in ((4, 64), (96, 4), (96,), (5, 64))
+    )
+    adapters = Adapters(network)
+    adapters.add("d", LoraAdapter(lora, {name: LoraWeights(a, b, lora, magnitude=magnitude)}))
+    weight = linear.dequantize() + 2 * b @ a
+    expected = x @ (weight * (magnitude / weight.norm(dim=1))[:, None]).T
+    with adapters.whole("d"):
+        found = network.get_submodule(name)(x)
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 # What adapters of each layout call a linear of the decoder, of the projector and of the tower, written out.
@@ -566,12 +622,11 @@ def test_names_of_every_layout_are_read(
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"peft_type": "LOHA"}, "is of the type 'LOHA'; adapters are read of the type 'LORA'"),
-        ({"task_type": "SEQ_CLS"}, "is for the task 'SEQ_CLS'"),
-        ({"use_dora": True}, "not computed here: use_dora=True"),
+        ({"peft_type": "LOHA"}, "has the peft_type 'LOHA'; only 'LORA' is supported"),
+        ({"task_type": "SEQ_CLS"}, "has the task_type 'SEQ_CLS'"),
+        ({"use_dora": True}, "of another network: .*rank 4, A .4, 64. and B .96, 4."),
         ({"bias": "lora_only"}, "bias=lora_only"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern={'q_proj': 3}"),
+        ({"alpha_pattern": {"up_proj": -3}}, "alpha is a number above 0, not -3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
         (
             {"trainable_token_indices": [1], "lora_bias": True},
@@ -594,7 +649,7 @@ def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     network = checkpoints.load(folder)
     with pytest.raises(
         CheckpointError,
-        match=r"is no adapter: in PEFT's format that is a folder with adapter_config.json and",
+        match=r"is not an adapter: in PEFT's format that is a folder with adapter_config.json and",
     ):
         read_adapter(folder, network)
     target = files(folder, tmp_path / "a")
@@ -603,7 +658,7 @@ def test_broken_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="truncated"):
         read_adapter(target, network)
     (target / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="of the type None"):
+    with pytest.raises(CheckpointError, match="has the peft_type None"):
         read_adapter(target, network)
     (target / "adapter_model.safetensors").rename(target / "adapter_model.bin")
     for read in (
@@ -633,8 +688,7 @@ def test_an_adapter_of_another_network_is_refused_with_the_numbers(
         read_adapter(tmp_path / "a", checkpoints.load(folder))
     told = str(caught.value)
     assert (
-        f"model.{name.format(2)}.lora_A.weight [4, 64] stands beside no linear of the network"
-        in told
+        f"model.{name.format(2)}.lora_A.weight [4, 64] belongs to no linear of the network" in told
     )
     assert (
         f"{name.format(0)} has 64 inputs and 96 outputs, the adapter, of rank 4, A [4, 64] and B [80, 4]"
@@ -653,7 +707,7 @@ def test_an_adapter_of_another_network_is_refused_with_the_numbers(
         lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
     )
     with pytest.raises(
-        CheckpointError, match=r"lm_head.lora_A.weight \[4, 64\] stands beside no linear"
+        CheckpointError, match=r"lm_head.lora_A.weight \[4, 64\] belongs to no linear"
     ):
         read_adapter(head, checkpoints.load(folder))
 
@@ -696,7 +750,7 @@ def test_a_question_chooses_its_adapter(
 ) -> None:
     bot = llava_interleave.load(folder, adapters={"d": stored / "d"})
     assert bot.adapters == ("d",)
-    with pytest.raises(OptionError, match="no adapter 'w' here; there are: 'd'"):
+    with pytest.raises(OptionError, match="unknown adapter 'w'; loaded are: 'd'"):
         bot.ask("What?", adapter="w")
     bot.add_adapter("w", str(stored / "w"))
     assert bot.info()["adapters"] == ["d", "w"]
