@@ -85,7 +85,7 @@ def test_several_answers_and_views(tiny: Path, red: Path) -> None:
         (("--view", "front.png", "What?"), 2, "NAME=FILE"),
         (("-a", "-", "-"), 2, "not both"),
         (("--logprobs", "2", "What?"), 2, "--json"),
-        (("<image>?",), 2, "1 <image> but 0"),
+        (("<image>?",), 2, "1 `<image>` but 0"),
         (("--max-new-tokens", "100000", "What?"), 2, "context"),
     ],
 )

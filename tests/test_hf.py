@@ -15,6 +15,9 @@ from PIL import Image
 
 from llava_interleave import checkpoints, hf
 from llava_interleave.errors import LlavaError, OptionError, PromptError, Unsupported
+from llava_interleave.hf.model import LlavaForConditionalGeneration
+from llava_interleave.hf.pipelines import pipeline
+from llava_interleave.hf.processor import AutoProcessor
 from llava_interleave.model import Llava
 from llava_interleave.testing import tiny_checkpoint
 
@@ -36,10 +39,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path) -> tuple[hf.LlavaForConditionalGeneration, hf.AutoProcessor]:
-    return hf.LlavaForConditionalGeneration.from_pretrained(
+def ours(folder: Path) -> tuple[LlavaForConditionalGeneration, AutoProcessor]:
+    return LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(
         folder
-    ), hf.AutoProcessor.from_pretrained(folder)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +193,7 @@ def test_several_conversations(ours: Any, theirs: Any, pictures: list[Path]) -> 
 @pytest.fixture(scope="module")
 def pipes(ours: Any, theirs: Any) -> tuple[Any, Any]:
     return (
-        hf.pipeline("image-text-to-text", model=ours[0], processor=ours[1]),
+        pipeline("image-text-to-text", model=ours[0], processor=ours[1]),
         transformers.pipeline("image-text-to-text", model=theirs[0], processor=theirs[1]),
     )
 
@@ -211,7 +214,7 @@ def test_pipeline_by_name(folder: Path, pictures: list[Path]) -> None:
     """The card's first snippet; loading by name goes through the same way as loading the parts."""
     messages = chat(text="What does the label represent?")
     messages[0]["content"].insert(0, {"type": "image", "path": str(pictures[0])})
-    pipe = hf.pipeline("image-text-to-text", model=folder)
+    pipe = pipeline("image-text-to-text", model=folder)
     out = pipe(text=messages, max_new_tokens=20)
     assert out[0]["input_text"] == messages
     assert out[0]["generated_text"][:-1] == messages
@@ -299,7 +302,7 @@ def test_sampling_is_repeatable_from_torchs_seed(ours: Any) -> None:
 
 
 def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
-    model = hf.LlavaForConditionalGeneration.from_pretrained(
+    model = LlavaForConditionalGeneration.from_pretrained(
         folder, torch_dtype=torch.float16, low_cpu_mem_usage=True
     )
     assert model.dtype == torch.float16
@@ -324,7 +327,7 @@ def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(checkpoints, "load", load)
-    of = hf.LlavaForConditionalGeneration.from_pretrained
+    of = LlavaForConditionalGeneration.from_pretrained
     half = {"torch_dtype": torch.float16, "low_cpu_mem_usage": True}
     model = of(folder, **half, use_flash_attention_2=True)
     of(folder, **half, load_in_4bit=True)
@@ -352,7 +355,7 @@ def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         OptionError, match="quantization_config is not read: load_in_4bit=True is NF4"
     ):
         of(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
-    with pytest.raises(Unsupported, match="there is no cuda:2: this machine has 2"):
+    with pytest.raises(Unsupported, match="cuda:2 does not exist: this machine has 2"):
         model.to(2)
 
 
@@ -360,18 +363,18 @@ def test_weights_of_few_bits_stay_where_they_are(folder: Path, tmp_path: Path) -
     checkpoints.save(
         checkpoints.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder
     )
-    model = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "int8")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "int8")
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
     assert model.to("cpu").to(torch.float32) is model
     with pytest.raises(
-        OptionError, match=r"int8 weights stay on cpu beside torch\.float32: pass device_map"
+        OptionError, match=r"int8 weights stay on cpu with torch\.float32: pass device_map"
     ):
         model.to(torch.bfloat16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU must say")
 def test_what_a_cpu_cannot_do_is_refused(folder: Path) -> None:
-    load = hf.LlavaForConditionalGeneration.from_pretrained
+    load = LlavaForConditionalGeneration.from_pretrained
     for flags, says in (
         ({"load_in_4bit": True}, "bfloat16"),
         ({"load_in_8bit": True}, "bfloat16"),
@@ -404,8 +407,74 @@ def test_mistakes(ours: Any, folder: Path, pictures: list[Path]) -> None:
     with pytest.raises(OptionError, match="padding=True"):
         processor(text=["a", "a longer text"], return_tensors="pt")
     with pytest.raises(Unsupported, match="image-text-to-text"):
-        hf.pipeline("text-generation", model=folder)
+        pipeline("text-generation", model=folder)
     with pytest.raises(Unsupported, match="video"):
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "video", "url": "x"}]}], tokenize=True
         )
+
+
+def test_names_without_transformers(monkeypatch: pytest.MonkeyPatch, ours: Any) -> None:
+    """The light classes stay; other names, attributes and arguments name the extra."""
+    monkeypatch.setattr(hf.importlib.util, "find_spec", lambda _: None)
+    assert hf.LlavaForConditionalGeneration is LlavaForConditionalGeneration
+    assert hf.pipeline is pipeline
+    extra = r"pip install 'llava-interleave\[hf\]'"
+    with pytest.raises(Unsupported, match=extra):
+        _ = hf.Trainer
+    with pytest.raises(Unsupported, match=extra):
+        ours[0].save_pretrained("x")
+    assert not hasattr(ours[1], "image_processor")
+    with pytest.raises(Unsupported, match=f"'truncation'.*{extra}"):
+        ours[1](text="a", truncation=True)
+
+
+def test_quantized_weights_behind_transformers_class(folder: Path, pictures: list[Path]) -> None:
+    """The same tokens as the light class, and by transformers' own loop over the same layers."""
+    checkpoint = folder.parent / "int8"
+    if not checkpoint.exists():
+        network = checkpoints.load(folder, precision="int8")
+        checkpoints.save(network, checkpoint, processor_from=folder)
+    processor = hf.AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt"
+    )
+    light = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    expected = light.generate(**inputs, max_new_tokens=6)
+    models = [
+        hf.LlavaForConditionalGeneration.from_pretrained(checkpoint),
+        hf.LlavaForConditionalGeneration.from_pretrained(folder, precision="int8"),
+        hf.AutoModelForImageTextToText.from_pretrained(checkpoint),
+    ]
+    suppressed = list(range(light.tokenizer.size - 1, light.model.config.text.vocab_size))
+    for model in models:
+        out = model.generate(**inputs, max_new_tokens=6, suppress_tokens=suppressed)
+        assert torch.equal(out, expected)
+        kinds = {type(layer.mlp.up_proj).__name__ for layer in model.model.language_model.layers}
+        assert kinds == {"QuantizedLinear"}
+        loop = model.generate(
+            **inputs, max_new_tokens=6, suppress_tokens=suppressed, stopping_criteria=[never_stop]
+        )
+        assert torch.equal(loop, expected)
+    with pytest.raises(Unsupported, match="llava quantize"):
+        models[0].save_pretrained(folder.parent / "saved")
+    with pytest.raises(OptionError, match="subfolder"):
+        hf.LlavaForConditionalGeneration.from_pretrained(folder, precision="int8", subfolder="x")
+
+
+def never_stop(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def test_use_engine_shares_the_weights(folder: Path, theirs: Any, pictures: list[Path]) -> None:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    inputs = theirs[1](
+        images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt"
+    )
+    expected = model.generate(**inputs, max_new_tokens=6)
+    assert torch.equal(hf.use_engine(model).generate(**inputs, max_new_tokens=6), expected)
+    engine = model._llava_engine.engine
+    theirs_by_place = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in engine.model.parameters()} <= theirs_by_place
+    model.generate(**inputs, max_new_tokens=6)
+    assert engine.load().crops_encoded == 1  # the second call used the caches

@@ -113,9 +113,7 @@ def test_samplings(films: dict[str, Path], sampling: FrameSampling, wanted: list
 
 def test_moments_outside_the_video(films: dict[str, Path]) -> None:
     for sampling in (FrameSampling(times=(9.0,)), FrameSampling(start=9)):
-        with pytest.raises(
-            OptionError, match=r"9 s is past the video's last frame at 3\.90 s"
-        ):
+        with pytest.raises(OptionError, match=r"9 s is past the video's last frame at 3\.90 s"):
             Loader().video(films["mp4"], sampling)
 
 

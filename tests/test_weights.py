@@ -263,7 +263,10 @@ def index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
         (lambda v: v["weight_map"].update(x="pytorch_model.bin"), r"'pytorch_model\.bin'"),
         (lambda v: v["weight_map"].update(x=["a"]), "names the shard"),
         (lambda v: v["weight_map"].update(x="model-9.safetensors"), "which does not exist"),
-        (lambda v: v["weight_map"].update(x="model-00001-of-00010.safetensors"), "are not in their shards: x"),
+        (
+            lambda v: v["weight_map"].update(x="model-00001-of-00010.safetensors"),
+            "are not in their shards: x",
+        ),
     ],
 )
 def test_broken_index(

@@ -1,0 +1,271 @@
+"""The model with transformers' `generate`, run by this package's engine, without transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoints, license_notice
+from ..chat import kv_memory, named_dtype
+from ..config_json import read_json
+from ..engine import Engine, SamplingParams
+from ..errors import OptionError, PromptError, Unsupported
+from ..image_layout import ImageTokenLayout
+from ..model import Llava
+from ..options import unknown
+from ..processing import Tokenizer
+from ..prompt import Media, Prompt
+from ..quantization.replace import quantized_precision
+from .processor import (
+    NEEDS_TRANSFORMERS,
+    Light,
+    device_and_dtype,
+    resolve_device,
+    supported_arguments,
+)
+
+
+class LlavaForConditionalGeneration(Light):
+    """A model with transformers' `generate`, run by this package's engine."""
+
+    def __init__(self, model: Llava, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation = dict(generation)
+        self._engine: Engine | None = None
+
+    @classmethod
+    @supported_arguments
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | None = None,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        use_flash_attention_2: bool = False,
+        low_cpu_mem_usage: bool = True,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        quantization_config: object = None,
+    ) -> LlavaForConditionalGeneration:
+        """The model of a checkpoint folder or a Hugging Face name; default dtype: the checkpoint's.
+
+        Weights are always read straight to their device and dtype, as `low_cpu_mem_usage` wants.
+        `load_in_4bit` is bitsandbytes' NF4 in every linear layer but the output head.
+        FlashAttention 2 is exact attention: a GPU uses the fastest installed kernel anyway.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise OptionError(f"torch_dtype={torch_dtype} and dtype={dtype} contradict each other")
+        if not low_cpu_mem_usage:
+            raise OptionError(
+                "low_cpu_mem_usage=False: weights are always read straight to their device; "
+                "leave it out"
+            )
+        if quantization_config is not None:
+            raise OptionError(
+                "quantization_config is not read: load_in_4bit=True is NF4 with plain scales, "
+                "computed in torch_dtype"
+            )
+        if (load_in_4bit or load_in_8bit) and not torch.cuda.is_available():
+            raise Unsupported(
+                f"load_in_{4 if load_in_4bit else 8}bit needs a CUDA GPU, which this machine lacks: "
+                "leave it out and pass torch_dtype=torch.bfloat16, half the memory of float32"
+            )
+        if load_in_8bit:
+            raise Unsupported(
+                "load_in_8bit, bitsandbytes' LLM.int8(), is not offered; load_in_4bit is, "
+                "and int8 in load()"
+            )
+        flash = use_flash_attention_2 or attn_implementation == "flash_attention_2"
+        if flash:
+            if not torch.cuda.is_available():
+                raise Unsupported(
+                    "FlashAttention 2 needs a CUDA GPU, which this machine lacks; "
+                    "leave it out: attention is PyTorch's fused SDPA"
+                )
+        elif attn_implementation not in (None, "sdpa"):
+            raise Unsupported(
+                f"attn_implementation={attn_implementation!r} {NEEDS_TRANSFORMERS}; "
+                "without it attention is PyTorch's SDPA"
+            )
+        target_dtype = dtype if dtype is not None else torch_dtype
+        if isinstance(target_dtype, str):
+            target_dtype = None if target_dtype == "auto" else named_dtype(target_dtype)
+        checkpoint = checkpoints.Checkpoint.open(checkpoints.resolve(name, revision))
+        precision, default = ("nf4", "cuda") if load_in_4bit else (None, "cpu")
+        device_map = default if device_map is None else device_map
+        device = resolve_device(device_map, checkpoint, precision or "auto")
+        model = checkpoints.load(checkpoint, dtype=target_dtype, device=device, precision=precision)
+        if flash and model.language_model.norm.weight.dtype == torch.float32:
+            raise OptionError(
+                "FlashAttention 2 computes in 16 bits: "
+                "pass torch_dtype=torch.bfloat16 or torch.float16"
+            )
+        license_notice.show_once(str(name), checkpoint.folder, checkpoint.values)
+        return cls(
+            model,
+            Tokenizer.from_folder(checkpoint.folder),
+            read_json(checkpoint.folder / "generation_config.json", optional=True),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.language_model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights that are not quantized."""
+        return self.model.language_model.norm.weight.dtype
+
+    def to(
+        self, *args: str | int | torch.device | torch.dtype, **kwargs: Any
+    ) -> LlavaForConditionalGeneration:
+        """Move the model in place to a device, a dtype or both. A quantized model cannot move."""
+        device, dtype = device_and_dtype(args, kwargs)
+        if precision := quantized_precision(self.model):
+            if (dtype or self.dtype, torch.empty(0, device=device or self.device).device) != (
+                self.dtype,
+                self.device,
+            ):
+                raise OptionError(
+                    f"{precision} weights stay on {self.device} with {self.dtype}: "
+                    "pass device_map and torch_dtype when you load them"
+                )
+            return self
+        self.model.to(device=device, dtype=dtype)
+        self._engine = None
+        return self
+
+    def eval(self) -> LlavaForConditionalGeneration:
+        """The model itself: it is always in evaluation mode."""
+        return self
+
+    def generate(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        num_return_sequences: int = 1,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        use_cache: bool = True,
+        num_beams: int = 1,
+        **other: object,
+    ) -> Tensor:
+        """Ids `[B * num_return_sequences, T]`: prompts and new tokens, padded on the right.
+
+        Defaults are transformers': 20 new tokens, greedy; with `do_sample` temperature 1 and top_k
+        50. `torch.manual_seed` makes sampling repeatable.
+        """
+        if other:
+            known = inspect.signature(LlavaForConditionalGeneration.generate).parameters.keys() - {
+                "self",
+                "other",
+            }
+            raise unknown("keyword of generate", next(iter(other)), known)
+        if num_beams != 1 or not use_cache:
+            raise Unsupported(
+                f"beam search and use_cache=False {NEEDS_TRANSFORMERS}; without it leave them out"
+            )
+        if do_sample and temperature == 0:
+            raise OptionError("temperature=0 is greedy; pass do_sample=False instead")
+        warpers = {
+            "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p
+        }  # fmt: skip
+        used = {name: value for name, value in warpers.items() if value is not None}
+        if used and not do_sample:
+            raise OptionError(
+                f"{next(iter(used))} does nothing without do_sample=True; "
+                "leave it out or pass do_sample=True"
+            )
+        eos = self._eos(eos_token_id)
+        shared: dict[str, Any] = {
+            "max_new_tokens": 20 if max_new_tokens is None else max_new_tokens,
+            **({"temperature": 1.0, "top_k": 50} | used if do_sample else {}),
+            "repetition_penalty": repetition_penalty,
+            "ignore_eos": True,
+            "stop_ids": tuple(eos),
+        }
+        prompts = self._prompts(input_ids, attention_mask, pixel_values)
+        prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
+        seeds = [int(torch.randint(2**31, ())) if do_sample else None for _ in prompts]
+        if self._engine is None:
+            tokenizer = self.tokenizer
+            self._engine = Engine(
+                self.model,
+                eos_ids=tokenizer.eos_ids,
+                vocab=tokenizer.size,
+                kv_bytes=kv_memory(self.model),
+            )
+        requests = self._engine.generate(
+            prompts, [SamplingParams(**shared, seed=seed) for seed in seeds]
+        )
+        rows = [request.generated for request in requests]
+        longest = max(map(len, rows))
+        pad = (
+            pad_token_id
+            if pad_token_id is not None
+            else self.generation.get("pad_token_id") or eos[0]
+        )
+        tails = torch.tensor(
+            [row + [pad] * (longest - len(row)) for row in rows],
+            dtype=input_ids.dtype,
+            device=input_ids.device,
+        )
+        return torch.cat([input_ids.repeat_interleave(num_return_sequences, dim=0), tails], dim=1)
+
+    def _eos(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
+        eos = self.generation.get("eos_token_id") if eos_token_id is None else eos_token_id
+        if eos is None:
+            return sorted(self.tokenizer.eos_ids)
+        return [eos] if isinstance(eos, int) else list(eos)
+
+    def _prompts(
+        self, input_ids: Tensor, mask: Tensor | None, pixels: Tensor | None
+    ) -> list[Prompt]:
+        """The rows without their padding, each run of placeholders cut into images."""
+        image_id, grid = self.model.config.image_token_id, self.model.config.vision.grid
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+        rows = [row[keep].tolist() for row, keep in zip(input_ids, real, strict=True)]
+        count = sum(row.count(image_id) for row in rows)
+        images = 0 if pixels is None else len(pixels)
+        if count != images * grid**2:
+            raise PromptError(
+                f"input_ids have {count} image tokens, but {images} images in pixel_values need "
+                f"{images * grid**2}; pass the processor's output"
+            )
+        crops = iter(() if pixels is None else pixels.float().cpu())
+        prompts = []
+        for row in rows:
+            starts = [index for index, token in enumerate(row) if token == image_id][:: grid**2]
+            prompts.append(
+                Prompt(row, tuple(image_media(next(crops), grid, start) for start in starts))
+            )
+        return prompts
+
+
+def image_media(pixels: Tensor, grid: int, start: int) -> Media:
+    """One image of pixel_values `[3, S, S]`."""
+    crop = pixels.unsqueeze(0).contiguous()
+    key = hashlib.sha256(
+        b"pixel_values" + repr(tuple(crop.shape)).encode() + crop.numpy().tobytes()
+    ).digest()
+    return Media(crop, ImageTokenLayout(grid), key, start)
