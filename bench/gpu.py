@@ -376,11 +376,11 @@ def steps_agree(group: str, network: Llava, prompts: list[Prompt], say: Say) -> 
                 prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
             )
         ]
-        captured = ours.engine._runner.captured
-        if captured.why_not:
-            raise RuntimeError(captured.why_not)
+        captured = ours.engine._runner.graphs
+        if captured.unavailable:
+            raise RuntimeError(captured.unavailable)
         plain = Ours(network, 4096)
-        plain.engine._runner.captured.why_not = "for comparison"
+        plain.engine._runner.graphs.unavailable = "for comparison"
         sure = [
             request.generated
             for request in plain.engine.generate(

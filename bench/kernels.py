@@ -75,7 +75,7 @@ def attention(
     c: TextConfig, dtype: torch.dtype, new: int, *, compiled: bool = True, in_8_bits: bool = False
 ) -> tuple[Call, int]:
     """One layer of as many as there are; each has keys and values of its own."""
-    slabs = ContiguousKVCache(c, dtype, torch.device("cpu"), in_eight_bits=in_8_bits)
+    slabs = ContiguousKVCache(c, dtype, torch.device("cpu"), int8=in_8_bits)
     kv = SequenceKV(CacheKey.of([]), 0, CONTEXT + 64)
     slabs.prepare(kv)
     assert kv.slab is not None

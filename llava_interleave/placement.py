@@ -194,9 +194,7 @@ def kv_memory(model: Llava, precision: str = "auto") -> int:
     if weight.is_cuda:
         return profile_kv_bytes(model, kv_precision=precision)
     text = model.config.text
-    wanted = (
-        2 * text.context * bytes_per_token(text, weight.dtype, in_eight_bits=precision == "int8")
-    )
+    wanted = 2 * text.context * bytes_per_token(text, weight.dtype, int8=precision == "int8")
     memory = 16 << 30
     if sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

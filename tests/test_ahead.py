@@ -38,7 +38,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def behind(monkeypatch: pytest.MonkeyPatch, e: Engine) -> Engine:
     """That never launches a step before it has read the one before."""
-    monkeypatch.setattr(e._runner, "_next", lambda *_: None)
+    monkeypatch.setattr(e._runner, "_launch_next", lambda *_: None)
     return e
 
 
@@ -75,7 +75,7 @@ class Log:
 def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token is a prompt's, and five are left. That the fifth is the last is known before."""
     log = Log(monkeypatch)
-    (request,) = engine(kv_block=16).generate(
+    (request,) = engine(kv_block_size=16).generate(
         [MIXED[1]], SamplingParams(max_new_tokens=6, ignore_eos=True)
     )
     assert request.generated == naive(MIXED[1], 6)
@@ -85,7 +85,7 @@ def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.Mo
 
 def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stop token: one step too many was launched, and the next question finds the prefix as far as it was counted."""
-    log, e = Log(monkeypatch), engine(kv_block=16)
+    log, e = Log(monkeypatch), engine(kv_block_size=16)
     answer = naive(MIXED[1], 12)
     at = next(at for at in range(4, 12) if answer[at] not in answer[:at])
     (request,) = e.generate(
@@ -101,7 +101,7 @@ def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
 
 def test_who_comes_later_finds_those_who_went_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt is read beside answers whose next tokens are known by then: each is computed once."""
-    log, e = Log(monkeypatch), engine(kv_block=16)
+    log, e = Log(monkeypatch), engine(kv_block_size=16)
     first = [e.add(p, GREEDY) for p in MIXED[:3]]
     for _ in range(4):
         e.step()
@@ -131,7 +131,7 @@ def test_who_comes_later_finds_those_who_went_ahead(monkeypatch: pytest.MonkeyPa
 def test_nobody_goes_ahead_beside_one_whose_token_is_not_chosen_on_the_card(
     other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, e = Log(monkeypatch), engine(kv_block=16)
+    log, e = Log(monkeypatch), engine(kv_block_size=16)
     how = [GREEDY, SamplingParams(max_new_tokens=12, ignore_eos=True, **other)]
     requests = e.generate(MIXED[:2], how)
     assert log.count("launched") and not log.count("ahead")
@@ -140,10 +140,10 @@ def test_nobody_goes_ahead_beside_one_whose_token_is_not_chosen_on_the_card(
 
 def test_where_the_next_token_has_no_room_yet_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """31 tokens and one more fill a block; a sequence gets another one with the step that needs it."""
-    log, e = Log(monkeypatch), engine(tokens=64, kv_block=32)
+    log, e = Log(monkeypatch), engine(tokens=64, kv_block_size=32)
     p = prompt(text(1, 30))
-    monkeypatch.setattr("llava_interleave.engine.scheduler.ROOM", 1)
-    monkeypatch.setattr("llava_interleave.engine.scheduler.BLOCK", 1)
+    monkeypatch.setattr("llava_interleave.engine.scheduler.DECODE_RESERVE", 1)
+    monkeypatch.setattr("llava_interleave.engine.scheduler.HASH_BLOCK", 1)
     (request,) = e.generate([p], SamplingParams(max_new_tokens=6, ignore_eos=True))
     assert request.generated == naive(p, 6)
     assert [what for what, _ in log.said if what != "read"] == [
@@ -156,7 +156,7 @@ def test_where_the_next_token_has_no_room_yet_it_waits(monkeypatch: pytest.Monke
 
 
 def test_a_step_ahead_that_fails_fails_alone() -> None:
-    e, model = failing(kv_block=16, max_num_seqs=2)
+    e, model = failing(kv_block_size=16, max_num_seqs=2)
     requests = [e.add(p, GREEDY) for p in MIXED]
     for _ in range(4):
         e.step()
@@ -179,7 +179,7 @@ def test_where_a_step_ahead_cannot_be_captured_it_goes_on(monkeypatch: pytest.Mo
         return capture(self, size)
 
     monkeypatch.setattr(CudaGraphDecoder, "_capture", some)
-    log, e = Log(monkeypatch), engine(kv_block=16)
+    log, e = Log(monkeypatch), engine(kv_block_size=16)
     how = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (12, 3)]
     assert answers(e.generate(MIXED[:2], how)) == [expected()[0], expected()[1][:3]]
     assert log.count("ahead") == 2 and "no room for another graph" in e.attention
@@ -205,7 +205,7 @@ class Pair:
         block = chance.choice([4, 8, 32])
         options: dict[str, Any] = {
             "kv_bytes": (chance.randint(160, 260) + block) * TOKEN,
-            "kv_block": block,
+            "kv_block_size": block,
             "max_num_batched_tokens": chance.randint(6, 80),
             "max_batched_images": chance.randint(1, 6),
             "max_num_seqs": chance.randint(2, 6),
@@ -246,14 +246,14 @@ class Pair:
         assert ahead.load() == never.load()
         for e in self.engines:
             e.check()
-        ours, theirs = ([*e._prefixes.idle] for e in self.engines)
-        assert [(kv.length, kv.blocks, kv.keys.chain) for kv in ours] == [
-            (kv.length, kv.blocks, kv.keys.chain) for kv in theirs
+        ours, theirs = ([*e._prefix_cache.idle] for e in self.engines)
+        assert [(kv.length, kv.blocks, kv.key.block_hashes) for kv in ours] == [
+            (kv.length, kv.blocks, kv.key.block_hashes) for kv in theirs
         ]
         for kv, other in zip(ours, theirs, strict=True):
-            assert kv.keys.numbers.tolist() == other.keys.numbers.tolist()
+            assert kv.key.ids.tolist() == other.key.ids.tolist()
             stored = [
-                e._runner.memory.stored(one, one.length)
+                e._runner.kv_cache.export_tensors(one, one.length)
                 for e, one in zip(self.engines, (kv, other), strict=True)
             ]
             for name, tensor in stored[0].items():
@@ -279,7 +279,7 @@ def told(events: Iterable[Event]) -> list[tuple[Any, ...]]:
 def test_whatever_happens_both_say_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests come, go and end, with and without pictures; in too little memory where they get it by the piece."""
     chance, log = random.Random(seed), Log(monkeypatch)
-    for name in ("ROOM", "BLOCK") if seed % 2 else ():
+    for name in ("DECODE_RESERVE", "HASH_BLOCK") if seed % 2 else ():
         monkeypatch.setattr(f"llava_interleave.engine.scheduler.{name}", 8)
     pair = Pair(chance, monkeypatch)
     for _ in range(90):

@@ -70,7 +70,7 @@ def answers(
         eos_ids={300},
         vocab=300,
         kv_bytes=kv_bytes,
-        deterministic=True,
+        batch_invariant=True,
         max_num_batched_tokens=128,
     )
     after = dict(enumerate(late))
@@ -114,14 +114,16 @@ def test_it_is_the_same_with_little_memory_and_after_others(model: Llava) -> Non
 
 def test_it_is_asked_for_by_keyword_and_by_flag(tmp_path: Path) -> None:
     folder = str(tiny_checkpoint(tmp_path))
-    flags = ModelFlags(folder, device="cpu", deterministic=True)
+    flags = ModelFlags(folder, device="cpu", batch_invariant=True)
     assert (
-        load(folder, deterministic=True).engine.deterministic
-        and not load(folder).engine.deterministic
+        load(folder, batch_invariant=True).engine.batch_invariant
+        and not load(folder).engine.batch_invariant
     )
-    assert LazyModel(flags).ready(Options(max_new_tokens=1)).engine.deterministic
+    assert LazyModel(flags).ready(Options(max_new_tokens=1)).engine.batch_invariant
     assert (
-        LazyModel(ClusterWorker(flags).flags).ready(Options(max_new_tokens=1)).engine.deterministic
+        LazyModel(ClusterWorker(flags).flags)
+        .ready(Options(max_new_tokens=1))
+        .engine.batch_invariant
     )
 
 
@@ -131,7 +133,7 @@ def test_a_prefix_is_used_as_far_as_it_was_computed_in_whole_pieces(model: Llava
         eos_ids={300},
         vocab=300,
         kv_bytes=1 << 24,
-        deterministic=True,
+        batch_invariant=True,
         max_num_batched_tokens=128,
     )
     first, second, *_ = of(model)

@@ -478,7 +478,8 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     )
     wide = engine(tokens=2000)
     with pytest.raises(
-        ContextError, match=r"995 tokens and 6 more .* context is 1000: ask for at most 5"
+        ContextError,
+        match=r"995 tokens and max_new_tokens is 6, .* context is 1000: ask for at most 5",
     ):
         wide.add(prompt(text(0, 995)), SamplingParams(max_new_tokens=6))
     with pytest.raises(ContextError, match=r"1010 tokens .* use 11 fewer"):
@@ -534,7 +535,7 @@ class Anything(RuleBasedStateMachine):
             eos_ids={EOS},
             vocab=VOCAB,
             kv_bytes=(memory + block) * TOKEN,
-            kv_block=block,
+            kv_block_size=block,
             feature_bytes=features,
             max_num_batched_tokens=tokens,
             max_batched_images=crops,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava_interleave import checkpoints, kernels
 from llava_interleave.config import TextConfig, VisionConfig
 from llava_interleave.engine import Engine, SamplingParams
-from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, fusible
+from llava_interleave.engine.kv_contiguous import ContiguousKVCache, Span, fused_sequence
 from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
 from llava_interleave.model.qwen2 import Qwen2
 from llava_interleave.model.siglip import SigLIP
@@ -90,8 +90,8 @@ def sequences(slabs: ContiguousKVCache, spans: list[tuple[int, int]]) -> list[Sp
     made = [Span(SequenceKV(CacheKey.of([]), at, at + new + 3), at, at + new) for at, new in spans]
     for span in made:
         slabs.prepare(span.kv)
-        assert span.kv.slab is not None
-        for tensor in (tensor for tensors, _ in span.kv.slab.parts() for tensor in tensors):
+        assert span.kv.contiguous is not None
+        for tensor in (tensor for tensors, _ in span.kv.contiguous.tensors() for tensor in tensors):
             if tensor.dtype == torch.int8:
                 tensor.random_(-100, 101)
             else:
@@ -107,8 +107,8 @@ def contents(spans: list[Span]) -> list[Tensor]:
     return [
         tensor
         for span in spans
-        if span.kv.slab
-        for tensors, _ in span.kv.slab.parts()
+        if span.kv.contiguous
+        for tensors, _ in span.kv.contiguous.tensors()
         for tensor in tensors
     ]
 
@@ -128,28 +128,26 @@ def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits:
     c = SHAPES[shape]
     network, slabs = (
         decoder(c, bits),
-        ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), in_eight_bits=in_8_bits),
+        ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), int8=in_8_bits),
     )
     x, positions = step(c, SPANS)
     one, other = sequences(slabs, SPANS), sequences(slabs, SPANS)
     by_layer = network(x, positions, slabs.attend(one))
-    fused = FusedDecoder(network)(x, positions, [fusible(span) for span in other])
+    fused = FusedDecoder(network)(x, positions, [fused_sequence(span) for span in other])
     assert float((fused - by_layer).norm() / by_layer.norm()) < 0.01
     for ours, theirs in zip(contents(other), contents(one), strict=True):
         assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 0.02
     for p in network.parameters():  # what is quantized is a buffer and stays
         p.data = p.float()
     exact = sequences(
-        ContiguousKVCache(c, torch.float32, torch.device("cpu"), in_eight_bits=in_8_bits), SPANS
+        ContiguousKVCache(c, torch.float32, torch.device("cpu"), int8=in_8_bits), SPANS
     )
     for a, b in zip(contents(exact), contents(sequences(slabs, SPANS)), strict=True):
         a.copy_(b)
     right = network(
         x.float(),
         positions,
-        ContiguousKVCache(c, torch.float32, torch.device("cpu"), in_eight_bits=in_8_bits).attend(
-            exact
-        ),
+        ContiguousKVCache(c, torch.float32, torch.device("cpu"), int8=in_8_bits).attend(exact),
     )
     assert float((fused.float() - right).norm()) < float((by_layer.float() - right).norm())
 
@@ -160,7 +158,7 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
     c = SHAPES["grouped"]
     fused, slabs = (
         FusedDecoder(decoder(c, 4)),
-        ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), in_eight_bits=in_8_bits),
+        ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), int8=in_8_bits),
     )
     x, positions = step(c, SPANS)
     threads = torch.get_num_threads()
@@ -169,7 +167,7 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
         for several in (1, 2, 5):
             torch.set_num_threads(several)
             spans = sequences(slabs, SPANS)
-            found.append(fused(x, positions, [fusible(span) for span in spans]))
+            found.append(fused(x, positions, [fused_sequence(span) for span in spans]))
             memories.append(contents(spans))
     finally:
         torch.set_num_threads(threads)
@@ -178,7 +176,7 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
     found.append(
         torch.cat(
             [
-                fused(x[i : i + 1], positions[i : i + 1], [fusible(span)])
+                fused(x[i : i + 1], positions[i : i + 1], [fused_sequence(span)])
                 for i, span in enumerate(tokens)
             ]
         )
@@ -194,7 +192,7 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
                     first + at - span.start, first + min(at + width, span.stop) - span.start
                 )
                 piece = Span(span.kv, at, min(at + width, span.stop))
-                pieces.append(fused(x[rows], positions[rows], [fusible(piece)]))
+                pieces.append(fused(x[rows], positions[rows], [fused_sequence(piece)]))
             first += span.stop - span.start
         found.append(torch.cat(pieces))
         memories.append(contents(cut))
@@ -210,11 +208,13 @@ def test_what_is_asked_for_is_as_if_all_were(in_8_bits: bool) -> None:
     c = SHAPES["grouped"]
     fused, slabs = (
         FusedDecoder(decoder(c, 4)),
-        ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), in_eight_bits=in_8_bits),
+        ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), int8=in_8_bits),
     )
     x, positions = step(c, SPANS)
     whole = sequences(slabs, SPANS)
-    every = fused(x, positions, [fusible(span) for span in whole]).split([new for _, new in SPANS])
+    every = fused(x, positions, [fused_sequence(span) for span in whole]).split(
+        [new for _, new in SPANS]
+    )
     threads = torch.get_num_threads()
     try:
         for several, asked in (
@@ -226,7 +226,9 @@ def test_what_is_asked_for_is_as_if_all_were(in_8_bits: bool) -> None:
             torch.set_num_threads(several)
             spans = sequences(slabs, SPANS)
             found = fused(
-                x, positions, [fusible(span, some) for span, some in zip(spans, asked, strict=True)]
+                x,
+                positions,
+                [fused_sequence(span, some) for span, some in zip(spans, asked, strict=True)],
             )
             assert torch.equal(
                 found,

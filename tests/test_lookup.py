@@ -14,7 +14,7 @@ from llava_interleave import checkpoints, kernels
 from llava_interleave.chat import load
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.engine.kv_contiguous import MAX_DECODE_TOKENS
-from llava_interleave.engine.prompt_lookup import CREDIT, NGRAMS, PromptLookupDrafter
+from llava_interleave.engine.prompt_lookup import MAX_CREDIT, NGRAM_SIZES, PromptLookupDrafter
 from llava_interleave.errors import OptionError
 from llava_interleave.options import MAX_DRAFT_TOKENS
 from llava_interleave.prompt import Prompt
@@ -53,7 +53,7 @@ DRAWN = [
 
 def searched(tokens: list[int], most: int, never: int) -> list[int]:
     """By looking everywhere."""
-    for n in NGRAMS:
+    for n in NGRAM_SIZES:
         for at in range(len(tokens) - 1, n - 1, -1):
             if tokens[at - n : at] == tokens[-n:] and never not in tokens[at - n : at]:
                 whole = list(tokens)
@@ -72,24 +72,24 @@ def searched(tokens: list[int], most: int, never: int) -> list[int]:
 )
 def test_guesses_are_what_followed_last(tokens: list[int], cut: int, most: int) -> None:
     """Whether a sequence comes at once or token by token; 0 is the one that is never guessed."""
-    lookup = PromptLookupDrafter(9, never=0)
+    lookup = PromptLookupDrafter(9, image_token_id=0)
     lookup.length = 9
     for length in range(min(cut, len(tokens)), len(tokens) + 1):
-        assert list(lookup.guess(tokens[:length], most)) == searched(tokens[:length], most, 0)
+        assert list(lookup.propose(tokens[:length], most)) == searched(tokens[:length], most, 0)
 
 
 def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
-    lookup, tokens = PromptLookupDrafter(8, never=0), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
-    assert list(lookup.guess(tokens, 8)) == [4, 5, 6, 7]
-    lookup.learn(4, 4)
-    assert len(lookup.guess(tokens, 8)) == 8
-    lookup.learn(8, 1)
-    assert list(lookup.guess(tokens, 8)) == [4, 5] and list(lookup.guess(tokens, 1)) == [4]
+    lookup, tokens = PromptLookupDrafter(8, image_token_id=0), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
+    assert list(lookup.propose(tokens, 8)) == [4, 5, 6, 7]
+    lookup.update(4, 4)
+    assert len(lookup.propose(tokens, 8)) == 8
+    lookup.update(8, 1)
+    assert list(lookup.propose(tokens, 8)) == [4, 5] and list(lookup.propose(tokens, 1)) == [4]
     guessed = 0
-    while found := lookup.guess(tokens, 8):
-        lookup.learn(len(found), 0)
+    while found := lookup.propose(tokens, 8):
+        lookup.update(len(found), 0)
         guessed += len(found)
-    assert 0 < guessed <= 4 * CREDIT + 8
+    assert 0 < guessed <= 4 * MAX_CREDIT + 8
 
 
 @pytest.mark.parametrize("most", [1, 8, MAX_DRAFT_TOKENS])
@@ -177,7 +177,7 @@ def test_images_are_not_guessed() -> None:
     (request,) = e.generate(
         [prompt((0, 1), (0, 1), text(1, 3), (0, 1))], replace(GREEDY, prompt_lookup_num_tokens=8)
     )
-    assert request.lookup is not None and request.lookup.never == IMAGE
+    assert request.drafter is not None and request.drafter.image_token_id == IMAGE
     assert IMAGE not in request.generated and EOS < VOCAB
 
 
@@ -212,7 +212,7 @@ def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path
 def test_nobody_guesses_unasked_where_it_would_round_otherwise() -> None:
     """Floats: several tokens of a sequence are rounded otherwise than one."""
     (request,) = engine().generate([MIXED[0]], GREEDY)
-    assert request.lookup is None and request.usage.drafted == 0
+    assert request.drafter is None and request.usage.drafted == 0
 
 
 def test_out_of_range() -> None:

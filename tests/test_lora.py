@@ -236,7 +236,7 @@ def test_a_mixed_batch_equals_each_alone_equals_merged(
     expected = mixed(folder)
     e = with_both(folder, **{name: value for name, value in options.items() if name != "kv"})
     if "kv" in options:  # room for two or three at a time: caches go, and what runs gives way
-        e._prefixes.total = options["kv"]
+        e._prefix_cache.total = options["kv"]
     requests = [e.add(p, GREEDY, adapter=name) for name, p, _ in expected]
     while e.busy:
         e.step()

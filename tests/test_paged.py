@@ -20,10 +20,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from llava_interleave.config import LoraConfig
 from llava_interleave.engine import SamplingParams, kv_budget
-from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, sizes
+from llava_interleave.engine.block_allocator import BlockAllocator
+from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, capture_sizes
 from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
 from llava_interleave.engine.kv_paged import PagedKVCache
-from llava_interleave.engine.prefix_cache import BlockAllocator, CacheKey, PrefixCache, SequenceKV
+from llava_interleave.engine.prefix_cache import CacheKey, PrefixCache, SequenceKV
 from llava_interleave.errors import OptionError
 from llava_interleave.lora import attach
 from llava_interleave.model import PackedAttention, varlen
@@ -55,19 +56,21 @@ def pool(
     block: int,
     *,
     kv_heads: int = 2,
-    in_eight_bits: bool = False,
+    int8: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> PagedKVCache:
     c = config(kv_heads=kv_heads)
-    room = blocks * block * bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
-    return PagedKVCache(c, dtype, CPU, room, block=block, in_eight_bits=in_eight_bits)
+    room = blocks * block * bytes_per_token(c, dtype, int8=int8)
+    return PagedKVCache(c, dtype, CPU, room, block_size=block, int8=int8)
 
 
 def dealt(lengths: Sequence[int], memory: PagedKVCache) -> list[SequenceKV]:
     """Sequences of so many tokens, in blocks from all over the pool."""
-    blocks = random.Random(0).sample(range(memory.count), memory.count)
+    blocks = random.Random(0).sample(range(memory.num_blocks), memory.num_blocks)
     return [
-        SequenceKV(CacheKey.of([]), blocks=[blocks.pop() for _ in range(-(-n // memory.block))])
+        SequenceKV(
+            CacheKey.of([]), blocks=[blocks.pop() for _ in range(-(-n // memory.block_size))]
+        )
         for n in lengths
     ]
 
@@ -79,18 +82,18 @@ def dealt(lengths: Sequence[int], memory: PagedKVCache) -> list[SequenceKV]:
     ),
     kv_heads=st.sampled_from([1, 2, 4]),
     block=st.sampled_from([1, 4, 16]),
-    in_eight_bits=st.booleans(),
+    int8=st.booleans(),
 )
 def test_steps_equal_whole_sequences(
-    cuts: list[list[int]], kv_heads: int, block: int, in_eight_bits: bool
+    cuts: list[list[int]], kv_heads: int, block: int, int8: bool
 ) -> None:
     """Each sequence arrives in its own chunks, several sequences a step."""
     torch.manual_seed(0)
     lengths = [sum(cut) for cut in cuts]
-    memory = pool(3 * 85, block, kv_heads=kv_heads, in_eight_bits=in_eight_bits)
+    memory = pool(3 * 85, block, kv_heads=kv_heads, int8=int8)
     q = [torch.randn(n, 4, 8) for n in lengths]
     k, v = ([torch.randn(n, kv_heads, 8) for n in lengths] for _ in range(2))
-    kept = rounded if in_eight_bits else torch.Tensor.clone
+    kept = rounded if int8 else torch.Tensor.clone
     whole = PackedAttention(lengths)(0, torch.cat(q), kept(torch.cat(k)), kept(torch.cat(v))).split(
         lengths
     )
@@ -115,7 +118,7 @@ def test_steps_equal_whole_sequences(
 @pytest.mark.parametrize("block", [4, 32])
 def test_answers_are_those_of_the_naive_loop(block: int, options: dict[str, int]) -> None:
     """With room, in pieces, with room for one or two at a time, and filled up to another number."""
-    e = engine(kv_block=block, **options)
+    e = engine(kv_block_size=block, **options)
     requests = [e.add(p, GREEDY) for p in MIXED]
     finish(e)
     assert answers(requests) == expected()
@@ -129,7 +132,7 @@ def test_answers_are_those_from_slabs(how: dict[str, Any], kv_precision: str) ->
     """Greedy and drawn, guessed ahead, kept in 8 bits, and from prefixes."""
     told = []
     for block in (0, 16):
-        e = engine(kv_block=block, kv_precision=kv_precision)
+        e = engine(kv_block_size=block, kv_precision=kv_precision)
         for _ in range(2):
             requests = e.generate(MIXED, [replace(one, **how) for one in SAMPLED])
             told.append((answers(requests), [r.usage for r in requests]))
@@ -143,7 +146,7 @@ def test_answers_through_adapters_are_those_from_slabs() -> None:
         part.b.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
     told = []
     for block in (0, 16):
-        e, _ = counted(kv_block=block)
+        e, _ = counted(kv_block_size=block)
         e.adapters.add("a", adapter)
         requests = [e.add(p, GREEDY, adapter=name) for p in MIXED[:3] for name in (None, "a")]
         finish(e)
@@ -154,7 +157,7 @@ def test_answers_through_adapters_are_those_from_slabs() -> None:
 
 def test_a_pre_empted_answer_is_the_undisturbed_one() -> None:
     prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
-    e, model = counted(tokens=336, kv_block=16)
+    e, model = counted(tokens=336, kv_block_size=16)
     asked = SamplingParams(max_new_tokens=120, ignore_eos=True)
     assert answers(e.generate(prompts, asked)) == [naive(p, 120) for p in prompts]
     assert model.rows > 3 * (49 + 119)  # some was computed again
@@ -164,7 +167,7 @@ def test_a_pre_empted_answer_is_the_undisturbed_one() -> None:
 def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
     """Four samples of a prompt of 179 tokens take its eleven whole blocks once, and whoever ends leaves them to the others."""
     p = prompt(text(0, 20), (0, 1), text(1, 150))
-    e = engine(kv_block=16, max_num_seqs=4)
+    e = engine(kv_block_size=16, max_num_seqs=4)
     how = [
         SamplingParams(max_new_tokens=40, temperature=1.0, seed=n, ignore_eos=True)
         for n in range(4)
@@ -189,7 +192,7 @@ def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
 
 def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
     """The pool has 7 blocks of 16, the cache 6 of them: it goes, but its whole blocks stay with who goes on from them."""
-    e = engine(tokens=7 * 16, kv_block=16)
+    e = engine(tokens=7 * 16, kv_block_size=16)
     e.generate([LONG], SamplingParams(max_new_tokens=1))
     assert e.load().kv_cached == 6 * 16
     (request,) = e.generate([LONG], SamplingParams(max_new_tokens=20, ignore_eos=True))
@@ -201,7 +204,11 @@ def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
 def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> None:
     """Pieces are of 12 tokens, blocks of 16: where the 84 that were computed so cannot be copied, 80 are of no use."""
     e = engine(
-        tokens=7 * 16, kv_block=16, deterministic=True, max_num_batched_tokens=24, max_num_seqs=1
+        tokens=7 * 16,
+        kv_block_size=16,
+        batch_invariant=True,
+        max_num_batched_tokens=24,
+        max_num_seqs=1,
     )
     e.generate([LONG], SamplingParams(max_new_tokens=1))
     (request,) = e.generate([LONG], GREEDY)
@@ -210,7 +217,7 @@ def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> N
 
 def test_a_last_token_that_is_a_picture_is_not_one_of_an_answer() -> None:
     """The prompt's last piece is one token, a placeholder."""
-    e = engine(kv_block=16, max_num_batched_tokens=len(MIXED[5]) - 1, max_num_seqs=1)
+    e = engine(kv_block_size=16, max_num_batched_tokens=len(MIXED[5]) - 1, max_num_seqs=1)
     assert answers(e.generate([MIXED[5]], GREEDY)) == expected()[5:]
 
 
@@ -220,7 +227,7 @@ def test_the_account_of_shared_blocks() -> None:
     first, second = SequenceKV(CacheKey.of(range(40)), 40), SequenceKV(CacheKey.of(range(100)), 25)
     assert p.reserve(first, 35) and first.capacity == 40 and p.used == 40
     p.start(first)
-    p.retire(first, first.keys)
+    p.retire(first, first.key)
     p.share(second, first, 25)
     assert second.blocks == first.blocks[:2] and p.used == 40 and p.idle_tokens == 20
     assert not p.reserve(second, 70)  # 5 more, where 2 are free and 2 would be
@@ -230,16 +237,16 @@ def test_the_account_of_shared_blocks() -> None:
     p.check()
     p.drop(second)
     p.check()
-    assert p.used == 0 and sorted(pages.free) == list(range(6))
+    assert p.used == 0 and sorted(pages.free_blocks) == list(range(6))
 
 
 @pytest.mark.parametrize("kv_precision", ["auto", "int8"])
 def test_what_was_kept_goes_from_slabs_to_blocks_and_back(kv_precision: str) -> None:
     slabs, blocks, third = (
-        engine(kv_block=block, kv_precision=kv_precision) for block in (0, 16, 0)
+        engine(kv_block_size=block, kv_precision=kv_precision) for block in (0, 16, 0)
     )
     (request,) = slabs.generate([LONG], GREEDY)
-    keys = slabs.keys(LONG, request.generated)
+    keys = slabs.cache_key(LONG, request.generated)
     kept = slabs.save(keys)
     assert kept is not None
     more = replace(LONG, tokens=[*LONG.tokens, *request.generated, *text(9, 5)])
@@ -247,8 +254,8 @@ def test_what_was_kept_goes_from_slabs_to_blocks_and_back(kv_precision: str) -> 
     for e in (blocks, third):
         e.restore(kept)
         e.check()
-        back = e.save(e.keys(LONG, request.generated))
-        assert back is not None and back.about == kept.about
+        back = e.save(e.cache_key(LONG, request.generated))
+        assert back is not None and back.metadata == kept.metadata
         assert all(torch.equal(back.tensors[name], tensor) for name, tensor in kept.tensors.items())
         e.restore(kept)  # once more, where it is already
         e.check()
@@ -263,7 +270,11 @@ def test_deterministic_answers_from_blocks() -> None:
 
     def told(asked: Sequence[int], **options: Any) -> list[list[Any]]:
         e = engine(
-            kv_block=8, deterministic=True, max_num_batched_tokens=32, max_num_seqs=4, **options
+            kv_block_size=8,
+            batch_invariant=True,
+            max_num_batched_tokens=32,
+            max_num_seqs=4,
+            **options,
         )
         numbers = {e.add(MIXED[number], how).id: at for at, number in enumerate(asked)}
         found: list[list[Any]] = [[] for _ in asked]
@@ -281,9 +292,9 @@ def test_deterministic_answers_from_blocks() -> None:
 
 
 def test_the_sizes_that_steps_are_filled_up_to() -> None:
-    assert sizes(64) == [1, 2, 4, 8, 16, 32, 48, 64]
-    assert sizes(5) == [1, 2, 4, 5]
-    assert sizes(1) == [1]
+    assert capture_sizes(64) == [1, 2, 4, 8, 16, 32, 48, 64]
+    assert capture_sizes(5) == [1, 2, 4, 5]
+    assert capture_sizes(1) == [1]
 
 
 @torch.inference_mode()
@@ -293,10 +304,12 @@ def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
     model = Counting()
     c = model.config.text
     memories = [
-        PagedKVCache(c, torch.float32, CPU, 40 * 8 * bytes_per_token(c, torch.float32), block=8)
+        PagedKVCache(
+            c, torch.float32, CPU, 40 * 8 * bytes_per_token(c, torch.float32), block_size=8
+        )
         for _ in range(2)
     ]
-    fixed = CudaGraphDecoder(model, memories[0], vocab=VOCAB, most=7)
+    fixed = CudaGraphDecoder(model, memories[0], vocab=VOCAB, max_num_seqs=7)
     lengths = [
         8 * n + 7 * (n % 2) + 1 for n in range(count)
     ]  # so that some begin a block, and some end one
@@ -327,7 +340,7 @@ def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
         torch.testing.assert_close(step.logits, right)
         assert step.tokens(kvs[i] for i in here) == right.argmax(-1).tolist()
     torch.testing.assert_close(memories[0].pool[:, :, :-1], memories[1].pool[:, :, :-1])
-    filled_up = next(size for size in sizes(7) if size >= count) > count
+    filled_up = next(size for size in capture_sizes(7) if size >= count) > count
     assert (
         torch.equal(memories[0].pool[:, :, -1], scratch) != filled_up
     )  # what fills up writes there, and there alone
@@ -335,9 +348,9 @@ def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
 
 def test_captured_steps_are_run_again_by_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = graphs_of(monkeypatch)
-    e = engine(kv_block=16)
+    e = engine(kv_block_size=16)
     assert answers(e.generate(MIXED, GREEDY)) == expected()
-    assert e.attention == "sdpa over blocks of 16 tokens; CUDA graphs"
+    assert e.attention == "sdpa over a paged KV cache, 16 tokens per block; CUDA graphs"
     assert (
         len({graph.size for graph in graphs}) == len(graphs)
         and sum(graph.replays for graph in graphs) >= 10
@@ -350,7 +363,7 @@ def test_where_capturing_fails_it_goes_on_and_says_so(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("llava_interleave.engine.cuda_graphs.unavailable_reason", lambda _: None)
     monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
-    e = engine(kv_block=16)
+    e = engine(kv_block_size=16)
     assert answers(e.generate(MIXED, GREEDY)) == expected()
     assert e.attention.endswith(
         "no CUDA graphs (capturing a step of 8 failed: operation not permitted)"
@@ -358,15 +371,15 @@ def test_where_capturing_fails_it_goes_on_and_says_so(monkeypatch: pytest.Monkey
 
 
 def test_what_is_told_of_attention() -> None:
-    assert engine().attention == "products of matrices and sdpa over a slab a sequence"
+    assert engine().attention == "matmul and sdpa over a contiguous KV cache"
     assert (
-        engine(kv_block=16).attention
-        == "sdpa over blocks of 16 tokens; no CUDA graphs (there is no CUDA here)"
+        engine(kv_block_size=16).attention
+        == "sdpa over a paged KV cache, 16 tokens per block; no CUDA graphs (no CUDA device)"
     )
-    told = engine(kv_block=16, kv_precision="int8").attention
-    assert told.endswith("no CUDA graphs (keys and values in 8 bits are unpacked)")
-    assert engine(kv_block=16, deterministic=True).attention.endswith(
-        "no CUDA graphs (each answer is computed alone)"
+    told = engine(kv_block_size=16, kv_precision="int8").attention
+    assert told.endswith("no CUDA graphs (the int8 KV cache is dequantized)")
+    assert engine(kv_block_size=16, batch_invariant=True).attention.endswith(
+        "no CUDA graphs (batch-invariant)"
     )
 
 
@@ -460,9 +473,11 @@ def test_kernels_are_given_what_their_documentation_asks_for(
         engine(kv_precision=kv_precision).generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))
     )
     pretend(monkeypatch, kernel)
-    e = engine(kv_block=16, kv_precision=kv_precision, max_num_batched_tokens=40, max_num_seqs=3)
+    e = engine(
+        kv_block_size=16, kv_precision=kv_precision, max_num_batched_tokens=40, max_num_seqs=3
+    )
     assert answers(e.generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))) == right
-    assert e.attention.startswith(f"{kernel} over blocks of 16 tokens")
+    assert e.attention.startswith(f"{kernel} over a paged KV cache, 16 tokens per block")
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     packed = PackedAttention([2, 6, 1])(0, q, k, v)
     with torch.autocast(
@@ -540,7 +555,7 @@ def test_a_step_without_memory_fails_its_requests_and_gives_all_back(
 ) -> None:
     emptied = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
-    e, model = failing(max_num_seqs=2, kv_block=16)
+    e, model = failing(max_num_seqs=2, kv_block_size=16)
     requests = [e.add(p, GREEDY) for p in MIXED]
     e.step()
     model.error = torch.OutOfMemoryError("Tried to allocate 20.00 MiB")
@@ -564,6 +579,6 @@ def test_a_pool_that_the_device_has_no_room_for_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr("llava_interleave.engine.kv_paged.torch.zeros", full)
     with pytest.raises(
         OptionError,
-        match=r"1,024,000 bytes of keys and values have no room on cpu: Tried to allocate 9.00 GiB",
+        match=r"1,024,000 bytes of KV cache do not fit on cpu: Tried to allocate 9.00 GiB",
     ):
-        engine(kv_block=16)
+        engine(kv_block_size=16)

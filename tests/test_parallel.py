@@ -151,7 +151,9 @@ def told(call: Any) -> str:
 def together(folder: Path, device: str) -> None:
     """What each of two processes does."""
     ranks, found = ProcessGroup(*rank_and_world_size()), {}
-    found["deterministic"] = told(lambda: load(folder / "tied", device=device, deterministic=True))
+    found["batch_invariant"] = told(
+        lambda: load(folder / "tied", device=device, batch_invariant=True)
+    )
     try:
         bot = load(folder / "tied", device=device, kv_bytes=KV)
     except SystemExit:
@@ -244,7 +246,7 @@ def test_answers_are_those_of_one_process(
 def test_what_several_processes_cannot_do_is_refused(
     folder: Path, found: list[dict[str, Any]]
 ) -> None:
-    assert all("deterministic answers need one process" in rank["deterministic"] for rank in found)
+    assert all("batch_invariant needs one process" in rank["batch_invariant"] for rank in found)
     first = found[0]
     assert first["explain"].startswith(
         "Unsupported: this operation is not supported under tensor parallelism (world size 2)"

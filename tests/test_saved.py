@@ -107,19 +107,25 @@ def test_the_file_is_safetensors_and_the_memory_itself(
     """Another program reads the same numbers; taken in, they are the file, not a copy of it, and can be written again."""
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
-    (kv,) = bot.engine._prefixes.idle
-    assert kv.slab is not None
+    (kv,) = bot.engine._prefix_cache.idle
+    assert kv.contiguous is not None
     theirs = load_file(tmp_path / KEPT)
-    assert theirs.keys() - kv.slab.stored(kv.length).keys() == {"about", "crc32"}
+    assert theirs.keys() - kv.contiguous.export_tensors(kv.length).keys() == {"about", "crc32"}
     assert all(
-        torch.equal(theirs[name], tensor) for name, tensor in kv.slab.stored(kv.length).items()
+        torch.equal(theirs[name], tensor)
+        for name, tensor in kv.contiguous.export_tensors(kv.length).items()
     )
     assert (tmp_path / KEPT).stat().st_mode & 0o777 == 0o600
     again = fresh(bot).resume(tmp_path / "talk.json")
-    (kv,) = bot.engine._prefixes.idle
-    assert kv.slab is not None
+    (kv,) = bot.engine._prefix_cache.idle
+    assert kv.contiguous is not None
     assert (
-        len({tensor.untyped_storage().data_ptr() for tensor in kv.slab.stored(kv.length).values()})
+        len(
+            {
+                tensor.untyped_storage().data_ptr()
+                for tensor in kv.contiguous.export_tensors(kv.length).values()
+            }
+        )
         == 1
     )
     before = (tmp_path / KEPT).read_bytes()
@@ -145,7 +151,7 @@ def test_what_was_taken_back_is_not_written(
 
 def saved_tokens(talk: Conversation, folder: Path) -> list[int]:
     assert talk.save(folder / "talk.json", kv=True)
-    return kv_file.read(folder / KEPT, 1 << 30).about["tokens"]
+    return kv_file.read(folder / KEPT, 1 << 30).metadata["tokens"]
 
 
 def test_a_save_without_keys_and_values_leaves_none_of_another(
@@ -195,8 +201,8 @@ def test_a_part_that_is_left_of_a_sequence_is_of_use() -> None:
     )
     e, other = engine(), engine()
     e.generate([short], GREEDY)
-    kept = e.save(e.keys(long))
-    assert kept is not None and len(kept.about["tokens"]) == 44
+    kept = e.save(e.cache_key(long))
+    assert kept is not None and len(kept.metadata["tokens"]) == 44
     other.restore(kept)
     (answered,) = other.generate([long], GREEDY)
     assert (answered.usage.cached, answered.generated) == (44, naive(long, 12))
@@ -209,9 +215,9 @@ def test_a_prefix_is_cut_within_an_image() -> None:
         [1, *[IMAGE] * 9, *[IMAGE] * 18, 2, *[IMAGE] * 9],
         [(1, 9, one), (10, 18, two), (29, 9, two)],
     )
-    assert list(keys.spans()) == [(1, 9, 7), (10, 18, 9), (29, 9, 9)]
-    assert list(keys.through([], 12).spans()) == [(1, 9, 7), (10, 2, 9)]
-    assert list(keys.through([], 1).spans()) == []
+    assert list(keys.media_spans()) == [(1, 9, 7), (10, 18, 9), (29, 9, 9)]
+    assert list(keys.extended([], 12).media_spans()) == [(1, 9, 7), (10, 2, 9)]
+    assert list(keys.extended([], 1).media_spans()) == []
 
 
 def test_a_sequence_that_runs_is_written_as_far_as_it_is() -> None:
@@ -220,10 +226,10 @@ def test_a_sequence_that_runs_is_written_as_far_as_it_is() -> None:
     e, other = engine(max_num_batched_tokens=40, max_num_seqs=4), engine()
     e.add(asked, GREEDY)
     e.step()
-    kept = e.save(e.keys(asked))
-    assert kept is not None and len(kept.about["tokens"]) == 40
+    kept = e.save(e.cache_key(asked))
+    assert kept is not None and len(kept.metadata["tokens"]) == 40
     other.restore(
-        KVSnapshot(kept.about, {name: tensor.clone() for name, tensor in kept.tensors.items()})
+        KVSnapshot(kept.metadata, {name: tensor.clone() for name, tensor in kept.tensors.items()})
     )
     (answered,) = other.generate([asked], GREEDY)
     assert (answered.usage.cached, answered.generated) == (40, naive(asked, 12))
@@ -236,7 +242,7 @@ def test_room_is_made_for_it_and_what_runs_is_not_disturbed() -> None:
     asked = prompt(text(0, 60), (0, 1), text(1, 5))
     e = engine()
     e.generate([asked], GREEDY)
-    kept = e.save(e.keys(asked))
+    kept = e.save(e.cache_key(asked))
     assert kept is not None
     small = engine(150)
     small.generate([prompt(text(5, 60))], GREEDY)
@@ -248,7 +254,7 @@ def test_room_is_made_for_it_and_what_runs_is_not_disturbed() -> None:
     small.step()
     with pytest.raises(
         DataError,
-        match=r"74 tokens have no room: there is memory for .* 140, of which \d+ are in use: raise kv_byt",
+        match=r"no room for 74 tokens: there is KV memory for 140, of which \d+ are in use: raise kv_byt",
     ):
         small.restore(kept)
     while small.busy:
@@ -261,7 +267,7 @@ def test_one_that_was_restored_may_be_pre_empted() -> None:
     asked, other = prompt(text(0, 60), (0, 1), text(1, 5)), prompt(text(7, 60))
     e, small, how = engine(), engine(230), SamplingParams(max_new_tokens=60, ignore_eos=True)
     e.generate([asked], GREEDY)
-    kept = e.save(e.keys(asked))
+    kept = e.save(e.cache_key(asked))
     assert kept is not None
     small.restore(kept)
     requests = [small.add(other, how), small.add(asked, how)]  # who comes last gives way
@@ -286,14 +292,14 @@ def test_what_is_written_after_it_does_not_change_the_file(tmp_path: Path) -> No
     )
     e, other = engine(), engine()
     e.generate([long], GREEDY)
-    kept = e.save(e.keys(long))
+    kept = e.save(e.cache_key(long))
     assert kept is not None
     kv_file.write(tmp_path / "kv", kept)
     before = (tmp_path / "kv").read_bytes()
     other.restore(kv_file.read(tmp_path / "kv", 1 << 30))
     (answered,) = other.generate([short], SamplingParams(max_new_tokens=3, ignore_eos=True))
     assert (answered.usage.cached, answered.generated) == (61, naive(short, 3))
-    (kv,) = other._prefixes.idle
+    (kv,) = other._prefix_cache.idle
     assert (kv.length, kv.capacity) == (68, 79)
     assert (tmp_path / "kv").read_bytes() == before
 
@@ -303,19 +309,19 @@ def test_nothing_leaves_or_enters_under_a_salt_nor_enters_where_all_is_determini
     asked = prompt(text(0, 40), (0, 1), text(1, 5))
     e = engine()
     secret = e.generate([asked], GREEDY, salt=b"tenant")[0]
-    assert e.save(e.keys(asked)) is None
+    assert e.save(e.cache_key(asked)) is None
     with pytest.raises(OptionError, match="under a salt"):
-        e.save(secret.keys)
+        e.save(secret.cache_key)
     e.generate([asked], GREEDY)
-    kept = e.save(e.keys(asked))
+    kept = e.save(e.cache_key(asked))
     assert kept is not None
     other = engine()
     other.restore(kept)
     assert other.generate([asked], GREEDY, salt=b"tenant")[0].usage.cached == 0
     with pytest.raises(
-        DataError, match="deterministic answers build on nothing that was computed elsewhere"
+        DataError, match="a batch-invariant engine cannot use a KV cache computed elsewhere"
     ):
-        engine(deterministic=True).restore(kept)
+        engine(batch_invariant=True).restore(kept)
 
 
 def test_adapters_are_told_apart_by_their_numbers(
@@ -340,7 +346,7 @@ def test_adapters_are_told_apart_by_their_numbers(
     alone = load(tiny, device="cpu", adapters={"b": tmp_path / "a"})
     with pytest.warns(
         UserWarning,
-        match="through an adapter that is not loaded here; the conversation is there, but will be read",
+        match="with an adapter that is not loaded here; the conversation is there, but will be read",
     ):
         talk = alone.resume(tmp_path / "talk.json")
     assert len(talk.messages) == 4
@@ -358,14 +364,20 @@ def test_what_was_computed_otherwise_is_refused_in_words(
         tmp_path / "deeper", tiny_config(text={"tie_word_embeddings": False, "rope_theta": 1e4})
     )
     for bot, why in (
-        (bot_of(tiny, "bfloat16"), "were computed in 'float32', here they are in 'bfloat16'"),
-        (bot_of(tiny, "int8"), "were computed in 'float32', here they are in 'int8'"),
-        (bot_of(tiny, "float32", "int8"), "were kept in 'float32', here they are in 'int8'"),
+        (
+            bot_of(tiny, "bfloat16"),
+            "was computed in 'float32', this engine's is computed in 'bfloat16'",
+        ),
+        (bot_of(tiny, "int8"), "was computed in 'float32', this engine's is computed in 'int8'"),
+        (
+            bot_of(tiny, "float32", "int8"),
+            "was stored in 'float32', this engine's is stored in 'int8'",
+        ),
         (
             bot_of(tiny_checkpoint(tmp_path / "other", UNTIED, seed=1)),
-            "another network computed these",
+            "was computed by another model",
         ),
-        (bot_of(deeper), "another network computed these"),
+        (bot_of(deeper), "was computed by another model"),
     ):
         with pytest.warns(
             UserWarning,
@@ -375,8 +387,8 @@ def test_what_was_computed_otherwise_is_refused_in_words(
         assert talk.ask("More?", **HOW).usage.cached == 0
     again = bot_of(tiny)
     file = kv_file.read(tmp_path / KEPT, 1 << 30)
-    kv_file.write(tmp_path / KEPT, KVSnapshot({**file.about, "version": 2}, file.tensors))
-    with pytest.warns(UserWarning, match="not llava-interleave keys and values of version 1"):
+    kv_file.write(tmp_path / KEPT, KVSnapshot({**file.metadata, "version": 2}, file.tensors))
+    with pytest.warns(UserWarning, match="this is not a llava-interleave KV cache of version 1"):
         fresh(again).resume(tmp_path / "talk.json")
 
 
@@ -384,7 +396,7 @@ def kept_by_engine() -> KVSnapshot:
     """Of 70 tokens: 40, an image of 9, a film of two frames of 9, 3 more."""
     e, asked = engine(), prompt(text(0, 40), (0, 1), (1, 2), text(1, 4))
     e.generate([asked], GREEDY)
-    kept = e.save(e.keys(asked).through([], 70))
+    kept = e.save(e.cache_key(asked).extended([], 70))
     assert kept is not None
     return kept
 
@@ -412,17 +424,17 @@ def kept_by_engine() -> KVSnapshot:
         {"images": [[0, 0, "00"]] * 100_000},
         {"adapter": ["a"]},
         {"adapter": "00"},
-        {"network": {}},
+        {"model": {}},
         {"precision": "x" * 100_000},
         {"precision": "\x1b[2J"},
     ],
 )
 def test_what_a_file_tells_may_be_anything(changes: dict[str, Any]) -> None:
     kept, e = kept_by_engine(), engine()
-    assert len(e.restore(kept).numbers) == 70
+    assert len(e.restore(kept).ids) == 70
     e.clear()
     with pytest.raises(DataError) as refused:
-        e.restore(KVSnapshot({**kept.about, **changes}, kept.tensors))
+        e.restore(KVSnapshot({**kept.metadata, **changes}, kept.tensors))
     assert len(str(refused.value)) < 300 and str(refused.value).isprintable()
     e.check()
     assert e.load().kv_cached == 0
@@ -455,9 +467,9 @@ def test_tensors_may_be_any(change: Callable[[dict[str, torch.Tensor]], None]) -
     change(tensors)
     with pytest.raises(
         DataError,
-        match=r"no keys and values of 70 tokens: 1 tensors are others, first '(keys|values)\.\d'",
+        match=r"for 70 tokens: 1 tensors differ in name, shape or dtype \(first: (keys|values)\.\d",
     ):
-        e.restore(KVSnapshot(kept.about, tensors))
+        e.restore(KVSnapshot(kept.metadata, tensors))
     e.check()
     assert e.load().kv_cached == 0
 
@@ -528,7 +540,9 @@ def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_
     for odd in (float("nan"), float("inf"), 3e38):
         kv_file.write(
             tmp_path / KEPT,
-            KVSnapshot(file.about, {n: torch.full_like(t, odd) for n, t in file.tensors.items()}),
+            KVSnapshot(
+                file.metadata, {n: torch.full_like(t, odd) for n, t in file.tensors.items()}
+            ),
         )
         assert (
             fresh(bot)
@@ -545,17 +559,17 @@ def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_
 
 CHILD = """
 import os, signal, sys
-from llava_interleave.chat import load, saved
+from llava_interleave.chat import kv_file, load
 bot = load(sys.argv[1], device="cpu")
 talk = bot.resume(sys.argv[2])
 assert talk.ask("More?", max_new_tokens=8, ignore_eos=True).usage.cached
-raw, calls = saved._raw, []
+raw, calls = kv_file._raw, []
 def killer(tensor):
     calls.append(tensor)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return raw(tensor)
-saved._raw = killer
+kv_file._raw = killer
 talk.save(sys.argv[2], kv=True)
 """
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from llava_interleave.engine import SamplingParams
+from llava_interleave.engine.encoder_cache import EncoderCache
 from llava_interleave.engine.prefix_cache import (
     HASH_BLOCK,
     CacheKey,
-    EncoderCache,
     MediaId,
     PrefixCache,
     SequenceKV,
@@ -66,14 +66,14 @@ def scheduler(
 
 
 def step(s: Scheduler, token: int = 5) -> tuple[SchedulerOutput, list[tuple[int, int, int]]]:
-    """One step with a network that always says `token`; the plan, and (request, start, stop) of its works."""
-    plan = s.schedule()
-    for key in plan.encode:
-        s.features.put(key, torch.zeros(GRID**2, 2))
-    done = [(w.request.id, w.start, w.stop) for w in plan.work]
-    s.commit(plan, [[Pick(token)] for w in plan.work if w.sample], EOS, 1.0)
-    s.prefixes.check()
-    return plan, done
+    """One step with a network that always says `token`; the output, and (request, start, stop) of its works."""
+    output = s.schedule()
+    for key in output.encoder_inputs:
+        s.encoder_cache.put(key, torch.zeros(GRID**2, 2))
+    done = [(w.request.id, w.start, w.stop) for w in output.scheduled]
+    s.commit(output, [[Pick(token)] for w in output.scheduled if w.sample], EOS, 1.0)
+    s.prefix_cache.check()
+    return output, done
 
 
 def test_a_long_prompt_is_cut_and_decodes_go_on_beside_it() -> None:
@@ -91,10 +91,10 @@ def test_images_are_encoded_within_the_bound_and_the_prompt_waits_for_them() -> 
     s = scheduler(crops=2)
     r = request(30, crops=(1, 3))  # tokens 0-4 one image, 4-16 a video of three frames
     s.add(r)
-    plan, done = step(s)
-    assert (len(plan.encode), done) == (2, [(r.id, 0, 8)])
-    plan, done = step(s)
-    assert (len(plan.encode), done) == (2, [(r.id, 8, 30)])
+    output, done = step(s)
+    assert (len(output.encoder_inputs), done) == (2, [(r.id, 0, 8)])
+    output, done = step(s)
+    assert (len(output.encoder_inputs), done) == (2, [(r.id, 8, 30)])
 
 
 def test_images_of_several_requests_share_a_call_and_equal_ones_are_encoded_once() -> None:
@@ -102,8 +102,8 @@ def test_images_of_several_requests_share_a_call_and_equal_ones_are_encoded_once
     a, b = request(10, crops=(1, 1)), request(10, crops=(1, 2), first=300)
     s.add(a)
     s.add(b)
-    plan, done = step(s)
-    assert [unit.key for unit in plan.encode.values()] == [
+    output, done = step(s)
+    assert [unit.key for unit in output.encoder_inputs.values()] == [
         (b"\0\1", 0),
         (b"\1\1", 0),
         (b"\1\2", 0),
@@ -137,7 +137,7 @@ def test_the_last_to_start_is_preempted_and_waits_until_another_ends() -> None:
     while victim.kv is not None:
         step(s)
     assert 0 < len(victim.generated) < 300
-    assert s.prefixes.total - s.prefixes.used > len(victim.tokens) + HASH_BLOCK
+    assert s.prefix_cache.total - s.prefix_cache.used > len(victim.tokens) + HASH_BLOCK
     while grows.finish_reason is None:
         assert list(s.waiting) == [victim]
         step(s)
@@ -151,12 +151,12 @@ def test_caches_go_before_anybody_is_preempted() -> None:
     s.add(request(40, new=2))
     step(s)
     step(s)
-    assert s.prefixes.idle_tokens > 0
+    assert s.prefix_cache.idle_tokens > 0
     s.add(later := request(40, new=50, first=300))
     while later.finish_reason is None:
         step(s)
         assert not s.waiting
-    assert len(s.prefixes.idle) == 1
+    assert len(s.prefix_cache.idle) == 1
 
 
 def test_a_cache_that_goes_on_shortly_is_taken_over_and_a_longer_one_copied() -> None:
@@ -177,8 +177,8 @@ def test_a_cache_that_goes_on_shortly_is_taken_over_and_a_longer_one_copied() ->
                 0.0,
             )
         )
-        (work,) = step(s)[0].work
-        return work.start, work.copied, len(s.prefixes.idle)
+        (work,) = step(s)[0].scheduled
+        return work.start, work.copied, len(s.prefix_cache.idle)
 
     assert ask(90) == (0, 0, 1)
     assert ask(300) == (1600, 0, 1)  # 90 tokens were lost, 1,600 not copied
@@ -218,15 +218,15 @@ def test_a_cache_is_copied_for_a_branch_and_taken_over_for_a_sequel() -> None:
     s.add(asked := request(100, new=50))
     while asked.finish_reason is None:
         step(s)
-    (kv,) = s.prefixes.idle
+    (kv,) = s.prefix_cache.idle
     s.add(branch := request(100))
-    plan, _ = step(s)
-    assert (branch.cached, plan.work[0].source) == (99, kv)
+    output, _ = step(s)
+    assert (branch.cached, output.scheduled[0].source) == (99, kv)
     assert branch.kv is not kv
     prompt = Prompt([*asked.tokens, *range(500, 520)])
     s.add(sequel := Request(99, prompt, SamplingParams(), CacheKey.of(prompt.tokens), 8, 0.0))
-    plan, _ = step(s)
-    assert (sequel.cached, plan.work[-1].source) == (149, None)
+    output, _ = step(s)
+    assert (sequel.cached, output.scheduled[-1].source) == (149, None)
     assert sequel.kv is kv
 
 
@@ -236,16 +236,16 @@ def test_a_cache_used_in_a_step_is_not_dropped_in_it() -> None:
     s.add(old := request(150, new=2))
     step(s)
     step(s)
-    (kv,) = s.prefixes.idle
+    (kv,) = s.prefix_cache.idle
     assert old.finish_reason == "length"
     branch = request(100, first=100, new=100)
     s.add(branch)
     s.add(request(120, first=5000, new=100))
-    plan = s.schedule()
-    work = plan.work[0]
+    output = s.schedule()
+    work = output.scheduled[0]
     assert (work.source, work.copied) == (kv, 99)
-    assert kv in s.prefixes.idle
-    assert len(plan.work) == 1
+    assert kv in s.prefix_cache.idle
+    assert len(output.scheduled) == 1
 
 
 def test_a_start_that_only_copies_is_still_planned() -> None:
@@ -260,8 +260,8 @@ def test_a_start_that_only_copies_is_still_planned() -> None:
     )
     s.add(request(20, crops=(1,), first=900))
     s.add(follow)
-    plan, _ = step(s)
-    work = plan.work[-1]
+    output, _ = step(s)
+    work = output.scheduled[-1]
     assert (work.request, work.start, work.stop, work.copied) == (follow, 63, 63, 63)
     assert work.source is not None
     assert (follow.id, 63, 68) in step(s)[1]
@@ -273,26 +273,26 @@ def test_prefixes_of_different_salts_do_not_meet() -> None:
         s.add(r := request(100, new=1, salt=salt))
         step(s)
     assert r.cached == 99
-    assert s.prefixes.find(request(100, salt=b"c").keys, 99).source is None
+    assert s.prefix_cache.find(request(100, salt=b"c").cache_key, 99).source is None
 
 
 def test_a_hash_that_collides_is_found_out_by_content() -> None:
     p = PrefixCache(100)
     stored, asked = CacheKey.of(range(64)), CacheKey.of(range(1000, 1064))
-    forged = CacheKey(asked.numbers, asked.salt, asked.images, stored.chain)
+    forged = CacheKey(asked.ids, asked.salt, asked.media_ids, stored.block_hashes)
     kv = SequenceKV(stored, 64)
     assert p.reserve(kv, 64)
     p.start(kv)
-    assert p.find(stored, 63).usable == 63
-    assert p.find(forged, 63).usable == 0
+    assert p.find(stored, 63).cached == 63
+    assert p.find(forged, 63).cached == 0
 
 
 def test_image_numbers_never_meet_tokens_or_each_other() -> None:
     one, two = MediaId(0), MediaId(1)
     keys = CacheKey.of([7] * 12, [(0, 4, one), (4, 4, two), (8, 4, one)])
-    assert (keys.numbers < 0).all()
-    assert keys.numbers[:4].tolist() == keys.numbers[8:].tolist()
-    assert len(set(keys.numbers.tolist())) == 8
+    assert (keys.ids < 0).all()
+    assert keys.ids[:4].tolist() == keys.ids[8:].tolist()
+    assert len(set(keys.ids.tolist())) == 8
 
 
 def test_prefixes_end_at_the_first_other_image() -> None:
@@ -303,12 +303,12 @@ def test_prefixes_end_at_the_first_other_image() -> None:
     assert p.reserve(kv, 153)
     p.start(kv)
     changed = CacheKey.of(tokens, [(2, 50, images[0]), (52, 50, images[1]), (102, 50, images[3])])
-    assert p.find(changed, 152).usable == 102
+    assert p.find(changed, 152).cached == 102
     assert p.find(CacheKey.of(tokens[:120] + [9] * 30), 149).source is None
 
 
 def test_features_are_dropped_oldest_first_and_held_ones_not() -> None:
-    f = EncoderCache(limit=3 * 8)
+    f = EncoderCache(max_bytes=3 * 8)
     rows = torch.zeros(1, 2)  # 8 bytes
     keys = [(bytes([i]), 0) for i in range(6)]
     f.hold(keys[0])
@@ -319,7 +319,7 @@ def test_features_are_dropped_oldest_first_and_held_ones_not() -> None:
     assert [key in f for key in keys[:4]] == [True, True, False, True]
     f.check(Counter([keys[0]]))
     f.hold(keys[4])
-    f.limit = 8
+    f.max_bytes = 8
     f.put(keys[4], rows)
     assert [key in f for key in keys[:5]] == [
         True,
@@ -342,7 +342,7 @@ def test_covered_caches_are_not_kept_twice() -> None:
         kv = SequenceKV(CacheKey.of(range(length)), length)
         assert p.reserve(kv, length)
         p.start(kv)
-        p.retire(kv, kv.keys)
+        p.retire(kv, kv.key)
         p.check()
     assert [kv.length for kv in p.idle] == [96]
 

@@ -383,7 +383,7 @@ def test_what_is_drawn_for_training_and_for_its_exam_stays_the_same() -> None:
 
 
 def test_easy_is_within_what_training_shows_and_hard_beyond_it() -> None:
-    def sizes(level: Level) -> dict[str, set[int]]:
+    def capture_sizes(level: Level) -> dict[str, set[int]]:
         found: dict[str, set[int]] = {}
         for scenario in SCENARIOS:
             for ep in many(scenario, 150, level):
@@ -397,7 +397,7 @@ def test_easy_is_within_what_training_shows_and_hard_beyond_it() -> None:
                 )
         return found
 
-    easy, normal, hard = (sizes(level) for level in LEVELS.values())
+    easy, normal, hard = (capture_sizes(level) for level in LEVELS.values())
     assert normal == {
         "single": {1, 2, 3, 4},
         "characters": {1, 2, 3},

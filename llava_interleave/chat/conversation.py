@@ -67,7 +67,7 @@ class Conversation:
                 }
                 self.messages, self.pending = [*asked, told], []
                 self._read.append(
-                    self.bot.engine.keys(prompt, chunk.answer.tokens, adapter=options.adapter)
+                    self.bot.engine.cache_key(prompt, chunk.answer.tokens, adapter=options.adapter)
                 )
             yield chunk
 
@@ -129,7 +129,7 @@ class Conversation:
         if not beside(path).is_file():
             return 0
         self._read.append(self.bot.load_kv(beside(path)))
-        return len(self._read[-1].numbers)
+        return len(self._read[-1].ids)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:

@@ -51,7 +51,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def write(path: Path, saved: KVSnapshot) -> int:
     """Write keys and values, a tensor at a time; how many bytes the file has. Raises `DataError` where it cannot be written."""
-    tensors = {**saved.tensors, ABOUT: _tensor(json.dumps(saved.about).encode())}
+    tensors = {**saved.tensors, ABOUT: _tensor(json.dumps(saved.metadata).encode())}
     checksum = 0
 
     def value(name: str) -> Tensor:

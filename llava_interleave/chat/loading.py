@@ -32,7 +32,7 @@ def load(
     limits: Limits = Limits(),  # noqa: B008  frozen
     kv_bytes: int | None = None,
     kv_precision: str = "auto",
-    deterministic: bool = False,
+    batch_invariant: bool = False,
     adapters: Mapping[str, str | os.PathLike[str]] = {},
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
@@ -47,7 +47,7 @@ def load(
     limits: what media may be read. kv_bytes: memory for keys and values; None takes two full contexts, at most a quarter
     of the memory, and on a CUDA GPU what its largest step leaves. kv_precision: int8 keeps them in half the bytes of bfloat16;
     auto in the numbers that are computed in.
-    deterministic: an answer is the same to the last bit whatever is asked beside it, on a CPU or a CUDA GPU; several at once then
+    batch_invariant: an answer is the same to the last bit whatever is asked beside it, on a CPU or a CUDA GPU; several at once then
     take longer.
     adapters: name and folder of each that a question can choose by the option `adapter`.
     progress: called with the bytes of weights read so far and in all.
@@ -61,7 +61,7 @@ def load(
     processor = Processor.from_folder(folder, checkpoint.config, limits)
     tp_group = None
     if rank_and_world_size()[1] > 1:
-        model, tp_group = load_shard(checkpoint, precision, device, deterministic=deterministic)
+        model, tp_group = load_shard(checkpoint, precision, device, batch_invariant=batch_invariant)
     else:
         place = pick_device(device, checkpoint, precision)
         dtype, bits = pick_precision(precision, checkpoint, place)
@@ -81,7 +81,7 @@ def load(
         vocab=tokenizer.size,
         kv_bytes=kv,
         kv_precision=kv_precision,
-        deterministic=deterministic,
+        batch_invariant=batch_invariant,
     )
     if tp_group and isinstance(engine, ReplicatedEngine):
         engine.start(tp_group)

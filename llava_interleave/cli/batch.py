@@ -51,7 +51,7 @@ def batch(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
-    deterministic: flags.Deterministic = False,
+    batch_invariant: flags.BatchInvariant = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +85,7 @@ def batch(
         )
     from ..batch import Source, ray_cluster, run
 
-    model_flags = ModelFlags(model, revision, precision, device, options.adapter, deterministic)
+    model_flags = ModelFlags(model, revision, precision, device, options.adapter, batch_invariant)
     samples = Source(source, question)
     about = {"options": dataclasses.asdict(options)}
     started = time.monotonic()

@@ -50,10 +50,10 @@ _PRECISIONS = (
 )
 Precision = Annotated[str, typer.Option(help=_PRECISIONS)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Deterministic = Annotated[
+BatchInvariant = Annotated[
     bool,
     typer.Option(
-        "--deterministic",
+        "--batch-invariant",
         help="Batch-invariant: the same output whatever else runs in the batch; slower.",
     ),
 ]

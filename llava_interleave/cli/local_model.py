@@ -27,7 +27,7 @@ class ModelFlags:
     precision: str = "auto"
     device: str = "auto"
     adapter: str | None = None
-    deterministic: bool = False
+    batch_invariant: bool = False
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -43,7 +43,7 @@ class ModelFlags:
                 revision=self.revision,
                 precision=self.precision,
                 device=self.device,
-                deterministic=self.deterministic,
+                batch_invariant=self.batch_invariant,
                 adapters={self.adapter: self.adapter} if self.adapter else {},
                 progress=progress,
             )

@@ -30,7 +30,7 @@ def serve(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
-    deterministic: flags.Deterministic = False,
+    batch_invariant: flags.BatchInvariant = False,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,12 +98,12 @@ def serve(
             if ray:
                 folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)
                 spec = ReplicaSpec(
-                    absolute(model), revision, precision, device, deterministic, folders, level
+                    absolute(model), revision, precision, device, batch_invariant, folders, level
                 )
                 app = cluster.enter_context(_deployed(spec, settings, ray, ray_cpus or 1, replicas))
             else:
                 bot = ModelFlags(
-                    model, revision, precision, device, deterministic=deterministic
+                    model, revision, precision, device, batch_invariant=batch_invariant
                 ).load()
                 for name, folder in adapters:
                     bot.add_adapter(name, folder)

@@ -18,7 +18,7 @@ from .tensor_parallel import TensorParallelGroup, shard_model
 
 
 def load_shard(
-    checkpoint: Checkpoint, precision: str, device: str, *, deterministic: bool
+    checkpoint: Checkpoint, precision: str, device: str, *, batch_invariant: bool
 ) -> tuple[Llava, TensorParallelGroup]:
     """This rank's shard of a checkpoint's network, on its own device; the arguments are those of
     `load`.
@@ -30,10 +30,9 @@ def load_shard(
         raise Unsupported(
             "this torchrun has loaded a tensor-parallel network already; load one network per run"
         )
-    if deterministic:
+    if batch_invariant:
         raise Unsupported(
-            "deterministic answers need one process: an all-reduce over several adds in no fixed "
-            "order"
+            "batch_invariant needs one process: an all-reduce over several adds in no fixed order"
         )
     group, own = init_distributed(device, get_device)
     dtype, bits = pick_precision(precision, checkpoint, str(own))

@@ -41,8 +41,8 @@ class ReplicatedEngine(Engine):
         then."""
         self.tp_group, tp_group.in_lockstep = tp_group, False
         group = tp_group.process_group
-        smallest = -group.all_reduce_max(-self._prefixes.total)[0]
-        self._prefixes.total = smallest  # the KV memory that every rank has
+        smallest = -group.all_reduce_max(-self._prefix_cache.total)[0]
+        self._prefix_cache.total = smallest  # the KV memory that every rank has
         if group.rank:
             self._replay()
         atexit.register(self.close)
@@ -75,24 +75,24 @@ class ReplicatedEngine(Engine):
         super().clear()
         self._broadcast("clear")
 
-    def save(self, keys: CacheKey) -> KVSnapshot | None:
+    def save(self, key: CacheKey) -> KVSnapshot | None:
         """None: a rank has the KV cache of its own heads only."""
         return None
 
-    def restore(self, saved: KVSnapshot) -> CacheKey:
+    def restore(self, snapshot: KVSnapshot) -> CacheKey:
         raise DataError(
             "a saved KV cache holds all heads, and cannot be restored under tensor parallelism "
             f"(world size {self.tp_group.process_group.world_size})"
         )
 
     def step(self, prefill_time_budget: float = math.inf) -> list[Event]:
-        self._broadcast("step", prefill_time_budget, self._scheduler.pace)
+        self._broadcast("step", prefill_time_budget, self._scheduler.step_times)
         return super().step(prefill_time_budget)
 
-    def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
+    def _run(self, output: SchedulerOutput) -> list[list[Pick]]:
         try:
             with self.tp_group.lockstep():
-                picks = super()._run(plan)
+                picks = super()._run(output)
             return self.tp_group.process_group.broadcast(picks)
         except BaseException:  # noqa: BLE001  whatever it was, this rank cannot go on
             traceback.print_exc()
@@ -101,7 +101,7 @@ class ReplicatedEngine(Engine):
     def _broadcast_add(self, request: Request) -> None:
         constrained = request.constraint is not None
         self._broadcast(
-            "add", request.id, request.prompt, request.sampling, request.salt, constrained
+            "add", request.id, request.prompt, request.sampling, request.encoder_salt, constrained
         )
 
     def _broadcast(self, *call: Any) -> None:
@@ -126,9 +126,11 @@ class ReplicatedEngine(Engine):
                 case "add", number, prompt, sampling, salt, constrained:
                     request = requests[number] = self.add(prompt, sampling, salt=salt)
                     if constrained:  # rank 0 has the constraint; its tokens are broadcast
-                        request.plain, request.lookup = False, None
-                case "step", prefill_time_budget, pace:
-                    self._scheduler.pace = pace  # times differ between ranks, plans must not
+                        request.argmax_only, request.drafter = False, None
+                case "step", prefill_time_budget, step_times:
+                    self._scheduler.step_times = (
+                        step_times  # times differ between ranks, plans must not
+                    )
                     self.step(prefill_time_budget)
                     requests = {
                         number: r for number, r in requests.items() if r.finish_reason is None

@@ -1,4 +1,4 @@
-"""The engine: requests in, events out, three verbs a step. Knows no text, files or HTTP."""
+"""The engine: requests in, events out. Knows no text, files or HTTP."""
 
 from __future__ import annotations
 
@@ -8,41 +8,31 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
-from weakref import WeakValueDictionary
 
-import numpy as np
-
-from ..errors import ContextError, DataError, OptionError, PromptError, Unsupported
+from ..errors import DataError, OptionError, Unsupported
 from ..lora import Adapters
 from ..model import Llava
 from ..options import SamplingParams
-from ..prompt import Media, Prompt
+from ..prompt import Prompt
+from .block_allocator import BlockAllocator
+from .encoder_cache import EncoderCache
 from .kv_paged import KV_BLOCK_SIZE, PagedKVCache
-from .kv_snapshot import KVSnapshot, adapter_hash, made_by, mismatch_reason, sequence
-from .model_runner import Runner
-from .prefix_cache import (
-    HASH_BLOCK,
-    BlockAllocator,
-    CacheKey,
-    EncoderCache,
-    MediaId,
-    PrefixCache,
-    SequenceKV,
-    salted,
-)
+from .kv_snapshot import KVSnapshot, KVSnapshots
+from .model_runner import ModelRunner
+from .prefix_cache import CacheKey, MediaIds, PrefixCache, salted
 from .prompt_lookup import DEFAULT_DRAFT_TOKENS, PromptLookupDrafter
 from .request import Event, FinishReason, Request
 from .sampler import Pick, TokenConstraint
 from .scheduler import Scheduler, SchedulerOutput
+from .validate import check_prompt, check_sampling, resolve_max_new_tokens
 
 KV_PRECISIONS = ("auto", "int8")
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy an engine is. KV in tokens: of `kv_total`, `kv_running` belong to running requests and `kv_cached` to prefixes.
-
-    crops_encoded: by the tower since the start.
+    """The load of an engine. KV memory in tokens: of `kv_total`, running requests use `kv_running`
+    and cached prefixes `kv_cached`. crops_encoded: by the vision encoder since the start.
     """
 
     waiting: int
@@ -55,22 +45,25 @@ class Load:
 
 
 class Engine:
-    """Answers many requests at once with one model; what else is running never changes an answer.
+    """Continuous batching for one model; other requests never change an answer.
 
-    eos_ids end an answer. vocab: ids from here on have no meaning and are never generated, nor is the image placeholder.
-    kv_bytes: all keys and values, running and cached. feature_bytes: image features kept beside those in use.
-    max_num_batched_tokens: of prompts and answers computed in a step, so that long prompts do not hold up other answers for long.
-    max_batched_images: in a call of the tower. max_num_seqs: requests at a time. clock: seconds.
-    kv_precision: of keys and values, "auto" as the network computes or "int8", which takes half the memory of bfloat16.
-    kv_block: tokens of a block of the pool that keys and values lie in, or 0: a slab a sequence, made as it is needed. None is
-        256 on a GPU, whose kernels want that, and 0 elsewhere. A pool is made at once: `measured` says what there is room for.
-    deterministic: an answer and its log probabilities are the same to the last bit whatever else is running, cached or
-        pre-empted: each sequence is computed in calls of its own, of shapes that nothing else decides. On a GPU that rests on its
-        libraries, which repeat themselves for equal shapes. Several answers at once cost more, least with quantized weights.
+    eos_ids: end an answer. vocab: larger ids, and the image placeholder, are never generated.
+    kv_bytes: of the KV memory, running and cached. feature_bytes: of cached image features, in
+        addition to those in use.
+    max_num_batched_tokens: of a step, so that long prompts do not delay other answers for long.
+    max_batched_images: crops per call of the vision encoder. max_num_seqs: running requests.
+    kv_precision: "auto" is the dtype of the computation; "int8" takes half the memory of bfloat16.
+    kv_block_size: tokens per block of a paged KV cache; 0: contiguous, allocated as needed. Default:
+        256 on a GPU, 0 elsewhere. A paged cache is allocated at once: see `profile_kv_bytes`.
+    batch_invariant: an answer and its log-probabilities are equal to the last bit for any other
+        load, cache and preemption: each request is computed by calls of its own, whose shapes do not
+        depend on others. On a GPU it relies on libraries that repeat themselves for equal shapes.
+        Concurrent requests are slower, least with quantized weights.
+    clock: seconds.
 
-    adapters: those that a request can choose from, by name; none at first.
+    adapters: LoRA adapters by name that a request can use; none at first.
 
-    Used from one thread: nothing here is locked. A server gives it a thread of its own and talks to that.
+    Not thread-safe: use it from one thread, or with a lock.
     """
 
     def __init__(
@@ -85,63 +78,68 @@ class Engine:
         max_batched_images: int = 8,
         max_num_seqs: int = 64,
         kv_precision: str = "auto",
-        kv_block: int | None = None,
-        deterministic: bool = False,
+        kv_block_size: int | None = None,
+        batch_invariant: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         text, device = model.config.text, model.lm_head.weight.device.type
         if not 0 < vocab <= text.vocab_size:
             raise OptionError(
-                f"vocab must be between 1 and the network's {text.vocab_size}, not {vocab}"
+                f"vocab must be between 1 and the model's {text.vocab_size}, not {vocab}"
             )
-        if max_num_seqs < 1 or max_batched_images < 1 or max_num_batched_tokens < max_num_seqs:
+        if min(max_num_seqs, max_batched_images) < 1 or max_num_batched_tokens < max_num_seqs:
             raise OptionError(
-                f"max_num_seqs ({max_num_seqs}) and max_batched_images ({max_batched_images}) must be at least 1, "
-                f"and max_num_batched_tokens ({max_num_batched_tokens}) at least max_num_seqs"
+                f"max_num_seqs ({max_num_seqs}) and max_batched_images ({max_batched_images}) must "
+                f"be at least 1, and max_num_batched_tokens ({max_num_batched_tokens}) at least "
+                "max_num_seqs"
             )
         if kv_precision not in KV_PRECISIONS:
             raise OptionError(
-                f"{kv_precision!r} is no precision of keys and values; there are {', '.join(KV_PRECISIONS)}"
+                f"unknown kv_precision {kv_precision!r}; choose {' or '.join(KV_PRECISIONS)}"
             )
-        if deterministic and device not in ("cpu", "cuda"):
+        if batch_invariant and device not in ("cpu", "cuda"):
             raise Unsupported(
-                f"deterministic answers are there on a CPU or a CUDA GPU, not on {device}; add device='cpu'"
+                f"batch_invariant needs a CPU or a CUDA GPU, not {device}; add device='cpu'"
             )
         self.model, self.eos_ids, self.vocab, self.clock = model, frozenset(eos_ids), vocab, clock
+        self.batch_invariant = batch_invariant
         self.adapters = Adapters(model)
-        self._features = EncoderCache(feature_bytes)
-        self._runner = Runner(
+        self._encoder_cache = EncoderCache(feature_bytes)
+        if kv_block_size is None:
+            kv_block_size = KV_BLOCK_SIZE if device == "cuda" else 0
+        self._runner = ModelRunner(
             model,
-            self._features,
+            self._encoder_cache,
             self.adapters.route,
             vocab=vocab,
             max_batched_images=max_batched_images,
             max_num_seqs=max_num_seqs,
             kv_bytes=kv_bytes,
-            kv_block=(KV_BLOCK_SIZE if device == "cuda" else 0) if kv_block is None else kv_block,
-            kv_in_eight_bits=kv_precision == "int8",
-            alone=deterministic,
+            kv_block_size=kv_block_size,
+            kv_int8=kv_precision == "int8",
+            batch_invariant=batch_invariant,
             clock=clock,
         )
-        memory = self._runner.memory
-        self.bytes_per_token = memory.bytes_per_token
-        pages = (
-            BlockAllocator(memory.count, memory.block) if isinstance(memory, PagedKVCache) else None
-        )
-        self._prefixes = PrefixCache(
-            pages.size * len(pages.free) if pages else kv_bytes // self.bytes_per_token, pages
+        kv_cache = self._runner.kv_cache
+        self.bytes_per_token = kv_cache.bytes_per_token
+        if isinstance(kv_cache, PagedKVCache):
+            blocks, size = kv_cache.num_blocks, kv_cache.block_size
+            self._prefix_cache = PrefixCache(blocks * size, BlockAllocator(blocks, size))
+        else:
+            self._prefix_cache = PrefixCache(kv_bytes // self.bytes_per_token)
+        self._media_ids = MediaIds()
+        self._snapshots = KVSnapshots(
+            model, self.adapters, self._prefix_cache, kv_cache, self._media_ids
         )
         self._scheduler = Scheduler(
-            self._prefixes,
-            self._features,
+            self._prefix_cache,
+            self._encoder_cache,
             max_num_batched_tokens=max_num_batched_tokens,
             max_batched_images=max_batched_images,
             max_num_seqs=max_num_seqs,
-            piece=max_num_batched_tokens // 2 if deterministic else 0,
+            chunk_size=max_num_batched_tokens // 2 if batch_invariant else 0,
         )
-        self.deterministic = deterministic
-        self._identities: WeakValueDictionary[bytes, MediaId] = WeakValueDictionary()
-        self._numbers, self._ids = count(), count()
+        self._ids = count()
         self._events: list[Event] = []
 
     def add(
@@ -153,17 +151,48 @@ class Engine:
         constraint: TokenConstraint | None = None,
         adapter: str | None = None,
     ) -> Request:
-        """Queue a request, whose events `step` returns. Prefixes and features are shared among requests of equal `salt` only.
+        """Queue a request. Cached prefixes and features are shared among requests of equal `salt`.
 
-        constraint: limits which tokens may come next. adapter: the name of one of `adapters`, through which it is computed.
-        ContextError if it could never fit, PromptError if placeholders and media do not agree, OptionError for a name that is
-        not there.
+        constraint: limits which tokens may come next. adapter: the name of one of `adapters`.
+        Raises ContextError if it can never fit, PromptError if placeholders and media do not match,
+        OptionError for an unknown adapter or token.
         """
-        request = self._request(prompt, sampling or SamplingParams(), salt, adapter)
+        sampling, config = sampling or SamplingParams(), self.model.config
+        check_prompt(prompt, config)
+        check_sampling(sampling, self.vocab)
+        max_new_tokens = resolve_max_new_tokens(
+            sampling,
+            len(prompt),
+            config.text.context,
+            self._prefix_cache.total,
+            self.bytes_per_token,
+        )
+        decoder_adapter, encoder_adapter = self.adapters.keys(adapter)
+        request = Request(
+            next(self._ids),
+            prompt,
+            sampling,
+            self._media_ids.cache_key(prompt.tokens, prompt.media, salted(salt, decoder_adapter)),
+            max_new_tokens,
+            self.clock(),
+            adapter=decoder_adapter,
+            encoder_adapter=encoder_adapter,
+            encoder_salt=salted(salt, encoder_adapter),
+        )
         if constraint is not None:
-            request.constraint, request.plain, request.lookup = constraint, False, None
+            request.constraint, request.argmax_only = constraint, False
+        elif draft_tokens := self._draft_tokens(sampling, decoder_adapter):
+            request.drafter = PromptLookupDrafter(draft_tokens, config.image_token_id)
         self._scheduler.add(request)
         return request
+
+    def _draft_tokens(self, sampling: SamplingParams, adapter: str) -> int:
+        """Draft tokens per step. Only the fused layers round several tokens as they round one."""
+        exact = self._runner.fused is not None and not adapter
+        draft_tokens = sampling.prompt_lookup_num_tokens
+        if draft_tokens is None or (self.batch_invariant and not exact):
+            return DEFAULT_DRAFT_TOKENS if exact else 0
+        return draft_tokens
 
     def step(self, prefill_time_budget: float = math.inf) -> list[Event]:
         """Compute one step and return the events since the last call.
@@ -175,38 +204,38 @@ class Engine:
         Out of memory, or another RuntimeError, ends the requests of the step with finish_reason
         "error"; any other exception does so too and is raised. The engine continues with the rest.
         """
-        plan = SchedulerOutput()
+        output = SchedulerOutput()
         try:
-            plan = self._scheduler.schedule(prefill_time_budget)
-            if plan.work:
-                self._compute(plan)
+            output = self._scheduler.schedule(prefill_time_budget)
+            if output.scheduled:
+                self._compute(output)
         except BaseException as exception:
             error = (
                 exception
                 if isinstance(exception, RuntimeError | MemoryError)
                 else RuntimeError(f"the step was interrupted: {exception!r}")
             )
-            for work in plan.work:
-                if work.request.finish_reason is None:
-                    self._events.append(self._end(work.request, "error", error))
+            for one in output.scheduled:
+                if one.request.finish_reason is None:
+                    self._events.append(self._end(one.request, "error", error))
             self._runner.recover(error)
             if error is not exception:
                 raise
         events, self._events = self._events, []
         return events
 
-    def _compute(self, plan: SchedulerOutput) -> None:
-        began, encoding = self.clock(), self._runner.encoding
-        for work in plan.work:
-            if work.request.started is None:
-                work.request.started = began
-        picks = self._run(plan)
-        ended = self.clock()
-        self._scheduler.pace.learn(plan, ended - began, self._runner.encoding - encoding)
-        self._events += self._scheduler.commit(plan, picks, self.eos_ids, ended)
+    def _compute(self, output: SchedulerOutput) -> None:
+        began, encode_seconds = self.clock(), self._runner.encode_seconds
+        for one in output.scheduled:
+            if one.request.started is None:
+                one.request.started = began
+        picks = self._run(output)
+        ended, encode_seconds = self.clock(), self._runner.encode_seconds - encode_seconds
+        self._scheduler.step_times.update(output, ended - began, encode_seconds)
+        self._events += self._scheduler.commit(output, picks, self.eos_ids, ended)
 
-    def _run(self, plan: SchedulerOutput) -> list[list[Pick]]:
-        return self._runner.run(plan)
+    def _run(self, output: SchedulerOutput) -> list[list[Pick]]:
+        return self._runner.run(output)
 
     def _end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> Event:
         return self._scheduler.end(request, reason, self.clock(), error=error)
@@ -217,7 +246,7 @@ class Engine:
         return bool(self._scheduler.running or self._scheduler.waiting or self._events)
 
     def abort(self, request: Request) -> Event | None:
-        """End a request now and give back its memory; its last event, None if it had ended already."""
+        """End a request now and free its memory; its last event, None if it had ended already."""
         return None if request.finish_reason is not None else self._end(request, "abort")
 
     def generate(
@@ -239,10 +268,10 @@ class Engine:
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 requests.append(self.add(prompt, one, salt=salt, adapter=adapter))
-            mine = set(requests)
+            own = set(requests)
             while any(request.finish_reason is None for request in requests):
                 for event in self.step():
-                    if event.request not in mine:
+                    if event.request not in own:
                         others.append(event)
                     elif event.error is not None:
                         raise event.error
@@ -252,196 +281,65 @@ class Engine:
             self._events += others
         return requests
 
-    def _request(
-        self, prompt: Prompt, sampling: SamplingParams, salt: bytes, adapter: str | None
-    ) -> Request:
-        config, length = self.model.config, len(prompt)
-        if not length:
-            raise PromptError("the prompt has no tokens")
-        tokens = np.array(prompt.tokens, dtype=np.int64)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= config.text.vocab_size:
-            raise PromptError(
-                f"token ids must be between 0 and {config.text.vocab_size - 1}; the prompt has {low} to {high}"
-            )
-        expected = [
-            media.start + offset for media in prompt.media for offset in range(media.layout.length)
-        ]
-        found = np.flatnonzero(tokens == config.image_token_id).tolist()
-        if found != expected:
-            raise PromptError(
-                f"the prompt has {len(found)} image placeholders, but its {len(prompt.media)} media take {len(expected)} "
-                "at the places they name"
-            )
-        for token in sampling.logit_bias:
-            if token >= self.vocab:
-                raise OptionError(
-                    f"logit_bias names token {token}, but the vocabulary has {self.vocab}"
-                )
-        left, context = config.text.context - length, config.text.context
-        fits = min(left, self._prefixes.total - length + 1)
-        wanted = sampling.max_new_tokens or max(1, fits)
-        if wanted > left:
-            raise ContextError(
-                f"the prompt has {length} tokens and {wanted} more were asked for, but the context is {context}: "
-                + (
-                    f"ask for at most {left}"
-                    if left > 0
-                    else f"use {1 - left} fewer, with fewer images or frames"
-                )
-            )
-        if wanted > fits:
-            need, have = length + wanted - 1, self._prefixes.total
-            raise ContextError(
-                f"{length} tokens and {wanted} more need {need * self.bytes_per_token:,} bytes of KV memory, but there are "
-                f"{have * self.bytes_per_token:,} ({have} tokens): raise kv_bytes, or ask for fewer tokens, images or frames"
-            )
-        through, encoder = self.adapters.keys(adapter)
-        guessed, exact = (
-            sampling.prompt_lookup_num_tokens,
-            self._runner.fused is not None and not through,
-        )
-        if guessed is None or (
-            self.deterministic and not exact
-        ):  # else several tokens are rounded otherwise than one
-            guessed = DEFAULT_DRAFT_TOKENS if exact else 0
-        return Request(
-            next(self._ids),
-            prompt,
-            sampling,
-            self._keys(prompt.tokens, prompt.media, salted(salt, through)),
-            wanted,
-            self.clock(),
-            adapter=through,
-            encoder=encoder,
-            salt=salted(salt, encoder),
-            lookup=PromptLookupDrafter(guessed, config.image_token_id) if guessed else None,
-        )
-
-    def _keys(self, tokens: Sequence[int], media: Sequence[Media], salt: bytes) -> CacheKey:
-        return CacheKey.of(
-            tokens, [(m.start, m.layout.length, self._identity(m.key)) for m in media], salt
-        )
-
-    def _identity(self, key: bytes) -> MediaId:
-        identity = self._identities.get(key)
-        if identity is None:
-            identity = self._identities[key] = MediaId(next(self._numbers))
-        return identity
-
-    def keys(
+    def cache_key(
         self, prompt: Prompt, answer: Sequence[int] = (), *, adapter: str | None = None
     ) -> CacheKey:
-        """What the tokens of a prompt and of its answer stand for: `save` finds by it what was computed of them."""
+        """The cache key of a prompt and its answer, for `save`."""
         salt = salted(b"", self.adapters.keys(adapter)[0])
-        return self._keys([*prompt.tokens, *answer], prompt.media, salt)
+        return self._media_ids.cache_key([*prompt.tokens, *answer], prompt.media, salt)
 
-    def save(self, keys: CacheKey) -> KVSnapshot | None:
-        """Keys and values of as much of the beginning of a sequence as is in memory; None where that is too little to be of use.
+    def save(self, key: CacheKey) -> KVSnapshot | None:
+        """The KV cache of the longest prefix of a sequence in memory; None if that is too short.
 
-        The tensors are this engine's memory and hold until its next step. OptionError for what was asked under a salt: it is for
-        requests of equal salt only.
+        The tensors are this engine's memory and valid until its next step. Raises OptionError for
+        a sequence computed under a salt, which only requests of equal salt may use.
         """
-        adapter = next((key for key in self._adapters() if salted(b"", key) == keys.salt), None)
-        if adapter is None:
-            raise OptionError(
-                "what was computed under a salt is for requests of that salt only: it is not saved"
-            )
-        kv, length, _ = self._prefixes.find(keys, len(keys.numbers))
-        if kv is None or length < HASH_BLOCK:
-            return None
-        keys = keys.through([], length)
-        media = {identity.number: key for key, identity in self._identities.items()}
-        about = made_by(self.model, self._runner.memory.dtype) | {
-            "adapter": adapter_hash(self.model, adapter),
-            "tokens": np.where(
-                keys.numbers < 0, self.model.config.image_token_id, keys.numbers
-            ).tolist(),
-            "images": [
-                [start, count, media[number].hex()] for start, count, number in keys.spans()
-            ],
-        }
-        return KVSnapshot(about, self._runner.memory.stored(kv, length))
+        return self._snapshots.save(key)
 
-    def restore(self, saved: KVSnapshot) -> CacheKey:
-        """Take in what `save` gave, of this engine or another, as a cached prefix; what it is of.
+    def restore(self, snapshot: KVSnapshot) -> CacheKey:
+        """Add a snapshot of this or another engine to the prefix cache; returns its cache key.
 
-        Requests without a salt find it. On a CPU the tensors given become this engine's memory. Raises DataError, in words, for
-        what was computed otherwise than it would be here, is damaged, or has no room, and where answers are deterministic.
+        Requests without a salt find it. On a CPU the given tensors become this engine's memory.
+        Raises DataError for one that another model, precision or adapter computed, that is damaged
+        or does not fit, and if the engine is batch-invariant.
         """
-        if self.deterministic:
-            raise DataError("deterministic answers build on nothing that was computed elsewhere")
-        if reason := mismatch_reason(saved.about, made_by(self.model, self._runner.memory.dtype)):
-            raise DataError(reason)
-        adapter = next(
-            (
-                key
-                for key in self._adapters()
-                if adapter_hash(self.model, key) == saved.about.get("adapter")
-            ),
-            None,
-        )
-        if adapter is None:
-            raise DataError(
-                "these keys and values were computed through an adapter that is not loaded here"
-            )
-        text = self.model.config.text
-        tokens, images = sequence(saved.about, text.vocab_size, self.model.config.image_token_id)
-        found = [(start, count, self._identity(key)) for start, count, key in images]
-        kv = SequenceKV(CacheKey.of(tokens, found, salted(b"", adapter)), len(tokens))
-        slab, keys = self._runner.memory.slab(saved.tensors, len(tokens)), kv.keys
-        if not self._prefixes.insert(kv):
-            load = self.load()
-            raise DataError(
-                f"{len(tokens)} tokens have no room: there is memory for the keys and values of {load.kv_total}, of which "
-                f"{load.kv_running} are in use: raise kv_bytes"
-            )
-        if kv.capacity:  # unless all of it was there
-            self._runner.memory.adopt(kv, slab)
-        return keys
-
-    def _adapters(self) -> list[str]:
-        """Keys of all that a token can be computed through, first of the network alone."""
-        return [self.adapters.keys(name)[0] for name in (None, *self.adapters.names)]
+        if self.batch_invariant:
+            raise DataError("a batch-invariant engine cannot use a KV cache computed elsewhere")
+        return self._snapshots.restore(snapshot)
 
     def load(self) -> Load:
-        """How busy it is now."""
-        prefixes = self._prefixes
+        """The current load."""
+        cache = self._prefix_cache
         return Load(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
-            kv_total=prefixes.total,
-            kv_running=prefixes.used - prefixes.idle_tokens,
-            kv_cached=prefixes.idle_tokens,
-            feature_bytes=self._features.bytes,
+            kv_total=cache.total,
+            kv_running=cache.used - cache.idle_tokens,
+            kv_cached=cache.idle_tokens,
+            feature_bytes=self._encoder_cache.bytes,
             crops_encoded=self._runner.crops_encoded,
         )
 
     @property
     def attention(self) -> str:
-        """What computes attention here, and whether decode steps are captured, in words."""
+        """A description of the attention backend and of CUDA graphs."""
         return self._runner.attention
 
     def clear(self) -> None:
         """Drop all cached prefixes and features."""
-        self._prefixes.clear()
-        self._features.clear()
+        self._prefix_cache.clear()
+        self._encoder_cache.clear()
 
     def check(self) -> None:
-        """Assert that memory is accounted for to the last token; for tests."""
-        scheduler = self._scheduler
-        self._prefixes.check()
-        assert {id(request.kv) for request in scheduler.running} == {
-            id(kv) for kv in self._prefixes.running
-        }
-        assert all(
-            request.kv is None and request.first_unit == request.held_unit == 0
-            for request in scheduler.waiting
-        )
-        assert all(
-            request.finish_reason is None for request in [*scheduler.running, *scheduler.waiting]
-        )
-        held: Counter[tuple[bytes, int]] = Counter()
-        for request in scheduler.running:
-            held.update(unit.key for unit in request.units[request.first_unit : request.held_unit])
-        self._features.check(held)
+        """Assert that all memory is accounted for; for tests."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        self._prefix_cache.check()
+        assert {id(request.kv) for request in running} == set(map(id, self._prefix_cache.running))
+        assert all(request.kv is None for request in waiting)
+        assert all(request.first_input == request.held_input == 0 for request in waiting)
+        assert all(request.finish_reason is None for request in [*running, *waiting])
+        holds: Counter[tuple[bytes, int]] = Counter()
+        for request in running:
+            held = request.encoder_inputs[request.first_input : request.held_input]
+            holds.update(one.key for one in held)
+        self._encoder_cache.check(holds)

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory keys and values get: what is free beside the largest step, which is computed once to see."""
+"""Memory of the KV cache on a GPU: the free memory after the largest step, which is run once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ..model import Llava, PackedAttention
 from .kv_contiguous import bytes_per_token
 
 MARGIN = 0.05
-"""Share of all memory that stays free: captured steps, memory in pieces, what other libraries take when first called."""
+"""Fraction of the memory that stays free: CUDA graphs, fragmentation, first calls of libraries."""
 
 
-def kv_bytes_left(free: int, total: int, peak: int, beside: int = 0) -> int:
-    """Bytes for keys and values where of `total` so many are free, a step takes up to `peak` and other caches `beside`."""
-    return max(0, free - peak - beside - int(total * MARGIN))
+def kv_bytes_left(free: int, total: int, peak: int, other_caches: int = 0) -> int:
+    """Bytes for the KV cache, if `free` of `total` are free and a step needs up to `peak`."""
+    return max(0, free - peak - other_caches - int(total * MARGIN))
 
 
 def profile_kv_bytes(
@@ -25,10 +25,7 @@ def profile_kv_bytes(
     max_batched_images: int = 8,
     max_num_seqs: int = 64,
 ) -> int:
-    """Bytes for the keys and values of an `Engine` of a network on a GPU; the arguments are the engine's.
-
-    At most a full context for each request that can run.
-    """
+    """`kv_bytes` for an `Engine` with these arguments on a GPU; at most `max_num_seqs` contexts."""
     weight = model.language_model.norm.weight
     device, text = weight.device, model.config.text
     torch.cuda.empty_cache()
@@ -39,19 +36,15 @@ def profile_kv_bytes(
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    most = (
-        max_num_seqs
-        * text.context
-        * bytes_per_token(text, weight.dtype, in_eight_bits=kv_precision == "int8")
-    )
-    return min(most, kv_bytes_left(free, total, peak, feature_bytes))
+    token = bytes_per_token(text, weight.dtype, int8=kv_precision == "int8")
+    return min(max_num_seqs * text.context * token, kv_bytes_left(free, total, peak, feature_bytes))
 
 
 @torch.inference_mode()
-def run_largest_step(model: Llava, tokens: int, crops: int, rows: int) -> None:
-    """Compute the largest step: so many crops, so many tokens, the logits of so many."""
+def run_largest_step(model: Llava, tokens: int, crops: int, num_logits: int) -> None:
+    """Compute a step with so many crops, tokens and rows of logits."""
     weight, side = model.language_model.norm.weight, model.config.vision.image_size
     features = model.encode(weight.new_zeros(crops, 3, side, side)).flatten(0, 1)[:tokens]
     positions = torch.arange(tokens, device=weight.device)
     x = model.embed(torch.zeros_like(positions), [(0, features)])
-    model.logits(model.forward(x, positions, PackedAttention([tokens]))[:rows])
+    model.logits(model.forward(x, positions, PackedAttention([tokens]))[:num_logits])

@@ -1,12 +1,12 @@
-"""Keys and values on one device: a contiguous slab a sequence, and the attention of one step over several of them.
+"""Contiguous KV cache: one block of memory per sequence, and the attention of a step over several.
 
-Keys lie as `[Hkv, d, capacity]`, values as `[Hkv, capacity, d]`: so one new query reads both in storage order by two plain
-matrix products. With 1,500 bfloat16 tokens on two cores that took 0.53 ms a layer; keys as `[Hkv, capacity, d]` 1.2 ms,
-scaled_dot_product_attention 1.8 ms; float32 is the same either way. A kernel does the same in bfloat16 on a CPU. `paged` is
-another memory with the same verbs.
+Keys are `[Hkv, d, capacity]`, values `[Hkv, capacity, d]`, so that one query reads both in storage
+order by two matrix products. With 1,500 bfloat16 tokens on two cores that took 0.53 ms per layer;
+keys as `[Hkv, capacity, d]` 1.2 ms, scaled_dot_product_attention 1.8 ms; float32 is the same either
+way. A kernel does the same in bfloat16 on a CPU. `kv_paged` has the same interface.
 
-In 8 bits a key or value is scale * q, q from -127 to 127, with a scale in float16 for each token and head. What a token sees of
-itself and of others in its step is rounded alike, so that it does not matter how a prompt was cut.
+In int8 an element is scale * q, q from -127 to 127, with a float16 scale per token and head. Tokens of
+the same step see each other quantized too, so that the result does not depend on the prefill chunks.
 """
 
 from __future__ import annotations
@@ -27,34 +27,32 @@ from ..quantization.fused import FusedSequence
 from .prefix_cache import SequenceKV
 
 MAX_DECODE_TOKENS = 16
-"""New tokens of a sequence that are attended as a single one is, without a copy of what they see; more are part of a prompt."""
+"""Up to so many new tokens of a sequence are computed as decodes, without a copy of their keys."""
 
-PARTS = ("keys", "values", "key_scales", "value_scales")
-"""Names of the parts of a slab, where it is stored."""
+TENSOR_NAMES = ("keys", "values", "key_scales", "value_scales")
+"""Names of the parts of a `ContiguousKV` in a snapshot."""
 
 
 class ContiguousKV:
-    """Keys and values of one sequence, a tensor a layer; in 8 bits also their scales `[Hkv, capacity]`."""
+    """KV cache of one sequence, a tensor per layer; in int8 also the scales `[Hkv, capacity]`."""
 
     __slots__ = ("capacity", "key_scales", "keys", "value_scales", "values")
 
     def __init__(self, layers: int, empty: Tensor) -> None:
         self.capacity = 0
-        scales = (
-            [empty.new_empty((len(empty), 0), dtype=torch.float16)] * layers
-            if empty.dtype == torch.int8
-            else []
-        )
+        scales: list[Tensor] = []
+        if empty.dtype == torch.int8:
+            scales = [empty.new_empty((len(empty), 0), dtype=torch.float16)] * layers
         self.keys, self.key_scales = [empty] * layers, scales
         self.values, self.value_scales = [empty.transpose(1, 2)] * layers, list(scales)
 
-    def parts(self) -> tuple[tuple[list[Tensor], int], ...]:
-        """All tensors, by layer, and which of their dimensions is that of tokens."""
+    def tensors(self) -> tuple[tuple[list[Tensor], int], ...]:
+        """All tensors by layer, and the dimension of the tokens in each."""
         return (self.keys, 2), (self.values, 1), (self.key_scales, 1), (self.value_scales, 1)
 
     def resize(self, capacity: int, length: int) -> None:
-        """Make room for `capacity` tokens and keep the first `length`; while it copies, one layer is there twice."""
-        for layers, dim in self.parts():
+        """Allocate `capacity` tokens and keep the first `length`; copies one layer at a time."""
+        for layers, dim in self.tensors():
             for index, old in enumerate(layers):
                 shape = list(old.shape)
                 shape[dim] = capacity
@@ -62,37 +60,36 @@ class ContiguousKV:
                 new.narrow(dim, 0, length).copy_(old.narrow(dim, 0, length))
         self.capacity = capacity
 
-    def stored(self, length: int) -> dict[str, Tensor]:
-        """The first `length` tokens of all tensors, by name: views of this memory, whole numbers as bytes."""
-        parts = zip(PARTS, self.parts(), strict=True)
-        found = {
-            f"{name}.{i}": old.narrow(dim, 0, length)
-            for name, (layers, dim) in parts
-            for i, old in enumerate(layers)
+    def export_tensors(self, length: int) -> dict[str, Tensor]:
+        """Views of the first `length` tokens of all tensors by name; int8 as uint8."""
+        views = {
+            f"{name}.{layer}": tensor.narrow(dim, 0, length)
+            for name, (layers, dim) in zip(TENSOR_NAMES, self.tensors(), strict=True)
+            for layer, tensor in enumerate(layers)
         }
         return {
-            name: old.view(torch.uint8) if old.dtype == torch.int8 else old
-            for name, old in found.items()
+            name: view.view(torch.uint8) if view.dtype == torch.int8 else view
+            for name, view in views.items()
         }
 
     def addresses(self) -> list[tuple[int, int, int, int]]:
         """Of the keys, the values and their scales (0 without), by layer."""
         keys, values = ([t.data_ptr() for t in layers] for layers in (self.keys, self.values))
         none = [0] * len(keys)
-        by_key, by_value = (
+        key_scales, value_scales = (
             [t.data_ptr() for t in layers] or none
             for layers in (self.key_scales, self.value_scales)
         )
-        return list(zip(keys, values, by_key, by_value, strict=True))
+        return list(zip(keys, values, key_scales, value_scales, strict=True))
 
-    def put(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Write the keys and values `[T, Hkv, d]` of the tokens from `start` on."""
         new = len(k)
         if self.key_scales:
-            k, by_key = quantize_kv(k)
-            v, by_value = quantize_kv(v)
-            self.key_scales[layer].narrow(1, start, new).copy_(by_key.t())
-            self.value_scales[layer].narrow(1, start, new).copy_(by_value.t())
+            k, key_scales = quantize_kv(k)
+            v, value_scales = quantize_kv(v)
+            self.key_scales[layer].narrow(1, start, new).copy_(key_scales.t())
+            self.value_scales[layer].narrow(1, start, new).copy_(value_scales.t())
         self.keys[layer].narrow(2, start, new).copy_(k.permute(1, 2, 0))
         self.values[layer].narrow(1, start, new).copy_(v.transpose(0, 1))
 
@@ -106,21 +103,21 @@ class ContiguousKV:
 
 
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys or values `[T, Hkv, d]` as int8, and their scales `[T, Hkv]`."""
+    """Keys or values `[T, Hkv, d]` in int8, and their scales `[T, Hkv]`."""
     wide = x.float()
     scale = (wide.abs().amax(-1) / 127).half()
     q = (wide / scale.float()[..., None]).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127)
     return q.to(torch.int8), scale
 
 
-def bytes_per_token(c: TextConfig, dtype: torch.dtype, *, in_eight_bits: bool = False) -> int:
-    """Bytes that the keys and values of one token take."""
-    head = c.head_dim + torch.float16.itemsize if in_eight_bits else c.head_dim * dtype.itemsize
+def bytes_per_token(c: TextConfig, dtype: torch.dtype, *, int8: bool = False) -> int:
+    """Bytes of the KV cache of one token."""
+    head = c.head_dim + torch.float16.itemsize if int8 else c.head_dim * dtype.itemsize
     return 2 * c.num_layers * c.num_kv_heads * head
 
 
-def compiled(c: TextConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel computes the attention of new tokens here."""
+def has_attention_kernel(c: TextConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a compiled kernel computes the attention of decodes."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
@@ -131,7 +128,7 @@ def compiled(c: TextConfig, dtype: torch.dtype, device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Queries of one sequence in a step: its tokens `start` to `stop`, of which the keys and values are new."""
+    """New tokens of one sequence in a step: `start` to `stop`."""
 
     kv: SequenceKV
     start: int
@@ -139,7 +136,7 @@ class Span:
 
 
 class ContiguousKVCache:
-    """The memory of all sequences of one model on one device. dtype: of what is computed."""
+    """The KV memory of all sequences of a model on one device. dtype: of the computation."""
 
     def __init__(
         self,
@@ -147,102 +144,103 @@ class ContiguousKVCache:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        in_eight_bits: bool = False,
+        int8: bool = False,
     ) -> None:
         self.layers = c.num_layers
-        self._few: type[_DecodeAttention] = (
-            _DecodeAttentionKernel if compiled(c, dtype, device) else _DecodeAttention
-        )
-        self.bytes_per_token = bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
-        self.dtype = torch.int8 if in_eight_bits else dtype  # that they are kept in
+        kernel = has_attention_kernel(c, dtype, device)
+        self._decode_attention = _DecodeAttentionKernel if kernel else _DecodeAttention
+        self.bytes_per_token = bytes_per_token(c, dtype, int8=int8)
+        self.dtype = torch.int8 if int8 else dtype  # of the storage
         self._empty = torch.empty((c.num_kv_heads, c.head_dim, 0), dtype=self.dtype, device=device)
         self._zero = torch.zeros((), dtype=dtype, device=device)
 
     def prepare(self, kv: SequenceKV) -> None:
-        """Make the memory of `kv` what its capacity says."""
-        if kv.slab is None:
-            kv.slab = ContiguousKV(self.layers, self._empty)
-        if kv.slab.capacity != kv.capacity:
-            kv.slab.resize(kv.capacity, min(kv.length, kv.slab.capacity))
+        """Allocate the memory of `kv` up to its capacity."""
+        if kv.contiguous is None:
+            kv.contiguous = ContiguousKV(self.layers, self._empty)
+        if kv.contiguous.capacity != kv.capacity:
+            kv.contiguous.resize(kv.capacity, min(kv.length, kv.contiguous.capacity))
 
     def copy(self, source: SequenceKV, target: SequenceKV, length: int) -> None:
         """Copy the first `length` tokens from one sequence to another."""
-        assert source.slab is not None
-        assert target.slab is not None
-        for (old, dim), (new, _) in zip(source.slab.parts(), target.slab.parts(), strict=True):
+        assert source.contiguous is not None
+        assert target.contiguous is not None
+        pairs = zip(source.contiguous.tensors(), target.contiguous.tensors(), strict=True)
+        for (old, dim), (new, _) in pairs:
             for a, b in zip(old, new, strict=True):
                 b.narrow(dim, 0, length).copy_(a.narrow(dim, 0, length))
 
-    def slab(self, tensors: Mapping[str, Tensor], length: int) -> ContiguousKV:
-        """A slab of `length` tokens made of what `Slab.stored` gave: those tensors themselves where they are on this device.
+    def import_tensors(self, tensors: Mapping[str, Tensor], length: int) -> ContiguousKV:
+        """The inverse of `export_tensors`; tensors on this device are used without a copy.
 
-        Raises `DataError` where names, shapes or types are others.
+        Raises `DataError` for other names, shapes or types.
         """
-        return contiguous_kv_of(tensors, length, self.layers, self._empty)
+        return import_tensors(tensors, length, self.layers, self._empty)
 
-    def adopt(self, kv: SequenceKV, slab: ContiguousKV) -> None:
-        """Make a slab of all its tokens the memory of a sequence."""
-        kv.slab = slab
+    def adopt(self, kv: SequenceKV, contiguous: ContiguousKV) -> None:
+        """Make imported memory of all its tokens that of a sequence."""
+        kv.contiguous = contiguous
 
-    def stored(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
-        """The first `length` tokens of a sequence, as `Slab.stored`."""
-        assert kv.slab is not None
-        return kv.slab.stored(length)
+    def export_tensors(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
+        """The first `length` tokens of a sequence, as `ContiguousKV.export_tensors`."""
+        assert kv.contiguous is not None
+        return kv.contiguous.export_tensors(length)
 
     @property
     def attention(self) -> str:
-        """What computes attention, in words."""
-        return f"{'a kernel' if self._few is _DecodeAttentionKernel else 'products of matrices'} and sdpa over a slab a sequence"
+        """A description of the attention backend."""
+        kernel = self._decode_attention is _DecodeAttentionKernel
+        return f"{'a kernel' if kernel else 'matmul'} and sdpa over a contiguous KV cache"
 
     def attend(self, spans: Sequence[Span]) -> AttentionFn:
-        """What the network asks in a step whose flat batch is these spans one after another."""
+        """The attention of a step whose flat batch is these spans one after another."""
         parts: list[_DecodeAttention | _PrefillChunkAttention] = [
-            (self._few if is_decode_like(span) else _PrefillChunkAttention)(span, self._zero)
+            (self._decode_attention if is_decode_like(span) else _PrefillChunkAttention)(
+                span, self._zero
+            )
             for span in spans
         ]
-        return (
-            parts[0]
-            if len(parts) == 1
-            else _ConcatAttention(parts, [s.stop - s.start for s in spans])
-        )
+        if len(parts) == 1:
+            return parts[0]
+        return _ConcatAttention(parts, [span.stop - span.start for span in spans])
 
 
-def contiguous_kv_of(
+def import_tensors(
     tensors: Mapping[str, Tensor], length: int, layers: int, empty: Tensor
 ) -> ContiguousKV:
-    """`Slabs.slab`, where keys of no token are like `empty`."""
-    made = ContiguousKV(layers, empty.to("meta"))
-    made.resize(length, 0)
-    right, given = (
-        {n: (tuple(t.shape), t.dtype) for n, t in each.items()}
-        for each in (made.stored(length), tensors)
+    """As `ContiguousKVCache.import_tensors`; `empty` are keys of no token."""
+    kv = ContiguousKV(layers, empty.to("meta"))
+    kv.resize(length, 0)
+    expected, actual = (
+        {name: (tuple(t.shape), t.dtype) for name, t in each.items()}
+        for each in (kv.export_tensors(length), tensors)
     )
-    if odd := sorted(
-        name for name in right.keys() | given.keys() if right.get(name) != given.get(name)
-    ):
+    names = expected.keys() | actual.keys()
+    if wrong := sorted(name for name in names if expected.get(name) != actual.get(name)):
         raise DataError(
-            f"these are no keys and values of {length} tokens: {len(odd)} tensors are others, first {odd[0][:60]!r}"
+            f"KV snapshot does not match this model for {length} tokens: {len(wrong)} tensors "
+            f"differ in name, shape or dtype (first: {wrong[0][:60]})"
         )
-    for name, (found, _) in zip(PARTS, made.parts(), strict=True):
-        found[:] = [
-            tensors[f"{name}.{i}"].view(old.dtype).to(empty.device) for i, old in enumerate(found)
+    for name, (meta, _) in zip(TENSOR_NAMES, kv.tensors(), strict=True):
+        meta[:] = [
+            tensors[f"{name}.{layer}"].view(one.dtype).to(empty.device)
+            for layer, one in enumerate(meta)
         ]
-    return made
+    return kv
 
 
 def is_decode_like(span: Span) -> bool:
-    """Whether tokens are attended as single ones are."""
+    """Whether its tokens are computed as decodes."""
     return span.stop - span.start <= (MAX_DECODE_TOKENS if span.start else 1)
 
 
-def fusible(span: Span, asked: int | None = None) -> FusedSequence:
-    """A span as the fused layers take it. asked: hidden states of its last so many tokens are wanted; None: of all."""
-    slab = span.kv.slab
-    assert slab is not None
+def fused_sequence(span: Span, num_outputs: int | None = None) -> FusedSequence:
+    """A span for the fused layers. num_outputs: of the last tokens' hidden states; None: all."""
+    kv = span.kv.contiguous
+    assert kv is not None
     count = span.stop - span.start
-    return FusedSequence(
-        count, span.start, slab.capacity, count if asked is None else asked, slab.addresses()
-    )
+    outputs = count if num_outputs is None else num_outputs
+    return FusedSequence(count, span.start, kv.capacity, outputs, kv.addresses())
 
 
 class _ConcatAttention:
@@ -250,33 +248,29 @@ class _ConcatAttention:
         self.parts, self.lengths = parts, lengths
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pieces = zip(
-            self.parts,
-            q.split(self.lengths),
-            k.split(self.lengths),
-            v.split(self.lengths),
-            strict=True,
-        )
-        return torch.cat([part(layer, *piece) for part, *piece in pieces])
+        spans = zip(self.parts, *(x.split(self.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([part(layer, *qkv) for part, *qkv in spans])
 
 
 class _DecodeAttention:
-    """A few new tokens against all of their sequence up to each, one by one, so that none is rounded otherwise than alone: two
-    matrix products, no copy."""
+    """A few new tokens against their sequence up to each: two matrix products per token, no copy.
+
+    Token by token, so that each is rounded as it is alone.
+    """
 
     def __init__(self, span: Span, zero: Tensor) -> None:
-        assert span.kv.slab is not None
-        self.slab, self.start, self.stop, self.zero = span.kv.slab, span.start, span.stop, zero
+        assert span.kv.contiguous is not None
+        self.kv, self.start, self.stop, self.zero = span.kv.contiguous, span.start, span.stop, zero
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.slab.put(layer, self.start, k, v)
-        keys, values = self.slab.read(layer, self.stop, q.dtype)
-        seen = range(self.start + 1, self.stop + 1)
-        found = [
+        self.kv.write(layer, self.start, k, v)
+        keys, values = self.kv.read(layer, self.stop, q.dtype)
+        stops = range(self.start + 1, self.stop + 1)
+        out = [
             self._one(one, keys[..., :stop], values[:, :stop])
-            for one, stop in zip(q, seen, strict=True)
+            for one, stop in zip(q, stops, strict=True)
         ]
-        return found[0][None] if len(found) == 1 else torch.stack(found)
+        return out[0][None] if len(out) == 1 else torch.stack(out)
 
     def _one(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         grouped = q.view(len(keys), -1, q.shape[-1])
@@ -285,31 +279,30 @@ class _DecodeAttention:
 
 
 class _DecodeAttentionKernel(_DecodeAttention):
-    """`_Few` in bfloat16 by a kernel."""
+    """`_DecodeAttention` in bfloat16 by a kernel."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slab = self.slab
-        scales = (slab.key_scales[layer], slab.value_scales[layer]) if slab.key_scales else None
-        return kernels.attend(q, k, v, slab.keys[layer], slab.values[layer], self.start, scales)
+        kv = self.kv
+        scales = (kv.key_scales[layer], kv.value_scales[layer]) if kv.key_scales else None
+        return kernels.attend(q, k, v, kv.keys[layer], kv.values[layer], self.start, scales)
 
 
 class _PrefillChunkAttention:
-    """Several new tokens, each seeing all before it: query i of T sees the first S - T + i + 1 of S keys."""
+    """Many new tokens: query i of T sees the first S - T + i + 1 of S keys."""
 
-    def __init__(self, span: Span, like: Tensor) -> None:
-        assert span.kv.slab is not None
-        self.slab, self.start, self.stop = span.kv.slab, span.start, span.stop
+    def __init__(self, span: Span, zero: Tensor) -> None:
+        assert span.kv.contiguous is not None
+        self.kv, self.start, self.stop = span.kv.contiguous, span.start, span.stop
         self.mask: Tensor | None = None
         if span.start:
-            self.mask = like.new_full((span.stop - span.start, span.stop), float("-inf")).triu_(
-                span.start + 1
-            )
+            mask = zero.new_full((span.stop - span.start, span.stop), float("-inf"))
+            self.mask = mask.triu_(span.start + 1)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.slab.put(layer, self.start, k, v)
-        if self.mask is None and not self.slab.key_scales:
+        self.kv.write(layer, self.start, k, v)
+        if self.mask is None and not self.kv.key_scales:
             return causal(q[None], k[None], v[None])[0]
-        keys, values = self.slab.read(layer, self.stop, q.dtype)
+        keys, values = self.kv.read(layer, self.stop, q.dtype)
         out = scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             keys.transpose(1, 2).contiguous()[None],

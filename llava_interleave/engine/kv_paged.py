@@ -1,8 +1,9 @@
-"""Keys and values in blocks of one pool, as the attention kernels of GPUs read them; the verbs are those of `memory.Slabs`.
+"""Paged KV cache: blocks of one pool, as the attention kernels of GPUs read them.
 
-The account (`cache.Pages`) says which blocks a sequence has. Sequences that begin alike have their first blocks in common, so
-that a prefix found again is not copied; only a block that is not full is. In 8 bits a layer's keys and values are unpacked for
-each step, as no kernel reads them so: that takes what one layer of the sequences in the step would in the type computed in.
+Same interface as `kv_contiguous`. `BlockAllocator` assigns the blocks. Sequences with a common prefix
+share its whole blocks, so that only a partly filled block is copied. In int8, the keys and values of a
+layer are dequantized for each step, since no kernel reads them: that takes the memory of one layer of
+the sequences in the step in the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from ..config import TextConfig
 from ..errors import OptionError
 from ..model import AttentionFn
 from ..model.varlen import KERNELS, VarlenMetadata, choose
-from .kv_contiguous import ContiguousKV, Span, bytes_per_token, contiguous_kv_of, quantize_kv
+from .kv_contiguous import ContiguousKV, Span, bytes_per_token, import_tensors, quantize_kv
 from .prefix_cache import SequenceKV
 
 KV_BLOCK_SIZE = 256
-"""Tokens of a block: flash attention 2, also inside PyTorch, takes multiples of 256 only."""
+"""Tokens per block: FlashAttention 2, also inside PyTorch, needs multiples of 256."""
 
 
 class PagedKVCache:
-    """The memory of all sequences of one model on one device: as many blocks as `kv_bytes` hold, and one that nobody reads.
+    """The KV memory of all sequences of a model on one device: `kv_bytes` of blocks, one padding block.
 
-    dtype: of what is computed. Raises `OptionError` where the device has no room for them.
+    dtype: of the computation. Raises `OptionError` if the device has not enough memory.
     """
 
     def __init__(
@@ -38,150 +39,143 @@ class PagedKVCache:
         device: torch.device,
         kv_bytes: int,
         *,
-        block: int = KV_BLOCK_SIZE,
-        in_eight_bits: bool = False,
+        block_size: int = KV_BLOCK_SIZE,
+        int8: bool = False,
     ) -> None:
-        self.bytes_per_token = bytes_per_token(c, dtype, in_eight_bits=in_eight_bits)
-        self.dtype = torch.int8 if in_eight_bits else dtype  # that they are kept in
-        self.block, self.count = block, kv_bytes // (block * self.bytes_per_token)
+        self.bytes_per_token = bytes_per_token(c, dtype, int8=int8)
+        self.dtype = torch.int8 if int8 else dtype  # of the storage
+        self.block_size = block_size
+        self.num_blocks = kv_bytes // (block_size * self.bytes_per_token)
         self.kernel = choose(device, dtype, c.head_dim)
-        shape = (c.num_layers, 2, self.count + 1, block, c.num_kv_heads)
-        try:  # in noughts: what a kernel masks it multiplies by 0, which is nought for numbers only
+        shape = (c.num_layers, 2, self.num_blocks + 1, block_size, c.num_kv_heads)
+        try:  # zero-initialized: masked values are multiplied by 0, and 0 * NaN is NaN
             self.pool = torch.zeros((*shape, c.head_dim), dtype=self.dtype, device=device)
-            self.scales = (
-                torch.zeros(shape, dtype=torch.float16, device=device) if in_eight_bits else None
-            )
+            self.scales = torch.zeros(shape, dtype=torch.float16, device=device) if int8 else None
         except torch.OutOfMemoryError as error:
             raise OptionError(
-                f"{kv_bytes:,} bytes of keys and values have no room on {device}: {error}"
+                f"{kv_bytes:,} bytes of KV cache do not fit on {device}: {error}"
             ) from None
-        self._computed = dtype
+        self._compute_dtype = dtype
         self._empty = torch.empty((c.num_kv_heads, c.head_dim, 0), dtype=self.dtype, device=device)
 
     @property
     def attention(self) -> str:
-        """What computes attention, in words."""
-        return f"{self.kernel} over blocks of {self.block} tokens"
+        """A description of the attention backend."""
+        return f"{self.kernel} over a paged KV cache, {self.block_size} tokens per block"
 
     def prepare(self, kv: SequenceKV) -> None:
-        """Nothing: the account has given it its blocks."""
+        """Nothing: the allocator has assigned the blocks."""
 
     def copy(self, source: SequenceKV, target: SequenceKV, length: int) -> None:
-        """Copy the first `length` tokens from one sequence to another, but for the blocks that they have in common."""
-        pairs = zip(source.blocks[: -(-length // self.block)], target.blocks, strict=False)
+        """Copy the first `length` tokens to another sequence, except for blocks that both share."""
+        pairs = zip(source.blocks[: -(-length // self.block_size)], target.blocks, strict=False)
         for old, new in (pair for pair in pairs if pair[0] != pair[1]):
-            for part in (self.pool,) if self.scales is None else (self.pool, self.scales):
-                part[:, :, new] = part[:, :, old]
+            for pool in (self.pool,) if self.scales is None else (self.pool, self.scales):
+                pool[:, :, new] = pool[:, :, old]
 
-    def stored(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
-        """The first `length` tokens of a sequence, a copy, as `Slab.stored` gives them."""
+    def export_tensors(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
+        """A copy of the first `length` tokens, as `ContiguousKV.export_tensors`."""
         slots = self._slots([(kv, 0, length)])
-        found = ContiguousKV(len(self.pool), self._empty)
-        found.resize(length, 0)
+        out = ContiguousKV(len(self.pool), self._empty)
+        out.resize(length, 0)
         for layer in range(len(self.pool)):
             keys, values = (part.flatten(0, 1)[slots] for part in self.pool[layer])
-            found.keys[layer], found.values[layer] = (
-                keys.permute(1, 2, 0).contiguous(),
-                values.transpose(0, 1).contiguous(),
-            )
+            out.keys[layer] = keys.permute(1, 2, 0).contiguous()
+            out.values[layer] = values.transpose(0, 1).contiguous()
             if self.scales is not None:
-                by_key, by_value = (
+                out.key_scales[layer], out.value_scales[layer] = (
                     part.flatten(0, 1)[slots].t().contiguous() for part in self.scales[layer]
                 )
-                found.key_scales[layer], found.value_scales[layer] = by_key, by_value
-        return found.stored(length)
+        return out.export_tensors(length)
 
-    def slab(self, tensors: Mapping[str, Tensor], length: int) -> ContiguousKV:
-        """As `Slabs.slab`."""
-        return contiguous_kv_of(tensors, length, len(self.pool), self._empty)
+    def import_tensors(self, tensors: Mapping[str, Tensor], length: int) -> ContiguousKV:
+        """As `ContiguousKVCache.import_tensors`."""
+        return import_tensors(tensors, length, len(self.pool), self._empty)
 
-    def adopt(self, kv: SequenceKV, slab: ContiguousKV) -> None:
-        """Write a slab of all its tokens to the blocks of a sequence."""
-        slots = self._slots([(kv, 0, slab.capacity)])
+    def adopt(self, kv: SequenceKV, contiguous: ContiguousKV) -> None:
+        """Write imported memory of all its tokens to the blocks of a sequence."""
+        slots = self._slots([(kv, 0, contiguous.capacity)])
         for layer in range(len(self.pool)):
-            self._write(
-                self.pool[layer],
-                slots,
-                slab.keys[layer].permute(2, 0, 1),
-                slab.values[layer].transpose(0, 1),
-            )
+            keys, values = contiguous.keys[layer], contiguous.values[layer]
+            self._write(self.pool[layer], slots, keys.permute(2, 0, 1), values.transpose(0, 1))
             if self.scales is not None:
-                self._write(
-                    self.scales[layer],
-                    slots,
-                    slab.key_scales[layer].t(),
-                    slab.value_scales[layer].t(),
-                )
+                scales = contiguous.key_scales[layer], contiguous.value_scales[layer]
+                self._write(self.scales[layer], slots, *(scale.t() for scale in scales))
 
     def attend(self, spans: Sequence[Span]) -> AttentionFn:
-        """What the network asks in a step whose flat batch is these spans one after another."""
-        device, used = (
-            self.pool.device,
-            [span.kv.blocks[: -(-span.stop // self.block)] for span in spans],
-        )
+        """The attention of a step whose flat batch is these spans one after another."""
+        device = self.pool.device
         new, lengths = [span.stop - span.start for span in spans], [span.stop for span in spans]
         slots = self._slots([(span.kv, span.start, span.stop) for span in spans])
         if self.scales is not None:
-            held = self._slots([(span.kv, 0, span.stop) for span in spans])
-            return _Step(self, slots, VarlenMetadata.of(new, lengths, device), held)
-        rows = list(zip(*zip_longest(*used, fillvalue=self.count), strict=True))
+            kv_slots = self._slots([(span.kv, 0, span.stop) for span in spans])
+            return _PagedAttention(self, slots, VarlenMetadata.of(new, lengths, device), kv_slots)
+        blocks = [span.kv.blocks[: -(-span.stop // self.block_size)] for span in spans]
+        rows = list(zip(*zip_longest(*blocks, fillvalue=self.num_blocks), strict=True))
         table = torch.tensor(rows, dtype=torch.int32, device=device)
-        return _Step(self, slots, VarlenMetadata.of(new, lengths, device, table))
+        return _PagedAttention(self, slots, VarlenMetadata.of(new, lengths, device, table))
 
-    def attend_next(self, positions: Tensor, table: Tensor) -> AttentionFn:
-        """`attend` for one new token of each sequence, at `positions [N]`, in its blocks `[N, most]`, both int32 on the device.
-        Nothing asks what they hold, so that a step can be captured and run again with other numbers in them."""
-        at = (positions // self.block).long()
-        slots = table.gather(1, at[:, None])[:, 0].long() * self.block + positions % self.block
+    def attend_decode(self, positions: Tensor, table: Tensor) -> AttentionFn:
+        """`attend` for one new token per sequence, at `positions [N]`, in blocks `[N, max_blocks]`.
+
+        Both are int32 on the device. No value is read on the host, so that a step can be captured
+        and replayed with other values.
+        """
+        size = self.block_size
+        at = (positions // size).long()
+        slots = table.gather(1, at[:, None])[:, 0].long() * size + positions % size
         lengths = positions + 1
         starts = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        count, most = table.shape
+        count, max_blocks = table.shape
         new = torch.arange(count + 1, dtype=torch.int32, device=table.device)
-        return _Step(self, slots, VarlenMetadata(new, starts, lengths, 1, most * self.block, table))
+        varlen = VarlenMetadata(new, starts, lengths, 1, max_blocks * size, table)
+        return _PagedAttention(self, slots, varlen)
 
     def _slots(self, spans: Iterable[tuple[SequenceKV, int, int]]) -> Tensor:
-        """Rows of the pool where the tokens of sequences lie, of each from a first to a last."""
-        found = [(torch.tensor(kv.blocks), torch.arange(start, stop)) for kv, start, stop in spans]
-        rows = [blocks[at // self.block] * self.block + at % self.block for blocks, at in found]
-        return torch.cat(rows).to(self.pool.device)
+        """Indices of tokens in the pool: of each sequence those from a first to a last."""
+        size = self.block_size
+        pairs = [(torch.tensor(kv.blocks), torch.arange(start, stop)) for kv, start, stop in spans]
+        slots = [blocks[at // size] * size + at % size for blocks, at in pairs]
+        return torch.cat(slots).to(self.pool.device)
 
-    def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write the keys and values `[T, Hkv, d]` of tokens."""
         if self.scales is not None:
-            k, by_key = quantize_kv(k)
-            v, by_value = quantize_kv(v)
-            self._write(self.scales[layer], slots, by_key, by_value)
+            k, key_scales = quantize_kv(k)
+            v, value_scales = quantize_kv(v)
+            self._write(self.scales[layer], slots, key_scales, value_scales)
         self._write(self.pool[layer], slots, k, v)
 
-    def unpacked(self, layer: int, slots: Tensor) -> list[Tensor]:
-        """The keys and the values of tokens in 8 bits, in the type computed in."""
+    def dequantize(self, layer: int, slots: Tensor) -> list[Tensor]:
+        """The int8 keys and values of tokens in the dtype of the computation."""
         assert self.scales is not None
-        parts = zip(self.pool[layer], self.scales[layer], strict=True)
-        flat = ((part.flatten(0, 1)[slots], scales.flatten(0, 1)[slots]) for part, scales in parts)
-        return [(part * scales[..., None].float()).to(self._computed) for part, scales in flat]
+        pools = zip(self.pool[layer], self.scales[layer], strict=True)
+        flat = ((part.flatten(0, 1)[slots], scales.flatten(0, 1)[slots]) for part, scales in pools)
+        return [(part * scales[..., None].float()).to(self._compute_dtype) for part, scales in flat]
 
     @staticmethod
-    def _write(parts: Tensor, slots: Tensor, *rows: Tensor) -> None:
-        for part, new in zip(parts, rows, strict=True):
-            part.flatten(0, 1).index_copy_(0, slots, new)
+    def _write(pools: Tensor, slots: Tensor, *rows: Tensor) -> None:
+        for pool, new in zip(pools, rows, strict=True):
+            pool.flatten(0, 1).index_copy_(0, slots, new)
 
 
-class _Step:
-    """held: rows of the pool with all that the sequences have, where it is to be unpacked."""
+class _PagedAttention:
+    """kv_slots: of all tokens of the sequences, where they have to be dequantized."""
 
     def __init__(
         self,
-        memory: PagedKVCache,
+        cache: PagedKVCache,
         slots: Tensor,
-        metadata: VarlenMetadata,
-        held: Tensor | None = None,
+        varlen: VarlenMetadata,
+        kv_slots: Tensor | None = None,
     ) -> None:
-        self.memory, self.slots, self.metadata, self.held = memory, slots, metadata, held
+        self.cache, self.slots, self.varlen, self.kv_slots = cache, slots, varlen, kv_slots
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        memory = self.memory
-        memory.put(layer, self.slots, k, v)
-        keys, values = (
-            memory.pool[layer] if self.held is None else memory.unpacked(layer, self.held)
-        )
-        return KERNELS[memory.kernel](q, keys, values, self.metadata)
+        cache = self.cache
+        cache.write(layer, self.slots, k, v)
+        if self.kv_slots is None:
+            keys, values = cache.pool[layer]
+        else:
+            keys, values = cache.dequantize(layer, self.kv_slots)
+        return KERNELS[cache.kernel](q, keys, values, self.varlen)

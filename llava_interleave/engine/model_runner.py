@@ -1,4 +1,4 @@
-"""Runs a planned step through the network: tower, decoder, sampling. Decides nothing that a plan or an answer depends on."""
+"""Runs a scheduled step: vision encoder, decoder, sampling. Makes no scheduling decision."""
 
 from __future__ import annotations
 
@@ -12,274 +12,268 @@ from ..lora import AdapterRouting
 from ..model import Llava, arrange_features
 from ..quantization.fused import FusedDecoder, FusedTower, can_fuse_decoder, can_fuse_tower
 from .cuda_graphs import CudaGraphDecoder, DecodeRow, InFlightStep
-from .kv_contiguous import ContiguousKVCache, Span, fusible
+from .encoder_cache import EncoderCache
+from .kv_contiguous import ContiguousKVCache, Span, fused_sequence
 from .kv_paged import PagedKVCache
-from .prefix_cache import EncoderCache
 from .request import EncoderInput
 from .sampler import Pick, Sampler, mask_invalid_tokens
 from .scheduler import ScheduledRequest, SchedulerOutput
 
 
-class Runner:
-    """One network on one device with its KV memory. alone: nothing shares a product that would round by how much shares it.
+class ModelRunner:
+    """A model on one device with its KV memory.
 
-    kv_block: tokens of a block of KV memory, which is a pool of `kv_bytes` then; 0: it is a slab a sequence.
+    kv_block_size: tokens per block of a paged KV cache of `kv_bytes`; 0: contiguous.
+    batch_invariant: no matrix product is shared by requests if its rounding depends on the shape.
     """
 
     def __init__(
         self,
         model: Llava,
-        features: EncoderCache,
-        route: AdapterRouting,
+        encoder_cache: EncoderCache,
+        adapter_routing: AdapterRouting,
         *,
         vocab: int,
         max_batched_images: int,
         max_num_seqs: int,
         kv_bytes: int,
-        kv_block: int,
-        kv_in_eight_bits: bool,
-        alone: bool,
+        kv_block_size: int,
+        kv_int8: bool,
+        batch_invariant: bool,
         clock: Callable[[], float],
     ) -> None:
-        weight = (
-            model.language_model.norm.weight
-        )  # of the type computed in, also when the linears are quantized
-        self.model, self.features, self.route, self.clock = model, features, route, clock
-        self.dtype, self.device = weight.dtype, weight.device
-        place = (model.config.text, self.dtype, self.device)
-        pool = (
-            PagedKVCache(*place, kv_bytes, block=kv_block, in_eight_bits=kv_in_eight_bits)
-            if kv_block
-            else None
-        )
-        self.memory = pool or ContiguousKVCache(*place, in_eight_bits=kv_in_eight_bits)
-        fixed = pool is not None and not kv_in_eight_bits and not alone
-        self.captured = (
-            CudaGraphDecoder(model, pool, vocab=vocab, most=max_num_seqs)
-            if pool and fixed
-            else None
-        )
-        self._ahead: InFlightStep | None = None  # launched last, and not asked for yet
-        self.fused = (
-            FusedDecoder(model.language_model)
-            if not kv_block and can_fuse_decoder(model.language_model)
-            else None
-        )
+        weight = model.language_model.norm.weight  # in the compute dtype, also if quantized
+        self.model, self.encoder_cache, self.adapter_routing = model, encoder_cache, adapter_routing
+        self.dtype, self.device, self.clock = weight.dtype, weight.device, clock
+        where = (model.config.text, self.dtype, self.device)
+        self.kv_cache: PagedKVCache | ContiguousKVCache
+        self.graphs: CudaGraphDecoder | None = None
+        self.fused: FusedDecoder | None = None
+        if kv_block_size:
+            paged = PagedKVCache(*where, kv_bytes, block_size=kv_block_size, int8=kv_int8)
+            self.kv_cache = paged
+            if not kv_int8 and not batch_invariant:
+                self.graphs = CudaGraphDecoder(model, paged, vocab=vocab, max_num_seqs=max_num_seqs)
+        else:
+            self.kv_cache = ContiguousKVCache(*where, int8=kv_int8)
+            if can_fuse_decoder(model.language_model):
+                self.fused = FusedDecoder(model.language_model)
+        self._in_flight: InFlightStep | None = None  # the last launched step, not yet returned
         tower, shape = model.vision_tower, model.config.vision
         self.tower = FusedTower(tower, shape) if can_fuse_tower(tower, shape) else None
-        self.vocab, self.max_batched_images, self.alone = vocab, max_batched_images, alone
-        self.crops_encoded, self.encoding = 0, 0.0  # and the seconds that it took
+        self.vocab, self.max_batched_images = vocab, max_batched_images
+        self.batch_invariant = batch_invariant
+        self.crops_encoded, self.encode_seconds = 0, 0.0
 
     @property
     def attention(self) -> str:
-        """What computes attention and how answers are decoded, in words."""
-        alone = (
-            "each answer is computed alone"
-            if self.alone
-            else "keys and values in 8 bits are unpacked"
-        )
-        reason = self.captured.why_not if self.captured else alone
+        """A description of the attention backend and of CUDA graphs."""
+        if isinstance(self.kv_cache, ContiguousKVCache):
+            return self.kv_cache.attention
+        if self.graphs is not None:
+            reason = self.graphs.unavailable
+        else:
+            reason = (
+                "batch-invariant" if self.batch_invariant else "the int8 KV cache is dequantized"
+            )
         graphs = "CUDA graphs" if reason is None else f"no CUDA graphs ({reason})"
-        return (
-            f"{self.memory.attention}; {graphs}"
-            if isinstance(self.memory, PagedKVCache)
-            else self.memory.attention
-        )
+        return f"{self.kv_cache.attention}; {graphs}"
 
     def recover(self, error: BaseException) -> None:
-        """After a step for which there was no memory, give back all that it had."""
+        """After a step that ran out of memory, free what it had allocated."""
         if isinstance(error, torch.OutOfMemoryError):
-            error.__traceback__ = None  # whose frames hold it
+            error.__traceback__ = None  # its frames hold tensors
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def run(self, plan: SchedulerOutput) -> list[list[Pick]]:
-        """Compute a step; the tokens chosen for each work that samples: as long as its guesses are right, and one more."""
-        if plan.encode:
-            self._encode(plan)
-        work = plan.work
-        for w in work:
-            self.memory.prepare(w.kv)
-            if w.source is not None:
-                self.memory.copy(w.source, w.kv, w.copied)
-        step, self._ahead = self._ahead, None  # of which answers went on as they were expected to
-        known = [] if step is None else [w for w in work if w.kv in step.rows]
-        if not known and self.captured is not None and all(_plain(w) for w in work):
-            known, step = (
-                work,
-                self.captured([DecodeRow(w.kv, w.start, w.request.tokens[w.start]) for w in work]),
-            )
-        if step is None or not known:
-            return self._compute(work)
-        if len(known) == len(work):
-            self._ahead = self._next(work, step)
-        others = iter(self._compute([w for w in work if w.kv not in step.rows]))
-        chosen = iter(self._pick(known, step.logits, step.tokens(w.kv for w in known)))
-        return [next(chosen if w.kv in step.rows else others) for w in work if w.sample]
-
-    def _next(self, work: list[ScheduledRequest], step: InFlightStep) -> InFlightStep | None:
-        """Launch the step after this one, before the host knows what this one chose; None where it takes more than that to go on.
-
-        An answer that turns out to have ended has a row too many there: nobody asks for it, and what it wrote lies behind the
-        answer's last token, where nobody reads.
-        """
-        assert self.captured is not None
-        on = [w for w in work if w.stop < w.request.most]  # the others end now
-        plain = all(w.request.plain and w.request.lookup is None for w in work)
+    def run(self, output: SchedulerOutput) -> list[list[Pick]]:
+        """Compute a step. For each request that samples: its accepted draft tokens and one more."""
+        if output.encoder_inputs:
+            self._encode(output)
+        scheduled = output.scheduled
+        for one in scheduled:
+            self.kv_cache.prepare(one.kv)
+            if one.source is not None:
+                self.kv_cache.copy(one.source, one.kv, one.copied)
+        # a step in flight has the results of the answers that go on as expected
+        step, self._in_flight = self._in_flight, None
+        ready = [] if step is None else [one for one in scheduled if one.kv in step.rows]
         if (
-            not on
-            or not plain
-            or self.captured.why_not is not None
-            or any(w.stop == w.kv.capacity for w in on)
+            not ready
+            and self.graphs is not None
+            and all(_is_plain_decode(one) for one in scheduled)
         ):
+            ready = scheduled
+            rows = [DecodeRow(one.kv, one.start, one.request.tokens[one.start]) for one in ready]
+            step = self.graphs(rows)
+        if step is None or not ready:
+            return self._compute(scheduled)
+        if len(ready) == len(scheduled):
+            self._in_flight = self._launch_next(scheduled, step)
+        others = iter(self._compute([one for one in scheduled if one.kv not in step.rows]))
+        sampled = iter(self._pick(ready, step.logits, step.tokens(one.kv for one in ready)))
+        picks = ((one, sampled if one.kv in step.rows else others) for one in scheduled)
+        return [next(source) for one, source in picks if one.sample]
+
+    def _launch_next(
+        self, scheduled: list[ScheduledRequest], step: InFlightStep
+    ) -> InFlightStep | None:
+        """Launch the step after this one before its tokens are on the host, if that is possible.
+
+        The row of an answer that turns out to have ended is ignored: it wrote behind the answer's
+        last token, where nothing is read.
+        """
+        assert self.graphs is not None
+        going_on = [one for one in scheduled if one.stop < one.request.max_kv_tokens]
+        greedy = all(one.request.argmax_only and one.request.drafter is None for one in scheduled)
+        full = any(one.stop == one.kv.capacity for one in going_on)
+        if not going_on or not greedy or self.graphs.unavailable is not None or full:
             return None
-        return self.captured([DecodeRow(w.kv, w.stop, step.rows[w.kv]) for w in on], step)
+        return self.graphs(
+            [DecodeRow(one.kv, one.stop, step.rows[one.kv]) for one in going_on], step
+        )
 
-    def _compute(self, work: list[ScheduledRequest]) -> list[list[Pick]]:
-        """`run`, of works whose memory is ready, launch by launch."""
+    def _compute(self, scheduled: list[ScheduledRequest]) -> list[list[Pick]]:
+        """`run` without CUDA graphs, for requests whose KV memory is ready."""
         hidden: dict[int, Tensor] = {}
-        quick, others = [w for w in work if self._quick(w)], [w for w in work if not self._quick(w)]
-        for together in (quick, *([w] for w in others)) if self.alone else (quick, others):
-            if any(w.start < w.stop for w in together):
-                parts = self._forward(together).split([w.asked for w in together])
-                hidden |= zip(map(id, together), parts, strict=True)
-        last = [hidden[id(w)] for w in work if w.sample]
-        if not last:
+        fused = [one for one in scheduled if self._uses_fused(one)]
+        plain = [one for one in scheduled if not self._uses_fused(one)]
+        batches = [fused, *([one] for one in plain)] if self.batch_invariant else [fused, plain]
+        for batch in batches:
+            if any(one.start < one.stop for one in batch):
+                parts = self._forward(batch).split([one.num_logits for one in batch])
+                hidden |= zip(map(id, batch), parts, strict=True)
+        rows = [hidden[id(one)] for one in scheduled if one.sample]
+        if not rows:
             return []
-        several = last if self.alone and self.fused is None else [torch.cat(last)]
-        logits = torch.cat([self.model.logits(rows) for rows in several])
+        apart = self.batch_invariant and self.fused is None
+        logits = torch.cat([self.model.logits(x) for x in (rows if apart else [torch.cat(rows)])])
         logits = mask_invalid_tokens(logits, self.vocab, self.model.config.image_token_id)
-        return self._pick([w for w in work if w.sample], logits)
+        return self._pick([one for one in scheduled if one.sample], logits)
 
-    def _quick(self, w: ScheduledRequest) -> bool:
-        """Whether its tokens go through the fused layers, whatever else is in the step."""
-        return self.fused is not None and not w.request.adapter
+    def _uses_fused(self, one: ScheduledRequest) -> bool:
+        """Whether the fused layers compute its tokens; does not depend on the rest of the step."""
+        return self.fused is not None and not one.request.adapter
 
-    def _forward(self, work: list[ScheduledRequest]) -> Tensor:
-        """Hidden states of the tokens asked for; of works that are all quick or all not."""
+    def _forward(self, batch: list[ScheduledRequest]) -> Tensor:
+        """Hidden states `[num_logits, D]` of requests that all use the fused layers, or all not."""
         tokens = [
             token
-            for w in work
-            for token in (*islice(w.request.tokens, w.start, w.stop), *w.guesses)
+            for one in batch
+            for token in (*islice(one.request.tokens, one.start, one.stop), *one.draft_tokens)
         ]
         positions = torch.tensor(
-            [position for w in work for position in range(w.start, w.stop)], device=self.device
+            [position for one in batch for position in range(one.start, one.stop)],
+            device=self.device,
         )
-        x = self.model.embed(torch.tensor(tokens, device=self.device), self._spans(work))
-        computed = [w for w in work if w.start < w.stop]
-        spans = [Span(w.kv, w.start, w.stop) for w in computed]
-        if self.fused is not None and self._quick(work[0]):
+        x = self.model.embed(torch.tensor(tokens, device=self.device), self._feature_spans(batch))
+        computed = [one for one in batch if one.start < one.stop]
+        spans = [Span(one.kv, one.start, one.stop) for one in computed]
+        if self.fused is not None and self._uses_fused(batch[0]):
+            sequences = zip(spans, computed, strict=True)
             return self.fused(
-                x,
-                positions,
-                [fusible(span, w.asked) for span, w in zip(spans, computed, strict=True)],
+                x, positions, [fused_sequence(span, one.num_logits) for span, one in sequences]
             )
-        with self.route.through(_routes(work)):
-            hidden = self.model.forward(x, positions, self.memory.attend(spans))
-        parts = hidden.split([w.stop - w.start for w in computed])
-        return torch.cat(
-            [part[len(part) - w.asked :] for part, w in zip(parts, computed, strict=True)]
-        )
+        with self.adapter_routing.through(_adapter_spans(batch)):
+            hidden = self.model.forward(x, positions, self.kv_cache.attend(spans))
+        parts = hidden.split([one.stop - one.start for one in computed])
+        pairs = zip(parts, computed, strict=True)
+        return torch.cat([part[len(part) - one.num_logits :] for part, one in pairs])
 
     def _pick(
-        self, work: list[ScheduledRequest], logits: Tensor, best: Sequence[int] = ()
+        self, scheduled: list[ScheduledRequest], logits: Tensor, best: Sequence[int] = ()
     ) -> list[list[Pick]]:
-        """best: the likeliest token of each row of the logits, where that is known."""
-        if not best and any(w.request.plain for w in work):
-            best = logits.argmax(-1).tolist()
-        found, start = [], 0
-        for w in work:
-            picks: list[Pick] = []
-            for row, guess in enumerate((*w.guesses, None), start):
-                picks.append(
-                    Pick(best[row]) if w.request.plain else self._sampler(w).pick(logits[row])
-                )
-                if picks[-1].token != guess:
-                    break
-            found.append(picks)
-            start += len(w.guesses) + 1
-        return found
+        """Sample at each row of the logits, up to the first rejected draft token.
 
-    def _sampler(self, w: ScheduledRequest) -> Sampler:
-        request = w.request
+        best: the argmax of each row, if it is known.
+        """
+        if not best and any(one.request.argmax_only for one in scheduled):
+            best = logits.argmax(-1).tolist()
+        picks: list[list[Pick]] = []
+        start = 0
+        for one in scheduled:
+            picks.append([])
+            for row, draft_token in enumerate((*one.draft_tokens, None), start):
+                greedy = one.request.argmax_only
+                pick = Pick(best[row]) if greedy else self._sampler(one).pick(logits[row])
+                picks[-1].append(pick)
+                if pick.token != draft_token:
+                    break
+            start += len(one.draft_tokens) + 1
+        return picks
+
+    def _sampler(self, one: ScheduledRequest) -> Sampler:
+        request = one.request
         if request.sampler is None:
-            request.sampler = Sampler(
-                request.sampling, request.prompt.tokens, self.vocab, self.device, request.constraint
-            )
+            prompt, constraint = request.prompt.tokens, request.constraint
+            request.sampler = Sampler(request.sampling, prompt, self.vocab, self.device, constraint)
         return request.sampler
 
-    def _encode(self, plan: SchedulerOutput) -> None:
-        """Encode the step's units, crops of several requests together, and put them into the cache."""
+    def _encode(self, output: SchedulerOutput) -> None:
+        """Encode the step's images, crops of several requests together, into the cache."""
         began = self.clock()
-        units = sorted(plan.encode.values(), key=lambda unit: unit.adapter)
-        while units:
+        inputs = sorted(output.encoder_inputs.values(), key=lambda one: one.adapter)
+        max_crops = 0 if self.batch_invariant else self.max_batched_images
+        while inputs:
             batch: list[EncoderInput] = []
-            crops = 0
-            adapter = units[0].adapter
-            most = 0 if self.alone else self.max_batched_images
+            crops, adapter = 0, inputs[0].adapter
             while (
-                units
-                and units[0].adapter == adapter
-                and (not batch or crops + len(units[0].pixels) <= most)
+                inputs
+                and inputs[0].adapter == adapter
+                and (not batch or crops + len(inputs[0].pixels) <= max_crops)
             ):
-                crops += len(units[0].pixels)
-                batch.append(units.pop(0))
+                crops += len(inputs[0].pixels)
+                batch.append(inputs.pop(0))
             self.crops_encoded += crops
-            pixels = torch.cat([unit.pixels for unit in batch]).to(self.device, self.dtype)
-            with self.route.through([(adapter, slice(None))] if adapter else ()):
-                encoded = torch.cat(
-                    [self._see(part, adapter) for part in pixels.split(self.max_batched_images)]
-                )
-            for unit, rows in zip(
-                batch, encoded.split([len(unit.pixels) for unit in batch]), strict=True
-            ):
-                arranged = arrange_features(rows, unit.layout)
-                self.features.put(
-                    unit.key, arranged.clone() if len(batch) > 1 else arranged
-                )  # not a view of the whole batch
+            pixels = torch.cat([one.pixels for one in batch]).to(self.device, self.dtype)
+            parts = pixels.split(self.max_batched_images)
+            with self.adapter_routing.through([(adapter, slice(None))] if adapter else ()):
+                features = torch.cat([self._encode_images(part, adapter) for part in parts])
+            rows = features.split([len(one.pixels) for one in batch])
+            for one, crop_features in zip(batch, rows, strict=True):
+                arranged = arrange_features(crop_features, one.layout)
+                # a view would keep the features of the whole batch in memory
+                self.encoder_cache.put(one.key, arranged.clone() if len(batch) > 1 else arranged)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # or the clock would stop before the tower has
-        took = self.clock() - began
-        self.encoding += took
-        for w in plan.work:
-            if w.encodes:
-                w.request.vision += took
+            torch.cuda.synchronize(self.device)  # so that the clock includes the computation
+        seconds = self.clock() - began
+        self.encode_seconds += seconds
+        for scheduled in output.scheduled:
+            if scheduled.needs_encoder:
+                scheduled.request.encode_seconds += seconds
 
-    def _see(self, pixels: Tensor, adapter: str) -> Tensor:
+    def _encode_images(self, pixels: Tensor, adapter: str) -> Tensor:
         """Crops `[N, 3, S, S]` -> projected features `[N, grid * grid, D]`."""
         if self.tower is None or adapter:
             return self.model.encode(pixels)
         features: Tensor = self.model.multi_modal_projector(self.tower(pixels))
         return features
 
-    def _spans(self, work: list[ScheduledRequest]) -> list[tuple[int, Tensor]]:
-        """Which rows of the flat batch are features."""
+    def _feature_spans(self, batch: list[ScheduledRequest]) -> list[tuple[int, Tensor]]:
+        """Image features of the flat batch, and the row at which each begins."""
         spans, offset = [], 0
-        for w in work:
-            for unit in islice(w.request.units, w.request.first_unit, w.request.held_unit):
-                a, b = max(w.start, unit.start), min(w.stop, unit.stop)
-                spans.append(
-                    (offset + a - w.start, self.features[unit.key][a - unit.start : b - unit.start])
-                )
-            offset += w.stop - w.start
+        for one in batch:
+            request = one.request
+            for image in islice(request.encoder_inputs, request.first_input, request.held_input):
+                start, stop = max(one.start, image.start), min(one.stop, image.stop)
+                features = self.encoder_cache[image.key][start - image.start : stop - image.start]
+                spans.append((offset + start - one.start, features))
+            offset += one.stop - one.start
         return spans
 
 
-def _plain(w: ScheduledRequest) -> bool:
-    """Whether all that it computes is the next token of an answer, by the network alone."""
-    return (
-        w.sample
-        and w.stop - w.start == 1
-        and w.request.first_unit == w.request.held_unit
-        and not w.request.adapter
-    )
+def _is_plain_decode(one: ScheduledRequest) -> bool:
+    """Whether it computes only the next token of an answer, without an adapter."""
+    request = one.request
+    single = one.sample and one.stop - one.start == 1
+    return single and request.first_input == request.held_input and not request.adapter
 
 
-def _routes(work: list[ScheduledRequest]) -> list[tuple[str, slice]]:
-    """Which rows of the flat batch go through which adapter."""
+def _adapter_spans(batch: list[ScheduledRequest]) -> list[tuple[str, slice]]:
+    """Rows of the flat batch by adapter."""
     spans, stop = [], 0
-    for adapter, group in groupby(work, key=lambda w: w.request.adapter):
-        start, stop = stop, stop + sum(w.stop - w.start for w in group)
+    for adapter, group in groupby(batch, key=lambda one: one.request.adapter):
+        start, stop = stop, stop + sum(one.stop - one.start for one in group)
         if adapter and start < stop:
             spans.append((adapter, slice(start, stop)))
     return spans

@@ -1,65 +1,65 @@
-"""Guesses of what an answer says next: what followed when its last tokens stood somewhere before (prompt lookup, Saxena 2023).
+"""Speculative decoding by prompt lookup (Saxena 2023): drafts the continuation of an earlier n-gram.
 
-The network reads a token and its guesses in one step and chooses at each; what it chooses is the answer, so that a wrong guess
-costs time and changes nothing.
+The model computes a token and its draft tokens in one step and samples at each position. What it
+samples is the answer, so a rejected draft token costs time and changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-NGRAMS = (3, 2)
-"""How many last tokens must have stood before, the longest first."""
+NGRAM_SIZES = (3, 2)
+"""How many last tokens must occur earlier; the longest match is used."""
 
-FIRST = 4
-"""Tokens guessed at first; twice as many after a guess that was right, one more than was right after one that was not."""
+INITIAL_DRAFT_TOKENS = 4
+"""Draft tokens at first; doubled after a fully accepted draft, one more than accepted otherwise."""
 
 DEFAULT_DRAFT_TOKENS = 8
-"""Tokens guessed at a time at most, where nobody says how many."""
+"""Draft tokens per step at most, unless the request has a number."""
 
-COST = 0.35
-"""What a guessed token costs, in steps without guesses; at most, by the measurements of docs/performance.md."""
+DRAFT_TOKEN_COST = 0.35
+"""Cost of a draft token in plain decode steps; an upper bound, measured in docs/performance.md."""
 
-CREDIT = 4.0
-"""Steps that guesses of a sequence may have cost more than they saved; then it guesses no more."""
+MAX_CREDIT = 4.0
+"""Steps that the draft tokens of a sequence may cost more than they save before drafting ends."""
 
 
 class PromptLookupDrafter:
-    """The guesses for one sequence. most: tokens at a time. never: a token that is not guessed, nor looked for."""
+    """Proposes draft tokens for one sequence, never `image_token_id` or n-grams that contain it."""
 
-    def __init__(self, most: int, never: int) -> None:
-        self.most, self.never = most, never
-        self.length, self.credit = min(FIRST, most), CREDIT
-        self._after: dict[tuple[int, ...], int] = {}  # where what followed these tokens last stands
-        self._read = self._clear = 0  # tokens read, and the place after the last `never` among them
+    def __init__(self, max_draft_tokens: int, image_token_id: int) -> None:
+        self.max_draft_tokens, self.image_token_id = max_draft_tokens, image_token_id
+        self.length, self.credit = min(INITIAL_DRAFT_TOKENS, max_draft_tokens), MAX_CREDIT
+        self._next: dict[tuple[int, ...], int] = {}  # index after the last occurrence of an n-gram
+        self._indexed = self._text_start = 0  # tokens indexed; index after the last image token
 
-    def guess(self, tokens: Sequence[int], most: int) -> Sequence[int]:
-        """What `tokens` may go on with, `most` at most; none where nothing like their end stood before."""
-        if self.credit < 0 or most < 1:
+    def propose(self, tokens: Sequence[int], limit: int) -> Sequence[int]:
+        """At most `limit` draft tokens after `tokens`; none without an earlier match."""
+        if self.credit < 0 or limit < 1:
             return ()
-        for end in range(
-            self._read, len(tokens)
-        ):  # what followed the last tokens of all is not known
-            for n in NGRAMS:
-                if end - n >= self._clear:
-                    self._after[tuple(tokens[end - n : end])] = end
-            if tokens[end] == self.never:
-                self._clear = end + 1
-        self._read = len(tokens)
-        for n in NGRAMS:
-            at = self._after.get(tuple(tokens[-n:]))
-            if at is not None:
-                return self._on(tokens, at, min(most, self.length))
+        for end in range(self._indexed, len(tokens)):  # the last n-gram has no continuation yet
+            for n in NGRAM_SIZES:
+                if end - n >= self._text_start:
+                    self._next[tuple(tokens[end - n : end])] = end
+            if tokens[end] == self.image_token_id:
+                self._text_start = end + 1
+        self._indexed = len(tokens)
+        for n in NGRAM_SIZES:
+            start = self._next.get(tuple(tokens[-n:]))
+            if start is not None:
+                return self._continuation(tokens, start, min(limit, self.length))
         return ()
 
-    def _on(self, tokens: Sequence[int], at: int, most: int) -> Sequence[int]:
-        """The tokens from `at` on; past the end what is guessed goes on as it began, for it may repeat itself."""
-        found = list(tokens[at : at + most])
-        while len(found) < most:
-            found.append(found[len(found) + at - len(tokens)])
-        return found[: found.index(self.never)] if self.never in found else found
+    def _continuation(self, tokens: Sequence[int], start: int, count: int) -> Sequence[int]:
+        """The tokens from `start`; past the end the draft repeats itself, as a loop would."""
+        draft = list(tokens[start : start + count])
+        while len(draft) < count:
+            draft.append(draft[len(draft) + start - len(tokens)])
+        image = self.image_token_id
+        return draft[: draft.index(image)] if image in draft else draft
 
-    def learn(self, guessed: int, right: int) -> None:
-        """How many tokens of a guess were what the network chose, before the first that was not."""
-        self.length = min(self.most, 2 * self.length if right == guessed else right + 1)
-        self.credit = min(CREDIT, self.credit + right - COST * guessed)
+    def update(self, drafted: int, accepted: int) -> None:
+        """Adapt to how many tokens of a draft the model accepted."""
+        longer = 2 * self.length if accepted == drafted else accepted + 1
+        self.length = min(self.max_draft_tokens, longer)
+        self.credit = min(MAX_CREDIT, self.credit + accepted - DRAFT_TOKEN_COST * drafted)

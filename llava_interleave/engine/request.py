@@ -1,4 +1,4 @@
-"""One request from `add` to its last token: plain numbers that the scheduler and the runner fill in."""
+"""One request from `add` to its last token: numbers that the scheduler and the runner fill in."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 
     from .prefix_cache import CacheKey, SequenceKV
 
-
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Numbers of tokens: of the prompt, of those taken from the prefix cache, and generated (a final stop token counts).
+    """Token counts: prompt tokens, those from the prefix cache, and generated ones with a stop token.
 
-    drafted: guessed by prompt lookup. accepted: of these, what the network chose itself.
+    drafted: draft tokens of prompt lookup. accepted: those that the model sampled itself.
     """
 
     prompt: int
@@ -37,8 +36,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds: waiting in the `queue`; tower calls that encoded this request's media; the rest up to the first token;
-    `first_token` and `total` from `add`. None: it did not come to that. `tokens_per_second` counts from the first token on.
+    """Seconds: in the `queue`; of vision encoder calls with this request's media; the rest up to the
+    first token. `first_token` (TTFT) and `total` count from `add`. None: not reached.
+    `tokens_per_second` counts from the first token.
     """
 
     queue: float
@@ -51,9 +51,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncoderInput:
-    """The smallest piece of a media that the tower encodes and the cache keeps: a crop, or all tiles of an anyres image.
+    """The unit that the vision encoder computes and caches: a crop, or all tiles of an anyres image.
 
-    start, stop: the tokens of the prompt that stand for it. adapter: key of the one it is encoded through, "" for none.
+    start, stop: its tokens in the prompt. adapter: key of the LoRA adapter of the encoder, or "".
     """
 
     key: tuple[bytes, int]
@@ -64,94 +64,92 @@ class EncoderInput:
     adapter: str = ""
 
 
-def units(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[EncoderInput]:
-    """The units of a media in the order of their tokens; of a video each frame is one. Features are shared within a `salt`."""
+def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[EncoderInput]:
+    """The inputs of a media in token order, one per frame of a video. Cached within a `salt`."""
     layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
-        yield EncoderInput(
-            (key, -1), media.start, media.start + layout.length, media.pixels, layout, adapter
-        )
+        stop = media.start + layout.length
+        yield EncoderInput((key, -1), media.start, stop, media.pixels, layout, adapter)
         return
     one = replace(layout, crops=1)
     for crop in range(layout.crops):
         start = media.start + crop * one.length
-        yield EncoderInput(
-            (key, crop), start, start + one.length, media.pixels[crop : crop + 1], one, adapter
-        )
+        pixels = media.pixels[crop : crop + 1]
+        yield EncoderInput((key, crop), start, start + one.length, pixels, one, adapter)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request: read it, the engine alone writes to it."""
+    """A request. Only the engine writes to it."""
 
     id: int
     prompt: Prompt = field(repr=False)
     sampling: SamplingParams
-    keys: CacheKey = field(repr=False)
+    cache_key: CacheKey = field(repr=False)
     max_new_tokens: int  # as resolved at `add`
     added: float
-    adapter: str = ""  # key of the one that its tokens go through
-    encoder: str = ""  # and its media
-    salt: bytes = field(default=b"", repr=False)  # of their features
+    adapter: str = ""  # key of the adapter of the decoder
+    encoder_adapter: str = ""  # key of the adapter of the vision encoder
+    encoder_salt: bytes = field(default=b"", repr=False)
     tokens: list[int] = field(init=False, repr=False)  # prompt and answer
-    units: tuple[EncoderInput, ...] = field(init=False, repr=False)
-    plain: bool = field(init=False)  # as its sampling says; asked at every token
-    first_unit: int = 0  # units before it are prefilled
-    held_unit: int = 0  # units from first_unit up to it keep their features
+    encoder_inputs: tuple[EncoderInput, ...] = field(init=False, repr=False)
+    argmax_only: bool = field(init=False)  # cached from `sampling`: read for every token
+    first_input: int = 0  # encoder inputs before it are prefilled
+    held_input: int = 0  # features of inputs from first_input up to it are held in the cache
     kv: SequenceKV | None = None  # while running
     sampler: Sampler | None = None
     constraint: TokenConstraint | None = field(default=None, repr=False)
-    lookup: PromptLookupDrafter | None = field(default=None, repr=False)
-    drafted: int = 0  # tokens guessed
-    accepted: int = 0  # of them right
+    drafter: PromptLookupDrafter | None = field(default=None, repr=False)
+    drafted: int = 0
+    accepted: int = 0
     cached: int | None = None
     finish_reason: FinishReason | None = None
     started: float | None = None
     first_token: float | None = None
     ended: float | None = None
-    vision: float = 0.0
+    encode_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.tokens)
-        self.plain = self.sampling.argmax_only
-        self.units = tuple(
-            unit for media in self.prompt.media for unit in units(media, self.salt, self.encoder)
+        self.argmax_only = self.sampling.argmax_only
+        salt, adapter = self.encoder_salt, self.encoder_adapter
+        self.encoder_inputs = tuple(
+            one for media in self.prompt.media for one in encoder_inputs(media, salt, adapter)
         )
 
     @property
     def generated(self) -> list[int]:
-        """The answer's token ids so far; after finish_reason "stop" the last one is the stop token."""
+        """The answer's token ids so far; after finish_reason "stop" with the stop token."""
         return self.tokens[len(self.prompt.tokens) :]
 
     @property
-    def most(self) -> int:
-        """How many tokens' keys and values it can need at most: the last token generated is never read."""
+    def max_kv_tokens(self) -> int:
+        """Tokens that its KV cache can grow to: the last generated one is never an input."""
         return len(self.prompt.tokens) + self.max_new_tokens - 1
 
     @property
     def usage(self) -> Usage:
-        written = len(self.tokens) - len(self.prompt.tokens)
-        return Usage(
-            len(self.prompt.tokens), self.cached or 0, written, self.drafted, self.accepted
-        )
+        prompt = len(self.prompt.tokens)
+        generated = len(self.tokens) - prompt
+        return Usage(prompt, self.cached or 0, generated, self.drafted, self.accepted)
 
     def timings(self, now: float) -> Timings:
         """As of the time `now`, or of its end if it has ended."""
-        end, first, started = (
-            now if self.ended is None else self.ended,
-            self.first_token,
-            self.started,
-        )
-        later = len(self.tokens) - len(self.prompt.tokens) - 1
+        end = now if self.ended is None else self.ended
+        first, started = self.first_token, self.started
+        prefill = speed = None
+        if first is not None and started is not None:
+            prefill = first - started - self.encode_seconds
+        after_first = len(self.tokens) - len(self.prompt.tokens) - 1
+        if first is not None and after_first >= 1 and end > first:
+            speed = after_first / (end - first)
         return Timings(
             queue=(end if started is None else started) - self.added,
-            vision=self.vision,
-            prefill=None if first is None or started is None else first - started - self.vision,
+            vision=self.encode_seconds,
+            prefill=prefill,
             first_token=None if first is None else first - self.added,
             total=end - self.added,
-            tokens_per_second=None
-            if first is None or later < 1 or end <= first
-            else later / (end - first),
+            tokens_per_second=speed,
         )
 
 
@@ -159,8 +157,9 @@ class Request:
 class Event:
     """A generated token of a request, or its end, or both.
 
-    token: None where a request ends without one (abort, error). With finish_reason "stop" it is the token that ended the
-    answer and no part of its text. top_logprobs: (token, log probability), likeliest first. usage, timings: at the end only.
+    token: None if a request ends without one (abort, error). With finish_reason "stop" it ended the
+    answer and is not part of its text. top_logprobs: (token, log-probability), most probable first.
+    usage, timings: at the end only.
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits of one request. Knows no model, batch or text."""
+"""Samples the next token of one request from its logits. Knows no model, batch or text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..options import SamplingParams
 
 
 class Pick(NamedTuple):
-    """A chosen token; the log probabilities as `Sampling.logprobs` asked, likeliest first."""
+    """A sampled token; log-probabilities as `SamplingParams.logprobs`, most probable first."""
 
     token: int
     logprob: float | None = None
@@ -23,25 +23,25 @@ class Pick(NamedTuple):
 
 
 class TokenConstraint(Protocol):
-    """Says which tokens may come next, for one answer whose form is given. Nothing that it does may raise."""
+    """Limits the tokens of one answer (structured output). Its methods must not raise."""
 
     def allowed(self) -> Tensor:
-        """One bool a token, `[size]`, on the CPU; asked once before each token. At least one is True."""
+        """A mask `[vocab]`, bool, on the CPU, at least one True; read once before each token."""
         ...
 
     def take(self, token: int) -> None:
-        """The token that was chosen."""
+        """Advance by the token that was sampled."""
         ...
 
 
 class Sampler:
-    """Chooses the tokens of one request: its random numbers and its counts of tokens depend on nothing else."""
+    """Samples the tokens of one request. Its random numbers and counts depend on no other request."""
 
     def __init__(
         self,
         sampling: SamplingParams,
         prompt: Sequence[int],
-        size: int,
+        vocab: int,
         device: torch.device,
         constraint: TokenConstraint | None = None,
     ) -> None:
@@ -51,46 +51,38 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
-        self.prompt = [token for token in set(prompt) if token < size]
+        self.prompt = [token for token in set(prompt) if token < vocab]
         self.counts: Counter[int] = Counter()  # of generated tokens
         self.device = device
 
     def pick(self, logits: Tensor) -> Pick:
-        """The next token from logits `[size]`; what must never be chosen is -inf in them."""
+        """The next token by logits `[vocab]`, which are -inf for invalid tokens."""
         raw = logits.float()
-        allowed = (
-            raw
-            if self.constraint is None
-            else raw.masked_fill(~self.constraint.allowed().to(raw.device), -math.inf)
-        )
-        scores = self.scores(allowed)
-        token = (
-            sample(scores, self.generator) if self.sampling.temperature else int(scores.argmax())
-        )
+        masked = raw
+        if self.constraint is not None:
+            masked = raw.masked_fill(~self.constraint.allowed().to(raw.device), -math.inf)
+        scores = self.scores(masked)
+        greedy = not self.sampling.temperature
+        token = int(scores.argmax()) if greedy else sample(scores, self.generator)
         self.counts[token] += 1
         if self.constraint is not None:
             self.constraint.take(token)
         if self.sampling.logprobs is None:
             return Pick(token)
-        logs = raw.log_softmax(-1)
-        top = logs.topk(min(self.sampling.logprobs, len(logs)))
-        return Pick(
-            token,
-            float(logs[token]),
-            tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
-        )
+        logprobs = raw.log_softmax(-1)
+        top = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return Pick(token, float(logprobs[token]), tuple(pairs))
 
-    def scores(self, raw: Tensor) -> Tensor:
-        """Float32 logits `[size]` after bias, penalties, temperature and cuts; what was cut is -inf."""
-        s, scores = self.sampling, raw.clone()
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits `[vocab]`, float32, after bias, penalties, temperature and truncation (to -inf)."""
+        s, scores = self.sampling, logits.clone()
         if s.logit_bias:
             scores[self._tensor(s.logit_bias)] += self._tensor(s.logit_bias.values(), torch.float32)
         if s.repetition_penalty != 1:
             seen = self._tensor({*self.prompt, *self.counts})
-            values = scores[seen]
-            scores[seen] = torch.where(
-                values < 0, values * s.repetition_penalty, values / s.repetition_penalty
-            )
+            values, penalty = scores[seen], s.repetition_penalty
+            scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
         if (s.presence_penalty or s.frequency_penalty) and self.counts:
             counts = self._tensor(self.counts.values(), torch.float32)
             scores[self._tensor(self.counts)] -= s.presence_penalty + s.frequency_penalty * counts
@@ -98,56 +90,52 @@ class Sampler:
             return scores
         scores /= s.temperature
         if 0 < s.top_k < len(scores):
-            scores = at_least(scores, scores.topk(s.top_k).values[-1])
+            scores = truncate(scores, scores.topk(s.top_k).values[-1])
         if s.top_p < 1:
             scores = nucleus(scores, s.top_p)
         if s.min_p:
-            scores = at_least(scores, scores.max() + math.log(s.min_p))
+            scores = truncate(scores, scores.max() + math.log(s.min_p))
         return scores
 
     def _tensor(self, values: Iterable[float], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self.device)
 
 
-def mask_invalid_tokens(logits: Tensor, vocab: int, never: int) -> Tensor:
-    """Of logits `[..., ids]` those of the ids that can be written: below `vocab`, and -inf for the one that never is."""
+def mask_invalid_tokens(logits: Tensor, vocab: int, image_token_id: int) -> Tensor:
+    """Logits `[..., vocab]` of valid ids, from `[..., ids]`; -inf for the image placeholder."""
     logits = logits[..., :vocab]
-    if never < vocab:
-        logits[..., never] = -math.inf
+    if image_token_id < vocab:
+        logits[..., image_token_id] = -math.inf
     return logits
 
 
-def at_least(scores: Tensor, limit: Tensor) -> Tensor:
-    """Scores, -inf below `limit`; a `masked_fill` takes twenty times as long."""
-    below = torch.nextafter(limit, torch.full_like(limit, -math.inf))
+def truncate(scores: Tensor, minimum: Tensor) -> Tensor:
+    """Scores, -inf below `minimum`; a `masked_fill` takes twenty times as long."""
+    below = torch.nextafter(minimum, torch.full_like(minimum, -math.inf))
     return threshold(scores, float(below), -math.inf)
 
 
-def nucleus(scores: Tensor, share: float) -> Tensor:
-    """Scores `[size]`, -inf beyond the fewest likeliest tokens that hold `share` of the probability (Holtzman et al., 2020)."""
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Scores `[vocab]`, -inf outside the smallest set of tokens with a total probability of `top_p`
+    (Holtzman et al., 2020)."""
     probabilities = scores.softmax(-1)
-    for count in (
-        64,
-        1024,
-        8192,
-        len(scores),
-    ):  # sorting a whole vocabulary costs as much as half a decode step
+    # sorting a whole vocabulary takes as long as half a decode step
+    for count in (64, 1024, 8192, len(scores)):
         values, ids = probabilities.topk(min(count, len(scores)))
-        kept = values.cumsum(-1) - values < share
-        if not kept[-1]:
+        inside = values.cumsum(-1) - values < top_p
+        if not inside[-1]:
             break
-    kept[0] = True
-    ids = ids[kept]
+    inside[0] = True
+    ids = ids[inside]
     return torch.full_like(scores, -math.inf).index_copy(0, ids, scores[ids])
 
 
 def sample(scores: Tensor, generator: torch.Generator) -> int:
-    """One token from softmax(scores): the inverse of the cumulative distribution at one random number."""
+    """One token from softmax(scores): the inverse of the cumulative distribution at a random number."""
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[-1:]
     at = torch.rand(1, generator=generator, dtype=torch.float64).to(total.device) * total
     index = torch.searchsorted(cumulative, at, right=True)
-    last = torch.searchsorted(
-        cumulative, total
-    )  # rounding never reaches a token of probability 0, nor what is no number the end
+    # the bound: rounding must not reach a token of probability 0, nor NaN the end
+    last = torch.searchsorted(cumulative, total)
     return int(torch.minimum(index, last).clamp_max(len(scores) - 1))

@@ -29,7 +29,7 @@ class ReplicaSpec:
     revision: str | None
     precision: str
     device: str
-    deterministic: bool
+    batch_invariant: bool
     adapters: tuple[tuple[str, str], ...]
     log_level: int
 

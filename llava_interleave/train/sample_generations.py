@@ -68,7 +68,7 @@ class GenerationLogger:
             vocab=tokenizer.size,
             kv_bytes=tokens * bytes_per_token(config, model.language_model.norm.weight.dtype),
             feature_bytes=0,
-            kv_block=0,
+            kv_block_size=0,
         )
         params = [SamplingParams(max_new_tokens=n) for n in limits]
         requests = engine.generate(self.prompts, params)

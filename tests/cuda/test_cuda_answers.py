@@ -66,7 +66,7 @@ PROMPTS = [prompt(1, 0, 5), prompt(2, 1, 7), prompt(3, 2, 300), prompt(4, 3, 20)
 def engine(model: Llava, tokens: int = 4000, **options: Any) -> Engine:
     """On a CPU in blocks too, if smaller ones than a GPU's."""
     here = model.lm_head.weight
-    options = {"kv_block": 32 if here.device.type == "cpu" else None, **options}
+    options = {"kv_block_size": 32 if here.device.type == "cpu" else None, **options}
     return Engine(model, eos_ids={1}, vocab=500, kv_bytes=tokens * KV * here.itemsize, **options)
 
 
@@ -85,7 +85,7 @@ def answers(
 @cache
 def truth() -> list[list[int]]:
     """On a CPU in float32, a slab a sequence, one after another."""
-    return [answers(network("cpu"), [one], kv_block=0)[0] for one in PROMPTS]
+    return [answers(network("cpu"), [one], kv_block_size=0)[0] for one in PROMPTS]
 
 
 @torch.inference_mode()
@@ -159,9 +159,9 @@ def test_the_built_in_model_says_the_same_in_few_bits(card: torch.device, precis
                 max_new_tokens=24, ignore_eos=True, prompt_lookup_num_tokens=6
             )
         },
-        {"deterministic": True},
+        {"batch_invariant": True},
     ],
-    ids=["as it comes", "in pieces", "in little memory", "with guesses", "deterministic"],
+    ids=["as it comes", "in pieces", "in little memory", "with guesses", "batch_invariant"],
 )
 def test_greedy_answers_in_float32_are_a_cpus(device: str, how: dict[str, Any]) -> None:
     assert answers(network(device), **how) == truth()
@@ -171,7 +171,7 @@ def test_half_the_memory_for_keys_and_values(device: str) -> None:
     """In 8 bits: the same from blocks and from slabs."""
     there, here = (
         answers(network(place), kv_precision="int8", **how)
-        for place, how in ((device, {}), ("cpu", {"kv_block": 0}))
+        for place, how in ((device, {}), ("cpu", {"kv_block_size": 0}))
     )
     assert there == here
 
@@ -192,7 +192,7 @@ def test_captured_steps_are_those_launch_by_launch() -> None:
     assert "CUDA graphs" in captured.attention and "no CUDA graphs" not in captured.attention, (
         captured.attention
     )
-    plain._runner.captured.why_not = "for comparison"  # the same steps of the same shapes
+    plain._runner.graphs.unavailable = "for comparison"  # the same steps of the same shapes
     how = SamplingParams(max_new_tokens=24, ignore_eos=True)
     for count in (1, 2, 3, 5):
         for made in (captured, plain):
@@ -238,7 +238,7 @@ def test_deterministic_answers_are_alike_to_the_last_bit(device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def found(asked: Sequence[Prompt]) -> dict[int, list[Any]]:
-        made = engine(network(device, dtype), deterministic=True, tokens=2048)
+        made = engine(network(device, dtype), batch_invariant=True, tokens=2048)
         events: dict[int, list[Any]] = {}
         requests = {made.add(one, how): index for one in asked for index in [PROMPTS.index(one)]}
         while made.busy:

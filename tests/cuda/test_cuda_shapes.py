@@ -53,9 +53,9 @@ def network(precision: str, *, trained: bool = False) -> Llava:
     return made.eval()
 
 
-def memory(*, in_eight_bits: bool = False) -> PagedKVCache:
-    room = 20 * 256 * bytes_per_token(TEXT, BF16, in_eight_bits=in_eight_bits)
-    return PagedKVCache(TEXT, BF16, CARD, room, in_eight_bits=in_eight_bits)
+def memory(*, int8: bool = False) -> PagedKVCache:
+    room = 20 * 256 * bytes_per_token(TEXT, BF16, int8=int8)
+    return PagedKVCache(TEXT, BF16, CARD, room, int8=int8)
 
 
 def sequence(*blocks: int) -> SequenceKV:
@@ -80,11 +80,11 @@ def test_a_step_that_is_captured(precision: str) -> None:
         )
 
 
-@pytest.mark.parametrize("in_eight_bits", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("precision", ["bfloat16", "int4", "int8", "fp8"])
 @torch.no_grad()
-def test_prompts_and_answers_in_one_step_and_pictures(precision: str, in_eight_bits: bool) -> None:
-    model, kept = network(precision), memory(in_eight_bits=in_eight_bits)
+def test_prompts_and_answers_in_one_step_and_pictures(precision: str, int8: bool) -> None:
+    model, kept = network(precision), memory(int8=int8)
     a, b = sequence(0, 1, 2), sequence(3, 4, 5)
     x = model.embed(torch.zeros(301, dtype=torch.long, device=CARD))
     found = model.forward(

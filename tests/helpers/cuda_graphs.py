@@ -12,11 +12,11 @@ class Graph:
     """Runs a step again in the tensors that it was captured in. Graphs share memory: what others found is gone then."""
 
     def __init__(self, captured: CudaGraphDecoder, size: int, others: list[Graph]) -> None:
-        self.captured, self.size, self.others, self.replays = captured, size, others, 0
+        self.graphs, self.size, self.others, self.replays = captured, size, others, 0
         self.found = self.computed()
 
     def computed(self) -> tuple[Tensor, Tensor]:
-        found = self.captured._step(self.size)
+        found = self.graphs._step(self.size)
         for other in self.others:
             for tensor in other.found:
                 tensor.fill_(-1)
@@ -33,7 +33,7 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     found: list[Graph] = []
 
     def capture(self: CudaGraphDecoder, size: int) -> tuple[Graph, tuple[Tensor, Tensor]]:
-        found.append(Graph(self, size, [graph for graph in found if graph.captured is self]))
+        found.append(Graph(self, size, [graph for graph in found if graph.graphs is self]))
         return found[-1], found[-1].found
 
     monkeypatch.setattr("llava_interleave.engine.cuda_graphs.unavailable_reason", lambda _: None)

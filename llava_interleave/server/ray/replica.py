@@ -48,7 +48,7 @@ class Replica:
             revision=model.revision,
             precision=model.precision,
             device=model.device,
-            deterministic=model.deterministic,
+            batch_invariant=model.batch_invariant,
             adapters=dict(model.adapters),
         )
         settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
