@@ -21,7 +21,7 @@ import llava_interleave
 from llava_interleave import checkpoints, kernels, license_notice
 from llava_interleave import placement as places
 from llava_interleave.chat import Chatbot, Conversation, Options, load
-from llava_interleave.chat.attachments import content, part
+from llava_interleave.chat.attachments import content, part, parts
 from llava_interleave.chat.detokenize import StopStrings
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import DataError, MediaError, OptionError, PromptError, Unsupported
@@ -211,7 +211,6 @@ def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
     assert part(gif)["type"] == part(gif.read_bytes())["type"] == "video"
     assert part(str(files[0])) == {"type": "image", "path": str(files[0])}
-    assert part(tmp_path) == {"type": "video", "path": str(tmp_path)}
     assert part("https://example.org/a/film.mp4?size=1") == {
         "type": "video",
         "url": "https://example.org/a/film.mp4?size=1",
@@ -239,9 +238,39 @@ def test_every_kind_of_attachment_is_answered(bot: Chatbot, files: list[Path]) -
     ]
     assert len({bot.ask("What?", [one], max_new_tokens=5).tokens for one in same}) == 1
     grid = bot.model.config.vision.grid
-    for video in (files[0].parent, [picture, picture], np.stack([np.array(picture)] * 2)):
+    folder = {"type": "video", "path": str(files[0].parent)}
+    for video in (folder, [picture, picture], np.stack([np.array(picture)] * 2)):
         prompt = bot.prompt(bot.turn("What?", [video]))
         assert [m.layout.length for m in prompt.media] == [2 * grid**2]
+    both = bot.prompt(bot.turn("What?", [files[0].parent]))  # blue.png, red.png: two photos
+    assert [m.layout.length for m in both.media] == [grid**2] * 2
+
+
+def test_a_folder_is_its_photos_or_a_video_where_names_number_frames(tmp_path: Path) -> None:
+    for name in ("IMG_10.JPG", "IMG_9.JPG", "._IMG_9.JPG", "cover.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    assert [Path(p["path"]).name for p in parts(tmp_path)] == [
+        "IMG_9.JPG",
+        "IMG_10.JPG",
+        "cover.png",
+    ]
+    assert [p["type"] for p in parts(str(tmp_path))] == ["image"] * 3
+    words = [p.get("text", "-") for p in content("In <image>, what?", [tmp_path])]
+    assert words == ["In ", "-", "-", "-", ", what?"]
+    words = [p.get("text", "-") for p in content("<image>a<image>b<image>c", [tmp_path])]
+    assert words == ["-", "a", "-", "b", "-", "c"]
+    with pytest.raises(PromptError, match="2 <image> but 3 attachments"):
+        content("<image><image>", [tmp_path])
+    (tmp_path / "list.txt").touch()
+    with pytest.warns(UserWarning, match=r"1 of 4 files in .* are not attached: list\.txt"):
+        assert len(parts(tmp_path)) == 3
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    with pytest.raises(MediaError, match="holds no images or videos"):
+        parts(clip)
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(clip / f"frame_{number:04}.png")
+    assert parts(clip) == [{"type": "video", "path": str(clip)}]
 
 
 def test_a_film_is_attached_like_a_picture(bot: Chatbot, tmp_path: Path) -> None:

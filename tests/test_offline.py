@@ -88,7 +88,9 @@ def test_lines_keep_their_order_and_failures_their_place(tmp_path: Path) -> None
     }
     told = [row["error"] for row in rows if "error" in row]
     for error, wanted in zip(
-        told, ("refused", "--question", "1 <image>, but", "not a JSON object", "not JSON"), strict=True
+        told,
+        ("refused", "--question", "1 <image>, but", "not a JSON object", "not JSON"),
+        strict=True,
     ):
         assert wanted in error
     assert not (tmp_path / "out.jsonl.part").exists()
@@ -248,7 +250,9 @@ def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["id"] for row in rows] == ["../../d", "e", "f", "g", "h"]
     assert [row.get("answer") for row in rows] == ["What?", None, None, None, "What?"]
     for row, wanted in zip(
-        rows[1:4], ("has 9 bytes, above the limit of 8", "is not an object", "not JSON"), strict=True
+        rows[1:4],
+        ("has 9 bytes, above the limit of 8", "is not an object", "not JSON"),
+        strict=True,
     ):
         assert wanted in row["error"]
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "out.jsonl"}

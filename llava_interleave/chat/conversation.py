@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..options import DEFAULTS, Options
 from ..processing.formats import is_video
 from ..processing.images import from_array
-from .attachments import ContentPart, content, part
+from .attachments import ContentPart, content, parts
 from .kv_file import beside, replacing
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Conversation:
         ] = []  # what was read for each answer, and the answer, as far as known
 
     def attach(self, *sources: object) -> None:
-        """Attach images, videos or folders of frames to the next question. Raises `MediaError` for a file that is missing."""
-        self.pending += [part(source) for source in sources]
+        """Attach images, videos or folders of them to the next question. Raises `MediaError` for a file that is missing."""
+        self.pending += [item for source in sources for item in parts(source)]
 
     def stream(
         self,

@@ -32,6 +32,7 @@ def ask(
     ],
     attach: flags.Attach = None,
     view: flags.View = None,
+    frames_of: flags.FramesOf = None,
     model: flags.ModelName = None,
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
@@ -57,7 +58,7 @@ def ask(
         raise OptionError("--logprobs are reported with --json")
     if question == "-":
         question = sys.stdin.read().strip()
-    sources = flags.attachments(attach, view)
+    sources = flags.attachments(attach, view, frames_of)
     if explain is not None and (options.n > 1 or not sources):
         raise OptionError(
             "--explain attributes one answer to its images: "

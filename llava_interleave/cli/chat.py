@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..chat import Conversation
 
 HELP = """\
-/attach FILE...  attach images, videos or folders of frames to the next question
+/attach FILE...  attach images, videos or folders of them to the next question
 /files           list the attachments
 /undo            remove the last question and answer; its images are attached again
 /info            the model, its device and precision
@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     attach: flags.Attach = None,
+    frames_of: flags.FramesOf = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Continue a saved conversation; /save writes it to the same file."),
@@ -63,7 +64,7 @@ def chat(
     session = Terminal(bot.conversation(), options, kv)
     if resume:
         session.load([str(resume)])
-    session.conversation.attach(*(attach or []))
+    session.conversation.attach(*flags.attachments(attach, None, frames_of))
     session.run()
 
 

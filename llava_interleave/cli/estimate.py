@@ -22,6 +22,7 @@ def estimate(
     ] = "",
     attach: flags.Attach = None,
     view: flags.View = None,
+    frames_of: flags.FramesOf = None,
     model: flags.ModelName = None,
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
@@ -34,7 +35,7 @@ def estimate(
     with terminal.spinner("counting"):
         from ..chat import estimate
 
-        sources = flags.attachments(attach, view)
+        sources = flags.attachments(attach, view, frames_of)
         counted = estimate(
             question, sources, model, options, revision=revision, precision=precision, device=device
         )

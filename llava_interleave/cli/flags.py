@@ -21,7 +21,7 @@ Attach = Annotated[
         "--attach",
         "-a",
         metavar="FILE|URL|-",
-        help="An image, a video, a folder of frames, or '-' for standard input; repeatable.",
+        help="An image, a video, a folder of images, or '-' for standard input; repeatable.",
     ),
 ]
 View = Annotated[
@@ -30,6 +30,14 @@ View = Annotated[
         "--view",
         metavar="NAME=FILE",
         help="A named view of a scene; all --view together are one multi-view input.",
+    ),
+]
+FramesOf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--frames-of",
+        metavar="FOLDER",
+        help="A folder whose images are the frames of one video; repeatable.",
     ),
 ]
 ModelName = Annotated[
@@ -152,14 +160,17 @@ with_options = with_flags("options", Options, without=("logit_bias",))
 """Gives a command that takes `options: Options` one flag per field."""
 
 
-def attachments(words: list[str] | None, views: list[str] | None) -> list[object]:
-    """The media of -a and --view; '-' is read from standard input.
+def attachments(
+    words: list[str] | None, views: list[str] | None, frames_of: list[str] | None = None
+) -> list[object]:
+    """The media of -a, --frames-of and --view; '-' is read from standard input.
 
     Raises `OptionError` for a view without a name.
     """
     sources: list[object] = [
         sys.stdin.buffer.read() if word == "-" else word for word in words or []
     ]
+    sources += [{"type": "video", "path": folder} for folder in frames_of or []]
     if views:
         pairs = [view.partition("=") for view in views]
         if not all(name and equals and file for name, equals, file in pairs):

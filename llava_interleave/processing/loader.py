@@ -210,7 +210,7 @@ class Loader:
             raise MediaError(f"the folder holds no images ({IMAGES})")
         if self.limits.media_root is not None:
             files = [p.relative_to(self.limits.media_root.resolve()) for p in files]
-        return sorted(files, key=lambda p: _natural(p.name))
+        return sorted(files, key=lambda p: natural(p.name))
 
     def _animation(
         self, file: BinaryIO, kind: str, sampling: FrameSampling, each: Each | None
@@ -467,7 +467,7 @@ def _check_bytes(size: int, max_bytes: int) -> None:
         raise MediaError(f"{size:,} bytes are more than the limit of {max_bytes:,} bytes")
 
 
-def _natural(name: str) -> list[Any]:
+def natural(name: str) -> list[Any]:
     return [
         (0, int(part), "") if part.isdecimal() else (1, 0, part)
         for part in re.split(r"(\d+)", name)
