@@ -5,13 +5,16 @@ Reads from an open binary file; knows no sources or models.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,6 +26,10 @@ from .limits import Deadline, Limits
 UNIFORM, MAX_AT_RATE = 16, 32
 Each = Callable[[Image.Image], Image.Image]
 """Applied to each frame as soon as it is decoded, so that large frames do not stay in memory."""
+BEGINNING = -(1 << 62)
+"""The position of a container that was just opened, where no seek leads."""
+MAX_REORDER = 32
+"""Packets among which the smallest step between two stamps is one frame."""
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders of codecs whose transparency FFmpeg's own decoders drop."""
 
@@ -180,17 +187,9 @@ def read_video(
     import av
 
     deadline = Deadline(limits.video_work_seconds, "reading the video")
-    fragmented = _check_whole(file, container, deadline)
-    file.seek(0)
+    file, fragmented = _whole(file, container, deadline)
     try:
-        # The format is forced and no protocol allowed: a video cannot make FFmpeg open other files
-        # or addresses.
-        options = {"protocol_whitelist": "none"}
-        with av.open(
-            file, mode="r", format=container, options=options, metadata_errors="replace"
-        ) as source:
-            stream = _main_stream(source)
-            stream.thread_type = "AUTO"
+        with _opened(file, container) as (source, stream):
             limits.check_size(stream.codec_context.width, stream.codec_context.height)
             index = _index(source, stream, container, fragmented, limits, deadline)
             timeline = index.timeline
@@ -202,26 +201,65 @@ def read_video(
             chosen = sampling.choose(timeline, limits.video_frames)
             if each is None:
                 return Clip([], [float(timeline.time(i)) for i in chosen], timeline.duration)
-            clip = Clip([], [], timeline.duration)
             stamps = [timeline.stamps[i] for i in chosen]
-            for stamp, frame in _decode(source, stream, stamps, index, limits, deadline):
-                limits.check_size(frame.width, frame.height)
-                clip.frames.append(each(_upright(frame)))
-                clip.times.append(float((stamp - timeline.stamps[0]) * timeline.unit))
+            if not index.unstamped:
+                return _clip(source, stream, stamps, index, limits, deadline, each)
+        with _opened(file, container) as (source, stream):  # no seek leads to unstamped packets
+            return _clip(source, stream, stamps, index, limits, deadline, each)
     except av.error.FFmpegError as error:
         raise MediaError(
             "the video cannot be decoded: it is damaged, cut short or of an unknown codec"
         ) from error
+
+
+@contextmanager
+def _opened(file: BinaryIO, container: str) -> Iterator[tuple[Any, Any]]:
+    """A container at its beginning, and its main track."""
+    import av
+
+    file.seek(0)
+    # The format is forced and no protocol allowed: a video cannot make FFmpeg open other files or
+    # addresses.
+    options = {"protocol_whitelist": "none"}
+    with av.open(
+        file, mode="r", format=container, options=options, metadata_errors="replace"
+    ) as source:
+        stream = _main_stream(source)
+        stream.thread_type = "AUTO"
+        yield source, stream
+
+
+def _clip(
+    source: Any,
+    stream: Any,
+    stamps: list[int],
+    index: _Index,
+    limits: Limits,
+    deadline: Deadline,
+    each: Each,
+) -> Clip:
+    """The frames with these stamps."""
+    timeline = index.timeline
+    clip = Clip([], [], timeline.duration)
+    for stamp, frame in _decode(source, stream, stamps, index, limits, deadline):
+        limits.check_size(frame.width, frame.height)
+        clip.frames.append(each(_upright(frame)))
+        clip.times.append(float((stamp - timeline.stamps[0]) * timeline.unit))
     return clip
 
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """The timeline, and of each keyframe its stamp, ascending, and the position to seek to."""
+    """The timeline, and of each keyframe its stamp, ascending, and the position to seek to.
+
+    unstamped: stamps of the first frames, where the container has none because they would be
+        negative.
+    """
 
     timeline: FrameTimeline
     keys: Sequence[int]
     positions: Sequence[int]
+    unstamped: Sequence[int]
 
 
 def _main_stream(source: Any) -> Any:
@@ -252,7 +290,7 @@ def _index(
     import av
 
     stamps, keys, positions = array("q"), array("q"), array("q")
-    packets = 0
+    packets = unstamped = 0
     try:
         for packet in source.demux(stream):
             deadline.left()
@@ -269,6 +307,7 @@ def _index(
                 raise MediaError("the video is cut short: its last frames are missing")
             stamp = packet.pts if packet.pts is not None else packet.dts
             if stamp is None:
+                unstamped += not keys and (packets == 1 or unstamped) and not packet.is_discard
                 continue
             if not packet.is_discard:
                 stamps.append(stamp)
@@ -279,11 +318,18 @@ def _index(
     except av.error.FFmpegError:
         if not (fragmented and stamps):
             raise
+    before: list[int] = []
+    if unstamped and stamps:
+        first = sorted({*stamps[:MAX_REORDER]})
+        step = min((b - a for a, b in pairwise(first)), default=1)
+        before = [first[0] - step * k for k in range(unstamped, 0, -1)]
+        stamps.extend(before)
+        keys, positions = array("q", before[:1]), array("q", [BEGINNING])
     # Packets before the first keyframe cannot be decoded.
     shown = sorted({stamp for stamp in stamps if keys and stamp >= keys[0]})
     if not shown:
         raise MediaError("the video has no frame that can be shown")
-    return _Index(FrameTimeline(shown, stream.time_base), keys, positions)
+    return _Index(FrameTimeline(shown, stream.time_base), keys, positions, before)
 
 
 def _decode(
@@ -302,11 +348,13 @@ def _decode(
 
     def run(position: int) -> Iterator[tuple[int, Any]]:
         nonlocal decoded
-        source.seek(position, stream=stream)
-        decoder = _alpha_decoder(stream)
-        for packet in source.demux(stream):
+        if position != BEGINNING:
+            source.seek(position, stream=stream)
+        decoder = _alpha_decoder(stream) or stream.codec_context
+        unstamped = iter(index.unstamped if position == BEGINNING else ())
+        for packet in _packets(source, stream):
             deadline.left()
-            for frame in decoder.decode(packet) if decoder else packet.decode():
+            for frame in decoder.decode(packet):
                 decoded += 1
                 if decoded > limits.decoded_frames:
                     raise MediaError(
@@ -316,6 +364,7 @@ def _decode(
                 if frame.is_corrupt:
                     raise MediaError("the video is damaged: a frame could not be decoded whole")
                 stamp = frame.pts if frame.pts is not None else frame.dts
+                stamp = next(unstamped, None) if stamp is None else stamp
                 if stamp is not None:
                     yield stamp, frame
 
@@ -339,6 +388,15 @@ def _decode(
         raise MediaError("the video has no frame that can be decoded")
 
 
+def _packets(source: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a track from here on, up to one that is cut short, and None for the end."""
+    for packet in source.demux(stream):
+        if not packet.size or (packet.is_corrupt and "mov" in source.format.name):
+            break
+        yield packet
+    yield None
+
+
 def _alpha_decoder(stream: Any) -> Any:
     """A decoder that keeps the transparency of a VP8 or VP9 track; None where FFmpeg's own does."""
     import av
@@ -354,10 +412,11 @@ def _alpha_decoder(stream: Any) -> Any:
     return decoder
 
 
-def _check_whole(file: BinaryIO, container: str, deadline: Deadline) -> bool:
-    """Raise MediaError for a file that is shorter than its header says; whether it is fragmented.
+def _whole(file: BinaryIO, container: str, deadline: Deadline) -> tuple[Any, bool]:
+    """The file at its start, and whether it is a fragmented MP4.
 
-    A fragmented MP4 is written to be readable up to where it ends.
+    Raises MediaError for a file that is shorter than its header says. A fragmented MP4 is written
+    to be readable up to where it ends; of one that ends early the readable part is returned.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -368,11 +427,12 @@ def _check_whole(file: BinaryIO, container: str, deadline: Deadline) -> bool:
             f"the video is cut short: its header promises {expected:,} bytes, the file holds "
             f"{size:,}"
         )
-    return False
+    file.seek(0)
+    return file, False
 
 
-def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> bool:
-    """`_check_whole` of an MP4 or MOV, whose boxes at the top begin with their length."""
+def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> tuple[Any, bool]:
+    """`_whole` of an MP4 or MOV, whose boxes at the top begin with their length."""
     at, fragmented = 0, False
     while at + 8 <= size:
         deadline.left()
@@ -384,13 +444,42 @@ def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> bool:
         fragmented |= kind == b"moof"
         if length < 8:  # 0: up to the end of the file
             break
-        at += length
-        if at > size and kind in (b"mdat", b"moov") and not fragmented:
+        if at + length > size and fragmented:
+            file.seek(0)
+            return (file if kind == b"mdat" else _Beginning(file, at)), True
+        if at + length > size and kind in (b"mdat", b"moov"):
             raise MediaError(
-                f"the video is cut short: its {kind.decode()} box promises {at:,} bytes, the file "
-                f"holds {size:,}"
+                f"the video is cut short: its {kind.decode()} box promises {at + length:,} bytes, "
+                f"the file holds {size:,}"
             )
-    return fragmented
+        at += length
+    file.seek(0)
+    return file, fragmented
+
+
+class _Beginning(io.RawIOBase):
+    """The first `size` bytes of a file, for FFmpeg, which refuses one whose last box is cut."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            return self._file.seek(self._size + offset)
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._file.tell(), 0)
+        return self._file.read(left if size < 0 else min(size, left))
 
 
 def _header_bytes(head: bytes) -> int:
