@@ -240,7 +240,8 @@ class AutoProcessor(Light):
         messages = [
             {**message, "content": _content(message["content"])} for message in conversation
         ]
-        text, _, slots = hf_text(parse(messages, FrameSampling()), generation)
+        turns = parse(messages, FrameSampling())
+        text, slots = hf_text(turns, generation, self.inner.template)
         sources = [slot.source for slot in slots if slot.kind == "image"]
         return text.removesuffix(TURN_END) if continued else text, sources
 

@@ -7,9 +7,9 @@ Presets:
   training data. A newline follows an image or video, unless it ends the message or text follows
   that starts with whitespace or a punctuation mark. A newline separates two texts, unless
   whitespace does.
-- hf: byte for byte the rendering of the checkpoint's own chat template: images of a message before
-  its texts, a newline before each text, no system prompt. Control tokens spelled in the text become
-  control tokens, as in transformers.
+- hf: byte for byte the rendering of the checkpoint's own chat template (see `hf_template`); in this
+  family images of a message before its texts, a newline before each text, no system prompt. Control
+  tokens spelled in the text become control tokens, as in transformers.
 - official: the published evaluation (LLaVA-NeXT branch interleave_inference,
   `llava/eval/model_vqa.py` preprocess_qwen): text is cut at each image, the pieces are tokenized
   apart, and a newline token follows each image.
@@ -17,13 +17,15 @@ Presets:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError, PromptError
-from .tokenizer import IM_END, IM_START, IMAGE, Tokenizer
+from .hf_template import HfTemplate
+from .tokenizer import IM_END, IMAGE, Tokenizer
 from .video import FrameSampling
 
 PRESETS = ("interleave", "hf", "official")
@@ -83,13 +85,16 @@ class Rendered:
         self.loss_mask += [loss] * len(tokens)
 
 
-def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[Turn]:
+def parse(
+    messages: Sequence[Mapping[str, Any]], frames: FrameSampling, media: int | None = None
+) -> list[Turn]:
     """Read messages of the forms of transformers and of OpenAI.
 
     A message may have `"loss": False`, for training: its answer carries no loss.
 
-    frames: the sampling of videos whose part does not say it. Raises PromptError for anything
-    unknown, naming it.
+    frames: the sampling of videos whose part does not say it. media: how many the prompt has apart
+    from those that parts name; if parts without a source take all of them, `<image>` in text is
+    text. Without it each `<image>` is a placeholder. Raises PromptError for anything unknown.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(
@@ -97,7 +102,19 @@ def parse(messages: Sequence[Mapping[str, Any]], frames: FrameSampling) -> list[
         )
     if not messages:
         raise PromptError("there are no messages")
-    return [_turn(message, f"message {i + 1}", frames) for i, message in enumerate(messages)]
+    turns = [_turn(message, f"message {i + 1}", frames) for i, message in enumerate(messages)]
+    parts = [part for turn in turns for part in turn.parts]
+    if media == sum(isinstance(p, MediaPlaceholder) and p.source is None for p in parts):
+        for turn in turns:
+            turn.parts = [_literal(part) for part in turn.parts]
+    return turns
+
+
+def _literal(part: MediaPlaceholder | TextPieces) -> MediaPlaceholder | TextPieces:
+    """A part in whose text `<image>` is text."""
+    if isinstance(part, MediaPlaceholder) or not part:
+        return part
+    return ["".join(piece if isinstance(piece, str) else IMAGE for piece in part)]
 
 
 def _turn(message: Mapping[str, Any], where: str, frames: FrameSampling) -> Turn:
@@ -265,19 +282,21 @@ def render(
     system: str | None,
     add_generation_prompt: bool,
     notes: Mapping[MediaPlaceholder, str],
+    template: HfTemplate,
 ) -> Rendered:
     """Turns as tokens under a preset.
 
     system: the first message, unless the turns have a system message.
     add_generation_prompt: end with the start of an answer.
     notes: sentences that follow their media.
+    template: the checkpoint's, for preset hf.
     """
     if system is not None and not any(turn.role == "system" for turn in turns):
         turns = [Turn("system", [[system]]), *turns]
     if notes:
         turns = [replace(turn, parts=_noted(turn.parts, notes)) for turn in turns]
     if preset == "hf":
-        return _hf(tokenizer, turns, add_generation_prompt)
+        return _hf(tokenizer, turns, add_generation_prompt, template)
     out = Rendered()
     for turn in turns:
         answer = turn.role == "assistant"
@@ -306,46 +325,105 @@ def render(
     return out
 
 
+PLACE, LITERAL, BEGIN, END = "\ue000place\ue001", "\ue000image\ue001", "\ue002", "\ue003"
+"""Marks of preset hf, in private characters: a placeholder in text and an `<image>` that is text,
+both as long as `<image>`, and the ends of an answer.
+"""
+
+
 def hf_text(
-    turns: list[Turn], add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]], list[MediaPlaceholder]]:
-    """The rendering of the checkpoint's chat template, spans of its answers, its placeholders."""
-    text = ""
-    spans: list[tuple[int, int]] = []
-    placeholders: list[MediaPlaceholder] = []
+    turns: list[Turn], add_generation_prompt: bool, template: HfTemplate
+) -> tuple[str, list[MediaPlaceholder]]:
+    """The rendering of the checkpoint's chat template, and its placeholders in order.
+
+    An `<image>` that is text is `LITERAL`. Raises PromptError where the template's placeholders do
+    not match the media.
+    """
+    if any(isinstance(p, MediaPlaceholder) and p.name is not None for t in turns for p in t.parts):
+        raise OptionError("preset hf has no names of views; use interleave")
+    text = template.render(_messages(turns, template, marked=False), add_generation_prompt)
+    placeholders = [part for turn in turns for part in _placeholders(turn, in_text=False)]
+    in_text = [part for turn in turns for part in _placeholders(turn, in_text=True)]
+    marks: list[str] = re.findall(f"{IMAGE}|{PLACE}", text)
+    if (marks.count(IMAGE), marks.count(PLACE)) != (len(placeholders), len(in_text)):
+        raise PromptError(
+            f"the checkpoint's chat template writes {len(marks)} {IMAGE} for "
+            f"{len(placeholders) + len(in_text)} images and videos; use preset interleave"
+        )
+    sources = {IMAGE: iter(placeholders), PLACE: iter(in_text)}
+    return text.replace(PLACE, IMAGE), [next(sources[mark]) for mark in marks]
+
+
+def _placeholders(turn: Turn, in_text: bool) -> list[MediaPlaceholder]:
+    """The placeholders of a message: its parts, or those spelled in its texts."""
+    if not in_text:
+        return [part for part in turn.parts if isinstance(part, MediaPlaceholder)]
+    texts = [part for part in turn.parts if not isinstance(part, MediaPlaceholder)]
+    return [piece for text in texts for piece in text if isinstance(piece, MediaPlaceholder)]
+
+
+def _messages(turns: list[Turn], template: HfTemplate, marked: bool) -> list[dict[str, Any]]:
+    """Messages in the form of chat templates; `marked` puts its ends into each answer."""
+    messages: list[dict[str, Any]] = []
     for turn in turns:
-        text += f"{IM_START}{turn.role}\n"
+        content: list[dict[str, str]] = []
         for part in turn.parts:
             if isinstance(part, MediaPlaceholder):
-                if part.name is not None:
-                    raise OptionError(
-                        "preset hf puts images before all text, which loses the names of views; "
-                        "use interleave"
-                    )
-                text += IMAGE
-                placeholders.append(part)
-        start = len(text) + any(
-            isinstance(part, list) for part in turn.parts
-        )  # behind the template's newline
-        for part in turn.parts:
-            if not isinstance(part, MediaPlaceholder):
-                text += "\n" + "".join(piece if isinstance(piece, str) else IMAGE for piece in part)
-                placeholders += [piece for piece in part if isinstance(piece, MediaPlaceholder)]
-        text += IM_END
-        if turn.role == "assistant" and turn.loss:
-            spans.append((start, len(text)))
-        text += "\n"
-    return text + (f"{IM_START}assistant\n" if add_generation_prompt else ""), spans, placeholders
+                content.append({"type": "image"})
+                continue
+            text = "".join(
+                piece.replace(IMAGE, LITERAL) if isinstance(piece, str) else PLACE for piece in part
+            )
+            content.append({"type": "text", "text": text})
+        texts = [part for part in content if part["type"] == "text"]
+        if marked and turn.role == "assistant" and turn.loss and texts:
+            texts[0]["text"] = BEGIN + texts[0]["text"]
+            texts[-1]["text"] += END
+        if template.takes_parts:
+            messages.append({"role": turn.role, "content": content})
+        else:
+            pieces = [part.get("text", IMAGE) for part in content]
+            messages.append({"role": turn.role, "content": "\n".join(pieces)})
+    return messages
 
 
-def _hf(tokenizer: Tokenizer, turns: list[Turn], add_generation_prompt: bool) -> Rendered:
-    text, spans, placeholders = hf_text(turns, add_generation_prompt)
-    tokens, starts = tokenizer.encode_with_starts(text)
-    loss_mask = [
-        token != tokenizer.image_id and any(a <= start < b for a, b in spans)
-        for token, start in zip(tokens, starts, strict=True)
-    ]
+def _hf(
+    tokenizer: Tokenizer, turns: list[Turn], add_generation_prompt: bool, template: HfTemplate
+) -> Rendered:
+    text, placeholders = hf_text(turns, add_generation_prompt, template)
+    tokens, starts = tokenizer.encode_with_starts(text, literal=LITERAL)
+    if tokens.count(tokenizer.image_id) != len(placeholders):
+        raise PromptError(f"the chat template's {IMAGE} are not the tokenizer's {IMAGE} tokens")
+    spans = iter(_answers(text, turns, add_generation_prompt, template))
+    first, last = next(spans, (len(text), len(text)))
+    loss_mask = []
+    for token, start in zip(tokens, starts, strict=True):
+        while start >= last and last < len(text):
+            first, last = next(spans, (len(text), len(text)))
+        loss_mask.append(first <= start < last and token != tokenizer.image_id)
     return Rendered(tokens, loss_mask, placeholders)
+
+
+def _answers(
+    text: str, turns: list[Turn], add_generation_prompt: bool, template: HfTemplate
+) -> list[tuple[int, int]]:
+    """The spans of answers in a rendering, each with the control token that ends it.
+
+    Empty where the template changes answers (it strips them, say): a prompt needs no spans.
+    """
+    marked = template.render(_messages(turns, template, marked=True), add_generation_prompt)
+    if marked.replace(BEGIN, "").replace(END, "").replace(PLACE, IMAGE) != text:
+        return []
+    spans, at = [], 0
+    pieces = re.split(f"([{BEGIN}{END}])", marked)
+    for piece in pieces:
+        if piece == BEGIN:
+            spans.append((at, at))
+        elif piece == END and spans:
+            spans[-1] = (spans[-1][0], at)
+        else:
+            at += len(piece)
+    return [(a, b + len(IM_END) if text.startswith(IM_END, b) else b) for a, b in spans]
 
 
 def _noted(parts: ContentParts, notes: Mapping[MediaPlaceholder, str]) -> ContentParts:

@@ -19,6 +19,7 @@ from ..errors import CheckpointError, ContextError, OptionError, PromptError
 from ..image_layout import ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
 from .chat_template import PRESETS, SYSTEM, MediaPlaceholder, Rendered, parse, render
+from .hf_template import HfTemplate
 from .images import ImageSettings
 from .limits import Limits, PixelBudget
 from .loader import Loader, name_of
@@ -172,6 +173,7 @@ class Processor:
     loader: reads media, within its limits.
     num_frames: frames of a video where neither the options nor the message say it: those of its
         video_preprocessor_config.json, else 16.
+    template: the checkpoint's chat template, of preset hf.
     """
 
     def __init__(
@@ -181,12 +183,14 @@ class Processor:
         images: ImageSettings,
         limits: Limits,
         num_frames: int = UNIFORM,
+        template: HfTemplate = HfTemplate(),  # noqa: B008  frozen
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.images = images
         self.loader = Loader(limits)
         self.num_frames = num_frames
+        self.template = template
 
     @classmethod
     def from_folder(
@@ -207,7 +211,8 @@ class Processor:
             raise CheckpointError(
                 f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}"
             )
-        return cls(tokenizer, config, images, limits or Limits(), num_frames)
+        template = HfTemplate.from_folder(folder)
+        return cls(tokenizer, config, images, limits or Limits(), num_frames, template)
 
     def prompt(
         self,
@@ -222,7 +227,7 @@ class Processor:
             order. Raises PromptError, OptionError, MediaError, MediaRefused, ContextError.
         """
         options = replace(options, **changes)
-        return self._prompt(self._renderer(messages, options), media, options)
+        return self._prompt(self._renderer(messages, media, options), media, options)
 
     def raw(
         self,
@@ -261,7 +266,7 @@ class Processor:
         `"loss": False`.
         """
         options = replace(options, **changes, add_generation_prompt=False)
-        renderer = self._renderer(messages, options)
+        renderer = self._renderer(messages, media, options)
         if (role := messages[-1]["role"]) != "assistant":
             raise PromptError(
                 f"an example ends with an answer, this one with a message of the {role}"
@@ -284,7 +289,7 @@ class Processor:
         images are not even opened. Never raises ContextError: `left` tells.
         """
         options = replace(options, **changes)
-        renderer = self._renderer(messages, options)
+        renderer = self._renderer(messages, media, options)
         rendered = renderer({})
         requests = self._requests(rendered.placeholders, media, options)
         requests = _each(self._decide, requests)
@@ -308,9 +313,11 @@ class Processor:
             decoder.hidden_size * number_bytes * sum(lengths),
         )
 
-    def _renderer(self, messages: Messages, options: PromptOptions) -> Renderer:
+    def _renderer(
+        self, messages: Messages, media: Sequence[object], options: PromptOptions
+    ) -> Renderer:
         """Messages as tokens, as a function of the sentences that follow media."""
-        turns = parse(messages, options.frames)
+        turns = parse(messages, options.frames, len(media))
         system = options.system
         if isinstance(system, EllipsisType):
             system = None if options.preset == "hf" else SYSTEM
@@ -319,7 +326,13 @@ class Processor:
                 "there is a system prompt and a system message among the messages; give one of them"
             )
         return lambda notes: render(
-            self.tokenizer, turns, options.preset, system, options.add_generation_prompt, notes
+            self.tokenizer,
+            turns,
+            options.preset,
+            system,
+            options.add_generation_prompt,
+            notes,
+            self.template,
         )
 
     def _prompt(
@@ -330,6 +343,11 @@ class Processor:
         loss_mask: bool = False,
     ) -> Prompt:
         rendered = renderer({})
+        if loss_mask and not any(rendered.loss_mask):
+            raise PromptError(
+                "the example has no answer to learn, or the checkpoint's chat template changes it; "
+                "use preset interleave"
+            )
         requests = self._requests(rendered.placeholders, media, options)
         reserve = options.max_new_tokens
         # An image takes at least one crop, a video one frame: too many are refused before any is

@@ -111,8 +111,11 @@ class Tokenizer:
         """Token ids of `text`; with `special`, control tokens in it become control tokens."""
         return self.encode_with_starts(text)[0] if special else list(self._encode(text).ids)
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of `text`, control tokens included, and the character index of each."""
+    def encode_with_starts(self, text: str, literal: str = "") -> tuple[list[int], list[int]]:
+        """Token ids of `text`, control tokens included, and the character index of each.
+
+        literal: of seven characters, stands in the text for an `<image>` that is no control token.
+        """
         ids: list[int] = []
         starts: list[int] = []
         at = 0
@@ -121,7 +124,7 @@ class Tokenizer:
                 ids.append(control)
                 starts.append(at)
             elif piece:
-                encoding = self._encode(piece)
+                encoding = self._encode(piece.replace(literal, IMAGE) if literal else piece)
                 ids += encoding.ids
                 starts += [at + start for start, _ in encoding.offsets]
             at += len(piece)
@@ -181,7 +184,7 @@ def _id_of(backend: Backend, token: str) -> int:
 def _pattern(token: AddedToken) -> str:
     word = r"(?<!\w){}(?!\w)" if token.single_word else "{}"
     return (
-        (r"\s*" if token.lstrip else "")
+        (r"(?<!\s)\s*" if token.lstrip else "")  # else quadratic in a run of white space
         + word.format(re.escape(token.content))
         + (r"\s*" if token.rstrip else "")
     )
