@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Answer",
-    "Chatbot",
     "AnswerDelta",
+    "Chatbot",
     "Conversation",
     "LlavaError",
     "Options",

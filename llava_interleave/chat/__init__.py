@@ -11,9 +11,9 @@ from .loading import BUILTIN, estimate, load, locate
 __all__ = [
     "BUILTIN",
     "Answer",
-    "Chatbot",
     "AnswerDelta",
     "Attribution",
+    "Chatbot",
     "Conversation",
     "ImageAttribution",
     "Options",

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import read_json
+from ..config_json import read_json
 from ..errors import CheckpointError, PromptError
 
 if TYPE_CHECKING:
