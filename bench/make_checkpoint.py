@@ -17,9 +17,8 @@ from pathlib import Path
 from shapes import SHAPES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from llava_interleave.processing.processor_files import SPECIAL, processor_files
 from llava_interleave.testing import (
-    SPECIAL,
-    processor_files,
     qwen2_tokenizer,
     tiny_checkpoint,
     tiny_tokenizer,

@@ -30,7 +30,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The Qwen2 decoder. The defaults are those of transformers' `Qwen2Config`, which the 7B file
+    """The decoder, of Qwen2's or Llama's shape. The defaults are those of transformers' `Qwen2Config`, which the 7B file
     relies on."""
 
     hidden_size: int = 4096
@@ -44,6 +44,8 @@ class TextConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    attention_bias: bool = True
+    """Whether q, k and v have biases: Qwen2 has them, Llama has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ class LlavaConfig:
         tower += v.num_layers * (4 * (width + 1) * width + 2 * inner * width + inner + 5 * width)
         projector = (width + 1 + t.hidden_size + 1) * t.hidden_size
         q, kv = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
-        layer = t.hidden_size * (2 * q + 2 * kv + 3 * t.intermediate_size + 2) + q + 2 * kv
+        layer = t.hidden_size * (2 * q + 2 * kv + 3 * t.intermediate_size + 2)
+        layer += (q + 2 * kv) * t.attention_bias
         embeddings = t.vocab_size * (1 if t.tie_word_embeddings else 2)
         decoder = t.num_layers * layer + (embeddings + 1) * t.hidden_size
         return tower + projector + decoder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LlavaConfig, TextConfig, VisionConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 
 QUANTIZATION, METHOD = "quantization_config", "llava-interleave"
 """The entry of config.json for quantized weights, and its `quant_method` for this package's own."""
@@ -99,6 +99,8 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
         "vision_use_head": False,
     }
     if original:
+        if not text.attention_bias:
+            raise OptionError("the original layout has Qwen2 decoders only; use layout hub")
         own_tower = (
             {}
             if vision == VisionConfig()
@@ -128,8 +130,9 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "text_config": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM" if text.attention_bias else "LlamaForCausalLM"],
+            "model_type": "qwen2" if text.attention_bias else "llama",
+            **({} if text.attention_bias else {"attention_bias": False, "mlp_bias": False}),
             **decoder,
         },
         "tie_word_embeddings": text.tie_word_embeddings,
@@ -141,6 +144,9 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
 
 _SO400M = "siglip-so400m-patch14-384"
 _TOWER_DEFAULTS = VisionConfig(768, 3072, 12, 12, 224, 16)  # transformers' SiglipVisionConfig
+_LLAMA_DEFAULTS = TextConfig(  # transformers' LlamaConfig
+    intermediate_size=11008, vocab_size=32000, context=2048, attention_bias=False
+)
 
 # Keys of transformers or the original trainer without effect on a forward pass. Generation settings
 # are among them: generation_config.json and the tokenizer's special tokens decide.
@@ -252,10 +258,10 @@ def _hub(top: _Section) -> LlavaConfig:
     # transformers reads a text_config without a model_type as Llama. No checkpoint of this family
     # is one, and a Llama's tensors, which have no q, k and v biases, would be refused when they are
     # loaded.
-    decoder.only("model_type", "qwen2")
+    attention_bias = _attention_bias(decoder)
     # As transformers: true in either place ties. Releases before 5 wrote the outer key only where
     # it was not their default.
-    text = _text(decoder, tied=top.flag("tie_word_embeddings"))
+    text = _text(decoder, tied=top.flag("tie_word_embeddings"), attention_bias=attention_bias)
     decoder.finish(_IGNORED_KEYS)
     config = LlavaConfig(vision, text, _image_token(top, text, None))
     top.finish(_IGNORED_KEYS)
@@ -285,7 +291,7 @@ def _original(top: _Section) -> LlavaConfig:
         raise top.wrong(
             "mm_hidden_size", f"is {width}, but the tower's width is {vision.hidden_size}"
         )
-    text = _text(top, tied=False)
+    text = _text(top, tied=False, attention_bias=True)
     # The original puts -200 where an image goes and has no token for it; its Hugging Face
     # conversion took the first free id.
     config = LlavaConfig(vision, text, _image_token(top, text, 151646))
@@ -348,14 +354,50 @@ def _vision(s: _Section, feature_layer: int) -> VisionConfig:
     return vision
 
 
-def _text(s: _Section, *, tied: bool) -> TextConfig:
-    d = TextConfig()
+def text_from_dict(values: Mapping[str, Any]) -> TextConfig:
+    """The shape of a decoder alone, from its config.json: Qwen2ForCausalLM or LlamaForCausalLM."""
+    s = _Section("", values)
+    if s.remaining.get("model_type") is None:
+        raise s.wrong("model_type", "is missing; a decoder is 'qwen2' or 'llama'")
+    text = _text(s, tied=False, attention_bias=_attention_bias(s))
+    s.finish(_IGNORED_KEYS | {"is_llama_config", "rope_interleaved", "transformers.js_config"})
+    return text
+
+
+def vision_from_dict(values: Mapping[str, Any], layers: int | None = None) -> VisionConfig:
+    """The shape of a tower alone, from the config.json of a SiglipVisionModel or a SiglipModel.
+
+    layers: how many of its layers are used; None: all but the last, as in LLaVA.
+    """
+    s = _Section("", values)
+    s.only("model_type", "siglip_vision_model", "siglip")
+    if "vision_config" in s.remaining:
+        s = _Section("vision_config", s.remaining["vision_config"])
+    return _vision(s, -2 if layers is None else layers)
+
+
+def _attention_bias(s: _Section) -> bool:
+    """Whether q, k and v have biases: Qwen2's have, Llama's have not. Without a model type:
+    Qwen2."""
+    llama = s.remaining.get("model_type") == "llama"
+    s.only("model_type", "qwen2", "llama")
+    if llama:
+        s.only("attention_bias", False)
+        s.only("mlp_bias", False)
+        s.only("pretraining_tp", 1)
+    return not llama
+
+
+def _text(s: _Section, *, tied: bool, attention_bias: bool) -> TextConfig:
+    d = TextConfig() if attention_bias else _LLAMA_DEFAULTS
     s.only("hidden_act", "silu")
     s.only("partial_rotary_factor", 1.0, None)
     layers = s.integer("num_hidden_layers", d.num_layers, high=1000)
     heads = s.integer("num_attention_heads", d.num_heads)
     # Null means "as many as heads", absent means 32: so does Qwen2Config.
     kv_absent = d.num_kv_heads if "num_key_value_heads" not in s.remaining else heads
+    if not attention_bias:
+        kv_absent = heads
     hidden = s.integer("hidden_size", d.hidden_size)
     if s.remaining.get("head_dim") is None and hidden % heads:
         raise s.wrong(
@@ -373,6 +415,7 @@ def _text(s: _Section, *, tied: bool) -> TextConfig:
         rope_theta=_rope_theta(s, d.rope_theta),
         rms_norm_eps=s.positive("rms_norm_eps", d.rms_norm_eps),
         tie_word_embeddings=s.flag("tie_word_embeddings") or tied,
+        attention_bias=attention_bias,
     )
     if heads % text.num_kv_heads:
         raise s.wrong(

@@ -1,8 +1,7 @@
-"""Tiny whole checkpoints with random weights, made in a moment: for tests and for trying things without a download."""
+"""Tiny complete checkpoints with random weights, for tests and for trials without a download."""
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import zlib
@@ -17,34 +16,27 @@ from torch import Tensor
 
 from .checkpoints import CheckpointLayout, meta_network, tensor_shapes, write_checkpoint
 from .config import LlavaConfig, TextConfig, VisionConfig
-from .processing.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, qwen2_tokenizer
+from .processing.processor_files import SPECIAL, processor_files
+from .processing.tokenizer import qwen2_tokenizer
 
-SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 _SENTENCES = (
     "You are a helpful assistant.",
     "What is the difference between the first image and the second image?",
     "The red square moved from the left to the right, and the blue circle is gone.",
-    "user\nHow many shapes are there? Which one is behind the others?\nassistant\nThere are three shapes.",
+    "user\nHow many shapes are there? Which one is behind the others?\nassistant\nThere are three "
+    "shapes.",
     "front: left: back: right: This is a video. Describe what happens, in order.",
-)
-# Source: chat_template.json of llava-hf/llava-interleave-qwen-0.5b-hf.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}{# Render all images first #}{% for content in "
-    "message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{# Render all text next #}{% if "
-    "message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + "
-    "content['text'] }}{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% "
-    "generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\\n'}}{% endfor %}{% "
-    "if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def tiny_config(
     *, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None
 ) -> LlavaConfig:
-    """A network of 0.1 M parameters; `vision` and `text` replace fields of `VisionConfig` and `TextConfig`.
+    """A network of 0.1 M parameters; `vision` and `text` replace fields of `VisionConfig` and
+    `TextConfig`.
 
-    As in the real one, the tower's image (30) is no multiple of its patch (7), there is no GQA, the head is tied, and the
-    vocabulary has ids beyond the tokenizer's.
+    As in the real one, the tower's image (30) is no multiple of its patch (7), there is no GQA, the
+    head is tied, and the vocabulary has ids beyond the tokenizer's.
     """
     size = tiny_tokenizer().get_vocab_size()
     tower = {
@@ -81,9 +73,10 @@ def tiny_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write a checkpoint of random weights with tokenizer and processor files that transformers loads, too; -> its folder.
+    """Write a checkpoint of random weights that transformers loads, too; -> its folder.
 
-    A tensor's numbers depend on its name and `seed` only, so all layouts and shardings hold the same network.
+    A tensor's values depend on its name and `seed` only, so all layouts and shardings are the same
+    network.
     """
     config = config or tiny_config()
     with tempfile.TemporaryDirectory() as source:
@@ -124,7 +117,8 @@ def write_random(
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random weights that keep activations near 1: norms around one, matrices scaled by their inputs, biases not zero."""
+    """Random weights that keep activations near 1: norms near 1, matrices scaled by their
+    inputs."""
     noise = torch.randn(
         shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     )
@@ -140,7 +134,8 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A byte-level BPE of at most `size` pieces, learnt from `texts`; NFC, Qwen2's pre-tokenizer and `SPECIAL` tokens."""
+    """A byte-level BPE of at most `size` pieces, trained on `texts`; NFC, Qwen2's pre-tokenizer and
+    `SPECIAL` tokens."""
     tokenizer = qwen2_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -153,67 +148,3 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     )
     return tokenizer
-
-
-def processor_files(folder: str | Path, config: LlavaConfig, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer, image processor, chat template and generation files of a checkpoint, as the hub has them."""
-    folder = Path(folder)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    assert ids["<image>"] == config.image_token_id, (ids, config.image_token_id)
-    size = {"height": config.vision.image_size, "width": config.vision.image_size}
-    special = {
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }
-    tokenizer.save(str(folder / "tokenizer.json"))
-    files: dict[str, dict[str, Any]] = {
-        "tokenizer_config.json": {
-            "add_prefix_space": False,
-            "added_tokens_decoder": {
-                str(number): {"content": token, **special} for token, number in ids.items()
-            },
-            "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
-            "bos_token": None,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": config.text.context,
-            "pad_token": "<|endoftext|>",
-            "padding_side": "right",
-            "processor_class": "LlavaProcessor",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        },
-        "preprocessor_config.json": {
-            "do_convert_rgb": None,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "SiglipImageProcessor",
-            "image_std": [0.5, 0.5, 0.5],
-            "processor_class": "LlavaProcessor",
-            "resample": 3,
-            "rescale_factor": 0.00392156862745098,
-            "size": size,
-        },
-        "processor_config.json": {
-            "image_token": "<image>",
-            "num_additional_image_tokens": 0,
-            "patch_size": config.vision.patch_size,
-            "processor_class": "LlavaProcessor",
-            "vision_feature_select_strategy": "full",
-        },
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
-        "generation_config.json": {
-            "_from_model_config": True,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-        },
-    }
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")

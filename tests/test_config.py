@@ -269,7 +269,7 @@ def test_kv_heads_null_or_absent() -> None:
 
 REFUSED = [
     ("model_type", "llava_next", "model_type is 'llava_next'"),
-    ("text_config.model_type", "llama", "text_config.model_type is 'llama'"),
+    ("text_config.model_type", "mistral", "text_config.model_type is 'mistral'"),
     ("text_config", "absent", "text_config"),
     ("text_config", [1], "text_config must be a JSON object"),
     ("vision_config.model_type", "clip_vision_model", "clip_vision_model"),
@@ -384,6 +384,24 @@ def test_a_file_that_holds_no_json_object_is_named(tmp_path: Path) -> None:
             read_json(file, optional=True)
     file.write_text('{"a": 1}')
     assert read_json(file) == {"a": 1}
+
+
+def test_a_llama_shaped_decoder_has_no_biases() -> None:
+    """Its defaults are LlamaConfig's; biases, which are possible there, are refused."""
+    llama = changed(HALF_B, "text_config", {"model_type": "llama", "hidden_size": 2048})
+    llama["image_token_index"] = 31999
+    text, theirs = config_json.from_dict(llama).text, transformers.LlamaConfig(hidden_size=2048)
+    assert not text.attention_bias
+    assert (text.intermediate_size, text.num_layers, text.num_heads, text.num_kv_heads) == (
+        theirs.intermediate_size,
+        theirs.num_hidden_layers,
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+    )
+    assert (text.vocab_size, text.context) == (theirs.vocab_size, theirs.max_position_embeddings)
+    for key in ("attention_bias", "mlp_bias"):
+        with pytest.raises(CheckpointError, match=f"text_config.{key} is True"):
+            config_json.from_dict(changed(llama, f"text_config.{key}", True))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from llava_interleave.errors import CheckpointError, PromptError
 from llava_interleave.processing import TextStream, Tokenizer
-from llava_interleave.testing import SPECIAL, tiny_checkpoint
+from llava_interleave.processing.processor_files import SPECIAL
+from llava_interleave.testing import tiny_checkpoint
 
 TEXTS = st.lists(
     st.sampled_from(

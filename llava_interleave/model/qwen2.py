@@ -1,4 +1,4 @@
-"""Qwen2 decoder over a flat batch: embeddings `[T, D]` and positions `[T]` -> normalized hidden
+"""Qwen2 decoder, or Llama's without biases, over a flat batch: embeddings `[T, D]` and positions `[T]` -> normalized hidden
 states `[T, D]`.
 
 `quantization.fused` is a second implementation, for a CPU.
@@ -47,9 +47,10 @@ class Attention(nn.Module):
     def __init__(self, c: TextConfig) -> None:
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        q, kv, bias = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.attention_bias
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=bias)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(

@@ -107,6 +107,11 @@ class Tokenizer:
                 )
         return cls(backend, image_id)
 
+    @property
+    def backend(self) -> Backend:
+        """The `tokenizers` object, to be written to a file."""
+        return self._backend
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, control tokens in it become control tokens."""
         return self.encode_with_starts(text)[0] if special else list(self._encode(text).ids)

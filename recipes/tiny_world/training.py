@@ -23,7 +23,8 @@ from llava_interleave import config_json
 from llava_interleave.checkpoints import save
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.model import Llava
-from llava_interleave.testing import processor_files, train_tokenizer
+from llava_interleave.processing.processor_files import processor_files
+from llava_interleave.testing import train_tokenizer
 from llava_interleave.train.data import formats
 from llava_interleave.train.loop import train
 from llava_interleave.train.recipe import Recipe

@@ -1,0 +1,5 @@
+"""Compose a LLaVA checkpoint from a SigLIP tower and a language model, with a new projector."""
+
+from .compose import compose
+
+__all__ = ["compose"]

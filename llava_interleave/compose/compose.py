@@ -1,0 +1,140 @@
+"""Tower + new projector + decoder -> a LLaVA checkpoint, by the rules of the published
+conversion."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import meta_network, tensor_shapes, write_checkpoint
+from ..checkpoints.hub import resolve
+from ..config import LlavaConfig
+from ..errors import CheckpointError
+from ..processing.processor_files import processor_files
+from ..processing.tokenizer import Tokenizer
+from .gguf_decoder import GgufDecoder
+from .parts import Decoder, SafetensorsDecoder, Tower
+
+PAD_VOCABULARY = 64
+"""The vocabulary grows to a multiple of this, by at least 2, as in transformers' conversion."""
+_EMBEDDING, _HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
+
+
+def compose(
+    tower: str | Path,
+    decoder: str | Path,
+    target: str | Path,
+    *,
+    tower_layers: int | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> LlavaConfig:
+    """Write a LLaVA checkpoint whose projector is not yet trained; -> its config.
+
+    tower: a SiglipModel or SiglipVisionModel. decoder: a Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5)
+    or a LlamaForCausalLM without biases (SmolLM2), or a GGUF file of one. All are folders or names
+    on the Hugging Face hub. tower_layers: how many layers are used; None: all but the last.
+    tokenizer: the folder of the decoder's tokenizer, for a GGUF whose own is not supported.
+    dtype: None: the decoder's; bfloat16 for GGUF. seed: of the projector and of new embeddings.
+
+    Raises `CheckpointError` for parts of another kind, and where the target is not empty.
+    """
+    eyes = Tower.open(resolve(tower), tower_layers)
+    language: Decoder
+    if str(decoder).endswith(".gguf"):
+        language = GgufDecoder(Path(decoder).expanduser())
+    else:
+        language = SafetensorsDecoder.open(resolve(decoder))
+    words = language.tokenizer() if tokenizer is None else Tokenizer.from_folder(resolve(tokenizer))
+    text = language.config
+    old = text.vocab_size
+    if words.image_id >= old + 2:
+        raise CheckpointError(
+            f"the tokenizer has {words.image_id} tokens and the decoder {old} embeddings: "
+            "they do not belong together"
+        )
+    size = -(-(old + 2) // PAD_VOCABULARY) * PAD_VOCABULARY
+    config = LlavaConfig(eyes.config, replace(text, vocab_size=size), words.image_id)
+    expected = tensor_shapes(meta_network(config))
+    _check(expected, eyes.shapes() | language.shapes(), old)
+    random = torch.Generator().manual_seed(seed)
+    new_rows = sample_embeddings(
+        language.tensor(_EMBEDDING), size - old, 1 if text.tie_word_embeddings else 2, random
+    )
+
+    def tensor(name: str) -> Tensor:
+        if name.startswith("multi_modal_projector."):
+            return projector[name]
+        if name.startswith("vision_tower."):
+            return eyes.tensor(name)
+        values = language.tensor(name)
+        if name in (_EMBEDDING, _HEAD):
+            values = torch.cat([values.float(), new_rows[name == _HEAD]])
+        return values
+
+    projector = init_projector(expected, random)
+    with tempfile.TemporaryDirectory() as scratch:
+        processor_files(scratch, config, words.backend, language.tokenizer_class)
+        write_checkpoint(
+            target,
+            config,
+            tensor,
+            processor_from=scratch,
+            dtype=dtype or language.dtype,
+        )
+    return config
+
+
+def sample_embeddings(
+    rows: Tensor, count: int, times: int, random: torch.Generator
+) -> list[Tensor]:
+    """`times` x `[count, D]` new embeddings from the normal distribution around the old `[V, D]`.
+
+    Their covariance is 1e-5 times that of the old rows. Source: transformers'
+    convert_llava_weights_to_hf.py, which made the published checkpoints.
+    """
+    rows = rows.float()
+    mean = rows.mean(0)
+    centered = (rows - mean) * math.sqrt(1e-5 / len(rows))
+    return [mean + torch.randn(count, len(rows), generator=random) @ centered for _ in range(times)]
+
+
+def init_projector(
+    shapes: dict[str, tuple[int, ...]], random: torch.Generator
+) -> dict[str, Tensor]:
+    """A projector as `nn.Linear` begins: uniform within 1 / sqrt(inputs)."""
+    projector = {}
+    for name in sorted(shapes):
+        if name.startswith("multi_modal_projector."):
+            inputs = shapes[f"{name.rpartition('.')[0]}.weight"][1]
+            uniform = torch.rand(shapes[name], generator=random) * 2 - 1
+            projector[name] = uniform / math.sqrt(inputs)
+    return projector
+
+
+def _check(
+    expected: dict[str, tuple[int, ...]], parts: dict[str, tuple[int, ...]], vocabulary: int
+) -> None:
+    """Raises `CheckpointError` where tensors are missing, surplus or of another shape."""
+    wanted = {
+        name: (vocabulary, *shape[1:]) if name in (_EMBEDDING, _HEAD) else shape
+        for name, shape in expected.items()
+        if not name.startswith("multi_modal_projector.")
+    }
+    differences = [
+        f"{name} is {list(parts.get(name, ()))} instead of {list(wanted.get(name, ()))}"
+        for name in sorted(wanted.keys() | parts.keys())
+        if parts.get(name) != wanted.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(
+            "tower and decoder do not have the expected tensors: "
+            f"{'; '.join(differences[:8])}{more}"
+        )

@@ -1,0 +1,104 @@
+"""The files of a checkpoint for text, pixels and generation, for a checkpoint that is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ..config import LlavaConfig
+from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE
+
+SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
+# Source: chat_template.json of llava-hf/llava-interleave-qwen-0.5b-hf.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}{# Render all "
+    "images first #}{% for content in "
+    "message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{# "
+    "Render all text next #}{% if "
+    "message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', "
+    "'equalto', 'text') %}{{ '\\n' + "
+    "content['text'] }}{% endfor %}{% else %}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{% "
+    "generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif "
+    "%}{{'<|im_end|>' + '\\n'}}{% endfor %}{% "
+    "if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def processor_files(
+    folder: str | Path,
+    config: LlavaConfig,
+    tokenizer: Tokenizer,
+    tokenizer_class: str = "Qwen2Tokenizer",
+) -> None:
+    """Write a checkpoint's files of tokenizer, image processor, chat template and generation.
+
+    They are those that the published checkpoints have. tokenizer_class: of transformers.
+    """
+    folder = Path(folder)
+    found = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    ids = {token: number for token, number in found.items() if number is not None}
+    end_of_text = END_OF_TEXT if END_OF_TEXT in ids else IM_END
+    added = tokenizer.get_added_tokens_decoder()
+    assert ids[IMAGE] == config.image_token_id, (ids, config.image_token_id)
+    size = {"height": config.vision.image_size, "width": config.vision.image_size}
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {
+            "add_prefix_space": False,
+            "added_tokens_decoder": {
+                str(number): {
+                    "content": token.content,
+                    "lstrip": token.lstrip,
+                    "normalized": token.normalized,
+                    "rstrip": token.rstrip,
+                    "single_word": token.single_word,
+                    "special": token.special,
+                }
+                for number, token in sorted(added.items())
+            },
+            "additional_special_tokens": [IM_START, IM_END],
+            "bos_token": None,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": IM_END,
+            "errors": "replace",
+            "model_max_length": config.text.context,
+            "pad_token": end_of_text,
+            "padding_side": "right",
+            "processor_class": "LlavaProcessor",
+            "split_special_tokens": False,
+            "tokenizer_class": tokenizer_class,
+            "unk_token": None,
+        },
+        "preprocessor_config.json": {
+            "do_convert_rgb": None,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "SiglipImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "processor_class": "LlavaProcessor",
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            "size": size,
+        },
+        "processor_config.json": {
+            "image_token": IMAGE,
+            "num_additional_image_tokens": 0,
+            "patch_size": config.vision.patch_size,
+            "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "full",
+        },
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+        "generation_config.json": {
+            "_from_model_config": True,
+            "bos_token_id": ids[end_of_text],
+            "eos_token_id": ids[IM_END],
+        },
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
