@@ -1,6 +1,8 @@
 """The command line: what it prints where, and its exit codes."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_interleave.cli import reference
+from llava_interleave.cli import reference, terminal
 from tests.helpers.cli import llava
 
 ROOT = Path(__file__).parent.parent
@@ -148,3 +150,74 @@ def test_closed_pipe_is_quiet(tiny: Path) -> None:
     command = f"{program} ask -m {tiny} Hello --ignore-eos --max-new-tokens 2000 | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, cwd=ROOT)
     assert done.stderr == b""
+
+
+def run_in(encoding: str, *words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """The program in a process of its own, whose standard streams have `encoding`."""
+    code = "import sys; from llava_interleave.cli import main; main()"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, input=stdin, capture_output=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_an_answer_reaches_every_console(
+    encoding: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Characters that the console cannot show are escaped; JSON stays JSON."""
+    text = "\u2192 \U0001f600 caf\u00e9 \u65e5"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    terminal.tolerate_encodings()
+    print(text)
+    terminal.print_json({"text": text})
+    terminal.table("\u2192", ["\u65e5", "a"], [["\U0001f600", "1"]])
+    shown, encoded, *_ = stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
+    assert "\\U0001f600" in shown
+    assert json.loads(encoded) == {"text": text}
+    done = run_in(encoding, "ask", "-m", tiny, "-", "--max-new-tokens", 8, stdin=b"\xff\xfe?")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_files_by_pattern_and_as_arguments(tiny: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{name}.png")
+    files = sorted(tmp_path.glob("*.png"))
+    few = ("-m", tiny, "--max-new-tokens", 1, "--json")
+    counts = [
+        json.loads(llava("ask", *words, *few).out)["usage"]["prompt"]
+        for words in (
+            ("-a", tmp_path / "*.png", "What?"),  # a pattern that no shell expanded
+            ("-a", *files, "What?"),  # as a shell expands -a *.png
+            ("What?", *files),
+            ("-a", files[0], "-a", files[1], "-a", files[2], "What?"),
+        )
+    ]
+    assert len(set(counts)) == 1
+    estimate = json.loads(llava("estimate", "What?", tmp_path / "*.png", "-m", tiny, "--json").out)
+    assert estimate["total"] == counts[0]
+    none = llava("ask", "-m", tiny, "-a", tmp_path / "*.jpg", "What?")
+    assert none.code == 2 and "no file matches" in none.err
+    silent = llava("ask", "-m", tiny, *files)
+    assert silent.code == 2 and "no question" in silent.err
+    lines = f"/attach {tmp_path}/*.png\nWhat?\n/quit\n".encode()
+    talk = llava("chat", "-m", tiny, "--max-new-tokens", 1, stdin=lines)
+    assert (talk.code, talk.err.count("image: ")) == (0, 3), talk.err
+    assert llava("chat", "-m", tiny, *files, stdin=b"").err.count("image: ") == 3
+
+
+def test_a_limit_is_named_and_changed_by_a_flag(tiny: Path, red: Path) -> None:
+    words = ("ask", "-m", tiny, "-a", red, "What?", "--max-new-tokens", 1)
+    assert llava(*words, "--limit", "image_pixels=1200").code == 0
+    done = llava(*words, "--limit", "image_pixels=1199")
+    assert done.code == 2
+    assert "more than the limit of 1,199 pixels" in done.err
+    assert "--limit image_pixels=VALUE changes it" in done.err
+    assert done.err.count("\n") == 1
+    for value, says in (
+        ("image_pixel=3", "did you mean 'image_pixels'"),
+        ("image_pixels=many", "takes a whole number, not 'many'"),
+        ("image_pixels", "takes a whole number"),
+        ("allow_private=yes", "takes true or false"),
+    ):
+        assert says in llava(*words, "--limit", value).err

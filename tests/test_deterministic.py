@@ -121,7 +121,7 @@ def test_it_is_asked_for_by_keyword_and_by_flag(tmp_path: Path) -> None:
     )
     assert LazyModel(flags).ready(Options(max_new_tokens=1)).engine.batch_invariant
     assert (
-        LazyModel(ClusterWorker(flags).flags)
+        LazyModel(ClusterWorker(flags).model)
         .ready(Options(max_new_tokens=1))
         .engine.batch_invariant
     )

@@ -100,6 +100,7 @@ def estimate(
     precision: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008  frozen
 ) -> Estimate:
     """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they are on the hub."""
     checkpoint = Checkpoint.open(locate(name_or_folder, revision, tensors=False))
@@ -107,7 +108,7 @@ def estimate(
     place = pick_device(device, checkpoint, precision)
     dtype, bits = pick_precision(precision, checkpoint, place)
     warn_if_slow(bits, dtype, place)
-    processor = Processor.from_folder(checkpoint.folder, checkpoint.config)
+    processor = Processor.from_folder(checkpoint.folder, checkpoint.config, limits)
     counted = processor.estimate(
         messages, options=prompt_options(options), number_bytes=dtype.itemsize
     )

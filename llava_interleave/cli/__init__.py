@@ -21,9 +21,11 @@ from . import (
     demo,
     estimate,
     evaluate,
+    flags,
     mcp,
     quantize,
     serve,
+    terminal,
     train,
 )
 
@@ -107,12 +109,13 @@ def main() -> None:
 
     An error is one line on stderr and an exit code; Ctrl-C exits 130, a closed pipe silently.
     """
+    terminal.tolerate_encodings()
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115  input goes to rank 0
     try:
         app()
     except LlavaError as error:
-        print(f"llava: {error}", file=sys.stderr)
+        print(f"llava: {flags.describe(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

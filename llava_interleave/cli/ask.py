@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,10 +23,12 @@ def register(app: typer.Typer) -> None:
 
 
 def ask(
-    question: Annotated[
-        str,
+    words: Annotated[
+        list[str],
         typer.Argument(
-            help="The question, or '-' for standard input; <image> places an attachment."
+            metavar="QUESTION [FILE...]",
+            help="The question, or '-' for standard input; <image> places an attachment. "
+            "Files are attached too, also where a shell expands -a *.png.",
         ),
     ],
     attach: flags.Attach = None,
@@ -37,6 +38,7 @@ def ask(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    limit: flags.Limit = None,
     as_json: flags.Json = False,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print the answer as it is generated.")
@@ -52,19 +54,23 @@ def ask(
     options: Options,
 ) -> None:
     """Ask about images, videos, folders of frames and views."""
-    if question == "-" and "-" in (attach or []):
+    question, files = flags.question_and_files(words)
+    files = [*(attach or []), *files]
+    if question == "-" and "-" in files:
         raise OptionError("standard input can be the question or an attachment, not both")
     if options.logprobs is not None and not as_json:
         raise OptionError("--logprobs are reported with --json")
     if question == "-":
-        question = sys.stdin.read().strip()
-    sources = flags.attachments(attach, view, frames_of)
+        question = sys.stdin.read().removeprefix("\ufeff").strip()
+    sources = flags.attachments(files, view, frames_of)
     if explain is not None and (options.n > 1 or not sources):
         raise OptionError(
             "--explain attributes one answer to its images: "
             + ("leave out -n" if options.n > 1 else "attach one")
         )
-    bot = ModelFlags(model, revision, precision, device, options.adapter).load()
+    bot = ModelFlags(
+        model, revision, precision, device, options.adapter, limits=tuple(limit or ())
+    ).load()
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json:
         answers = [print_stream(bot, messages, options)]
@@ -72,7 +78,7 @@ def ask(
         with terminal.spinner("answering"):
             answers = bot.choices(messages, options)
         if as_json:
-            print(json.dumps(to_json(bot, options, answers), ensure_ascii=False))
+            terminal.print_json(to_json(bot, options, answers))
         else:
             print(*answers, sep="\n")
     if explain is not None:

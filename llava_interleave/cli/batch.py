@@ -52,6 +52,7 @@ def batch(
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
     batch_invariant: flags.BatchInvariant = False,
+    limit: flags.Limit = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +86,9 @@ def batch(
         )
     from ..batch import Source, ray_cluster, run
 
-    model_flags = ModelFlags(model, revision, precision, device, options.adapter, batch_invariant)
+    model_flags = ModelFlags(
+        model, revision, precision, device, options.adapter, batch_invariant, tuple(limit or ())
+    )
     samples = Source(source, question)
     about = {"options": dataclasses.asdict(options)}
     started = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated
 
 import typer
@@ -36,7 +35,7 @@ def bench(
 
         report = measure(bot, images=images, tokens=tokens, rounds=rounds, progress=progress)
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))
+        terminal.print_json(dataclasses.asdict(report))
         return
     for name, value in report.about.items():
         print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")

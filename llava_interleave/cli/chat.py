@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
+    files: flags.Files = None,
     attach: flags.Attach = None,
     frames_of: flags.FramesOf = None,
     resume: Annotated[
@@ -50,21 +51,26 @@ def chat(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    limit: flags.Limit = None,
     *,
     options: Options,
 ) -> None:
     """Talk about images and videos; attach more at any time. /help lists the commands."""
-    if "-" in (attach or []):
+    files = [*(attach or []), *(files or [])]
+    if "-" in files:
         raise OptionError("standard input is the conversation; attach a file instead of '-'")
     if options.n != 1:
         raise OptionError(f"a conversation continues with one answer, not n = {options.n}")
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
-    bot = ModelFlags(model, revision, precision, device, options.adapter).load()
+    bot = ModelFlags(
+        model, revision, precision, device, options.adapter, limits=tuple(limit or ())
+    ).load()
     session = Terminal(bot.conversation(), options, kv)
     if resume:
         session.load([str(resume)])
-    session.conversation.attach(*flags.attachments(attach, None, frames_of))
+    session.conversation.attach(*flags.attachments(files, None, frames_of))
+    session.files([])
     session.run()
 
 
@@ -100,7 +106,7 @@ class Terminal:
                 elif line:
                     self.answer(line)
             except LlavaError as error:
-                self.status(f"llava: {error}")
+                self.status(f"llava: {flags.describe(error)}")
 
     def read(self) -> str | None:
         """The next line, joined with the one after a final backslash; None at the end of input."""
@@ -143,7 +149,7 @@ class Terminal:
         print(flush=True)
 
     def attach(self, words: list[str]) -> None:
-        self.conversation.attach(*words)
+        self.conversation.attach(*flags.expand(words))
         self.files([])
 
     def files(self, _: list[str]) -> None:

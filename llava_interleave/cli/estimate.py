@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated
 
 import typer
@@ -17,9 +16,12 @@ def register(app: typer.Typer) -> None:
 
 
 def estimate(
-    question: Annotated[
-        str, typer.Argument(help="The question; <image> places an attachment.")
-    ] = "",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[QUESTION] [FILE...]", help="The question and files, as of `llava ask`."
+        ),
+    ] = None,
     attach: flags.Attach = None,
     view: flags.View = None,
     frames_of: flags.FramesOf = None,
@@ -27,6 +29,7 @@ def estimate(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    limit: flags.Limit = None,
     as_json: flags.Json = False,
     *,
     options: Options,
@@ -35,8 +38,19 @@ def estimate(
     with terminal.spinner("counting"):
         from ..chat import estimate
 
-        sources = flags.attachments(attach, view, frames_of)
+        question, files = flags.question_and_files(words) if words else ("", [])
+        sources = flags.attachments([*(attach or []), *files], view, frames_of)
         counted = estimate(
-            question, sources, model, options, revision=revision, precision=precision, device=device
+            question,
+            sources,
+            model,
+            options,
+            revision=revision,
+            precision=precision,
+            device=device,
+            limits=flags.limits(limit or ()),
         )
-    print(json.dumps(dataclasses.asdict(counted), ensure_ascii=False) if as_json else counted)
+    if as_json:
+        terminal.print_json(dataclasses.asdict(counted))
+    else:
+        print(counted)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import inspect
+import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError
-from ..options import Options
+from ..options import Options, unknown
+
+if TYPE_CHECKING:
+    from ..processing import Limits
 
 Attach = Annotated[
     list[str] | None,
@@ -64,6 +70,18 @@ BatchInvariant = Annotated[
         "--batch-invariant",
         help="Batch-invariant: the same output whatever else runs in the batch; slower.",
     ),
+]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="NAME=VALUE",
+        help="Change a limit on media, e.g. image_pixels=150000000; errors name it; repeatable.",
+    ),
+]
+Files = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FILE...]", help="More attachments; a pattern such as *.png too."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -160,15 +178,58 @@ with_options = with_flags("options", Options, without=("logit_bias",))
 """Gives a command that takes `options: Options` one flag per field."""
 
 
+def question_and_files(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The question among positional arguments, and the files.
+
+    The question is the first word that is not a file, so that a shell may expand `-a *.png`.
+    """
+    number = next((i for i, word in enumerate(words) if not _is_media(word)), None)
+    if number is None:
+        raise OptionError(
+            f"there is no question next to the files {', '.join(words[:3])}: "
+            "add one in quotes, or '-' for standard input"
+        )
+    return words[number], [word for i, word in enumerate(words) if i != number]
+
+
+def _is_media(word: str) -> bool:
+    if word.startswith(("http://", "https://", "file:", "data:")):
+        return True
+    try:
+        return Path(word).expanduser().exists()
+    except OSError:  # a question that is too long for a file's name
+        return False
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """File names with `~` and patterns such as `*.png` expanded, sorted as a shell does.
+
+    Raises `OptionError` for a pattern without a match.
+    """
+    files: list[str] = []
+    for word in words:
+        if word == "-" or word.startswith(("http://", "https://", "file:", "data:")):
+            files.append(word)
+            continue
+        path = str(Path(word).expanduser()) if word.startswith("~") else word
+        if not glob.has_magic(path) or Path(path).exists():
+            files.append(path)
+        elif matches := sorted(glob.glob(path, recursive=True)):  # noqa: PTH207  absolute ones too
+            files += matches
+        else:
+            raise OptionError(f"no file matches {word}")
+    return files
+
+
 def attachments(
-    words: list[str] | None, views: list[str] | None, frames_of: list[str] | None = None
+    words: Sequence[str] | None, views: list[str] | None, frames_of: list[str] | None = None
 ) -> list[object]:
     """The media of -a, --frames-of and --view; '-' is read from standard input.
 
-    Raises `OptionError` for a view without a name.
+    Raises `OptionError` for a view without a name, and as `expand`.
     """
     sources: list[object] = [
-        sys.stdin.buffer.read() if word == "-" else word for word in words or []
+        sys.stdin.buffer.read() if word == "-" else word for word in expand(words or [])
     ]
     sources += [{"type": "video", "path": folder} for folder in frames_of or []]
     if views:
@@ -179,3 +240,38 @@ def attachments(
             {"type": "views", "views": [{"name": name, "image": file} for name, _, file in pairs]}
         )
     return sources
+
+
+def limits(words: Sequence[str]) -> Limits:
+    """The limits with the changes of --limit. Raises `OptionError`."""
+    from ..processing import Limits
+
+    defaults = Limits()
+    names = [f.name for f in dataclasses.fields(Limits) if type(getattr(defaults, f.name)) in KINDS]
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in names:
+            raise unknown("limit", name, names)
+        kind = type(getattr(defaults, name))
+        try:
+            changes[name] = KINDS[kind](text)
+        except (ValueError, KeyError) as error:
+            raise OptionError(
+                f"--limit {name} takes {KIND_NAMES[kind]}, not {text if equals else 'nothing'!r}"
+            ) from error
+    return dataclasses.replace(defaults, **changes)
+
+
+KINDS: dict[type, Callable[[str], Any]] = {
+    int: lambda text: int(float(text)) if "e" in text.lower() else int(text),
+    float: float,
+    bool: {"true": True, "false": False}.__getitem__,
+}
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def describe(error: Exception) -> str:
+    """An error's message, and for a limit on media the flag that changes it."""
+    name = re.search(r"\bLimits\.(\w+)", str(error))
+    return str(error) + (f"; --limit {name[1]}=VALUE changes it" if name else "")

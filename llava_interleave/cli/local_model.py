@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..batch import Reply, ReplyFn
 from ..errors import LlavaError
 from ..options import Options
-from . import terminal
+from . import flags, terminal
 
 if TYPE_CHECKING:
     from ..chat import Answer, Chatbot
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which model, and how it runs. adapter: a folder or a Hugging Face name."""
+    """Which model, and how it runs.
+
+    adapter: a folder or a Hugging Face name. limits: NAME=VALUE, as of --limit.
+    """
 
     name: str | None
     revision: str | None = None
@@ -28,6 +31,7 @@ class ModelFlags:
     device: str = "auto"
     adapter: str | None = None
     batch_invariant: bool = False
+    limits: tuple[str, ...] = ()
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -44,6 +48,7 @@ class ModelFlags:
                 precision=self.precision,
                 device=self.device,
                 batch_invariant=self.batch_invariant,
+                limits=flags.limits(self.limits),
                 adapters={self.adapter: self.adapter} if self.adapter else {},
                 progress=progress,
             )
@@ -52,34 +57,34 @@ class ModelFlags:
 class LazyModel:
     """The model that the flags name, loaded on first use; `about` describes it without loading."""
 
-    def __init__(self, flags: ModelFlags) -> None:
+    def __init__(self, model: ModelFlags) -> None:
         with terminal.spinner("starting"):
             from ..chat import locate
             from ..checkpoints import Checkpoint, adapter_fingerprint, resolve
             from ..distributed.process_group import rank_and_world_size
             from ..placement import pick_device, pick_precision
-        self.flags = flags
+        self.model = model
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
-        self.folder = locate(flags.name, flags.revision)
+        self.folder = locate(model.name, model.revision)
         checkpoint = Checkpoint.open(self.folder)
-        device = pick_device(flags.device, checkpoint, flags.precision)
-        dtype, bits = pick_precision(flags.precision, checkpoint, device)
+        device = pick_device(model.device, checkpoint, model.precision)
+        dtype, bits = pick_precision(model.precision, checkpoint, device)
         self.about = {
-            "model": flags.name or "the built-in model",
+            "model": model.name or "the built-in model",
             "fingerprint": checkpoint.fingerprint(),
             "precision": bits or str(dtype).removeprefix("torch."),
             "device": device,
         }
-        if flags.adapter:
-            self.about["adapter"] = adapter_fingerprint(resolve(flags.adapter))
+        if model.adapter:
+            self.about["adapter"] = adapter_fingerprint(resolve(model.adapter))
         if rank_and_world_size()[1] > 1:  # ranks above 0 stay in there, before anything is written
-            self._bot = flags.load()
+            self._bot = model.load()
 
     def ready(self, options: Options) -> Chatbot:
         """The loaded model. Wrong options raise here, once, instead of failing every sample."""
         if self._bot is None:
-            self._bot = self.flags.load()
+            self._bot = self.model.load()
         if self._checked != options:
             self._bot.batch(
                 [[{"role": "user", "content": "?"}]], options.but({"max_new_tokens": 1})
@@ -123,10 +128,10 @@ def replies(batch: Batch) -> ReplyFn:
 class ClusterWorker:
     """What Ray workers run: some make prompts of conversations, others answer prompts."""
 
-    flags: ModelFlags
+    model: ModelFlags
 
     def about(self, options: Options) -> dict[str, Any]:
-        model = LazyModel(self.flags)
+        model = LazyModel(self.model)
         model.ready(options)
         return model.about
 
@@ -135,10 +140,10 @@ class ClusterWorker:
         from ..chat.chatbot import prompt_options
         from ..processing import Processor
 
-        folder = locate(self.flags.name, self.flags.revision, tensors=False)
-        processor = Processor.from_folder(folder)
+        folder = locate(self.model.name, self.model.revision, tensors=False)
+        processor = Processor.from_folder(folder, limits=flags.limits(self.model.limits))
         return lambda messages, options: processor.prompt(messages, options=prompt_options(options))
 
     def answerer(self) -> ReplyFn:
-        bot = LazyModel(self.flags).ready(Options(adapter=self.flags.adapter))
+        bot = LazyModel(self.model).ready(Options(adapter=self.model.adapter))
         return replies(bot.answer_prompts)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
+import sys
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[int, int], None]
@@ -68,6 +71,24 @@ def progress_bar(title: str) -> Iterator[Progress]:
             progress.update(task, completed=done, speed=f"{speed:.2g}/s," if speed else "")
 
         yield update
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout; escaped where the encoding lacks characters."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not unicode))
+
+
+def tolerate_encodings() -> None:
+    """Escape characters that stdout or stderr cannot encode, and replace invalid bytes of stdin.
+
+    A console in cp1252 or a pipe in ASCII then never ends an answer in the middle.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,11 +162,8 @@ def check(
             for one in checked
             for fault in one.faults
         ]
-        print(
-            json.dumps(
-                {"samples": len(checked), "errors": errors, "data_sets": counts, "faults": faults},
-                ensure_ascii=False,
-            )
+        terminal.print_json(
+            {"samples": len(checked), "errors": errors, "data_sets": counts, "faults": faults}
         )
     else:
         for one in checked:

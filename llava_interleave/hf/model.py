@@ -77,7 +77,7 @@ class LlavaForConditionalGeneration(Light):
             )
         if (load_in_4bit or load_in_8bit) and not torch.cuda.is_available():
             raise Unsupported(
-                f"load_in_{4 if load_in_4bit else 8}bit needs a CUDA GPU, which this machine lacks: "
+                f"load_in_{4 if load_in_4bit else 8}bit needs a CUDA GPU, which is not here: "
                 "leave it out and pass torch_dtype=torch.bfloat16, half the memory of float32"
             )
         if load_in_8bit:

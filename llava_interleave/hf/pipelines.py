@@ -15,7 +15,7 @@ from .processor import AutoProcessor, BatchFeature, Light, Messages, supported_a
 
 
 class pipeline(Light):  # noqa: N801  (transformers' name)
-    """`pipeline("image-text-to-text", model=...)`: `generated_text` of chats or texts with images."""
+    """`pipeline("image-text-to-text", model=...)`: answers chats, or texts with images."""
 
     @supported_arguments
     def __init__(

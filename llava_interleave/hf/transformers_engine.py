@@ -246,7 +246,7 @@ class PendingImages(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Plan:
-    """A call of `generate` as the engine runs it: prompts without padding, sampling without seeds."""
+    """A call of `generate` for the engine: prompts without padding, sampling without seeds."""
 
     prompts: list[Prompt]
     sampling: dict[str, Any]

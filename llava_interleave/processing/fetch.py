@@ -17,7 +17,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpcore
 
 from ..errors import MediaError, MediaRefused
-from .limits import Deadline, Limits
+from .limits import BYTE_LIMITS, Deadline, Limits
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -114,7 +114,7 @@ def fetch(url: str, max_bytes: int, limits: Limits) -> BinaryIO:
     Raises MediaRefused or MediaError.
     """
     address = Address.parse(url)
-    deadline = Deadline(limits.download_seconds, "the download")
+    deadline = Deadline(limits.download_seconds, "the download", "download_seconds")
     backend = CheckedBackend(limits.allow_private, deadline)
     try:
         for _ in range(limits.redirects + 1):
@@ -125,7 +125,7 @@ def fetch(url: str, max_bytes: int, limits: Limits) -> BinaryIO:
             address = address.redirected(answer)
     except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
         raise MediaError("the server cannot be reached, or broke off") from error
-    raise MediaError(f"the server redirects more than {limits.redirects} times")
+    raise MediaError(f"the server redirects more than {limits.redirects} times (Limits.redirects)")
 
 
 def _get(address: Address, backend: httpcore.NetworkBackend, max_bytes: int) -> BinaryIO | str:
@@ -150,7 +150,8 @@ def _get(address: Address, backend: httpcore.NetworkBackend, max_bytes: int) -> 
         length = fields.get(b"content-length", "0")
         if length.isdigit() and int(length) > max_bytes:
             raise MediaError(
-                f"{int(length):,} bytes are more than the limit of {max_bytes:,} bytes"
+                f"{int(length):,} bytes are more than the limit of {max_bytes:,} bytes "
+                f"({BYTE_LIMITS})"
             )
         body = cast(BinaryIO, tempfile.SpooledTemporaryFile(IN_MEMORY))  # noqa: SIM115  the caller closes it
         size = 0
@@ -158,7 +159,9 @@ def _get(address: Address, backend: httpcore.NetworkBackend, max_bytes: int) -> 
             size += len(chunk)
             if size > max_bytes:
                 body.close()
-                raise MediaError(f"the download is more than the limit of {max_bytes:,} bytes")
+                raise MediaError(
+                    f"the download is more than the limit of {max_bytes:,} bytes ({BYTE_LIMITS})"
+                )
             body.write(chunk)
         body.seek(0)
         return body

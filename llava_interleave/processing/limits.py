@@ -13,6 +13,9 @@ from ..errors import MediaError, OptionError
 PILLOW_MAX_PIXELS = 178_956_970
 """Pixels above which Pillow itself refuses an image; that global is not changed."""
 
+BYTE_LIMITS = "Limits.image_bytes of images, Limits.video_bytes of videos"
+"""The names in messages where both limits apply."""
+
 HOST_PATTERN = re.compile(r"(\*|(\*\.)?[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 
 
@@ -95,7 +98,7 @@ class Limits:
         if max(width, height) > self.side_ratio * min(width, height):
             raise MediaError(
                 f"{width} x {height} pixels: one side may be at most {self.side_ratio:g} times "
-                "the other"
+                "the other (Limits.side_ratio)"
             )
 
 
@@ -119,17 +122,17 @@ class PixelBudget:
                 )
             if self._frames < 0:
                 raise MediaError(
-                    f"the prompt has more than the limit of {self._max_frames} images and frames; "
-                    "ask for fewer"
+                    f"the prompt has more than the limit of {self._max_frames} images and frames "
+                    "(Limits.prompt_frames); ask for fewer"
                 )
 
 
 class Deadline:
     """A limit of wall-clock seconds."""
 
-    def __init__(self, seconds: float, task: str) -> None:
+    def __init__(self, seconds: float, task: str, limit: str) -> None:
         self._end = time.monotonic() + seconds
-        self._message = f"{task} took longer than the limit of {seconds:g} seconds"
+        self._message = f"{task} took longer than the limit of {seconds:g} seconds (Limits.{limit})"
 
     def left(self) -> float:
         """Seconds left; raises MediaError when there are none."""

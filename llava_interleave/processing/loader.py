@@ -36,7 +36,7 @@ from .formats import (
     video_format,
 )
 from .images import from_array, orientation, to_rgb
-from .limits import Deadline, Limits, PixelBudget
+from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 
 FRAME_FOLDER_FPS = 2
@@ -215,7 +215,9 @@ class Loader:
     def _animation(
         self, file: BinaryIO, kind: str, sampling: FrameSampling, each: Each | None
     ) -> Clip:
-        deadline = Deadline(self.limits.video_work_seconds, "reading the animation")
+        deadline = Deadline(
+            self.limits.video_work_seconds, "reading the animation", "video_work_seconds"
+        )
         with _open_image(file, kind) as image:
             self.limits.check_size(*image.size)
             # The default image of an APNG may stand outside its animation.
@@ -226,7 +228,7 @@ class Loader:
                 if len(stamps) > self.limits.decoded_frames:
                     raise MediaError(
                         f"the animation has more than the limit of {self.limits.decoded_frames} "
-                        "frames"
+                        "frames (Limits.decoded_frames)"
                     )
                 stamps.append(stamps[-1] + _microseconds(image))
             if len(stamps) == 1:
@@ -236,7 +238,7 @@ class Loader:
             if duration > self.limits.video_seconds:
                 raise MediaError(
                     f"the animation lasts {duration:.0f} s, the limit is "
-                    f"{self.limits.video_seconds:g} s"
+                    f"{self.limits.video_seconds:g} s (Limits.video_seconds)"
                 )
             chosen = sampling.choose(timeline, self.limits.video_frames)
             frames = []
@@ -451,7 +453,8 @@ def _data_url(url: str, max_bytes: int) -> bytes:
         length = len(data_url.payload(url)) * 3 // 4
         if length > 2 * max_bytes:  # with white space or percent-encoding
             raise MediaError(
-                f"about {length:,} bytes are more than the limit of {max_bytes:,} bytes"
+                f"about {length:,} bytes are more than the limit of {max_bytes:,} bytes "
+                f"({BYTE_LIMITS})"
             )
         data = data_url.decode(url)
     except binascii.Error as error:
@@ -464,7 +467,9 @@ def _data_url(url: str, max_bytes: int) -> bytes:
 
 def _check_bytes(size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise MediaError(f"{size:,} bytes are more than the limit of {max_bytes:,} bytes")
+        raise MediaError(
+            f"{size:,} bytes are more than the limit of {max_bytes:,} bytes ({BYTE_LIMITS})"
+        )
 
 
 def natural(name: str) -> list[Any]:

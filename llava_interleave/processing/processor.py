@@ -414,7 +414,7 @@ class Processor:
         if len(placeholders) > limits.prompt_media:
             raise PromptError(
                 f"{len(placeholders)} images and videos are more than the limit of "
-                f"{limits.prompt_media} in a prompt"
+                f"{limits.prompt_media} in a prompt (Limits.prompt_media)"
             )
         rest = iter(media)
         return [

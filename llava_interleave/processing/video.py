@@ -89,7 +89,7 @@ class FrameSampling:
         if len(chosen) > limit:
             raise OptionError(
                 f"the sampling chooses more frames of a video than the limit of {limit}; "
-                "choose fewer"
+                "choose fewer (Limits.video_frames)"
             )
         return chosen
 
@@ -186,7 +186,7 @@ def read_video(
     """
     import av
 
-    deadline = Deadline(limits.video_work_seconds, "reading the video")
+    deadline = Deadline(limits.video_work_seconds, "reading the video", "video_work_seconds")
     file, fragmented = _whole(file, container, deadline)
     try:
         with _opened(file, container) as (source, stream):
@@ -196,7 +196,7 @@ def read_video(
             if timeline.duration > limits.video_seconds:
                 raise MediaError(
                     f"the video lasts {timeline.duration:.0f} s, the limit is "
-                    f"{limits.video_seconds:g} s"
+                    f"{limits.video_seconds:g} s (Limits.video_seconds)"
                 )
             chosen = sampling.choose(timeline, limits.video_frames)
             if each is None:
@@ -299,7 +299,8 @@ def _index(
             packets += 1
             if packets > limits.video_packets:
                 raise MediaError(
-                    f"the video has more than the limit of {limits.video_packets:,} packets"
+                    f"the video has more than the limit of {limits.video_packets:,} packets "
+                    "(Limits.video_packets)"
                 )
             if packet.is_corrupt and container == "mov":
                 if fragmented:
@@ -359,7 +360,7 @@ def _decode(
                 if decoded > limits.decoded_frames:
                     raise MediaError(
                         "reaching the frames meant decoding more than the limit of "
-                        f"{limits.decoded_frames} frames"
+                        f"{limits.decoded_frames} frames (Limits.decoded_frames)"
                     )
                 if frame.is_corrupt:
                     raise MediaError("the video is damaged: a frame could not be decoded whole")
