@@ -58,6 +58,10 @@ class SamplingParams:
     ignore_eos: bool = setting(
         False, "Generate max_new_tokens past the end-of-turn token, for benchmarks."
     )
+    stop_on_repetition: bool = setting(
+        True,
+        "End an answer whose last 256 tokens repeat a span of at most 32 tokens; not with ignore_eos.",
+    )
     logit_bias: Mapping[int, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "Added to the logits, by token id."}
     )
@@ -96,8 +100,9 @@ class SamplingParams:
             _check("a value in logit_bias", bias, real, -1000, 1000)
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, whole, 0, 20)
-        if not isinstance(self.ignore_eos, bool):
-            raise OptionError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        for name in ("ignore_eos", "stop_on_repetition"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
     def argmax_only(self) -> bool:

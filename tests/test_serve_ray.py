@@ -463,7 +463,9 @@ def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
 
 
 def test_a_stream_streams_and_who_leaves_ends_it(one: Any) -> None:
-    with one.stream("POST", CHAT, json=body(stream=True, max_tokens=3900)) as response:
+    with one.stream(
+        "POST", CHAT, json=body(stream=True, max_tokens=3900, stop_on_repetition=False)
+    ) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         assert (
@@ -481,7 +483,11 @@ def test_what_everybody_asks_about_spreads(server: Server) -> None:
             for _ in range(6):
                 going.append(
                     http.send(
-                        http.build_request("POST", CHAT, json=body(stream=True, max_tokens=3900)),
+                        http.build_request(
+                            "POST",
+                            CHAT,
+                            json=body(stream=True, max_tokens=3900, stop_on_repetition=False),
+                        ),
                         stream=True,
                     )
                 )
@@ -532,7 +538,9 @@ def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
         for colour in colours:
             before = measured(http, "llava_num_requests_active")
             asked = http.build_request(
-                "POST", CHAT, json=body(about(colour), stream=True, max_tokens=3900)
+                "POST",
+                CHAT,
+                json=body(about(colour), stream=True, max_tokens=3900, stop_on_repetition=False),
             )
             going[colour] = http.send(asked, stream=True)
             (replica,) = measured(http, "llava_num_requests_active") - before
@@ -563,7 +571,9 @@ def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
 def test_what_does_not_end_in_time_is_told(server: Server) -> None:
     with (
         client(server, "last") as http,
-        http.stream("POST", CHAT, json=body(stream=True, max_tokens=3900)) as response,
+        http.stream(
+            "POST", CHAT, json=body(stream=True, max_tokens=3900, stop_on_repetition=False)
+        ) as response,
     ):
         lines = response.iter_lines()
         assert next(lines)

@@ -495,6 +495,25 @@ def test_a_405_tells_all_that_is_allowed(client: TestClient) -> None:
         assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
 
 
+def test_an_answer_that_repeats_itself_was_cut_off(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's finish_reason has no value for it, and strict clients take no other."""
+    no_eos = {
+        str(token): -100 for token in client.app.state.service.bot.processor.tokenizer.eos_ids
+    }  # type: ignore[attr-defined]
+    loop = "llava_interleave.engine.scheduler.ends_in_loop"
+    monkeypatch.setattr(loop, lambda tokens, start: len(tokens) - start == 5)
+    for fields, count, reason in (({}, 5, "repetition"), ({"stop_on_repetition": False}, 9, None)):
+        body = {"max_tokens": 9, "logit_bias": no_eos} | fields
+        whole = ask(client, **body).json()
+        (choice,) = whole["choices"]
+        assert (choice["finish_reason"], choice.get("stop_reason")) == ("length", reason)
+        assert whole["usage"]["completion_tokens"] == count
+        last = events(ask(client, **body, stream=True).text)[-1]["choices"][0]
+        assert (last["finish_reason"], last.get("stop_reason")) == ("length", reason)
+
+
 def test_another_model_is_not_found(client: TestClient) -> None:
     assert ask(client, model="gpt").status_code == client.get("/v1/models/gpt").status_code == 404
     assert client.get("/v1/models").json()["data"] == [client.get("/v1/models/tiny").json()]
@@ -1236,7 +1255,9 @@ def test_an_explanation_that_does_not_end_in_time_is_told(
 def test_who_leaves_frees_their_memory_at_once(server: Server, stream: bool, half: bool) -> None:
     worker = server.service.engine_thread
     with connect(server) as leaving:
-        leaving.sendall(request(CHAT, chat_body(stream=stream, max_tokens=3900, n=2)))
+        leaving.sendall(
+            request(CHAT, chat_body(stream=stream, max_tokens=3900, n=2, stop_on_repetition=False))
+        )
         until(lambda: worker.load.running == 2)
         if stream:
             assert leaving.recv(100).startswith(b"HTTP/1.1 200")
@@ -1341,7 +1362,9 @@ def test_what_runs_is_finished_before_the_server_goes(
 
 def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
     with listening(tiny, shutdown_timeout=0.2) as going, connect(going) as reading:
-        reading.sendall(request(CHAT, chat_body(stream=True, max_tokens=3900)))
+        reading.sendall(
+            request(CHAT, chat_body(stream=True, max_tokens=3900, stop_on_repetition=False))
+        )
         until(lambda: going.service.engine_thread.load.running)
         going.should_exit = True
         text = b"".join(iter(lambda: reading.recv(65536), b"")).decode()

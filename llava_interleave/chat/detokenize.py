@@ -26,7 +26,8 @@ class Answer:
     """A whole answer. `str(answer)` is its text.
 
     tokens: every generated id, including one that ended the answer.
-    finish_reason: "stop" at the end of the turn or a stop string, "length" at max_new_tokens.
+    finish_reason: "stop" at the end of the turn or a stop string, "length" at max_new_tokens,
+    "repetition" if it only repeated itself (`Options.stop_on_repetition`).
     """
 
     text: str

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .prefix_cache import CacheKey, SequenceKV
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from itertools import islice
 
 from .encoder_cache import EncoderCache
 from .prefix_cache import HASH_BLOCK, CacheKey, PrefixCache, SequenceKV
+from .repetition import ends_in_loop
 from .request import EncoderInput, Event, FinishReason, Request
 from .sampler import Pick
 
@@ -433,4 +434,9 @@ def _finish_reason(request: Request, token: int, eos_ids: frozenset[int]) -> Fin
     sampling = request.sampling
     if token in sampling.stop_ids or (token in eos_ids and not sampling.ignore_eos):
         return "stop"
-    return "length" if len(request.tokens) > request.max_kv_tokens else None
+    if len(request.tokens) > request.max_kv_tokens:
+        return "length"
+    checked = sampling.stop_on_repetition and not sampling.ignore_eos
+    if checked and ends_in_loop(request.tokens, len(request.prompt.tokens)):
+        return "repetition"
+    return None

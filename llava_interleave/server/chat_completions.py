@@ -121,7 +121,12 @@ async def _send_events(service: Service, stream: CompletionStream, send: Send) -
 
 
 def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
+    """In OpenAI's values, which strict clients check: an answer that repeats itself was cut off."""
     return "stop" if answer.finish_reason == "stop" else "length"
+
+
+def _stop_reason(answer: Answer) -> Literal["repetition"] | None:
+    return "repetition" if answer.finish_reason == "repetition" else None
 
 
 def sse_event(data: BaseModel) -> bytes:
@@ -174,6 +179,7 @@ class CompletionStream:
         self.answers[delta.index] = answer
         self.service.metrics.count_answer(answer)
         choice.finish_reason = _finish_reason(answer)
+        choice.stop_reason = _stop_reason(answer)
         if len(self.answers) == self.prepared.job.options.n:
             self.timings = Timings(
                 prepare=self.prepared.seconds, **dataclasses.asdict(answer.timings)
@@ -221,6 +227,7 @@ class CompletionStream:
                     message=Message(content=answer.text),
                     logprobs=None if answer.logprobs is None else self._logprobs(answer.logprobs),
                     finish_reason=_finish_reason(answer),
+                    stop_reason=_stop_reason(answer),
                 )
                 for index, answer in sorted(self.answers.items())
             ],

@@ -167,9 +167,9 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 class ChatRequest(PromptRequest):
     """POST /v1/chat/completions. A field with one allowed value is not supported.
 
-    Not OpenAI's: top_k, min_p, repetition_penalty, attribution (which image the answer used: true,
-    or "attention" for the cheap variant), and response_format by `regex` and `choice`. The default
-    temperature is 0 (greedy).
+    Not OpenAI's: top_k, min_p, repetition_penalty, stop_on_repetition, attribution (which image the
+    answer used: true, or "attention" for the cheap variant), and response_format by `regex` and
+    `choice`. The default temperature is 0 (greedy).
     """
 
     model: str
@@ -182,6 +182,7 @@ class ChatRequest(PromptRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    stop_on_repetition: bool = True
     repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -342,6 +343,11 @@ class Logprobs(BaseModel):
     refusal: None = None
 
 
+def _optional() -> Any:
+    """A field that is left out where it is None."""
+    return Field(None, exclude_if=lambda value: value is None)
+
+
 class Message(BaseModel):
     """The answer."""
 
@@ -357,6 +363,7 @@ class ChatChoice(BaseModel):
     message: Message
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"]
+    stop_reason: Literal["repetition"] | None = _optional()
 
 
 class PromptTokensDetails(BaseModel):
@@ -414,11 +421,6 @@ class ChoiceAttribution(AttributionResponse):
     index: int
 
 
-def _optional() -> Any:
-    """A field that is left out where it is None."""
-    return Field(None, exclude_if=lambda value: value is None)
-
-
 class Completion(BaseModel):
     """Fields of a whole response and of a chunk."""
 
@@ -451,6 +453,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: Literal["repetition"] | None = _optional()
 
 
 class ChatCompletionChunk(Completion):
