@@ -245,7 +245,7 @@ def test_a_samples_own_options_fail_alone(tiny: Path, tmp_path: Path) -> None:
     rows = [openai(0, temperature=-1), openai(1, max_tokens=2), openai(2, max_tokens=10**6)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny)
-    assert done.code == 0, done.err
+    assert done.code == 1, done.err
     told = [
         json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
     ]
@@ -361,6 +361,9 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
         (("eval", WORLD, "--key-file", __file__), "--url"),
         (("eval", "pope", "--check", "-m", "x"), "--model"),
         (("eval", WORLD, "--as-published"), "interleave-in"),
+        (("eval", WORLD, "--as", "lmms"), "lmms-eval"),
+        (("eval", WORLD, "--as", "lmms-eval"), "lmms-eval has no task"),
+        (("eval", "interleave-in", "--as", "lmms-eval", "--as-published"), "choose one"),
         (("eval", WORLD, "--html"), "--out"),
         (
             ("eval", WORLD, "--url", "http://x/v1", "--preset", "hf"),

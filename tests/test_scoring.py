@@ -14,7 +14,6 @@ from llava_interleave.evals.scoring import (
     exact_match,
     interleave_choice,
     interleave_open,
-    letter,
     normalize,
     rouge_l,
     vqa_accuracy,
@@ -224,26 +223,6 @@ def test_choices_as_published() -> None:
         assert interleave_choice(said, truth, as_published=True) == wanted, (said, truth)
         seen[wanted] += 1
     assert min(seen.values()) >= 50, seen
-
-
-@pytest.mark.parametrize(
-    ("said", "choices", "wanted"),
-    [
-        ("B", 4, "B"),
-        ("b.", 4, "B"),
-        ("(C) a cat", 4, "C"),
-        ("Answer: D", 4, "D"),
-        ("The answer is (a).", 4, "A"),
-        ("E", 4, ""),
-        ("", 4, ""),
-        ("A cat", 4, "A"),
-        ("Bees", 4, ""),
-        ("Option B", 2, "B"),
-        ("\n C", 3, "C"),
-    ],
-)
-def test_letters(said: str, choices: int, wanted: str) -> None:
-    assert letter(said, choices) == wanted
 
 
 def vqa_published(answer: str, people: list[str]) -> float:

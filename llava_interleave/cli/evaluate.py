@@ -84,6 +84,14 @@ def evaluate(
             "--as-published", help="Reproduce the bugs of LLaVA-Interleave Bench's scripts."
         ),
     ] = False,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="lmms-eval",
+            help="Score by the rules of lmms-eval; docs/evaluation.md says where they differ.",
+        ),
+    ] = None,
     questions: Annotated[
         int | None,
         typer.Option("-n", min=1, help="Only the first N questions of each data set."),
@@ -124,6 +132,10 @@ def evaluate(
         raise OptionError("--task-option is for module:Task")
     if as_published and not set(tasks) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
+    if rules not in (None, "lmms-eval"):
+        raise unknown("value of --as", str(rules), ("lmms-eval",))
+    if rules and as_published:
+        raise OptionError("--as-published and --as are two sets of rules; choose one")
     if html and not out:
         raise OptionError("--html needs a folder: name it with --out")
     if url:
@@ -134,7 +146,7 @@ def evaluate(
     if check:
         _only(used, {"tasks", "data", "check"}, "--check runs no model")
     loaded = [
-        _task(name, data, as_published, questions, task_options or ())
+        _task(name, data, as_published, questions, task_options or (), rules)
         for name in dict.fromkeys(tasks)
     ]
     fixed = [task.name for task in loaded if task.fixed_frames]
@@ -162,6 +174,8 @@ def evaluate(
         settings = answerer.about(options)
         if task.name in INTERLEAVE:
             settings["as_published"] = as_published
+        if rules:
+            settings["as"] = rules
         about = run.about(task, settings)
         with TemporaryDirectory() as scratch:
             folder = out or Path(scratch)
@@ -243,9 +257,10 @@ def _task(
     as_published: bool,
     questions: int | None,
     task_options: Sequence[str],
+    rules: str | None = None,
 ) -> Task:
     """A task; of each data set only the first `questions` conversations if that is given."""
-    from ..evals import custom, interleave, published
+    from ..evals import custom, interleave, lmms_eval, published
 
     with terminal.spinner(f"reading {name}"):
         if _is_custom(name):
@@ -254,6 +269,8 @@ def _task(
             task = interleave.load(name, data, as_published=as_published)
         else:
             task = published.load(name, data)
+        if rules:
+            task = lmms_eval.rescored(task)
     if not task.examples:
         raise DataError(f"all samples of {name} are broken; --check says why")
     if questions is None:

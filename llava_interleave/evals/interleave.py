@@ -129,6 +129,7 @@ def load(
                     id=f"{number}/{turn + 1}",
                     follows=f"{number}/{turn}" if turn else "",
                     group=dataset,
+                    kind=kind,
                     ask=lambda _, messages=messages: messages,  # type: ignore[misc]
                     question=question,
                     truth=truth,

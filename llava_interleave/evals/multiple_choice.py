@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..parquet import Parquet
-from .scoring import letter
+from .letters import LETTERS, choice_letter
 from .task import (
     AggregateMetrics,
     ContentPart,
@@ -27,7 +27,6 @@ from .task import (
     read_lines,
 )
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
@@ -48,23 +47,30 @@ def choice(
         group,
         media,
         f"{question}\n{listed}\n{LETTER_INSTRUCTION}",
-        len(options),
+        options,
         LETTERS[correct],
         kind,
     )
 
 
 def lettered(
-    name: str, group: str, media: Media, text: str, options: int, truth: str, kind: str = ""
+    name: str,
+    group: str,
+    media: Media,
+    text: str,
+    options: Sequence[str],
+    truth: str,
+    kind: str = "",
 ) -> Example:
     """A question whose text has its options already."""
-    if truth not in LETTERS[:options]:
-        raise ValueError(f"the answer of {name} is {truth!r}, but it has {options} options")
-    return example(name, group, media, text, truth, partial(_score_letter, options, truth), kind)
+    if truth not in LETTERS[: len(options)]:
+        raise ValueError(f"the answer of {name} is {truth!r}, but it has {len(options)} options")
+    scorer = partial(_score_letter, len(options), truth)
+    return example(name, group, media, text, truth, scorer, kind, options)
 
 
 def _score_letter(options: int, truth: str, answer: str) -> float:
-    return float(letter(answer, options) == truth)
+    return float(choice_letter(answer, options) == truth)
 
 
 def _score_pope(truth: str, answer: str) -> float:
@@ -254,7 +260,7 @@ def blink(_: Path, path: Path) -> Iterator[Example]:
         text = f"{row['prompt']}\n{LETTER_INSTRUCTION}"
         media = embedded_images(table, number, *columns)
         yield lettered(
-            row["idx"], row["sub_task"], media, text, len(row["choices"]), row["answer"].strip("()")
+            row["idx"], row["sub_task"], media, text, row["choices"], row["answer"].strip("()")
         )
 
 

@@ -110,4 +110,5 @@ def vqav2(folder: Path, path: Path) -> Iterator[Example]:
             partial(vqa_accuracy, truths=truths),
         )
         name, truth = str(row["question_id"]), SEPARATOR.join(dict.fromkeys(truths))
-        yield example(name, "VQA v2", media, text, truth, scorer, annotation["answer_type"])
+        kind = annotation["answer_type"]
+        yield example(name, "VQA v2", media, text, truth, scorer, kind, references=truths)

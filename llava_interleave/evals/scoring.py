@@ -104,19 +104,6 @@ def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
     return words
 
 
-def letter(answer: str, choices: int) -> str:
-    """The option's letter that an answer names: `B`, `(B)`, `B. cat`, `Answer: B`; "" for none or
-    one that is not offered.
-    """
-    offered = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:choices]
-    found = re.match(
-        rf"\s*(?:(?:the\s+)?(?:best\s+)?(?:answer|option)(?:\s+is)?\s*:?\s*)?\(?([{offered}])(?:[).:,\s]|$)",
-        answer,
-        re.I,
-    )
-    return found[1].upper() if found else ""
-
-
 def exact_match(answer: str, truths: Sequence[str]) -> float:
     """1 where the answer is one of the truths, but for case, spaces and a full stop at the end."""
     text, *references = (" ".join(t.lower().split()).removesuffix(".") for t in (answer, *truths))

@@ -31,7 +31,8 @@ class Example:
 
     group: the data set, scenario or category whose mean it goes into. ask: its messages; it may
     write files into the folder. follows: id of the previous turn, whose conversation this one
-    continues. kind: a finer name, for tables.
+    continues. kind: a finer name, for tables. options: of a multiple-choice question, without their
+    letters. references: all of them, where `truth` is several.
     """
 
     id: str
@@ -42,6 +43,8 @@ class Example:
     scorer: Scorer
     follows: str = ""
     kind: str = ""
+    options: Sequence[str] = ()
+    references: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Task:
     categories: means of the means of groups. average: the categories (without any: the groups)
     whose mean is the last line. paper: published figures in percent, by model and then by category
     or group; pipeline: how those were made. faults: samples that are broken and left out, with
-    reasons. data: a hash of the files that were read. figures: of every group, and of all examples
+    reasons. data: a hash of the files that were read. metrics: of every group, and of all examples
     where there are several groups. note: of its options, for a table's title. fixed_frames: its
     questions say how many frames of a video are used.
     """
@@ -142,7 +145,15 @@ def place_media(text: str, media: Sequence[ContentPart]) -> list[ContentPart]:
 
 
 def example(
-    name: str, group: str, media: Media, text: str, truth: str, scorer: Scorer, kind: str = ""
+    name: str,
+    group: str,
+    media: Media,
+    text: str,
+    truth: str,
+    scorer: Scorer,
+    kind: str = "",
+    options: Sequence[str] = (),
+    references: Sequence[str] = (),
 ) -> Example:
     """One question in one turn."""
 
@@ -155,7 +166,15 @@ def example(
         ]
 
     return Example(
-        id=name, group=group, kind=kind, ask=ask, question=text, truth=truth, scorer=scorer
+        id=name,
+        group=group,
+        kind=kind,
+        ask=ask,
+        question=text,
+        truth=truth,
+        scorer=scorer,
+        options=options,
+        references=references,
     )
 
 
