@@ -592,7 +592,7 @@ def tower(group: str, network: Llava, work: Work, say: Say) -> None:
     weight, side = network.language_model.norm.weight, network.config.vision.image_size
     pixels = torch.rand(work.crops, 3, side, side, device=weight.device, dtype=weight.dtype)
     seconds = best(lambda: network.encode(pixels), weight.device, 4)
-    least = {group.split()[2]: work.crops * vision_flops(network.config)}
+    least = {group.split()[2]: float(work.crops * vision_flops(network.config))}
     say(Row(group, "tower", work.crops / seconds, "images/s", seconds, least))
 
 
@@ -787,11 +787,11 @@ def table(rows: Sequence[Row]) -> str:
         lines.append([*cells, "" if ratio is None else f"{ratio:.2f}", row.note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = (False, True, False, True, True, False)
-    cells = (
+    aligned = (
         [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
         for line in lines
     )
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
 def main() -> None:

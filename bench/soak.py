@@ -37,8 +37,8 @@ from serve import BIN, START, free_port
 
 from llava_interleave.testing import tiny_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from hostile import BLUE, GREEN, HOSTILE, RED, STILLS, data_url, picture, png, sent, user
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.helpers.requests import BLUE, GREEN, HOSTILE, RED, STILLS, data_url, picture, png, sent, user
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}

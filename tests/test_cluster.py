@@ -180,7 +180,7 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
     kept = [json.loads(line)["id"] for line in part.read_text().splitlines()[1:]]
     assert len(kept) > 1
     asked: list[int] = []
-    compute = ray_cluster._computed
+    compute = ray_cluster._compute
 
     def spied(
         ray: Any,
@@ -191,7 +191,7 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
         asked.extend(i for group in groups for i in group)
         return compute(ray, job, groups, fits)
 
-    monkeypatch.setattr(ray_cluster, "_computed", spied)
+    monkeypatch.setattr(ray_cluster, "_compute", spied)
     assert ray_cluster.run(
         source, out, Echo(), options, {}, address=nodes.address, batch_size=3
     ) == (
@@ -248,7 +248,7 @@ def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
         with pytest.raises(error, match=told):
             ray_cluster.run(source, tmp_path / "out.jsonl", Echo(), options, {}, address=address)
     assert not (tmp_path / "out.jsonl.part").exists()
-    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == ray_cluster.STALLED
+    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == ray_cluster.STALL_TIMEOUT
     job = ray_cluster.BatchJob(source.path, source.question, source.digest, Echo(), Options())
     assert [sample.messages for sample in job.prepared([1, 0])] == ["q1 None", "q0 None"]
     with pytest.raises(DataError, match="a different file on"):

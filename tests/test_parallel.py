@@ -170,6 +170,7 @@ def together(folder: Path, device: str) -> None:
         talk = bot.conversation()
         talk.ask("Who?", max_new_tokens=3)
         talk.save(folder / "talk.json")
+        assert isinstance(bot.engine, ReplicatedEngine)
         bot.engine.close()
     for name, (size, precision) in CASES.items():
         found[name] = compared(folder / size, precision, ranks, device)

@@ -299,7 +299,7 @@ def test_who_has_enough_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("initialize_state", "on_send_request"):
         monkeypatch.setattr(ConsistentHashRouter, name, lambda *_, **__: None)
     router = object.__new__(SessionAffinityRouter)
-    router.initialize_state(enough=2)
+    router.initialize_state(target=2)
 
     def order() -> str:
         return "".join(rank[0].replica_id for rank in asyncio.run(router.choose_replicas([])))

@@ -1210,7 +1210,8 @@ def test_who_leaves_is_not_explained_to(
     server: Server, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """Given up before the next pass through the network; the image's share would have taken two more."""
-    passes, go, first = [], threading.Event(), threading.Event()
+    passes: list[Any] = []
+    go, first = threading.Event(), threading.Event()
     real = AttributionRun.logprobs
     monkeypatch.setattr(
         AttributionRun,
