@@ -34,6 +34,7 @@ import torch
 from shapes import SHAPES
 from torch import Tensor, nn
 
+from llava_interleave import config_json
 from llava_interleave.checkpoints import meta_network
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
@@ -212,7 +213,7 @@ class Theirs:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        described = transformers.LlavaConfig.from_dict(config.to_dict())
+        described = transformers.LlavaConfig.from_dict(config_json.to_dict(config))
         with torch.device(device):
             made = transformers.AutoModelForImageTextToText.from_config(
                 described, dtype=dtype, attn_implementation=THEIRS[attention]

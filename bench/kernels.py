@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from shapes import SHAPES
@@ -93,7 +94,7 @@ def attention(
     ), slabs.bytes_per_token // c.num_layers * CONTEXT
 
 
-def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, object]]:
+def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, Any]]:
     for name, (out, features) in matrices(c).items():
         for count in tokens:
             if name == "lm_head" and count > 8:

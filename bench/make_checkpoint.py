@@ -18,8 +18,8 @@ from shapes import SHAPES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from llava_interleave.processing.processor_files import SPECIAL, processor_files
+from llava_interleave.processing.tokenizer import qwen2_tokenizer
 from llava_interleave.testing import (
-    qwen2_tokenizer,
     tiny_checkpoint,
     tiny_tokenizer,
     write_random,

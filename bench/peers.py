@@ -83,6 +83,7 @@ class System:
     """A process with the protocol of bench/systems.py."""
 
     def __init__(self, command: list[str]) -> None:
+        self.command = command
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -94,10 +95,11 @@ class System:
         self.about = self.read()
 
     def read(self) -> dict[str, Any]:
+        assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(
-                f"{shlex.join(self.process.args)} ended with {self.process.wait()}; run it by "
+                f"{shlex.join(self.command)} ended with {self.process.wait()}; run it by "
                 "hand to see why"
             )
         return json.loads(line)
@@ -113,6 +115,7 @@ class System:
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
     def close(self) -> None:
+        assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
 
@@ -383,7 +386,7 @@ def main() -> None:
             start = time.perf_counter()
             bench.round(args.work)
             timing = time.perf_counter() - start
-            result = {
+            result: dict[str, Any] = {
                 "about": about,
                 "ceilings": ceilings(machine, bench.reads),
                 "network": asdict(config),

@@ -34,7 +34,7 @@ import tempfile
 import time
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -196,7 +196,7 @@ class System:
 
 @contextlib.contextmanager
 def serving(
-    command: list[str | Path], port: int, model: str, log: Path, **env: str
+    command: Sequence[str | Path], port: int, model: str, log: Path, **env: str
 ) -> Iterator[System]:
     """A server in processes of its own, once it is well."""
     with log.open("wb") as out:
@@ -262,7 +262,7 @@ def servers(folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dic
         }
         if not given.alone:
             port = free_port()
-            command = [
+            command: list[str | Path] = [
                 BIN / "transformers",
                 "serve",
                 folder,
@@ -319,9 +319,9 @@ def measure(
             for number in range(2):
                 rng = np.random.default_rng([given.seed, number])
                 content = [*(picture(rng) for _ in range(given.images)), question(number)]
-                (timed,), lone[server] = asked(system, [(0.0, content)], given.tokens)
-                if timed.failed:
-                    raise SystemExit(f"{server} does not answer: {timed.failed}")
+                (warm,), lone[server] = asked(system, [(0.0, content)], given.tokens)
+                if warm.failed:
+                    raise SystemExit(f"{server} does not answer: {warm.failed}")
         rate = given.rate or 0.5 / lone["llava"]
         cells = itertools.product(range(given.rounds), given.clients, ("shared", "fresh"))
         for number, (round_, clients, images) in enumerate(cells):

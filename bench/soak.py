@@ -38,7 +38,18 @@ from serve import BIN, START, free_port
 from llava_interleave.testing import tiny_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.helpers.requests import BLUE, GREEN, HOSTILE, RED, STILLS, data_url, picture, png, sent, user
+from tests.helpers.requests import (
+    BLUE,
+    GREEN,
+    HOSTILE,
+    RED,
+    STILLS,
+    data_url,
+    picture,
+    png,
+    sent,
+    user,
+)
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -89,34 +100,33 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     """A request that must be answered, and as it was before where it is asked again."""
     colour = f"#{chance.randrange(1 << 24):06x}"
     same, new = chance.choice([RED, BLUE, GREEN]), data_url(png(colour))
-    name, messages, fields = chance.choice(
-        [
-            (
-                f"image {same[-30:]}",
-                user(picture(same), "What is this?"),
-                {"seed": 1, "temperature": 1.0},
-            ),
-            (
-                f"text {same[-30:]}",
-                user(f"Say {same[-9:]}"),
-                {"n": 2, "seed": 1, "temperature": 1.0},
-            ),
-            ("video", user(STILLS, "What moves?"), {"frames": 2}),
-            (
-                "views",
-                user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"),
-                {"logprobs": True},
-            ),
-            (
-                "form",
-                user(picture(RED), "Which?"),
-                {"response_format": {"type": "choice", "choice": ["red", "blue"]}},
-            ),
-            ("explained", user(picture(RED), "or", picture(BLUE), "?"), {"attribution": True}),
-            ("", user(picture(new), "and", picture(same), "?"), {"stop": ["."]}),
-            ("", user(picture(upload(client, colour)), "What is this?"), {}),
-        ]
-    )
+    samples: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
+        (
+            f"image {same[-30:]}",
+            user(picture(same), "What is this?"),
+            {"seed": 1, "temperature": 1.0},
+        ),
+        (
+            f"text {same[-30:]}",
+            user(f"Say {same[-9:]}"),
+            {"n": 2, "seed": 1, "temperature": 1.0},
+        ),
+        ("video", user(STILLS, "What moves?"), {"frames": 2}),
+        (
+            "views",
+            user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"),
+            {"logprobs": True},
+        ),
+        (
+            "form",
+            user(picture(RED), "Which?"),
+            {"response_format": {"type": "choice", "choice": ["red", "blue"]}},
+        ),
+        ("explained", user(picture(RED), "or", picture(BLUE), "?"), {"attribution": True}),
+        ("", user(picture(new), "and", picture(same), "?"), {"stop": ["."]}),
+        ("", user(picture(upload(client, colour)), "What is this?"), {}),
+    ]
+    name, messages, fields = chance.choice(samples)
     stream = chance.random() < 0.5
     body = {"model": "tiny", "messages": messages, "max_tokens": 12, "stream": stream, **fields}
     answer = client.post(CHAT, json=body)
@@ -266,7 +276,7 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
     """Start a server, let everybody at it, and tell."""
     port = free_port()
     soak = Soak(f"http://127.0.0.1:{port}")
-    command = [
+    command: list[str | Path] = [
         BIN / "llava",
         "serve",
         *(["-m", folder] if folder else []),

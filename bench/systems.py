@@ -48,7 +48,7 @@ class Llava:
         one = self.bot.batch(chats, self.options, max_new_tokens=tokens)[0]
         total, took = time.perf_counter() - began, one.timings
         return {
-            "first": total - (took.total - took.first_token),
+            "first": total - ((took.total or 0) - (took.first_token or 0)),
             "total": total,
             "vision": took.vision,
             "prefill": took.prefill,
@@ -413,6 +413,7 @@ class Vllm:
         while self.engine.has_unfinished_requests():
             latest = next((one for one in self.engine.step() if one.request_id == ids[0]), latest)
             first = first or (latest is not None and time.perf_counter() - began)
+        assert latest
         return {
             "first": first,
             "total": time.perf_counter() - began,

@@ -29,10 +29,11 @@ QUESTION = "In which image is there a yellow star?"
 
 def save(page: Page, name: str, width: int) -> None:
     """The page as WebP, `width` pixels wide."""
-    image = Image.open(BytesIO(page.screenshot()))
+    image = Image.open(BytesIO(page.screenshot())).convert("RGB")
     height = round(image.height * width / image.width)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    image.save(DOCS / "images" / f"{name}.webp", quality=82, method=6)
+    image.resize((width, height), Image.Resampling.LANCZOS).save(
+        DOCS / "images" / f"{name}.webp", quality=82, method=6
+    )
 
 
 def web_ui(browser: Browser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_interleave import load
 from llava_interleave.chat import BUILTIN
-from llava_interleave.lora import LoraConfig
+from llava_interleave.config import LoraConfig
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
 

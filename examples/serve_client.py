@@ -8,14 +8,16 @@ import base64
 import json
 import sys
 import urllib.request
+from http.client import HTTPResponse
 from pathlib import Path
+from typing import Any
 
 path, server = Path(sys.argv[1]), sys.argv[2]
 data_url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 image = {"type": "image_url", "image_url": {"url": data_url}}
 
 
-def ask(question, **fields):
+def ask(question: str, **fields: Any) -> HTTPResponse:
     content = [image, {"type": "text", "text": question}]
     body = {"model": "builtin", "messages": [{"role": "user", "content": content}], **fields}
     request = urllib.request.Request(
@@ -23,7 +25,8 @@ def ask(question, **fields):
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    return urllib.request.urlopen(request)
+    reply: HTTPResponse = urllib.request.urlopen(request)
+    return reply
 
 
 print(json.load(ask("What is in the image?"))["choices"][0]["message"]["content"])

@@ -86,7 +86,7 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
         model="tiny",
         temperature=1.5,
         seed=4,
-        max_tokens=24,
+        max_tokens=24,  # type: ignore[call-arg]
         max_retries=0,
     )
     image = {

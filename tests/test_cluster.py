@@ -248,7 +248,10 @@ def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
         with pytest.raises(error, match=told):
             ray_cluster.run(source, tmp_path / "out.jsonl", Echo(), options, {}, address=address)
     assert not (tmp_path / "out.jsonl.part").exists()
-    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == ray_cluster.STALL_TIMEOUT
+    assert (
+        ray.data.DataContext.get_current().execution_no_progress_timeout_s
+        == ray_cluster.STALL_TIMEOUT
+    )
     job = ray_cluster.BatchJob(source.path, source.question, source.digest, Echo(), Options())
     assert [sample.messages for sample in job.prepared([1, 0])] == ["q1 None", "q0 None"]
     with pytest.raises(DataError, match="a different file on"):

@@ -17,6 +17,7 @@ from llava_interleave import checkpoints, cli, load
 from llava_interleave.chat import Chatbot
 from llava_interleave.config import TextConfig
 from llava_interleave.distributed.process_group import ProcessGroup, rank_and_world_size
+from llava_interleave.distributed.replicated_engine import ReplicatedEngine
 from llava_interleave.distributed.tensor_parallel import local_config, shard_model
 from llava_interleave.engine import SamplingParams
 from llava_interleave.errors import LlavaError, OptionError

@@ -236,6 +236,7 @@ def main(
     config, source = prepare(folder, texts)
     model = Llava(config)
     initialize(model, SEED)
+    assert see.steps
     patch_loss = patch_pretraining.PatchNamingLoss(formats.processor(source).tokenizer)
     train(
         model,
