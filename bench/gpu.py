@@ -378,9 +378,11 @@ def steps_agree(group: str, network: Llava, prompts: list[Prompt], say: Say) -> 
             )
         ]
         captured = ours.engine._runner.graphs
+        assert captured
         if captured.unavailable:
             raise RuntimeError(captured.unavailable)
         plain = Ours(network, 4096)
+        assert plain.engine._runner.graphs
         plain.engine._runner.graphs.unavailable = "for comparison"
         sure = [
             request.generated

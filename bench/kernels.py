@@ -76,22 +76,22 @@ def attention(
     c: TextConfig, dtype: torch.dtype, new: int, *, compiled: bool = True, in_8_bits: bool = False
 ) -> tuple[Call, int]:
     """One layer of as many as there are; each has keys and values of its own."""
-    slabs = ContiguousKVCache(c, dtype, torch.device("cpu"), int8=in_8_bits)
+    cache = ContiguousKVCache(c, dtype, torch.device("cpu"), int8=in_8_bits)
     kv = SequenceKV(CacheKey.of([]), 0, CONTEXT + 64)
-    slabs.prepare(kv)
-    assert kv.slab is not None
-    for layer in (tensor for tensors, _ in kv.slab.parts() for tensor in tensors):
+    cache.prepare(kv)
+    assert kv.contiguous is not None
+    for layer in (tensor for tensors, _ in kv.contiguous.tensors() for tensor in tensors):
         layer.random_(-100, 100) if in_8_bits else layer.normal_()
     if not compiled:
-        slabs._few = _DecodeAttention
-    attend = slabs.attend([Span(kv, CONTEXT, CONTEXT + new)])
+        cache._decode_attention = _DecodeAttention
+    attend = cache.attend([Span(kv, CONTEXT, CONTEXT + new)])
     q, k, v = (
         torch.randn(new, heads, c.head_dim, dtype=dtype)
         for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
     )
     return lambda turn: attend(
         turn % c.num_layers, q, k, v
-    ), slabs.bytes_per_token // c.num_layers * CONTEXT
+    ), cache.bytes_per_token // c.num_layers * CONTEXT
 
 
 def rows(c: TextConfig, tokens: list[int], repeat: int) -> Iterator[dict[str, Any]]:
