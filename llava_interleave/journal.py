@@ -1,8 +1,8 @@
 """A file of JSON lines that grows a row at a time and survives being killed: no row is lost, none
 is there twice.
 
-The first line says how the rows are made; a file made otherwise is refused. A line that was cut
-short by a kill is taken off when the file is opened again. One process writes at a time.
+The first line has the settings of the run; a file with other settings is refused. A line that was
+truncated by a kill is removed when the file is opened again. One process writes at a time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Journal:
     """Rows with an `id` in a file. `done`: the ids in it, with their offsets."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        """Open or begin the file. `DataError` if it is no such file, was made with another `run`,
-        or is being written.
+        """Open or create the file. `DataError` if it is not a journal, has another `run`, or is
+        being written.
         """
         self.path = path
         self.done: dict[str, int] = {}
@@ -86,7 +86,7 @@ class Journal:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[JsonRow]]:
-    """How a file's rows were made, and the rows; a last line that was cut short is left out. Raises
+    """The settings of a file, and its rows without a truncated last line. Raises
     `DataError`.
     """
     try:
@@ -124,11 +124,11 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[JsonRow, int]]:
             name = row["id"]
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"line {number} of {path} is damaged; delete the line, and its sample is answered again"
+                f"line {number} of {path} is damaged; delete it, and its sample is answered again"
             ) from error
         if not isinstance(name, str) or name in known:
             raise DataError(
-                f"line {number} of {path} has the id {name!r}, which is not a string, or a duplicate"
+                f"line {number} of {path} has the id {name!r}: not a string, or a duplicate"
             )
         known.add(name)
         yield row, len(line)

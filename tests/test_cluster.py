@@ -310,6 +310,7 @@ def test_what_fits() -> None:
     }
     with pytest.raises(
         OptionError,
-        match="a replica needs 2 CPUs and a GPU, more than any node has: 2 CPUs and 1 GPUs, 8 CPUs and 0",
+        match="a replica needs 2 CPUs and a GPU, more than any node has: 2 CPUs and 1 GPUs, "
+        "8 CPUs and 0",
     ):
         fits(2, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0})

@@ -154,7 +154,8 @@ def test_parquet(tmp_path: Path) -> None:
         pyarrow.table({"question": ["one", "two"], "images": [["a.png"], ["b.mp4", "a.png"]]}), path
     )
     source = Source(path)
-    assert [[p["path"] for p in source.sample(i).messages[0]["content"][:-1]] for i in range(2)] == [
+    contents = [source.sample(i).messages[0]["content"] for i in range(2)]
+    assert [[p["path"] for p in content[:-1]] for content in contents] == [
         [str(tmp_path / "a.png")], [str(tmp_path / "b.mp4"), str(tmp_path / "a.png")],
     ]  # fmt: skip
     assert set(source.media(0)) < set(source.media(1))
@@ -191,7 +192,8 @@ def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
         folder / "x-9.tar",
         ("a.v1/1.left.JPG", b"l"), ("a.v1/1.json", b'{"question": "Same?"}'),
         ("a.v1/1.right.jpg", b"r"),
-        ("a.v1/2.mp4", b"film"), ("a.v1/2.json", b'{"id": 5, "url": "https://x", "image_path": "/etc/passwd"}'),
+        ("a.v1/2.mp4", b"film"),
+        ("a.v1/2.json", b'{"id": 5, "url": "https://x", "image_path": "/etc/passwd"}'),
         ("a.v1/.hidden", b"-"), ("noext", b"-"), ("__meta__/a.jpg", b"-"),
         ("a.v1/1.png", b"again"), ("b/1.jpg", b"first"),
     )  # fmt: skip

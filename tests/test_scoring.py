@@ -21,7 +21,10 @@ from llava_interleave.evals.scoring import (
 )
 
 MARKS = list(";/[]\"{}()=+\\_-><@`,?!.':")
-WORDS = 'The cat, sat on 3.14 a 1,000 mat A: B b. (c) Answer option d e-f g/h [x] "quoted" it\'s . .. ... 12 \n \t é ß ,'
+WORDS = (
+    "The cat, sat on 3.14 a 1,000 mat A: B b. (c) Answer option d e-f g/h [x] "
+    '"quoted" it\'s . .. ... 12 \n \t é ß ,'
+)
 BY_HAND = [
     ("A red\ncat.", "a red cat"),
     ("red/blue", "red blue"),

@@ -33,13 +33,13 @@ def rows(folder: Path) -> tuple[list[JsonRow], Skipped]:
     """
     skipped: Skipped = []
     entries = list(_entries(folder, "", skipped))
-    found = [e for e in entries if e.name.lower() in METADATA]
-    skipped += [(e.name, f"{found[0].name} is used instead") for e in found[1:]]
-    described = _metadata(found[0]) if found else []
+    metadata = [e for e in entries if e.name.lower() in METADATA]
+    skipped += [(e.name, f"{metadata[0].name} is used instead") for e in metadata[1:]]
+    described = _metadata(metadata[0]) if metadata else []
     named = {Path(str(name)).as_posix() for row in described for name in _names(row)}
     samples: list[JsonRow] = []
     for entry in entries:
-        if entry in found:
+        if entry in metadata:
             continue
         if entry.is_dir():
             inside = [f"{entry.name}/{p.name}" for p in _media(entry, f"{entry.name}/", skipped)]

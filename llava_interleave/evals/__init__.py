@@ -1,3 +1,1 @@
-"""Measuring answers: tasks and scores over anything that answers. Knows nothing of how an answer
-was made.
-"""
+"""Benchmarks: tasks, scores and statistics over any function that answers. Knows no models."""

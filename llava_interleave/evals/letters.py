@@ -56,9 +56,9 @@ def choice_letter(answer: str, choices: int) -> str:
     denied = NEGATED.format(noun=NOUN, letter=label)
     text = re.sub(denied, " ", text, flags=re.IGNORECASE)
     for find in (_stated, _leading, _bracketed, _final):
-        found = find(text, offered)
-        if found is not None:
-            return found
+        letter = find(text, offered)
+        if letter is not None:
+            return letter
     return ""
 
 
@@ -67,7 +67,7 @@ def _stated(text: str, offered: str) -> str | None:
     pattern = (
         rf"{STATED}(?:\(([{offered}{offered.lower()}])\)|([{offered}{offered.lower()}])(?!\w))"
     )
-    found = None
+    stated = None
     for match in re.finditer(pattern, text, re.IGNORECASE | re.MULTILINE):
         letter = match[1] or match[2]
         rest = text[match.end() :]
@@ -75,15 +75,15 @@ def _stated(text: str, offered: str) -> str | None:
             continue
         if _goes_on(rest, offered):
             return ""
-        found = letter.upper()
-    if found is None:
+        stated = letter.upper()
+    if stated is None:
         judged = re.search(
             rf"(?:\(([{offered}])\)|\b([{offered}])\b)\s+(?:is|was|would be|seems)\s+(?:the\s+)?"
             rf"(?:most\s+|only\s+)?(?:correct|right|best|true|accurate|likely|my|{NOUN})",
             text,
         )
-        found = judged and (judged[1] or judged[2])
-    return found
+        stated = judged and (judged[1] or judged[2])
+    return stated
 
 
 def _leading(text: str, offered: str) -> str | None:

@@ -45,9 +45,9 @@ def blink(answer: str, truth: str, options: Sequence[str]) -> float:
     if short and len(first_line) <= 4:
         return float(short[1].upper() == truth)
     stated = rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?([{offered}])\)?(?![A-Za-z])"
-    found = re.findall(stated, text, re.IGNORECASE) or re.findall(rf"\(([{offered}])\)", text)
-    found = found or re.findall(rf"\A[(\s]*([{offered}])", text, re.IGNORECASE)
-    return float(bool(found) and found[-1].upper() == truth)
+    letters = re.findall(stated, text, re.IGNORECASE) or re.findall(rf"\(([{offered}])\)", text)
+    letters = letters or re.findall(rf"\A[(\s]*([{offered}])", text, re.IGNORECASE)
+    return float(bool(letters) and letters[-1].upper() == truth)
 
 
 def mvbench(answer: str, truth: str, _: Sequence[str]) -> float | None:
@@ -106,9 +106,9 @@ def _interleave_letter(text: str) -> str:
 
 
 def _pope_counts(row: JsonRow) -> tuple[float, ...]:
-    said = str(row["answer"]).lower().strip()
+    answer = str(row["answer"]).lower().strip()
     pairs = (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))
-    return *(float((row["truth"], said) == pair) for pair in pairs), 1.0
+    return *(float((row["truth"], answer) == pair) for pair in pairs), 1.0
 
 
 POPE_METRICS = AggregateMetrics(

@@ -24,7 +24,9 @@ CURVES = (
 
 
 def write(folder: Path, page: Path) -> None:
-    """Write the page of the run in `folder`; the file appears when it is complete. Raises DataError where there is no run."""
+    """Write the page of the run in `folder`; the file appears when it is complete. Raises DataError
+    where there is no run.
+    """
     try:
         lines = _lines(folder / "log.jsonl")
         settings = (folder / "config.toml").read_text("utf-8")
@@ -60,13 +62,17 @@ def _curves(
 ) -> Iterator[dict[str, Any]]:
     for title, name in CURVES:
         points = sorted((step, line[name]) for step, line in train.items() if name in line)
-        dots = sorted((step, found[name]) for step, found in held_out.items() if name in found)
+        dots = sorted(
+            (step, metrics[name]) for step, metrics in held_out.items() if name in metrics
+        )
         if points or dots:
             yield _curve(title, _thinned(points), dots)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """What is written in a file of lines; the last one may just be being written, and is whole only with its end."""
+    """What is written in a file of lines; the last one may just be being written, and is whole only
+    with its end.
+    """
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
@@ -78,7 +84,9 @@ def _thinned(points: Points) -> Points:
 
 
 def _curve(title: str, points: Points, measured: Points) -> dict[str, Any]:
-    """One quantity, none below 0, by step: a line of the logged values, and one with dots of the held-out ones."""
+    """One metric by step, none below 0: a line of logged values, and one with dots of held-out
+    ones.
+    """
     end, high = (max(both) for both in zip(*points, *measured, strict=True))
     high = high or 1.0
 
@@ -103,7 +111,9 @@ def _curve(title: str, points: Points, measured: Points) -> dict[str, Any]:
 
 
 def _answers(folder: Path) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
-    """Each question with every answer that differs from the one before, and the reference answer."""
+    """Each question with every answer that differs from the one before, and the
+    reference answer.
+    """
     if not (folder / "answers.jsonl").is_file():
         return
     steps = sorted(

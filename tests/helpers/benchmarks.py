@@ -215,7 +215,8 @@ def made(root: Path, name: str) -> None:
             "explanation": "",
         }
         row |= {
-            "prompt": "How many dogs are there?\nSelect from the following choices.\n(A) 0\n(B) 2\n(C) 3"
+            "prompt": "How many dogs are there?\nSelect from the following choices.\n"
+            "(A) 0\n(B) 2\n(C) 3"
         }
         rows = [
             row
