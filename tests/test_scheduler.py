@@ -46,7 +46,7 @@ def request(
     return Request(
         next(_ids),
         prompt,
-        SamplingParams(max_new_tokens=new),
+        SamplingParams(max_new_tokens=new, stop_on_repetition=False),
         CacheKey.of(prompt.tokens, images, salt),
         new,
         0.0,

@@ -514,6 +514,17 @@ def test_an_answer_that_repeats_itself_was_cut_off(
         assert (last["finish_reason"], last.get("stop_reason")) == ("length", reason)
 
 
+def test_a_prefill_serves_the_question_of_its_key(client: TestClient) -> None:
+    begin = user(picture(data_url(png("teal"))), picture(data_url(png("olive"))))
+    first = client.post("/v1/messages/prefill", json={"messages": begin}).json()
+    again = client.post("/v1/messages/prefill", json={"messages": begin}).json()
+    assert (first["cached_tokens"], again["cached_tokens"]) == (0, first["prompt_tokens"] - 1)
+    asked = user(*begin[0]["content"], "What changed?")
+    usage = ask(client, messages=asked, max_tokens=3).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 8
+    assert client.post("/v1/messages/prefill", json={"messages": []}).status_code == 400
+
+
 def test_another_model_is_not_found(client: TestClient) -> None:
     assert ask(client, model="gpt").status_code == client.get("/v1/models/gpt").status_code == 404
     assert client.get("/v1/models").json()["data"] == [client.get("/v1/models/tiny").json()]

@@ -20,7 +20,7 @@ from ..attribution.attribution import (
     resolve_layers,
 )
 from ..distributed.replicated_engine import ReplicatedEngine
-from ..engine import Engine
+from ..engine import Engine, Usage
 from ..engine.prefix_cache import CacheKey
 from ..errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from ..image_layout import TokenReduction
@@ -103,6 +103,17 @@ class Chatbot:
     ) -> Generator[AnswerDelta]:
         """As `stream`, for a prompt from `prompt`."""
         return self._generate([GenerationJob(prompt, options)], progress)
+
+    def prefill(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Usage:
+        """Compute the beginning of a coming question into the prefix cache, without an answer.
+
+        The question then computes only the tokens after the common beginning. It runs while there is
+        nothing else to do: answers that are asked meanwhile go first. The usage has the tokens of the
+        prompt, and those that were cached already.
+        """
+        options = options.but({**changes, "n": 1})
+        job = GenerationJob(self.prompt(messages, options), options, prefill_only=True)
+        return self._answers([job])[0].usage
 
     def batch(
         self, conversations: Sequence[Messages], options: Options = DEFAULTS, **changes: object

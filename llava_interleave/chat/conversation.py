@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import data_url
+from ..engine import Usage
 from ..engine.prefix_cache import CacheKey
 from ..errors import DataError
 from ..options import DEFAULTS, Options
@@ -70,6 +71,11 @@ class Conversation:
                     self.bot.engine.cache_key(prompt, chunk.answer.tokens, adapter=options.adapter)
                 )
             yield chunk
+
+    def prefill(self, options: Options = DEFAULTS, **changes: object) -> Usage:
+        """Compute what is attached so far while the question is being typed, see `Chatbot.prefill`."""
+        turn = {"role": "user", "content": [*self.pending]}
+        return self.bot.prefill([*self.messages, turn], options, **changes)
 
     def ask(self, question: str, options: Options = DEFAULTS, **changes: object) -> Answer:
         """Ask and wait for the whole answer."""

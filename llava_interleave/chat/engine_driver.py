@@ -20,6 +20,7 @@ class GenerationJob:
 
     index: of the first answer, in its deltas. salt: jobs of equal salt share caches.
     constraints: one per answer, for structured output; or none.
+    prefill_only: compute the prompt into the prefix cache; its one answer has no text.
     """
 
     prompt: Prompt
@@ -27,6 +28,7 @@ class GenerationJob:
     index: int = 0
     salt: bytes = b""
     constraints: Sequence[TokenConstraint] = ()
+    prefill_only: bool = False
     running: dict[Request, AnswerBuilder] = field(default_factory=dict)
     items: deque[AnswerDelta | Exception] = field(default_factory=deque)
 
@@ -55,6 +57,7 @@ class EngineDriver:
                     salt=job.salt,
                     constraint=job.constraints[number] if job.constraints else None,
                     adapter=options.adapter,
+                    prefill_only=job.prefill_only,
                 )
                 self._jobs[request] = job
                 job.running[request] = AnswerBuilder(self.tokenizer, options, job.index + number)

@@ -60,8 +60,16 @@ class ReplicatedEngine(Engine):
         salt: bytes = b"",
         constraint: TokenConstraint | None = None,
         adapter: str | None = None,
+        prefill_only: bool = False,
     ) -> Request:
-        request = super().add(prompt, sampling, salt=salt, constraint=constraint, adapter=adapter)
+        request = super().add(
+            prompt,
+            sampling,
+            salt=salt,
+            constraint=constraint,
+            adapter=adapter,
+            prefill_only=prefill_only,
+        )
         self._broadcast_add(request)
         return request
 
@@ -99,10 +107,9 @@ class ReplicatedEngine(Engine):
             os._exit(1)  # torchrun then ends the other ranks, which may wait for this one
 
     def _broadcast_add(self, request: Request) -> None:
-        constrained = request.constraint is not None
-        self._broadcast(
-            "add", request.id, request.prompt, request.sampling, request.encoder_salt, constrained
-        )
+        call = (request.prompt, request.sampling, request.encoder_salt)
+        flags = (request.constraint is not None, request.prefill_only)
+        self._broadcast("add", request.id, *call, *flags)
 
     def _broadcast(self, *call: Any) -> None:
         """Have the other ranks do a call; without arguments: exit."""
@@ -123,8 +130,9 @@ class ReplicatedEngine(Engine):
         requests: dict[int, Request] = {}
         while call := self._receive():
             match call:
-                case "add", number, prompt, sampling, salt, constrained:
-                    request = requests[number] = self.add(prompt, sampling, salt=salt)
+                case "add", number, prompt, sampling, salt, constrained, prefill_only:
+                    request = self.add(prompt, sampling, salt=salt, prefill_only=prefill_only)
+                    requests[number] = request
                     if constrained:  # rank 0 has the constraint; its tokens are broadcast
                         request.argmax_only, request.drafter = False, None
                 case "step", prefill_time_budget, step_times:

@@ -150,14 +150,19 @@ class Engine:
         salt: bytes = b"",
         constraint: TokenConstraint | None = None,
         adapter: str | None = None,
+        prefill_only: bool = False,
     ) -> Request:
         """Queue a request. Cached prefixes and features are shared among requests of equal `salt`.
 
         constraint: limits which tokens may come next. adapter: the name of one of `adapters`.
+        prefill_only: compute the prompt into the prefix cache and end with finish_reason "prefill",
+        while there is nothing else to do.
         Raises ContextError if it can never fit, PromptError if placeholders and media do not match,
         OptionError for an unknown adapter or token.
         """
         sampling, config = sampling or SamplingParams(), self.model.config
+        if prefill_only:
+            sampling = SamplingParams(max_new_tokens=1)
         check_prompt(prompt, config)
         check_sampling(sampling, self.vocab)
         max_new_tokens = resolve_max_new_tokens(
@@ -178,10 +183,11 @@ class Engine:
             adapter=decoder_adapter,
             encoder_adapter=encoder_adapter,
             encoder_salt=salted(salt, encoder_adapter),
+            prefill_only=prefill_only,
         )
         if constraint is not None:
             request.constraint, request.argmax_only = constraint, False
-        elif draft_tokens := self._draft_tokens(sampling, decoder_adapter):
+        elif not prefill_only and (draft_tokens := self._draft_tokens(sampling, decoder_adapter)):
             request.drafter = PromptLookupDrafter(draft_tokens, config.image_token_id)
         self._scheduler.add(request)
         return request
@@ -243,7 +249,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a `step` would do anything."""
-        return bool(self._scheduler.running or self._scheduler.waiting or self._events)
+        return bool(self._scheduler.busy or self._events)
 
     def abort(self, request: Request) -> Event | None:
         """End a request now and free its memory; its last event, None if it had ended already."""
@@ -332,7 +338,8 @@ class Engine:
 
     def check(self) -> None:
         """Assert that all memory is accounted for; for tests."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
+        running = self._scheduler.running
+        waiting = [*self._scheduler.waiting, *self._scheduler.waiting_prefills]
         self._prefix_cache.check()
         assert {id(request.kv) for request in running} == set(map(id, self._prefix_cache.running))
         assert all(request.kv is None for request in waiting)

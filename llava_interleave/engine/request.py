@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .prefix_cache import CacheKey, SequenceKV
 
-FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
+FinishReason = Literal["stop", "length", "repetition", "prefill", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ class Request:
     adapter: str = ""  # key of the adapter of the decoder
     encoder_adapter: str = ""  # key of the adapter of the vision encoder
     encoder_salt: bytes = field(default=b"", repr=False)
+    prefill_only: bool = False  # ends once its prompt is in the prefix cache
     tokens: list[int] = field(init=False, repr=False)  # prompt and answer
     encoder_inputs: tuple[EncoderInput, ...] = field(init=False, repr=False)
     argmax_only: bool = field(init=False)  # cached from `sampling`: read for every token

@@ -101,8 +101,10 @@ class StepTimeModel:
 
         At most `tokens` and `crops`; at least some, or none at all in this step.
         """
-        if self.owed:
-            return 0, 0
+        return (0, 0) if self.owed else self.chunk(budget, tokens, crops)
+
+    def chunk(self, budget: float, tokens: int, crops: int) -> tuple[int, int]:
+        """Prompt tokens and crops that take about `budget` seconds; at most `tokens` and `crops`."""
         fit = int(budget / self.token) if self.token else 0
         fit_crops = int(budget / self.crop) if self.crop else 0
         return min(tokens, max(MIN_CHUNK_SIZE, fit)), min(crops, max(1, fit_crops))
@@ -114,6 +116,10 @@ class Scheduler:
     KV memory is allocated as it is needed. If there is none left, cached sequences are evicted first,
     then the request that started last is preempted: it waits in front and computes its tokens again,
     and no request starts until another one has ended.
+
+    Requests with `prefill_only` run one at a time while there is no other. When another one arrives,
+    their tokens so far become a cached prefix, and they wait again: they delay it by the rest of a step,
+    and take no memory that it needs.
 
     chunk_size: if not 0, prompts are computed in chunks of so many tokens from their beginning, a step
     has whole chunks only, a cached prefix is used as far as it was computed in whole chunks, and the
@@ -137,17 +143,30 @@ class Scheduler:
         self.max_batched_images = max_batched_images
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[Request] = deque()
+        self.waiting_prefills: deque[Request] = deque()
         self.running: list[Request] = []
         self.memory_full = False
         self.step_times = StepTimeModel()
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self._queue(request).append(request)
+
+    def _queue(self, request: Request) -> deque[Request]:
+        return self.waiting_prefills if request.prefill_only else self.waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to schedule."""
+        return bool(self.running or self.waiting or self.waiting_prefills)
 
     def schedule(self, prefill_time_budget: float = math.inf) -> SchedulerOutput:
         """The next step; empty only if there is nothing to do. The budget: as `Engine.step`."""
         output, running, index = SchedulerOutput(), self.running, 0
         self.prefix_cache.pinned.clear()
+        if self.waiting:
+            for request in [request for request in running if request.prefill_only]:
+                self._retire(request)
+                self.waiting_prefills.appendleft(request)
         while index < len(running):
             request = running[index]
             index += 1
@@ -155,6 +174,7 @@ class Scheduler:
             assert kv is not None
             start, stop = kv.length, len(request.tokens)
             decodes = stop - start == 1 and request.first_input == len(request.encoder_inputs)
+            decodes = decodes and not request.prefill_only
             if decodes and (stop <= kv.capacity or self._grow(request, kv)):
                 output.scheduled.append(ScheduledRequest(request, kv, start, stop, True))
         decoding = {id(one.request) for one in output.scheduled}
@@ -162,15 +182,20 @@ class Scheduler:
         output.decode_tokens = sum(one.stop - one.start for one in output.scheduled)
         budget = self.max_num_batched_tokens - output.decode_tokens
         max_crops = self.max_batched_images
-        if output.decode_tokens and prefill_time_budget < math.inf and not self.chunk_size:
-            budget, max_crops = self.step_times.limits(prefill_time_budget, budget, max_crops)
+        if prefill_time_budget < math.inf and not self.chunk_size:
+            if output.decode_tokens:
+                budget, max_crops = self.step_times.limits(prefill_time_budget, budget, max_crops)
+            elif not self.waiting and all(request.prefill_only for request in running):
+                budget, max_crops = self.step_times.chunk(prefill_time_budget, budget, max_crops)
         if len(decoding) < len(running):
             for request in running:
                 if id(request) not in decoding and budget:
                     budget -= self._prefill(request, output, budget, max_crops)
         if self.waiting and budget:
-            self._admit(output, budget, max_crops)
-        assert output.scheduled or not (running or self.waiting)
+            self._admit(self.waiting, output, budget, max_crops)
+        elif self.waiting_prefills and not running:
+            self._admit(self.waiting_prefills, output, budget, max_crops)
+        assert output.scheduled or not self.busy
         # rows of one adapter next to each other
         output.scheduled.sort(key=lambda one: one.request.adapter)
         return output
@@ -249,7 +274,8 @@ class Scheduler:
                 break
             self.encoder_cache.hold(one.key)
             request.held_input += 1
-        one_step = ScheduledRequest(request, kv, start, stop, stop == length, needs_encoder)
+        sample = stop == length and not request.prefill_only
+        one_step = ScheduledRequest(request, kv, start, stop, sample, needs_encoder)
         output.scheduled.append(one_step)
         return stop - start
 
@@ -258,14 +284,17 @@ class Scheduler:
         prompt, size = len(request.prompt.tokens), self.chunk_size
         return min(prompt, (start // size + 1) * size) if start < prompt else start + 1
 
-    def _admit(self, output: SchedulerOutput, budget: int, max_crops: int) -> None:
+    def _admit(
+        self, waiting: deque[Request], output: SchedulerOutput, budget: int, max_crops: int
+    ) -> None:
         """Start waiting requests in order of arrival, while memory and step have room.
 
         Only a request whose prefix another one is about to compute is skipped: it starts once it can
         copy that prefix.
         """
-        for request in list(islice(self.waiting, self.max_num_seqs)):
+        for request in list(islice(waiting, self.max_num_seqs)):
             full = len(self.running) >= self.max_num_seqs or (self.memory_full and self.running)
+            full = full or (request.prefill_only and self.running)
             if not budget or full:
                 return
             match = self.prefix_cache.find(request.cache_key, len(request.tokens) - 1)
@@ -281,7 +310,7 @@ class Scheduler:
             if kv is None:
                 return
             copied = kv.length
-            self.waiting.remove(request)
+            waiting.remove(request)
             self.running.append(request)
             self.memory_full = False
             request.kv, kv.chunked_length = kv, copied
@@ -382,6 +411,8 @@ class Scheduler:
                     break
                 self.encoder_cache.release(encoded.key)
                 request.first_input += 1
+            if request.prefill_only and one.stop == len(request.tokens):
+                events.append(self.end(request, "prefill", now))
             if not one.sample:
                 continue
             tokens, drafted = next(sampled), len(one.draft_tokens)
@@ -401,6 +432,15 @@ class Scheduler:
                 events.append(Event(request, pick.token, pick.logprob, pick.top))
         return events
 
+    def _retire(self, request: Request) -> None:
+        """Take a request out of the running ones; its KV cache becomes a cached prefix."""
+        kv, key = request.kv, request.cache_key
+        assert kv is not None
+        self.running.remove(request)
+        self._release_features(request)
+        self.prefix_cache.retire(kv, key.extended(request.tokens[len(key.ids) :], kv.length))
+        request.kv = None
+
     def end(
         self,
         request: Request,
@@ -412,16 +452,11 @@ class Scheduler:
         """Remove a request; its KV cache becomes a cached prefix unless the reason is an error."""
         kv = request.kv
         if kv is None:
-            self.waiting.remove(request)
+            self._queue(request).remove(request)
         elif reason == "error":
             self._free(request)
         else:
-            self.running.remove(request)
-            self._release_features(request)
-            key = request.cache_key
-            key = key.extended(request.tokens[len(key.ids) :], kv.length)
-            self.prefix_cache.retire(kv, key)
-            request.kv = None
+            self._retire(request)
         self.memory_full = False
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top = pick or (None, None, ())

@@ -17,7 +17,7 @@ from ..chat import Chatbot
 from ..processing import Estimate
 from . import openai_types as openai
 from .api_errors import error_response, to_api_error
-from .chat_completions import respond, respond_attribution
+from .chat_completions import respond, respond_attribution, respond_prefill
 from .metrics import PROMETHEUS, Metrics
 from .middleware import WEB, WEB_FILES, ApiKeys, GuardMiddleware
 from .service import Service
@@ -170,6 +170,11 @@ def _add_message_routes(app: FastAPI, service: Service) -> None:
     async def count(body: openai.PromptRequest, request: Request) -> Estimate:
         """Tokens of each part, context left and memory needed, without generating."""
         return await service.count(body, request.state.key)
+
+    @app.post("/v1/messages/prefill", responses={200: {"model": openai.Prefill}})
+    async def prefill(body: openai.PromptRequest, request: Request) -> Response:
+        """Compute the beginning of a coming question, at lowest priority and without an answer."""
+        return respond_prefill(service, body, request.state.key)
 
     @app.post("/v1/messages/attribution", responses={200: {"model": openai.AttributionResponse}})
     async def attribution(body: openai.AttributionRequest, request: Request) -> Response:

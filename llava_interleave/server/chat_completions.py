@@ -26,6 +26,7 @@ from .openai_types import (
     Delta,
     Logprobs,
     Message,
+    PromptRequest,
     PromptTokensDetails,
     Timings,
     TokenLogprobs,
@@ -93,6 +94,15 @@ def respond_attribution(service: Service, request: AttributionRequest, key: str)
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await _json(await service.attribute_answer(request, key))(scope, receive, send)
+
+    return CancelOnDisconnect(work)
+
+
+def respond_prefill(service: Service, request: PromptRequest, key: str) -> Response:
+    """The response to a prefill request; leaving ends it."""
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await _json(await service.prefill(request, key))(scope, receive, send)
 
     return CancelOnDisconnect(work)
 

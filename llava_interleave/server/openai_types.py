@@ -356,6 +356,13 @@ class Message(BaseModel):
     refusal: None = None
 
 
+class Prefill(BaseModel):
+    """Tokens of a prompt that are in the prefix cache now, and those that were there before."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
 class ChatChoice(BaseModel):
     """One of n answers."""
 

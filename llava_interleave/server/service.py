@@ -27,6 +27,7 @@ from .openai_types import (
     AttributionRequest,
     AttributionResponse,
     ChatRequest,
+    Prefill,
     PromptRequest,
     adapter_name,
 )
@@ -76,6 +77,7 @@ class Service:
         self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
         # One at a time: each has a prompt's activations in memory.
         self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
+        self.prefills: dict[str, ServerJob] = {}  # by API key
         self.stopping = False
         self.shutdown_error: ApiError | None = None
 
@@ -205,6 +207,29 @@ class Service:
             return await self._prepare(
                 request, key, lambda turns: self.bot.estimate(turns, options)
             )
+
+    async def prefill(self, request: PromptRequest, key: str) -> Prefill:
+        """Compute a prompt into the prefix cache of this key; a newer call ends an older one."""
+        options = self.options(request)
+        if error := self.unavailable():
+            raise error
+        prompt = await self._prepare(request, key, lambda turns: self.bot.prompt(turns, options))
+        job = ServerJob(prompt, options, salt=key.encode(), prefill_only=True)
+        if older := self.prefills.get(key):
+            older.receive(ApiError(409, "superseded", "a newer prefill of this API key runs now"))
+        self.prefills[key] = job
+        self.engine_thread.submit(job)
+        try:
+            await job.queued()
+            while True:
+                for delta in await job.next(self.settings.sse_keepalive):
+                    if delta.answer is not None:
+                        usage = delta.answer.usage
+                        return Prefill(prompt_tokens=usage.prompt, cached_tokens=usage.cached)
+        finally:
+            self.engine_thread.abort(job)
+            if self.prefills.get(key) is job:
+                del self.prefills[key]
 
     async def attribute_answer(self, request: AttributionRequest, key: str) -> AttributionResponse:
         """Attribution of the answer that ends the messages."""
