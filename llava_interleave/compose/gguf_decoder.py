@@ -99,8 +99,8 @@ class GgufDecoder:
             head_dim=get("attention.key_length", width // heads),
             vocab_size=self.shapes()["language_model.embed_tokens.weight"][0],
             context=get("context_length"),
-            rope_theta=float(get("rope.freq_base", 10000.0)),
-            rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+            rope_theta=_decimal(get("rope.freq_base", 10000.0)),
+            rms_norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
             tie_word_embeddings="lm_head.weight" not in self._tensors,
             attention_bias="language_model.layers.0.self_attn.q_proj.bias" in self._tensors,
         )
@@ -164,3 +164,8 @@ class GgufDecoder:
                 f"{self.path} splits text as {name!r}; supported are qwen2, smollm and gpt-2: give "
                 "the model's own tokenizer (--tokenizer FOLDER)"
             )
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal number that is this float32: 1e-5, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
