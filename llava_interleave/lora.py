@@ -186,8 +186,8 @@ def install(network: Llava, adapter: LoraAdapter, key: str, route: AdapterRoutin
 
     Raises `OptionError` for an adapter that replaces other modules than linears.
     """
-    found = linears(network)
-    if others := sorted(adapter.replaced.keys() - found.keys()):
+    modules = linears(network)
+    if others := sorted(adapter.replaced.keys() - modules.keys()):
         raise OptionError(
             f"the adapter replaces {', '.join(others)} for all requests; merge it into a "
             "checkpoint first (llava convert --adapter)"
@@ -195,7 +195,7 @@ def install(network: Llava, adapter: LoraAdapter, key: str, route: AdapterRoutin
     own: dict[str, nn.Module] = {n: ReplacedLinear(t) for n, t in adapter.replaced.items()}
     for name, part in (own | dict(adapter.parts)).items():
         if isinstance(part, LoraWeights):
-            part.set_gain(found[name])
+            part.set_gain(modules[name])
         module = network.get_submodule(name)
         if not isinstance(module, LoraLinear):
             module = LoraLinear(module, route).train(module.training)

@@ -359,7 +359,7 @@ def test_save_refuses(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no tokenizer"):
         save(model, tmp_path / "b", processor_from=tmp_path / "empty")
-    with pytest.raises(OptionError, match="no layout"):
+    with pytest.raises(OptionError, match="unknown layout"):
         save(model, tmp_path / "b", processor_from=None, layout="gguf")  # type: ignore[arg-type]
     model.multi_modal_projector.linear_1 = torch.nn.Linear(32, 65)
     with pytest.raises(CheckpointError, match="was changed"):

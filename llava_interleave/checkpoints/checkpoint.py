@@ -23,7 +23,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json and safetensors. What it reads of them is kept.
+    """A folder with config.json and safetensors. Each is read once.
 
     values: the content of config.json.
     """

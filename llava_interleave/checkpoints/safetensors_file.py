@@ -1,10 +1,9 @@
-"""The safetensors format: where each tensor lies in a file, reading one into place, writing a file
-as a stream.
+"""The safetensors format: headers, reading tensors to a type and device, streaming writes.
 
-The safetensors package hands out mapped tensors only, whose pages stay resident beside the weights
-while a checkpoint is cast: 3 times the weights at the peak for float32 -> bfloat16. Reading with a
-small buffer where a cast or another device is wanted needs 1.0 times. The format: 8 bytes with the
-length of a JSON header, the header, then the tensors without gaps.
+The safetensors package returns memory-mapped tensors, whose pages stay resident while a checkpoint
+is cast: for float32 -> bfloat16 the peak is 3 times the weights. With a small buffer for casts and
+copies to a GPU it is 1.0 times. The format: 8 bytes with the length of a JSON header, the header,
+the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -149,9 +148,9 @@ class Reader:
         return target
 
     def rows(self, stored: Stored, count: int) -> Iterator[Tensor]:
-        """The rows of a matrix of floats as they are stored, some times `count` at once. A piece
-        lives until the next is asked for, and is small, so that what is computed with it stays in a
-        core's cache.
+        """The rows of a matrix in their stored type, in pieces of a multiple of `count`.
+
+        A piece is valid until the next one. It is small, to stay in a core's cache.
         """
         height, width = stored.shape
         size = width * FLOATS[stored.dtype].itemsize
@@ -220,12 +219,12 @@ def shards(
     """Cut a list of tensors, in order, into lists of at most `max_bytes`; a larger tensor is
     alone."""
     part: dict[str, tuple[int, ...]] = {}
-    held = 0
+    part_bytes = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * types[name].itemsize
-        if part and held + size > max_bytes:
+        if part and part_bytes + size > max_bytes:
             yield part
-            part, held = {}, 0
+            part, part_bytes = {}, 0
         part[name] = shape
-        held += size
+        part_bytes += size
     yield part

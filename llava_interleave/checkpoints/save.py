@@ -53,9 +53,8 @@ def save(
     from `processor_from`.
 
     dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once.
-    A quantized network is written as it is, in a form that `load` maps and nobody else reads. The
-    folder must not exist or be empty. It appears when it is complete: a failure leaves nothing
-    behind.
+    A quantized network is written in a packed form that only `load` reads. The folder must not
+    exist or be empty. It appears when it is complete; a failure leaves nothing.
     """
     state = model.state_dict()
     precision = quantized_precision(model)
@@ -97,10 +96,9 @@ def write_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     precision: str | None = None,
 ) -> None:
-    """As `save`, for tensors that are made on demand: `tensor(name)` is asked for one after
-    another, so few are in memory."""
+    """As `save`, for tensors on demand: `tensor(name)` is called for one after another."""
     if layout not in LAYOUTS:
-        raise OptionError(f"{layout!r} is no layout; there are {', '.join(LAYOUTS)}")
+        raise OptionError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
     if dtype not in DTYPES:
         raise OptionError(
             f"weights are stored as {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, "

@@ -1,5 +1,6 @@
-"""Qwen2 decoder, or Llama's without biases, over a flat batch: embeddings `[T, D]` and positions `[T]` -> normalized hidden
-states `[T, D]`.
+"""Qwen2 decoder over a flat batch: embeddings `[T, D]`, positions `[T]` -> hidden states `[T, D]`.
+
+Llama's decoder is the same without biases.
 
 `quantization.fused` is a second implementation, for a CPU.
 """
