@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +22,7 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import recipe
+from llava_interleave.train import recipe, report
 from llava_interleave.train.data import formats
 from llava_interleave.train.data.packing import (
     Batch,
@@ -259,8 +260,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     lines = [
         json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
     ]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
-    assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
+    assert [line["step"] for line in lines] == list(range(1, 9))  # 4 and 5 were done twice
     with pytest.raises(DataError, match=r"other settings \(lr: 0.001 there, 0.002 here\)"):
         train(
             whole,
@@ -309,26 +309,101 @@ def test_muon_steps_the_matrices_but_no_embedding(model: Llava) -> None:
     } == {2.0}
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(
-    model: Llava, prompts: list[Prompt], tmp_path: Path
+def poisoned(model: Llava, kind: str) -> Llava:
+    """Its gradients of one matrix are not numbers, though the loss may be one."""
+    if kind == "gradient":
+        weight = model.language_model.layers[0].mlp.down_proj.weight
+        weight.register_hook(lambda gradient: gradient * float("inf"))
+    return model
+
+
+def unchanged(model: Llava, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("loss", "the loss is nan at step 0: lower"),
+        ("gradient", r"the gradient norm is (nan|inf) at"),
+    ],
+)
+def test_a_step_that_is_not_finite_stops_before_the_weights_change(
+    kind: str, error: str, model: Llava, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def broken(model: Llava, batch: Batch) -> Loss:
+    def loss(model: Llava, batch: Batch) -> Loss:
         part = sft_loss(model, batch)
-        return replace(part, total=part.total * float("nan"))
+        return replace(part, total=part.total * float("nan")) if kind == "loss" else part
 
     data = PackedBatches(prompts, tokens=800, each=2)
-    with pytest.raises(DataError, match="the loss is nan at step 0"):
-        train(
-            model,
-            broken,
-            data,
-            RECIPE,
-            tmp_path,
-            log=lambda _: None,
-        )
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(DataError, match=error):
+        train(poisoned(model, kind), loss, data, RECIPE, tmp_path, log=lambda _: None)
+    assert unchanged(model, before)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_as_many_steps_are_skipped_as_was_allowed(
+    model: Llava, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """Steps 3 and 4 change nothing, the log stays JSON, and three in a row end the run."""
+    number, bad = 0, {4, 5, 6, 7}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def loss(model: Llava, batch: Batch) -> Loss:
+        nonlocal number
+        if number % 2 == 0:
+            seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        part = sft_loss(model, batch)
+        number += 1
+        return replace(part, total=part.total * float("nan")) if number - 1 in bad else part
+
+    data, recipe = PackedBatches(prompts, tokens=800, each=2), replace(RECIPE, warmup_ratio=0.0)
+    skipping = replace(recipe, max_skipped_steps=2)
+    train(model, loss, data, skipping, tmp_path / "two", log=lambda _: None)
+    assert [unchanged(model, seen[-1])] + [
+        all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)
+    ] == [False, False, False, True, True, False, False, False]
+
+    def no_constant(text: str) -> None:
+        raise AssertionError(text)
+
+    text = (tmp_path / "two" / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 1, 2, 0, 0, 0, 0]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, *[False] * 4]
+    (tmp_path / "two" / "config.toml").write_text(skipping.toml())
+    report.write(tmp_path / "two", tmp_path / "page.html")
+    number, bad = 0, {4, 5, 6, 7, 8}
+    with pytest.raises(DataError, match=r"the loss is nan at step 4, the 3. in a row: lower"):
+        train(model, loss, data, skipping, tmp_path / "three", log=lambda _: None)
+
+
+def test_weights_that_overflow_are_not_saved(
+    model: Llava, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """A gradient may be finite and the step not; the checkpoint before it stays."""
+    number = 0
+
+    def loss(model: Llava, batch: Batch) -> Loss:
+        nonlocal number
+        number += 1
+        if number == 10:  # the second batch of step 5
+            with torch.no_grad():
+                model.language_model.norm.weight.fill_(float("inf"))
+            part = sft_loss(model, batch)
+            return replace(part, total=part.total.detach() * 0 + sum_of(model) * 0)
+        return sft_loss(model, batch)
+
+    def sum_of(model: Llava) -> torch.Tensor:
+        return model.multi_modal_projector.linear_1.bias.sum()
+
+    data = PackedBatches(prompts, tokens=800, each=2)
+    recipe = replace(RECIPE, save_every=1, max_skipped_steps=9)
+    with pytest.raises(DataError, match=r"weights are NaN or infinite after step 5.*not saved"):
+        train(model, loss, data, recipe, tmp_path, log=lambda _: None)
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize(

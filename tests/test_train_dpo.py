@@ -85,9 +85,12 @@ def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("smoothing", "ipo"), [(0.0, False), (0.2, False), (0.0, True)])
+@pytest.mark.parametrize(
+    ("smoothing", "loss_type"),
+    [(0.0, "sigmoid"), (0.2, "sigmoid"), (0.0, "ipo"), (0.0, "ipo_sum")],
+)
 def test_loss_and_gradients_are_those_of_plain_padded_sequences(
-    smoothing: float, ipo: bool, folder: Path, source: Path
+    smoothing: float, loss_type: str, folder: Path, source: Path
 ) -> None:
     beta = 0.3
     made = Samples(units(source, folder), folder, 0)
@@ -97,8 +100,12 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
     chosen, rejected = (
         padded(model, [getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected")
     )
-    h = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
-    if ipo:
+    gained = torch.stack([chosen - reference[:, 0], rejected - reference[:, 1]])
+    if loss_type == "ipo":  # means over the tokens of each answer
+        sides = ([p.chosen for p in pairs], [p.rejected for p in pairs])
+        gained = gained / torch.tensor([[sum(p.loss_mask or []) for p in side] for side in sides])
+    h = gained[0] - gained[1]
+    if loss_type != "sigmoid":
         want = ((h - 1 / (2 * beta)) ** 2).sum()
     else:
         want = -(logsigmoid(beta * h) * (1 - smoothing) + logsigmoid(-beta * h) * smoothing).sum()
@@ -111,7 +118,9 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
             for p, (a, b) in zip(pairs, reference.tolist(), strict=True)
         ]
     )
-    found = dpo_loss(DPOConfig(beta=beta, label_smoothing=smoothing, ipo=ipo), model, batch)
+    found = dpo_loss(
+        DPOConfig(beta=beta, label_smoothing=smoothing, loss_type=loss_type), model, batch
+    )
     found.total.backward()
     torch.testing.assert_close(found.total, want, rtol=1e-4, atol=1e-4)
     assert (found.count, found.correct) == (len(pairs), int((h > 0).sum()))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from llava_interleave.cli import app
@@ -106,7 +108,8 @@ def test_every_value_that_can_be_set_is_stored_and_read(tmp_path: Path) -> None:
         ("projector_lr_scale = 0\ndecoder_lr_scale = 0", "nothing is left to train"),
         ("template = 'plain'\nimages_first_ratio = 0.5", "leave out images_first_ratio"),
         ("images_first_ratio = 0.5\n[dpo]", "images_first_ratio is for SFT"),
-        ("[dpo]\nipo = true\nlabel_smoothing = 0.1", "ipo has no label smoothing"),
+        ("[dpo]\nloss_type = 'ipo'\nlabel_smoothing = 0.1", "ipo has no label smoothing"),
+        ("[dpo]\nloss_type = 'ipo_mean'", "unknown loss_type 'ipo_mean'; did you mean"),
         ("[dpo]\nlabel_smoothing = 0.5", "label_smoothing must be below 0.5"),
         ("[dpo]\nbeta = 0", "beta must be above 0"),
         ("steps = ", "cannot be read as TOML"),
@@ -149,7 +152,7 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
     monkeypatch.setattr("llava_interleave.chat.locate", lambda name, _: Path(name))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(
-        'model = "org/x"\nsource = "s.json"\nepochs = 2\nlr = 1.0\nbfloat16 = true\n[dpo]\nipo = true'
+        'model = "org/x"\nsource = "s.json"\nepochs = 2\nlr = 1.0\nbfloat16 = true\n[dpo]\nloss_type = "ipo"'
     )
 
     def told(*words: str) -> Recipe:
@@ -170,7 +173,7 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
         steps=5,
         epochs=None,
         bfloat16=False,
-        dpo=DPOConfig(beta=0.3, ipo=True),
+        dpo=DPOConfig(beta=0.3, loss_type="ipo"),
     )
     again = told(
         "x.json",
@@ -203,6 +206,26 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
         for name, table in recipe.TABLES.items()
         for f in dataclasses.fields(table)
     }
+
+
+@pytest.mark.parametrize(("schedule", "least"), [("cosine", 0.0), ("cosine", 0.1), ("linear", 0.0)])
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.25])
+def test_the_learning_rate_is_transformers(schedule: str, least: float, ratio: float) -> None:
+    optimization = pytest.importorskip("transformers.optimization")
+    found = Recipe(steps=70, warmup_ratio=ratio, lr_schedule=schedule, min_lr_ratio=least)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = "cosine_with_min_lr" if least else schedule
+    scheduler = optimization.get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=math.ceil(ratio * 70),
+        num_training_steps=70,
+        scheduler_specific_kwargs={"min_lr": least} if least else None,
+    )
+    for step in range(70):
+        assert found.lr_factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_every_setting_has_a_sentence() -> None:

@@ -1,5 +1,6 @@
 """Whole runs: stages train what they should, a run that is stopped or killed anywhere loses nothing, what it learnt is shown."""
 
+import contextlib
 import json
 import os
 import re
@@ -689,7 +690,7 @@ def test_checkpoints_come_by_time_too(
 def test_a_straight_decay_is_straight() -> None:
     config = Recipe(steps=110, warmup_ratio=1 / 11, lr_schedule="linear", min_lr_ratio=0.5)
     rates = [config.lr_factor(step) for step in range(110)]
-    assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
+    assert rates[:10] == [pytest.approx(i / 10) for i in range(10)]
     assert [config.lr_factor(10 + i) for i in (0, 50, 100)] == [1, 0.75, 0.5]
 
 
@@ -727,6 +728,124 @@ def test_signals_to_a_whole_group_of_processes_end_a_run_in_order(
         assert "Traceback" not in error
     steps_ = [line["step"] for line in log(tmp_path / "out")]
     assert steps_ == list(range(1, len(steps_) + 1))
+
+
+FAILING = """
+import sys
+from llava_interleave.cli import main
+from llava_interleave.train import loop
+
+step, open_jsonl, error = loop.train_step, loop.open_jsonl, sys.argv.pop(1)
+
+def failing(*words, **more):
+    if words[5] == 2:
+        raise eval(error)
+    return step(*words, **more)
+
+class Full:
+    def __init__(self, file):
+        self.file, self.lines = file, 0
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        self.file.close()
+    def write(self, text):
+        self.lines += 1
+        if self.lines > 2:
+            raise OSError(28, "No space left on device")
+        self.file.write(text)
+    def flush(self):
+        self.file.flush()
+
+if __name__ == "__main__":
+    if error == "full":
+        loop.open_jsonl = lambda path: Full(open_jsonl(path))
+    else:
+        import torch
+        loop.train_step = failing
+    main()
+"""
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below a process, by /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return below - {pid}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("full", "llava: training in .* stopped after step 3: .*No space left on device"),
+        (
+            "torch.OutOfMemoryError('8 GiB')",
+            "llava: out of memory in step 3 .8 GiB.: lower --tokens",
+        ),
+        ("RuntimeError('Connection reset by peer')", "RuntimeError: Connection reset by peer"),
+    ],
+)
+def test_any_error_in_a_step_ends_all_processes(
+    error: str, says: str, folder: Path, source: Path, tmp_path: Path
+) -> None:
+    """A worker blocks SIGTERM, and Python's exit waited for it for ever."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = [sys.executable, tmp_path / "failing.py", error, "train", source, "-m", folder]
+    words += ["-o", tmp_path / "out", "--steps", "9", "--log-every", "1", "--workers", "1"]
+    with (tmp_path / "error").open("w") as file:
+        process = subprocess.Popen(
+            [str(word) for word in words], stdout=subprocess.PIPE, stderr=file, text=True
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 1 of"):
+                break
+        workers = descendants(process.pid)
+        assert workers
+        code = process.wait(timeout=120)
+    assert code in (1, 2)
+    assert re.search(says, (tmp_path / "error").read_text())
+    left = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < left:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_answers_of_steps_that_are_done_again_are_there_once(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the evaluation of step 3, whose last checkpoint is of step 2."""
+    given = Recipe(
+        model=str(folder), source=source, steps=4, lr=1e-3, tokens=400, workers=0, save_every=2,
+        log_every=1, evaluate_every=1, held_out=0.3, sample_generations=1,
+    )  # fmt: skip
+    step = loop.train_step
+
+    def deadly(*words: Any) -> loop.StepStats:
+        if words[5] == 3:
+            raise Killed
+        return step(*words)
+
+    losses = iter([9.0, 8.0, 7.0, 7.5, 7.5, 7.0])
+    evaluate = run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *words: evaluate(*words) | {"loss": next(losses)})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", deadly)
+        with pytest.raises(Killed):
+            run.run(given, tmp_path / "out", log=quiet)
+    run.run(given, tmp_path / "out", log=quiet)
+    lines = log(tmp_path / "out")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "held_out" in line] == [0, 1, 2, 3, 4]
+    answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in answers] == [0, 1, 2, 3, 4]
 
 
 def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(

@@ -89,7 +89,7 @@ def _widen(module: nn.Module, wide: bool) -> None:
 
 
 def _with_an_image(arg: Any, size: int) -> Any:
-    """A batch without images gets a blank one: all ranks gather a layer or none, the tower's too."""
+    """A batch without images gets a blank one, so that all ranks gather the tower's layers."""
     if isinstance(arg, Batch | Pairs) and not len(arg.pixels):
         return replace(arg, pixels=torch.zeros(1, 3, size, size))
     return arg
@@ -98,7 +98,7 @@ def _with_an_image(arg: Any, size: int) -> Any:
 def fsdp_loss(
     loss: Callable[[Llava, Any], Loss], inside: InsideFsdp
 ) -> Callable[[Llava, Any], Loss]:
-    """The loss of a sharded network: all ranks call it together; a `DummyBatch` counts nothing."""
+    """The loss of a sharded network: all ranks call it together; a `DummyBatch` counts 0."""
 
     def with_tensor(network: Llava, batch: Batch | Pairs) -> tuple[Tensor, Loss]:
         part = loss(network, batch)

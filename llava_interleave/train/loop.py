@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -77,8 +77,10 @@ def train(
     all. peak_flops: operations a second; with it the log has the MFU.
     SIGTERM and Ctrl-C, to any rank, finish the step on all, save, and end the program (SystemExit
     143, KeyboardInterrupt).
-    Raises DataError if the data end early, the loss is not finite or a checkpoint cannot be
-    written.
+    A step whose loss or gradient norm is not finite changes nothing.
+    Raises DataError after more than `recipe.max_skipped_steps` such steps in a row, if weights are
+    not finite before a save, if the data end early, memory is not enough or a file cannot be
+    written. The last checkpoint then stays as it is.
     """
     steps, accumulate = recipe.steps, recipe.grad_accum_steps
     assert steps is not None
@@ -100,17 +102,22 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     optimizers = build_optimizers(model, recipe)
     state = checkpointing.restore(folder, model, optimizers, recipe, ranks)
+    if ranks.rank == 0:  # of the steps that are done again
+        for name in ("log.jsonl", "answers.jsonl"):
+            drop_lines_after(folder / name, state.step)
     batches = data(state.position)
-    meter, last_save = ThroughputMeter(), time.monotonic()
+    meter, last_save, skipped = ThroughputMeter(), time.monotonic(), 0
     with (
+        _closing(batches),
+        _naming_errors(folder, lambda: state.step),
         open_jsonl(folder / "log.jsonl") if ranks.rank == 0 else nullcontext() as file,
         _catch_signals() as caught,
     ):
 
         def write_log(step: int, **values: Any) -> None:
             if file:
-                line = {"step": step, **values}
-                file.write(json.dumps(line) + "\n")
+                line = {"step": step, **_finite(values)}
+                file.write(json.dumps(line, allow_nan=False) + "\n")
                 file.flush()
                 log_metrics(line)
 
@@ -149,6 +156,9 @@ def train(
                         ranks,
                     )
                     meter.add(stats)
+                    skipped = skipped + 1 if stats.skipped else 0
+                    if skipped > recipe.max_skipped_steps:
+                        ranks.raise_everywhere(_not_finite(stats, state.step, skipped))
             if not short:
                 state = replace(state, step=state.step + 1, position=taken[-1][1])
                 if state.step % recipe.log_every == 0 or last:
@@ -162,6 +172,7 @@ def train(
                         accuracy=stats.accuracy,
                         grad_norm=stats.grad_norm,
                         learning_rate=stats.learning_rate,
+                        **({"skipped_steps": skipped} if skipped else {}),
                         **rates,
                     )
                     log(
@@ -183,6 +194,13 @@ def train(
                 )
             improved = state.best != best_before
             if due or last or number or improved or state.step % recipe.save_every == 0:
+                if ranks.all_reduce_max(not _weights_are_finite(model))[0]:
+                    ranks.raise_everywhere(
+                        DataError(
+                            f"weights are NaN or infinite after step {state.step:,}, which is not "
+                            "saved: lower the learning rate, or look at the data"
+                        )
+                    )
                 path = checkpointing.save(folder, model, optimizers, state, recipe, ranks)
                 last_save = time.monotonic()
                 if number and state.step < steps:
@@ -202,12 +220,89 @@ def open_jsonl(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps from a file of JSON lines; at step 0, all lines."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
+    if kept != lines:
+        draft = path.with_name(f".{path.name}.new")
+        draft.write_bytes(b"".join(kept))
+        draft.replace(path)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as None, which JSON has."""
+    return {
+        name: _finite(value)
+        if isinstance(value, Mapping)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in values.items()
+    }
+
+
+@contextmanager
+def _closing(batches: Iterator[Any]) -> Iterator[None]:
+    """Close a generator of batches, also after an error, so that its worker processes end."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+@contextmanager
+def _naming_errors(folder: Path, step: Callable[[], int]) -> Iterator[None]:
+    """Errors of memory and of the disk as a DataError with a way out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        raise DataError(
+            f"out of memory in step {step() + 1:,} ({error}): lower --tokens or --images, or take "
+            "--activation-checkpointing"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"training in {folder} stopped after step {step():,}: {error}; the same call goes on "
+            "from the last checkpoint"
+        ) from error
+
+
+def _not_finite(stats: StepStats, step: int, skipped: int) -> DataError:
+    what = (
+        f"the loss is {stats.loss}"
+        if not math.isfinite(stats.loss)
+        else f"the gradient norm is {stats.grad_norm}"
+    )
+    row = f", the {skipped}. in a row" if skipped > 1 else ""
+    return DataError(
+        f"{what} at step {step:,}{row}: lower the learning rate, or look at the data; "
+        "--max-skipped-steps skips such steps"
+    )
+
+
+def _weights_are_finite(model: nn.Module) -> bool:
+    return all(
+        bool((p.to_local() if isinstance(p, DTensor) else p).isfinite().all())
+        for p in model.parameters()
+        if p.requires_grad
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """Metrics of a step, over all ranks.
 
     loss, accuracy: means over what the loss counts (`count`). learning_rate: the peak one of all
-    parameters. tokens, images, flops: the work that was done.
+    parameters. tokens, images, flops: the work that was done. skipped: loss or gradient norm were
+    not finite, and no weight changed.
     """
 
     loss: float
@@ -218,6 +313,7 @@ class StepStats:
     tokens: int
     images: int
     flops: float
+    skipped: bool
 
 
 def train_step(
@@ -254,30 +350,26 @@ def train_step(
         *(sum(column) for column in zip(*columns, strict=True))
     )
     mean = total / count
-    if not math.isfinite(mean):
-        ranks.raise_everywhere(
-            DataError(
-                f"the loss is {mean} at step {number:,}: lower the learning rate, "
-                "or look at the data"
-            )
-        )
     for p in model.parameters():
         if p.grad is not None:
             p.grad /= count
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
     for optimizer in optimizers:
-        optimizer.step()
+        if not skipped:
+            optimizer.step()
         optimizer.zero_grad()
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return StepStats(
         mean,
         correct / count,
-        float(norm),
+        grad_norm,
         learning_rate,
         int(count),
         int(tokens),
         int(images),
         flops,
+        skipped,
     )
 
 

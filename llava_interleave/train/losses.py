@@ -57,6 +57,9 @@ def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) 
 def dpo_loss(config: DPOConfig, model: Llava, batch: Pairs) -> Loss:
     """The DPO or IPO loss of pairs; correct are those whose chosen answer gained more."""
     gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
+    if config.loss_type == "ipo":
+        tokens = [int(mask.sum()) for mask in batch.loss_mask.split(batch.lengths)]
+        gained = gained / torch.tensor(tokens, device=gained.device).view(-1, 2)
     margin = gained[:, 0] - gained[:, 1]
     losses = preference_loss(margin, config)
     return Loss(
@@ -74,11 +77,11 @@ def preference_loss(margin: Tensor, config: DPOConfig) -> Tensor:
     over the reference model than that of the rejected one.
 
     DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; label smoothing mixes in the loss of
-    the swapped pair. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17, on sums over tokens as
-    there (TRL takes means).
+    the swapped pair. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17; its authors, and TRL,
+    train it on means over tokens (huggingface.co/blog/pref-tuning).
     """
     beta, smoothing = config.beta, config.label_smoothing
-    if config.ipo:
+    if config.loss_type != "sigmoid":
         return (margin - 1 / (2 * beta)).square()
     return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
 

@@ -26,12 +26,13 @@ RESUMABLE_FIELDS = frozenset(
     (
         *("source", "media", "skip_errors", "device", "workers", "activation_checkpointing"),
         *("save_every", "save_minutes", "keep", "evaluate_every", "sample_generations"),
-        *("log_every", "tensorboard"),
+        *("log_every", "tensorboard", "max_skipped_steps"),
     )
 )
 """A resumed run may have other values of these fields: they do not change the weights."""
 QUANTIZED = ("int8", "int4", "fp8", "nf4")
 """Precisions of frozen weights; listed here because a recipe is read without PyTorch."""
+LOSS_TYPES = ("sigmoid", "ipo", "ipo_sum")
 
 
 def _setting(default: Any, sentence: str) -> Any:
@@ -48,9 +49,10 @@ class DPOConfig:
     label_smoothing: float = _setting(
         0.0, "Assumed fraction of pairs whose labels are swapped, below 0.5."
     )
-    ipo: bool = _setting(
-        False,
-        "The squared loss of IPO (Azar et al. 2023) instead of the sigmoid; no label smoothing.",
+    loss_type: str = _setting(
+        "sigmoid",
+        "sigmoid (DPO); ipo, the squared loss of IPO (Azar et al. 2023) on mean log-probabilities "
+        "of tokens, as its authors train; or ipo_sum, on their sums.",
     )
 
     def __post_init__(self) -> None:
@@ -59,10 +61,12 @@ class DPOConfig:
             raise OptionError("beta must be above 0: with 0 nothing is learnt")
         if self.label_smoothing >= 0.5:
             raise OptionError(f"label_smoothing must be below 0.5, and is {self.label_smoothing}")
-        if self.ipo and self.label_smoothing:
+        if self.loss_type not in LOSS_TYPES:
+            raise unknown("loss_type", self.loss_type, LOSS_TYPES)
+        if self.loss_type != "sigmoid" and self.label_smoothing:
             raise OptionError(
-                f"ipo has no label smoothing, and label_smoothing is {self.label_smoothing}: "
-                "leave out one of them"
+                f"{self.loss_type} has no label smoothing, and label_smoothing is "
+                f"{self.label_smoothing}: leave out one of them"
             )
 
 
@@ -126,6 +130,11 @@ class Recipe:
         "0 trains them with AdamW.",
     )
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    max_skipped_steps: int = _setting(
+        0,
+        "A step with a NaN or infinite loss or gradient is skipped; more than so many in a row end "
+        "the run.",
+    )
     tokens: int = _setting(8192, "Most tokens of a batch; samples are packed, never cut.")
     images: int = _setting(0, "Most images and video frames of a batch; 0 for no limit.")
     grad_accum_steps: int = _setting(
@@ -220,10 +229,10 @@ class Recipe:
         return math.ceil(self.warmup_ratio * (self.steps or 0))
 
     def lr_factor(self, step: int) -> float:
-        """The learning rate of a step as a fraction of the peak."""
+        """The learning rate of a step as a fraction of the peak; transformers' schedules."""
         assert self.steps is not None
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return step / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         linear = self.lr_schedule == "linear"
         left = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))

@@ -24,8 +24,9 @@ CURVES = (
 
 
 def write(folder: Path, page: Path) -> None:
-    """Write the page of the run in `folder`; the file appears when it is complete. Raises DataError
-    where there is no run.
+    """Write the page of the run in `folder`; the file appears when it is complete.
+
+    Raises DataError where there is no run.
     """
     try:
         lines = _lines(folder / "log.jsonl")
@@ -33,9 +34,10 @@ def write(folder: Path, page: Path) -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no run of llava train: {error}") from error
     # Of a step that was done again, the last line counts.
-    train = {line["step"]: line for line in lines if "loss" in line}
+    train = {line["step"]: line for line in lines if line.get("loss") is not None}
     held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
-    best = min(held_out, key=lambda step: held_out[step]["loss"]) if held_out else None
+    losses = {step: m["loss"] for step, m in held_out.items() if m["loss"] is not None}
+    best = min(losses, key=losses.__getitem__, default=None)
     reports.write(
         page,
         "train.html",
@@ -48,7 +50,10 @@ def write(folder: Path, page: Path) -> None:
         left=LEFT,
         margin=TOP,
         held_out=[
-            (f"{step:,}", *(f"{value:.4f}" for value in metrics.values()))
+            (
+                f"{step:,}",
+                *("NaN" if value is None else f"{value:.4f}" for value in metrics.values()),
+            )
             for step, metrics in sorted(held_out.items())
         ],
         held_out_columns=("step", *next(iter(held_out.values()), ())),
@@ -61,18 +66,18 @@ def _curves(
     train: Mapping[int, Mapping[str, float]], held_out: Mapping[int, Mapping[str, float]]
 ) -> Iterator[dict[str, Any]]:
     for title, name in CURVES:
-        points = sorted((step, line[name]) for step, line in train.items() if name in line)
+        points = sorted(
+            (step, line[name]) for step, line in train.items() if line.get(name) is not None
+        )
         dots = sorted(
-            (step, metrics[name]) for step, metrics in held_out.items() if name in metrics
+            (step, found[name]) for step, found in held_out.items() if found.get(name) is not None
         )
         if points or dots:
             yield _curve(title, _thinned(points), dots)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """What is written in a file of lines; the last one may just be being written, and is whole only
-    with its end.
-    """
+    """The complete lines of a file of JSON lines; the last one may still be in writing."""
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
@@ -84,9 +89,7 @@ def _thinned(points: Points) -> Points:
 
 
 def _curve(title: str, points: Points, measured: Points) -> dict[str, Any]:
-    """One metric by step, none below 0: a line of logged values, and one with dots of held-out
-    ones.
-    """
+    """One quantity, from 0 on, by step: a line of logged values, and dots of held-out ones."""
     end, high = (max(both) for both in zip(*points, *measured, strict=True))
     high = high or 1.0
 

@@ -165,11 +165,16 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
         except ValueError as error:
             fault("form", f"{where} has {error}")
         result.messages.append(message)
-    _check_roles(result, name)
+    answers = [one for one in result.messages if one["role"] == "assistant"]
+    if result.messages and result.messages[-1]["role"] != "assistant":
+        fault("roles", f"sample {name} ends with a question: there is nothing to learn")
+    elif answers and not any(one.get("loss", True) for one in answers):
+        fault("roles", f"sample {name} has no answer with loss: there is nothing to learn")
     if result.messages and not any(one.kind == "form" for one in result.faults):
         unused = [item for i, item in enumerate(images) if i not in used]
         tagged = any("from" in turn for turn in turns if isinstance(turn, Mapping))
         _place(result, unused, videos, name, insert=not tagged)
+    _check_order(result, name)
     return result
 
 
@@ -257,18 +262,12 @@ def _has_loss(turn: Mapping[str, Any]) -> bool:
     return has_loss or not answers
 
 
-def _check_roles(result: Reading, name: str) -> None:
+def _check_order(result: Reading, name: str) -> None:
     roles = [message["role"] for message in result.messages]
 
     def fault(text: str) -> None:
         result.faults.append(DataIssue("roles", f"sample {name} {text}"))
 
-    if roles and roles[-1] != "assistant":
-        fault("ends with a question: there is nothing to learn")
-    elif roles and not any(
-        message["role"] == "assistant" and message.get("loss", True) for message in result.messages
-    ):
-        fault("has no answer with loss: there is nothing to learn")
     if "system" in roles[1:]:
         fault("has a system message that is not its first: put it there, or take it out")
     if next((role for role in roles if role != "system"), None) == "assistant":

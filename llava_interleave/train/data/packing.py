@@ -12,6 +12,7 @@ from itertools import islice
 from multiprocessing import resource_tracker
 from random import Random
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -271,9 +272,12 @@ def distributed_batches(
                 idle = at >= len(longest)
                 yield longest[first if idle else at], idle, step[-1][1]
 
-    made = prefetch(plan, (numbers for numbers, *_ in mine()), workers)
-    for batch, (_, idle, after) in zip(made, mine(), strict=True):
-        yield DummyBatch(batch) if idle else batch, after
+    items = prefetch(plan, (numbers for numbers, *_ in mine()), workers)
+    try:
+        for batch, (_, idle, after) in zip(items, mine(), strict=True):
+            yield DummyBatch(batch) if idle else batch, after
+    finally:
+        stop_workers(items)
 
 
 def _exit_at_once(_: int) -> None:
@@ -299,10 +303,37 @@ def prefetch(items: Dataset[Any], order: Iterator[list[int]] | None, workers: in
         worker_init_fn=_exit_at_once,
     )
     if sys.platform == "win32":
-        return iter(loader)
-    resource_tracker.ensure_running()  # where it starts it, Python lets both signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        iterator = iter(loader)
+    else:
+        resource_tracker.ensure_running()  # Python unblocks both signals where it starts it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            iterator = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if workers:
+        _running.add(iterator)
+    return iterator
+
+
+_running: WeakSet[Any] = WeakSet()
+"""Iterators with worker processes."""
+
+
+def stop_workers(iterator: Any) -> None:
+    """End the worker processes of a `prefetch`; one that does not end by itself is killed."""
+    if iterator not in _running:
+        return
+    _running.discard(iterator)
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()  # it blocks SIGTERM
+
+
+@atexit.register
+def _stop_all_workers() -> None:
+    """After an error somebody may still hold an iterator. Python's own exit would send its workers
+    SIGTERM, which they block, and wait for them for ever."""
+    for iterator in list(_running):
+        stop_workers(iterator)
