@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from .errors import OptionError
+from .image_layout import INTERLEAVE, Arrangement
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,15 @@ class LlavaConfig:
     vision: VisionConfig
     text: TextConfig
     image_token_id: int = 151646
+    arrangement: Arrangement = INTERLEAVE
+    video_token_id: int | None = None
+    """The id of `<video>` in transformers' form of OneVision. Our prompts write `<image>` for both."""
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Ids that stand for features and are never generated."""
+        video = self.video_token_id
+        return (self.image_token_id,) if video is None else (self.image_token_id, video)
 
     @property
     def num_parameters(self) -> int:
@@ -116,4 +126,5 @@ class LlavaConfig:
         layer += (q + 2 * kv) * t.attention_bias
         embeddings = t.vocab_size * (1 if t.tie_word_embeddings else 2)
         decoder = t.num_layers * layer + (embeddings + 1) * t.hidden_size
-        return tower + projector + decoder
+        newline = t.hidden_size if self.arrangement.newline else 0
+        return tower + projector + newline + decoder

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .config import LlavaConfig, TextConfig, VisionConfig
 from .errors import CheckpointError, OptionError
+from .image_layout import INTERLEAVE, ONEVISION, Arrangement, Newline
 
 QUANTIZATION, METHOD = "quantization_config", "llava-interleave"
 """The entry of config.json for quantized weights, and its `quant_method` for this package's own."""
@@ -119,9 +122,10 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
             "mm_vision_select_layer": -2,
             "mm_vision_tower": f"google/{_SO400M}",
             **own_tower,
+            **_arrangement_dict(config),
             **decoder,
         }
-    return {
+    hub = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "ignore_index": -100,
@@ -140,8 +144,55 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     }
+    return hub | _onevision_dict(config) if config.arrangement.newline else hub
 
 
+def _arrangement_dict(config: LlavaConfig) -> dict[str, Any]:
+    """What the original form says of an arrangement that is not Interleave's."""
+    a, size = config.arrangement, config.vision.image_size
+    if not a.newline:
+        return {}
+    position = next(name for name, newline in _NEWLINES.items() if newline == a.video_newline)
+    return {
+        "image_aspect_ratio": f"anyres_max_{a.max_tiles}",
+        "image_grid_pinpoints": [[columns * size, rows * size] for columns, rows in a.pinpoints],
+        "mm_newline_position": position,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_spatial_pool_stride": 2,
+        "add_time_instruction": a.frame_times,
+    }
+
+
+def _onevision_dict(config: LlavaConfig) -> dict[str, Any]:
+    """What transformers' form says of OneVision. Raises `CheckpointError` for LLaVA-Video."""
+    a, size = config.arrangement, config.vision.image_size
+    if a.video_newline != "end" or a.frame_times:
+        raise CheckpointError(
+            "LLaVA-Video ends rows of video frames with a newline, which transformers' form cannot "
+            "say; write the layout original"
+        )
+    video = config.image_token_id + 1 if config.video_token_id is None else config.video_token_id
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "image_grid_pinpoints": [[rows * size, columns * size] for columns, rows in a.pinpoints],
+        "use_image_newline_parameter": True,
+        "video_token_index": video,
+        "vision_aspect_ratio": f"anyres_max_{a.max_tiles}",
+    }
+
+
+Pinpoints = tuple[tuple[int, int], ...]
+_GRIDS = r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)"
+_NEWLINES: dict[object, Newline] = {
+    "one_token": "end",
+    "grid": "row",
+    "frame": "frame",
+    "no_token": "none",
+}
+"""mm_newline_position of the original's configs."""
+_ONEVISION_TOKENS = (("image", 151646), ("video", 151647))
 _SO400M = "siglip-so400m-patch14-384"
 _TOWER_DEFAULTS = VisionConfig(768, 3072, 12, 12, 224, 16)  # transformers' SiglipVisionConfig
 _LLAMA_DEFAULTS = TextConfig(  # transformers' LlamaConfig
@@ -162,11 +213,12 @@ _IGNORED_KEYS = frozenset(
     vision_use_head """.split()  # noqa: SIM905
 )
 _IGNORED_KEYS_ORIGINAL = frozenset(
-    """ freeze_mm_mlp_adapter image_aspect_ratio image_crop_resolution image_grid_pinpoints
-    image_split_resolution mm_newline_position mm_patch_merge_type mm_projector_lr
-    mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts mm_vision_tower_lr
-    tokenizer_model_max_length tokenizer_padding_side tune_mm_mlp_adapter unfreeze_mm_vision_tower
-    use_mm_proj """.split()  # noqa: SIM905
+    """ delay_load faster_token_stride force_sample freeze_mm_mlp_adapter image_aspect_ratio
+    image_crop_resolution image_grid_pinpoints image_split_resolution mm_newline_position
+    mm_patch_merge_type mm_pooling_position mm_projector_lr mm_spatial_pool_mode
+    mm_spatial_pool_stride mm_tunable_parts mm_vision_tower_lr modality_max_length
+    pos_skipping_range tokenizer_model_max_length tokenizer_padding_side tune_mm_mlp_adapter
+    unfreeze_mm_vision_tower use_mm_proj vision_tower_pretrained """.split()  # noqa: SIM905
 )
 
 
@@ -239,7 +291,8 @@ def _brief(value: object) -> str:
 
 
 def _hub(top: _Section) -> LlavaConfig:
-    top.only("model_type", "llava")
+    onevision = top.remaining.get("model_type") == "llava_onevision"
+    top.only("model_type", "llava", "llava_onevision")
     if "vision_config" not in top.remaining or "text_config" not in top.remaining:
         raise CheckpointError(
             "config.json describes no LLaVA network: it has neither vision_config and text_config "
@@ -247,12 +300,13 @@ def _hub(top: _Section) -> LlavaConfig:
         )
     top.only("projector_hidden_act", "gelu")
     top.only("multimodal_projector_bias", True)
-    if (strategy := top.remaining.pop("vision_feature_select_strategy", "default")) != "full":
+    default = "full" if onevision else "default"
+    if (strategy := top.remaining.pop("vision_feature_select_strategy", default)) != "full":
         raise top.wrong(
             "vision_feature_select_strategy",
             f"is {_brief(strategy)} (absent means 'default'); SigLIP has no class token: 'full'",
         )
-    layer = top.integer("vision_feature_layer", -2, -1000, 1000)
+    layer = top.integer("vision_feature_layer", -1 if onevision else -2, -1000, 1000)
     vision = _vision(_Section("vision_config", top.remaining.pop("vision_config")), layer)
     decoder = _Section("text_config", top.remaining.pop("text_config"))
     # transformers reads a text_config without a model_type as Llama. No checkpoint of this family
@@ -263,7 +317,18 @@ def _hub(top: _Section) -> LlavaConfig:
     # it was not their default.
     text = _text(decoder, tied=top.flag("tie_word_embeddings"), attention_bias=attention_bias)
     decoder.finish(_IGNORED_KEYS)
-    config = LlavaConfig(vision, text, _image_token(top, text, None))
+    if onevision:
+        aspect = top.remaining.pop("vision_aspect_ratio", "anyres_max_9")
+        arrangement = replace(
+            ONEVISION,
+            pinpoints=_pinpoints(top, vision, height_first=True),
+            max_tiles=_max_tiles(top, "vision_aspect_ratio", aspect),
+        )
+        top.only("use_image_newline_parameter", True)
+        image, video = (_token(top, text, kind, n) for kind, n in _ONEVISION_TOKENS)
+        config = LlavaConfig(vision, text, image, arrangement, video)
+    else:
+        config = LlavaConfig(vision, text, _token(top, text, "image", None))
     top.finish(_IGNORED_KEYS)
     return config
 
@@ -282,6 +347,12 @@ def _original(top: _Section) -> LlavaConfig:
             "mm_vision_tower", f"is {_brief(tower)}; this network has 'google/{_SO400M}'"
         )
     own_tower = top.remaining.pop("vision_config", None)
+    # LLaVA-Video 72B once carried sub-configs of other networks, which its code never read.
+    if isinstance(own_tower, Mapping) and own_tower.get("model_type") == "clip_vision_model":
+        own_tower = None
+    if isinstance(decoder := top.remaining.get("text_config"), Mapping):
+        if decoder.get("model_type") == "llama":
+            del top.remaining["text_config"]
     vision = (
         VisionConfig(spare_layers=1)
         if own_tower is None
@@ -294,24 +365,91 @@ def _original(top: _Section) -> LlavaConfig:
     text = _text(top, tied=False, attention_bias=True)
     # The original puts -200 where an image goes and has no token for it; its Hugging Face
     # conversion took the first free id.
-    config = LlavaConfig(vision, text, _image_token(top, text, 151646))
+    arrangement = _original_arrangement(top, vision)
+    config = LlavaConfig(vision, text, _token(top, text, "image", 151646), arrangement)
     top.finish(_IGNORED_KEYS | _IGNORED_KEYS_ORIGINAL)
     return config
 
 
-def _image_token(top: _Section, text: TextConfig, default: int | None) -> int:
+def _pinpoints(top: _Section, vision: VisionConfig, *, height_first: bool) -> Pinpoints:
+    """image_grid_pinpoints as (columns, rows) of tiles: a list of pairs in pixels, or the original
+    trainer's "(1x1),...,(6x6)", which is all grids between the two."""
+    value, size = top.remaining.pop("image_grid_pinpoints", None), vision.image_size
+    if value is None:
+        return ONEVISION.pinpoints
+    if isinstance(value, str) and (ends := re.fullmatch(_GRIDS, value)):
+        a, b, c, d = map(int, ends.groups())
+        if 1 <= a <= c <= 64 and 1 <= b <= d <= 64:
+            return tuple((i, j) for i in range(a, c + 1) for j in range(b, d + 1))
+    pairs = value if isinstance(value, list) else []
+    whole = [
+        pair
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
+    ]
+    if not pairs or len(whole) != len(pairs) or any(n < size or n % size for p in whole for n in p):
+        raise top.wrong(
+            "image_grid_pinpoints",
+            f"is {_brief(value)}; this network has pairs of multiples of its image size {size}",
+        )
+    tiles = [(a // size, b // size) for a, b in whole]
+    return tuple((b, a) if height_first else (a, b) for a, b in tiles)
+
+
+def _max_tiles(top: _Section, key: str, aspect: object) -> int:
+    """N of anyres_max_N."""
+    match = re.fullmatch(r"anyres_max_([1-9]\d{0,2})", aspect) if isinstance(aspect, str) else None
+    if match is None:
+        raise top.wrong(key, f"is {_brief(aspect)}; this network has 'anyres_max_N'")
+    return int(match[1])
+
+
+def _original_arrangement(top: _Section, vision: VisionConfig) -> Arrangement:
+    """OneVision's or LLaVA-Video's where image_aspect_ratio is anyres_max_N, else Interleave's."""
+    aspect, position = (
+        top.remaining.get("image_aspect_ratio"),
+        top.remaining.get("mm_newline_position"),
+    )
+    if not (isinstance(aspect, str) and aspect.startswith("anyres_max_")):
+        if position in ("grid", "frame"):
+            raise top.wrong(
+                "mm_newline_position",
+                f"is {position!r}, of a video network, but image_aspect_ratio is {_brief(aspect)}; "
+                "supported with 'anyres_max_N' (LLaVA-Video)",
+            )
+        return INTERLEAVE
+    newline = _NEWLINES.get(position or "one_token")
+    if newline is None:
+        raise top.wrong("mm_newline_position", f"is {_brief(position)}, not of {list(_NEWLINES)}")
+    top.only("mm_patch_merge_type", "spatial_unpad")
+    top.only("mm_spatial_pool_mode", "bilinear")
+    top.only("mm_spatial_pool_stride", 2)
+    top.only("add_faster_video", False)
+    top.only("use_pos_skipping", False)
+    return replace(
+        ONEVISION,
+        pinpoints=_pinpoints(top, vision, height_first=False),
+        max_tiles=_max_tiles(top, "image_aspect_ratio", aspect),
+        video_newline=newline,
+        num_frames=64 if newline == "row" else 32,
+        frame_times=top.flag("add_time_instruction"),
+    )
+
+
+def _token(top: _Section, text: TextConfig, kind: str, default: int | None) -> int:
+    """The id of the `kind` of placeholder: image or video."""
     ids = {
         key: value
-        for key in ("image_token_index", "image_token_id")
+        for key in (f"{kind}_token_index", f"{kind}_token_id")
         if (value := top.remaining.get(key)) is not None
     }
     if len(set(map(repr, ids.values()))) > 1:
         raise top.wrong(
-            "image_token_index", f"and image_token_id contradict each other: {_brief(ids)}"
+            f"{kind}_token_index", f"and {kind}_token_id contradict each other: {_brief(ids)}"
         )
-    name = next(iter(ids), "image_token_index")
+    name = next(iter(ids), f"{kind}_token_index")
     number = top.integer(name, default, 0, 2**31)
-    top.remaining.pop("image_token_id", None)
+    top.remaining.pop(f"{kind}_token_id", None)
     if number >= text.vocab_size:
         raise top.wrong(name, f"is {number}, outside the vocabulary of {text.vocab_size}")
     return number

@@ -147,8 +147,10 @@ class Options(SamplingParams):
     system: str | None = setting(
         DEFAULT_SYSTEM, "System prompt; 'default' is the preset's own, '' omits it."
     )
-    anyres: bool = setting(
-        False, "Tile a single image (anyres) for more detail, as in single-image training."
+    anyres: bool | None = setting(
+        None,
+        "Tile images (anyres) for more detail.",
+        "off; on for the only image of a conversation with LLaVA-OneVision and LLaVA-Video",
     )
     image_token_pool: int = setting(
         1, "Average-pool image tokens with an N x N window; 2 keeps a quarter of them."
@@ -164,7 +166,11 @@ class Options(SamplingParams):
     fps: float | None = setting(None, "Frames per second sampled from a video, up to --frames.")
     start: float | None = setting(None, "Start of a video clip, in seconds.")
     end: float | None = setting(None, "End of a video clip, in seconds.")
-    frame_times: bool = setting(False, "Write each video frame's timestamp into the prompt.")
+    frame_times: bool | None = setting(
+        None,
+        "Write each video frame's timestamp into the prompt.",
+        "off; on with LLaVA-Video",
+    )
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):

@@ -6,6 +6,7 @@ import math
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from .checkpoints import CheckpointLayout, meta_network, tensor_shapes, write_checkpoint
 from .config import LlavaConfig, TextConfig, VisionConfig
-from .processing.processor_files import SPECIAL, processor_files
+from .image_layout import ONEVISION
+from .processing.processor_files import SPECIAL, VIDEO, processor_files
 from .processing.tokenizer import qwen2_tokenizer
 
 _SENTENCES = (
@@ -64,6 +66,20 @@ def tiny_config(
     )
 
 
+def tiny_onevision_config(
+    *, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None
+) -> LlavaConfig:
+    """As `tiny_config`, arranged as LLaVA-OneVision, with GQA and `<video>` after `<image>`.
+
+    The grid is odd (5 x 5 features), as the published 27 x 27: on an even one bilinear pooling and
+    average pooling are the same.
+    """
+    config = tiny_config(
+        vision={"image_size": 35, **(vision or {})}, text={"num_kv_heads": 2, **(text or {})}
+    )
+    return replace(config, arrangement=ONEVISION, video_token_id=config.image_token_id + 1)
+
+
 def tiny_checkpoint(
     folder: str | Path,
     config: LlavaConfig | None = None,
@@ -80,7 +96,11 @@ def tiny_checkpoint(
     """
     config = config or tiny_config()
     with tempfile.TemporaryDirectory() as source:
-        processor_files(source, config, tiny_tokenizer())
+        tokenizer = tiny_tokenizer()
+        if config.video_token_id is not None:
+            tokenizer = Tokenizer.from_str(tokenizer.to_str())
+            tokenizer.add_special_tokens([AddedToken(VIDEO, special=True, normalized=False)])
+        processor_files(source, config, tokenizer)
         write_random(
             folder,
             config,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_interleave.image_layout import ImageTokenLayout, anyres, best_pinpoint
+from llava_interleave.image_layout import INTERLEAVE, ImageTokenLayout, anyres, best_pinpoint
 from llava_interleave.model import arrange_features
 
 SIDES = st.integers(1, 5000)
@@ -40,7 +40,7 @@ def test_a_very_narrow_image_keeps_something() -> None:
 def test_anyres_counts_of_the_original(
     size: tuple[int, int], pinpoint: tuple[int, int], tokens: int
 ) -> None:
-    assert best_pinpoint(*size, 384) == pinpoint
+    assert best_pinpoint(*size, 384, INTERLEAVE.pinpoints) == pinpoint
     assert anyres(*size, 384, 27).length == tokens
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import OptionError, PromptError
 from ..image_layout import ImageTokenLayout
-from ..model import AttentionFn, AttentionRecorder, Llava, PackedAttention, arrange_features
+from ..model import AttentionFn, AttentionRecorder, Llava, PackedAttention
 from ..prompt import Media, Prompt
 from . import report
 
@@ -96,7 +96,7 @@ class AttributionRun:
         for media in prompt.media:
             crops = media.pixels.to(weight.device, weight.dtype).split(CROPS_PER_CALL)
             features = torch.cat([model.encode(part) for part in crops])
-            spans.append((media.start, arrange_features(features, media.layout)))
+            spans.append((media.start, model.arrange(features, media.layout)))
         tokens = torch.tensor([*prompt.tokens, *answer[:-1]], device=weight.device)
         self.x = model.embed(tokens, spans)
         self.positions = torch.arange(len(self.x), device=weight.device)
@@ -112,8 +112,8 @@ class AttributionRun:
         calls = zip(hidden.split(ROWS_PER_CALL), self.answer.split(ROWS_PER_CALL), strict=True)
         for rows, tokens in calls:
             logits = self.model.logits(rows)[:, : self.vocab].float()
-            if (image := self.model.config.image_token_id) < self.vocab:
-                logits[:, image] = -torch.inf
+            for placeholder in self.model.config.placeholder_ids:
+                logits[:, placeholder : placeholder + 1] = -torch.inf
             logprobs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
         return torch.cat(logprobs)
 
@@ -189,19 +189,23 @@ def normalize(values: Sequence[float]) -> list[float]:
 def to_heatmap(weights: Tensor, layout: ImageTokenLayout) -> Tensor:
     """Weights of a media's tokens `[layout.length]` as maps `[frames, side, side]`.
 
-    Those of tiles are added to the whole image at the place they show.
+    Those of tiles are added to the whole image at the place they show; newlines show nothing.
     """
     side = layout.side
     if layout.keep is None:
+        if layout.newline == "row":
+            return weights.unflatten(0, (layout.crops, side, side + 1))[..., :-1]
+        if layout.newline == "frame":
+            weights = weights.unflatten(0, (layout.crops, -1))[:, :-1].flatten()
+        elif layout.newline == "end":
+            weights = weights[:-1]
         return weights.unflatten(0, (layout.crops, side, side))
-    height, width = layout.keep[2:]
+    height, width = layout.window
     rows, columns = (
         (2 * torch.arange(n, device=weights.device) + 1) * side // (2 * n) for n in (height, width)
     )
-    whole, tiles = (
-        weights[: side**2].unflatten(0, (side, side)),
-        weights[side**2 :].unflatten(0, (height, width)),
-    )
+    whole = weights[: side**2].unflatten(0, (side, side))
+    tiles = weights[side**2 :].unflatten(0, (height, -1))[:, :width]
     return whole.index_put((rows[:, None], columns), tiles, accumulate=True)[None]
 
 

@@ -4,12 +4,15 @@ from typing import Literal, get_args
 
 from ..config import LlavaConfig
 
-CheckpointLayout = Literal["hub", "original", "transformers-4.52", "transformers-5"]
+CheckpointLayout = Literal[
+    "hub", "original", "transformers-4.52", "transformers-5", "transformers-5.23"
+]
 LAYOUTS: tuple[CheckpointLayout, ...] = get_args(CheckpointLayout)
 
 _HEAD = "lm_head."
 _DECODER = "language_model."
 _TOWER = "vision_tower."
+_NEWLINE = "image_newline"
 _FIRST, _SECOND = "multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."
 
 # Prefix in the network -> stored prefix. "hub": as uploaded by llava-hf; "original": by lmms-lab;
@@ -21,6 +24,7 @@ _PREFIXES: dict[CheckpointLayout, dict[str, str]] = {
         _TOWER: "vision_tower.vision_model.",
         _FIRST: _FIRST,
         _SECOND: _SECOND,
+        _NEWLINE: _NEWLINE,
     },
     "original": {
         _DECODER: "model.",
@@ -28,6 +32,7 @@ _PREFIXES: dict[CheckpointLayout, dict[str, str]] = {
         _TOWER: "model.vision_tower.vision_tower.vision_model.",
         _FIRST: "model.mm_projector.0.",
         _SECOND: "model.mm_projector.2.",
+        _NEWLINE: f"model.{_NEWLINE}",
     },
     "transformers-4.52": {
         _DECODER: "model.language_model.",
@@ -35,6 +40,7 @@ _PREFIXES: dict[CheckpointLayout, dict[str, str]] = {
         _TOWER: "model.vision_tower.vision_model.",
         _FIRST: f"model.{_FIRST}",
         _SECOND: f"model.{_SECOND}",
+        _NEWLINE: f"model.{_NEWLINE}",
     },
     "transformers-5": {
         _DECODER: "model.language_model.",
@@ -42,6 +48,15 @@ _PREFIXES: dict[CheckpointLayout, dict[str, str]] = {
         _TOWER: "model.vision_tower.",
         _FIRST: f"model.{_FIRST}",
         _SECOND: f"model.{_SECOND}",
+        _NEWLINE: f"model.{_NEWLINE}",
+    },
+    "transformers-5.23": {
+        _DECODER: "language_model.model.",
+        _HEAD: "language_model.lm_head.",
+        _TOWER: "vision_tower.",
+        _FIRST: _FIRST,
+        _SECOND: _SECOND,
+        _NEWLINE: _NEWLINE,
     },
 }
 _BY_STORED_PREFIX = sorted(
@@ -68,7 +83,9 @@ def stored_name(name: str, layout: CheckpointLayout) -> str:
 
 def is_ignored(name: str, config: LlavaConfig) -> bool:
     """Whether a checkpoint may hold a tensor that the network does not have."""
-    if name.endswith(("image_newline", ".rotary_emb.inv_freq", ".embeddings.position_ids")):
+    if name == _NEWLINE:
+        return not config.arrangement.newline
+    if name.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids")):
         return True
     first = config.vision.num_layers
     spare = (

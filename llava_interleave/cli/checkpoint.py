@@ -13,7 +13,7 @@ import typer
 from .. import __version__
 from . import flags, terminal
 
-Layout = Literal["hub", "original", "transformers-4.52", "transformers-5"]
+Layout = Literal["hub", "original", "transformers-4.52", "transformers-5", "transformers-5.23"]
 
 
 def register(app: typer.Typer) -> None:

@@ -150,7 +150,7 @@ def _flag(
     if default is None:
         default = _default_text(field.default)
     sentence = field.metadata["help"] + (f"  [default: {default}]" if default else "")
-    if hint is bool and (negatable or field.default is True):
+    if hint == bool | None or (hint is bool and (negatable or field.default is True)):
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     option = typer.Option(flag, help=sentence)
     annotation = Annotated[_flag_type(hint) | None, option]  # type: ignore[valid-type]

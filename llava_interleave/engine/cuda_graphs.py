@@ -114,8 +114,8 @@ class CudaGraphDecoder:
         tokens, positions = self.inputs[:size, :2].t().contiguous()
         attend = self.cache.attend_decode(positions, self.inputs[:size, 2:].contiguous())
         hidden = self.model.forward(self.model.embed(tokens), positions, attend)
-        image = self.model.config.image_token_id
-        logits = mask_invalid_tokens(self.model.logits(hidden), self.vocab, image)
+        placeholders = self.model.config.placeholder_ids
+        logits = mask_invalid_tokens(self.model.logits(hidden), self.vocab, placeholders)
         return logits, logits.argmax(-1)
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:

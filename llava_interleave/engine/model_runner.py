@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..lora import AdapterRouting
-from ..model import Llava, arrange_features
+from ..model import Llava
 from ..quantization.fused import FusedDecoder, FusedTower, can_fuse_decoder, can_fuse_tower
 from .cuda_graphs import CudaGraphDecoder, DecodeRow, InFlightStep
 from .encoder_cache import EncoderCache
@@ -148,7 +148,7 @@ class ModelRunner:
             return []
         apart = self.batch_invariant and self.fused is None
         logits = torch.cat([self.model.logits(x) for x in (rows if apart else [torch.cat(rows)])])
-        logits = mask_invalid_tokens(logits, self.vocab, self.model.config.image_token_id)
+        logits = mask_invalid_tokens(logits, self.vocab, self.model.config.placeholder_ids)
         return self._pick([one for one in scheduled if one.sample], logits)
 
     def _uses_fused(self, one: ScheduledRequest) -> bool:
@@ -231,7 +231,7 @@ class ModelRunner:
                 features = torch.cat([self._encode_images(part, adapter) for part in parts])
             rows = features.split([len(one.pixels) for one in batch])
             for one, crop_features in zip(batch, rows, strict=True):
-                arranged = arrange_features(crop_features, one.layout)
+                arranged = self.model.arrange(crop_features, one.layout)
                 # a view would keep the features of the whole batch in memory
                 self.encoder_cache.put(one.key, arranged.clone() if len(batch) > 1 else arranged)
         if self.device.type == "cuda":

@@ -71,11 +71,15 @@ def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterat
         stop = media.start + layout.length
         yield EncoderInput((key, -1), media.start, stop, media.pixels, layout, adapter)
         return
-    one = replace(layout, crops=1)
+    # A newline at the end of a video belongs to its last frame.
+    last = replace(layout, crops=1)
+    inner = replace(last, newline="none") if layout.newline == "end" else last
+    start = media.start
     for crop in range(layout.crops):
-        start = media.start + crop * one.length
+        one = last if crop == layout.crops - 1 else inner
         pixels = media.pixels[crop : crop + 1]
         yield EncoderInput((key, crop), start, start + one.length, pixels, one, adapter)
+        start += one.length
 
 
 @dataclass(slots=True, eq=False)

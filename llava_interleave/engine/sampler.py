@@ -101,11 +101,11 @@ class Sampler:
         return torch.tensor(list(values), dtype=dtype, device=self.device)
 
 
-def mask_invalid_tokens(logits: Tensor, vocab: int, image_token_id: int) -> Tensor:
-    """Logits `[..., vocab]` of valid ids, from `[..., ids]`; -inf for the image placeholder."""
+def mask_invalid_tokens(logits: Tensor, vocab: int, placeholder_ids: tuple[int, ...]) -> Tensor:
+    """Logits `[..., vocab]` of valid ids, from `[..., ids]`; -inf for placeholders of media."""
     logits = logits[..., :vocab]
-    if image_token_id < vocab:
-        logits[..., image_token_id] = -math.inf
+    for placeholder in placeholder_ids:
+        logits[..., placeholder : placeholder + 1] = -math.inf
     return logits
 
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ..config import LlavaConfig
+from ..image_layout import ImageTokenLayout
 from .attention import AttentionFn
+from .image_tokens import arrange_features
 from .qwen2 import Qwen2
 from .siglip import SigLIP
 
@@ -34,6 +36,11 @@ class Llava(nn.Module):
         self.config = config
         self.vision_tower = SigLIP(config.vision)
         self.multi_modal_projector = Projector(config)
+        self.image_newline = (
+            nn.Parameter(torch.zeros(config.text.hidden_size))
+            if config.arrangement.newline
+            else None
+        )
         self.language_model = Qwen2(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie()
@@ -47,6 +54,10 @@ class Llava(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Crops `[N, 3, S, S]` -> projected features `[N, grid * grid, D]`."""
         return self.multi_modal_projector(self.vision_tower(pixels))
+
+    def arrange(self, features: Tensor, layout: ImageTokenLayout) -> Tensor:
+        """Features of an image's crops `[crops, grid * grid, D]` as its tokens `[length, D]`."""
+        return arrange_features(features, layout, self.image_newline)
 
     def embed(self, tokens: Tensor, features: Iterable[tuple[int, Tensor]] = ()) -> Tensor:
         """Embeddings `[T, D]` of `tokens [T]`; each `(start, rows [n, D])` of `features` replaces

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from PIL import Image, ImageCms
 
 from ..config_json import read_json
 from ..errors import CheckpointError, MediaError
-from ..image_layout import ImageTokenLayout, best_pinpoint
+from ..image_layout import INTERLEAVE, Arrangement, ImageTokenLayout, best_pinpoint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,10 +158,13 @@ class ImageSettings:
     resample: Image.Resampling = Image.Resampling.BICUBIC
 
     @classmethod
-    def from_folder(cls, folder: Path, size: int) -> ImageSettings:
+    def from_folder(
+        cls, folder: Path, size: int, arrangement: Arrangement = INTERLEAVE
+    ) -> ImageSettings:
         """Settings of a checkpoint whose tower takes `size` pixels; without a file, the defaults.
 
-        Raises CheckpointError for another kind of preprocessing, or another size.
+        Raises CheckpointError for another kind of preprocessing, another size or other pinpoints
+        than those of config.json.
         """
         values: dict[str, Any] = {}
         for name, key in (
@@ -178,14 +181,18 @@ class ImageSettings:
                 )
             values |= file
         kind = values.get("image_processor_type", "SiglipImageProcessor")
-        if not kind.startswith("Siglip"):
+        onevision = arrangement.newline and kind.startswith("LlavaOnevision")
+        if not (kind.startswith("Siglip") or onevision):
             raise CheckpointError(
                 f"the checkpoint's images are prepared by {kind}, this family's by "
-                "SiglipImageProcessor"
+                f"SiglipImageProcessor{' or LlavaOnevisionImageProcessor' * arrangement.newline}"
             )
+        if onevision:
+            _check_onevision(values, size, arrangement)
+        actions = ACTIONS | ({"do_pad": True} if onevision else {})
         if wrong := [
             k
-            for k, value in ACTIONS.items()
+            for k, value in actions.items()
             if values.get(k) is not None and bool(values[k]) != value
         ]:
             raise CheckpointError(
@@ -239,14 +246,16 @@ class ImageSettings:
             else image.resize((self.size, self.size), self.resample)
         )
 
-    def anyres_tiles(self, image: Image.Image) -> list[Image.Image]:
+    def anyres_tiles(
+        self, image: Image.Image, arrangement: Arrangement = INTERLEAVE
+    ) -> list[Image.Image]:
         """An RGB image for anyres: the squashed whole, then tiles of it letterboxed in black.
 
         The tiles go row by row.
         Source: LLaVA-NeXT `llava/mm_utils.py` process_anyres_image, resize_and_pad_image,
         divide_to_patches.
         """
-        pin_w, pin_h = best_pinpoint(*image.size, self.size)
+        pin_w, pin_h = best_pinpoint(*image.size, self.size, arrangement.pinpoints)
         scale_w, scale_h = pin_w / image.width, pin_h / image.height
         if scale_w < scale_h:
             width, height = pin_w, min(math.ceil(image.height * scale_w), pin_h)
@@ -285,6 +294,22 @@ class ImageSettings:
                     self.table[channel], values[..., channel], out=out[index, channel], mode="clip"
                 )
         return torch.from_numpy(out), digest.digest()
+
+
+def _check_onevision(values: Mapping[str, Any], size: int, arrangement: Arrangement) -> None:
+    """What LlavaOnevisionImageProcessor's file must say. Raises CheckpointError."""
+    if missing := [key for key in ("image_mean", "image_std") if key not in values]:
+        raise CheckpointError(
+            f"preprocessor_config.json has no {' and '.join(missing)}; the class's own are CLIP's, "
+            "which are not of this family"
+        )
+    pairs = values.get("image_grid_pinpoints")
+    pixels = {(rows * size, columns * size) for columns, rows in arrangement.pinpoints}
+    if pairs is not None and {tuple(pair) for pair in pairs} != pixels:
+        raise CheckpointError(
+            f"image_grid_pinpoints of preprocessor_config.json has {len(pairs)} pairs that are not "
+            f"the {len(pixels)} of config.json"
+        )
 
 
 def _triple(value: float | list[float]) -> tuple[float, float, float]:

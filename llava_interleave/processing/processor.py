@@ -16,7 +16,7 @@ from .. import config_json
 from ..config import LlavaConfig
 from ..config_json import read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
-from ..image_layout import ImageTokenLayout, TokenReduction, anyres
+from ..image_layout import Arrangement, ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
 from .chat_template import PRESETS, SYSTEM, MediaPlaceholder, Rendered, parse, render
 from .hf_template import HfTemplate
@@ -24,7 +24,7 @@ from .images import ImageSettings
 from .limits import Limits, PixelBudget
 from .loader import Loader, name_of
 from .tokenizer import IMAGE, Tokenizer
-from .video import UNIFORM, Clip, FrameSampling
+from .video import Clip, FrameSampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,22 +43,25 @@ class PromptOptions:
     preset: interleave, hf or official (see `chat_template`).
     system: the system prompt; None for none, `DEFAULT` for the preset's. A system message among
         the messages takes its place.
-    anyres: cut images (not video frames) into tiles as well, of the original's geometry.
-    pad: make images and frames square with grey bars instead of squashing them.
+    anyres: cut images (not video frames) into tiles as well, of the original's geometry. None is
+        the checkpoint's default: OneVision tiles the only image of a conversation.
+    pad: make images square with grey bars instead of squashing them, with True also frames. None
+        is the checkpoint's default: OneVision pads several images.
     frames: how videos are sampled whose message part does not say it.
     reduction: how features become fewer tokens.
-    frame_times: follow each video with a sentence that has the times of its frames.
+    frame_times: follow each video with a sentence that has the times of its frames. None is the
+        checkpoint's default.
     add_generation_prompt: end with the start of the answer.
     max_new_tokens: room in the context that the answer needs.
     """
 
     preset: str = "interleave"
     system: str | EllipsisType | None = DEFAULT
-    anyres: bool = False
-    pad: bool = False
+    anyres: bool | None = None
+    pad: bool | None = None
     frames: FrameSampling = FrameSampling()  # noqa: RUF009  frozen
     reduction: TokenReduction = TokenReduction()  # noqa: RUF009  frozen
-    frame_times: bool = False
+    frame_times: bool | None = None
     add_generation_prompt: bool = True
     max_new_tokens: int = 0
 
@@ -121,13 +124,18 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _MediaRequest:
-    """One image or video to load. video: None until its first bytes are read."""
+    """One image or video to load.
+
+    video: None until its first bytes are read. anyres, pad: of an image, once all kinds are known.
+    """
 
     number: int  # in the prompt, from 1
     place: MediaPlaceholder
     source: object
     video: bool | None
     options: PromptOptions
+    anyres: bool = False
+    pad: bool = False
 
     @property
     def name(self) -> str:
@@ -136,20 +144,26 @@ class _MediaRequest:
             return f"view {self.place.name}"
         return f"{'video' if self.video else 'image'} {self.number}"
 
-    @property
-    def anyres(self) -> bool:
-        own = self.place.anyres
-        return not self.video and (self.options.anyres if own is None else own)
+    def crop(self, grid: int, arrangement: Arrangement) -> ImageTokenLayout:
+        """The layout of an image that is not tiled, or of a video of one frame.
 
-    def crop(self, grid: int) -> ImageTokenLayout:
-        """The layout of one crop."""
+        The smaller of both as long as the kind is not known.
+        """
         reduction = self.options.reduction
-        pool, share = (
-            (reduction.video_token_pool, reduction.video_token_ratio)
-            if self.video
-            else (reduction.image_token_pool, reduction.image_token_ratio)
+        if self.video or (self.video is None and arrangement.video_pool):
+            return ImageTokenLayout(
+                grid,
+                pool=reduction.video_token_pool,
+                share=float(reduction.video_token_ratio),
+                bilinear=arrangement.video_pool,
+                newline=arrangement.video_newline,
+            )
+        return ImageTokenLayout(
+            grid,
+            pool=reduction.image_token_pool,
+            share=float(reduction.image_token_ratio),
+            newline="end" if arrangement.newline else "none",
         )
-        return ImageTokenLayout(grid, pool=pool, share=float(share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +186,7 @@ class Processor:
     images: the settings of its preprocessor_config.json.
     loader: reads media, within its limits.
     num_frames: frames of a video where neither the options nor the message say it: those of its
-        video_preprocessor_config.json, else 16.
+        video_preprocessor_config.json, else those of the arrangement.
     template: the checkpoint's chat template, of preset hf.
     """
 
@@ -182,14 +196,14 @@ class Processor:
         config: LlavaConfig,
         images: ImageSettings,
         limits: Limits,
-        num_frames: int = UNIFORM,
+        num_frames: int | None = None,
         template: HfTemplate = HfTemplate(),  # noqa: B008  frozen
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.images = images
         self.loader = Loader(limits)
-        self.num_frames = num_frames
+        self.num_frames = num_frames or config.arrangement.num_frames
         self.template = template
 
     @classmethod
@@ -204,9 +218,10 @@ class Processor:
         folder = Path(folder)
         config = config or config_json.from_dict(read_json(folder / "config.json"))
         tokenizer = Tokenizer.from_folder(folder, config.image_token_id)
-        images = ImageSettings.from_folder(folder, config.vision.image_size)
+        arrangement = config.arrangement
+        images = ImageSettings.from_folder(folder, config.vision.image_size, arrangement)
         video = folder / "video_preprocessor_config.json"
-        num_frames = read_json(video, optional=True).get("num_frames", UNIFORM)
+        num_frames = read_json(video, optional=True).get("num_frames", arrangement.num_frames)
         if type(num_frames) is not int or num_frames < 1:
             raise CheckpointError(
                 f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}"
@@ -292,9 +307,9 @@ class Processor:
         renderer = self._renderer(messages, media, options)
         rendered = renderer({})
         requests = self._requests(rendered.placeholders, media, options)
-        requests = _each(self._decide, requests)
+        requests = self._with_geometry(_each(self._decide, requests), options)
         sizes = _each(self._measure, requests)
-        if options.frame_times:
+        if self._has_times(options):
             rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
         lengths = [layout.length for layout, _ in sizes]
         text = len(rendered.tokens) - len(requests)
@@ -355,10 +370,10 @@ class Processor:
         self._check_context(
             len(rendered.tokens), requests, [self._crop(request) for request in requests], reserve
         )
-        requests = _each(self._decide, requests)
+        requests = self._with_geometry(_each(self._decide, requests), options)
         budget = PixelBudget(self.loader.limits)
         loaded = _each(lambda request: self._load(request, budget), requests)
-        if options.frame_times:
+        if self._has_times(options):
             rendered = renderer(_notes(rendered.placeholders, [item.clip for item in loaded]))
         self._check_context(
             len(rendered.tokens), requests, [item.layout for item in loaded], reserve
@@ -436,6 +451,28 @@ class Processor:
         video, source = self.loader.resolve(request.source, animations)
         return replace(request, video=video, source=source)
 
+    def _with_geometry(
+        self, requests: list[_MediaRequest], options: PromptOptions
+    ) -> list[_MediaRequest]:
+        """Decide for each image whether it is tiled or padded: its message part, else the options,
+        else the checkpoint's default, which depends on the number of images."""
+        arrangement = self.config.arrangement
+        images = sum(not request.video for request in requests)
+        pad = arrangement.pad and images > 1 if options.pad is None else options.pad
+        anyres = options.anyres
+        if anyres is None:
+            anyres = arrangement.anyres and images == 1 and not options.pad
+
+        def decided(request: _MediaRequest) -> _MediaRequest:
+            own = anyres if request.place.anyres is None else request.place.anyres
+            return replace(request, anyres=own and not request.video, pad=pad and not own)
+
+        return [decided(request) for request in requests]
+
+    def _has_times(self, options: PromptOptions) -> bool:
+        times = options.frame_times
+        return self.config.arrangement.frame_times if times is None else times
+
     def _sampling(self, request: _MediaRequest) -> FrameSampling:
         sampling = request.place.sampling or request.options.frames
         if (sampling.frames, sampling.fps, sampling.times) == (None, None, None):
@@ -444,6 +481,12 @@ class Processor:
 
     def _check_reduction(self, reduction: TokenReduction) -> None:
         grid = self.config.vision.grid
+        if self.config.arrangement.newline and reduction != TokenReduction():
+            raise OptionError(
+                "image_token_pool, video_token_pool, image_token_ratio and video_token_ratio are "
+                "not supported for a checkpoint with image_newline, which ends rows of tokens; it "
+                "pools video frames itself"
+            )
         for name, side, share in (
             ("image", reduction.image_token_pool, reduction.image_token_ratio),
             ("video", reduction.video_token_pool, reduction.video_token_ratio),
@@ -460,14 +503,14 @@ class Processor:
                 )
 
     def _crop(self, request: _MediaRequest) -> ImageTokenLayout:
-        return request.crop(self.config.vision.grid)
+        return request.crop(self.config.vision.grid, self.config.arrangement)
 
     def _tiles(self, request: _MediaRequest, width: int, height: int) -> ImageTokenLayout:
         """The layout of an image of this size cut into tiles."""
-        crop = self._crop(request)
+        crop, arrangement = self._crop(request), self.config.arrangement
+        size = self.config.vision.image_size
         return replace(
-            anyres(width, height, self.config.vision.image_size, crop.grid, crop.pool),
-            share=crop.share,
+            anyres(width, height, size, crop.grid, crop.pool, arrangement), share=crop.share
         )
 
     def _measure(self, request: _MediaRequest) -> tuple[ImageTokenLayout, Clip | None]:
@@ -481,8 +524,8 @@ class Processor:
 
     def _load(self, request: _MediaRequest, budget: PixelBudget) -> _LoadedMedia:
         clip = None
-        pad = request.options.pad
         if request.video:
+            pad = bool(request.options.pad)
             sampling = self._sampling(request)
             clip = self.loader.video(
                 request.source, sampling, budget, lambda frame: self.images.fit(frame, pad)
@@ -491,9 +534,10 @@ class Processor:
         else:
             image = self.loader.image(request.source, budget)
             if request.anyres:
-                layout, crops = self._tiles(request, *image.size), self.images.anyres_tiles(image)
+                layout = self._tiles(request, *image.size)
+                crops = self.images.anyres_tiles(image, self.config.arrangement)
             else:
-                layout, crops = self._crop(request), [self.images.fit(image, pad)]
+                layout, crops = self._crop(request), [self.images.fit(image, request.pad)]
         pixels, key = self.images.pixels(crops, layout)
         label = _item(request, layout, clip).name
         return _LoadedMedia(pixels, layout, key, label, clip)

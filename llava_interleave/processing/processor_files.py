@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from ..config import LlavaConfig
 from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE
 
+VIDEO = "<video>"
+"""The placeholder of a video in transformers' form of OneVision."""
 SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 # Source: chat_template.json of llava-hf/llava-interleave-qwen-0.5b-hf.
 CHAT_TEMPLATE = (
@@ -44,6 +46,7 @@ def processor_files(
     end_of_text = END_OF_TEXT if END_OF_TEXT in ids else IM_END
     added = tokenizer.get_added_tokens_decoder()
     assert ids[IMAGE] == config.image_token_id, (ids, config.image_token_id)
+    onevision = config.arrangement.newline
     size = {"height": config.vision.image_size, "width": config.vision.image_size}
     tokenizer.save(str(folder / "tokenizer.json"))
     files: dict[str, dict[str, Any]] = {
@@ -79,18 +82,22 @@ def processor_files(
             "do_rescale": True,
             "do_resize": True,
             "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "SiglipImageProcessor",
+            "image_processor_type": f"{'LlavaOnevision' if onevision else 'Siglip'}ImageProcessor",
             "image_std": [0.5, 0.5, 0.5],
             "processor_class": "LlavaProcessor",
             "resample": 3,
             "rescale_factor": 0.00392156862745098,
             "size": size,
+            **({"do_pad": True} if onevision else {}),
         },
         "processor_config.json": {
             "image_token": IMAGE,
-            "num_additional_image_tokens": 0,
-            "patch_size": config.vision.patch_size,
-            "processor_class": "LlavaProcessor",
+            **(
+                {"num_image_tokens": config.vision.grid**2, "video_token": VIDEO}
+                if onevision
+                else {"num_additional_image_tokens": 0, "patch_size": config.vision.patch_size}
+            ),
+            "processor_class": "LlavaOnevisionProcessor" if onevision else "LlavaProcessor",
             "vision_feature_select_strategy": "full",
         },
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},

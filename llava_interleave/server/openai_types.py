@@ -51,12 +51,12 @@ class PromptRequest(Strict):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES_SCHEMA)]
     model: str | None = None
-    anyres: bool = False
+    anyres: bool | None = None
     frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(ge=0.001)] | None = None
     start: Annotated[float, Field(ge=0)] | None = None
     end: Annotated[float, Field(ge=0)] | None = None
-    frame_times: bool = False
+    frame_times: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..flops import training_flops
 from ..image_layout import ImageTokenLayout
-from ..model import Llava, PackedAttention, arrange_features
+from ..model import Llava, PackedAttention
 from .data.packing import Batch, Pairs, positions
 from .recipe import DPOConfig
 
@@ -109,7 +109,7 @@ def _spans(
     if not media:
         return [(0, crops[0, :0])]
     parts = crops.split([layout.crops for _, layout in media])
-    rows = [arrange_features(f, layout) for f, (_, layout) in zip(parts, media, strict=True)]
+    rows = [model.arrange(f, layout) for f, (_, layout) in zip(parts, media, strict=True)]
     return [(start, f) for f, (starts, _) in zip(rows, media, strict=True) for start in starts]
 
 

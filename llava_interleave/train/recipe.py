@@ -96,7 +96,10 @@ class Recipe:
     template: str = _setting(
         "chat", "Layout of a sample: chat, or plain, images and answer without a question."
     )
-    anyres: bool = _setting(False, "Cut the image of a single-image sample into tiles.")
+    anyres: bool | None = _setting(
+        None,
+        "Cut the image of a single-image sample into tiles. Default: as the checkpoint was trained.",
+    )
     images_first_ratio: float = _setting(
         0.0,
         "Fraction of multi-image samples (re-drawn each epoch) whose images are all moved before "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..chat import kv_memory
 from ..engine import Engine, SamplingParams
-from ..model import PackedAttention, arrange_features
+from ..model import PackedAttention
 from ..processing import Processor
 from ..prompt import Prompt
 from ..quantization.linear_cpu import QuantizedLinear
@@ -54,7 +54,7 @@ class Candidate:
         dtype = model.language_model.norm.weight.dtype
         with torch.inference_mode(), self.engine.adapters.whole(self.adapter):
             spans = [
-                (media.start, arrange_features(model.encode(media.pixels.to(dtype)), media.layout))
+                (media.start, model.arrange(model.encode(media.pixels.to(dtype)), media.layout))
                 for media in prompt.media
             ]
             x = model.embed(torch.tensor(prompt.tokens), spans)

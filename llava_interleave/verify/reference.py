@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ class Reference:
                 suppress_tokens=list(range(self.vocab, logits.shape[-1])) or None,
             )
         ids = inputs["input_ids"][0].tolist()
-        pixels = {"pixels": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+        pixels = {}
+        if "pixel_values" in inputs:  # OneVision's are [images, crops, 3, S, S]
+            pixels = {"pixels": inputs["pixel_values"].flatten(0, -4)}
         layers = (
             pixels
             | {name: torch.cat(parts) for name, parts in outputs.items()}
@@ -92,10 +94,14 @@ def load(
     transformers = library(adapter)
     with tempfile.TemporaryDirectory() as scratch:
         readable = _readable(folder, Path(scratch) / "hub")
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(
-            readable, dtype=torch.float32
-        ).eval()
-        auto_processor = transformers.AutoProcessor.from_pretrained(readable, backend="pil")
+        onevision = processor.config.arrangement.newline
+        kind = f"Llava{'Onevision' * onevision}ForConditionalGeneration"
+        model = getattr(transformers, kind).from_pretrained(readable, dtype=torch.float32).eval()
+        hf_processor: Any
+        if onevision:
+            hf_processor = OnevisionProcessor(readable, model.config)
+        else:
+            hf_processor = transformers.AutoProcessor.from_pretrained(readable, backend="pil")
     model.generation_config.eos_token_id = (
         None  # continues past the end of the turn, as the candidate does
     )
@@ -107,7 +113,60 @@ def load(
         from peft import PeftModel
 
         PeftModel.from_pretrained(model, adapter).eval()  # adds its matrices to `model` itself
-    return Reference(model, auto_processor, processor.tokenizer.size)
+    return Reference(model, hf_processor, processor.tokenizer.size)
+
+
+class OnevisionProcessor:
+    """transformers' LlavaOnevisionProcessor for images, without its video processor, which needs
+    torchvision: its tokenizer, image processor, chat template and token counts.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        from transformers import AutoTokenizer
+        from transformers.models.llava_onevision import LlavaOnevisionProcessor
+        from transformers.models.llava_onevision import image_processing_pil_llava_onevision as pil
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.template = checkpoints.read_json(folder / "chat_template.json")["chat_template"]
+        self.images = pil.LlavaOnevisionImageProcessorPil.from_pretrained(
+            folder, image_grid_pinpoints=config.image_grid_pinpoints
+        )
+        self.count: Any = LlavaOnevisionProcessor._get_number_of_features
+        vision = config.vision_config
+        self.image_processor = self.images
+        self.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        self.vision_aspect_ratio = config.vision_aspect_ratio
+        self._get_unpadded_features = MethodType(
+            LlavaOnevisionProcessor._get_unpadded_features, self
+        )
+
+    def apply_chat_template(
+        self, chat: Sequence[Mapping[str, Any]], **options: Any
+    ) -> dict[str, Tensor]:
+        """Token ids, pixel values and image sizes of a conversation."""
+        text = self.tokenizer.apply_chat_template(
+            chat, chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+        images = [
+            part["image"]
+            for turn in chat
+            for part in turn["content"]
+            if isinstance(turn["content"], list) and part["type"] == "image"
+        ]
+        features: dict[str, Tensor] = {}
+        if images:
+            features = dict(self.images(images=[images], return_tensors="pt"))
+        size = self.images.size["height"]
+        first, *rest = text.split("<image>")
+        for index, piece in enumerate(rest):
+            height, width = map(int, features["image_sizes"][index])
+            if len(images) == 1:
+                number = self.count(self, height, width, size, size)
+            else:
+                number = self.num_image_tokens + 1
+            first += "<image>" * number + piece
+        ids = self.tokenizer(first, return_tensors="pt", add_special_tokens=False)
+        return {**ids, **features}
 
 
 def _readable(folder: Path, new: Path) -> Path:

@@ -30,11 +30,11 @@ class SampleFormat:
 
     template: `chat`, or `plain`: the images, then the answer, which carries loss with the newline
     that ends it (LLaVA's version "plain"). anyres: cut the image of a single-image sample into
-    tiles. images_first_ratio: fraction of samples laid out by `move_images_first`.
+    tiles; None is the checkpoint's default. images_first_ratio: fraction of samples laid out by `move_images_first`.
     """
 
     template: str = "chat"
-    anyres: bool = False
+    anyres: bool | None = None
     images_first_ratio: float = 0.0
 
     def example(
@@ -76,12 +76,12 @@ class SampleFormat:
         moved = move_images_first(messages) if images_first else messages
         estimate = processor.estimate(moved, media, anyres=tiled, add_generation_prompt=False)
         tokens = sum(part.tokens for part in estimate.parts[1:])
-        images = 1 if tiled else tokens // processor.config.vision.grid**2
+        images = sum(len(part.times) or 1 for part in estimate.parts[1:])
         if self.template == "chat":
             return estimate.total, images
         return tokens + len(_plain_answer(processor, messages)), images
 
-    def _tiled(self, messages: Messages) -> bool:
+    def _tiled(self, messages: Messages) -> bool | None:
         return self.anyres and len(_slots(messages)) == 1
 
 
