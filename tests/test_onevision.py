@@ -281,7 +281,7 @@ def test_llava_video_pools_and_ends_rows(tmp_path: Path) -> None:
     arrangement = replace(ONEVISION, video_newline="row", num_frames=64, frame_times=True)
     video = replace(config, arrangement=arrangement, video_token_id=None)
     folder = tiny_checkpoint(tmp_path / "video", video, layout="original")
-    assert Checkpoint(folder).config.arrangement == arrangement
+    assert Checkpoint.open(folder).config.arrangement == arrangement
     processor = Processor.from_folder(folder)
     prompt = processor.prompt(user([picture(40, 30, seed) for seed in range(4)], "?"))
     assert prompt.media[0].layout.length == 4 * 3 * (3 + 1)
