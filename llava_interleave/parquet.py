@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class Parquet:
-    """The rows of one file, by number. Pictures embedded as Hugging Face's `datasets` does it come
+    """The rows of one file, by number. Images embedded as Hugging Face's `datasets` does it come
     as {"bytes", "path"}.
     """
 
