@@ -529,12 +529,12 @@ def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
         ("datasets:\n  - path: a.json", "data set 1 of .* has no `json_path`"),
         (
             "datasets:\n  - json_path: a.json\n    image_root: x",
-            "has image_root, which is not offered",
+            "has image_root, which is not supported",
         ),
         ("datasets:\n  - json_path: a.json", r"a\.json cannot be read"),
         (
             "datasets:\n  - json_path: a.parquet",
-            r"a\.parquet is no \.json, \.jsonl or \.yaml file and no folder",
+            r"a\.parquet is not a \.json, \.jsonl or \.yaml file and not a folder",
         ),
         ("datasets: [", "cannot be read as YAML"),
         ("datasets: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),

@@ -1,4 +1,4 @@
-"""Where training samples come from: a file, a mixture of files, or a folder of pictures."""
+"""Sources of training samples: a file, a mixture of files, or a folder of images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from . import formats
 QUESTION = ("What is in the picture?", "What is in the pictures?")
 """Asked about one picture of a folder, and about several."""
 LAYOUTS = (
-    "a folder is read in one of three forms: pictures with a text beside each, x.jpg and x.txt; a sub-folder of pictures a "
-    "sample, with one .txt in each; or a sub-folder of pictures a class, without any .txt"
+    "a folder is read in one of three forms: images with a text next to each, x.jpg and x.txt; a "
+    "sub-folder of images per sample, with one .txt in each; or a sub-folder of images per class, "
+    "without any .txt"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as it was written, where its relative paths begin, its name for people, its data set, and its place in a file.
+    """A sample as it is in its file.
 
+    root: where relative paths start. name: for people. group: its data set. place: in a file.
     pair: the name of the preference pair of which it is the chosen or the rejected side.
     """
 
@@ -48,8 +50,9 @@ def rows(
 ) -> list[RawSample]:
     """All samples of `source`: a .json or .jsonl file, a .yaml mixture of those, or a folder.
 
-    media: where relative paths begin; without it beside the file that has them. question: what is asked about a folder's
-    pictures. seed: of what a mixture draws at random. A preference pair becomes two, chosen and rejected. Raises DataError.
+    media: where relative paths start; without it at the file that has them. question: about the
+    images of a folder. seed: of the random draws of a mixture. A preference pair becomes two
+    samples, chosen and rejected. Raises DataError.
     """
     if source.is_dir():
         if media:
@@ -86,7 +89,7 @@ def _sides(row: RawSample) -> list[RawSample]:
 def split(
     found: Sequence[RawSample], share: float, seed: int
 ) -> tuple[list[RawSample], list[RawSample]]:
-    """Samples for training, and `share` of every data set (rounded) that is kept out; the same ones for the same seed."""
+    """Samples for training, and the held-out `share` (rounded) of every data set, by seed."""
     groups: dict[str, list[RawSample]] = {}
     for row in found:
         groups.setdefault(row.group, []).append(row)
@@ -100,7 +103,8 @@ def split(
 def _file(source: Path, media: Path | None) -> list[RawSample]:
     if source.suffix not in (".json", ".jsonl"):
         raise DataError(
-            f"{source} is no .json, .jsonl or .yaml file and no folder; docs/training.md has the forms"
+            f"{source} is not a .json, .jsonl or .yaml file and not a folder; docs/training.md has "
+            "the forms"
         )
     return [
         _row(sample, media or source.parent, source, number)
@@ -119,7 +123,7 @@ def _row(sample: Mapping[str, Any], root: Path, source: Path, number: int) -> Ra
 
 
 def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
-    """`datasets:` with `json_path` and `sampling_strategy` each, as LLaVA-NeXT's llava/train/train.py takes them."""
+    """`datasets:`, each `json_path` and `sampling_strategy`, as in LLaVA-NeXT's train.py."""
     try:
         text = yaml.safe_load(source.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -129,7 +133,8 @@ def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
     )
     if not isinstance(listed, list) or not listed:
         raise DataError(
-            f"{source} must have one key, `datasets`: a list of `json_path` with `sampling_strategy`"
+            f"{source} must have one key, `datasets`: a list of `json_path` with "
+            "`sampling_strategy`"
         )
     found: list[RawSample] = []
     for number, entry in enumerate(listed, 1):
@@ -138,7 +143,8 @@ def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
             raise DataError(f"{where} has no `json_path`")
         if other := entry.keys() - {"json_path", "sampling_strategy"}:
             raise DataError(
-                f"{where} has {', '.join(sorted(map(str, other)))}, which is not offered: take it out"
+                f"{where} has {', '.join(sorted(map(str, other)))}, which is not supported: "
+                "take it out"
             )
         path = source.parent / entry["json_path"]
         found += sampled(
@@ -148,15 +154,15 @@ def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
 
 
 def sampled(found: list[RawSample], strategy: object, where: str, seed: str) -> list[RawSample]:
-    """What a strategy takes: all, first:N, end:N or random:N, with N a number or a percentage, which is rounded up."""
+    """The samples of a strategy: all, first:N, end:N or random:N; a percentage N is rounded up."""
     if strategy == "all":
         return found
     fits = re.fullmatch(r"(first|end|random):([0-9]+)(%?)", str(strategy))
     # The original takes all for what it does not know, 30% without a way among them, and for end:0.
     if not fits or int(fits[2]) == 0:
         raise DataError(
-            f"{where} has the sampling_strategy {strategy!r}; there are all, first:N, end:N and random:N, where N is a number "
-            "from 1 on or a percentage such as 30%"
+            f"{where} has the sampling_strategy {strategy!r}; there are all, first:N, end:N and "
+            "random:N, where N is a number from 1 on or a percentage such as 30%"
         )
     count = math.ceil(int(fits[2]) * len(found) / 100) if fits[3] else int(fits[2])
     if fits[1] == "random":
@@ -165,12 +171,13 @@ def sampled(found: list[RawSample], strategy: object, where: str, seed: str) -> 
 
 
 def _folder(folder: Path, question: str | None) -> list[RawSample]:
-    """The samples of a folder. Every file counts, but hidden ones: what is no picture will be found to be none."""
+    """The samples of a folder. Every file counts except hidden ones, also one that is no image."""
     entries = _entries(folder)
     folders = [entry for entry in entries if entry.is_dir()]
     if not entries or len(folders) not in (0, len(entries)):
         raise DataError(
-            f"{folder} holds {len(folders)} folders and {len(entries) - len(folders)} files: {LAYOUTS}"
+            f"{folder} holds {len(folders)} folders and {len(entries) - len(folders)} files: "
+            f"{LAYOUTS}"
         )
 
     def row(name: str, pictures: Sequence[Path], answer: str, group: str, places: int) -> RawSample:
