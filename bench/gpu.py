@@ -1,15 +1,17 @@
-"""What this package does on a GPU, checked, measured, and beside transformers: one run, a table last.
+"""What this package does on a GPU, checked, measured, and beside transformers: one run, a table
+last.
 
     python bench/gpu.py --small          # two minutes: small shapes, to see that everything runs
     python bench/gpu.py [--minutes 9]    # the checks in the small shape, then 0.5B and 7B
     python bench/gpu.py --device cpu --small
 
-Needs torch and numpy (and PYTHONPATH=. where this package is not installed); transformers, bitsandbytes and flash-attn where they
-are there. No network and no files: weights are random and made on the device. Every group of measurements is a process of its
-own, so that one that fails, runs out of memory or never ends is a row with its reason, and the next one goes on; groups that time
-does not suffice for are named. Ceilings (memory by a copy, products of each number type) are measured in the same run, and
-figures are told as shares of what they allow: bytes that must be read, or operations that must be done. The result goes to
-bench/results, group by group.
+Needs torch and numpy (and PYTHONPATH=. where this package is not installed); transformers,
+bitsandbytes and flash-attn where they are there. No network and no files: weights are random and
+made on the device. Every group of measurements is a process of its own, so that one that fails,
+runs out of memory or never ends is a row with its reason, and the next one goes on; groups that
+time does not suffice for are named. Ceilings (memory by a copy, products of each number type) are
+measured in the same run, and figures are told as shares of what they allow: bytes that must be
+read, or operations that must be done. The result goes to bench/results, group by group.
 """
 
 import argparse
@@ -64,7 +66,9 @@ TWICE = 2  # the better of so many; the first also sets things up
 
 @dataclass(frozen=True)
 class Work:
-    """How much is measured. decode: requests at a time, after `context` tokens each; requests: two images each."""
+    """How much is measured. decode: requests at a time, after `context` tokens each; requests: two
+    images each.
+    """
 
     decode: tuple[int, ...]
     context: int
@@ -83,7 +87,9 @@ WORK = {
 
 @dataclass
 class Row:
-    """A figure. least: bytes, or operations of a number type, that `seconds` of it need at best. note: why there is none."""
+    """A figure. least: bytes, or operations of a number type, that `seconds` of it need at best.
+    note: why there is none.
+    """
 
     group: str
     name: str
@@ -156,7 +162,9 @@ class Asking:
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds to the `first` token and in `total`, and tokens a second of all answers while all were being written."""
+    """Seconds to the `first` token and in `total`, and tokens a second of all answers while all
+    were being written.
+    """
 
     first: float
     total: float
@@ -427,7 +435,9 @@ def features(network: Llava) -> list[Tensor]:
 
 @torch.inference_mode()
 def product(network: Llava, rows: int) -> float:
-    """The largest share that the products of few-bit linears are apart from what their weights say."""
+    """The largest share that the products of few-bit linears are apart from what their weights
+    say.
+    """
     far = 0.0
     for module in network.modules():
         if isinstance(module, QuantizedLinearBase):
@@ -645,7 +655,9 @@ def best(call: Callable[[], object], device: torch.device, times: int) -> float:
 
 
 def groups(device: str, small: bool) -> list[str]:
-    """What is run, the most wanted first: the checks; small shapes, or 0.5B and 7B beside transformers and then in fewer bits."""
+    """What is run, the most wanted first: the checks; small shapes, or 0.5B and 7B beside
+    transformers and then in fewer bits.
+    """
     kind, few, attentions = "bfloat16", ["int4", "int8", "nf4", "fp8"], list(THEIRS)
     if device == "cpu":
         kind, few, attentions = "float32", ["int8"], ["sdpa"]
@@ -695,7 +707,8 @@ def started(group: str, device: str, seconds: float) -> Iterator[Row]:
                 timeout=seconds,
             )
             if done.returncode:
-                note = f"ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
+                last = (done.stderr.strip().splitlines() or [""])[-1][:300]
+                note = f"ended with {done.returncode}: {last}"
         except subprocess.TimeoutExpired:
             note = f"took longer than {seconds:.0f} s"
         for line in out.read_text().splitlines():
@@ -761,7 +774,9 @@ def share(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def beside(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times as fast as transformers, in the same shape, with the attention that was the faster one there."""
+    """How many times as fast as transformers, in the same shape, with the attention that was the
+    faster one there.
+    """
     shape, *kind = row.group.split()
     if not row.value or kind[:1] != ["ours"] or row.unit not in ("tokens/s", "s"):
         return None
@@ -837,7 +852,8 @@ def main() -> None:
         for row in started(group, given.device, min(seconds, LONGEST)):
             rows.append(row)
             print(
-                f"{row.group}: {row.name}: {'' if row.value is None else f'{row.value:.4g}'} {row.unit} {row.note}",
+                f"{row.group}: {row.name}: {'' if row.value is None else f'{row.value:.4g}'} "
+                f"{row.unit} {row.note}",
                 flush=True,
             )
         figures = [

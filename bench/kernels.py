@@ -1,11 +1,13 @@
-"""Seconds and GB/s of every matrix of the decoder, and of attention, in each number type; as shares of what memory gives.
+"""Seconds and GB/s of every matrix of the decoder, and of attention, in each number type; as shares
+of what memory gives.
 
     python bench/kernels.py [--shape 0.5b] [--tokens 1 8 1474] [--repeat 15] [--threads 2]
 
-Prints the memory's reading speed, then a JSON line for each matrix, number of tokens and system: median and spread (the middle
-half) of the milliseconds, GB/s of weights with their share of the reading speed, and billions of operations a second. Systems
-take turns, and each reads copies of its matrix in turn that no cache holds together. `attention` is that of 1 to 8 new tokens
-of a sequence after 1,474 others, a layer, with keys and values in the type that is named.
+Prints the memory's reading speed, then a JSON line for each matrix, number of tokens and system:
+median and spread (the middle half) of the milliseconds, GB/s of weights with their share of the
+reading speed, and billions of operations a second. Systems take turns, and each reads copies of its
+matrix in turn that no cache holds together. `attention` is that of 1 to 8 new tokens of a sequence
+after 1,474 others, a layer, with keys and values in the type that is named.
 """
 
 import argparse

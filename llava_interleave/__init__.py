@@ -1,6 +1,7 @@
 """LLaVA-Interleave: many images, videos and views in, text out.
 
-`load()` gives a `Chatbot`; the names below are imported when they are first used, so that importing the package costs nothing.
+`load()` gives a `Chatbot`; the names below are imported when they are first used, so that importing
+the package costs nothing.
 """
 
 import importlib

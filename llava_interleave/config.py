@@ -31,8 +31,9 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The decoder, of Qwen2's or Llama's shape. The defaults are those of transformers' `Qwen2Config`, which the 7B file
-    relies on."""
+    """The decoder, of Qwen2's or Llama's shape. The defaults are those of transformers'
+    `Qwen2Config`, which the 7B file relies on.
+    """
 
     hidden_size: int = 4096
     intermediate_size: int = 22016
@@ -105,7 +106,9 @@ class LlavaConfig:
     image_token_id: int = 151646
     arrangement: Arrangement = INTERLEAVE
     video_token_id: int | None = None
-    """The id of `<video>` in transformers' form of OneVision. Our prompts write `<image>` for both."""
+    """The id of `<video>` in transformers' form of OneVision. Our prompts write `<image>` for
+    both.
+    """
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:

@@ -350,9 +350,9 @@ def _original(top: _Section) -> LlavaConfig:
     # LLaVA-Video 72B once carried sub-configs of other networks, which its code never read.
     if isinstance(own_tower, Mapping) and own_tower.get("model_type") == "clip_vision_model":
         own_tower = None
-    if isinstance(decoder := top.remaining.get("text_config"), Mapping):
-        if decoder.get("model_type") == "llama":
-            del top.remaining["text_config"]
+    decoder = top.remaining.get("text_config")
+    if isinstance(decoder, Mapping) and decoder.get("model_type") == "llama":
+        del top.remaining["text_config"]
     vision = (
         VisionConfig(spare_layers=1)
         if own_tower is None

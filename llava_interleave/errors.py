@@ -1,7 +1,7 @@
 """The mistakes a user can make, each with its exit code for the command line and its HTTP status.
 
-Everything here is a `ValueError`: the input was wrong, and the message says which numbers disagree and what to do.
-Our own bugs are `assert`s and never arrive as one of these.
+Everything here is a `ValueError`: the input was wrong, and the message says which numbers disagree
+and what to do. Our own bugs are `assert`s and never arrive as one of these.
 """
 
 

@@ -60,7 +60,8 @@ class SamplingParams:
     )
     stop_on_repetition: bool = setting(
         True,
-        "End an answer whose last 256 tokens repeat a span of at most 32 tokens; not with ignore_eos.",
+        "End an answer whose last 256 tokens repeat a span of at most 32 tokens; not with "
+        "ignore_eos.",
     )
     logit_bias: Mapping[int, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "Added to the logits, by token id."}
@@ -131,7 +132,9 @@ def _check(name: str, value: object, types: tuple[type, ...], low: float, high: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(SamplingParams):
-    """Options of one answer: of its prompt and of its sampling. Temperature 0 (default) is greedy."""
+    """Options of one answer: of its prompt and of its sampling. Temperature 0 (default) is
+    greedy.
+    """
 
     max_new_tokens: int | None = setting(
         None, "Maximum number of tokens to generate.", "512, or the rest of the context"
@@ -184,7 +187,9 @@ class Options(SamplingParams):
             raise OptionError(f"n is the number of answers, 1 to 128, not {self.n!r}")
 
     def but(self, changes: Mapping[str, object]) -> Options:
-        """A copy with `changes`. An unknown name raises `OptionError` with the nearest known one."""
+        """A copy with `changes`. An unknown name raises `OptionError` with the nearest known
+        one.
+        """
         names = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in names:

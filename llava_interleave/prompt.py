@@ -17,9 +17,11 @@ class Media:
 
     pixels: `[crops, 3, S, S]` float32, normalised.
     layout: how the crops' features become tokens; `layout.length` placeholders stand for it.
-    key: hash of the crops' bytes with their number and size, the normalisation and the layout: equal keys, equal features.
+    key: hash of the crops' bytes with their number and size, the normalisation and the layout:
+    equal keys, equal features.
     start: index of its first placeholder in `Prompt.tokens`.
-    name: "image 1", "video 2" or "view front". label: with its source, "video 2: clip.mp4 (8 frames)".
+    name: "image 1", "video 2" or "view front". label: with its source, "video 2: clip.mp4 (8
+    frames)".
     """
 
     pixels: Tensor
@@ -32,7 +34,8 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids with every placeholder already expanded, and the media that the placeholders stand for, in order.
+    """Token ids with every placeholder already expanded, and the media that the placeholders stand
+    for, in order.
 
     loss_mask: training only, one flag a token: which tokens carry loss.
     """

@@ -1,4 +1,6 @@
-"""An engine that launches the next step before it reads this one's tokens == one that never does: events, caches, accounts."""
+"""An engine that launches the next step before it reads this one's tokens == one that never does:
+events, caches, accounts.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ class Log:
 
 
 def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token is a prompt's, and five are left. That the fifth is the last is known before."""
+    """The first token is a prompt's, and five are left. That the fifth is the last is known
+    before.
+    """
     log = Log(monkeypatch)
     (request,) = engine(kv_block_size=16).generate(
         [MIXED[1]], SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -84,7 +88,9 @@ def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.Mo
 
 
 def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stop token: one step too many was launched, and the next question finds the prefix as far as it was counted."""
+    """By a stop token: one step too many was launched, and the next question finds the prefix as
+    far as it was counted.
+    """
     log, e = Log(monkeypatch), engine(kv_block_size=16)
     answer = naive(MIXED[1], 12)
     at = next(at for at in range(4, 12) if answer[at] not in answer[:at])
@@ -100,7 +106,9 @@ def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
 
 
 def test_who_comes_later_finds_those_who_went_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt is read beside answers whose next tokens are known by then: each is computed once."""
+    """A prompt is read beside answers whose next tokens are known by then: each is computed
+    once.
+    """
     log, e = Log(monkeypatch), engine(kv_block_size=16)
     first = [e.add(p, GREEDY) for p in MIXED[:3]]
     for _ in range(4):
@@ -139,7 +147,9 @@ def test_nobody_goes_ahead_beside_one_whose_token_is_not_chosen_on_the_card(
 
 
 def test_where_the_next_token_has_no_room_yet_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """31 tokens and one more fill a block; a sequence gets another one with the step that needs it."""
+    """31 tokens and one more fill a block; a sequence gets another one with the step that needs
+    it.
+    """
     log, e = Log(monkeypatch), engine(tokens=64, kv_block_size=32)
     p = prompt(text(1, 30))
     monkeypatch.setattr("llava_interleave.engine.scheduler.DECODE_RESERVE", 1)
@@ -277,7 +287,9 @@ def told(events: Iterable[Event]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_both_say_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests come, go and end, with and without pictures; in too little memory where they get it by the piece."""
+    """Requests come, go and end, with and without pictures; in too little memory where they get it
+    by the piece.
+    """
     chance, log = random.Random(seed), Log(monkeypatch)
     for name in ("DECODE_RESERVE", "HASH_BLOCK") if seed % 2 else ():
         monkeypatch.setattr(f"llava_interleave.engine.scheduler.{name}", 8)

@@ -99,7 +99,8 @@ SECOND = [(0, "star", "red", False), (4, "circle", "green", True)]
             Question(
                 "appears",
                 "the green circle",
-                "top left red star, then top left red star; nothing, then middle centre green circle",
+                "top left red star, then top left red star; nothing, then middle centre green "
+                "circle",
             ),
             [*[{(0, 0), (1, 0)}] * 4, {NOWHERE}, {(1, 4)}, {(1, 4)}, {(1, 4)}, {NOWHERE}],
         ),
@@ -170,7 +171,9 @@ def sample(
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scenario: str) -> None:
-    """Tokens with targets, spelt out again, are the phrases of answers and the last words of questions'."""
+    """Tokens with targets, spelt out again, are the phrases of answers and the last words of
+    questions'.
+    """
     for number in range(6):
         attended, targets, turns = sample(processor, scenario, number)
         tokens, media = attended.prompt.tokens, attended.prompt.media
@@ -216,7 +219,9 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
 
 
 def test_the_loss_is_the_share_of_attention_elsewhere(processor: Processor) -> None:
-    """It attends as `PackedAttention`; its loss is a loop's over rows, and falls along its gradient."""
+    """It attends as `PackedAttention`; its loss is a loop's over rows, and falls along its
+    gradient.
+    """
     batch = collate([sample(processor, scenario, 1)[0] for scenario in SCENARIOS])
     lengths, total = batch.batch.lengths, sum(batch.batch.lengths)
     torch.manual_seed(1)

@@ -1,4 +1,6 @@
-"""The built-in model: it is small, it knows its world, and transformers answers with it as we do."""
+"""The built-in model: it is small, it knows its world, and transformers answers with it as we
+do.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +42,17 @@ FLOOR = {"single": 0.86, "multi": 0.85, "video": 0.88, "views": 0.87}
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_it_knows_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None:
-    """A part of `llava eval recipes.tiny_world.benchmark:World`; the whole figures are in the model's card."""
+    """A part of `llava eval recipes.tiny_world.benchmark:World`; the whole figures are in the
+    model's card.
+    """
     score = evaluate(lambda asked: answer(bot, asked), scenario, 50, held_out=held_out)
     assert score.accuracy >= FLOOR[scenario], score.wrong
 
 
 def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> None:
-    """Saved by us, loaded by transformers: the same text for pictures, a video and views, in both ways to write a prompt."""
+    """Saved by us, loaded by transformers: the same text for pictures, a video and views, in both
+    ways to write a prompt.
+    """
     transformers = pytest.importorskip("transformers")
     save(bot.model, tmp_path / "saved", processor_from=bot.source)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(

@@ -42,7 +42,9 @@ def user(*parts: Any) -> dict[str, Any]:
 
 
 def show(processor: Processor, messages: Any, media: Any = (), **options: Any) -> str:
-    """The prompt as text, each image as one <image>; behind the system prompt of the training data."""
+    """The prompt as text, each image as one <image>; behind the system prompt of the training
+    data.
+    """
     prompt = processor.prompt(messages, media, **options)
     marks = {item.start + i for item in prompt.media for i in range(1, item.layout.length)}
     shown = processor.tokenizer.decode(
@@ -133,7 +135,9 @@ def test_a_placeholder_in_text_is_the_next_of_media_and_nothing_is_added_around_
 def test_an_answer_in_the_history_has_the_tokens_it_was_generated_with(
     processor: Processor,
 ) -> None:
-    """The checkpoint's own template writes history as `assistant\\n\\nanswer` but asks for `assistant\\n`: nothing is reused."""
+    """The checkpoint's own template writes history as `assistant\\n\\nanswer` but asks for
+    `assistant\\n`: nothing is reused.
+    """
     tokenizer = processor.tokenizer
     asked = processor.prompt([user("Hi")]).tokens
     for answer in ("Yes.", "\nYes.", " Yes."):
@@ -210,7 +214,8 @@ def test_official_equals_the_published_evaluation(processor: Processor) -> None:
 
 def test_frame_times_in_the_words_of_the_training_code(processor: Processor) -> None:
     sentence = (
-        "The video lasts for 2.00 seconds, and 2 frames are uniformly sampled from it. These frames are located at "
+        "The video lasts for 2.00 seconds, and 2 frames are uniformly sampled from it. These "
+        "frames are located at "
         "0.00s,1.50s.Please answer the following questions related to this video."
     )
     video = {"type": "video", "video": [IMAGE] * 4, "frames": 2}

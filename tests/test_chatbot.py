@@ -1,4 +1,6 @@
-"""What a person imports: attachments, options, stop strings, streaming, conversations, the license notice."""
+"""What a person imports: attachments, options, stop strings, streaming, conversations, the license
+notice.
+"""
 
 import dataclasses
 import json
@@ -153,7 +155,9 @@ def test_a_stop_string_ends_the_answer_before_it(bot: Chatbot) -> None:
 def test_stop_strings_do_not_depend_on_token_borders(
     text: str, stops: list[str], seed: int
 ) -> None:
-    """Any cut of the text into pieces gives the same: the text before the stop string that is complete first."""
+    """Any cut of the text into pieces gives the same: the text before the stop string that is
+    complete first.
+    """
     ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
     expected = text[: ends[0][1]] if ends else text
     cuts = random.Random(seed)
@@ -177,7 +181,9 @@ def test_unknown_options_name_the_nearest(bot: Chatbot) -> None:
 
 
 def test_options_have_all_of_sampling_with_its_defaults() -> None:
-    """A sampling keyword that the engine learns must not be missing, or mean something else, for the person who asks."""
+    """A sampling keyword that the engine learns must not be missing, or mean something else, for
+    the person who asks.
+    """
     options = Options()
     for field in dataclasses.fields(SamplingParams)[
         1:
@@ -292,7 +298,9 @@ def test_a_film_is_attached_like_a_picture(bot: Chatbot, tmp_path: Path) -> None
 
 
 def test_a_conversation_goes_on(bot: Chatbot, files: list[Path], tmp_path: Path) -> None:
-    """A second turn computes only what is new, equals the whole history asked at once, and can be taken back, saved, resumed."""
+    """A second turn computes only what is new, equals the whole history asked at once, and can be
+    taken back, saved, resumed.
+    """
     talk = bot.conversation()
     talk.attach(files[0])
     first = talk.ask("What is it?", max_new_tokens=5)
@@ -417,8 +425,9 @@ def test_auto_is_the_fastest_that_loses_nothing(
 def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without AVX-512 PyTorch multiplied 1.3 GFLOP/s in bfloat16 and 150 in float32: an answer about one image took a quarter of
-    an hour, where there was no compiler."""
+    """Without AVX-512 PyTorch multiplied 1.3 GFLOP/s in bfloat16 and 150 in float32: an answer
+    about one image took a quarter of an hour, where there was no compiler.
+    """
     half = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     monkeypatch.setattr(places, "MAX_FLOAT32_PARAMETERS", 0)
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
@@ -443,7 +452,9 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
 def test_auto_takes_the_card_that_the_network_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the CPU, and says by how much: out of memory at the first long prompt is no way to learn it."""
+    """Else the CPU, and says by how much: out of memory at the first long prompt is no way to learn
+    it.
+    """
     wide = tiny_config(
         text={"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": False}
     )

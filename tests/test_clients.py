@@ -1,4 +1,6 @@
-"""The server as its users reach it: the `llm` command, LangChain's client, and schemathesis with the document of the API."""
+"""The server as its users reach it: the `llm` command, LangChain's client, and schemathesis with
+the document of the API.
+"""
 
 import os
 import subprocess
@@ -37,7 +39,9 @@ def server(tiny: Path) -> Iterator[Server]:
 def test_llm_with_attachments(
     server: Server, oracle: Chatbot, tmp_path: Path, stream: bool
 ) -> None:
-    """The command as a person types it, with the file of further models that its documentation describes."""
+    """The command as a person types it, with the file of further models that its documentation
+    describes.
+    """
     model = {
         "model_id": "mine",
         "model_name": "tiny",
@@ -129,9 +133,11 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
 
 
 def test_the_document_of_the_api_holds(server: Server) -> None:
-    """Whatever is sent, nothing is a fault of the server's, and requests and answers are what /openapi.json says.
+    """Whatever is sent, nothing is a fault of the server's, and requests and answers are what
+    /openapi.json says.
 
-    Only that no request of the right form is refused is not asked for: whether a picture can be read is not in its form.
+    Only that no request of the right form is refused is not asked for: whether a picture can be
+    read is not in its form.
     """
     words = [
         "--max-examples=10",

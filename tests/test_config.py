@@ -122,7 +122,9 @@ TEXT_HALF_B = TextConfig(1024, 2816, 24, 16, 16, 64, 152000, 32768, 1e6, 1e-6, T
 
 
 def changed(base: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """A copy of `base` with the key at a dotted path set, or deleted where `value` is the word 'absent'."""
+    """A copy of `base` with the key at a dotted path set, or deleted where `value` is the word
+    'absent'.
+    """
     values = copy.deepcopy(base)
     *sections, key = path.split(".")
     inner = values
@@ -192,7 +194,9 @@ def test_all_defaults_are_transformers() -> None:
 
 @pytest.mark.parametrize("values", [HALF_B, SEVEN_B], ids=["0.5b", "7b"])
 def test_transformers_5_spelling(values: dict[str, Any]) -> None:
-    """What transformers 5 writes for the same network: rope_parameters, layer_types, dtype, and all keys with their defaults."""
+    """What transformers 5 writes for the same network: rope_parameters, layer_types, dtype, and all
+    keys with their defaults.
+    """
     written = transformers.LlavaConfig.from_dict(copy.deepcopy(values)).to_dict()
     assert "rope_parameters" in written["text_config"]
     assert config_json.from_dict(written) == config_json.from_dict(values)
@@ -241,7 +245,9 @@ def test_feature_layer_is_a_number_of_layers(layer: int, used: int) -> None:
 
 
 def test_tied_where_either_place_says_so() -> None:
-    """A file saved by transformers 4 says false outside, which is only that class's default, and true inside."""
+    """A file saved by transformers 4 says false outside, which is only that class's default, and
+    true inside.
+    """
     for outer, inner, tied in [
         (False, True, True),
         (True, False, True),
@@ -260,7 +266,9 @@ def test_tied_where_either_place_says_so() -> None:
 
 
 def test_kv_heads_null_or_absent() -> None:
-    """Null means as many as heads; absent means 32, as Qwen2Config has it, which cannot be with 16 heads."""
+    """Null means as many as heads; absent means 32, as Qwen2Config has it, which cannot be with 16
+    heads.
+    """
     null = config_json.from_dict(changed(HALF_B, "text_config.num_key_value_heads", None))
     assert null.text.num_kv_heads == 16
     with pytest.raises(CheckpointError, match="num_key_value_heads is 32"):

@@ -1,4 +1,6 @@
-"""Training data: everything that is wrong with a sample is said, with its name, before anything is trained on it."""
+"""Training data: everything that is wrong with a sample is said, with its name, before anything is
+trained on it.
+"""
 
 import json
 import re
@@ -46,7 +48,9 @@ def noise(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, one of them under two names; a video; a picture and a video cut short; a text that is no picture."""
+    """Pictures, one of them under two names; a video; a picture and a video cut short; a text that
+    is no picture.
+    """
     folder = tmp_path_factory.mktemp("media")
     for number, name in enumerate("abc"):
         noise(number).save(folder / f"{name}.png")
@@ -381,7 +385,9 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(
 
 
 def test_a_run_goes_on_with_its_own_data_only(model: Path, media: Path, tmp_path: Path) -> None:
-    """A sample that was broken at the first start and is whole at the second would move all others."""
+    """A sample that was broken at the first start and is whole at the second would move all
+    others.
+    """
     path = write(tmp_path / "some.json", [GOOD])
     tune(model, path, tmp_path / "out", media)
     tune(model, path, tmp_path / "out", media)
@@ -405,7 +411,8 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
 def test_the_help_imports_no_torch() -> None:
     code = (
         "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
-        "sys.argv = ['llava', 'data', 'check', '--help']; from llava_interleave.cli import main; main()"
+        "sys.argv = ['llava', 'data', 'check', '--help']; from llava_interleave.cli import main; "
+        "main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stderr
@@ -467,7 +474,9 @@ CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
 def test_messages_of_openai_and_of_hugging_face(
     sample: dict[str, Any], files: list[str], kind: str, model: Path, media: Path, tmp_path: Path
 ) -> None:
-    """What the processor is handed: exactly these pictures in this order, and every fault by its kind and the line."""
+    """What the processor is handed: exactly these pictures in this order, and every fault by its
+    kind and the line.
+    """
     processor = Processor.from_folder(model)
     (row,) = rows_of(tmp_path / "chat.jsonl", [sample], media=media)
     (found,) = validate([row], processor)
@@ -641,7 +650,9 @@ def test_a_split_is_of_every_class_and_the_same_again() -> None:
 
 
 def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: Path) -> None:
-    """The loss of the held-out part is that of the checkpoint before and of the result after; `llava batch` asks its file."""
+    """The loss of the held-out part is that of the checkpoint before and of the result after;
+    `llava batch` asks its file.
+    """
     pets = tree(tmp_path, *(f"pets/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)))
     words = (
         "train",

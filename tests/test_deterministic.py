@@ -1,4 +1,6 @@
-"""Deterministic answers: the same bytes whatever shares the batch, is cached, arrives in between or takes the memory."""
+"""Deterministic answers: the same bytes whatever shares the batch, is cached, arrives in between or
+takes the memory.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,7 +37,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @cache
 def prompts(image: int, size: int, grid: int) -> tuple[Prompt, ...]:
-    """Eight, of 15 to 230 tokens, the first two with one beginning; some with pictures, which two of them share."""
+    """Eight, of 15 to 230 tokens, the first two with one beginning; some with pictures, which two
+    of them share.
+    """
 
     def one(number: int, words: int, *pictures: int) -> Prompt:
         tokens, media = [5 + (number + i * i) % 200 for i in range(words)], []

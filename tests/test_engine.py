@@ -1,4 +1,6 @@
-"""The engine against the naive loop of whole forwards: batched, cut, cached, pre-empted or aborted, the answers are the same."""
+"""The engine against the naive loop of whole forwards: batched, cut, cached, pre-empted or aborted,
+the answers are the same.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_a_follow_up_turn_reuses_the_answer_too() -> None:
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_a_changed_image_keeps_everything_before_it_and_nothing_after(changed: int) -> None:
-    """Keys by placeholder ids alone would take one picture's keys for another's: the same tokens, another answer."""
+    """Keys by placeholder ids alone would take one picture's keys for another's: the same tokens,
+    another answer.
+    """
 
     def asked(numbers: list[int]) -> Prompt:
         return prompt(text(0, 40), *((n, 1) for n in numbers), text(1, 6))
@@ -174,7 +178,9 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
 
 
 def test_preempted_equals_undisturbed() -> None:
-    """Three answers grow until the memory has no room for all; the last to start is computed again from the start."""
+    """Three answers grow until the memory has no room for all; the last to start is computed again
+    from the start.
+    """
     prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
     e, model = counted(tokens=330)
     asked = SamplingParams(max_new_tokens=120, ignore_eos=True)
@@ -359,7 +365,9 @@ class Clock:
 
 
 class Slow(Counting):
-    """Takes three seconds for a call of the tower and one for the decoder, by the clock it is given."""
+    """Takes three seconds for a call of the tower and one for the decoder, by the clock it is
+    given.
+    """
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -411,7 +419,9 @@ def test_usage_and_timings() -> None:
 
 
 class Costly(Slow):
-    """Takes two seconds for a crop, one for a call of the decoder and a twentieth for each of its tokens."""
+    """Takes two seconds for a crop, one for a call of the decoder and a twentieth for each of its
+    tokens.
+    """
 
     def encode(self, pixels: Tensor) -> Tensor:
         self.clock.now += 2 * len(pixels) - 3
@@ -423,7 +433,9 @@ class Costly(Slow):
 
 
 def waits(patience: float) -> tuple[list[float], float]:
-    """Seconds between the tokens of an answer beside which others are asked for; and until all have their first token."""
+    """Seconds between the tokens of an answer beside which others are asked for; and until all have
+    their first token.
+    """
     clock, new = Clock(), replace(GREEDY, max_new_tokens=80)
     e = Engine(Costly(clock), eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN, clock=clock)
     asked = [
@@ -519,7 +531,9 @@ def oracle(parts: tuple[int, ...], new: int) -> list[int]:
 
 
 class Anything(RuleBasedStateMachine):
-    """Requests come, go and fail in any order in too little memory; every answer is the naive loop's, or its beginning."""
+    """Requests come, go and fail in any order in too little memory; every answer is the naive
+    loop's, or its beginning.
+    """
 
     @initialize(
         memory=st.integers(250, 600),

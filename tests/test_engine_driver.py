@@ -1,4 +1,6 @@
-"""Jobs, deltas and threads of `Chatbot` on one engine: see llava_interleave/chat/engine_driver.py."""
+"""Jobs, deltas and threads of `Chatbot` on one engine: see
+llava_interleave/chat/engine_driver.py.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -141,7 +143,7 @@ def test_one_job_that_fails_ends_alone(bot: Chatbot, monkeypatch: pytest.MonkeyP
         driver.add(job)
     driver.step()
     for builder in jobs[0].running.values():
-        monkeypatch.setattr(builder, "push", lambda event: 1 / 0)
+        monkeypatch.setattr(builder, "push", lambda _: 1 / 0)
     errors, answers = [], []
     while driver.jobs:
         for job, item in driver.step():

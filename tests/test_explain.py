@@ -1,4 +1,6 @@
-"""What an answer leaned on: against attention written out, masks that stand there, and the engine's own log-probabilities."""
+"""What an answer leaned on: against attention written out, masks that stand there, and the engine's
+own log-probabilities.
+"""
 
 import dataclasses
 import math
@@ -43,7 +45,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 class Written:
-    """Causal attention written out with a mask: nobody but itself sees a key that is `hidden`. Keeps all probabilities."""
+    """Causal attention written out with a mask: nobody but itself sees a key that is `hidden`.
+    Keeps all probabilities.
+    """
 
     def __init__(self, hidden: Sequence[int] = ()) -> None:
         self.hidden = hidden
@@ -64,7 +68,9 @@ class Written:
 def reference(
     model: Llava, prompt: Prompt, answer: tuple[int, ...], vocab: int, hidden: Sequence[int] = ()
 ) -> tuple[Tensor, Written]:
-    """Log-probability of each token of an answer after a prompt, read whole, and the attention that was paid."""
+    """Log-probability of each token of an answer after a prompt, read whole, and the attention that
+    was paid.
+    """
     spans = [(m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in prompt.media]
     attend = Written(hidden)
     x = model.embed(torch.tensor([*prompt.tokens, *answer]), spans)
@@ -92,7 +98,9 @@ def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups:
 
 
 def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
-    """Changes, attention, maps and pictures of three images, from a network that is asked in the plainest way."""
+    """Changes, attention, maps and pictures of three images, from a network that is asked in the
+    plainest way.
+    """
     turn = bot.turn("First <image> then <image> and <image>?", files)
     answer = bot.chat(turn, max_new_tokens=7, logprobs=0, ignore_eos=True, temperature=50, seed=1)
     told = bot.explain(turn, answer, layers=[0, 2])
@@ -171,7 +179,9 @@ def test_shares() -> None:
 def test_views_videos_and_tiles(
     bot: Chatbot, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A view is an image with its name, a video one look with a map a frame, tiles lie on the whole image. All is read once."""
+    """A view is an image with its name, a video one look with a map a frame, tiles lie on the whole
+    image. All is read once.
+    """
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 90, 3), dtype=np.uint8))
     views = {"type": "views", "views": {"front": str(files[0]), "left": str(files[1])}}
     turn = bot.turn("Hm?", [views, [str(file) for file in files], wide])
@@ -208,7 +218,9 @@ def test_views_videos_and_tiles(
 
 
 def test_tiles_are_folded_to_the_place_they_show() -> None:
-    """A window of 2 x 6 features over a whole image of 3 x 3: the middle row has none, its neighbours two columns each."""
+    """A window of 2 x 6 features over a whole image of 3 x 3: the middle row has none, its
+    neighbours two columns each.
+    """
     layout = ImageTokenLayout(3, 1 + 1 * 2, (1, 2), (0, 0, 2, 6))
     weights = torch.cat([torch.zeros(9), torch.arange(12.0)])
     assert to_heatmap(weights, layout).tolist() == [
@@ -258,7 +270,9 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]])
 def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[Path]) -> None:
-    """It parses, names every image, needs no other file and runs nothing; what is printed is what it was without it."""
+    """It parses, names every image, needs no other file and runs nothing; what is printed is what
+    it was without it.
+    """
     tiny, out = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out.html"
     odd = tmp_path / "<b>&.png"
     odd.write_bytes(files[0].read_bytes())

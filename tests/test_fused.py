@@ -1,4 +1,6 @@
-"""Layers of decoder and tower in one call: the same as layer by layer, nearer to exact, the same to the bit in any company."""
+"""Layers of decoder and tower in one call: the same as layer by layer, nearer to exact, the same to
+the bit in any company.
+"""
 
 from collections.abc import Iterable
 from itertools import count
@@ -124,7 +126,9 @@ def step(c: TextConfig, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("in_8_bits", [False, True])
 @torch.inference_mode()
 def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits: bool) -> None:
-    """To bfloat16's rounding, with which the layers differ from themselves in float32 more than the call does."""
+    """To bfloat16's rounding, with which the layers differ from themselves in float32 more than the
+    call does.
+    """
     c = SHAPES[shape]
     network, slabs = (
         decoder(c, bits),
@@ -254,7 +258,9 @@ CROPS = {
 @pytest.mark.parametrize("shape", list(CROPS))
 @torch.inference_mode()
 def test_a_tower_is_what_its_layers_make_one_by_one(shape: str) -> None:
-    """Nearer to float32 than they are, and the same for a crop beside any others, with any number of threads."""
+    """Nearer to float32 than they are, and the same for a crop beside any others, with any number
+    of threads.
+    """
     c = CROPS[shape]
     made = tower(c)
     pixels, threads = (
@@ -298,7 +304,9 @@ def test_where_it_is_possible() -> None:
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 def test_an_engines_answers_are_the_same_in_any_company(kv: str, tmp_path: Path) -> None:
-    """To the last bit of their log-probabilities: alone, with guesses, beside other answers, and beside prompts under way."""
+    """To the last bit of their log-probabilities: alone, with guesses, beside other answers, and
+    beside prompts under way.
+    """
     shape = tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
     model = checkpoints.load(
         tiny_checkpoint(tmp_path / "tiny", shape), dtype=torch.bfloat16, precision="int4"

@@ -1,4 +1,6 @@
-"""The model card's snippets, here and in transformers: same inputs, same ids, same shapes of output."""
+"""The model card's snippets, here and in transformers: same inputs, same ids, same shapes of
+output.
+"""
 
 import base64
 import functools
@@ -138,9 +140,11 @@ def site(pictures: list[Path]) -> Iterator[str]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches(ours: Any, theirs: Any, pictures: list[Path], side: str) -> None:
-    """Ids and pixels equal transformers'; each row is answered as it is alone, on whichever side it is padded.
+    """Ids and pixels equal transformers'; each row is answered as it is alone, on whichever side it
+    is padded.
 
-    Transformers itself answers right-padded rows wrongly (it goes on after the padding), so there ours is compared with alone.
+    Transformers itself answers right-padded rows wrongly (it goes on after the padding), so there
+    ours is compared with alone.
     """
     images = [Image.open(path) for path in pictures]
     texts = [
@@ -316,7 +320,9 @@ def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
 
 
 def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card's GPU lines, as far as a machine without one can follow them: what is asked of the loader and of the network."""
+    """The card's GPU lines, as far as a machine without one can follow them: what is asked of the
+    loader and of the network.
+    """
     asked: list[dict[str, Any]] = []
     read = checkpoints.load
 

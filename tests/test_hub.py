@@ -1,4 +1,6 @@
-"""Fetching from the Hugging Face hub, against a loopback server that speaks the endpoints that huggingface_hub asks for."""
+"""Fetching from the Hugging Face hub, against a loopback server that speaks the endpoints that
+huggingface_hub asks for.
+"""
 
 import hashlib
 import json

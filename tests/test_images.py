@@ -1,4 +1,6 @@
-"""Pixels equal SiglipImageProcessor's bit for bit, and every mode becomes RGB by its documented rule."""
+"""Pixels equal SiglipImageProcessor's bit for bit, and every mode becomes RGB by its documented
+rule.
+"""
 
 import json
 import struct
@@ -105,7 +107,9 @@ def test_transparency_is_composed_on_white() -> None:
 
 
 def test_sixteen_bits_are_scaled_not_cut() -> None:
-    """Pillow's convert("RGB") clips 16-bit grey at 255: nearly every such picture came out white."""
+    """Pillow's convert("RGB") clips 16-bit grey at 255: nearly every such picture came out
+    white.
+    """
     assert colours(png_16bit_grey([0, 128, 129, 32768, 65535])) == [
         (v, v, v) for v in (0, 0, 1, 128, 255)
     ]
@@ -189,7 +193,9 @@ def test_anyres_tiles_of_the_original() -> None:
 
 
 def test_keys_differ_where_features_differ() -> None:
-    """A key without size or mode let one user's cached features answer for another's picture (CVE-2025-46722)."""
+    """A key without size or mode let one user's cached features answer for another's picture
+    (CVE-2025-46722).
+    """
     settings, image = ImageSettings(8), noise(8, 8)
     key = settings.pixels([image], ImageTokenLayout(2))[1]
     assert key == ImageSettings(8).pixels([image.copy()], ImageTokenLayout(2))[1]

@@ -1,4 +1,6 @@
-"""Compiled kernels against the same arithmetic by PyTorch, on odd shapes, for every instruction set that this machine has."""
+"""Compiled kernels against the same arithmetic by PyTorch, on odd shapes, for every instruction set
+that this machine has.
+"""
 
 import os
 import shutil

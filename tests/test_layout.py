@@ -16,7 +16,9 @@ SIDES = st.integers(1, 5000)
 def test_network_lays_out_as_many_features_as_there_are_placeholders(
     width: int, height: int, grid: int
 ) -> None:
-    """729 placeholders against 728 features is this family's best-known bug: two functions each counted for themselves."""
+    """729 placeholders against 728 features is this family's best-known bug: two functions each
+    counted for themselves.
+    """
     layout = anyres(width, height, 384, grid)
     features = torch.arange(layout.crops * grid**2).view(layout.crops, grid**2, 1)
     assert len(arrange_features(features, layout)) == layout.length

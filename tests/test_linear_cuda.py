@@ -1,5 +1,6 @@
-"""Linears of few bits as a card computes them. PyTorch's operators for it exist on a card only; here they are written out from
-their source, number by number, or are those that it has for a CPU."""
+"""Linears of few bits as a card computes them. PyTorch's operators for it exist on a card only;
+here they are written out from their source, number by number, or are those that it has for a CPU.
+"""
 
 import json
 import sys
@@ -40,8 +41,10 @@ CLASSES = {"fp8": Float8Linear, "nf4": NF4Linear}
 
 
 def places() -> list[tuple[int, int, int, int, int]]:
-    """Lane and word of a tile of 8 outputs and 128 inputs, half of a byte in the word, and which output and input it is of.
-    Source: matrix_to_m16n8k16_Bint4_layout and convert_i4x8_to_bf16x2x4 of PyTorch's int4mm.cu."""
+    """Lane and word of a tile of 8 outputs and 128 inputs, half of a byte in the word, and which
+    output and input it is of.
+    Source: matrix_to_m16n8k16_Bint4_layout and convert_i4x8_to_bf16x2x4 of PyTorch's int4mm.cu.
+    """
     found = []
     for lane in range(32):
         for word in range(4):
@@ -170,7 +173,9 @@ def test_the_numbers_of_a_cpu_in_a_cards_order(
 def test_products(
     bits: int, features: int, out: int, operator: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything, else within its rounding."""
+    """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything,
+    else within its rounding.
+    """
     monkeypatch.setattr(linear_cuda, "_product", operator)
     monkeypatch.setattr(linear_cuda, "PACK_ROWS", 16)
     exact, module = made(features, out, bits, bias=False, exact=True), made(features, out, bits)
@@ -190,7 +195,9 @@ def test_products(
 
 
 def test_elsewhere_the_weight_is_unpacked() -> None:
-    """On a card without the operator: floats, and inputs that nothing rounds. Here another device is one without kernels."""
+    """On a card without the operator: floats, and inputs that nothing rounds. Here another device
+    is one without kernels.
+    """
     module, x = made(96, 40, 8), torch.randn(7, 96)
     assert module.bias is not None
     module.bias.data = module.bias.float()
@@ -227,7 +234,9 @@ def float8_linear(features: int, out: int) -> Float8Linear:
 
 
 def test_float8_rounds_to_four_bits() -> None:
-    """One before the point that is not stored and three behind it; below 2^-6 of e4m3 steps are even."""
+    """One before the point that is not stored and three behind it; below 2^-6 of e4m3 steps are
+    even.
+    """
     torch.manual_seed(0)
     x = torch.randn(50, 300) * torch.rand(50, 1) * 1e4
     x[3] = 0
@@ -246,7 +255,9 @@ def test_float8_rounds_to_four_bits() -> None:
 
 @pytest.mark.parametrize(("features", "out"), [(64, 48), (200, 33), (1, 1)])
 def test_float8_products(features: int, out: int) -> None:
-    """PyTorch's scaled product against both sides as floats, and its shapes as a card asks for them."""
+    """PyTorch's scaled product against both sides as floats, and its shapes as a card asks for
+    them.
+    """
     module = float8_linear(features, out)
     assert module.weight.shape == (out + -out % 16, features + -features % 16)
     for shape in ((1, features), (2, 3, features), (131, features)):
@@ -280,7 +291,9 @@ def nf4_linear(features: int, out: int) -> tuple[NF4Linear, Tensor]:
 
 @pytest.mark.usefixtures("bitsandbytes")
 def test_nf4_is_the_papers() -> None:
-    """The nearest of 16 numbers by the largest of 64; the numbers are of appendix E of arXiv 2305.14314."""
+    """The nearest of 16 numbers by the largest of 64; the numbers are of appendix E of arXiv
+    2305.14314.
+    """
     code = torch.tensor(
         [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
     )
@@ -360,7 +373,9 @@ def test_a_network_is_put_in_order_as_it_is_loaded(
 def test_floats_become_few_bits_as_they_are_read(
     precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All linears but the output head; what is loaded is what `pack` makes of the floats, and the whole chatbot runs on it."""
+    """All linears but the output head; what is loaded is what `pack` makes of the floats, and the
+    whole chatbot runs on it.
+    """
     if precision == "nf4":
         pytest.importorskip("bitsandbytes")
     floats = checkpoints.load(folder)
@@ -447,7 +462,9 @@ def test_gradients_of_an_adapter_are_those_beside_floats(
 def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(
     precision: str, bfloat16: bool, tmp_path: Path
 ) -> None:
-    """From a checkpoint of floats; its adapter goes with that. What is measured is what few bits answer."""
+    """From a checkpoint of floats; its adapter goes with that. What is measured is what few bits
+    answer.
+    """
     folder, floats = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "floats"
     checkpoints.save(
         counted_as(checkpoints.load(folder, precision=precision), folder),

@@ -1,4 +1,6 @@
-"""The plugin of `llm`, through the installed command: attachments, options, conversations, errors."""
+"""The plugin of `llm`, through the installed command: attachments, options, conversations,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def plugin() -> Any:
 
 @pytest.fixture
 def command(plugin: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`llm` with the plugin, a folder of its own and the model `tiny`; gives the result of a call."""
+    """`llm` with the plugin, a folder of its own and the model `tiny`; gives the result of a
+    call.
+    """
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     from llm.cli import cli
 

@@ -320,7 +320,9 @@ def test_loopback_is_refused_before_a_byte_is_sent(host: str) -> None:
 def test_one_private_answer_among_public_ones_is_enough_to_refuse(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A name that answers with a public address for the check and a private one for the connection (rebinding) finds no gap."""
+    """A name that answers with a public address for the check and a private one for the connection
+    (rebinding) finds no gap.
+    """
     answers = [
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")
     ]
@@ -365,7 +367,9 @@ def test_the_checked_address_is_dialled_and_the_name_resolved_once(
 
 
 def test_a_redirect_is_checked_like_the_first_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guard that looked only at the first URL was walked around with a redirect (CVE-2026-63764)."""
+    """A guard that looked only at the first URL was walked around with a redirect
+    (CVE-2026-63764).
+    """
     monkeypatch.setattr(
         "llava_interleave.processing.fetch.is_public", lambda address: address == "127.0.0.1"
     )

@@ -1,4 +1,6 @@
-"""Prompt lookup: guesses against a plain search, and answers that are the same with it and without."""
+"""Prompt lookup: guesses against a plain search, and answers that are the same with it and
+without.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
     [{"max_num_seqs": 4}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}, {"max_num_seqs": 1}],
 )
 def test_answers_are_the_same(most: int, options: dict[str, int]) -> None:
-    """Greedy and drawn, several requests at once, prompts in pieces; and guesses are right often enough to be seen."""
+    """Greedy and drawn, several requests at once, prompts in pieces; and guesses are right often
+    enough to be seen.
+    """
     asked = [*MIXED, *MIXED[: len(DRAWN)]]
     how = [GREEDY] * len(MIXED) + DRAWN
     plain = engine(**options).generate(asked, how)
@@ -131,7 +135,9 @@ def test_no_answer_is_longer_than_asked(new: int) -> None:
 
 
 def test_nothing_comes_after_a_stop_token() -> None:
-    """Wherever in a step it is chosen; the rest of the step is forgotten, and the cache ends with the answer."""
+    """Wherever in a step it is chosen; the rest of the step is forgotten, and the cache ends with
+    the answer.
+    """
     whole = engine().generate([MIXED[1]], GREEDY)[0].generated
     for stop in sorted(set(whole))[:6]:
         e = engine()
@@ -187,7 +193,9 @@ def test_images_are_not_guessed() -> None:
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path) -> None:
-    """Quantized weights in bfloat16: the log-probabilities too. Where all layers are one call, guesses are made unasked."""
+    """Quantized weights in bfloat16: the log-probabilities too. Where all layers are one call,
+    guesses are made unasked.
+    """
     shape = (
         tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
         if fused

@@ -1,4 +1,6 @@
-"""Adapters against the formula, against merged weights, against PEFT, and against each other in one batch."""
+"""Adapters against the formula, against merged weights, against PEFT, and against each other in one
+batch.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ SIZE, GRID, IMAGE = 30, 4, tiny_config().image_token_id
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head of its own: a tied one of random weights says its last token again, whatever came before."""
+    """With a head of its own: a tied one of random weights says its last token again, whatever came
+    before.
+    """
     return tiny_checkpoint(
         tmp_path_factory.mktemp("tiny") / "model", tiny_config(text={"tie_word_embeddings": False})
     )
@@ -328,7 +332,9 @@ def test_beside_quantized_weights(folder: Path, precision: str) -> None:
 def test_training_beside_quantized_weights_is_training_beside_what_they_stand_for(
     folder: Path, precision: str, bfloat16: bool
 ) -> None:
-    """Equal losses and adapters, but for bfloat16's rounding; the same bytes of weights; afterwards the kernels answer again."""
+    """Equal losses and adapters, but for bfloat16's rounding; the same bytes of weights; afterwards
+    the kernels answer again.
+    """
     packed, whole = checkpoints.load(folder, precision=precision), checkpoints.load(folder)
     before = {name: value.clone() for name, value in packed.named_buffers()}
     for name, module in packed.named_modules():
@@ -510,7 +516,9 @@ def test_ours_loads_pefts(
 def test_whole_modules_that_are_no_linears_are_merged(
     folder: Path, tmp_path: Path, theirs: Callable[[], Any], modules: list[str]
 ) -> None:
-    """Beside other requests they cannot stand. A tied output head gets a weight of its own, as in PEFT."""
+    """Beside other requests they cannot stand. A tied output head gets a weight of its own, as in
+    PEFT.
+    """
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(
@@ -550,7 +558,8 @@ def test_dora_over_quantized_weights_is_dora_over_what_they_stand_for(folder: Pa
     assert (found - expected).norm() < 0.03 * expected.norm()
 
 
-# What adapters of each layout call a linear of the decoder, of the projector and of the tower, written out.
+# What adapters of each layout call a linear of the decoder, of the projector and of the tower,
+# written out.
 NAMES: dict[CheckpointLayout, tuple[str, str, str]] = {
     "hub": (
         "language_model.model.layers.1.mlp.up_proj",

@@ -1,4 +1,6 @@
-"""KV memory: attention over slabs == attention over whole sequences, however they were cut, copied and moved."""
+"""KV memory: attention over slabs == attention over whole sequences, however they were cut, copied
+and moved.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,9 @@ def room(capacity: int) -> SequenceKV:
     int8=st.booleans(),
 )
 def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, int8: bool) -> None:
-    """Each sequence arrives in its own chunks, several sequences a step, while the slabs grow. In 8 bits all of it is rounded
-    alike, wherever it is cut."""
+    """Each sequence arrives in its own chunks, several sequences a step, while the slabs grow. In 8
+    bits all of it is rounded alike, wherever it is cut.
+    """
     torch.manual_seed(0)
     c = config(kv_heads=kv_heads)
     slabs = ContiguousKVCache(c, torch.float32, CPU, int8=int8)
@@ -74,7 +77,9 @@ def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, int8:
 
 @torch.inference_mode()
 def test_answers_from_keys_and_values_in_8_bits() -> None:
-    """Against whole forwards in which every key and value is rounded: in pieces, several at once, from a cached prefix."""
+    """Against whole forwards in which every key and value is rounded: in pieces, several at once,
+    from a cached prefix.
+    """
 
     def slow(p: Prompt) -> list[int]:
         model, tokens = network(), list(p.tokens)
@@ -106,7 +111,9 @@ def test_a_precision_of_keys_and_values_that_is_not_there() -> None:
 
 
 def test_eight_bits_are_within_half_a_step() -> None:
-    """Of the largest number of a token's head; noughts stay noughts, and the scale is rounded before it is used."""
+    """Of the largest number of a token's head; noughts stay noughts, and the scale is rounded
+    before it is used.
+    """
     torch.manual_seed(0)
     x = torch.randn(50, 3, 24) * 10.0 ** torch.randint(-2, 3, (50, 3, 1))
     x[7, 1] = 0

@@ -1,4 +1,6 @@
-"""Files of deploy/ for operators: read by the programs that they are for, with this program's flags."""
+"""Files of deploy/ for operators: read by the programs that they are for, with this program's
+flags.
+"""
 
 from __future__ import annotations
 

@@ -127,7 +127,9 @@ def ask(page: Page, text: str) -> None:
 
 
 def test_a_conversation_about_several_images(page: Page, files: list[Path]) -> None:
-    """Attach, order, name the place in the text, see the budget, ask, ask again with reuse, find it all after a reload."""
+    """Attach, order, name the place in the text, see the budget, ask, ask again with reuse, find it
+    all after a reload.
+    """
     page.set_input_files("#pick-files", files)
     expect(page.locator(".chip")).to_have_count(3)
     expect(page.locator("#budget-text")).to_contain_text(re.compile(r"[\d,]+ of 4,096 tokens"))
@@ -209,7 +211,9 @@ def test_files_are_dropped_pasted_picked_by_folder_and_dragged_into_order(
 
 
 def drop(page: Page, paths: list[Path]) -> None:
-    """As from a file manager. Chromium takes nothing that is let go before it knows that the page would take it."""
+    """As from a file manager. Chromium takes nothing that is let go before it knows that the page
+    would take it.
+    """
     devtools = page.context.new_cdp_session(page)
     page.evaluate("() => addEventListener('drop', () => (window.taken = true), true)")
     data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
@@ -224,7 +228,9 @@ def drop(page: Page, paths: list[Path]) -> None:
 def test_which_image_an_answer_used(
     browser: Browser, folder: Path, files: list[Path], tmp_path: Path
 ) -> None:
-    """Shares, maps and frames are the library's; shown at the press of a button, hidden at the next."""
+    """Shares, maps and frames are the library's; shown at the press of a button, hidden at the
+    next.
+    """
     rng = np.random.default_rng(0)
     write_video(
         [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(16)], tmp_path / "v.mp4"
@@ -369,7 +375,9 @@ def test_retry_and_edit_make_branches(page: Page, files: list[Path]) -> None:
 
 
 def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[Path]) -> None:
-    """A browser may drop what a page keeps; the edited question was sent without its picture, and nobody was told."""
+    """A browser may drop what a page keeps; the edited question was sent without its picture, and
+    nobody was told.
+    """
     page.set_input_files("#pick-files", files[:1])
     ask(page, "First?")
     page.evaluate("""() => new Promise((done) => {

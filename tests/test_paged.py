@@ -1,4 +1,6 @@
-"""KV memory in blocks == in slabs == the naive loop; steps of fixed shape == as they are; kernels are asked for what is meant."""
+"""KV memory in blocks == in slabs == the naive loop; steps of fixed shape == as they are; kernels
+are asked for what is meant.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +167,9 @@ def test_a_pre_empted_answer_is_the_undisturbed_one() -> None:
 
 
 def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
-    """Four samples of a prompt of 179 tokens take its eleven whole blocks once, and whoever ends leaves them to the others."""
+    """Four samples of a prompt of 179 tokens take its eleven whole blocks once, and whoever ends
+    leaves them to the others.
+    """
     p = prompt(text(0, 20), (0, 1), text(1, 150))
     e = engine(kv_block_size=16, max_num_seqs=4)
     how = [
@@ -191,7 +195,9 @@ def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
 
 
 def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
-    """The pool has 7 blocks of 16, the cache 6 of them: it goes, but its whole blocks stay with who goes on from them."""
+    """The pool has 7 blocks of 16, the cache 6 of them: it goes, but its whole blocks stay with who
+    goes on from them.
+    """
     e = engine(tokens=7 * 16, kv_block_size=16)
     e.generate([LONG], SamplingParams(max_new_tokens=1))
     assert e.load().kv_cached == 6 * 16
@@ -202,7 +208,9 @@ def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
 
 
 def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> None:
-    """Pieces are of 12 tokens, blocks of 16: where the 84 that were computed so cannot be copied, 80 are of no use."""
+    """Pieces are of 12 tokens, blocks of 16: where the 84 that were computed so cannot be copied,
+    80 are of no use.
+    """
     e = engine(
         tokens=7 * 16,
         kv_block_size=16,
@@ -300,7 +308,9 @@ def test_the_sizes_that_steps_are_filled_up_to() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
-    """Against the same sequences step by step; a smaller step after a larger one finds nothing of it."""
+    """Against the same sequences step by step; a smaller step after a larger one finds nothing of
+    it.
+    """
     model = Counting()
     c = model.config.text
     memories = [
@@ -418,7 +428,9 @@ def asked_for(
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    """Have a kernel that computes on the CPU by the arguments it is given, under the real one's signature."""
+    """Have a kernel that computes on the CPU by the arguments it is given, under the real one's
+    signature.
+    """
 
     def varlen(*args: Any, **options: Any) -> Tensor:
         given = inspect.signature(varlen_attn).bind(*args, **options)
@@ -520,7 +532,9 @@ def test_the_room_that_a_step_leaves() -> None:
 
 
 def test_room_is_measured_by_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of 40 tokens and 3 crops is computed between the question how much there was and how much it took."""
+    """A step of 40 tokens and 3 crops is computed between the question how much there was and how
+    much it took.
+    """
     model, seen = Counting(), []
     held, free = [1000, 51_000], [900_000, 1_000_000]
 

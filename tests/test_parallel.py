@@ -1,4 +1,6 @@
-"""One network over two processes, started by torchrun, over gloo and on two GPUs over NCCL, computes what it does in one."""
+"""One network over two processes, started by torchrun, over gloo and on two GPUs over NCCL,
+computes what it does in one.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The network against transformers on random weights: same features, same logits, same continuations."""
+"""The network against transformers on random weights: same features, same logits, same
+continuations.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 IMAGE = -1  # in the token lists below: one image
 
-# A 7B-like network: as many key-value heads as heads, untied, an own width of heads; the others differ in one thing each.
+# A 7B-like network: as many key-value heads as heads, untied, an own width of heads; the others
+# differ in one thing each.
 SHAPES = {
     "as 0.5B": tiny_config(),
     "as 7B": tiny_config(
@@ -100,7 +103,8 @@ def our_greedy(
 
 def their_greedy(hf: Any, tokens: list[int], pixels: Tensor, count: int) -> list[int]:
     images = {"pixel_values": pixels} if len(pixels) else {}
-    # No end, so that `count` tokens are compared; never <image>, for which transformers would then miss an image.
+    # No end, so that `count` tokens are compared; never <image>, for which transformers would then
+    # miss an image.
     config = transformers.GenerationConfig(
         max_new_tokens=count,
         do_sample=False,
@@ -171,7 +175,9 @@ def test_greedy_continuation(pair: tuple[Llava, Any], name: str) -> None:
 
 
 def test_images_matter_and_their_order(tmp_path: Path) -> None:
-    """What the comparisons above rest on: other images, or the same ones swapped, give other logits."""
+    """What the comparisons above rest on: other images, or the same ones swapped, give other
+    logits.
+    """
     model = load(tiny_checkpoint(tmp_path / "a"))
     tokens, starts = expand([1, IMAGE, 2, IMAGE, 3], model.config)
     pixels = pixels_of(2, model.config)
@@ -219,7 +225,9 @@ def test_what_transformers_saves_we_load(tmp_path: Path, name: str) -> None:
 
 
 def test_processor_files(tmp_path: Path) -> None:
-    """The folder is whole: transformers' processor finds its tokenizer, template, image size and placeholder count in it."""
+    """The folder is whole: transformers' processor finds its tokenizer, template, image size and
+    placeholder count in it.
+    """
     config = tiny_config()
     processor = transformers.AutoProcessor.from_pretrained(tiny_checkpoint(tmp_path / "a"))
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What differs?"}]

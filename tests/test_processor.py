@@ -106,7 +106,9 @@ def test_placeholders_stand_for_their_media_and_the_estimate_is_exact(
 
 
 def test_counts_are_checked_before_anything_is_opened(processor: Processor) -> None:
-    """The original repeats the last image when there are too few, and ignores those that are too many."""
+    """The original repeats the last image when there are too few, and ignores those that are too
+    many.
+    """
     with pytest.raises(PromptError, match="the prompt has 3 `<image>` but 2 images were given"):
         processor.prompt([user("<image><image> <image>")], ["/absent.png"] * 2)
     with pytest.raises(PromptError, match="the prompt has 0 `<image>` but 1 image was given"):

@@ -1,4 +1,6 @@
-"""Quantized weights: the packing against its definition, folders, precisions, and what an answer loses."""
+"""Quantized weights: the packing against its definition, folders, precisions, and what an answer
+loses.
+"""
 
 import json
 from importlib import import_module
@@ -48,7 +50,9 @@ def unpacked(rows: torch.Tensor, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize(("out", "features"), [(16, 128), (1, 1), (50, 100), (33, 320)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_whole_multiples_of_a_scale_come_back(out: int, features: int, bits: int) -> None:
-    """Every number that can be stored, at every place: nothing is exchanged, and nothing is lost at the edges."""
+    """Every number that can be stored, at every place: nothing is exchanged, and nothing is lost at
+    the edges.
+    """
     least, most = (-8, 7) if bits == 4 else (-127, 127)
     q = torch.randint(least, most + 1, (out, features)).float()
     q[:, :: 32 if bits == 4 else 128] = least  # the largest of those that share a step or a scale
@@ -62,7 +66,9 @@ def test_whole_multiples_of_a_scale_come_back(out: int, features: int, bits: int
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 1 / 12), (8, 1 / 250)])
 def test_rounding_is_half_a_step_at_most(bits: int, most: float) -> None:
-    """Of the largest that shares the step; with 4 bits a little more, for steps and scale are fitted to all of the group."""
+    """Of the largest that shares the step; with 4 bits a little more, for steps and scale are
+    fitted to all of the group.
+    """
     torch.manual_seed(0)
     rows, beside = torch.randn(64, 384) * torch.rand(64, 1), 32 if bits == 4 else 128
     groups = rows.unflatten(1, (-1, beside))
@@ -122,7 +128,9 @@ def test_which_tensors_are_quantized(folder: Path) -> None:
 def test_parts_apart(
     asked: str, name: str, bits: tuple[int, ...], folder: Path, tmp_path: Path
 ) -> None:
-    """One name for each, stored with the weights, which the engine answers by and which are asked for by any of its spellings."""
+    """One name for each, stored with the weights, which the engine answers by and which are asked
+    for by any of its spellings.
+    """
     dtype, precision = pick_precision(asked, folder, "cpu")
     assert precision == name
     network = checkpoints.load(folder, dtype=dtype, precision=precision)

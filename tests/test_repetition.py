@@ -1,4 +1,6 @@
-"""Answers that repeat themselves end: the rule, what it leaves alone, and that batches change nothing."""
+"""Answers that repeat themselves end: the rule, what it leaves alone, and that batches change
+nothing.
+"""
 
 import base64
 import random
@@ -52,7 +54,7 @@ def test_it_needs_256_tokens_of_the_answer(period: int) -> None:
     loop = [n % period for n in range(LOOP_TOKENS)]
     assert ends_in_loop(loop, 0)
     assert not ends_in_loop(loop, 1)
-    assert not ends_in_loop([9, *loop[1:]], 0) or period == 1 and loop[0] == 9
+    assert not ends_in_loop([9, *loop[1:]], 0) or (period == 1 and loop[0] == 9)
     assert not ends_in_loop([n % (MAX_PERIOD + 1) for n in range(1000)], 0)
 
 

@@ -1,4 +1,6 @@
-"""Sampling: ours == transformers' processors in transformers' order; penalties, draws and log probabilities by their formulas."""
+"""Sampling: ours == transformers' processors in transformers' order; penalties, draws and log
+probabilities by their formulas.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_scores_are_those_of_transformers(
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
-    """OpenAI: mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting what was generated, not the prompt."""
+    """OpenAI: mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting what was generated, not
+    the prompt.
+    """
     s = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     sampler = Sampler(s, [0, 1, 2], 4, CPU)
     logits = torch.tensor([1.0, 0.9, 0.2, 0.1])

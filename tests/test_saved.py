@@ -1,4 +1,6 @@
-"""Keys and values on disk: a conversation that is opened again answers as one that never ended; no file does anything else."""
+"""Keys and values on disk: a conversation that is opened again answers as one that never ended; no
+file does anything else.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_a_resumed_conversation_is_one_that_never_ended(
 def test_the_file_is_safetensors_and_the_memory_itself(
     tiny: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    """Another program reads the same numbers; taken in, they are the file, not a copy of it, and can be written again."""
+    """Another program reads the same numbers; taken in, they are the file, not a copy of it, and
+    can be written again.
+    """
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
     (kv,) = bot.engine._prefix_cache.idle
@@ -477,7 +481,9 @@ def test_tensors_may_be_any(change: Callable[[dict[str, torch.Tensor]], None]) -
 def test_files_that_are_no_keys_and_values(
     tiny: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    """Cut anywhere, changed anywhere, or something else: told in words, and the conversation goes on."""
+    """Cut anywhere, changed anywhere, or something else: told in words, and the conversation goes
+    on.
+    """
     bot, file = bot_of(tiny), tmp_path / KEPT
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
     whole = file.read_bytes()
@@ -532,7 +538,9 @@ def write_about(file: Path, about: bytes) -> None:
 
 
 def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
-    """A file with the right checksum may hold any floats; an answer comes to its end, and others are what they were."""
+    """A file with the right checksum may hold any floats; an answer comes to its end, and others
+    are what they were.
+    """
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
     right = bot.ask("What?", pictures[4:], max_new_tokens=8, ignore_eos=True)
@@ -577,7 +585,9 @@ talk.save(sys.argv[2], kv=True)
 def test_a_kill_while_it_is_written_leaves_the_old_file_whole(
     tiny: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    """The words, written before, are the new ones; the keys and values are those of before, which are of use all the same."""
+    """The words, written before, are the new ones; the keys and values are those of before, which
+    are of use all the same.
+    """
     bot = bot_of(tiny)
     begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
     before = (tmp_path / KEPT).read_bytes()

@@ -1,4 +1,6 @@
-"""The scheduler and the caches without a network: who gets what, and that every token of memory is accounted for."""
+"""The scheduler and the caches without a network: who gets what, and that every token of memory is
+accounted for.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ _ids = count()
 def request(
     length: int, *, new: int = 8, crops: tuple[int, ...] = (), first: int = 100, salt: bytes = b""
 ) -> Request:
-    """A prompt of `length` tokens that begins with media of so many crops; `first` is the first text token."""
+    """A prompt of `length` tokens that begins with media of so many crops; `first` is the first
+    text token.
+    """
     media, start = [], 0
     for index, n in enumerate(crops):
         media.append(
@@ -66,7 +70,9 @@ def scheduler(
 
 
 def step(s: Scheduler, token: int = 5) -> tuple[SchedulerOutput, list[tuple[int, int, int]]]:
-    """One step with a network that always says `token`; the output, and (request, start, stop) of its works."""
+    """One step with a network that always says `token`; the output, and (request, start, stop) of
+    its works.
+    """
     output = s.schedule()
     for key in output.encoder_inputs:
         s.encoder_cache.put(key, torch.zeros(GRID**2, 2))
@@ -125,7 +131,9 @@ def test_no_memory_no_start_and_nobody_overtakes() -> None:
 
 
 def test_the_last_to_start_is_preempted_and_waits_until_another_ends() -> None:
-    """Started again at once, with the room it left, it would be computed from the start every few tokens of the others."""
+    """Started again at once, with the room it left, it would be computed from the start every few
+    tokens of the others.
+    """
     s = scheduler(total=368, tokens=368)
     s.add(before := request(281, new=20, first=700))
     s.add(grows := request(30, new=73))
@@ -160,12 +168,16 @@ def test_caches_go_before_anybody_is_preempted() -> None:
 
 
 def test_a_cache_that_goes_on_shortly_is_taken_over_and_a_longer_one_copied() -> None:
-    """A second question about eight pictures took a second, nearly all of it copying what was there."""
+    """A second question about eight pictures took a second, nearly all of it copying what was
+    there.
+    """
     s = scheduler(total=10000, tokens=2000)
     shared = list(range(100, 1700))
 
     def ask(own: int) -> tuple[int, int, int]:
-        """Ask with tokens of its own behind what all share: where computing begins, the tokens copied, the caches after that."""
+        """Ask with tokens of its own behind what all share: where computing begins, the tokens
+        copied, the caches after that.
+        """
         prompt = Prompt([*shared, *([own] * own)])
         s.add(
             Request(
@@ -231,7 +243,9 @@ def test_a_cache_is_copied_for_a_branch_and_taken_over_for_a_sequel() -> None:
 
 
 def test_a_cache_used_in_a_step_is_not_dropped_in_it() -> None:
-    """Two requests start in one step; room for the second must not come from the cache that the first copies."""
+    """Two requests start in one step; room for the second must not come from the cache that the
+    first copies.
+    """
     s = scheduler(total=400, tokens=300)
     s.add(old := request(150, new=2))
     step(s)
@@ -249,7 +263,9 @@ def test_a_cache_used_in_a_step_is_not_dropped_in_it() -> None:
 
 
 def test_a_start_that_only_copies_is_still_planned() -> None:
-    """With the tower busy a request may start with nothing but its copied prefix, which must be copied all the same."""
+    """With the tower busy a request may start with nothing but its copied prefix, which must be
+    copied all the same.
+    """
     s = scheduler(total=2000, tokens=500, crops=1)
     s.add(request(64, new=40))
     step(s)

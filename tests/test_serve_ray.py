@@ -1,4 +1,6 @@
-"""`llava serve --ray` on a cluster of two nodes here: what clients get is what one process gives, whatever is lost."""
+"""`llava serve --ray` on a cluster of two nodes here: what clients get is what one process gives,
+whatever is lost.
+"""
 
 from __future__ import annotations
 
@@ -182,7 +184,9 @@ def measured(http: Any, name: str) -> Counter[str]:
 
 
 def test_the_command(nodes: Any, folder: Path) -> None:
-    """Killed and started again, it has no replicas beside those it had; told to stop, it takes them with it."""
+    """Killed and started again, it has no replicas beside those it had; told to stop, it takes them
+    with it.
+    """
     port = str(free())
     given = [
         "-m",
@@ -255,7 +259,9 @@ def test_where_ray_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_meets() -> None:
-    """The image that a request names first, whatever stands around it; of one key; nothing where there is none."""
+    """The image that a request names first, whatever stands around it; of one key; nothing where
+    there is none.
+    """
 
     def of(messages: Any, key: str = "k", **more: Any) -> str:
         return session_id(key, json.dumps(body(messages, **more)).encode())
@@ -388,7 +394,9 @@ def test_without_a_key(server: Server) -> None:
 
 
 def test_who_asks_about_the_same_image_meets_its_features(server: Server) -> None:
-    """Each image's second question finds its prefix, so it came to the same replica; both replicas have images."""
+    """Each image's second question finds its prefix, so it came to the same replica; both replicas
+    have images.
+    """
     colours = [
         "red",
         "lime",
@@ -427,7 +435,9 @@ def test_what_one_key_asked_is_nothing_to_another(server: Server) -> None:
 
 
 def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
-    """An upload goes with the requests that name it, to whichever replica; another key neither sees nor uses it."""
+    """An upload goes with the requests that name it, to whichever replica; another key neither sees
+    nor uses it.
+    """
     with client(server, "one") as http, client(server, "two") as other:
         said = http.post(
             "/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}
@@ -476,7 +486,9 @@ def test_a_stream_streams_and_who_leaves_ends_it(one: Any) -> None:
 
 
 def test_what_everybody_asks_about_spreads(server: Server) -> None:
-    """Of six answers about one image four are computed where it is known: half of --max-requests. The others go elsewhere."""
+    """Of six answers about one image four are computed where it is known: half of --max-requests.
+    The others go elsewhere.
+    """
     going: list[Any] = []
     with client(server, "one") as http:
         try:
@@ -517,7 +529,9 @@ def test_a_limit_is_not_multiplied(server: Server) -> None:
 
 
 def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
-    """Streams of the lost replica end in an error that a client knows, the others go on, and what comes is answered."""
+    """Streams of the lost replica end in an error that a client knows, the others go on, and what
+    comes is answered.
+    """
     colours = ["red", "lime", "navy", "teal", "gold", "gray", "plum", "pink"]
     came: dict[str, list[str]] = {colour: [] for colour in colours}
     where: dict[str, set[str]] = {}

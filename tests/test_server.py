@@ -1,4 +1,6 @@
-"""The server: its answers against the chatbot's, its limits against a hostile corpus, its manners under load and faults."""
+"""The server: its answers against the chatbot's, its limits against a hostile corpus, its manners
+under load and faults.
+"""
 
 import asyncio
 import contextlib
@@ -243,7 +245,9 @@ def test_counting_is_the_librarys_estimate(client: TestClient, oracle: Chatbot) 
 
 
 def test_every_field_of_openai_is_known_or_refused_by_name(client: TestClient) -> None:
-    """Taken from the official client: what it can send and this server does not do is told, never ignored."""
+    """Taken from the official client: what it can send and this server does not do is told, never
+    ignored.
+    """
     theirs = set(CompletionCreateParamsBase.__annotations__) | {"stream"}
     assert {"messages", "logit_bias", "tools", "metadata"} <= theirs
     for name in theirs - set(ChatRequest.model_fields):
@@ -370,7 +374,9 @@ def form(kind: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_the_form_of_answers_is_kept(client: TestClient, how: dict[str, Any], stream: bool) -> None:
-    """With random weights, which know nothing of any form: whatever comes, the form is the grammar's work."""
+    """With random weights, which know nothing of any form: whatever comes, the form is the
+    grammar's work.
+    """
 
     def texts(**fields: Any) -> list[str]:
         got = ask(client, max_tokens=60, **how, **fields, stream=stream)
@@ -406,7 +412,9 @@ def test_a_form_that_allows_all_changes_nothing(client: TestClient) -> None:
 
 
 def test_json_may_be_any_object(client: TestClient, oracle: Chatbot) -> None:
-    """The likeliest token of this network is a newline; and where the closing brace is made likelier, it comes at once."""
+    """The likeliest token of this network is a newline; and where the closing brace is made
+    likelier, it comes at once.
+    """
     any_json = {"response_format": {"type": "json_object"}}
     assert (
         ask(client, max_tokens=5, **any_json)
@@ -474,7 +482,9 @@ def test_null_and_the_values_that_mean_nothing_are_taken(client: TestClient) -> 
 
 
 def test_what_is_counted_is_named_by_texts(client: TestClient) -> None:
-    """A number or an object in the place of a picture was counted as one, because nothing is opened to count."""
+    """A number or an object in the place of a picture was counted as one, because nothing is opened
+    to count.
+    """
     for part in (
         {"type": "image", "image": {}},
         {"type": "video", "video": [RED, 5]},
@@ -816,7 +826,9 @@ def test_an_address_of_the_network_demands_keys(tmp_path: Path) -> None:
 
 
 def test_without_keys_only_this_machine_is_answered(client: TestClient) -> None:
-    """A page in a browser can reach 127.0.0.1: by a name that leads here, from its own origin, or through a proxy."""
+    """A page in a browser can reach 127.0.0.1: by a name that leads here, from its own origin, or
+    through a proxy.
+    """
     for headers in (
         {"Host": "evil.example"},
         {"Origin": "https://evil.example"},
@@ -1008,7 +1020,9 @@ def test_hostile_requests_get_a_4xx_and_the_server_goes_on(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_refused_is_let_go_of_at_once(client: TestClient, stream: bool) -> None:
-    """Refused requests of 2 MB lay about by the hundred till the garbage collector came: errors held frames, frames errors."""
+    """Refused requests of 2 MB lay about by the hundred till the garbage collector came: errors
+    held frames, frames errors.
+    """
 
     kept = (ChatRequest, RequestValidationError, LlavaError, ApiError, middleware._Body)
     gc.collect()
@@ -1220,7 +1234,9 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
 def test_who_leaves_is_not_explained_to(
     server: Server, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """Given up before the next pass through the network; the image's share would have taken two more."""
+    """Given up before the next pass through the network; the image's share would have taken two
+    more.
+    """
     passes: list[Any] = []
     go, first = threading.Event(), threading.Event()
     real = AttributionRun.logprobs
@@ -1332,7 +1348,9 @@ def test_garbage_on_the_wire(server: Server) -> None:
 
 
 def test_who_takes_nothing_is_left() -> None:
-    """A client that does not read its answer blocks the sending; after a time the request ends and what it held is free."""
+    """A client that does not read its answer blocks the sending; after a time the request ends and
+    what it held is free.
+    """
     left = []
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
@@ -1485,7 +1503,9 @@ print(switched, text.value.count(b"<heap nr"))
     not hasattr(ctypes.CDLL(None), "malloc_info"), reason="another C library than glibc"
 )
 def test_threads_of_a_server_share_use_single_malloc_arena() -> None:
-    """Memory grew by megabytes a minute of traffic: what one thread's heap had free no other could use."""
+    """Memory grew by megabytes a minute of traffic: what one thread's heap had free no other could
+    use.
+    """
     done = subprocess.run([sys.executable, "-c", HEAPS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "1"]
 

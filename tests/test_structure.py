@@ -1,4 +1,6 @@
-"""The floors of docs/architecture.md, held to: who may import whom, and what costs nothing to import."""
+"""The floors of docs/architecture.md, held to: who may import whom, and what costs nothing to
+import.
+"""
 
 import ast
 import re
@@ -32,7 +34,9 @@ def part_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of everything a file imports, wherever in it: in functions and for type checkers too."""
+    """Line and full dotted name of everything a file imports, wherever in it: in functions and for
+    type checkers too.
+    """
     within = ["llava_interleave", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -67,7 +71,9 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_imports_that_nobody_makes() -> None:
-    """transformers is an oracle and a base class of `hf`, torchvision a second image library, pickle runs code from files; recipes/ is not in the wheel."""
+    """transformers is an oracle and a base class of `hf`, torchvision a second image library,
+    pickle runs code from files; recipes/ is not in the wheel.
+    """
     for path in MODULES:
         for line, imported in imports(path):
             top = imported.split(".")[0]

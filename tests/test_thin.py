@@ -1,4 +1,6 @@
-"""Fewer tokens a picture: counted, keyed and computed as features that were averaged and chosen by hand."""
+"""Fewer tokens a picture: counted, keyed and computed as features that were averaged and chosen by
+hand.
+"""
 
 import json
 from collections.abc import Sequence
@@ -123,7 +125,9 @@ def test_of_tokens_that_are_alike_one_is_kept() -> None:
 def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinned_otherwise() -> (
     None
 ):
-    """Prefix hit or miss, batched or alone; the same frames with other tokens share neither features nor keys and values."""
+    """Prefix hit or miss, batched or alone; the same frames with other tokens share neither
+    features nor keys and values.
+    """
     head = text(0, 40)
     ways = ((1, 1.0), (2, 1.0), (3, 1.0), (1, 0.5), (2, 0.75))
     films = [

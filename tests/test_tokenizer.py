@@ -1,4 +1,6 @@
-"""Tokens equal transformers', control tokens in untrusted text stay text, and streams never cut a character."""
+"""Tokens equal transformers', control tokens in untrusted text stay text, and streams never cut a
+character.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +120,9 @@ def test_half_a_surrogate_pair_is_an_error_of_the_prompt(tokenizer: Tokenizer) -
 
 
 def _original(folder: Path, to: Path) -> dict[str, Any]:
-    """The files of a checkpoint in the original form: vocabulary and merges, no tokenizer.json, no <image>."""
+    """The files of a checkpoint in the original form: vocabulary and merges, no tokenizer.json, no
+    <image>.
+    """
     spec: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
     (to / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
     merges = [

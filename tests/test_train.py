@@ -1,4 +1,6 @@
-"""Training: packed equals unpacked, resumed equals uninterrupted, answers alone carry loss, nothing is cut or dropped."""
+"""Training: packed equals unpacked, resumed equals uninterrupted, answers alone carry loss, nothing
+is cut or dropped.
+"""
 
 import json
 import os
@@ -161,7 +163,9 @@ class Struck:
 
 
 def test_signals_leave_workers_alone() -> None:
-    """A second worker imports PyTorch while the first one's batches are trained on; signals to a whole group killed it there."""
+    """A second worker imports PyTorch while the first one's batches are trained on; signals to a
+    whole group killed it there.
+    """
     assert list(prefetch(Struck(), iter([0, 2, 1]), 1)) == [0, 2, 1]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
@@ -177,8 +181,10 @@ class Large:
 
 
 def test_a_worker_that_still_sends_ends_in_order() -> None:
-    """Some runs that were stopped said "terminate called without an active exception" at the end, with a traceback of PyTorch's:
-    the worker's interpreter was gone when the thread that sends came back from copying a tensor."""
+    """Some runs that were stopped said "terminate called without an active exception" at the end,
+    with a traceback of PyTorch's: the worker's interpreter was gone when the thread that sends came
+    back from copying a tensor.
+    """
     made: Any = prefetch(Large(), None, 1)
     next(made)
     (worker,) = made._workers
@@ -445,7 +451,9 @@ def test_a_file_that_is_no_list_of_samples_is_refused(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_a_checkpoint_learns_its_samples(folder: Path, tmp_path: Path) -> None:
-    """`llava train` on eight samples: the loss falls, the result is a checkpoint, a second call finds it finished."""
+    """`llava train` on eight samples: the loss falls, the result is a checkpoint, a second call
+    finds it finished.
+    """
     annotations = write(tmp_path / "data", 8, size=30)
     words = [
         "train",
@@ -522,7 +530,9 @@ def test_a_name_is_the_mean_of_its_tokens_with_and_without_a_space(
 def test_calibration_changes_the_size_of_features_and_not_what_they_say(
     naming: tuple[Llava, patch_pretraining.PatchNamingLoss],
 ) -> None:
-    """Unscaled, a tower's features drowned what the decoder adds to them, and it learnt to look only much later."""
+    """Unscaled, a tower's features drowned what the decoder adds to them, and it learnt to look
+    only much later.
+    """
     network, loss = naming
     batch = patch_pretraining.LabeledPatchesDataset(training.VISION, 1, 1)[0]
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Preferences: the loss is the papers', on packed pairs with shared pictures as on padded ones; pairs of every form are read."""
+"""Preferences: the loss is the papers', on packed pairs with shared pictures as on padded ones;
+pairs of every form are read.
+"""
 
 import json
 from pathlib import Path
@@ -68,7 +70,9 @@ def units(source: Path, folder: Path) -> list[PackedSample]:
 
 
 def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
-    """Summed log-probabilities `[P]` of answers, in a batch padded at the end, every sequence with its own pictures."""
+    """Summed log-probabilities `[P]` of answers, in a batch padded at the end, every sequence with
+    its own pictures.
+    """
     longest = max(len(prompt) for prompt in prompts)
     rows = []
     for prompt in prompts:

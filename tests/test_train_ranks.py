@@ -1,4 +1,6 @@
-"""Several processes, started by torchrun over gloo, compute what one does, and go on from what any number of them has saved."""
+"""Several processes, started by torchrun over gloo, compute what one does, and go on from what any
+number of them has saved.
+"""
 
 import json
 import os
@@ -75,8 +77,11 @@ def killed() -> None:
 
 
 def prepare(place: Path) -> None:
-    """Model, samples, a recipe a stage; what one process makes of each, and one that was killed after two steps."""
-    # With sizes that two cannot halve, and samples of which every third has no picture: their rank still goes through the tower.
+    """Model, samples, a recipe a stage; what one process makes of each, and one that was killed
+    after two steps.
+    """
+    # With sizes that two cannot halve, and samples of which every third has no picture: their rank
+    # still goes through the tower.
     model = tiny_checkpoint(place / "tiny", tiny_config(text={"intermediate_size": 95}))
     samples, pairs = [], []
     for number in range(14):
@@ -124,7 +129,9 @@ def prepare(place: Path) -> None:
 
 
 def together(place: Path) -> None:
-    """What two processes do: every stage, the rest of what one began, and at last, by the command, what a signal to one ends."""
+    """What two processes do: every stage, the rest of what one began, and at last, by the command,
+    what a signal to one ends.
+    """
     for stage in STAGES:
         run(recipe.read(place / f"{stage}.toml"), place / stage / "two")
     run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one")
@@ -177,7 +184,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def alike(one: Path, other: Path) -> None:
-    """Losses to 0.001 %, weights to 2 % of their change: sums have another order, and AdamW magnifies what is nearly 0."""
+    """Losses to 0.001 %, weights to 2 % of their change: sums have another order, and AdamW
+    magnifies what is nearly 0.
+    """
     mine, theirs = lines(one), lines(other)
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for a, b in zip(mine, theirs, strict=True):

@@ -1,4 +1,6 @@
-"""Recipes: files and flags become one record, everything unknown or contradictory is refused by name, what is stored is read."""
+"""Recipes: files and flags become one record, everything unknown or contradictory is refused by
+name, what is stored is read.
+"""
 
 import dataclasses
 import inspect
@@ -29,7 +31,9 @@ def test_a_shipped_recipe_is_whole_and_comes_back_from_its_own_file(
 
 
 def test_shipped_recipes_have_what_was_published() -> None:
-    """Of LLaVA-NeXT: scripts pretrain_siglip.sh, direct_finetune_siglip_a4.sh and dpo.sh; config.json of the checkpoints."""
+    """Of LLaVA-NeXT: scripts pretrain_siglip.sh, direct_finetune_siglip_a4.sh and dpo.sh;
+    config.json of the checkpoints.
+    """
     align, dpo, instruct, interleave = (recipe.read(recipe.find(name)) for name in recipe.SHIPPED)
     assert (
         align.tower_lr_scale,

@@ -1,4 +1,6 @@
-"""Whole runs: stages train what they should, a run that is stopped or killed anywhere loses nothing, what it learnt is shown."""
+"""Whole runs: stages train what they should, a run that is stopped or killed anywhere loses
+nothing, what it learnt is shown.
+"""
 
 import contextlib
 import json
@@ -156,7 +158,9 @@ def test_a_stage_trains_its_parts_and_leaves_all_others_bit_equal(
 def test_where_bfloat16_is_slow_it_is_float32(
     adapter: bool, folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without AVX-512 a step took 65 times as long by the published recipes, which ask for bfloat16."""
+    """Without AVX-512 a step took 65 times as long by the published recipes, which ask for
+    bfloat16.
+    """
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     words = [
         "train",
@@ -242,9 +246,11 @@ def test_batches_are_bounded_in_images_too(folder: Path, source: Path, tmp_path:
 def test_operations_are_those_that_pytorch_counts(
     trained: str, folder: Path, prompts: list[Prompt]
 ) -> None:
-    """It sees all of attention, of which half is in the future, and the head's logits twice, as the loss computes them.
+    """It sees all of attention, of which half is in the future, and the head's logits twice, as the
+    loss computes them.
 
-    It does not see gradients of what goes into the first layer where only adapters train, or into the projector: there are none.
+    It does not see gradients of what goes into the first layer where only adapters train, or into
+    the projector: there are none.
     """
     network = checkpoints.load(folder)
     attach(network, LoraConfig(rank=2, dropout=0.0))
@@ -267,7 +273,9 @@ def test_operations_are_those_that_pytorch_counts(
 def test_layers_computed_again_give_the_same_gradients_from_less_memory(
     folder: Path, prompts: list[Prompt]
 ) -> None:
-    """With an adapter's dropout, which must leave out the same again. What goes into layers is kept in both."""
+    """With an adapter's dropout, which must leave out the same again. What goes into layers is kept
+    in both.
+    """
     found, kept = [], []
     for again in (False, True):
         network = checkpoints.load(folder)
@@ -477,7 +485,9 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.fixture
 def foreground() -> Iterator[None]:
-    """Ctrl-C as a program has it in front of a terminal, also where the tests run in the background of a shell."""
+    """Ctrl-C as a program has it in front of a terminal, also where the tests run in the background
+    of a shell.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -556,7 +566,9 @@ def test_a_second_ctrl_c_does_not_wait(folder: Path, prompts: list[Prompt], tmp_
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(
     point: int, folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at each of the places where the second save changes the disk: at half a file, before and after it is named ..."""
+    """Killed at each of the places where the second save changes the disk: at half a file, before
+    and after it is named ...
+    """
     out = tmp_path / "out"
     whole = go(folder, prompts, tmp_path / "whole")
     write, replace, rmtree = safetensors.torch.save, Path.replace, checkpointing.shutil.rmtree
@@ -671,7 +683,9 @@ def test_the_last_few_and_the_best_are_kept(
 def test_checkpoints_come_by_time_too(
     folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that goes on half a minute at every look: each step is looked at once, and a save looks once."""
+    """A clock that goes on half a minute at every look: each step is looked at once, and a save
+    looks once.
+    """
     now = iter(range(0, 10**6, 30))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     go(
@@ -893,7 +907,9 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run on every scenario of the world, with a third held out, whose loss is told to be lowest after step 2."""
+    """A run on every scenario of the world, with a third held out, whose loss is told to be lowest
+    after step 2.
+    """
     place = tmp_path_factory.mktemp("finished")
     annotations = write(place / "data", 12, size=30)
     given = Recipe(

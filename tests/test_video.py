@@ -128,7 +128,9 @@ CLOCKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True).m
 def test_uniform_frames_are_distinct_and_have_both_ends(
     stamps: list[int], frames: int, unit: Fraction
 ) -> None:
-    """The original demo divided by zero for a video shorter than the frames asked for, and gave the early part of others."""
+    """The original demo divided by zero for a video shorter than the frames asked for, and gave the
+    early part of others.
+    """
     chosen = FrameSampling(frames=frames).choose(FrameTimeline(stamps, unit), 100)
     assert chosen[0] == 0
     assert all(a < b for a, b in pairwise(chosen))
@@ -186,7 +188,9 @@ def test_seeking_decodes_a_fraction_of_a_long_film(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_rotation_of_phones_is_applied(tmp_path: Path, turn: int) -> None:
-    """Phones film sideways and write a matrix; read without it, every upright video lies on its side."""
+    """Phones film sideways and write a matrix; read without it, every upright video lies on its
+    side.
+    """
     left = Image.new("RGB", SIZE, "black")
     left.paste("white", (0, 0, 20, SIZE[1]))
     path = tmp_path / "a.mp4"

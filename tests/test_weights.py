@@ -41,7 +41,8 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     return folder
 
 
-# The names that facts of the checkpoints give, written out: the table in the program must not be its own witness.
+# The names that facts of the checkpoints give, written out: the table in the program must not be
+# its own witness.
 NAMES: dict[CheckpointLayout, list[str]] = {
     "hub": [
         "language_model.lm_head.weight",
@@ -115,7 +116,9 @@ def test_layouts_hold_the_same_network(
 
 
 def test_our_files_are_the_packages_files(tmp_path: Path) -> None:
-    """Reader and writer are our own for the sake of memory; the safetensors package is the judge of both."""
+    """Reader and writer are our own for the sake of memory; the safetensors package is the judge of
+    both.
+    """
     folder = tiny_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -154,7 +157,9 @@ def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
 
 def test_tied_head_stored_anyway(tmp_path: Path) -> None:
-    """Some savers store the tied head too, or the head instead of the embedding; another head than the embedding is a mistake."""
+    """Some savers store the tied head too, or the head instead of the embedding; another head than
+    the embedding is a mistake.
+    """
     embed, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
     folder = tiny_checkpoint(tmp_path / "a")
     before = load(folder)
@@ -179,7 +184,9 @@ def test_unused_tensors_are_dropped(tmp_path: Path) -> None:
 
 
 def test_spare_tower_layers_are_dropped_where_config_says_so(tmp_path: Path) -> None:
-    """A tower stored whole with vision_feature_layer -2: its last layer is surplus unless the config tells of it."""
+    """A tower stored whole with vision_feature_layer -2: its last layer is surplus unless the
+    config tells of it.
+    """
     folder = tiny_checkpoint(tmp_path / "a", tiny_config(vision={"num_layers": 3}))
     two = tiny_checkpoint(tmp_path / "b", tiny_config(vision={"num_layers": 2}))
     values = json.loads((folder / "config.json").read_text())
@@ -377,7 +384,9 @@ def test_fingerprint(tmp_path: Path) -> None:
 
 
 def test_loaded_weights_are_ours_to_change(tmp_path: Path) -> None:
-    """They may be the mapped file; training writes into them all the same, and the file stays as it was."""
+    """They may be the mapped file; training writes into them all the same, and the file stays as it
+    was.
+    """
     folder = tiny_checkpoint(tmp_path / "a")
     model = load(folder)
     for parameter in model.parameters():
@@ -390,7 +399,9 @@ def test_loaded_weights_are_ours_to_change(tmp_path: Path) -> None:
 
 
 def test_odd_offsets(tmp_path: Path) -> None:
-    """Some writers do not pad the header; a tensor at an odd byte cannot be mapped as numbers and is read."""
+    """Some writers do not pad the header; a tensor at an odd byte cannot be mapped as numbers and
+    is read.
+    """
     folder = tiny_checkpoint(tmp_path / "a")
     before = load(folder)
     file = folder / "model.safetensors"
@@ -436,8 +447,10 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 def test_peak_memory(
     tmp_path: Path, stored: torch.dtype, held: str, device: str, most: float
 ) -> None:
-    """At most 1.15 times the weights as held, casting included. Pages of mapped files count. What goes to another device is here
-    a few megabytes at a time only, so that it may be larger than the memory."""
+    """At most 1.15 times the weights as held, casting included. Pages of mapped files count. What
+    goes to another device is here a few megabytes at a time only, so that it may be larger than the
+    memory.
+    """
     config = tiny_config(
         text={
             "hidden_size": 1024,

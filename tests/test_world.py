@@ -44,7 +44,9 @@ def many(scenario: str, count: int = 40, level: Level = NORMAL) -> list[Episode]
 
 
 def seen(ep: Episode, index: int) -> list[Thing]:
-    """The things of a picture, as its pixels show them: kind and colour from the lots, presence from what is drawn."""
+    """The things of a picture, as its pixels show them: kind and colour from the lots, presence
+    from what is drawn.
+    """
     scene = ep.scenes[index]
     picture = draw(scene, 192).astype(int)
     shown = []
@@ -341,7 +343,9 @@ def test_views_show_one_arrangement_from_four_sides(level: Level) -> None:
 
 @pytest.mark.parametrize("scenario", ["single", "multi"])
 def test_patches_name_what_covers_them(scenario: str) -> None:
-    """Small stars covered less than the tenth of a patch that was asked for: a tower learnt to call them nothing."""
+    """Small stars covered less than the tenth of a patch that was asked for: a tower learnt to call
+    them nothing.
+    """
     for ep in many(scenario, 100):
         for scene in ep.scenes:
             named = patches(scene, 96, 32)
@@ -349,7 +353,9 @@ def test_patches_name_what_covers_them(scenario: str) -> None:
 
 
 def test_what_is_not_hidden_has_a_patch() -> None:
-    """A far thing often shares its only patch with a nearer one that covers more of it: in a fifth of views one had none."""
+    """A far thing often shares its only patch with a nearer one that covers more of it: in a fifth
+    of views one had none.
+    """
     for ep in many("views", 60):
         for scene in ep.scenes:
             named, shares = patches(scene, 96, 32), visible(scene)
@@ -417,7 +423,9 @@ def test_exams_are_the_same_for_everybody() -> None:
 
 
 def test_written_samples_are_read_back(tmp_path: Path) -> None:
-    """The files of a sample and the sample in memory are the same to the network, up to the film's compression."""
+    """The files of a sample and the sample in memory are the same to the network, up to the film's
+    compression.
+    """
     path = write(tmp_path, 8, size=96)
     samples = formats.read(path)
     assert [s["sample_id"].split("-")[0] for s in samples] == list(SCENARIOS) * 2
@@ -444,7 +452,9 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
 def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(
     tmp_path: Path,
 ) -> None:
-    """Training reads "front: <image>" in a text, people hand over named views: the model must not see a difference."""
+    """Training reads "front: <image>" in a text, people hand over named views: the model must not
+    see a difference.
+    """
     from llava_interleave.testing import tiny_checkpoint
 
     processor = Processor.from_folder(tiny_checkpoint(tmp_path / "model"))

@@ -1,4 +1,6 @@
-"""What a person imports: load a model, ask about images, videos and views, go on talking. Knows no HTTP."""
+"""What a person imports: load a model, ask about images, videos and views, go on talking. Knows no
+HTTP.
+"""
 
 from ..attribution.attribution import Attribution, ImageAttribution
 from ..options import Options

@@ -1,4 +1,6 @@
-"""A loaded model that answers messages: text in and out, stop strings, several answers, usage and timings."""
+"""A loaded model that answers messages: text in and out, stop strings, several answers, usage and
+timings.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Chatbot:
-    """A model with its tokenizer and engine. Several threads may ask at once; their answers are computed together."""
+    """A model with its tokenizer and engine. Several threads may ask at once; their answers are
+    computed together.
+    """
 
     def __init__(self, source: Path, processor: Processor, engine: Engine, model: Llava) -> None:
         self.source = source
@@ -58,14 +62,18 @@ class Chatbot:
         options: Options = DEFAULTS,
         **changes: object,
     ) -> Answer:
-        """Ask one question about images, videos and folders of frames, given as paths, URLs, bytes, PIL images, arrays or parts.
+        """Ask one question about images, videos and folders of frames, given as paths, URLs, bytes,
+        PIL images, arrays or parts.
 
-        They stand where the question says `<image>`, or before it. Keywords are the fields of `Options`.
+        They stand where the question says `<image>`, or before it. Keywords are the fields of
+        `Options`.
         """
         return self.chat(self.turn(question, attachments), options, **changes)
 
     def chat(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Answer:
-        """The answer to messages in the chat form of transformers and OpenAI. Keywords as `Options`."""
+        """The answer to messages in the chat form of transformers and OpenAI. Keywords as
+        `Options`.
+        """
         options = options.but(changes)
         if options.n != 1:
             raise OptionError(
@@ -76,7 +84,9 @@ class Chatbot:
     def choices(
         self, messages: Messages, options: Options = DEFAULTS, **changes: object
     ) -> list[Answer]:
-        """All `n` answers to the messages, computed together; answer i is the one of seed + i. Else as `chat`."""
+        """All `n` answers to the messages, computed together; answer i is the one of seed + i. Else
+        as `chat`.
+        """
         options = options.but(changes)
         return self._answers([GenerationJob(self.prompt(messages, options), options)])
 
@@ -88,9 +98,11 @@ class Chatbot:
         progress: Callable[[int, int], None] | None = None,
         **changes: object,
     ) -> Generator[AnswerDelta]:
-        """As `choices`, but a piece at a time. Closing the iterator ends the computation. Mistakes are raised by the call itself.
+        """As `choices`, but a piece at a time. Closing the iterator ends the computation. Mistakes
+        are raised by the call itself.
 
-        progress: until the first token it is called with the tokens of the prompt that have been read so far and in all.
+        progress: until the first token it is called with the tokens of the prompt that have been
+        read so far and in all.
         """
         options = options.but(changes)
         return self.stream_prompt(self.prompt(messages, options), options, progress)
@@ -107,9 +119,10 @@ class Chatbot:
     def prefill(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Usage:
         """Compute the beginning of a coming question into the prefix cache, without an answer.
 
-        The question then computes only the tokens after the common beginning. It runs while there is
-        nothing else to do: answers that are asked meanwhile go first. The usage has the tokens of the
-        prompt, and those that were cached already.
+        The question then computes only the tokens after the common beginning. It runs while there
+        is
+        nothing else to do: answers that are asked meanwhile go first. The usage has the tokens of
+        the prompt, and those that were cached already.
         """
         options = options.but({**changes, "n": 1})
         job = GenerationJob(self.prompt(messages, options), options, prefill_only=True)
@@ -118,7 +131,9 @@ class Chatbot:
     def batch(
         self, conversations: Sequence[Messages], options: Options = DEFAULTS, **changes: object
     ) -> list[Answer]:
-        """The answers to several conversations, computed together; each as `chat` alone would give it."""
+        """The answers to several conversations, computed together; each as `chat` alone would give
+        it.
+        """
         options = options.but(changes)
         if options.n != 1:
             raise OptionError(f"batch writes one answer to each conversation, but n is {options.n}")
@@ -164,17 +179,20 @@ class Chatbot:
         leave_out: bool = True,
         **changes: object,
     ) -> Attribution:
-        """Which image an answer to `messages` leaned on, and on what in it. The options are those that it was asked with.
+        """Which image an answer to `messages` leaned on, and on what in it. The options are those
+        that it was asked with.
 
-        answer: what `chat` gave, or a text, which counts without a token that ends it. layers: of the decoder, from 0, whose
-        attention is told. leave_out: also take out each image in turn, which is a pass through the network for each; without
-        it `change` and `share` are None, and there is one pass and one of the text alone. Other threads may ask meanwhile.
+        answer: what `chat` gave, or a text, which counts without a token that ends it. layers: of
+        the decoder, from 0, whose attention is told. leave_out: also take out each image in turn,
+        which is a pass through the network for each; without it `change` and `share` are None, and
+        there is one pass and one of the text alone. Other threads may ask meanwhile.
         """
         prompt = self.prompt(messages, options, **changes)
         tokenizer, text = self.processor.tokenizer, self.model.config.text
         if isinstance(answer, Answer) and answer.usage.prompt != len(prompt):
             raise PromptError(
-                f"the answer was given to a prompt of {answer.usage.prompt} tokens, but these messages and options make "
+                f"the answer was given to a prompt of {answer.usage.prompt} tokens, but these "
+                "messages and options make "
                 f"{len(prompt)}: pass those that it was asked with"
             )
         tokens = (
@@ -196,9 +214,11 @@ class Chatbot:
         return Conversation(self)
 
     def resume(self, path: str | os.PathLike[str], *, kv: bool = True) -> Conversation:
-        """Go on with a conversation that `Conversation.save` wrote, with the keys and values beside it unless `kv` is False.
+        """Go on with a conversation that `Conversation.save` wrote, with the keys and values beside
+        it unless `kv` is False.
 
-        Where these are of no use, a warning says why: the conversation is there, but will be read again.
+        Where these are of no use, a warning says why: the conversation is there, but will be read
+        again.
         """
         talk = Conversation.load(path, self)
         try:
@@ -211,13 +231,17 @@ class Chatbot:
         return talk
 
     def save_kv(self, path: Path, keys: CacheKey) -> int:
-        """Write what is in memory of keys and values of a sequence to a file; its bytes, 0 if there is nothing. Others wait."""
+        """Write what is in memory of keys and values of a sequence to a file; its bytes, 0 if there
+        is nothing. Others wait.
+        """
         with self._lock:
             found = self.engine.save(keys)
             return kv_file.write(path, found) if found else 0
 
     def load_kv(self, path: Path) -> CacheKey:
-        """Take in what `save_kv` wrote; the sequence that it is of. `DataError` or `CheckpointError` if it is of no use here."""
+        """Take in what `save_kv` wrote; the sequence that it is of. `DataError` or
+        `CheckpointError` if it is of no use here.
+        """
         found = kv_file.read(path, self.engine.load().kv_total * self.engine.bytes_per_token)
         try:
             with self._lock:
@@ -231,13 +255,16 @@ class Chatbot:
         return self.engine.adapters.names
 
     def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Load an adapter, a folder in PEFT's format or a Hugging Face name; it can be chosen from then on, others answer on.
+        """Load an adapter, a folder in PEFT's format or a Hugging Face name; it can be chosen from
+        then on, others answer on.
 
-        Raises `CheckpointError` for one of another network, or that asks for what is not computed here.
+        Raises `CheckpointError` for one of another network, or that asks for what is not computed
+        here.
         """
         if isinstance(self.engine, ReplicatedEngine):
             raise Unsupported(
-                "an adapter cannot be added under tensor parallelism; merge it first (llava convert --adapter)"
+                "an adapter cannot be added under tensor parallelism; merge it first (llava "
+                "convert --adapter)"
                 " and load the merged checkpoint"
             )
         self.engine.adapters.add(name, checkpoints.read_adapter(adapter_folder(folder), self.model))

@@ -1,4 +1,6 @@
-"""A conversation that goes on: history, attachments on the way, taking back, saving and resuming."""
+"""A conversation that goes on: history, attachments on the way, taking back, saving and
+resuming.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ VERSION = 1
 
 
 class Conversation:
-    """A chat with one model. Earlier images are not computed again: the engine knows the common beginning.
+    """A chat with one model. Earlier images are not computed again: the engine knows the common
+    beginning.
 
     messages: the turns so far, in the form that `Chatbot.chat` takes.
     pending: parts attached to the next question.
@@ -43,7 +46,9 @@ class Conversation:
         ] = []  # what was read for each answer, and the answer, as far as known
 
     def attach(self, *sources: object) -> None:
-        """Attach images, videos or folders of them to the next question. Raises `MediaError` for a file that is missing."""
+        """Attach images, videos or folders of them to the next question. Raises `MediaError` for a
+        file that is missing.
+        """
         self.pending += [item for source in sources for item in parts(source)]
 
     def stream(
@@ -54,7 +59,9 @@ class Conversation:
         progress: Callable[[int, int], None] | None = None,
         **changes: object,
     ) -> Generator[AnswerDelta]:
-        """Ask and yield the pieces of the answer. An answer that is broken off leaves the conversation as it was."""
+        """Ask and yield the pieces of the answer. An answer that is broken off leaves the
+        conversation as it was.
+        """
         asked, options = (
             [*self.messages, {"role": "user", "content": content(question, self.pending)}],
             options.but(changes),
@@ -73,7 +80,9 @@ class Conversation:
             yield chunk
 
     def prefill(self, options: Options = DEFAULTS, **changes: object) -> Usage:
-        """Compute what is attached so far while the question is being typed, see `Chatbot.prefill`."""
+        """Compute what is attached so far while the question is being typed, see
+        `Chatbot.prefill`.
+        """
         turn = {"role": "user", "content": [*self.pending]}
         return self.bot.prefill([*self.messages, turn], options, **changes)
 
@@ -87,7 +96,9 @@ class Conversation:
         return answers[0]
 
     def undo(self) -> bool:
-        """Take back the last question and its answer, and attach its pictures again; False if there is none."""
+        """Take back the last question and its answer, and attach its pictures again; False if there
+        is none.
+        """
         asked = next(
             (i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"),
             None,
@@ -103,11 +114,13 @@ class Conversation:
         return True
 
     def save(self, path: str | os.PathLike[str], *, embed: bool = False, kv: bool = False) -> int:
-        """Write the conversation as JSON, whole or not at all. Files are named by full path, or stored inside with `embed`.
+        """Write the conversation as JSON, whole or not at all. Files are named by full path, or
+        stored inside with `embed`.
 
-        kv: beside it, in `path`.kv.safetensors, write also what is in memory of its keys and values, so that `Chatbot.resume`
-        need not read it again; `bytes_per_token` of the engine for each token. Without it such a file, which may tell of another
-        conversation, is deleted. Returns the bytes of that file, 0 where there is none.
+        kv: beside it, in `path`.kv.safetensors, write also what is in memory of its keys and
+        values, so that `Chatbot.resume` need not read it again; `bytes_per_token` of the engine for
+        each token. Without it such a file, which may tell of another conversation, is deleted.
+        Returns the bytes of that file, 0 where there is none.
         """
         written = {
             "format": FORMAT,
@@ -127,10 +140,12 @@ class Conversation:
         return size
 
     def recall(self, path: str | os.PathLike[str]) -> int:
-        """Take in the keys and values beside a conversation saved at `path`; how many tokens they are of, 0 where there are none.
+        """Take in the keys and values beside a conversation saved at `path`; how many tokens they
+        are of, 0 where there are none.
 
-        They serve every conversation that begins alike; take in none from somebody whom you would not let write your answers.
-        Raises `DataError` or `CheckpointError` where they are of no use here.
+        They serve every conversation that begins alike; take in none from somebody whom you would
+        not let write your answers. Raises `DataError` or `CheckpointError` where they are of no use
+        here.
         """
         if not beside(path).is_file():
             return 0
@@ -139,7 +154,9 @@ class Conversation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:
-        """Read a saved conversation. Raises `DataError` for a file that is missing or something else."""
+        """Read a saved conversation. Raises `DataError` for a file that is missing or something
+        else.
+        """
         try:
             read = json.loads(Path(path).read_text("utf-8"))
         except OSError as error:
@@ -152,7 +169,8 @@ class Conversation:
             or read.get("version") != VERSION
         ):
             raise DataError(
-                f"{path} is not a conversation saved by this version (format {FORMAT!r}, version {VERSION})"
+                f"{path} is not a conversation saved by this version (format {FORMAT!r}, version "
+                f"{VERSION})"
             )
         loaded = cls(bot, read["messages"])
         loaded.pending = read["pending"]

@@ -1,4 +1,6 @@
-"""Generation: continuous batching, KV memory, prefix and feature caches, sampling. Used from one thread; knows no text."""
+"""Generation: continuous batching, KV memory, prefix and feature caches, sampling. Used from one
+thread; knows no text.
+"""
 
 from ..options import SamplingParams
 from .engine import Engine, Load

@@ -1,11 +1,11 @@
 """Decode steps of fixed shape, one new token per sequence, captured as CUDA graphs on a GPU.
 
-A batch is padded to the next capture size. The inputs of a step are one tensor, written by one copy: a
-row per sequence with its token, its position and its blocks. Padding rows write to the padding block.
-A step that is not captured runs kernel by kernel.
+A batch is padded to the next capture size. The inputs of a step are one tensor, written by one
+copy: a row per sequence with its token, its position and its blocks. Padding rows write to the
+padding block. A step that is not captured runs kernel by kernel.
 
-A step can be launched before the tokens of the previous one have been copied to the host (asynchronous
-scheduling): it reads them on the device.
+A step can be launched before the tokens of the previous one have been copied to the host
+(asynchronous scheduling): it reads them on the device.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class CudaGraphDecoder:
         else:
             logits, best = self._step(size)
         best = best[: len(rows)]
-        # Copied now, since the next step overwrites it; from a GPU to pinned memory, without waiting.
+        # Copied now, since the next step overwrites it; from a GPU to pinned memory, without
+        # waiting.
         host_best = best.to("cpu", non_blocking=True, copy=True)
         copied = torch.cuda.current_stream(best.device).record_event() if best.is_cuda else None
         row_of = {row.kv: number for number, row in enumerate(rows)}

@@ -53,11 +53,13 @@ class Engine:
     max_num_batched_tokens: of a step, so that long prompts do not delay other answers for long.
     max_batched_images: crops per call of the vision encoder. max_num_seqs: running requests.
     kv_precision: "auto" is the dtype of the computation; "int8" takes half the memory of bfloat16.
-    kv_block_size: tokens per block of a paged KV cache; 0: contiguous, allocated as needed. Default:
+    kv_block_size: tokens per block of a paged KV cache; 0: contiguous, allocated as needed.
+    Default:
         256 on a GPU, 0 elsewhere. A paged cache is allocated at once: see `profile_kv_bytes`.
     batch_invariant: an answer and its log-probabilities are equal to the last bit for any other
-        load, cache and preemption: each request is computed by calls of its own, whose shapes do not
-        depend on others. On a GPU it relies on libraries that repeat themselves for equal shapes.
+        load, cache and preemption: each request is computed by calls of its own, whose shapes do
+        not depend on others. On a GPU it relies on libraries that repeat themselves for equal
+        shapes.
         Concurrent requests are slower, least with quantized weights.
     clock: seconds.
 

@@ -5,8 +5,9 @@ order by two matrix products. With 1,500 bfloat16 tokens on two cores that took 
 keys as `[Hkv, capacity, d]` 1.2 ms, scaled_dot_product_attention 1.8 ms; float32 is the same either
 way. A kernel does the same in bfloat16 on a CPU. `kv_paged` has the same interface.
 
-In int8 an element is scale * q, q from -127 to 127, with a float16 scale per token and head. Tokens of
-the same step see each other quantized too, so that the result does not depend on the prefill chunks.
+In int8 an element is scale * q, q from -127 to 127, with a float16 scale per token and head. Tokens
+of the same step see each other quantized too, so that the result does not depend on the prefill
+chunks.
 """
 
 from __future__ import annotations

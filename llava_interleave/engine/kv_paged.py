@@ -1,9 +1,9 @@
 """Paged KV cache: blocks of one pool, as the attention kernels of GPUs read them.
 
-Same interface as `kv_contiguous`. `BlockAllocator` assigns the blocks. Sequences with a common prefix
-share its whole blocks, so that only a partly filled block is copied. In int8, the keys and values of a
-layer are dequantized for each step, since no kernel reads them: that takes the memory of one layer of
-the sequences in the step in the dtype of the computation.
+Same interface as `kv_contiguous`. `BlockAllocator` assigns the blocks. Sequences with a common
+prefix share its whole blocks, so that only a partly filled block is copied. In int8, the keys and
+values of a layer are dequantized for each step, since no kernel reads them: that takes the memory
+of one layer of the sequences in the step in the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ KV_BLOCK_SIZE = 256
 
 
 class PagedKVCache:
-    """The KV memory of all sequences of a model on one device: `kv_bytes` of blocks, one padding block.
+    """The KV memory of all sequences of a model on one device: `kv_bytes` of blocks, one padding
+    block.
 
     dtype: of the computation. Raises `OptionError` if the device has not enough memory.
     """

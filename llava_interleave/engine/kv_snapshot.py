@@ -1,4 +1,6 @@
-"""Saves the KV cache of a sequence and restores it in another engine: tensors, content, provenance."""
+"""Saves the KV cache of a sequence and restores it in another engine: tensors, content,
+provenance.
+"""
 
 from __future__ import annotations
 

@@ -124,9 +124,9 @@ def _block_hashes(ids: NDArray[np.int64], salt: bytes) -> tuple[int, ...]:
 class SequenceKV:
     """The KV cache of one sequence: its content, how many tokens are computed and allocated.
 
-    running: a request writes to it; otherwise it is cached. Its memory is `contiguous`, owned by the
-    runner, or `blocks` of the paged cache. chunked_length: tokens computed in whole prefill chunks,
-    if the scheduler has a chunk size.
+    running: a request writes to it; otherwise it is cached. Its memory is `contiguous`, owned by
+    the runner, or `blocks` of the paged cache. chunked_length: tokens computed in whole prefill
+    chunks, if the scheduler has a chunk size.
     """
 
     key: CacheKey
@@ -161,7 +161,9 @@ class PrefixCache:
         self._index: dict[int, list[SequenceKV]] = {}
 
     def find(self, key: CacheKey, limit: int) -> PrefixMatch:
-        """The longest common prefix of at most `limit` tokens: found by hash, compared by content."""
+        """The longest common prefix of at most `limit` tokens: found by hash, compared by
+        content.
+        """
         candidates: list[SequenceKV] = []
         for block_hash in key.block_hashes:
             if not (sequences := self._index.get(block_hash)):

@@ -1,4 +1,5 @@
-"""Speculative decoding by prompt lookup (Saxena 2023): drafts the continuation of an earlier n-gram.
+"""Speculative decoding by prompt lookup (Saxena 2023): drafts the continuation of an earlier
+n-gram.
 
 The model computes a token and its draft tokens in one step and samples at each position. What it
 samples is the answer, so a rejected draft token costs time and changes nothing.

@@ -22,7 +22,8 @@ FinishReason = Literal["stop", "length", "repetition", "prefill", "abort", "erro
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts: prompt tokens, those from the prefix cache, and generated ones with a stop token.
+    """Token counts: prompt tokens, those from the prefix cache, and generated ones with a stop
+    token.
 
     drafted: draft tokens of prompt lookup. accepted: those that the model sampled itself.
     """
@@ -36,8 +37,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds: in the `queue`; of vision encoder calls with this request's media; the rest up to the
-    first token. `first_token` (TTFT) and `total` count from `add`. None: not reached.
+    """Seconds: in the `queue`; of vision encoder calls with this request's media; the rest up to
+    the first token. `first_token` (TTFT) and `total` count from `add`. None: not reached.
     `tokens_per_second` counts from the first token.
     """
 
@@ -51,7 +52,8 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncoderInput:
-    """The unit that the vision encoder computes and caches: a crop, or all tiles of an anyres image.
+    """The unit that the vision encoder computes and caches: a crop, or all tiles of an anyres
+    image.
 
     start, stop: its tokens in the prompt. adapter: key of the LoRA adapter of the encoder, or "".
     """

@@ -35,7 +35,9 @@ class TokenConstraint(Protocol):
 
 
 class Sampler:
-    """Samples the tokens of one request. Its random numbers and counts depend on no other request."""
+    """Samples the tokens of one request. Its random numbers and counts depend on no other
+    request.
+    """
 
     def __init__(
         self,
@@ -75,7 +77,9 @@ class Sampler:
         return Pick(token, float(logprobs[token]), tuple(pairs))
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Logits `[vocab]`, float32, after bias, penalties, temperature and truncation (to -inf)."""
+        """Logits `[vocab]`, float32, after bias, penalties, temperature and truncation (to
+        -inf).
+        """
         s, scores = self.sampling, logits.clone()
         if s.logit_bias:
             scores[self._tensor(s.logit_bias)] += self._tensor(s.logit_bias.values(), torch.float32)
@@ -131,7 +135,9 @@ def nucleus(scores: Tensor, top_p: float) -> Tensor:
 
 
 def sample(scores: Tensor, generator: torch.Generator) -> int:
-    """One token from softmax(scores): the inverse of the cumulative distribution at a random number."""
+    """One token from softmax(scores): the inverse of the cumulative distribution at a random
+    number.
+    """
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[-1:]
     at = torch.rand(1, generator=generator, dtype=torch.float64).to(total.device) * total

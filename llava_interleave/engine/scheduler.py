@@ -35,7 +35,8 @@ MIN_CHUNK_SIZE = 64
 
 @dataclass(slots=True, eq=False)
 class ScheduledRequest:
-    """Tokens `start` to `stop` of a request, after `copied` tokens of `source` are copied to its KV.
+    """Tokens `start` to `stop` of a request, after `copied` tokens of `source` are copied to its
+    KV.
 
     Without tokens only the copy is done. sample: `stop` is the end, so the next token is sampled.
     needs_encoder: an encoder input of this step belongs to it. draft_tokens: the last tokens up to
@@ -104,7 +105,9 @@ class StepTimeModel:
         return (0, 0) if self.owed else self.chunk(budget, tokens, crops)
 
     def chunk(self, budget: float, tokens: int, crops: int) -> tuple[int, int]:
-        """Prompt tokens and crops that take about `budget` seconds; at most `tokens` and `crops`."""
+        """Prompt tokens and crops that take about `budget` seconds; at most `tokens` and
+        `crops`.
+        """
         fit = int(budget / self.token) if self.token else 0
         fit_crops = int(budget / self.crop) if self.crop else 0
         return min(tokens, max(MIN_CHUNK_SIZE, fit)), min(crops, max(1, fit_crops))
@@ -113,18 +116,18 @@ class StepTimeModel:
 class Scheduler:
     """Decodes first, then continues prefills in order of arrival, then starts waiting requests.
 
-    KV memory is allocated as it is needed. If there is none left, cached sequences are evicted first,
-    then the request that started last is preempted: it waits in front and computes its tokens again,
-    and no request starts until another one has ended.
+    KV memory is allocated as it is needed. If there is none left, cached sequences are evicted
+    first, then the request that started last is preempted: it waits in front and computes its
+    tokens again, and no request starts until another one has ended.
 
-    Requests with `prefill_only` run one at a time while there is no other. When another one arrives,
-    their tokens so far become a cached prefix, and they wait again: they delay it by the rest of a step,
-    and take no memory that it needs.
+    Requests with `prefill_only` run one at a time while there is no other. When another one
+    arrives, their tokens so far become a cached prefix, and they wait again: they delay it by the
+    rest of a step, and take no memory that it needs.
 
-    chunk_size: if not 0, prompts are computed in chunks of so many tokens from their beginning, a step
-    has whole chunks only, a cached prefix is used as far as it was computed in whole chunks, and the
-    answer of a preempted request is computed again token by token: the shapes of a request's
-    computations then do not depend on other requests.
+    chunk_size: if not 0, prompts are computed in chunks of so many tokens from their beginning, a
+    step has whole chunks only, a cached prefix is used as far as it was computed in whole chunks,
+    and the answer of a preempted request is computed again token by token: the shapes of a
+    request's computations then do not depend on other requests.
     """
 
     def __init__(
@@ -212,7 +215,9 @@ class Scheduler:
                 one.stop += len(one.draft_tokens)
 
     def _grow(self, request: Request, kv: SequenceKV) -> bool:
-        """More KV memory for a decode; other requests are preempted for it, or else it is itself."""
+        """More KV memory for a decode; other requests are preempted for it, or else it is
+        itself.
+        """
         length = len(request.tokens)
         while True:
             for more in (max(DECODE_RESERVE, length // 4), HASH_BLOCK):
@@ -289,8 +294,8 @@ class Scheduler:
     ) -> None:
         """Start waiting requests in order of arrival, while memory and step have room.
 
-        Only a request whose prefix another one is about to compute is skipped: it starts once it can
-        copy that prefix.
+        Only a request whose prefix another one is about to compute is skipped: it starts once it
+        can copy that prefix.
         """
         for request in list(islice(waiting, self.max_num_seqs)):
             full = len(self.running) >= self.max_num_seqs or (self.memory_full and self.running)

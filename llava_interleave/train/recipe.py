@@ -98,7 +98,8 @@ class Recipe:
     )
     anyres: bool | None = _setting(
         None,
-        "Cut the image of a single-image sample into tiles. Default: as the checkpoint was trained.",
+        "Cut the image of a single-image sample into tiles. Default: as the checkpoint was "
+        "trained.",
     )
     images_first_ratio: float = _setting(
         0.0,

@@ -1,6 +1,7 @@
 """LLaVA-Interleave as a model of the `llm` command: attachments, streaming, options, conversations.
 
-The plugin's own commands keep the names of added checkpoints in `llava-models.json` of llm's folder.
+The plugin's own commands keep the names of added checkpoints in `llava-models.json` of llm's
+folder.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def messages(prompt: llm.Prompt) -> list[dict[str, Any]]:
 
 
 def attachment_part(attachment: llm.Attachment) -> dict[str, Any]:
-    """A content part: the path, the bytes, or the address, which our loader fetches within its limits."""
+    """A content part: the path, the bytes, or the address, which our loader fetches within its
+    limits.
+    """
     kind = (attachment.resolve_type() or "").partition("/")[0]
     if attachment.path:
         return {"type": kind, "path": attachment.path}

@@ -1,4 +1,6 @@
-"""Tests for a CUDA GPU. What a CPU can run it runs, too, so that they are known to work; the rest says why it is left out."""
+"""Tests for a CUDA GPU. What a CPU can run it runs, too, so that they are known to work; the rest
+says why it is left out.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Answers from a GPU are those from a CPU in float32, whatever the memory they are computed in and whatever is beside them."""
+"""Answers from a GPU are those from a CPU in float32, whatever the memory they are computed in and
+whatever is beside them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ from recipes.tiny_world import SCENARIOS
 from recipes.tiny_world.data import exam, render
 
 ERRORS = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
-"""How far features and logits may be from float32 on the CPU, as a share of their size: some roundings of the type."""
+"""How far features and logits may be from float32 on the CPU, as a share of their size: some
+roundings of the type.
+"""
 CONFIG = LlavaConfig(
     VisionConfig(64, 128, 2, 2, image_size=56, patch_size=14),
     TextConfig(128, 256, 2, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=512, context=4096),
@@ -33,7 +37,9 @@ KV = 2 * 2 * 2 * 32  # numbers that are kept of a token
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions in float32 as they are written: PyTorch lets GPUs round their inputs to 11 bits."""
+    """Convolutions in float32 as they are written: PyTorch lets GPUs round their inputs to 11
+    bits.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -206,7 +212,9 @@ def test_captured_steps_are_those_launch_by_launch() -> None:
 
 @pytest.mark.usefixtures("card")
 def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that end one after another; then one that ends where nobody can know it, and is gone on from."""
+    """Answers that end one after another; then one that ends where nobody can know it, and is gone
+    on from.
+    """
     model = network("cuda", torch.bfloat16)
     ahead, never = engine(model), engine(model)
     launch, launched = ahead._runner._next, list[object]()

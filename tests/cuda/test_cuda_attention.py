@@ -1,4 +1,6 @@
-"""Attention kernels against products of matrices in float64, keys one after another and in blocks."""
+"""Attention kernels against products of matrices in float64, keys one after another and in
+blocks.
+"""
 
 import pytest
 import torch
@@ -57,7 +59,9 @@ def test_kernels(
 
 
 def spread(lengths: list[int], *kept: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Rows of sequences in blocks of a pool, in no order; a block that nobody has fills the table up."""
+    """Rows of sequences in blocks of a pool, in no order; a block that nobody has fills the table
+    up.
+    """
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(counts)).split(counts)
     table = torch.full((len(lengths), max(counts)), sum(counts), dtype=torch.int32)

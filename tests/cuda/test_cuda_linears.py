@@ -1,4 +1,6 @@
-"""Linears of few bits, as a network is loaded with them, against products with their weights unpacked."""
+"""Linears of few bits, as a network is loaded with them, against products with their weights
+unpacked.
+"""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
-"""What is asked of PyTorch's operators on a GPU, without one: their own rules for shapes, types and devices, by tensors that hold
-no numbers. It takes a PyTorch that was built for CUDA; a card may be there or not."""
+"""What is asked of PyTorch's operators on a GPU, without one: their own rules for shapes, types and
+devices, by tensors that hold no numbers. It takes a PyTorch that was built for CUDA; a card may be
+there or not.
+"""
 
 from collections.abc import Iterator
 

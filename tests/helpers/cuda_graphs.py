@@ -9,7 +9,9 @@ from llava_interleave.engine.cuda_graphs import CudaGraphDecoder
 
 
 class Graph:
-    """Runs a step again in the tensors that it was captured in. Graphs share memory: what others found is gone then."""
+    """Runs a step again in the tensors that it was captured in. Graphs share memory: what others
+    found is gone then.
+    """
 
     def __init__(self, captured: CudaGraphDecoder, size: int, others: list[Graph]) -> None:
         self.graphs, self.size, self.others, self.replays = captured, size, others, 0

@@ -1,4 +1,6 @@
-"""Requests that a server must refuse and go on, and the small pictures and messages that requests are made of."""
+"""Requests that a server must refuse and go on, and the small pictures and messages that requests
+are made of.
+"""
 
 import base64
 import io
@@ -124,7 +126,9 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
 
 
 def sent(case: bytes | str | dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
-    """A case as it goes to a route of a server whose model is called tiny: to be answered, counted, or explained."""
+    """A case as it goes to a route of a server whose model is called tiny: to be answered, counted,
+    or explained.
+    """
     if isinstance(case, dict):
         more = {"max_tokens": 2} if path.endswith("completions") else {}
         answer = [{"role": "assistant", "content": "Red."}] if path.endswith("attribution") else []

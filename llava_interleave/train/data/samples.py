@@ -30,7 +30,8 @@ class SampleFormat:
 
     template: `chat`, or `plain`: the images, then the answer, which carries loss with the newline
     that ends it (LLaVA's version "plain"). anyres: cut the image of a single-image sample into
-    tiles; None is the checkpoint's default. images_first_ratio: fraction of samples laid out by `move_images_first`.
+    tiles; None is the checkpoint's default. images_first_ratio: fraction of samples laid out by
+    `move_images_first`.
     """
 
     template: str = "chat"
