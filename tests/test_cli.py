@@ -87,7 +87,6 @@ def test_several_answers_and_views(tiny: Path, red: Path) -> None:
         (("--view", "front.png", "What?"), 2, "NAME=FILE"),
         (("-a", "-", "-"), 2, "not both"),
         (("--logprobs", "2", "What?"), 2, "--json"),
-        (("<image>?",), 2, "1 `<image>` but 0"),
         (("--max-new-tokens", "100000", "What?"), 2, "context"),
     ],
 )
@@ -97,6 +96,12 @@ def test_errors_are_one_line(tiny: Path, words: tuple[str, ...], code: int, says
     assert done.out == ""
     assert says in done.err
     assert done.err.count("\n") == 1
+
+
+def test_placeholders_without_an_attachment(tiny: Path, red: Path) -> None:
+    done = llava("ask", "-m", tiny, "<image> and <image>?", "-a", red)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "2 <image> but 1 attachments" in done.err
 
 
 def test_unknown_model() -> None:

@@ -358,8 +358,8 @@ def _ends(criteria: Sequence[Any]) -> tuple[int, tuple[int, ...]] | None:
     ends = [one.eos_token_id for one in criteria if type(one) is EosTokenCriteria]
     if len(lengths) + len(ends) != len(criteria) or not lengths:
         return None
-    tokens = tuple(int(token) for one in ends for token in one.flatten().tolist())
-    return (min(lengths), tokens) if all(token >= 0 for token in tokens) else None
+    tokens = {int(token) for one in ends for token in one.flatten().tolist()}
+    return min(lengths), tuple(token for token in tokens if token >= 0)
 
 
 _KNOWN = {
@@ -476,12 +476,13 @@ class SharedEngine:
             streamer.end()
 
     def _current(self, model: Any) -> Engine | None:
-        if reason := _unsupported(model):
+        modules = dict(model.named_modules())
+        parameters = list(model.parameters())
+        if reason := _unsupported(model, modules, parameters):
             self.reason, self.engine = reason, None
             return None
-        parameters = list(model.parameters())
         tensors = [(id(p), p.data_ptr(), p.dtype, p.device) for p in parameters]
-        structure = tensors, [id(module) for module in model.modules()]
+        structure = tensors, [id(module) for module in modules.values()]
         if self.engine is None or structure != self.structure:
             try:
                 network = share(model)
@@ -491,26 +492,26 @@ class SharedEngine:
             size = network.config.text.vocab_size
             self.engine = Engine(network, eos_ids=(), vocab=size, kv_bytes=kv_memory(network))
             self.structure, self.values = structure, None
-        values = _fingerprint(model, parameters)
+        values = _fingerprint(modules, parameters)
         if values is None or values != self.values:  # the KV cache and the features are of others
             self.engine.clear()
         self.values = values
         return self.engine
 
 
-def _unsupported(model: Any) -> str:
+def _unsupported(model: Any, modules: Mapping[str, nn.Module], parameters: Sequence[Tensor]) -> str:
     """Why the engine cannot stand for the model's own forward; empty if it can."""
     if model.training:
         return "the model is in training mode"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are global forward hooks"
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if "forward" in module.__dict__ or not all(map(_is_recorder, hooks)):
             return f"{name or 'the model'} has a forward hook or a forward of its own"
-    if len({(p.dtype if p.is_floating_point() else None) for p in model.parameters()} - {None}) > 1:
+    if len({p.dtype for p in parameters if p.is_floating_point()}) != 1:
         return "the model has parameters of several dtypes"
-    if model.dtype not in DTYPES or len({p.device for p in model.parameters()}) != 1:
+    if model.dtype not in DTYPES or len({p.device for p in parameters}) != 1:
         return f"the model is in {model.dtype} or on several devices"
     return ""
 
@@ -520,15 +521,15 @@ def _is_recorder(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("transformers.utils.output_capturing")
 
 
-def _fingerprint(model: Any, parameters: Sequence[Tensor]) -> Any:
+def _fingerprint(modules: Mapping[str, nn.Module], parameters: Sequence[Tensor]) -> Any:
     """Changes with the weights: their versions, and one element of each (`.data` has no version).
 
     None if a linear layer is another class's, whose state is unknown (a LoRA that can be disabled).
     """
     plain = "llava_interleave", "transformers", "torch"
-    if any(type(module).__module__.split(".")[0] not in plain for module in model.modules()):
+    if any(type(module).__module__.split(".")[0] not in plain for module in modules.values()):
         return None
-    samples = torch.stack([p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters])
+    samples = torch.stack([p.detach().reshape(-1)[p.numel() // 2] for p in parameters])
     return [p._version for p in parameters], samples.tolist()
 
 
