@@ -517,7 +517,7 @@ def test_files_that_are_no_keys_and_values(
         refused("no JSON")
     with file.open("wb") as sparse:
         sparse.truncate(1 << 40)
-    refused(r"has 1,099,511,627,776 bytes, but there is room for")
+    refused(r"has 1,099,511,627,776 bytes, but the KV cache has room for")
     file.write_bytes(whole)
     assert fresh(bot).resume(tmp_path / "talk.json").ask("More?", **HOW).usage.cached
     file.unlink()

@@ -1,6 +1,4 @@
-"""What a person imports: load a model, ask about images, videos and views, go on talking. Knows no
-HTTP.
-"""
+"""The Python API: load a model, ask about images, videos and views. Knows no HTTP."""
 
 from ..attribution.attribution import Attribution, ImageAttribution
 from ..options import Options

@@ -1,6 +1,4 @@
-"""A loaded model that answers messages: text in and out, stop strings, several answers, usage and
-timings.
-"""
+"""A loaded model that answers messages: whole, streamed, batched; estimates and attributions."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Chatbot:
-    """A model with its tokenizer and engine. Several threads may ask at once; their answers are
-    computed together.
-    """
+    """A model with its processor and engine. Requests of several threads are batched."""
 
     def __init__(self, source: Path, processor: Processor, engine: Engine, model: Llava) -> None:
         self.source = source
@@ -62,18 +58,16 @@ class Chatbot:
         options: Options = DEFAULTS,
         **changes: object,
     ) -> Answer:
-        """Ask one question about images, videos and folders of frames, given as paths, URLs, bytes,
-        PIL images, arrays or parts.
+        """Ask one question about images, videos and folders of frames.
 
-        They stand where the question says `<image>`, or before it. Keywords are the fields of
-        `Options`.
+        They are paths, URLs, bytes, PIL images, arrays or message parts.
+
+        They are placed at `<image>` in the question, or before it. Keywords: fields of `Options`.
         """
         return self.chat(self.turn(question, attachments), options, **changes)
 
     def chat(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Answer:
-        """The answer to messages in the chat form of transformers and OpenAI. Keywords as
-        `Options`.
-        """
+        """The answer to messages as of transformers or OpenAI. Keywords: fields of `Options`."""
         options = options.but(changes)
         if options.n != 1:
             raise OptionError(
@@ -84,9 +78,7 @@ class Chatbot:
     def choices(
         self, messages: Messages, options: Options = DEFAULTS, **changes: object
     ) -> list[Answer]:
-        """All `n` answers to the messages, computed together; answer i is the one of seed + i. Else
-        as `chat`.
-        """
+        """All `n` answers, computed together; answer i uses seed + i. Otherwise as `chat`."""
         options = options.but(changes)
         return self._answers([GenerationJob(self.prompt(messages, options), options)])
 
@@ -98,11 +90,9 @@ class Chatbot:
         progress: Callable[[int, int], None] | None = None,
         **changes: object,
     ) -> Generator[AnswerDelta]:
-        """As `choices`, but a piece at a time. Closing the iterator ends the computation. Mistakes
-        are raised by the call itself.
+        """As `choices`, in deltas. Invalid arguments raise here; closing the iterator aborts.
 
-        progress: until the first token it is called with the tokens of the prompt that have been
-        read so far and in all.
+        progress: called before the first token with the prompt tokens prefilled so far and in all.
         """
         options = options.but(changes)
         return self.stream_prompt(self.prompt(messages, options), options, progress)
@@ -119,9 +109,8 @@ class Chatbot:
     def prefill(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Usage:
         """Compute the beginning of a coming question into the prefix cache, without an answer.
 
-        The question then computes only the tokens after the common beginning. It runs while there
-        is
-        nothing else to do: answers that are asked meanwhile go first. The usage has the tokens of
+        The question then computes only the tokens after the common prefix. A prefill runs while
+        there is nothing else to do; requests that arrive meanwhile go first. Returns the tokens of
         the prompt, and those that were cached already.
         """
         options = options.but({**changes, "n": 1})
@@ -131,9 +120,7 @@ class Chatbot:
     def batch(
         self, conversations: Sequence[Messages], options: Options = DEFAULTS, **changes: object
     ) -> list[Answer]:
-        """The answers to several conversations, computed together; each as `chat` alone would give
-        it.
-        """
+        """The answers to several conversations, computed together; each is that of `chat` alone."""
         options = options.but(changes)
         if options.n != 1:
             raise OptionError(f"batch writes one answer to each conversation, but n is {options.n}")
@@ -179,21 +166,19 @@ class Chatbot:
         leave_out: bool = True,
         **changes: object,
     ) -> Attribution:
-        """Which image an answer to `messages` leaned on, and on what in it. The options are those
-        that it was asked with.
+        """Attribute an answer to its images: leave-one-out changes and attention maps.
 
-        answer: what `chat` gave, or a text, which counts without a token that ends it. layers: of
-        the decoder, from 0, whose attention is told. leave_out: also take out each image in turn,
-        which is a pass through the network for each; without it `change` and `share` are None, and
-        there is one pass and one of the text alone. Other threads may ask meanwhile.
+        The options must be those of the answer. answer: from `chat`, or a text, which has no token
+        that ends it. layers: of the decoder, from 0, for the attention maps. leave_out: one forward
+        pass per image without it; otherwise `change` and `share` are None, and there is one pass
+        with all images and one with none. Other threads can use the chatbot meanwhile.
         """
         prompt = self.prompt(messages, options, **changes)
         tokenizer, text = self.processor.tokenizer, self.model.config.text
         if isinstance(answer, Answer) and answer.usage.prompt != len(prompt):
             raise PromptError(
-                f"the answer was given to a prompt of {answer.usage.prompt} tokens, but these "
-                "messages and options make "
-                f"{len(prompt)}: pass those that it was asked with"
+                f"the answer belongs to a prompt of {answer.usage.prompt} tokens, but these "
+                f"messages and options make {len(prompt)}: pass those of the answer"
             )
         tokens = (
             answer.tokens if isinstance(answer, Answer) else tokenizer.encode(answer, special=False)
@@ -214,11 +199,9 @@ class Chatbot:
         return Conversation(self)
 
     def resume(self, path: str | os.PathLike[str], *, kv: bool = True) -> Conversation:
-        """Go on with a conversation that `Conversation.save` wrote, with the keys and values beside
-        it unless `kv` is False.
+        """Continue a conversation of `Conversation.save`; with its KV cache unless `kv` is False.
 
-        Where these are of no use, a warning says why: the conversation is there, but will be read
-        again.
+        If the KV cache cannot be used, a warning says why, and the conversation is prefilled again.
         """
         talk = Conversation.load(path, self)
         try:
@@ -231,17 +214,13 @@ class Chatbot:
         return talk
 
     def save_kv(self, path: Path, keys: CacheKey) -> int:
-        """Write what is in memory of keys and values of a sequence to a file; its bytes, 0 if there
-        is nothing. Others wait.
-        """
+        """Write the KV cache of a sequence to a file; its bytes, 0 if nothing is cached."""
         with self._lock:
             found = self.engine.save(keys)
             return kv_file.write(path, found) if found else 0
 
     def load_kv(self, path: Path) -> CacheKey:
-        """Take in what `save_kv` wrote; the sequence that it is of. `DataError` or
-        `CheckpointError` if it is of no use here.
-        """
+        """Restore a file of `save_kv`; `DataError` or `CheckpointError` if it cannot be used."""
         found = kv_file.read(path, self.engine.load().kv_total * self.engine.bytes_per_token)
         try:
             with self._lock:
@@ -255,17 +234,14 @@ class Chatbot:
         return self.engine.adapters.names
 
     def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Load an adapter, a folder in PEFT's format or a Hugging Face name; it can be chosen from
-        then on, others answer on.
+        """Load a LoRA adapter: a folder in PEFT's format or a Hugging Face name.
 
-        Raises `CheckpointError` for one of another network, or that asks for what is not computed
-        here.
+        Raises `CheckpointError` for one of another model, or with unsupported features.
         """
         if isinstance(self.engine, ReplicatedEngine):
             raise Unsupported(
-                "an adapter cannot be added under tensor parallelism; merge it first (llava "
-                "convert --adapter)"
-                " and load the merged checkpoint"
+                "an adapter cannot be added under tensor parallelism; merge it first "
+                "(llava convert --adapter) and load the merged checkpoint"
             )
         self.engine.adapters.add(name, checkpoints.read_adapter(adapter_folder(folder), self.model))
 

@@ -1,6 +1,4 @@
-"""A conversation that goes on: history, attachments on the way, taking back, saving and
-resuming.
-"""
+"""A conversation: history, attachments, undo, saving and resuming."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ VERSION = 1
 
 
 class Conversation:
-    """A chat with one model. Earlier images are not computed again: the engine knows the common
-    beginning.
+    """A chat with one model. Earlier turns are not computed again: the prefix cache has them.
 
     messages: the turns so far, in the form that `Chatbot.chat` takes.
     pending: parts attached to the next question.
@@ -46,9 +43,7 @@ class Conversation:
         ] = []  # what was read for each answer, and the answer, as far as known
 
     def attach(self, *sources: object) -> None:
-        """Attach images, videos or folders of them to the next question. Raises `MediaError` for a
-        file that is missing.
-        """
+        """Attach images, videos or folders to the next question. Raises `MediaError`."""
         self.pending += [item for source in sources for item in parts(source)]
 
     def stream(
@@ -59,30 +54,26 @@ class Conversation:
         progress: Callable[[int, int], None] | None = None,
         **changes: object,
     ) -> Generator[AnswerDelta]:
-        """Ask and yield the pieces of the answer. An answer that is broken off leaves the
-        conversation as it was.
-        """
-        asked, options = (
+        """Ask and yield the deltas. An aborted answer leaves the conversation unchanged."""
+        messages, options = (
             [*self.messages, {"role": "user", "content": content(question, self.pending)}],
             options.but(changes),
         )
-        prompt = self.bot.prompt(asked, options)
+        prompt = self.bot.prompt(messages, options)
         for chunk in self.bot.stream_prompt(prompt, options, progress):
             if chunk.answer is not None and chunk.index == 0:
-                told = {
+                reply = {
                     "role": "assistant",
                     "content": [{"type": "text", "text": chunk.answer.text}],
                 }
-                self.messages, self.pending = [*asked, told], []
+                self.messages, self.pending = [*messages, reply], []
                 self._read.append(
                     self.bot.engine.cache_key(prompt, chunk.answer.tokens, adapter=options.adapter)
                 )
             yield chunk
 
     def prefill(self, options: Options = DEFAULTS, **changes: object) -> Usage:
-        """Compute what is attached so far while the question is being typed, see
-        `Chatbot.prefill`.
-        """
+        """Prefill what is attached while the question is being typed, see `Chatbot.prefill`."""
         turn = {"role": "user", "content": [*self.pending]}
         return self.bot.prefill([*self.messages, turn], options, **changes)
 
@@ -96,31 +87,27 @@ class Conversation:
         return answers[0]
 
     def undo(self) -> bool:
-        """Take back the last question and its answer, and attach its pictures again; False if there
-        is none.
-        """
-        asked = next(
+        """Remove the last question and its answer, and attach its images again; False if none."""
+        last_user = next(
             (i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"),
             None,
         )
-        if asked is None:
+        if last_user is None:
             return False
-        turn = self.messages[asked]["content"]
+        turn = self.messages[last_user]["content"]
         self.pending = [
             *(p for p in turn if isinstance(p, dict) and p["type"] != "text"),
             *self.pending,
         ]
-        del self.messages[asked:], self._read[-1:]
+        del self.messages[last_user:], self._read[-1:]
         return True
 
     def save(self, path: str | os.PathLike[str], *, embed: bool = False, kv: bool = False) -> int:
-        """Write the conversation as JSON, whole or not at all. Files are named by full path, or
-        stored inside with `embed`.
+        """Write it as JSON, atomically. Files are full paths, or their content with `embed`.
 
-        kv: beside it, in `path`.kv.safetensors, write also what is in memory of its keys and
-        values, so that `Chatbot.resume` need not read it again; `bytes_per_token` of the engine for
-        each token. Without it such a file, which may tell of another conversation, is deleted.
-        Returns the bytes of that file, 0 where there is none.
+        kv: also write its KV cache to `path`.kv.safetensors (`Engine.bytes_per_token` per token),
+        so that `Chatbot.resume` need not prefill it. Otherwise that file is deleted. Returns its
+        bytes, 0 if there is none.
         """
         written = {
             "format": FORMAT,
@@ -140,12 +127,10 @@ class Conversation:
         return size
 
     def recall(self, path: str | os.PathLike[str]) -> int:
-        """Take in the keys and values beside a conversation saved at `path`; how many tokens they
-        are of, 0 where there are none.
+        """Restore the KV cache saved with `path`; its number of tokens, 0 if there is none.
 
-        They serve every conversation that begins alike; take in none from somebody whom you would
-        not let write your answers. Raises `DataError` or `CheckpointError` where they are of no use
-        here.
+        Every conversation with the same beginning uses it, so load only files that you trust.
+        Raises `DataError` or `CheckpointError` if it cannot be used here.
         """
         if not beside(path).is_file():
             return 0
@@ -154,9 +139,7 @@ class Conversation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:
-        """Read a saved conversation. Raises `DataError` for a file that is missing or something
-        else.
-        """
+        """Read a saved conversation. Raises `DataError` for a missing or invalid file."""
         try:
             read = json.loads(Path(path).read_text("utf-8"))
         except OSError as error:

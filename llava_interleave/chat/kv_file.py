@@ -1,6 +1,4 @@
-"""Files of a saved conversation, each written whole or not at all. Keys and values are safetensors
-with a checksum.
-"""
+"""Files of a saved conversation, written atomically. A KV cache is safetensors with a checksum."""
 
 from __future__ import annotations
 
@@ -21,13 +19,9 @@ from ..engine.kv_snapshot import KVSnapshot
 from ..errors import DataError
 
 ABOUT, SUM = "about", "crc32"
-"""Tensors beside those of keys and values. The sum finds damage, not malice: who writes a file can
-make any sum right.
-"""
+"""Tensors in addition to those of the KV cache. The checksum finds damage, not manipulation."""
 MOST_ABOUT = 16 << 20
-"""Bytes of what a file tells about its keys and values; that of 100,000 tokens is a twentieth of
-it.
-"""
+"""Bytes of the metadata at most; that of 100,000 tokens is a twentieth of it."""
 
 
 def beside(path: str | os.PathLike[str]) -> Path:
@@ -37,8 +31,7 @@ def beside(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A file to write to, its owner's alone, that takes the place of `target` when all is written,
-    and is gone otherwise.
+    """A private temporary file that replaces `target` once it is written, or is deleted.
 
     Raises `DataError` where it cannot be written.
     """
@@ -57,9 +50,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write(path: Path, saved: KVSnapshot) -> int:
-    """Write keys and values, a tensor at a time; how many bytes the file has. Raises `DataError`
-    where it cannot be written.
-    """
+    """Write a KV snapshot tensor by tensor; the bytes of the file. Raises `DataError`."""
     tensors = {**saved.tensors, ABOUT: _tensor(json.dumps(saved.metadata).encode())}
     checksum = 0
 
@@ -81,13 +72,11 @@ def write(path: Path, saved: KVSnapshot) -> int:
 def read(path: Path, room: int) -> KVSnapshot:
     """Keys and values of at most `room` bytes; their tensors are the file, mapped (see `Reader`).
 
-    Raises `DataError` or `CheckpointError` for a file that is larger, is something else, or is
-    damaged.
+    Raises `DataError` or `CheckpointError` for a file that is too large, invalid or damaged.
     """
     if (size := path.stat().st_size) > room + MOST_ABOUT:
         raise DataError(
-            f"{path} has {size:,} bytes, but there is room for {room:,} of keys and values: raise "
-            "kv_bytes"
+            f"{path} has {size:,} bytes, but the KV cache has room for {room:,}: raise kv_bytes"
         )
     headers = read_header(path)
     told = headers.get(ABOUT)

@@ -38,29 +38,27 @@ def load(
 ) -> Chatbot:
     """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
 
-    precision: float32, bfloat16, float16, or auto: float32 for a network of up to 100 M parameters
-    and, on a CPU, for one stored in float32; else bfloat16 (float16 on a GPU without it, and on
-    Apple's), with weights of 8 bits on a CPU that has kernels for them. int8 or int4, on a CPU or a
-    CUDA GPU, fp8 or nf4, on a CUDA GPU, quantize the linears' weights and compute the rest as auto
-    does; int4 leaves tower and output head in 8 bits. Tower, decoder and head can be apart:
-    "int4,head=int4", "int8,tower=float". A folder that `llava quantize` wrote is taken as it is.
-    device: cpu, cuda, cuda:1, mps, or auto: the CUDA GPU where there is one and the network fits;
-    `Chatbot.info()` tells.
-    limits: what media may be read. kv_bytes: memory for keys and values; None takes two full
-    contexts, at most a quarter of the memory, and on a CUDA GPU what its largest step leaves.
-    kv_precision: int8 keeps them in half the bytes of bfloat16; auto in the numbers that are
-    computed in.
-    batch_invariant: an answer is the same to the last bit whatever is asked beside it, on a CPU or
-    a CUDA GPU; several at once then take longer.
-    adapters: name and folder of each that a question can choose by the option `adapter`.
+    precision: auto, float32, bfloat16 or float16. auto is float32 for a model of up to 100 M
+        parameters and, on a CPU, for one stored in float32; otherwise bfloat16 (float16 on a GPU
+        without it, and on mps), and int8 weights on a CPU that has kernels for them. int8 or int4
+        on a CPU or a CUDA GPU, fp8 or nf4 on a CUDA GPU: quantized linear layers, the rest as auto;
+        int4 keeps tower and head in int8. Components can differ: "int4,head=int4",
+        "int8,tower=float". A folder of `llava quantize` is loaded as it is.
+    device: cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if the model fits; see `Chatbot.info()`.
+    limits: of the media. kv_bytes: of the KV cache; default: two full contexts, at most a quarter
+        of the memory, on a CUDA GPU what its largest step leaves. kv_precision: "int8" takes half
+        the memory of bfloat16; "auto" is the dtype of the computation.
+    batch_invariant: answers are equal to the last bit for any other load, on a CPU or a CUDA GPU;
+        concurrent requests are slower.
+    adapters: name and folder of each LoRA adapter for the option `adapter`.
     progress: called with the bytes of weights read so far and in all.
 
-    Where torchrun has started several processes, each takes its share of the network, on a GPU of
-    its own if there are any. The first gets the chatbot; the others follow it and end with it.
+    Under torchrun each process loads its shard of the model, on its own GPU if there are any
+    (tensor parallelism). Rank 0 returns the chatbot; the other ranks follow it and end with it.
     """
     checkpoint = Checkpoint.open(locate(name_or_folder, revision))
     folder = checkpoint.folder
-    beside = {name: adapter_folder(adapter) for name, adapter in adapters.items()}
+    adapter_folders = {name: adapter_folder(adapter) for name, adapter in adapters.items()}
     processor = Processor.from_folder(folder, checkpoint.config, limits)
     tp_group = None
     if rank_and_world_size()[1] > 1:
@@ -89,7 +87,7 @@ def load(
     if tp_group and isinstance(engine, ReplicatedEngine):
         engine.start(tp_group)
     bot = Chatbot(folder, processor, engine, model)
-    for name, adapter in beside.items():
+    for name, adapter in adapter_folders.items():
         bot.add_adapter(name, adapter)
     return bot
 
@@ -105,9 +103,7 @@ def estimate(
     revision: str | None = None,
     limits: Limits = Limits(),  # noqa: B008  frozen
 ) -> Estimate:
-    """As `Chatbot.estimate` for one question, without loading weights, or fetching them where they
-    are on the hub.
-    """
+    """As `Chatbot.estimate` for one question, without loading or downloading weights."""
     checkpoint = Checkpoint.open(locate(name_or_folder, revision, tensors=False))
     messages = [{"role": "user", "content": content(question, attachments)}]
     place = pick_device(device, checkpoint, precision)
@@ -125,13 +121,14 @@ def estimate(
 def locate(
     name_or_folder: str | os.PathLike[str] | None, revision: str | None, *, tensors: bool = True
 ) -> Path:
-    """The folder of a checkpoint; of the built-in model without a name. From the hub without
-    weights if `tensors` is False.
+    """The folder of a checkpoint, by default the built-in model; downloaded if it is a hub name.
+
+    tensors: with its weights.
     """
     if name_or_folder is None and not (BUILTIN / "config.json").is_file():
         raise CheckpointError(
-            "this installation carries no built-in model; name a checkpoint folder or a Hugging "
-            "Face model"
+            "this installation has no built-in model; name a checkpoint folder or a Hugging Face "
+            "model"
         )
     name = BUILTIN if name_or_folder is None else name_or_folder
     return checkpoints.resolve(
