@@ -263,7 +263,10 @@ class _Index:
 
 
 def _main_stream(source: Any) -> Any:
-    """The video track that FFmpeg shows: the default one, then the largest; never a cover image."""
+    """The video track that FFmpeg shows: the default one, then the largest; never a cover image.
+
+    The stills of an image sequence (HEIF) are tracks of one frame for FFmpeg, and come last.
+    """
     import av
 
     shown = av.stream.Disposition
@@ -277,6 +280,7 @@ def _main_stream(source: Any) -> Any:
     return max(
         streams,
         key=lambda stream: (
+            stream.frames != 1,
             bool(stream.disposition & shown.default),
             stream.codec_context.width * stream.codec_context.height,
         ),
