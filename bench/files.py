@@ -1,16 +1,18 @@
 """Every file of a folder through the loader: pixels equal to a reference reader's, or one line.
 
-Images are compared with Pillow (HEIC and HEIF by pillow-heif), videos with the `ffmpeg` command where
-there is one. A file is read in a process of its own, which ends after `--seconds`.
+Images are compared with Pillow (HEIC and HEIF by pillow-heif), videos with the `ffmpeg` command
+where there is one. A file is read in a process of its own, which ends after `--seconds`.
 
-    pip download --no-binary :all: --no-deps -d /tmp pillow==13.0.0; tar xzf /tmp/pillow-13.0.0.tar.gz -C /tmp
-    python bench/files.py /tmp/pillow-13.0.0/Tests/images
+    pip download --no-binary :all: --no-deps pillow==13.0.0
+    tar xzf pillow-13.0.0.tar.gz
+    python bench/files.py pillow-13.0.0/Tests/images
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import queue
 import re
 import shutil
 import subprocess
@@ -37,7 +39,7 @@ def reference_image(path: Path) -> np.ndarray:
         wide = image.mode.startswith("I") or image.mode == "F"
         try:
             image = ImageOps.exif_transpose(image)
-        except Exception:  # damaged EXIF data
+        except Exception:  # noqa: BLE001  damaged EXIF data
             image = image.copy()
         if wide:
             values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
@@ -109,7 +111,7 @@ def _work(path: Path, results: multiprocessing.Queue) -> None:
         results.put(compare(path))
     except MediaError as error:
         results.put(f"refused: {error}")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the finding
         results.put(f"CRASH {type(error).__name__}: {error}"[:200])
 
 
@@ -138,7 +140,7 @@ def main() -> None:
         process.start()
         try:
             result = results.get(timeout=given.seconds)
-        except Exception:
+        except queue.Empty:
             result = "HANG or abort"
         process.kill()
         process.join()

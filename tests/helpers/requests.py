@@ -119,7 +119,6 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
     "metadata": {"messages": user(picture("http://169.254.169.254/latest/meta-data/"))},
     "gopher": {"messages": user(picture("gopher://127.0.0.1:25/"))},
     "backslash": {"messages": user(picture("http:\\\\127.0.0.1\\a.png"))},
-    "placeholder": {"messages": user("look: <image>")},
     "passwd": {"messages": user({"type": "image", "path": "/etc/passwd"})},
     "path in path": {"messages": user({"type": "image", "path": {"path": 5}})},
 }
