@@ -34,8 +34,9 @@ LIMITS = Limits(image_pixels=178_000_000, side_ratio=100_000)
 
 def reference_image(path: Path) -> np.ndarray:
     """The image by Pillow: its first or primary frame, upright, on white, as RGB."""
-    with Image.open(path) as image:
-        image.load()
+    with Image.open(path) as file:
+        file.load()
+        image: Image.Image = file
         wide = image.mode.startswith("I") or image.mode == "F"
         try:
             image = ImageOps.exif_transpose(image)
@@ -105,7 +106,7 @@ def compare(path: Path) -> str:
     return "equal" if worst < 2 else f"differs by {worst:.1f} on average"
 
 
-def _work(path: Path, results: multiprocessing.Queue) -> None:
+def _work(path: Path, results: multiprocessing.Queue[str]) -> None:
     warnings.simplefilter("ignore")
     try:
         results.put(compare(path))
