@@ -23,13 +23,9 @@ class PromptError(LlavaError):
 class ContextError(LlavaError):
     """The prompt and the answer asked for are longer than the context or the KV memory."""
 
-    http_status = 413
-
 
 class MediaError(LlavaError):
     """An image or a video cannot be read, or is over a limit."""
-
-    http_status = 422
 
 
 class MediaRefused(MediaError):

@@ -19,7 +19,7 @@ from ..evals.task import Messages
 
 CONCURRENCY, TRIES, TIMEOUT = 8, 5, 600
 RETRY_STATUS = (429, 500, 502, 503, 504)
-SAMPLE_STATUS = (400, 413, 422)
+SAMPLE_STATUS = (400, 413)
 """The server rejects this sample alone; any other status ends the run, which can be resumed."""
 
 

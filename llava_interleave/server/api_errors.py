@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import ContextError, LlavaError
+from ..errors import ContextError, LlavaError, MediaError
 
 log = logging.getLogger("llava_interleave.server")
 MAX_MESSAGE = 1000
@@ -85,7 +85,11 @@ def _to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
-        return ApiError(error.http_status, "context_length_exceeded", str(error))
+        # The words that LiteLLM and the SDKs look for.
+        message = f"This model's maximum context length is exceeded: {error}"
+        return ApiError(error.http_status, "context_length_exceeded", message)
+    if type(error) is MediaError:
+        return ApiError(error.http_status, "invalid_image", str(error))
     if isinstance(error, LlavaError):
         code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
         return ApiError(error.http_status, code, str(error))

@@ -16,15 +16,23 @@ from .. import __version__
 from ..chat import Chatbot
 from ..processing import Estimate
 from . import openai_types as openai
-from .api_errors import error_response, to_api_error
+from .api_errors import ApiError, error_response, to_api_error
 from .chat_completions import respond, respond_attribution, respond_prefill
 from .metrics import PROMETHEUS, Metrics
 from .middleware import WEB, WEB_FILES, ApiKeys, GuardMiddleware
 from .service import Service
-from .settings import Settings
+from .settings import MB, Settings
 from .uploads import Files
 
 T = TypeVar("T")
+API_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/files",
+    "/v1/messages/attribution",
+    "/v1/messages/count",
+    "/v1/messages/prefill",
+    "/v1/models",
+)
 WEB_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; media-src blob:; img-src 'self' blob: data:; base-uri 'none'; "
@@ -76,6 +84,7 @@ def create_routes(service: Service) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses=openai.ERROR_RESPONSES,
     )
     app.state.service = service
@@ -91,11 +100,26 @@ def create_routes(service: Service) -> FastAPI:
 
 def add_error_handlers(app: FastAPI, service: Shared) -> None:
     """FastAPI's own errors in our form."""
+    routes = [*API_ROUTES, "/health", "/ready", "/metrics", "/openapi.json"]
 
     @app.exception_handler(HTTPException)
     @app.exception_handler(RequestValidationError)
     async def handle(request: Request, error: Exception) -> Response:
-        response = error_response(service.metrics.count_error(to_api_error(error)))
+        api_error = to_api_error(error)
+        if isinstance(error, RequestValidationError) and _is_undecoded(error):
+            kind = request.headers.get("content-type") or "missing"
+            api_error = ApiError(
+                415,
+                "unsupported_media_type",
+                f"the Content-Type is {kind[:100]}; send application/json",
+            )
+        if api_error.code == "not_found":
+            api_error = ApiError(
+                404,
+                "not_found",
+                f"no route {request.url.path[:200]}; the routes are {', '.join(routes)}",
+            )
+        response = error_response(service.metrics.count_error(api_error))
         if response.status_code == 405:
             methods = {
                 method
@@ -105,6 +129,12 @@ def add_error_handlers(app: FastAPI, service: Shared) -> None:
             }
             response.headers["Allow"] = ", ".join(sorted(methods))
         return response
+
+
+def _is_undecoded(error: RequestValidationError) -> bool:
+    """Whether the body was not read as JSON, for its Content-Type."""
+    first = error.errors()[0]
+    return first["loc"] == ("body",) and isinstance(first.get("input"), bytes)
 
 
 def _web_file(name: str) -> Callable[[], Awaitable[Response]]:
@@ -137,7 +167,16 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
-    bot = service.bot
+    bot, settings = service.bot, service.settings
+    limits = openai.ModelLimits(
+        max_tokens=settings.max_tokens,
+        n=settings.max_choices,
+        body_bytes=settings.max_body_mb * MB,
+        media=settings.max_media,
+        media_bytes=settings.media_mb * MB,
+        frames=settings.video_frames,
+        pixels=settings.image_megapixels * MB,
+    )
 
     def info(adapter: str | None) -> openai.ModelInfo:
         return openai.ModelInfo(
@@ -145,8 +184,10 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             created=service.created,
             parent=service.name if adapter else None,
             context_length=bot.model.config.text.context,
+            max_model_len=bot.model.config.text.context,
             tokens_per_image=bot.model.config.vision.grid**2,
             video_frames=bot.processor.num_frames,
+            limits=limits,
         )
 
     @app.get("/v1/models")
@@ -157,7 +198,9 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> openai.ModelInfo:
         """The model or an adapter by name."""
-        return info(openai.adapter_name(name, service.name, bot.adapters))
+        if name not in (service.name, *bot.adapters):
+            raise openai.unknown_model(name, service.name, list(bot.adapters))
+        return info(None if name == service.name else name)
 
 
 def _add_message_routes(app: FastAPI, service: Service) -> None:

@@ -152,6 +152,7 @@ class CompletionStream:
         self.tokenizer = service.bot.processor.tokenizer
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.answers: dict[int, Answer] = {}
+        self.model = prepared.job.options.adapter or service.name
         self.timings: Timings | None = None
         self.attributions: list[ChoiceAttribution] | None = None
 
@@ -172,6 +173,7 @@ class CompletionStream:
                     yield []
             finally:
                 task.cancel()
+                await asyncio.wait((task,))
             self.attributions = task.result()
             yield [self._chunk([], attributions=self.attributions)]
         if options is not None and options.include_usage:
@@ -217,7 +219,7 @@ class CompletionStream:
         return ChatCompletionChunk(
             id=self.id,
             created=self.prepared.created,
-            model=self.request.model,
+            model=self.model,
             choices=choices,
             usage=usage,
             timings=timings,
@@ -230,7 +232,7 @@ class CompletionStream:
         return ChatCompletion(
             id=self.id,
             created=self.prepared.created,
-            model=self.request.model,
+            model=self.model,
             choices=[
                 ChatChoice(
                     index=index,

@@ -35,6 +35,20 @@ FRAME_SAMPLING = {
 }
 
 
+UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
+IGNORED_IN_MESSAGES: dict[str, type] = {
+    "name": str,
+    "refusal": str,
+    "reasoning": str,
+    "reasoning_content": str,
+    "annotations": list,
+    "id": str,
+    "cache_control": dict,
+}
+"""Fields that clients copy from responses, or that are hints for another server's cache."""
+IGNORED_IN_PARTS = ("cache_control", "uuid", "id", "logprobs")
+
+
 def _object(
     required: dict[str, Any], optional: dict[str, Any] | None = None, more: Any = False
 ) -> dict[str, Any]:
@@ -47,7 +61,7 @@ def _object(
 
 
 def _part_schema(kind: str, required: dict[str, Any], **optional: Any) -> dict[str, Any]:
-    return _object({"type": {"const": kind}, **required}, optional)
+    return _object({"type": {"const": kind}, **required}, optional, more={"type": "null"})
 
 
 def _url(**optional: Any) -> dict[str, Any]:
@@ -80,6 +94,7 @@ MESSAGES_SCHEMA = {
             "role": {"enum": ["system", "developer", "user", "assistant"]},
             "content": {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": PARTS}}]},
         },
+        {"name": {"type": ["string", "null"]}},
         more={"type": "null"},
     ),
 }
@@ -93,18 +108,13 @@ def resolve_messages(
     Raises PromptError over the limits of `settings`, and whatever `upload` raises for an unknown
     id.
     """
-    turns = [
-        {name: value for name, value in message.items() if value is not None}
-        for message in messages
-    ]
+    turns = [_clean_message(message, i) for i, message in enumerate(messages, 1)]
     contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
     if (parts := len(turns) + sum(map(len, contents))) > settings.max_parts:
         raise PromptError(
             f"the request has {parts} messages and parts; the limit is {settings.max_parts}"
         )
     for turn in turns:
-        if turn.get("role") == "developer":
-            turn["role"] = "system"
         if isinstance(turn.get("content"), list):
             turn["content"] = [_resolve_part(part, upload) for part in turn["content"]]
     if (characters := sum(map(_characters, turns))) > settings.max_characters:
@@ -113,6 +123,64 @@ def resolve_messages(
             f"the limit is {settings.max_characters:,}"
         )
     return turns
+
+
+def _clean_message(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """A message without the fields that clients send and that ask for nothing here."""
+    message = {name: value for name, value in message.items() if value is not None}
+    role = message.get("role")
+    for name in UNSUPPORTED_IN_MESSAGES:
+        if message.pop(name, None):
+            raise PromptError(
+                f"message {number} has {name}, but this server has no tools; for an answer as JSON "
+                "use response_format"
+            )
+    if role in ("tool", "function"):
+        raise PromptError(
+            f"message {number} has the role {role!r}, but this server has no tools; "
+            "put the result into a user message"
+        )
+    for name, kind in IGNORED_IN_MESSAGES.items():
+        if not isinstance(message.pop(name, kind()), kind):
+            raise PromptError(f"message {number} has a {name} that is not a {kind.__name__}")
+    if role == "developer":
+        message["role"] = "system"
+    if role == "assistant":
+        message.setdefault("content", "")
+    if isinstance(message.get("content"), list):
+        message["content"] = [_clean_part(part) for part in message["content"]]
+    return message
+
+
+def _clean_part(part: Any) -> Any:
+    """A content part in the form of chat completions, without what asks for nothing here."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        return part
+    part = {name: value for name, value in part.items() if value is not None}
+    for name in IGNORED_IN_PARTS:
+        part.pop(name, None)
+    if not part.get("annotations", True):
+        del part["annotations"]
+    kind = part.get("type")
+    if kind in ("image", "image_url") and part.get("modalities") in ("image", "multi-images"):
+        del part["modalities"]  # SGLang's
+    if kind in ("input_text", "output_text"):  # of /v1/responses
+        part["type"] = "text"
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    if kind == "input_image":
+        url = part.pop("image_url", None) or part.pop("file_id", None)
+        part |= {"type": "image_url", "image_url": url}
+    if part.get("type") == "image_url" and "detail" in part:
+        url = part["image_url"]
+        image = url if isinstance(url, dict) else {"url": url}
+        part["image_url"] = {"detail": part.pop("detail"), **image}
+    for name in ("image_url", "video_url"):
+        if isinstance(part.get(name), dict):
+            part[name] = {key: value for key, value in part[name].items() if value is not None}
+    return part
 
 
 def has_media(turns: list[dict[str, Any]]) -> bool:

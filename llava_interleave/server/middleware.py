@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import OptionError
@@ -32,6 +33,8 @@ WEB_FILES = {"/": "index.html"} | {f"/{path.name}": path.name for path in sorted
 HEALTH = "/health"
 OPEN_PATHS = (HEALTH, *WEB_FILES)
 """Paths that need no API key; all others do."""
+API = ("batches", "chat", "completions", "embeddings", "files", "messages", "models", "responses")
+"""First parts of paths below /v1."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 MAX_BODIES = 4
 """Request bodies of the largest size in memory at a time."""
@@ -98,12 +101,14 @@ class GuardMiddleware:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        status = 0
+        scope, status = _normalized(scope), 0
+        cors = self._cors(Headers(scope=scope))
 
         async def send_in_time(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *cors]}
             try:
                 async with asyncio.timeout(self.settings.request_timeout):
                     await send(message)
@@ -113,6 +118,9 @@ class GuardMiddleware:
         body, key, admitted = _Body(), "", 0
         try:
             _check_framing(scope)
+            if cors and scope["method"] == "OPTIONS":
+                await Response(status_code=204)(scope, receive, send_in_time)
+                return None
             key = scope.setdefault("state", {})["key"] = self.admit(scope)
             if scope["path"] != HEALTH:
                 self._check_open_requests(key)
@@ -131,6 +139,24 @@ class GuardMiddleware:
             self.bodies.add(key, -body.size)
             self.open_requests.add(key, -admitted)
             self.metrics.count_response(scope, status)
+
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        """The headers that let a page of an allowed origin use the API; also for a preflight."""
+        origin = headers.get("origin", "")
+        if not origin or not {origin, "*"} & set(self.settings.cors_origin):
+            return []
+        cors = {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "Retry-After",
+            "Vary": "Origin",
+        }
+        if "access-control-request-method" in headers:
+            cors |= {
+                "Access-Control-Allow-Methods": "GET, POST, DELETE",
+                "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "*"),
+                "Access-Control-Max-Age": "600",
+            }
+        return [(name.lower().encode(), value.encode("latin-1")) for name, value in cors.items()]
 
     def admit(self, scope: MutableMapping[str, Any]) -> str:
         """The name of the request's API key, "" where none is needed. Raises ApiError."""
@@ -160,7 +186,8 @@ class GuardMiddleware:
                 "wrong_host",
                 "without --api-keys this server answers to localhost, 127.0.0.1 and [::1] only",
             )
-        if "origin" in headers and headers["origin"] not in (f"http://{host}", f"https://{host}"):
+        own = (f"http://{host}", f"https://{host}", *self.settings.cors_origin)
+        if "origin" in headers and headers["origin"] not in own:
             raise ApiError(
                 403,
                 "wrong_origin",
@@ -220,6 +247,21 @@ class GuardMiddleware:
 
 def _overloaded(reason: str) -> ApiError:
     return ApiError(503, "overloaded", f"{reason}; try again", retry=2)
+
+
+def _normalized(scope: Scope) -> Scope:
+    """The scope with a path as the routes have it, and HEAD as GET, whose body uvicorn leaves out.
+
+    Clients leave out /v1, have it twice, or end a path with a slash, which a redirect would turn
+    into another address behind a proxy.
+    """
+    path = scope["path"].rstrip("/") or "/"
+    if path.startswith("/v1/v1/"):
+        path = path.removeprefix("/v1")
+    elif path.split("/")[1] in API:
+        path = f"/v1{path}"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "raw_path": path.encode(), "method": method}
 
 
 def _check_framing(scope: Scope) -> None:

@@ -6,10 +6,11 @@ A request field is honoured or refused by name; none is ignored.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..errors import OptionError
 from ..openai_body import max_new_tokens
@@ -160,19 +161,89 @@ class AttributionRequest(PromptRequest):
         return self
 
 
+def _neutral(*values: Any, hint: str) -> Any:
+    """A field of other servers or of OpenAI that may only ask for nothing: one of `values`."""
+
+    def check(value: Any) -> Any:
+        if not any(value == one and type(value) is type(one) for one in values):
+            allowed = " or ".join(json.dumps(one) for one in values)
+            raise ValueError(f"{json.dumps(value)[:100]} is not supported, only {allowed}: {hint}")
+        return value
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [*values, None]})]
+
+
+NO_TOOLS = "this server has no tools; for an answer as JSON use response_format"
+NO_REASONING = "the model does not reason before it answers"
+NO_BEAM = "answers are sampled; use n for several"
+AS_IT_IS = "the answer is text without special tokens"
+
+
+class NeutralFields(PromptRequest):
+    """Fields that clients send and that must not ask for anything."""
+
+    store: _neutral(False, hint="nothing is stored") = None  # type: ignore[valid-type]
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    user: Annotated[str, Field(max_length=128)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+    request_id: Annotated[str, Field(max_length=1024)] | None = None
+    service_tier: _neutral("auto", "default", hint="there is one tier") = None  # type: ignore[valid-type]
+    modalities: _neutral(["text"], hint="answers are text") = None  # type: ignore[valid-type]
+    tools: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    tool_choice: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    functions: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    function_call: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: _neutral("none", hint=NO_REASONING) = None  # type: ignore[valid-type]
+    include_reasoning: bool | None = None
+    verbosity: _neutral("medium", hint="ask for it in the prompt") = None  # type: ignore[valid-type]
+    chat_template_kwargs: _neutral(  # type: ignore[valid-type]
+        {},
+        {"enable_thinking": False},
+        {"thinking": False},
+        hint="the operator chooses the chat template with --preset",
+    ) = None
+    mm_processor_kwargs: _neutral({}, hint="use anyres, frames or fps") = None  # type: ignore[valid-type]
+    add_generation_prompt: _neutral(True, hint="an answer is generated") = None  # type: ignore[valid-type]
+    continue_final_message: _neutral(  # type: ignore[valid-type]
+        False, hint="put the beginning of the answer into the question"
+    ) = None
+    echo: _neutral(False, hint="the prompt is not repeated") = None  # type: ignore[valid-type]
+    skip_special_tokens: _neutral(True, hint=AS_IT_IS) = None  # type: ignore[valid-type]
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: _neutral(False, hint=AS_IT_IS) = None  # type: ignore[valid-type]
+    stop_token_ids: _neutral([], hint="use stop") = None  # type: ignore[valid-type]
+    min_tokens: _neutral(0, hint="use logit_bias against the end token") = None  # type: ignore[valid-type]
+    use_beam_search: _neutral(False, hint=NO_BEAM) = None  # type: ignore[valid-type]
+    best_of: _neutral(1, hint=NO_BEAM) = None  # type: ignore[valid-type]
+    length_penalty: _neutral(1, 1.0, hint=NO_BEAM) = None  # type: ignore[valid-type]
+    priority: _neutral(0, hint="API keys share the server evenly") = None  # type: ignore[valid-type]
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object")
+RESPONSE_FORMATS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "json": lambda schema: {
+        "type": "json_schema",
+        "json_schema": {"name": "structured_outputs", "schema": schema},
+    },
+    "json_object": lambda _: {"type": "json_object"},
+    "regex": lambda regex: {"type": "regex", "regex": regex},
+    "choice": lambda choice: {"type": "choice", "choice": choice},
+}
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
-class ChatRequest(PromptRequest):
-    """POST /v1/chat/completions. A field with one allowed value is not supported.
+class ChatRequest(NeutralFields):
+    """POST /v1/chat/completions.
 
-    Not OpenAI's: top_k, min_p, repetition_penalty, stop_on_repetition, attribution (which image the
-    answer used: true, or "attention" for the cheap variant), and response_format by `regex` and
-    `choice`. The default temperature is 0 (greedy).
+    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_on_repetition, attribution
+    (which image the answer used: true, or "attention" for the cheap variant), and response_format
+    by `regex` and `choice`. vLLM's structured_outputs and guided_* are read as response_format. The
+    default temperature is 0 (greedy).
     """
 
-    model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] = 1
@@ -180,7 +251,7 @@ class ChatRequest(PromptRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=2**31), AfterValidator(lambda k: max(k, 0))] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop_on_repetition: bool = True
     repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
@@ -194,17 +265,38 @@ class ChatRequest(PromptRequest):
     attribution: bool | Literal["attention"] = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    user: Annotated[str, Field(max_length=128)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    ignore_eos: bool = False
     response_format: Annotated[
         TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat,
         Field(discriminator="type"),
     ] = TextFormat(type="text")
-    modalities: list[Literal["text"]] = ["text"]
-    service_tier: Literal["auto", "default"] = "auto"
-    store: Literal[False] = False
-    tools: Annotated[list[Any], Field(max_length=0)] = []
-    tool_choice: Literal["none", "auto"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structured(cls, data: Any) -> Any:
+        """vLLM's structured_outputs and guided_* as response_format."""
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if value is not None}
+        nested = data.pop("structured_outputs", None)
+        given = nested if isinstance(nested, dict) else {}
+        given |= {k.removeprefix("guided_"): data.pop(k) for k in list(data) if k in GUIDED}
+        data.pop("guided_decoding_backend", None)
+        given = {name: value for name, value in given.items() if value not in (None, False)}
+        if nested is not None and not isinstance(nested, dict):
+            raise ValueError("structured_outputs must be an object")
+        if not given:
+            return data
+        if len(given) > 1 or "response_format" in data:
+            raise ValueError("several structured outputs are given; use response_format alone")
+        ((name, value),) = given.items()
+        if name not in RESPONSE_FORMATS:
+            raise ValueError(
+                f"structured output by {name} is not supported; use json, regex or choice"
+            )
+        if name == "json" and isinstance(value, str):
+            value = json.loads(value)
+        return data | {"response_format": RESPONSE_FORMATS[name](value)}
 
     def options(self, settings: Settings) -> Options:
         """All options.
@@ -237,21 +329,22 @@ class ChatRequest(PromptRequest):
 
 
 def adapter_name(model: str | None, served: str, adapters: Sequence[str]) -> str | None:
-    """The adapter of a request's `model`; None for the served model.
+    """The adapter of a request's `model`; None for the served model, which any name stands for.
 
-    Raises ApiError for an unknown name.
+    With adapters a name has to be known: raises ApiError.
     """
-    if model in (None, served):
+    if not adapters or model in (None, "", served):
         return None
     if model not in adapters:
-        names = ", ".join(map(repr, (served, *adapters)))
-        raise ApiError(
-            404,
-            "model_not_found",
-            f"the model {model[:200]!r} does not exist; this server has {names}",
-            param="model",
-        )
+        raise unknown_model(str(model), served, adapters)
     return model
+
+
+def unknown_model(model: str, served: str, adapters: Sequence[str]) -> ApiError:
+    """The 404 of a model that does not exist."""
+    names = ", ".join(map(repr, (served, *adapters)))
+    message = f"the model {model[:200]!r} does not exist; this server has {names}"
+    return ApiError(404, "model_not_found", message, param="model")
 
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -272,10 +365,22 @@ class Status(BaseModel):
     status: Literal["ok", "ready", "failed"]
 
 
+class ModelLimits(BaseModel):
+    """Limits of a request. media: images and videos. frames: of one video. pixels: of one image."""
+
+    max_tokens: int
+    n: int
+    body_bytes: int
+    media: int
+    media_bytes: int
+    frames: int
+    pixels: int
+
+
 class ModelInfo(BaseModel):
     """A model. parent: the model that an adapter belongs to. tokens_per_image: of the context.
 
-    video_frames: sampled from a video by default.
+    max_model_len: the context length by vLLM's name. video_frames: sampled from a video by default.
     """
 
     id: str
@@ -284,8 +389,10 @@ class ModelInfo(BaseModel):
     owned_by: str = "llava-interleave"
     parent: str | None
     context_length: int
+    max_model_len: int
     tokens_per_image: int
     video_frames: int
+    limits: ModelLimits
 
 
 class ModelList(BaseModel):

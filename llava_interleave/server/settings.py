@@ -50,6 +50,11 @@ class Settings:
         None, "Name of the model in requests. Default: the name of its folder."
     )
     preset: str = _setting("interleave", "Chat template: interleave, hf or official.")
+    cors_origin: tuple[str, ...] = _setting(
+        (),
+        "Let web pages of this origin use the API: https://app.example.com, or * with --api-keys; "
+        "can be given several times.",
+    )
     media_root: Path | None = _setting(  # noqa: RUF009  a field
         None, "Let requests name files below this folder. Default: no files."
     )
@@ -116,6 +121,8 @@ class Settings:
                 f"{self.host} can be reached from outside this machine, which needs API keys: "
                 "name a file of them with --api-keys, or use 127.0.0.1"
             )
+        if self.api_keys is None and "*" in self.cors_origin:
+            raise OptionError("--cors-origin * lets every web page in, which needs --api-keys")
         if self.media_root is not None and not self.media_root.is_dir():
             raise OptionError(f"--media-root {self.media_root} is not a folder")
 

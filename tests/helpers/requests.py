@@ -82,7 +82,6 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
     "infinity": '{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 1e999}',
     "surrogate": '{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
     "surrogate field": '{"model": "tiny", "\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}',
-    "surrogate model": '{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
     "long text": {"messages": [{"role": "user", "content": "x" * 600_000}]},
     "long role": {"messages": [{"role": "x" * 2_000_000, "content": "x"}]},
     "long name": {"messages": user({"type": "views", "views": {"x" * 600_000: RED}})},
