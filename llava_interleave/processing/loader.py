@@ -59,6 +59,12 @@ class Download:
     file: BinaryIO
 
 
+MANY_SCANS = 20
+"""Scans of a JPEG above which its work is limited; encoders write about ten."""
+MAX_SCANNED_PIXELS = 1_000_000_000
+"""Pixels of all its scans: some seconds of decoding."""
+
+
 class Loader:
     """Images and videos from paths, URLs, data URLs, bytes, PIL images and arrays. Thread-safe."""
 
@@ -156,6 +162,8 @@ class Loader:
                         raise MediaError(f"not an image in a known format ({IMAGES})")
                     with _open_image(file, kind) as image:
                         self.limits.check_size(*image.size)
+                        if kind == "JPEG":
+                            _check_scans(file, image)
                         yield image
 
     def _video(self, source: object, sampling: FrameSampling, each: Each | None) -> Clip:
@@ -370,6 +378,27 @@ def _open_image(file: BinaryIO, kind: str) -> Image.Image:
                 "develop it to JPEG or TIFF first"
             )
     return image
+
+
+def _check_scans(file: BinaryIO, image: Image.Image) -> None:
+    """Raises MediaError for a JPEG of many scans, each of which is decoded over the whole image."""
+    at, position = 0, file.tell()
+    file.seek(0)
+    data, scans = file.read(), 0
+    file.seek(position)
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
+        marker = data[at + 1]
+        if marker == 0xD9:  # the end of the image
+            break
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # data, and markers without a length
+            at += 2
+        elif marker == 0xFF:
+            at += 1
+        else:
+            scans += marker == 0xDA
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if scans > MANY_SCANS and scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise MediaError(f"the JPEG has {scans} scans of {image.width} x {image.height} pixels")
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from PIL import Image
 from ..errors import MediaError, OptionError
 from .limits import Deadline, Limits
 
+MAX_INDEX = 64_000_000
+"""Bytes of the index of an MP4."""
 UNIFORM, MAX_AT_RATE = 16, 32
 Each = Callable[[Image.Image], Image.Image]
 """Applied to each frame as soon as it is decoded, so that large frames do not stay in memory."""
@@ -187,7 +189,7 @@ def read_video(
     import av
 
     deadline = Deadline(limits.video_work_seconds, "reading the video", "video_work_seconds")
-    file, fragmented = _whole(file, container, deadline)
+    file, fragmented = _whole(file, container, limits, deadline)
     try:
         with _opened(file, container) as (source, stream):
             limits.check_size(stream.codec_context.width, stream.codec_context.height)
@@ -417,7 +419,7 @@ def _alpha_decoder(stream: Any) -> Any:
     return decoder
 
 
-def _whole(file: BinaryIO, container: str, deadline: Deadline) -> tuple[Any, bool]:
+def _whole(file: BinaryIO, container: str, limits: Limits, deadline: Deadline) -> tuple[Any, bool]:
     """The file at its start, and whether it is a fragmented MP4.
 
     Raises MediaError for a file that is shorter than its header says. A fragmented MP4 is written
@@ -426,7 +428,7 @@ def _whole(file: BinaryIO, container: str, deadline: Deadline) -> tuple[Any, boo
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if container == "mov":
-        return _check_boxes(file, size, deadline)
+        return _check_boxes(file, size, limits, deadline)
     if size < (expected := _header_bytes(file.read(512))):
         raise MediaError(
             f"the video is cut short: its header promises {expected:,} bytes, the file holds "
@@ -436,7 +438,7 @@ def _whole(file: BinaryIO, container: str, deadline: Deadline) -> tuple[Any, boo
     return file, False
 
 
-def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> tuple[Any, bool]:
+def _check_boxes(file: BinaryIO, size: int, limits: Limits, deadline: Deadline) -> tuple[Any, bool]:
     """`_whole` of an MP4 or MOV, whose boxes at the top begin with their length."""
     at, fragmented = 0, False
     while at + 8 <= size:
@@ -447,6 +449,9 @@ def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> tuple[Any, bo
         if length == 1:
             length = int.from_bytes(head[8:16], "big")
         fragmented |= kind == b"moof"
+        if kind in (b"moov", b"moof"):
+            file.seek(at)
+            _check_samples(file.read(min(max(length, 0) or size, MAX_INDEX + 1)), limits)
         if length < 8:  # 0: up to the end of the file
             break
         if at + length > size and fragmented:
@@ -460,6 +465,28 @@ def _check_boxes(file: BinaryIO, size: int, deadline: Deadline) -> tuple[Any, bo
         at += length
     file.seek(0)
     return file, fragmented
+
+
+def _check_samples(index: bytes, limits: Limits) -> None:
+    """Raises MediaError for a box with more samples than the limit.
+
+    FFmpeg makes its list of all samples before a packet can be read, and a kilobyte can promise
+    billions of them.
+    """
+    if len(index) > MAX_INDEX:
+        raise MediaError(f"the index of the video has more than the limit of {MAX_INDEX:,} bytes")
+    if b"cmov" in index:
+        raise MediaError("the index of the video is compressed; convert it, for example by ffmpeg")
+    samples = 0
+    for kind, offset in ((b"stsz", 12), (b"stz2", 12), (b"trun", 8)):
+        at = index.find(kind)
+        while at >= 0:
+            samples += int.from_bytes(index[at + offset : at + offset + 4], "big")
+            at = index.find(kind, at + 4)
+    if samples > limits.video_packets:
+        raise MediaError(
+            f"the video has {samples:,} packets, more than the limit of {limits.video_packets:,}"
+        )
 
 
 class _Beginning(io.RawIOBase):

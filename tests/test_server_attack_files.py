@@ -1,0 +1,138 @@
+"""Files made to hold up a server: each ends in bounded time and memory, others are answered meanwhile."""
+
+import base64
+import io
+import resource
+import struct
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_interleave.server.run import Server
+from llava_interleave.testing import tiny_checkpoint
+from tests.helpers.requests import WHAT, bomb, user
+from tests.helpers.server import listening, until
+from tests.test_server_fairness import ATTACKER, GUEST, answered_in_time, ask, client, in_background
+
+MEDIA_TIMEOUT = 3.0
+MOST_SECONDS = 40.0
+MOST_MEMORY = 1_500_000  # kilobytes more than before
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("attack")
+    (folder / "keys").write_text(f"{ATTACKER}\n{GUEST}\n")
+    model = tiny_checkpoint(folder / "tiny")
+    limits = {"api_keys": folder / "keys", "media_timeout": MEDIA_TIMEOUT}
+    with listening(model, shutdown_timeout=0.1, **limits) as server:
+        yield server
+
+
+def key_frames(count: int, container: str = "matroska", rate: int = 60) -> bytes:
+    """A video of nothing but key frames, of a few bytes each."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream("mjpeg", rate=rate)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuvj420p"
+        black = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        data = bytes([*stream.encode(black), *stream.encode(None)][0])
+        for number in range(count):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, Fraction(1, rate)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = True
+            file.mux(packet)
+    return out.getvalue()
+
+
+def many_samples(count: int) -> bytes:
+    """A kilobyte of MP4 that promises so many samples: FFmpeg makes a list of them all."""
+    data = bytearray(key_frames(1, "mp4"))
+    for kind, numbers in (
+        (b"stsz", (0, 1, count)),
+        (b"stts", (0, 1, count, 1)),
+        (b"stsc", (0, 1, 1, count, 1)),
+    ):
+        struct.pack_into(f">{len(numbers)}I", data, data.index(kind) + 4, *numbers)
+    return bytes(data)
+
+
+def gif(frames: int, size: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("P", (size, size)).save(out, "GIF")
+    data = out.getvalue()
+    at = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))
+    head = data[: 13 + 3 * 2 ** ((data[10] & 7) + 1)]
+    return head + (b"\x21\xf9\x04\0\x05\0\0\0" + data[at:-1]) * frames + b"\x3b"
+
+
+def scans(count: int, size: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    out = io.BytesIO()
+    Image.effect_noise((size, size), 20).save(out, "JPEG", progressive=True, quality=5)
+    data = out.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + b"\xff\xd9"
+
+
+def image_part(data: bytes) -> dict[str, Any]:
+    return {"type": "image", "base64": base64.b64encode(data).decode()}
+
+
+def video_part(data: bytes) -> dict[str, Any]:
+    url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+FILES: dict[str, Callable[[], dict[str, Any]]] = {
+    "100,000 key frames": lambda: video_part(key_frames(100_000)),
+    "ten minutes of MJPEG": lambda: video_part(key_frames(15_000, rate=25)),
+    "a kilobyte of a billion samples": lambda: video_part(many_samples(1_000_000_000)),
+    "a GIF of many large frames": lambda: video_part(gif(400, 2000)),
+    "a JPEG of many scans": lambda: image_part(scans(300, 2000)),
+    "a PNG of many pixels": lambda: image_part(bomb()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_holds_up_nobody_else(server: Server, name: str) -> None:
+    part = FILES[name]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
+        start = time.monotonic()
+        with in_background(attacker, 3, messages=user(part, "What?")) as statuses:
+            until(lambda: server.service.num_active or statuses)
+            answered_in_time(guest)
+            answered_in_time(guest, messages=WHAT)
+        assert time.monotonic() - start < MOST_SECONDS
+        assert set(statuses) <= {200, 400} and len(statuses) == 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY
+
+
+def test_the_corpus_is_refused_in_words(server: Server) -> None:
+    with client(server, ATTACKER) as attacker:
+        for name, words in (
+            ("a kilobyte of a billion samples", "packets, more than the limit"),
+            ("a JPEG of many scans", "scans of 2000 x 2000"),
+            ("a GIF of many large frames", "took longer than the limit of 3 seconds"),
+        ):
+            refused: httpx.Response = ask(attacker, messages=user(FILES[name](), "What?"))
+            assert refused.status_code == 400 and words in refused.text, name
+
+
+def test_a_lawful_video_of_many_packets_is_read(tmp_path: Path) -> None:
+    from llava_interleave.processing import FrameSampling, Loader
+
+    (tmp_path / "long.mp4").write_bytes(key_frames(15_000, "mp4", rate=25))
+    clip = Loader().video(tmp_path / "long.mp4", FrameSampling(frames=2))
+    assert clip.times == pytest.approx([0.0, 14_999 / 25])
