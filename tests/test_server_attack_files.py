@@ -1,4 +1,4 @@
-"""Files made to hold up a server: each ends in bounded time and memory, others are answered meanwhile."""
+"""Files made to hold up a server end in bounded time and memory, others are answered meanwhile."""
 
 import base64
 import io
@@ -20,7 +20,14 @@ from llava_interleave.server.run import Server
 from llava_interleave.testing import tiny_checkpoint
 from tests.helpers.requests import WHAT, bomb, user
 from tests.helpers.server import listening, until
-from tests.test_server_fairness import ATTACKER, GUEST, answered_in_time, ask, client, in_background
+from tests.test_server_fairness import (
+    ATTACKER,
+    GUEST,
+    answered_in_time,
+    ask,
+    client,
+    in_background,
+)
 
 MEDIA_TIMEOUT = 3.0
 MOST_SECONDS = 40.0
