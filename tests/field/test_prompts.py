@@ -11,7 +11,6 @@ from PIL import Image
 
 from llava_interleave.chat.attachments import content
 from llava_interleave.errors import CheckpointError, PromptError
-from llava_interleave.generation_config import GenerationDefaults
 from llava_interleave.processing import Processor
 from llava_interleave.processing.hf_template import HfTemplate
 
@@ -157,33 +156,3 @@ def test_a_question_about_the_tag_without_attachments() -> None:
     assert content("What is <image>?", []) == [{"type": "text", "text": "What is <image>?"}]
     with pytest.raises(PromptError, match="1 <image> but 2 attachments"):
         content("<image>", [RED, RED])
-
-
-def test_generation_config_becomes_defaults(tmp_path: Path) -> None:
-    def defaults(**values: Any) -> dict[str, Any]:
-        (tmp_path / "generation_config.json").write_text(json.dumps(values))
-        return dict(GenerationDefaults.from_folder(tmp_path, frozenset({7})).options)
-
-    assert GenerationDefaults.from_folder(tmp_path).options == {}
-    assert defaults(do_sample=False, temperature=0.7, eos_token_id=7, num_beams=1) == {}
-    sampled = defaults(
-        do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.1, eos_token_id=[7, 9]
-    )
-    assert sampled == {
-        "temperature": 0.7, "top_k": 50, "top_p": 0.8, "repetition_penalty": 1.1, "stop_ids": (9,)
-    }  # fmt: skip
-    assert defaults(max_new_tokens=20, stop_strings="END", top_k=None) == {
-        "max_new_tokens": 20, "stop": ("END",)
-    }  # fmt: skip
-    assert "temperature 0.7" in str(GenerationDefaults(sampled))
-    for values, message in (
-        ({"num_beams": 4}, "num_beams=4"),
-        (
-            {"no_repeat_ngram_size": 3, "penalty_alpha": 0.6},
-            "no_repeat_ngram_size=3, penalty_alpha",
-        ),
-        ({"suppress_tokens": [1]}, "suppress_tokens"),
-        ({"do_sample": True, "temperature": -1}, "temperature"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            defaults(**values)
