@@ -118,7 +118,7 @@ def test_a_file_holds_up_nobody_else(server: Server, name: str) -> None:
     with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
         start = time.monotonic()
         with in_background(attacker, 3, messages=user(part, "What?")) as statuses:
-            until(lambda: server.service.num_active or statuses)
+            until(lambda: server.service.num_active or statuses)  # type: ignore[attr-defined]
             answered_in_time(guest)
             answered_in_time(guest, messages=WHAT)
         assert time.monotonic() - start < MOST_SECONDS

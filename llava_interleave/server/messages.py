@@ -77,6 +77,7 @@ VIEWS = [
 ]
 FRAMES = {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}]}
 PARTS = [
+    TEXT,
     _part_schema("text", {"text": TEXT}),
     _part_schema("image_url", {"image_url": _url(detail=DETAIL)}),
     *(_part_schema("image", {source: TEXT}) for source in ("image", "url", "path", "base64")),
