@@ -380,7 +380,7 @@ def _pinpoints(top: _Section, vision: VisionConfig, *, height_first: bool) -> Pi
     if isinstance(value, str) and (ends := re.fullmatch(_GRIDS, value)):
         a, b, c, d = map(int, ends.groups())
         if 1 <= a <= c <= 64 and 1 <= b <= d <= 64:
-            return tuple((i, j) for i in range(a, c + 1) for j in range(b, d + 1))
+            return tuple((i, j) for j in range(b, d + 1) for i in range(a, c + 1))
     pairs = value if isinstance(value, list) else []
     whole = [
         pair
@@ -393,7 +393,8 @@ def _pinpoints(top: _Section, vision: VisionConfig, *, height_first: bool) -> Pi
             f"is {_brief(value)}; this network has pairs of multiples of its image size {size}",
         )
     tiles = [(a // size, b // size) for a, b in whole]
-    return tuple((b, a) if height_first else (a, b) for a, b in tiles)
+    grids = [(b, a) if height_first else (a, b) for a, b in tiles]
+    return tuple(sorted(grids, key=lambda grid: grid[::-1]))  # their order decides nothing
 
 
 def _max_tiles(top: _Section, key: str, aspect: object) -> int:

@@ -232,8 +232,9 @@ def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert not (tmp_path / "out.jsonl").exists()
     model = LazyModel(ModelFlags(str(tiny)))
+    missing = [{"type": "image", "path": str(tmp_path / "missing.png")}]
     questions = [
-        [{"role": "user", "content": text}] for text in ("ok", "<image>", "fine", "<image>")
+        [{"role": "user", "content": content}] for content in ("ok", missing, "fine", missing)
     ]
     said = answer_all(model.ready(Options()).batch, questions, Options(max_new_tokens=2))
     assert [isinstance(one, LlavaError) for one in said] == [False, True, False, True]

@@ -254,7 +254,7 @@ def test_a_torn_line_is_taken_off_at_every_place(tmp_path: Path) -> None:
 def test_another_file_is_not_touched(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="name another file"):
+    with pytest.raises(DataError, match="choose another file"):
         Journal(path, {"task": "a"})
     assert path.read_bytes() == content
 

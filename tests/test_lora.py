@@ -581,6 +581,11 @@ NAMES: dict[CheckpointLayout, tuple[str, str, str]] = {
         "model.multi_modal_projector.linear_1",
         "model.vision_tower.encoder.layers.0.mlp.fc1",
     ),
+    "transformers-5.23": (
+        "language_model.model.layers.1.mlp.up_proj",
+        "multi_modal_projector.linear_1",
+        "vision_tower.encoder.layers.0.mlp.fc1",
+    ),
 }
 OURS = (
     "language_model.layers.1.mlp.up_proj",

@@ -88,6 +88,17 @@ NAMES: dict[CheckpointLayout, list[str]] = {
         "model.vision_tower.encoder.layers.1.self_attn.out_proj.bias",
         "model.vision_tower.post_layernorm.weight",
     ],
+    "transformers-5.23": [
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.1.self_attn.q_proj.bias",
+        "language_model.model.norm.weight",
+        "multi_modal_projector.linear_1.weight",
+        "multi_modal_projector.linear_2.bias",
+        "vision_tower.embeddings.patch_embedding.weight",
+        "vision_tower.encoder.layers.1.self_attn.out_proj.bias",
+        "vision_tower.post_layernorm.weight",
+    ],
 }
 
 
