@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
-	@echo "make test    the test suite; ARGS=tests/test_layout.py runs a part"
+	@echo "make test    the test suite; ARGS=tests/test_image_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make coverage  the suite with line coverage, into build/coverage"
 	@echo "make check   ruff, and mypy for Linux, macOS and Windows"

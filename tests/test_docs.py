@@ -35,7 +35,7 @@ SLOW = {
     "bench": "a minute",
     "mcp": "waits for a client",
     "serve": "waits for requests",
-    "train": "tests/test_data.py runs the commands of docs/training.md",
+    "train": "tests/test_train_data.py runs the commands of docs/training.md",
     "verify": "half a minute; tests/test_verify.py",
 }
 TESTED_ELSEWHERE = ("training.md",)

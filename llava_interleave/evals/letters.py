@@ -1,6 +1,6 @@
 """The option's letter that an answer to a multiple-choice question names. Pure functions of texts.
 
-One parser for all tasks with lettered options; tests/test_letters.py has answers judged by hand.
+One parser for all tasks with lettered options; hand-judged answers: tests/test_choice_letters.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared by tests: see tests/test_offline.py."""
+"""Shared by tests: see tests/test_batch.py."""
 
 import tarfile
 from io import BytesIO

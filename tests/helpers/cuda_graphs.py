@@ -1,4 +1,4 @@
-"""Shared by tests: see tests/test_paged.py."""
+"""Shared by tests: see tests/test_kv_paged.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: see tests/test_memory.py."""
+"""Shared by tests: see tests/test_kv_contiguous.py."""
 
 from __future__ import annotations
 
