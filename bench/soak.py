@@ -122,7 +122,7 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
             user(picture(RED), "Which?"),
             {"response_format": {"type": "choice", "choice": ["red", "blue"]}},
         ),
-        ("explained", user(picture(RED), "or", picture(BLUE), "?"), {"attribution": True}),
+        ("attribution", user(picture(RED), "or", picture(BLUE), "?"), {"attribution": True}),
         ("", user(picture(new), "and", picture(same), "?"), {"stop": ["."]}),
         ("", user(picture(upload(client, colour)), "What is this?"), {}),
     ]

@@ -63,10 +63,10 @@ def web_ui(browser: Browser) -> None:
 
 
 def attribution(browser: Browser) -> None:
-    """The report of `llava ask --explain`."""
+    """The report of `llava ask --attribution`."""
     bot = load()
     messages = bot.turn(QUESTION, ALBUM)
-    found = bot.explain(messages, bot.chat(messages))
+    found = bot.attribute(messages, bot.chat(messages))
     page = browser.new_page(viewport={"width": 900, "height": 920}, device_scale_factor=2)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "why.html")

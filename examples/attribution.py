@@ -11,7 +11,7 @@ from llava_interleave.attribution import report
 bot = load()
 messages = bot.turn("In which image is there a yellow star?", sys.argv[2:])
 answer = bot.chat(messages, max_new_tokens=32)
-attribution = bot.explain(messages, answer)
+attribution = bot.attribute(messages, answer)
 print(answer)
 for image in attribution.images:
     print(f"{image.name}: share {image.share:.0%}, attention {image.attention:.0%}")

@@ -109,10 +109,10 @@ def create_server(bot: Chatbot, root: Path) -> MCPServer:
         Each image is left out in turn, so this takes a prefill per image.
         """
 
-        def explained() -> AttributeResult:
+        def run() -> AttributeResult:
             messages = bot.turn(question, [_source(source, root) for source in attachments])
             reply = bot.chat(messages, max_new_tokens=max_new_tokens)
-            attribution = bot.explain(messages, reply)
+            attribution = bot.attribute(messages, reply)
             images = [
                 ImageShare(
                     name=image.name,
@@ -124,7 +124,7 @@ def create_server(bot: Chatbot, root: Path) -> MCPServer:
             ]
             return AttributeResult(answer=reply.text, images=images)
 
-        return await _in_thread(explained)
+        return await _in_thread(run)
 
     @server.tool(annotations=read_only)
     async def count_tokens(question: str, attachments: Media) -> TokenCount:

@@ -30,7 +30,9 @@ SHAPES = {"as 0.5B": {}, "GQA": {"num_kv_heads": 2}, "one key-value head": {"num
 @pytest.fixture(scope="module", params=SHAPES)
 def bot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chatbot:
     config = tiny_config(text={"num_layers": 3, **SHAPES[request.param]})
-    return load(tiny_checkpoint(tmp_path_factory.mktemp("explain") / "tiny", config), device="cpu")
+    return load(
+        tiny_checkpoint(tmp_path_factory.mktemp("attribution") / "tiny", config), device="cpu"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
     """
     turn = bot.turn("First <image> then <image> and <image>?", files)
     answer = bot.chat(turn, max_new_tokens=7, logprobs=0, ignore_eos=True, temperature=50, seed=1)
-    told = bot.explain(turn, answer, layers=[0, 2])
+    told = bot.attribute(turn, answer, layers=[0, 2])
     prompt, vocab = bot.prompt(turn), bot.processor.tokenizer.size
     assert answer.logprobs is not None
     assert told.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
@@ -144,15 +146,15 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
 def test_the_cheap_variant_is_the_same_without_changes(bot: Chatbot, files: list[Path]) -> None:
     turn = bot.turn("Hm?", files)
     answer = bot.chat(turn, max_new_tokens=3)
-    dear, cheap = bot.explain(turn, answer), bot.explain(turn, answer, leave_out=False)
+    dear, cheap = bot.attribute(turn, answer), bot.attribute(turn, answer, leave_out=False)
     assert [look.attention for look in cheap.images] == [look.attention for look in dear.images]
     assert {(look.change, look.share) for look in cheap.images} == {(None, None)}
     assert cheap.logprob == dear.logprob
 
 
-def test_a_text_is_explained_as_the_tokens_it_has(bot: Chatbot, files: list[Path]) -> None:
+def test_a_text_is_attributed_as_its_tokens(bot: Chatbot, files: list[Path]) -> None:
     turn = bot.turn("Hm?", files[:2])
-    told = bot.explain(turn, "three shapes")
+    told = bot.attribute(turn, "three shapes")
     tokens = tuple(bot.processor.tokenizer.encode("three shapes"))
     expected, _ = reference(bot.model, bot.prompt(turn), tokens, bot.processor.tokenizer.size)
     assert told.logprob == pytest.approx(float(expected.sum()), abs=1e-4)
@@ -165,7 +167,7 @@ def test_images_that_cannot_influence_have_no_change(tmp_path: Path, files: list
         for layer in bot.model.language_model.layers:
             layer.self_attn.o_proj.weight.zero_()
     turn = bot.turn("Hm?", files)
-    told = bot.explain(turn, bot.chat(turn, max_new_tokens=4))
+    told = bot.attribute(turn, bot.chat(turn, max_new_tokens=4))
     assert [look.change for look in told.images] == pytest.approx([0, 0, 0], abs=1e-5)
     assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
 
@@ -197,7 +199,7 @@ def test_views_videos_and_tiles(
         )
     bot.prompt(turn, **options)
     once = sorted(read)
-    told = bot.explain(turn, answer, **options)
+    told = bot.attribute(turn, answer, **options)
     assert sorted(read) == sorted(once * 2)
     assert [look.name for look in told.images] == [part.name for part in estimate.parts[1:]]
     assert [look.heat.shape for look in told.images] == [(1, 4, 4), (1, 4, 4), (3, 4, 4), (1, 4, 4)]
@@ -232,21 +234,21 @@ def test_what_has_no_explanation(bot: Chatbot, files: list[Path]) -> None:
     text, turn = bot.turn("Hm?"), bot.turn("Hm?", files)
     answer = bot.chat(turn, max_new_tokens=2)
     with pytest.raises(PromptError, match="tokens of text and no image"):
-        bot.explain(text, bot.chat(text, max_new_tokens=2))
+        bot.attribute(text, bot.chat(text, max_new_tokens=2))
     other = len(bot.prompt(turn, system=""))
     with pytest.raises(
         PromptError, match=f"prompt of {answer.usage.prompt} tokens, but .* make {other}"
     ):
-        bot.explain(turn, answer, system="")
+        bot.attribute(turn, answer, system="")
     with pytest.raises(PromptError, match="no tokens"):
-        bot.explain(turn, "")
+        bot.attribute(turn, "")
     with pytest.raises(PromptError, match="context is 4096"):
-        bot.explain(turn, "three shapes " * 2000)
+        bot.attribute(turn, "three shapes " * 2000)
     for layers in ([], [3], [-1], [0.5]):
         with pytest.raises(OptionError, match="from 0 to 2"):
-            bot.explain(turn, answer, layers=layers)
+            bot.attribute(turn, answer, layers=layers)
     with pytest.raises(DataError, match="cannot write"):
-        bot.explain(turn, answer).save("/nowhere/at/all.html")
+        bot.attribute(turn, answer).save("/nowhere/at/all.html")
 
 
 class Page(HTMLParser):
@@ -280,7 +282,7 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
     words = ["ask", "-m", str(tiny), *attached, "What <i> is it?", "--max-new-tokens", "5", *how]
     plain, done = (
         CliRunner().invoke(app, words),
-        CliRunner().invoke(app, [*words, "--explain", str(out)]),
+        CliRunner().invoke(app, [*words, "--attribution", str(out)]),
     )
     assert done.exit_code == 0, done.exception
     assert how == ["--json"] or done.output == plain.output
@@ -301,8 +303,8 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
 def test_the_command_refuses_what_has_no_page(tmp_path: Path, files: list[Path]) -> None:
     for words in (["Hm?"], ["Hm?", "-a", str(files[0]), "-n", "2"]):
         done = CliRunner().invoke(
-            app, ["ask", "-m", "./nowhere", *words, "--explain", str(tmp_path / "out.html")]
+            app, ["ask", "-m", "./nowhere", *words, "--attribution", str(tmp_path / "out.html")]
         )
         assert isinstance(done.exception, OptionError)
-        assert "--explain" in str(done.exception)
+        assert "--attribution" in str(done.exception)
     assert not (tmp_path / "out.html").exists()

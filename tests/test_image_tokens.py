@@ -244,7 +244,7 @@ def test_an_answer_and_its_explanation(bot: Chatbot, tmp_path: Path) -> None:
     options: dict[str, Any] = {"image_token_pool": 2, "video_token_pool": 3}
     answer = bot.chat(ASKED, max_new_tokens=6, logprobs=0, ignore_eos=True, **options)
     assert answer.usage.prompt == bot.estimate(ASKED, **options).total < bot.estimate(ASKED).total
-    told = bot.explain(ASKED, answer, **options)
+    told = bot.attribute(ASKED, answer, **options)
     assert answer.logprobs is not None
     assert told.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
     assert [look.heat.shape for look in told.images] == [(1, 2, 2), (3, 2, 2)]
@@ -253,7 +253,7 @@ def test_an_answer_and_its_explanation(bot: Chatbot, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text().count('class="map"') == 4
     few = bot.chat(ASKED, max_new_tokens=2, video_token_ratio=0.5)
     with pytest.raises(OptionError, match="without image_token_ratio and video_token_ratio"):
-        bot.explain(ASKED, few, video_token_ratio=0.5)
+        bot.attribute(ASKED, few, video_token_ratio=0.5)
 
 
 def test_commands_take_it_and_results_say_so(tiny: Path, tmp_path: Path) -> None:

@@ -777,7 +777,7 @@ def test_a_question_chooses_its_adapter(
         )
         (batched,) = bot.batch([turn], max_new_tokens=12, ignore_eos=True, adapter=name)
         assert batched.tokens == want.tokens
-        mine, same = (b.explain(turn, want, adapter=a) for b, a in ((bot, name), (oracle, None)))
+        mine, same = (b.attribute(turn, want, adapter=a) for b, a in ((bot, name), (oracle, None)))
         assert mine.logprob == pytest.approx(same.logprob, abs=1e-3)
         assert [look.attention for look in mine.images] == pytest.approx(
             [look.attention for look in same.images], abs=1e-4
@@ -896,7 +896,7 @@ def test_a_server_has_an_adapter_as_a_model(
             said = client.post("/v1/chat/completions", json=body).json()
             want = oracle.ask("Hm?", [picture], max_new_tokens=9)
             assert (said["model"], said["choices"][0]["message"]["content"]) == (name, want.text)
-            looked = oracle.explain(oracle.turn("Hm?", [picture]), want)
+            looked = oracle.attribute(oracle.turn("Hm?", [picture]), want)
             assert said["attributions"][0]["logprob"] == pytest.approx(looked.logprob, abs=1e-3)
             again = {
                 "model": name,

@@ -60,11 +60,11 @@ def test_tools_answer_as_the_chatbot_does(tiny: Path, root: Path) -> None:
     other = bot.ask("What are the differences between the two images?", images, max_new_tokens=5)
     assert compare.structured_content["answer"] == other.text
     assert not attribute.is_error, attribute.content
-    explained = bot.explain(bot.turn("What?", images), answer)
+    attribution = bot.attribute(bot.turn("What?", images), answer)
     shares = attribute.structured_content["images"]
     assert attribute.structured_content["answer"] == answer.text
     assert [(image["name"], image["share"]) for image in shares] == [
-        (image.name, image.share) for image in explained.images
+        (image.name, image.share) for image in attribution.images
     ]
     assert count.structured_content["total"] == answer.usage.prompt
     assert sum(count.structured_content["parts"].values()) == answer.usage.prompt

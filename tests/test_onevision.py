@@ -446,7 +446,7 @@ def test_attribution_maps_show_images_and_not_newlines(folder: Path) -> None:
     for case in ("175 x 98", "two images", "video of 3"):
         messages, _ = PROMPTS[case]
         answer = bot.chat(messages, max_new_tokens=4, ignore_eos=True)
-        images = bot.explain(messages, answer).images
+        images = bot.attribute(messages, answer).images
         assert sum(image.share or 0 for image in images) == pytest.approx(1)
         assert all(np.isfinite(image.heat).all() for image in images)
         side = 3 if case.startswith("video") else 5

@@ -354,7 +354,7 @@ ASKED: dict[str, tuple[str, str, Any]] = {
         CHAT,
         body(stream=True, stream_options={"include_usage": True}, max_tokens=1),
     ),
-    "explained": ("POST", CHAT, body(attribution="attention")),
+    "attribution": ("POST", CHAT, body(attribution="attention")),
     "count": ("POST", "/v1/messages/count", {"messages": WHAT}),
     "models": ("GET", "/v1/models", None),
     "another model": ("GET", "/v1/models/gpt", None),

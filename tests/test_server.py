@@ -634,7 +634,7 @@ LOOK = user(
 
 def told(bot: Chatbot, answer: Answer | str, leave_out: bool, **changes: Any) -> dict[str, Any]:
     """What the library tells of an answer, as JSON has it."""
-    found = bot.explain(LOOK, answer, leave_out=leave_out, **changes)
+    found = bot.attribute(LOOK, answer, leave_out=leave_out, **changes)
     names = ("image 1", "view front", "video 3")
     images = [
         {
@@ -698,7 +698,7 @@ def test_an_explanation_is_the_librarys_whole_or_streamed(
         ({"attribution": "shares"}, "attribution"),
     ],
 )
-def test_what_is_not_explained_is_told_before_it_is_answered(
+def test_an_impossible_attribution_is_refused_before_the_answer(
     tiny: Path, changes: dict[str, Any], named: str
 ) -> None:
     with running(tiny, max_attribution_tokens=5_000) as client:
@@ -712,7 +712,7 @@ def test_what_is_not_explained_is_told_before_it_is_answered(
         )  # type: ignore[attr-defined]
 
 
-def test_an_answer_to_explain_is_the_last_message(client: TestClient) -> None:
+def test_an_answer_to_attribute_is_the_last_message(client: TestClient) -> None:
     said = {"role": "assistant", "content": "Red."}
     in_parts = said | {"content": [{"type": "text", "text": "Red."}]}
     for messages in (WHAT, [said], [*WHAT, in_parts], [*WHAT, said, *WHAT]):
@@ -730,7 +730,7 @@ def test_an_answer_to_explain_is_the_last_message(client: TestClient) -> None:
     assert unlike.status_code == 400 and "attribution" in unlike.text
 
 
-def test_others_are_answered_while_one_is_explained(
+def test_other_requests_are_answered_during_an_attribution(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is computed in a thread of its own, and counts as an answer under way until it is told."""
@@ -1231,7 +1231,7 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages/attribution"])
-def test_who_leaves_is_not_explained_to(
+def test_a_disconnect_cancels_the_attribution(
     server: Server, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """Given up before the next pass through the network; the image's share would have taken two

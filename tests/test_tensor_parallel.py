@@ -164,8 +164,8 @@ def together(folder: Path, device: str) -> None:
     else:
         found["answers"] = asked(bot, folder)
         found["info"] = bot.info()
-        found["explain"] = told(
-            lambda: bot.explain(bot.turn("What?", pictures(folder)[:1]), "That.")
+        found["attribution"] = told(
+            lambda: bot.attribute(bot.turn("What?", pictures(folder)[:1]), "That.")
         )
         found["adapter"] = told(lambda: bot.add_adapter("one", folder))
         found["second"] = told(lambda: load(folder / "tied", device=device))
@@ -252,7 +252,7 @@ def test_what_several_processes_cannot_do_is_refused(
 ) -> None:
     assert all("batch_invariant needs one process" in rank["batch_invariant"] for rank in found)
     first = found[0]
-    assert first["explain"].startswith(
+    assert first["attribution"].startswith(
         "Unsupported: this operation is not supported under tensor parallelism (world size 2)"
     )
     assert (

@@ -251,7 +251,7 @@ def test_which_image_an_answer_used(
             expect(page.locator(".attribution .frame")).to_have_count(2 + 3)
             expect(button).to_have_attribute("aria-expanded", "true")
             asked = json.loads(sent.value.post_data)
-            known = explained(folder, asked, [*files[:2], tmp_path / "v.mp4"])
+            known = attribution(folder, asked, [*files[:2], tmp_path / "v.mp4"])
             shares = page.locator(".attribution strong + meter + strong").all_inner_texts()
             assert [share.strip() for share in shares] == [
                 f"{round(100 * look.share)} %" for look in known
@@ -278,7 +278,7 @@ def test_which_image_an_answer_used(
             expect(button).to_have_attribute("aria-expanded", "false")
 
 
-def explained(
+def attribution(
     folder: Path, asked: dict[str, Any], sources: list[Path]
 ) -> tuple[ImageAttribution, ...]:
     *messages, answer = asked["messages"]
@@ -288,7 +288,7 @@ def explained(
         for p in parts
     ]
     bot = load(folder, device="cpu")
-    return bot.explain(
+    return bot.attribute(
         [{"role": "user", "content": content}], answer["content"], frames=asked["frames"]
     ).images
 

@@ -52,7 +52,7 @@ class ImageAttribution:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attribution:
-    """The result of `Chatbot.explain`; `dataclasses.asdict` makes it plain data.
+    """The result of `Chatbot.attribute`; `dataclasses.asdict` makes it plain data.
 
     layers: the decoder layers whose attention was recorded, from 0.
     logprob: natural log-probability of the whole answer.
@@ -237,7 +237,7 @@ def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
     if any(media.layout.share < 1 for media in prompt.media):
         raise OptionError(
             "attribution needs every image token: "
-            "ask and explain without image_token_ratio and video_token_ratio"
+            "ask and attribute without image_token_ratio and video_token_ratio"
         )
     if not answer:
         raise PromptError("the answer has no tokens, so there is nothing to attribute")

@@ -156,7 +156,7 @@ class Chatbot:
         )
         return dataclasses.replace(counted, weight_bytes=held)
 
-    def explain(
+    def attribute(
         self,
         messages: Messages,
         answer: Answer | str,

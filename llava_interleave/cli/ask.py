@@ -43,7 +43,7 @@ def ask(
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print the answer as it is generated.")
     ] = True,
-    explain: Annotated[
+    attribution: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.html",
@@ -63,9 +63,9 @@ def ask(
     if question == "-":
         question = sys.stdin.read().removeprefix("\ufeff").strip()
     sources = flags.attachments(files, view, frames_of)
-    if explain is not None and (options.n > 1 or not sources):
+    if attribution is not None and (options.n > 1 or not sources):
         raise OptionError(
-            "--explain attributes one answer to its images: "
+            "--attribution attributes one answer to its images: "
             + ("leave out -n" if options.n > 1 else "attach one")
         )
     bot = ModelFlags(
@@ -81,9 +81,9 @@ def ask(
             terminal.print_json(to_json(bot, options, answers))
         else:
             print(*answers, sep="\n")
-    if explain is not None:
+    if attribution is not None:
         with terminal.spinner("computing the attribution"):
-            bot.explain(messages, answers[0], options).save(explain)
+            bot.attribute(messages, answers[0], options).save(attribution)
 
 
 def print_stream(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:

@@ -125,7 +125,7 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
 
 def sent(case: bytes | str | dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
     """A case as it goes to a route of a server whose model is called tiny: to be answered, counted,
-    or explained.
+    or attributed.
     """
     if isinstance(case, dict):
         more = {"max_tokens": 2} if path.endswith("completions") else {}
