@@ -41,7 +41,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --platform darwin
-	$(BIN)/mypy --platform win32
+	$(BIN)/mypy --platform win32 llava_interleave recipes examples docs
 
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict --quiet

@@ -185,7 +185,11 @@ class LlamaCpp:
         import llama_cpp as llama
         from llama_cpp import mtmd_cpp as mtmd
 
-        self.llama, self.mtmd, threads = llama, mtmd, len(os.sched_getaffinity(0))
+        self.llama, self.mtmd = llama, mtmd
+        if sys.platform == "linux":
+            threads = len(os.sched_getaffinity(0))
+        else:
+            threads = os.cpu_count() or 1
         self.model = llama.llama_model_load_from_file(
             f"{folder}/decoder.gguf".encode(), llama.llama_model_default_params()
         )

@@ -5,6 +5,7 @@ special_ids]`, its tokens in latin-1, then grammars. It answers each with a line
 error, "" for a valid one, as a JSON string. It imports nothing of this package.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -29,12 +30,11 @@ class Vocabulary:
 
 
 def main() -> None:
-    try:
+    if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    except (ImportError, ValueError, OSError):  # not on this system
-        pass
+        with contextlib.suppress(ValueError, OSError):  # macOS may refuse
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     if hasattr(os, "nice"):
         os.nice(5)
     texts, eos_ids, special_ids = json.loads(sys.stdin.buffer.readline())
