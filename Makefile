@@ -16,7 +16,7 @@ help:
 	@echo "make test    the test suite; ARGS=tests/test_image_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make coverage  the suite with line coverage, into build/coverage"
-	@echo "make check   ruff, and mypy for Linux, macOS and Windows"
+	@echo "make check   ruff, and mypy for Linux, macOS and Windows (the package)"
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
 	@echo "make dist    the wheel and the source archive, into dist"
 	@echo "make bench   speed beside transformers at the real shape, nine minutes; SHAPE=7b or tiny"
