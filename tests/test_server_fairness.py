@@ -15,10 +15,10 @@ import pytest
 
 from llava_interleave.processing import Processor
 from llava_interleave.server import service as service_module
-from llava_interleave.server import structured_output
 from llava_interleave.server.api_errors import ApiError
 from llava_interleave.server.fairness import FairThreadPool, RateLimit, Shares
 from llava_interleave.server.run import Server
+from llava_interleave.structured_output import grammar
 from llava_interleave.testing import tiny_checkpoint
 from tests.helpers.requests import WHAT
 from tests.helpers.server import listening, until
@@ -228,7 +228,7 @@ ALTERNATIVES = {"allOf": [{"anyOf": [object_of(i + 2) for i in range(4)]} for _ 
 def test_a_grammar_that_does_not_compile_in_time_is_killed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(structured_output, "COMPILE_TIMEOUT", 0.3)
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT", 0.3)
     wide = object_of(1900)  # 1.5 s on a core of its own
     with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
         with in_background(attacker, 6, **schema(wide)) as statuses:
@@ -242,8 +242,8 @@ def test_a_grammar_that_does_not_compile_in_time_is_killed(
 def test_a_grammar_whose_masks_take_too_long_ends_its_own_answer(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(structured_output, "MASK_SECONDS", 0.0)
-    monkeypatch.setattr(structured_output, "MASK_SECONDS_PER_TOKEN", 0.0)
+    monkeypatch.setattr(grammar, "MASK_SECONDS", 0.0)
+    monkeypatch.setattr(grammar, "MASK_SECONDS_PER_TOKEN", 0.0)
     with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
         refused = ask(attacker, **regex("[a-z]{30,60}"), max_tokens=50)
         assert refused.status_code == 400 and "simplify" in refused.text

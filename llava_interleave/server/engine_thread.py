@@ -16,7 +16,7 @@ from ..chat import AnswerDelta, Chatbot
 from ..chat.engine_driver import EngineDriver, GenerationJob
 from ..engine import Load
 from ..errors import OptionError
-from .structured_output import GrammarMatcher
+from ..structured_output.grammar import GrammarMatcher
 
 log = logging.getLogger("llava_interleave.server")
 MAX_FAULTS = 3

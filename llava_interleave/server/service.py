@@ -16,6 +16,7 @@ from ..errors import OptionError
 from ..options import MAX_NEW_TOKENS, Options
 from ..processing import Estimate, Loader
 from ..prompt import Prompt
+from ..structured_output.grammar import GrammarCompiler
 from .api_errors import ApiError, ClientDisconnected, log
 from .attribution import attribute_prompt, check_attribution_budget
 from .engine_thread import EngineThread, ServerJob
@@ -32,7 +33,6 @@ from .openai_types import (
     adapter_name,
 )
 from .settings import MB, Settings
-from .structured_output import GrammarCompiler
 from .uploads import Files
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""Structured output: answers limited to JSON, a schema, a regular expression or choices."""
