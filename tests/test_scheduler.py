@@ -31,7 +31,14 @@ _ids = count()
 
 
 def request(
-    length: int, *, new: int = 8, crops: tuple[int, ...] = (), first: int = 100, salt: bytes = b""
+    length: int,
+    *,
+    new: int = 8,
+    crops: tuple[int, ...] = (),
+    first: int = 100,
+    salt: bytes = b"",
+    client: str = "",
+    weight: float = 1.0,
 ) -> Request:
     """A prompt of `length` tokens that begins with media of so many crops; `first` is the first
     text token.
@@ -54,6 +61,8 @@ def request(
         CacheKey.of(prompt.tokens, images, salt),
         new,
         0.0,
+        client=client,
+        weight=weight,
     )
 
 

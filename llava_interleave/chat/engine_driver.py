@@ -21,6 +21,7 @@ class GenerationJob:
     index: of the first answer, in its deltas. salt: jobs of equal salt share caches.
     constraints: one per answer, for structured output; or none.
     prefill_only: compute the prompt into the prefix cache; its one answer has no text.
+    client, weight: as `Engine.add`.
     """
 
     prompt: Prompt
@@ -29,6 +30,8 @@ class GenerationJob:
     salt: bytes = b""
     constraints: Sequence[TokenConstraint] = ()
     prefill_only: bool = False
+    client: str = ""
+    weight: float = 1.0
     running: dict[Request, AnswerBuilder] = field(default_factory=dict)
     items: deque[AnswerDelta | Exception] = field(default_factory=deque)
 
@@ -58,6 +61,8 @@ class EngineDriver:
                     constraint=job.constraints[number] if job.constraints else None,
                     adapter=options.adapter,
                     prefill_only=job.prefill_only,
+                    client=job.client,
+                    weight=job.weight,
                 )
                 self._jobs[request] = job
                 job.running[request] = AnswerBuilder(self.tokenizer, options, job.index + number)

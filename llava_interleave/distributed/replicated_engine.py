@@ -61,6 +61,8 @@ class ReplicatedEngine(Engine):
         constraint: TokenConstraint | None = None,
         adapter: str | None = None,
         prefill_only: bool = False,
+        client: str = "",
+        weight: float = 1.0,
     ) -> Request:
         request = super().add(
             prompt,
@@ -69,6 +71,8 @@ class ReplicatedEngine(Engine):
             constraint=constraint,
             adapter=adapter,
             prefill_only=prefill_only,
+            client=client,
+            weight=weight,
         )
         self._broadcast_add(request)
         return request
@@ -109,7 +113,7 @@ class ReplicatedEngine(Engine):
     def _broadcast_add(self, request: Request) -> None:
         call = (request.prompt, request.sampling, request.encoder_salt)
         flags = (request.constraint is not None, request.prefill_only)
-        self._broadcast("add", request.id, *call, *flags)
+        self._broadcast("add", request.id, *call, *flags, request.client, request.weight)
 
     def _broadcast(self, *call: Any) -> None:
         """Have the other ranks do a call; without arguments: exit."""
@@ -130,8 +134,15 @@ class ReplicatedEngine(Engine):
         requests: dict[int, Request] = {}
         while call := self._receive():
             match call:
-                case "add", number, prompt, sampling, salt, constrained, prefill_only:
-                    request = self.add(prompt, sampling, salt=salt, prefill_only=prefill_only)
+                case "add", number, prompt, sampling, salt, constrained, prefill_only, *client:
+                    request = self.add(
+                        prompt,
+                        sampling,
+                        salt=salt,
+                        prefill_only=prefill_only,
+                        client=client[0],
+                        weight=client[1],
+                    )
                     requests[number] = request
                     if constrained:  # rank 0 has the constraint; its tokens are broadcast
                         request.argmax_only, request.drafter = False, None

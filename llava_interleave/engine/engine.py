@@ -153,12 +153,15 @@ class Engine:
         constraint: TokenConstraint | None = None,
         adapter: str | None = None,
         prefill_only: bool = False,
+        client: str = "",
+        weight: float = 1.0,
     ) -> Request:
         """Queue a request. Cached prefixes and features are shared among requests of equal `salt`.
 
         constraint: limits which tokens may come next. adapter: the name of one of `adapters`.
         prefill_only: compute the prompt into the prefix cache and end with finish_reason "prefill",
         while there is nothing else to do.
+        client: clients share the engine in proportion to their `weight` (see `Scheduler`).
         Raises ContextError if it can never fit, PromptError if placeholders and media do not match,
         OptionError for an unknown adapter or token.
         """
@@ -186,6 +189,8 @@ class Engine:
             encoder_adapter=encoder_adapter,
             encoder_salt=salted(salt, encoder_adapter),
             prefill_only=prefill_only,
+            client=client,
+            weight=weight,
         )
         if constraint is not None:
             request.constraint, request.argmax_only = constraint, False

@@ -98,6 +98,9 @@ class Request:
     encoder_adapter: str = ""  # key of the adapter of the vision encoder
     encoder_salt: bytes = field(default=b"", repr=False)
     prefill_only: bool = False  # ends once its prompt is in the prefix cache
+    client: str = ""  # clients share the engine fairly
+    weight: float = 1.0  # of its client
+    last_decode: int = 0  # the step that decoded it last
     tokens: list[int] = field(init=False, repr=False)  # prompt and answer
     encoder_inputs: tuple[EncoderInput, ...] = field(init=False, repr=False)
     argmax_only: bool = field(init=False)  # cached from `sampling`: read for every token
@@ -130,14 +133,17 @@ class Request:
         return self.tokens[len(self.prompt.tokens) :]
 
     @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.prompt.tokens)
+
+    @property
     def max_kv_tokens(self) -> int:
         """Tokens that its KV cache can grow to: the last generated one is never an input."""
         return len(self.prompt.tokens) + self.max_new_tokens - 1
 
     @property
     def usage(self) -> Usage:
-        prompt = len(self.prompt.tokens)
-        generated = len(self.tokens) - prompt
+        prompt, generated = len(self.prompt.tokens), self.num_generated
         return Usage(prompt, self.cached or 0, generated, self.drafted, self.accepted)
 
     def timings(self, now: float) -> Timings:
@@ -147,7 +153,7 @@ class Request:
         prefill = speed = None
         if first is not None and started is not None:
             prefill = first - started - self.encode_seconds
-        after_first = len(self.tokens) - len(self.prompt.tokens) - 1
+        after_first = self.num_generated - 1
         if first is not None and after_first >= 1 and end > first:
             speed = after_first / (end - first)
         return Timings(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -13,6 +13,7 @@ from .prefix_cache import HASH_BLOCK, CacheKey, PrefixCache, SequenceKV
 from .repetition import ends_in_loop
 from .request import EncoderInput, Event, FinishReason, Request
 from .sampler import Pick
+from .virtual_tokens import VirtualTokenCounters
 
 DECODE_RESERVE = 256
 """Tokens of an answer that KV memory is allocated for at a time, if there is enough."""
@@ -31,6 +32,13 @@ MAX_DRAFTING_TOKENS = 16
 
 MIN_CHUNK_SIZE = 64
 """Prompt tokens per step next to running answers, however slow the model is."""
+
+DECODE_COST = 2
+"""Prompt tokens that a generated token counts as between clients, as in the VTC paper."""
+
+MEASURED_EVERY, PROBED_EVERY = 256, 16
+"""Steps between two measurements of how fast a client's answers would be without other clients, and
+of a step with one answer more than seems right: one slow step is no reason for ever."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,25 +85,45 @@ class StepTimeModel:
     """Seconds of the parts of the last steps, to size prefill chunks by the time they take.
 
     decode: a step without prompts. token, crop: what each of a prompt adds. owed: seconds that
-    answers have waited for prompts and not yet had for themselves.
+    answers have waited for prompts and not yet had for themselves. decodes: a step without prompts,
+    by its number of requests.
     """
 
     decode: float = 0.0
     token: float = 0.0
     crop: float = 0.0
     owed: float = 0.0
+    decodes: dict[int, float] = field(default_factory=dict)
 
     def update(self, output: SchedulerOutput, seconds: float, encode_seconds: float) -> None:
         """Learn from a step that took `seconds`, of which `encode_seconds` in the encoder."""
         tokens = sum(one.stop - one.start for one in output.scheduled) - output.decode_tokens
         if not tokens:
             self.decode, self.owed = seconds, max(0.0, self.owed - seconds)
+            size = len(output.scheduled)
+            self.decodes[size] = (self.decodes.get(size, seconds) + seconds) / 2
             return
         prefill = max(0.0, seconds - encode_seconds - self.decode)
         self.token = prefill / tokens
         if output.crops:
             self.crop = encode_seconds / output.crops
         self.owed = encode_seconds + prefill if output.decode_tokens else 0.0
+
+    def max_decodes(self, clients: int, fewest: int, wanted: int) -> int:
+        """How many of `wanted` decodes of several clients a step has.
+
+        It takes at most `clients` times as long as the decodes of the client that has the `fewest`
+        would alone. A size whose time is not known is tried.
+        """
+        if fewest not in self.decodes:
+            return fewest
+        limit, size = clients * self.decodes[fewest], fewest
+        for larger, seconds in sorted(self.decodes.items()):
+            if larger > size and seconds > limit:
+                part = (limit - self.decodes[size]) / (seconds - self.decodes[size])
+                return min(wanted, size + int(part * (larger - size)))
+            size = max(size, larger)
+        return wanted
 
     def limits(self, budget: float, tokens: int, crops: int) -> tuple[int, int]:
         """Prompt tokens and crops for a step that may delay answers by `budget` seconds.
@@ -113,12 +141,42 @@ class StepTimeModel:
         return min(tokens, max(MIN_CHUNK_SIZE, fit)), min(crops, max(1, fit_crops))
 
 
+class WaitingQueue:
+    """Waiting requests, those of each client in order of arrival."""
+
+    def __init__(self) -> None:
+        self.by_client: dict[str, deque[Request]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_client.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for queue in self.by_client.values() for request in queue)
+
+    def append(self, request: Request) -> None:
+        self.by_client.setdefault(request.client, deque()).append(request)
+
+    def appendleft(self, request: Request) -> None:
+        self.by_client.setdefault(request.client, deque()).appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        queue = self.by_client[request.client]
+        queue.remove(request)
+        if not queue:
+            del self.by_client[request.client]
+
+
 class Scheduler:
     """Decodes first, then continues prefills in order of arrival, then starts waiting requests.
 
     KV memory is allocated as it is needed. If there is none left, cached sequences are evicted
     first, then the request that started last is preempted: it waits in front and computes its
-    tokens again, and no request starts until another one has ended.
+    tokens again, and no request of its client starts until another one has ended.
+
+    Clients are served fairly by virtual token counters: prompts of the client that has had least
+    come first, and the request of the client that has had most is preempted. Where more answers in
+    a step take more time, a client with few answers does not wait for all answers of the others:
+    they take turns.
 
     Requests with `prefill_only` run one at a time while there is no other. When another one
     arrives, their tokens so far become a cached prefix, and they wait again: they delay it by the
@@ -145,16 +203,19 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_batched_images = max_batched_images
         self.max_num_seqs = max_num_seqs
-        self.waiting: deque[Request] = deque()
-        self.waiting_prefills: deque[Request] = deque()
+        self.waiting = WaitingQueue()
+        self.waiting_prefills = WaitingQueue()
         self.running: list[Request] = []
-        self.memory_full = False
+        self.preempted_clients: set[str] = set()  # since a request ended
         self.step_times = StepTimeModel()
+        self.virtual_tokens = VirtualTokenCounters()
+        self._steps = 0
 
     def add(self, request: Request) -> None:
+        self.virtual_tokens.enter(request.client)
         self._queue(request).append(request)
 
-    def _queue(self, request: Request) -> deque[Request]:
+    def _queue(self, request: Request) -> WaitingQueue:
         return self.waiting_prefills if request.prefill_only else self.waiting
 
     @property
@@ -164,23 +225,21 @@ class Scheduler:
 
     def schedule(self, prefill_time_budget: float = math.inf) -> SchedulerOutput:
         """The next step; empty only if there is nothing to do. The budget: as `Engine.step`."""
-        output, running, index = SchedulerOutput(), self.running, 0
+        output, running = SchedulerOutput(), self.running
+        self._steps += 1
         self.prefix_cache.pinned.clear()
         if self.waiting:
             for request in [request for request in running if request.prefill_only]:
                 self._retire(request)
                 self.waiting_prefills.appendleft(request)
-        while index < len(running):
-            request = running[index]
-            index += 1
-            kv = request.kv
-            assert kv is not None
+        for request in self._decodes():
+            if (kv := request.kv) is None:  # preempted for one before it
+                continue
             start, stop = kv.length, len(request.tokens)
-            decodes = stop - start == 1 and request.first_input == len(request.encoder_inputs)
-            decodes = decodes and not request.prefill_only
-            if decodes and (stop <= kv.capacity or self._grow(request, kv)):
+            if stop <= kv.capacity or self._grow(request, kv, output):
                 output.scheduled.append(ScheduledRequest(request, kv, start, stop, True))
-        decoding = {id(one.request) for one in output.scheduled}
+                request.last_decode = self._steps
+                self._charge(request, DECODE_COST)
         self._draft(output)
         output.decode_tokens = sum(one.stop - one.start for one in output.scheduled)
         budget = self.max_num_batched_tokens - output.decode_tokens
@@ -190,18 +249,52 @@ class Scheduler:
                 budget, max_crops = self.step_times.limits(prefill_time_budget, budget, max_crops)
             elif not self.waiting and all(request.prefill_only for request in running):
                 budget, max_crops = self.step_times.chunk(prefill_time_budget, budget, max_crops)
-        if len(decoding) < len(running):
-            for request in running:
-                if id(request) not in decoding and budget:
-                    budget -= self._prefill(request, output, budget, max_crops)
-        if self.waiting and budget:
-            self._admit(self.waiting, output, budget, max_crops)
-        elif self.waiting_prefills and not running:
-            self._admit(self.waiting_prefills, output, budget, max_crops)
+        self._schedule_prompts(output, budget, max_crops)
         assert output.scheduled or not self.busy
         # rows of one adapter next to each other
         output.scheduled.sort(key=lambda one: one.request.adapter)
         return output
+
+    def _decodes(self) -> list[Request]:
+        """The running requests that decode in this step."""
+        decoding = [request for request in self.running if _decodes(request)]
+        sizes = Counter(request.client for request in decoding)
+        if len(sizes) < 2:
+            return decoding
+        fewest = min(sizes.values())
+        limit = self.step_times.max_decodes(len(sizes), fewest, len(decoding))
+        limit += self._steps % PROBED_EVERY == 0
+        if self._steps % MEASURED_EVERY == 0:
+            limit = fewest
+        if limit >= len(decoding):
+            return decoding
+        turns: Counter[str] = Counter()
+        ranks: dict[int, float] = {}
+        for request in sorted(decoding, key=lambda one: (one.last_decode, one.num_generated)):
+            turn = turns[request.client] * DECODE_COST / request.weight
+            ranks[request.id] = self.virtual_tokens[request.client] + turn
+            turns[request.client] += 1
+        return sorted(decoding, key=lambda request: ranks[request.id])[:limit]
+
+    def _schedule_prompts(self, output: SchedulerOutput, budget: int, max_crops: int) -> None:
+        """Prompt tokens, those of the client that has had least first."""
+        prefilling: dict[str, list[Request]] = {}
+        for request in self.running:
+            if not _decodes(request):
+                prefilling.setdefault(request.client, []).append(request)
+        waiting, admitted = self.waiting, True
+        if not waiting and not self.running:
+            waiting = self.waiting_prefills
+        clients = dict.fromkeys((*prefilling, *waiting.by_client))
+        for client in sorted(clients, key=self.virtual_tokens.__getitem__):
+            for request in prefilling.get(client, ()):
+                if budget:
+                    budget -= self._prefill(request, output, budget, max_crops)
+            if admitted and budget and client in waiting.by_client:
+                budget, admitted = self._admit(waiting, client, output, budget, max_crops)
+
+    def _charge(self, request: Request, tokens: int) -> None:
+        self.virtual_tokens.charge(request.client, tokens / request.weight)
 
     def _draft(self, output: SchedulerOutput) -> None:
         """Add draft tokens to decodes, as long as there are few."""
@@ -214,7 +307,7 @@ class Scheduler:
                 one.draft_tokens = drafter.propose(one.request.tokens, limit)
                 one.stop += len(one.draft_tokens)
 
-    def _grow(self, request: Request, kv: SequenceKV) -> bool:
+    def _grow(self, request: Request, kv: SequenceKV, output: SchedulerOutput) -> bool:
         """More KV memory for a decode; other requests are preempted for it, or else it is
         itself.
         """
@@ -223,8 +316,10 @@ class Scheduler:
             for more in (max(DECODE_RESERVE, length // 4), HASH_BLOCK):
                 if self.prefix_cache.reserve(kv, min(length + more, request.max_kv_tokens)):
                     return True
-            victim = self.running[-1]
+            most = max(self.running, key=lambda one: self.virtual_tokens[one.client]).client
+            victim = next(one for one in reversed(self.running) if one.client == most)
             self._preempt(victim)
+            output.scheduled = [one for one in output.scheduled if one.request is not victim]
             if victim is request:
                 return False
 
@@ -232,7 +327,7 @@ class Scheduler:
         assert len(self.running) > 1, "a single request always fits: the engine rejects others"
         self._free(request)
         self.waiting.appendleft(request)
-        self.memory_full = True
+        self.preempted_clients.add(request.client)
 
     def _free(self, request: Request) -> None:
         """Free all memory of a running request."""
@@ -271,6 +366,7 @@ class Scheduler:
                     break
                 output.encoder_inputs[one.key] = one
                 output.crops += crops
+                self._charge(request, one.stop - one.start)
             needs_encoder |= one.key in output.encoder_inputs
         if stop <= start:
             return 0
@@ -282,6 +378,7 @@ class Scheduler:
         sample = stop == length and not request.prefill_only
         one_step = ScheduledRequest(request, kv, start, stop, sample, needs_encoder)
         output.scheduled.append(one_step)
+        self._charge(request, stop - start)
         return stop - start
 
     def _chunk_end(self, request: Request, start: int) -> int:
@@ -290,18 +387,24 @@ class Scheduler:
         return min(prompt, (start // size + 1) * size) if start < prompt else start + 1
 
     def _admit(
-        self, waiting: deque[Request], output: SchedulerOutput, budget: int, max_crops: int
-    ) -> None:
-        """Start waiting requests in order of arrival, while memory and step have room.
+        self,
+        waiting: WaitingQueue,
+        client: str,
+        output: SchedulerOutput,
+        budget: int,
+        max_crops: int,
+    ) -> tuple[int, bool]:
+        """Start a client's waiting requests in order of arrival, while memory and step have room.
 
         Only a request whose prefix another one is about to compute is skipped: it starts once it
-        can copy that prefix.
+        can copy that prefix. Returns the budget left, and whether others may start.
         """
-        for request in list(islice(waiting, self.max_num_seqs)):
-            full = len(self.running) >= self.max_num_seqs or (self.memory_full and self.running)
-            full = full or (request.prefill_only and self.running)
-            if not budget or full:
-                return
+        for request in list(islice(waiting.by_client[client], self.max_num_seqs)):
+            full = len(self.running) >= self.max_num_seqs
+            if not budget or full or (request.prefill_only and self.running):
+                return budget, False
+            if client in self.preempted_clients and self.running:
+                return budget, True
             match = self.prefix_cache.find(request.cache_key, len(request.tokens) - 1)
             missing = match.pending - match.cached
             if match.pending >= MIN_PENDING_PREFIX and missing >= HASH_BLOCK:
@@ -313,11 +416,11 @@ class Scheduler:
             source = match.source if copied else None
             kv = self._allocate(request, source, copied)
             if kv is None:
-                return
+                return budget, False
             copied = kv.length
             waiting.remove(request)
             self.running.append(request)
-            self.memory_full = False
+            self.preempted_clients.discard(client)
             request.kv, kv.chunked_length = kv, copied
             for one in islice(request.encoder_inputs, request.first_input, None):
                 if one.stop > copied:
@@ -334,6 +437,7 @@ class Scheduler:
                     output.scheduled.append(copy)
                 output.scheduled[-1].source, output.scheduled[-1].copied = source, copied
             budget -= used
+        return budget, True
 
     def _allocate(
         self, request: Request, source: SequenceKV | None, copied: int
@@ -462,11 +566,19 @@ class Scheduler:
             self._free(request)
         else:
             self._retire(request)
-        self.memory_full = False
+        self.preempted_clients.clear()
+        self.virtual_tokens.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top = pick or (None, None, ())
         usage, timings = request.usage, request.timings(now)
         return Event(request, token, logprob, top, reason, usage, timings, error)
+
+
+def _decodes(request: Request) -> bool:
+    """Whether the next token of a running request is the only one to compute."""
+    assert request.kv is not None
+    last = len(request.tokens) - request.kv.length == 1
+    return last and request.first_input == len(request.encoder_inputs) and not request.prefill_only
 
 
 def _finish_reason(request: Request, token: int, eos_ids: frozenset[int]) -> FinishReason | None:

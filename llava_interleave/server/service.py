@@ -172,7 +172,7 @@ class Service:
                     request.attribution,
                     self.settings.max_attribution_tokens,
                 )
-            job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers)
+            job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers, client=key)
             image_tokens = sum(media.layout.length for media in prompt.media)
             self.engine_thread.submit(job)
             outcome = "aborted"
@@ -214,7 +214,7 @@ class Service:
         if error := self.unavailable():
             raise error
         prompt = await self._prepare(request, key, lambda turns: self.bot.prompt(turns, options))
-        job = ServerJob(prompt, options, salt=key.encode(), prefill_only=True)
+        job = ServerJob(prompt, options, salt=key.encode(), prefill_only=True, client=key)
         if older := self.prefills.get(key):
             older.receive(ApiError(409, "superseded", "a newer prefill of this API key runs now"))
         self.prefills[key] = job

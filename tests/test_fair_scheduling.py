@@ -1,0 +1,178 @@
+"""Clients share the engine by virtual token counters; no answer changes by it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from llava_interleave.engine.scheduler import MEASURED_EVERY, Scheduler
+from llava_interleave.engine.virtual_tokens import VirtualTokenCounters
+from tests.test_engine import GREEDY, MIXED, answers, engine, expected, finish
+from tests.test_scheduler import request, scheduler, step
+
+
+def computed(s: Scheduler, steps: int) -> Counter[str]:
+    """The tokens that each client got in so many steps."""
+    tokens: Counter[str] = Counter()
+    for _ in range(steps):
+        for one in step(s)[0].scheduled:
+            tokens[one.request.client] += one.stop - one.start
+    return tokens
+
+
+def test_a_prompt_does_not_wait_for_the_prompts_of_another_client() -> None:
+    s = scheduler(tokens=20, total=5000, running=32)
+    for i in range(8):
+        s.add(request(300, first=1000 * i, client="many"))
+    step(s)
+    s.add(short := request(30, first=9000, client="one"))
+    for _ in range(4):  # two of them for this client; in order of arrival it would be 122
+        step(s)
+    assert short.first_token is not None
+
+
+def test_one_client_is_served_in_order_of_arrival() -> None:
+    s = scheduler(tokens=20)
+    first, second = request(50, client="a"), request(5, first=300, client="a")
+    s.add(first)
+    s.add(second)
+    assert [step(s)[1] for _ in range(3)][2] == [(first.id, 40, 50), (second.id, 0, 5)]
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_prompt_tokens_are_shared_by_weight(weight: float) -> None:
+    s = scheduler(tokens=20, total=20_000, running=64)
+    for i in range(40):
+        s.add(request(200, first=1000 * i, client="many"))
+    for i in range(10):
+        s.add(request(200, first=1000 * i + 500, client="few", weight=weight))
+    tokens = computed(s, 80)
+    assert tokens["few"] / tokens["many"] == pytest.approx(weight, rel=0.2)
+
+
+def test_time_without_requests_is_not_saved_up() -> None:
+    counters = VirtualTokenCounters()
+    counters.enter("a")
+    counters.charge("a", 100)
+    counters.enter("b")
+    assert counters["b"] == 100
+    counters.charge("b", 50)
+    counters.leave("b")
+    counters.charge("a", 20)
+    counters.enter("b")  # back at once: what it had more than others still counts
+    assert counters["b"] == 150
+    counters.leave("b")
+    counters.leave("a")
+    counters.enter("c")
+    assert counters["c"] == 0
+
+
+def test_names_of_clients_that_left_do_not_pile_up() -> None:
+    counters = VirtualTokenCounters()
+    counters.enter("stays")
+    for i in range(1000):
+        counters.enter(f"c{i}")
+        counters.leave(f"c{i}")
+        counters.charge("stays", 1)
+    assert len(counters._tokens) < 5
+
+
+def timed(s: Scheduler, seconds: Callable[[int], float], steps: int) -> list[float]:
+    """The times between the tokens of the client "one", with a step of n decodes taking
+    `seconds(n)`.
+    """
+    now, times = 0.0, []
+    for _ in range(steps):
+        output, _ = step(s)
+        took = seconds(len(output.scheduled))
+        s.step_times.update(output, took, 0.0)
+        now += took
+        if any(one.request.client == "one" for one in output.scheduled):
+            times.append(now)
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
+def decoding(clients: dict[str, int]) -> Scheduler:
+    s = scheduler(tokens=2000, total=100_000, running=64)
+    for client, count in clients.items():
+        for i in range(count):
+            s.add(request(5, new=2000, first=1000 * i + 10 * len(client), client=client))
+    step(s)
+    return s
+
+
+def test_a_single_answer_keeps_half_its_speed_beside_sixteen() -> None:
+    """Where each answer of a step takes time of its own, as on a CPU."""
+    gaps = timed(s := decoding({"many": 16, "one": 1}), lambda n: 2 + n, 600)[20:]
+    assert sum(gaps) / len(gaps) < 2 * 3 * 1.1
+    lengths = [len(r.generated) for r in s.running if r.client == "many"]
+    assert min(lengths) > 50 and max(lengths) - min(lengths) <= 2
+
+
+def test_where_a_step_takes_as_long_for_many_all_answers_are_in_it() -> None:
+    """As on a GPU: to leave some out would help nobody."""
+    s = decoding({"many": 16, "one": 1})
+    timed(s, lambda _: 3.0, 2 * MEASURED_EVERY)
+    lengths = [len(r.generated) for r in s.running]
+    assert min(lengths) > 2 * MEASURED_EVERY - 10
+
+
+def test_clients_with_as_many_answers_all_decode() -> None:
+    s = decoding({"many": 8, "one": 8})
+    timed(s, lambda n: 1.0 + n, 100)
+    assert min(len(r.generated) for r in s.running) > 95
+
+
+def test_a_step_that_took_long_once_is_tried_again() -> None:
+    s = decoding({"many": 16, "one": 1})
+    spikes = iter([3.0] * 3 + [400.0] * 3)
+    timed(s, lambda _: next(spikes, 3.0), 500)
+    before = {r.id: len(r.generated) for r in s.running}
+    timed(s, lambda _: 3.0, 100)
+    assert min(len(r.generated) - before[r.id] for r in s.running) > 90
+
+
+def test_memory_is_taken_from_the_client_that_had_most() -> None:
+    """The request that started last was preempted again and again by a client with many."""
+    s = scheduler(total=420, tokens=400, running=16)
+    for i in range(6):
+        s.add(request(40, new=200, first=1000 * i, client="many"))
+    step(s)
+    s.add(one := request(40, new=60, first=9000, client="one"))
+    for _ in range(200):
+        step(s)
+        if one.finish_reason:
+            break
+        assert not one.generated or one.kv is not None
+    assert one.finish_reason == "length"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("invariant", [False, True])
+def test_answers_are_those_without_clients(seed: int, invariant: bool) -> None:
+    """Whatever else runs, whoever it belongs to, and in whatever order it arrives."""
+    chance = random.Random(seed)
+    e = engine(
+        max_num_batched_tokens=20,
+        max_batched_images=2,
+        max_num_seqs=chance.choice([3, 8]),
+        batch_invariant=invariant,
+    )
+    requests = {}
+    order = list(range(len(MIXED))) * 2
+    chance.shuffle(order)
+    for number, index in enumerate(order):
+        client = chance.choice(["a", "b", "c"])
+        requests[number] = e.add(
+            MIXED[index], GREEDY, client=client, weight={"a": 1, "b": 2, "c": 0.5}[client]
+        )
+        for _ in range(chance.randrange(3)):
+            e.step()
+            e.check()
+    finish(e)
+    assert answers(requests.values()) == [expected()[index] for index in order]
+    assert not e._scheduler.virtual_tokens._requests
