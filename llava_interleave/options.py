@@ -196,9 +196,12 @@ class Options(SamplingParams):
                 raise unknown("option", name, names)
         return dataclasses.replace(self, **dict(changes)) if changes else self  # type: ignore[arg-type]
 
-    def sampling(self, index: int, context_left: int) -> Options:
-        """The sampling parameters of answer `index` of n, with `context_left` tokens for it."""
-        limit = self.max_new_tokens or max(1, min(MAX_NEW_TOKENS, context_left))
+    def sampling(self, index: int, context_left: int, limit: int = MAX_NEW_TOKENS) -> Options:
+        """The sampling parameters of answer `index` of n, with `context_left` tokens for it.
+
+        limit: of its tokens, where `max_new_tokens` is None.
+        """
+        limit = self.max_new_tokens or max(1, min(limit, context_left))
         seed = None if self.seed is None else self.seed + index
         return dataclasses.replace(self, max_new_tokens=limit, seed=seed)
 

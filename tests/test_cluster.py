@@ -76,11 +76,13 @@ class Echo:
 
     seconds: float = 0.0
     bug: str = ""
+    given: tuple[tuple[str, Any], ...] = ()
 
-    def about(self, options: Options) -> dict[str, Any]:
+    def about(self) -> tuple[dict[str, Any], Options]:
+        options = Options(**dict(self.given))
         if options.seed == 13:
             raise OptionError("not this seed")
-        return {"model": "echo"}
+        return {"model": "echo"}, options
 
     def preparer(self) -> Callable[[Any, Options], str]:
         def prepare(messages: Any, options: Options) -> str:
@@ -153,8 +155,9 @@ def test_a_node_killed_in_the_middle_loses_nothing(nodes: Any, tmp_path: Path) -
             nodes.remove_node(lost, allow_graceful=False)
             killed.set()
 
-    given = {"address": nodes.address, "batch": 2, "say": say}
-    assert ray_cluster.run(source, out, Echo(seconds=0.2), options, {}, **given) == (41, 3)
+    echo = Echo(seconds=0.2, given=(("max_new_tokens", 7),))
+    more = {"address": nodes.address, "batch_size": 2, "progress": say}
+    assert ray_cluster.run(source, out, echo, **more) == (41, 3)
     assert killed.is_set()
     assert lines(out) == alone(source, tmp_path / "alone.jsonl", options)
     assert (said[0], said[-1]) == ((0, 41), (41, 41))
@@ -172,8 +175,6 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
             source,
             out,
             Echo(seconds=0.2, bug="out of cheese"),
-            options,
-            {},
             address=nodes.address,
             batch_size=1,
         )
@@ -192,12 +193,7 @@ def test_what_is_done_is_kept_and_the_next_run_goes_on(
         return compute(ray, job, groups, fits)
 
     monkeypatch.setattr(ray_cluster, "_compute", spied)
-    assert ray_cluster.run(
-        source, out, Echo(), options, {}, address=nodes.address, batch_size=3
-    ) == (
-        13,
-        1,
-    )
+    assert ray_cluster.run(source, out, Echo(), address=nodes.address, batch_size=3) == (13, 1)
     assert sorted(asked) == sorted(set(range(13)) - set(map(int, kept)))
     assert lines(out) == alone(source, tmp_path / "alone.jsonl", options)
 
@@ -241,12 +237,12 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
     source = samples(tmp_path, 2)
-    for address, options, error, told in (
-        (nodes.address, Options(seed=13), OptionError, "^not this seed$"),
-        ("ray://localhost:10001", Options(), OptionError, "run the command on a node"),
+    for address, echo, told in (
+        (nodes.address, Echo(given=(("seed", 13),)), "^not this seed$"),
+        ("ray://localhost:10001", Echo(), "run the command on a node"),
     ):
-        with pytest.raises(error, match=told):
-            ray_cluster.run(source, tmp_path / "out.jsonl", Echo(), options, {}, address=address)
+        with pytest.raises(OptionError, match=told):
+            ray_cluster.run(source, tmp_path / "out.jsonl", echo, address=address)
     assert not (tmp_path / "out.jsonl.part").exists()
     assert (
         ray.data.DataContext.get_current().execution_no_progress_timeout_s
@@ -265,15 +261,11 @@ def test_where_ray_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             samples(tmp_path, 2),
             tmp_path / "out.jsonl",
             Echo(),
-            Options(),
-            {},
             address="127.0.0.1:1",
         )
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Unsupported, match=r"pip install 'llava-interleave\[ray\]'"):
-        ray_cluster.run(
-            samples(tmp_path, 2), tmp_path / "out.jsonl", Echo(), Options(), {}, address="auto"
-        )
+        ray_cluster.run(samples(tmp_path, 2), tmp_path / "out.jsonl", Echo(), address="auto")
 
 
 def test_whose_mistake_it_is() -> None:

@@ -137,7 +137,7 @@ def one(server: Server) -> Iterator[Any]:
 
 
 def model(name: str) -> ReplicaSpec:
-    return ReplicaSpec(name, None, "auto", "cpu", False, (), logging.INFO)
+    return ReplicaSpec(name, None, "auto", "cpu", False, (), "auto", logging.INFO)
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -32,8 +32,8 @@ class WorkerSpec(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def about(self, options: Options) -> Mapping[str, Any]:
-        """Describes the model on this machine. Raises `LlavaError` for wrong options."""
+    def about(self) -> tuple[Mapping[str, Any], Options]:
+        """Describes the run on this machine; its options. Raises `LlavaError` for wrong ones."""
 
     def preparer(self) -> Callable[[Any, Options], Any]:
         """A function from a conversation to the answerer's input. It raises `LlavaError`."""
@@ -130,8 +130,6 @@ def run(
     source: Source,
     out: Path,
     worker: WorkerSpec,
-    options: Options,
-    about: Mapping[str, Any],
     *,
     address: str,
     cpus: int = 1,
@@ -144,17 +142,15 @@ def run(
     cpus: CPUs of each replica; where the cluster has GPUs, it also gets one. Raises `RemoteError`
     where the cluster fails; finished rows are kept.
     """
-    job = BatchJob(source.path.absolute(), source.question, source.digest, worker, options)
     with connected(address, "data") as ray, _ray_data(ray):
         plan = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
-        model = ray.get(ray.remote(**plan.resources)(type(worker).about).remote(worker, options))
+        about, options = ray.get(ray.remote(**plan.resources)(type(worker).about).remote(worker))
+        job = BatchJob(source.path.absolute(), source.question, source.digest, worker, options)
 
         def compute(groups: Groups) -> Computed:
             return _compute(ray, job, groups, plan)
 
-        return write(
-            source, out, compute, {**model, **about}, batch_size=batch_size, progress=progress
-        )
+        return write(source, out, compute, about, batch_size=batch_size, progress=progress)
 
 
 def slots(nodes: Sequence[Mapping[str, float]], cpus: int) -> Slots:

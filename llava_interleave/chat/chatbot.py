@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoints
+from .. import checkpoints, generation_config
 from ..attribution.attribution import (
     Attribution,
     AttributionRun,
@@ -25,7 +25,7 @@ from ..engine.prefix_cache import CacheKey
 from ..errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from ..image_layout import TokenReduction
 from ..model import Llava
-from ..options import DEFAULT_SYSTEM, DEFAULTS, Options
+from ..options import DEFAULT_SYSTEM, MAX_NEW_TOKENS, Options
 from ..placement import linear_backend
 from ..processing import DEFAULT, Estimate, FrameSampling, Processor, PromptOptions
 from ..prompt import Prompt
@@ -41,34 +41,49 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Chatbot:
-    """A model with its processor and engine. Requests of several threads are batched."""
+    """A model with its processor and engine. Requests of several threads are batched.
 
-    def __init__(self, source: Path, processor: Processor, engine: Engine, model: Llava) -> None:
+    defaults: options of the checkpoint's generation_config.json. `default_options` has them: the
+    options of a call without a record of its own, which its keywords change.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        processor: Processor,
+        engine: Engine,
+        model: Llava,
+        defaults: Mapping[str, Any] = {},
+    ) -> None:
         self.source = source
         self.processor = processor
         self.engine = engine
         self.model = model
-        self._driver = EngineDriver(engine, processor.tokenizer)
+        self.generation_config = dict(defaults)
+        self.default_options = generation_config.default_options(defaults)
+        self.max_new_tokens: int = defaults.get("max_new_tokens", MAX_NEW_TOKENS)
+        self._driver = EngineDriver(engine, processor.tokenizer, self.max_new_tokens)
         self._lock = threading.Lock()
 
     def ask(
         self,
         question: str,
         attachments: Sequence[object] = (),
-        options: Options = DEFAULTS,
+        options: Options | None = None,
         **changes: object,
     ) -> Answer:
         """Ask one question about images, videos and folders of frames.
 
         They are paths, URLs, bytes, PIL images, arrays or message parts.
 
-        They are placed at `<image>` in the question, or before it. Keywords: fields of `Options`.
+        They are placed at `<image>` in the question, or before it. Keywords: fields of `Options`,
+        which change `options`, or `default_options` without them.
         """
         return self.chat(self.turn(question, attachments), options, **changes)
 
-    def chat(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Answer:
+    def chat(self, messages: Messages, options: Options | None = None, **changes: object) -> Answer:
         """The answer to messages as of transformers or OpenAI. Keywords: fields of `Options`."""
-        options = options.but(changes)
+        options = self.options(options, changes)
         if options.n != 1:
             raise OptionError(
                 f"ask and chat give one answer, but n is {options.n}: call choices, which gives all"
@@ -76,16 +91,16 @@ class Chatbot:
         return self.choices(messages, options)[0]
 
     def choices(
-        self, messages: Messages, options: Options = DEFAULTS, **changes: object
+        self, messages: Messages, options: Options | None = None, **changes: object
     ) -> list[Answer]:
         """All `n` answers, computed together; answer i uses seed + i. Otherwise as `chat`."""
-        options = options.but(changes)
+        options = self.options(options, changes)
         return self._answers([GenerationJob(self.prompt(messages, options), options)])
 
     def stream(
         self,
         messages: Messages,
-        options: Options = DEFAULTS,
+        options: Options | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
         **changes: object,
@@ -94,34 +109,36 @@ class Chatbot:
 
         progress: called before the first token with the prompt tokens prefilled so far and in all.
         """
-        options = options.but(changes)
+        options = self.options(options, changes)
         return self.stream_prompt(self.prompt(messages, options), options, progress)
 
     def stream_prompt(
         self,
         prompt: Prompt,
-        options: Options = DEFAULTS,
+        options: Options | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generator[AnswerDelta]:
         """As `stream`, for a prompt from `prompt`."""
-        return self._generate([GenerationJob(prompt, options)], progress)
+        return self._generate([GenerationJob(prompt, self.options(options))], progress)
 
-    def prefill(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Usage:
+    def prefill(
+        self, messages: Messages, options: Options | None = None, **changes: object
+    ) -> Usage:
         """Compute the beginning of a coming question into the prefix cache, without an answer.
 
         The question then computes only the tokens after the common prefix. A prefill runs while
         there is nothing else to do; requests that arrive meanwhile go first. Returns the tokens of
         the prompt, and those that were cached already.
         """
-        options = options.but({**changes, "n": 1})
+        options = self.options(options, {**changes, "n": 1})
         job = GenerationJob(self.prompt(messages, options), options, prefill_only=True)
         return self._answers([job])[0].usage
 
     def batch(
-        self, conversations: Sequence[Messages], options: Options = DEFAULTS, **changes: object
+        self, conversations: Sequence[Messages], options: Options | None = None, **changes: object
     ) -> list[Answer]:
         """The answers to several conversations, computed together; each is that of `chat` alone."""
-        options = options.but(changes)
+        options = self.options(options, changes)
         if options.n != 1:
             raise OptionError(f"batch writes one answer to each conversation, but n is {options.n}")
         return self.answer_prompts(
@@ -129,26 +146,35 @@ class Chatbot:
         )
 
     def answer_prompts(
-        self, prompts: Sequence[Prompt], options: Options = DEFAULTS
+        self, prompts: Sequence[Prompt], options: Options | None = None
     ) -> list[Answer]:
         """As `batch`, for prompts from `prompt`."""
+        resolved = self.options(options)
         return self._answers(
-            [GenerationJob(prompt, options, index) for index, prompt in enumerate(prompts)]
+            [GenerationJob(prompt, resolved, index) for index, prompt in enumerate(prompts)]
         )
 
-    def prompt(self, messages: Messages, options: Options = DEFAULTS, **changes: object) -> Prompt:
+    def options(
+        self, options: Options | None = None, changes: Mapping[str, object] = {}
+    ) -> Options:
+        """`options`, or without them the defaults, with `changes`."""
+        return (self.default_options if options is None else options).but(changes)
+
+    def prompt(
+        self, messages: Messages, options: Options | None = None, **changes: object
+    ) -> Prompt:
         """What the network is given for these messages."""
-        options = options.but(changes)
+        options = self.options(options, changes)
         return self.processor.prompt(messages, options=prompt_options(options))
 
     def estimate(
-        self, messages: Messages, options: Options = DEFAULTS, **changes: object
+        self, messages: Messages, options: Options | None = None, **changes: object
     ) -> Estimate:
         """Tokens of each part and in all, context left, and memory, without computing anything."""
         weight = self.model.language_model.norm.weight
         counted = self.processor.estimate(
             messages,
-            options=prompt_options(options.but(changes)),
+            options=prompt_options(self.options(options, changes)),
             number_bytes=weight.dtype.itemsize,
         )
         held = checkpoints.weight_bytes(
@@ -160,7 +186,7 @@ class Chatbot:
         self,
         messages: Messages,
         answer: Answer | str,
-        options: Options = DEFAULTS,
+        options: Options | None = None,
         *,
         layers: Sequence[int] | None = None,
         leave_out: bool = True,
@@ -173,7 +199,8 @@ class Chatbot:
         pass per image without it; otherwise `change` and `share` are None, and there is one pass
         with all images and one with none. Other threads can use the chatbot meanwhile.
         """
-        prompt = self.prompt(messages, options, **changes)
+        options = self.options(options, changes)
+        prompt = self.prompt(messages, options)
         tokenizer, text = self.processor.tokenizer, self.model.config.text
         if isinstance(answer, Answer) and answer.usage.prompt != len(prompt):
             raise PromptError(
@@ -185,7 +212,7 @@ class Chatbot:
         )
         check(prompt, tokens, text.context)
         layers = resolve_layers(layers, text.num_layers)
-        with self.engine.adapters.whole(options.but(changes).adapter):
+        with self.engine.adapters.whole(options.adapter):
             run = AttributionRun(self.model, prompt, tokens, tokenizer.size)
             result = attribute(run, self.processor.images, layers, leave_out)
         return Attribution(last_question(messages), str(answer), layers, *result)
@@ -259,6 +286,7 @@ class Chatbot:
             "context": self.model.config.text.context,
             "tokens_per_image": self.model.config.vision.grid**2,
             "adapters": list(self.adapters),
+            "generation_config": generation_config.describe(self.generation_config) or "none",
         }
 
     def _answers(self, jobs: list[GenerationJob]) -> list[Answer]:

@@ -13,7 +13,7 @@ from .. import data_url
 from ..engine import Usage
 from ..engine.prefix_cache import CacheKey
 from ..errors import DataError
-from ..options import DEFAULTS, Options
+from ..options import Options
 from ..processing.formats import is_video
 from ..processing.images import from_array
 from .attachments import ContentPart, content, parts
@@ -49,7 +49,7 @@ class Conversation:
     def stream(
         self,
         question: str,
-        options: Options = DEFAULTS,
+        options: Options | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
         **changes: object,
@@ -57,7 +57,7 @@ class Conversation:
         """Ask and yield the deltas. An aborted answer leaves the conversation unchanged."""
         messages, options = (
             [*self.messages, {"role": "user", "content": content(question, self.pending)}],
-            options.but(changes),
+            self.bot.options(options, changes),
         )
         prompt = self.bot.prompt(messages, options)
         for chunk in self.bot.stream_prompt(prompt, options, progress):
@@ -72,12 +72,12 @@ class Conversation:
                 )
             yield chunk
 
-    def prefill(self, options: Options = DEFAULTS, **changes: object) -> Usage:
+    def prefill(self, options: Options | None = None, **changes: object) -> Usage:
         """Prefill what is attached while the question is being typed, see `Chatbot.prefill`."""
         turn = {"role": "user", "content": [*self.pending]}
         return self.bot.prefill([*self.messages, turn], options, **changes)
 
-    def ask(self, question: str, options: Options = DEFAULTS, **changes: object) -> Answer:
+    def ask(self, question: str, options: Options | None = None, **changes: object) -> Answer:
         """Ask and wait for the whole answer."""
         answers = [
             chunk.answer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..engine import Engine, Request, TokenConstraint
-from ..options import Options
+from ..options import MAX_NEW_TOKENS, Options
 from ..processing import Tokenizer
 from ..prompt import Prompt
 from .detokenize import AnswerBuilder, AnswerDelta
@@ -37,10 +37,15 @@ class GenerationJob:
 
 
 class EngineDriver:
-    """Adds jobs to an engine and turns its events into their deltas."""
+    """Adds jobs to an engine and turns its events into their deltas.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+    max_new_tokens: of an answer whose options do not limit it.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> None:
+        self.engine, self.tokenizer, self.max_new_tokens = engine, tokenizer, max_new_tokens
         self._jobs: dict[Request, GenerationJob] = {}
 
     @property
@@ -56,7 +61,7 @@ class EngineDriver:
             for number in range(options.n):
                 request = self.engine.add(
                     job.prompt,
-                    options.sampling(number, context_left),
+                    options.sampling(number, context_left, self.max_new_tokens),
                     salt=job.salt,
                     constraint=job.constraints[number] if job.constraints else None,
                     adapter=options.adapter,

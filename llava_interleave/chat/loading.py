@@ -14,6 +14,7 @@ from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
 from ..engine import Engine
 from ..errors import CheckpointError
+from ..generation_config import read as read_generation_config
 from ..options import DEFAULTS, Options
 from ..placement import kv_memory, pick_device, pick_precision, warn_if_slow
 from ..processing import Estimate, Limits, Processor
@@ -34,6 +35,7 @@ def load(
     kv_precision: str = "auto",
     batch_invariant: bool = False,
     adapters: Mapping[str, str | os.PathLike[str]] = {},
+    generation_config: str | os.PathLike[str] = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
     """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
@@ -51,6 +53,8 @@ def load(
     batch_invariant: answers are equal to the last bit for any other load, on a CPU or a CUDA GPU;
         concurrent requests are slower.
     adapters: name and folder of each LoRA adapter for the option `adapter`.
+    generation_config: whose values are the defaults of the options: "auto" is the checkpoint's
+        generation_config.json, "none" leaves it unread, or a folder with such a file.
     progress: called with the bytes of weights read so far and in all.
 
     Under torchrun each process loads its shard of the model, on its own GPU if there are any
@@ -58,6 +62,7 @@ def load(
     """
     checkpoint = Checkpoint.open(locate(name_or_folder, revision))
     folder = checkpoint.folder
+    defaults = read_generation_config(folder, generation_config)
     adapter_folders = {name: adapter_folder(adapter) for name, adapter in adapters.items()}
     processor = Processor.from_folder(folder, checkpoint.config, limits)
     tp_group = None
@@ -86,7 +91,7 @@ def load(
     )
     if tp_group and isinstance(engine, ReplicatedEngine):
         engine.start(tp_group)
-    bot = Chatbot(folder, processor, engine, model)
+    bot = Chatbot(folder, processor, engine, model, defaults)
     for name, adapter in adapter_folders.items():
         bot.add_adapter(name, adapter)
     return bot

@@ -39,6 +39,7 @@ def ask(
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
     limit: flags.Limit = None,
+    generation_config: flags.GenerationConfig = "auto",
     as_json: flags.Json = False,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print the answer as it is generated.")
@@ -51,9 +52,10 @@ def ask(
         ),
     ] = None,
     *,
-    options: Options,
+    given: dict[str, Any],
 ) -> None:
     """Ask about images, videos, folders of frames and views."""
+    options = Options(**given)
     question, files = flags.question_and_files(words)
     files = [*(attach or []), *files]
     if question == "-" and "-" in files:
@@ -69,8 +71,15 @@ def ask(
             + ("leave out -n" if options.n > 1 else "attach one")
         )
     bot = ModelFlags(
-        model, revision, precision, device, options.adapter, limits=tuple(limit or ())
+        model,
+        revision,
+        precision,
+        device,
+        options.adapter,
+        limits=tuple(limit or ()),
+        generation_config=generation_config,
     ).load()
+    options = bot.options(changes=given)
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json:
         answers = [print_stream(bot, messages, options)]

@@ -9,14 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError
 from ..options import Options
 from . import flags, terminal
-from .local_model import ClusterWorker, LazyModel, ModelFlags, replies
+from .local_model import ClusterWorker, LazyModel, ModelFlags, about_options, replies
 
 if TYPE_CHECKING:
     from ..batch import Source
@@ -53,6 +53,7 @@ def batch(
     device: flags.Device = "auto",
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
+    generation_config: flags.GenerationConfig = "auto",
     ray: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +70,7 @@ def batch(
         ),
     ] = 1,
     *,
-    options: Options,
+    given: dict[str, Any],
 ) -> None:
     """Answer many samples. An interrupted run resumes; a failed sample's line has its error.
 
@@ -79,6 +80,7 @@ def batch(
         raise OptionError(
             f"the answers are JSON lines, so the output must end in .jsonl, not {out.name!r}"
         )
+    options = Options(**given)
     if options.n != 1 or options.logprobs is not None:
         raise OptionError(
             "batch writes one answer per sample, without log-probabilities: "
@@ -87,24 +89,31 @@ def batch(
     from ..batch import Source, ray_cluster, run
 
     model_flags = ModelFlags(
-        model, revision, precision, device, options.adapter, batch_invariant, tuple(limit or ())
+        model,
+        revision,
+        precision,
+        device,
+        options.adapter,
+        batch_invariant,
+        tuple(limit or ()),
+        generation_config,
     )
     samples = Source(source, question)
-    about = {"options": dataclasses.asdict(options)}
     started = time.monotonic()
     if ray:
         with terminal.progress_bar("answering") as progress:
-            options = options.but({"adapter": absolute(options.adapter)})
+            adapter = absolute(options.adapter)
             everywhere = dataclasses.replace(
-                model_flags, name=absolute(model), adapter=options.adapter
+                model_flags,
+                name=absolute(model),
+                adapter=adapter,
+                generation_config=absolute(generation_config) or "",
             )
-            worker = ClusterWorker(everywhere)
+            worker = ClusterWorker(everywhere, tuple({**given, "adapter": adapter}.items()))
             count, failed = ray_cluster.run(
                 samples,
                 out,
                 worker,
-                options,
-                about,
                 address=ray,
                 cpus=ray_cpus,
                 batch_size=batch_size,
@@ -112,6 +121,7 @@ def batch(
             )
     else:
         local = LazyModel(model_flags)
+        options = local.options(given)
         answer = replies(local.ready(options).batch)
         with terminal.progress_bar("answering") as progress:
             count, failed = run(
@@ -119,7 +129,7 @@ def batch(
                 out,
                 answer,
                 options,
-                {**local.about, **about},
+                {**local.about, **about_options(local.generation_config, options)},
                 batch_size=batch_size,
                 progress=progress,
             )

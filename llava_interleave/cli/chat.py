@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,10 +52,12 @@ def chat(
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
     limit: flags.Limit = None,
+    generation_config: flags.GenerationConfig = "auto",
     *,
-    options: Options,
+    given: dict[str, Any],
 ) -> None:
     """Talk about images and videos; attach more at any time. /help lists the commands."""
+    options = Options(**given)
     files = [*(attach or []), *(files or [])]
     if "-" in files:
         raise OptionError("standard input is the conversation; attach a file instead of '-'")
@@ -64,9 +66,15 @@ def chat(
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
     bot = ModelFlags(
-        model, revision, precision, device, options.adapter, limits=tuple(limit or ())
+        model,
+        revision,
+        precision,
+        device,
+        options.adapter,
+        limits=tuple(limit or ()),
+        generation_config=generation_config,
     ).load()
-    session = Terminal(bot.conversation(), options, kv)
+    session = Terminal(bot.conversation(), bot.options(changes=given), kv)
     if resume:
         session.load([str(resume)])
     session.conversation.attach(*flags.attachments(files, None, frames_of))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ def estimate(
     limit: flags.Limit = None,
     as_json: flags.Json = False,
     *,
-    options: Options,
+    given: dict[str, Any],
 ) -> None:
     """Count the tokens of a question and its media and their memory, without loading weights."""
     with terminal.spinner("counting"):
@@ -44,7 +44,7 @@ def estimate(
             question,
             sources,
             model,
-            options,
+            Options(**given),
             revision=revision,
             precision=precision,
             device=device,

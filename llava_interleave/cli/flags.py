@@ -71,6 +71,15 @@ BatchInvariant = Annotated[
         help="Batch-invariant: the same output whatever else runs in the batch; slower.",
     ),
 ]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|FOLDER",
+        help="Whose values replace the defaults of temperature, --top-k, --top-p, --min-p, "
+        "--repetition-penalty, --stop and --max-new-tokens: auto is the checkpoint's "
+        "generation_config.json; flags always win.",
+    ),
+]
 Limit = Annotated[
     list[str] | None,
     typer.Option(
@@ -174,8 +183,8 @@ def _flag_type(hint: Any) -> Any:
     return list[int] if hint == tuple[int, ...] else list[str]
 
 
-with_options = with_flags("options", Options, without=("logit_bias",))
-"""Gives a command that takes `options: Options` one flag per field."""
+with_options = with_flags("given", Options, without=("logit_bias",), overrides=True)
+"""Gives a command that takes `given: dict[str, Any]` one flag per field."""
 
 
 def question_and_files(words: Sequence[str]) -> tuple[str, list[str]]:

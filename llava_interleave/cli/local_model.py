@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..batch import Reply, ReplyFn
 from ..errors import LlavaError
+from ..generation_config import default_options, read
 from ..options import Options
 from . import flags, terminal
 
@@ -32,6 +35,7 @@ class ModelFlags:
     adapter: str | None = None
     batch_invariant: bool = False
     limits: tuple[str, ...] = ()
+    generation_config: str = "auto"
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -42,7 +46,7 @@ class ModelFlags:
             from ..chat import load, locate
         locate(self.name, self.revision)
         with terminal.spinner(f"loading {self.name or 'the built-in model'}") as progress:
-            return load(
+            bot = load(
                 self.name,
                 revision=self.revision,
                 precision=self.precision,
@@ -50,8 +54,14 @@ class ModelFlags:
                 batch_invariant=self.batch_invariant,
                 limits=flags.limits(self.limits),
                 adapters={self.adapter: self.adapter} if self.adapter else {},
+                generation_config=self.generation_config,
                 progress=progress,
             )
+        if bot.generation_config:
+            print(
+                f"defaults of generation_config: {bot.info()['generation_config']}", file=sys.stderr
+            )
+        return bot
 
 
 class LazyModel:
@@ -67,6 +77,7 @@ class LazyModel:
         self._bot: Chatbot | None = None
         self._checked: Options | None = None
         self.folder = locate(model.name, model.revision)
+        self.generation_config = read(self.folder, model.generation_config)
         checkpoint = Checkpoint.open(self.folder)
         device = pick_device(model.device, checkpoint, model.precision)
         dtype, bits = pick_precision(model.precision, checkpoint, device)
@@ -80,6 +91,10 @@ class LazyModel:
             self.about["adapter"] = adapter_fingerprint(resolve(model.adapter))
         if rank_and_world_size()[1] > 1:  # ranks above 0 stay in there, before anything is written
             self._bot = model.load()
+
+    def options(self, given: Mapping[str, Any]) -> Options:
+        """As `Chatbot.options`."""
+        return default_options(self.generation_config).but(given)
 
     def ready(self, options: Options) -> Chatbot:
         """The loaded model. Wrong options raise here, once, instead of failing every sample."""
@@ -124,16 +139,27 @@ def replies(batch: Batch) -> ReplyFn:
     return answer
 
 
+def about_options(generation_config: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """The options in force, for the file of a run that may be resumed."""
+    about: dict[str, Any] = {"options": dataclasses.asdict(options)}
+    return about | ({"generation_config": dict(generation_config)} if generation_config else {})
+
+
 @dataclass(frozen=True)
 class ClusterWorker:
-    """What Ray workers run: some make prompts of conversations, others answer prompts."""
+    """What Ray workers run: some make prompts of conversations, others answer prompts.
+
+    given: the options of the command line.
+    """
 
     model: ModelFlags
+    given: tuple[tuple[str, Any], ...] = ()
 
-    def about(self, options: Options) -> dict[str, Any]:
+    def about(self) -> tuple[dict[str, Any], Options]:
         model = LazyModel(self.model)
+        options = model.options(dict(self.given))
         model.ready(options)
-        return model.about
+        return {**model.about, **about_options(model.generation_config, options)}, options
 
     def preparer(self) -> Callable[[Any, Options], Prompt]:
         from ..chat import locate

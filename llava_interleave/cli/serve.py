@@ -31,6 +31,7 @@ def serve(
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
     batch_invariant: flags.BatchInvariant = False,
+    generation_config: flags.GenerationConfig = "auto",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,12 +99,24 @@ def serve(
             if ray:
                 folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)
                 spec = ReplicaSpec(
-                    absolute(model), revision, precision, device, batch_invariant, folders, level
+                    absolute(model),
+                    revision,
+                    precision,
+                    device,
+                    batch_invariant,
+                    folders,
+                    absolute(generation_config) or "",
+                    level,
                 )
                 app = cluster.enter_context(_deployed(spec, settings, ray, ray_cpus or 1, replicas))
             else:
                 bot = ModelFlags(
-                    model, revision, precision, device, batch_invariant=batch_invariant
+                    model,
+                    revision,
+                    precision,
+                    device,
+                    batch_invariant=batch_invariant,
+                    generation_config=generation_config,
                 ).load()
                 for name, folder in adapters:
                     bot.add_adapter(name, folder)

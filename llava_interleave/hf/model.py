@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoints, license_notice
+from .. import checkpoints, generation_config, license_notice
 from ..chat import kv_memory, named_dtype
 from ..config_json import read_json
 from ..engine import Engine, SamplingParams
@@ -157,23 +157,24 @@ class LlavaForConditionalGeneration(Light):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         max_new_tokens: int | None = None,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         num_return_sequences: int = 1,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         use_cache: bool = True,
-        num_beams: int = 1,
+        num_beams: int | None = None,
         **other: object,
     ) -> Tensor:
         """Ids `[B * num_return_sequences, T]`: prompts and new tokens, padded on the right.
 
-        Defaults are transformers': 20 new tokens, greedy; with `do_sample` temperature 1 and top_k
-        50. `torch.manual_seed` makes sampling repeatable.
+        Defaults are the checkpoint's generation_config.json, then transformers': 20 new tokens,
+        greedy; with `do_sample` temperature 1 and top_k 50. `torch.manual_seed` makes sampling
+        repeatable.
         """
         if other:
             known = inspect.signature(LlavaForConditionalGeneration.generate).parameters.keys() - {
@@ -181,9 +182,21 @@ class LlavaForConditionalGeneration(Light):
                 "other",
             }
             raise unknown("keyword of generate", next(iter(other)), known)
-        if num_beams != 1 or not use_cache:
+        if num_beams not in (None, 1) or not use_cache:
             raise Unsupported(
                 f"beam search and use_cache=False {NEEDS_TRANSFORMERS}; without it leave them out"
+            )
+        stored = self.generation if num_beams is None else {**self.generation, "num_beams": 1}
+        if wrong := generation_config.unsupported(stored):
+            raise Unsupported(
+                f"generation_config.json sets {', '.join(wrong)}, which {NEEDS_TRANSFORMERS}"
+            )
+        if do_sample is None:
+            do_sample = bool(self.generation.get("do_sample"))
+        defaults = generation_config.defaults(stored, do_sample)
+        if stops := defaults.pop("stop", None):
+            raise Unsupported(
+                f"stop_strings {stops} of generation_config.json {NEEDS_TRANSFORMERS}"
             )
         if do_sample and temperature == 0:
             raise OptionError("temperature=0 is greedy; pass do_sample=False instead")
@@ -197,10 +210,11 @@ class LlavaForConditionalGeneration(Light):
                 "leave it out or pass do_sample=True"
             )
         eos = self._eos(eos_token_id)
+        used |= {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
         shared: dict[str, Any] = {
-            "max_new_tokens": 20 if max_new_tokens is None else max_new_tokens,
-            **({"temperature": 1.0, "top_k": 50} | used if do_sample else {}),
-            "repetition_penalty": repetition_penalty,
+            "max_new_tokens": 20,
+            **defaults,
+            **{name: value for name, value in used.items() if value is not None},
             "ignore_eos": True,
             "stop_ids": tuple(eos),
         }

@@ -31,7 +31,9 @@ class Tokenizer:
     at them where they count. So text from outside cannot end a turn by spelling `<|im_end|>`.
     """
 
-    def __init__(self, backend: Backend, image_id: int | None = None) -> None:
+    def __init__(
+        self, backend: Backend, image_id: int | None = None, eos_token_id: Any = None
+    ) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise CheckpointError(
                 "the tokenizer is not the byte-level BPE of Qwen2, the only one this family has"
@@ -54,18 +56,22 @@ class Tokenizer:
             "(" + "|".join(_pattern(t) for t in _longest_first(added.values())) + ")"
         )
         self._bytes = {char: byte for byte, char in enumerate(_alphabet())}
-        self.eos_ids = frozenset({self.im_end, self._special.get(END_OF_TEXT, self.im_end)})
         self.size: int = 1 + max(
             backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id})
         )
         """Ids from here on have no meaning and must not be sampled; a last `<image>` is one."""
+        further = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        self.eos_ids = frozenset({self.im_end, self._special.get(END_OF_TEXT, self.im_end)}) | {
+            token for token in further if type(token) is int and 0 <= token < self.size
+        }
+        """Ids that end an answer: Qwen2's two, and those of `eos_token_id`."""
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_id: int | None = None) -> Tokenizer:
         """Read tokenizer.json, or vocab.json with merges.txt, and check config.json's `image_id`.
 
-        Original checkpoints have no `<image>` token: it gets the next free id. Raises
-        CheckpointError.
+        Original checkpoints have no `<image>` token: it gets the next free id. The ids of
+        generation_config.json's eos_token_id end an answer, too. Raises CheckpointError.
         """
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json", optional=True)
@@ -105,7 +111,8 @@ class Tokenizer:
                     f"{content} is token {number} in tokenizer_config.json but {actual} in the "
                     "tokenizer"
                 )
-        return cls(backend, image_id)
+        generation = read_json(folder / "generation_config.json", optional=True)
+        return cls(backend, image_id, generation.get("eos_token_id"))
 
     @property
     def backend(self) -> Backend:

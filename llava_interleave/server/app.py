@@ -187,6 +187,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             max_model_len=bot.model.config.text.context,
             tokens_per_image=bot.model.config.vision.grid**2,
             video_frames=bot.processor.num_frames,
+            generation_config=bot.generation_config,
             limits=limits,
         )
 

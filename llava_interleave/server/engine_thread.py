@@ -88,7 +88,7 @@ class EngineThread:
         self.load: Load = bot.engine.load()
         self.failed = False
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._driver = EngineDriver(bot.engine, bot.processor.tokenizer)
+        self._driver = EngineDriver(bot.engine, bot.processor.tokenizer, bot.max_new_tokens)
         self._outbox: list[tuple[ServerJob, AnswerDelta | Exception | None]] = []
         self._faults = 0
         self._step_start: float | None = None

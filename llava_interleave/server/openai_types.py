@@ -42,15 +42,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class PromptRequest(Strict):
-    """Messages and the options of their images and videos: everything that makes a prompt.
+class ModelRequest(Strict):
+    """A request to the model, with the options of its images and videos.
 
     Not OpenAI's: anyres, frames, fps, start, end and frame_times, as in `llava ask`.
     """
 
     model_config = ConfigDict(json_schema_extra=_nullable)
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES_SCHEMA)]
     model: str | None = None
     anyres: bool | None = None
     frames: Annotated[int, Field(ge=1)] | None = None
@@ -81,14 +80,22 @@ class PromptRequest(Strict):
             return data
         return {name: value for name, value in data.items() if value is not None}
 
+    def options(self, settings: Settings, defaults: Options) -> Options:
+        """`defaults` with the fields that are options. Raises OptionError."""
+        shared = set(OPTIONS) & set(type(self).model_fields)
+        given = {name: getattr(self, name) for name in shared}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return defaults.but({"preset": settings.preset, **changes})
+
+
+class PromptRequest(ModelRequest):
+    """Messages and the options of their images and videos: everything that makes a prompt."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES_SCHEMA)]
+
     def turns(self, upload: Callable[[str], bytes], settings: Settings) -> list[dict[str, Any]]:
         """The messages as the processor reads them."""
         return resolve_messages(self.messages, upload, settings)
-
-    def options(self, settings: Settings) -> Options:
-        """The fields that are options. Raises OptionError."""
-        shared = set(OPTIONS) & set(type(self).model_fields)
-        return Options(preset=settings.preset, **{name: getattr(self, name) for name in shared})
 
 
 class StreamOptions(Strict):
@@ -179,8 +186,8 @@ NO_BEAM = "answers are sampled; use n for several"
 AS_IT_IS = "the answer is text without special tokens"
 
 
-class NeutralFields(PromptRequest):
-    """Fields that clients send and that must not ask for anything."""
+class NeutralFields(ModelRequest):
+    """Fields that clients send and that must not ask for anything, on every generating route."""
 
     store: _neutral(False, hint="nothing is stored") = None  # type: ignore[valid-type]
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
@@ -189,26 +196,6 @@ class NeutralFields(PromptRequest):
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     request_id: Annotated[str, Field(max_length=1024)] | None = None
     service_tier: _neutral("auto", "default", hint="there is one tier") = None  # type: ignore[valid-type]
-    modalities: _neutral(["text"], hint="answers are text") = None  # type: ignore[valid-type]
-    tools: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
-    tool_choice: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
-    functions: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
-    function_call: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: _neutral("none", hint=NO_REASONING) = None  # type: ignore[valid-type]
-    include_reasoning: bool | None = None
-    verbosity: _neutral("medium", hint="ask for it in the prompt") = None  # type: ignore[valid-type]
-    chat_template_kwargs: _neutral(  # type: ignore[valid-type]
-        {},
-        {"enable_thinking": False},
-        {"thinking": False},
-        hint="the operator chooses the chat template with --preset",
-    ) = None
-    mm_processor_kwargs: _neutral({}, hint="use anyres, frames or fps") = None  # type: ignore[valid-type]
-    add_generation_prompt: _neutral(True, hint="an answer is generated") = None  # type: ignore[valid-type]
-    continue_final_message: _neutral(  # type: ignore[valid-type]
-        False, hint="put the beginning of the answer into the question"
-    ) = None
     echo: _neutral(False, hint="the prompt is not repeated") = None  # type: ignore[valid-type]
     skip_special_tokens: _neutral(True, hint=AS_IT_IS) = None  # type: ignore[valid-type]
     spaces_between_special_tokens: bool | None = None
@@ -235,36 +222,30 @@ RESPONSE_FORMATS: dict[str, Callable[[Any], dict[str, Any]]] = {
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
-class ChatRequest(NeutralFields):
-    """POST /v1/chat/completions.
+class GenerationRequest(NeutralFields):
+    """How an answer is generated.
 
-    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_on_repetition, attribution
-    (which image the answer used: true, or "attention" for the cheap variant), and response_format
-    by `regex` and `choice`. vLLM's structured_outputs and guided_* are read as response_format. The
-    default temperature is 0 (greedy).
+    Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_on_repetition, and
+    response_format by `regex` and `choice`. vLLM's structured_outputs and guided_* are read as
+    response_format. Without temperature, top_p, top_k, min_p and repetition_penalty the model's
+    generation_config counts (GET /v1/models shows it), and what it leaves open is greedy decoding.
     """
 
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31), AfterValidator(lambda k: max(k, 0))] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31), AfterValidator(lambda k: max(k, 0))] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stop_on_repetition: bool = True
-    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
     ] = {}
-    attribution: bool | Literal["attention"] = False
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = False
     response_format: Annotated[
         TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat,
@@ -298,33 +279,89 @@ class ChatRequest(NeutralFields):
             value = json.loads(value)
         return data | {"response_format": RESPONSE_FORMATS[name](value)}
 
-    def options(self, settings: Settings) -> Options:
-        """All options.
+    def generation_options(
+        self,
+        settings: Settings,
+        defaults: Options,
+        *,
+        max_tokens: tuple[str, int | None],
+        n: int = 1,
+        logprobs: int | None = None,
+    ) -> Options:
+        """All options. max_tokens: the name of the field, and its value.
 
         Raises OptionError where fields contradict each other or exceed the server's limits.
         """
-        max_tokens = max_new_tokens(self.max_tokens, self.max_completion_tokens)
-        if max_tokens is not None and max_tokens > settings.max_tokens:
+        field, limit = max_tokens
+        if limit is not None and limit > settings.max_tokens:
             raise OptionError(
-                f"max_completion_tokens is {max_tokens}; this server's limit is "
-                f"{settings.max_tokens} tokens"
+                f"{field} is {limit}; this server's limit is {settings.max_tokens} tokens"
             )
-        if self.n > settings.max_choices:
-            raise OptionError(f"n is {self.n}; this server's limit is {settings.max_choices}")
-        if self.n > 1 and self.seed is not None and self.seed + self.n > 2**63:
+        if n > settings.max_choices:
+            raise OptionError(f"n is {n}; this server's limit is {settings.max_choices}")
+        if n > 1 and self.seed is not None and self.seed + n > 2**63:
             raise OptionError(
-                f"answer i of n uses seed + i, and {self.seed} + {self.n - 1} is above 2^63 - 1"
+                f"answer i of n uses seed + i, and {self.seed} + {n - 1} is above 2^63 - 1"
             )
-        if self.top_logprobs is not None and not self.logprobs:
-            raise OptionError("top_logprobs needs logprobs: true")
         if self.stream_options is not None and not self.stream:
             raise OptionError("stream_options needs stream: true")
-        return PromptRequest.options(self, settings).but(
+        return ModelRequest.options(self, settings, defaults).but(
             {
-                "max_new_tokens": max_tokens,
+                "n": n,
+                "max_new_tokens": limit,
                 "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
-                "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+                "logprobs": logprobs,
             }
+        )
+
+
+class ChatRequest(PromptRequest, GenerationRequest):
+    """POST /v1/chat/completions.
+
+    Not OpenAI's: attribution (which image the answer used: true, or "attention" for the cheap
+    variant), and the fields of other servers.
+    """
+
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    attribution: bool | Literal["attention"] = False
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    modalities: _neutral(["text"], hint="answers are text") = None  # type: ignore[valid-type]
+    tools: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    tool_choice: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    functions: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    function_call: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: _neutral("none", hint=NO_REASONING) = None  # type: ignore[valid-type]
+    include_reasoning: bool | None = None
+    verbosity: _neutral("medium", hint="ask for it in the prompt") = None  # type: ignore[valid-type]
+    chat_template_kwargs: _neutral(  # type: ignore[valid-type]
+        {},
+        {"enable_thinking": False},
+        {"thinking": False},
+        hint="the operator chooses the chat template with --preset",
+    ) = None
+    mm_processor_kwargs: _neutral({}, hint="use anyres, frames or fps") = None  # type: ignore[valid-type]
+    add_generation_prompt: _neutral(True, hint="an answer is generated") = None  # type: ignore[valid-type]
+    continue_final_message: _neutral(  # type: ignore[valid-type]
+        False, hint="put the beginning of the answer into the question"
+    ) = None
+
+    def options(self, settings: Settings, defaults: Options) -> Options:
+        """All options. Raises OptionError."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise OptionError("top_logprobs needs logprobs: true")
+        return self.generation_options(
+            settings,
+            defaults,
+            max_tokens=(
+                "max_completion_tokens",
+                max_new_tokens(self.max_tokens, self.max_completion_tokens),
+            ),
+            n=self.n,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
 
@@ -381,6 +418,7 @@ class ModelInfo(BaseModel):
     """A model. parent: the model that an adapter belongs to. tokens_per_image: of the context.
 
     max_model_len: the context length by vLLM's name. video_frames: sampled from a video by default.
+    generation_config: defaults of requests that the checkpoint's generation_config.json sets.
     """
 
     id: str
@@ -392,6 +430,7 @@ class ModelInfo(BaseModel):
     max_model_len: int
     tokens_per_image: int
     video_frames: int
+    generation_config: dict[str, Any]
     limits: ModelLimits
 
 

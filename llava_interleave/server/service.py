@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ..chat import Chatbot
 from ..errors import OptionError
-from ..options import MAX_NEW_TOKENS, Options
+from ..options import Options
 from ..processing import Estimate, Loader
 from ..prompt import Prompt
 from ..structured_output.grammar import GrammarCompiler
@@ -133,7 +133,7 @@ class Service:
         Raises ApiError or OptionError.
         """
         adapter = adapter_name(request.model, self.name, self.bot.adapters)
-        return request.options(self.settings).but({"adapter": adapter})
+        return request.options(self.settings, self.bot.default_options).but({"adapter": adapter})
 
     async def run_in_pool(self, key: str, function: Callable[[], T]) -> T:
         """Run blocking work that reads no media in a thread."""
@@ -161,9 +161,8 @@ class Service:
             self.metrics.crops.inc(sum(media.layout.crops for media in prompt.media))
             if options.max_new_tokens is None:
                 left = self.bot.model.config.text.context - len(prompt)
-                options = options.but(
-                    {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, self.settings.max_tokens, left))}
-                )
+                limit = min(self.bot.max_new_tokens, self.settings.max_tokens, left)
+                options = options.but({"max_new_tokens": max(1, limit)})
             if request.attribution:
                 check_attribution_budget(
                     prompt,

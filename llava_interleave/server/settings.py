@@ -31,6 +31,7 @@ class ReplicaSpec:
     device: str
     batch_invariant: bool
     adapters: tuple[tuple[str, str], ...]
+    generation_config: str
     log_level: int
 
 

@@ -50,6 +50,7 @@ class Replica:
             device=model.device,
             batch_invariant=model.batch_invariant,
             adapters=dict(model.adapters),
+            generation_config=model.generation_config,
         )
         settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
         self.service = Service(bot, settings, several_keys=settings.api_keys is not None)
