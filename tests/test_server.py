@@ -38,14 +38,14 @@ from llava_interleave.errors import LlavaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address
 from llava_interleave.prompt import Prompt
-from llava_interleave.server import middleware, uploads
+from llava_interleave.server import api_keys, middleware, uploads
 from llava_interleave.server import service as service_module
 from llava_interleave.server.api_errors import ApiError
+from llava_interleave.server.api_keys import ApiKeys
 from llava_interleave.server.app import create_app
 from llava_interleave.server.engine_thread import EngineThread, ServerJob
 from llava_interleave.server.fairness import RateLimit
 from llava_interleave.server.metrics import Metrics
-from llava_interleave.server.middleware import ApiKeys
 from llava_interleave.server.openai_types import ChatRequest
 from llava_interleave.server.run import Server
 from llava_interleave.server.settings import Settings
@@ -800,10 +800,11 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
     """Every key is compared, by the function made for it, whichever matches."""
     compared = []
     monkeypatch.setattr(
-        middleware.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b
+        api_keys.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b
     )
     keys = ApiKeys(KEYS)
-    names = [keys.name(f"Bearer {key}") for key in (*KEYS, "x", "ü")]
+    clients = [keys.client(f"Bearer {key}") for key in (*KEYS, "x", "ü")]
+    names = [client and client.name for client in clients]
     assert names[0] != names[1] and names[2:] == [None, None]
     assert compared == [(32, 32)] * 8
     assert not any(key in str(names) for key in KEYS)
@@ -1444,17 +1445,6 @@ def test_metrics_count(client: TestClient) -> None:
         after["llava_kv_cache_capacity_tokens"] == 8192
         and after["llava_num_requests_running"] == after["llava_num_requests_active"] == 0
     )
-
-
-def test_the_log_has_the_user_and_no_text(
-    client: TestClient, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "llava_interleave")
-    ask(client, user="someone\nelse", messages=user("a private question"))
-    lines = [
-        record.getMessage() for record in caplog.records if record.name == "llava_interleave.server"
-    ]
-    assert len(lines) == 1 and r"'someone\nelse'" in lines[0] and "private" not in caplog.text
 
 
 def test_the_document_of_the_api_is_whole(client: TestClient) -> None:

@@ -80,7 +80,7 @@ def answered_in_time(guest: httpx.Client, **body: Any) -> None:
 
 
 def test_a_key_leaves_as_many_places_as_it_takes() -> None:
-    shares = Shares(32, exclusive=False)
+    shares = Shares(32, lambda: False)
     assert shares.fits("a", 16) and not shares.fits("a", 17)
     for _ in range(2):
         shares.add("a", 8)
@@ -89,7 +89,7 @@ def test_a_key_leaves_as_many_places_as_it_takes() -> None:
     assert not shares.fits("b", 1) and shares.fits("c", 4) and not shares.fits("c", 5)
     shares.add("a", -16)
     assert shares.fits("a", 12) and shares.used == 8
-    alone = Shares(4, exclusive=True)
+    alone = Shares(4, lambda: True)
     assert alone.fits("", 4)
 
 
@@ -161,9 +161,11 @@ def test_text_and_another_keys_images_pass_stuck_media(
             answered_in_time(guest)
             answered_in_time(guest, messages=WHAT)
             assert guest.get("/ready").status_code == 200
-            monkeypatch.setattr(server.service.media_pool, "longest", lambda: 1000.0)
-            assert guest.get("/ready").json()["error"]["code"] == "media_stuck"
-            monkeypatch.undo()
+            for name in ("media", "text", "grammar"):
+                pool = getattr(server.service, f"{name}_pool")
+                monkeypatch.setattr(pool, "longest", lambda: 1000.0)
+                assert guest.get("/ready").json()["error"]["code"] == f"{name}_stuck"
+                monkeypatch.undo()
             go.set()
         assert statuses == [200] * 4
 
@@ -248,6 +250,21 @@ def test_a_grammar_whose_masks_take_too_long_ends_its_own_answer(
         refused = ask(attacker, **regex("[a-z]{30,60}"), max_tokens=50)
         assert refused.status_code == 400 and "simplify" in refused.text
         answered_in_time(guest)
+
+
+def test_grammar_time_is_limited_for_each_key(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patterns that take the time limit one after the other kept a core busy for ever."""
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT", 0.5)
+    server.service.grammar_rate.per_minute = 1
+    with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
+        costly = [ask(attacker, **schema(object_of(1900 + i))) for i in range(3)]
+        assert [response.status_code for response in costly] == [400, 429, 429]
+        assert "seconds of response_format a minute" in costly[-1].text
+        assert int(costly[-1].headers["retry-after"]) > 5
+        assert ask(attacker).status_code == 200
+        answered_in_time(guest, **regex("[ab]{3}"))
 
 
 @pytest.mark.parametrize("bound", [10**300, -(10**300), 2**63, 1e300])

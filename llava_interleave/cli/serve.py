@@ -90,11 +90,11 @@ def serve(
                     raise Unsupported(
                         f"{error.name} is missing: pip install 'llava-interleave[serve]'"
                     ) from error
+                from ..server.api_keys import ApiKeys
                 from ..server.app import create_app
-                from ..server.middleware import ApiKeys
+            log_to_stderr(level)
             if settings.api_keys is not None:
                 ApiKeys.read(settings.api_keys)  # fail before the model is loaded
-            log_to_stderr(level)
             use_single_malloc_arena()
             if ray:
                 folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)

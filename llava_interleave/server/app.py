@@ -14,12 +14,14 @@ from starlette.routing import Match, Route
 
 from .. import __version__
 from ..chat import Chatbot
+from ..errors import Unsupported
 from ..processing import Estimate
 from . import openai_types as openai
 from .api_errors import ApiError, error_response, to_api_error
+from .api_keys import ApiKeys
 from .chat_completions import respond, respond_attribution, respond_prefill
 from .metrics import PROMETHEUS, Metrics
-from .middleware import WEB, WEB_FILES, ApiKeys, GuardMiddleware
+from .middleware import WEB, WEB_FILES, GuardMiddleware
 from .service import Service
 from .settings import MB, Settings
 from .uploads import Files
@@ -59,10 +61,27 @@ def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
     routes.
     """
     keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
-    service = Service(bot, settings, several_keys=keys is not None and len(keys) > 1)
+    service = Service(bot, settings, lambda: keys is None or len(keys.names) == 1)
     app = create_routes(service)
-    app.add_middleware(GuardMiddleware, settings=settings, keys=keys, metrics=service.metrics)
+    add_guard(app, settings, keys, service.metrics)
     return app
+
+
+def add_guard(app: FastAPI, settings: Settings, keys: ApiKeys | None, metrics: Metrics) -> None:
+    """Authentication, limits, access log and traces. Raises Unsupported without the extra otel."""
+    tracing = None
+    if settings.otlp_traces_endpoint is not None:
+        try:
+            from .tracing import Tracing
+        except ModuleNotFoundError as error:
+            raise Unsupported(
+                f"{error.name} is missing: pip install 'llava-interleave[serve,otel]'"
+            ) from error
+        tracing = Tracing.to_endpoint(settings.otlp_traces_endpoint)
+    app.state.keys, app.state.tracing = keys, tracing
+    app.add_middleware(
+        GuardMiddleware, settings=settings, keys=keys, metrics=metrics, tracing=tracing
+    )
 
 
 def create_routes(service: Service) -> FastAPI:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..chat import Answer, AnswerDelta, TokenLogprob
+from .access_log import current_record
 from .api_errors import ClientDisconnected, error_body, to_api_error
 from .openai_types import (
     AttributionMode,
@@ -63,7 +64,9 @@ class CancelOnDisconnect(Response):
             if not work.done():
                 work.cancel()
             await asyncio.wait((work,))
-        if not work.cancelled():
+        if work.cancelled():
+            current_record().error = "client_disconnected"
+        else:
             work.result()
 
 

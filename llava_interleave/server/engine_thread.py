@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 from ..chat import AnswerDelta, Chatbot
 from ..chat.engine_driver import EngineDriver, GenerationJob
-from ..engine import Load
+from ..engine import Load, Timings
 from ..errors import OptionError
 from ..structured_output.grammar import GrammarMatcher
 
@@ -36,12 +36,25 @@ class ServerJob(GenerationJob):
     _rejected: Exception | None = None
     _error: Exception | None = None
     _finished_tokens: int = 0
+    _timings: Timings | None = None
 
     @property
     def generated_tokens(self) -> int:
         """Of all answers so far, finished or not."""
         running = sum(len(builder.tokens) for builder in list(self.running.values()))
         return self._finished_tokens + running
+
+    def spans(self, submitted: float) -> list[tuple[str, float, float]]:
+        """(name, start, end) of its phases up to now, `submitted` in the same clock."""
+        if (timings := self._timings) is None or timings.first_token is None:
+            return []
+        first, end = submitted + timings.first_token, submitted + timings.total
+        started = submitted + timings.queue
+        return [
+            ("queue", submitted, started),
+            ("prefill", started, first),
+            ("decode", first, end),
+        ]
 
     async def queued(self) -> None:
         """Wait until it is in the engine's queue; raises the reason if it was rejected."""
@@ -72,7 +85,9 @@ class ServerJob(GenerationJob):
             self._queued.set()
             return
         if isinstance(item, AnswerDelta):
-            self._finished_tokens += len(item.answer.tokens) if item.answer else 0
+            if item.answer is not None:
+                self._finished_tokens += len(item.answer.tokens)
+                self._timings = item.answer.timings
             earlier = self._deltas.get(item.index)
             self._deltas[item.index] = earlier + item if earlier else item
         else:

@@ -20,6 +20,10 @@ NICENESS = 5
 """Of pool threads and their children, on Linux: decoding media must not slow down the engine."""
 
 
+MAX_BUCKETS = 10_000
+"""Keys or addresses that a rate limit knows at a time."""
+
+
 class RateLimit:
     """A token bucket for each key: `per_minute` requests or tokens, which may be charged later."""
 
@@ -35,8 +39,15 @@ class RateLimit:
             raise ApiError(429, "rate_limit_exceeded", message, retry=wait)
         self.charge(key, now, amount)
 
-    def charge(self, key: str, now: float, amount: int) -> None:
+    def charge(self, key: str, now: float, amount: float) -> None:
         """Charge `amount`, also below zero."""
+        if len(self._buckets) >= MAX_BUCKETS:
+            known = {
+                key: bucket
+                for key, bucket in self._buckets.items()
+                if self._level(key, now) < self.per_minute
+            }
+            self._buckets = known if len(known) < MAX_BUCKETS // 2 else {}
         self._buckets[key] = self._level(key, now) - amount, now
 
     def _level(self, key: str, now: float) -> float:
@@ -48,10 +59,11 @@ class Shares:
     """How much of `total` each key has. No key takes more than it leaves free for the others.
 
     So one key alone has at most half, and a key that has nothing always gets something.
+    is_exclusive: whether there is only one key now, which may have all.
     """
 
-    def __init__(self, total: int, exclusive: bool) -> None:
-        self.total, self.exclusive = total, exclusive
+    def __init__(self, total: int, is_exclusive: Callable[[], bool]) -> None:
+        self.total, self.is_exclusive = total, is_exclusive
         self._used: Counter[str] = Counter()
 
     @property
@@ -61,12 +73,12 @@ class Shares:
     @property
     def largest(self) -> int:
         """What one key has at most."""
-        return self.total if self.exclusive else self.total // 2
+        return self.total if self.is_exclusive() else self.total // 2
 
     def fits(self, key: str, amount: int) -> bool:
         """Whether `amount` more would leave the other keys their share; always, if exclusive."""
         free = self.total - self.used - amount
-        return self.exclusive or self._used[key] + amount <= free
+        return self.is_exclusive() or self._used[key] + amount <= free
 
     def add(self, key: str, amount: int) -> None:
         """Take or, if negative, give back."""
@@ -86,7 +98,7 @@ class FairThreadPool:
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self.threads = threads
+        self.threads, self.name = threads, name
         self._pool = ThreadPoolExecutor(threads + 1, name, initializer=_lower_priority)
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ..chat import Answer
 from ..engine import Load
+from .access_log import current_record
 from .api_errors import ApiError
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
@@ -83,7 +84,8 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
 
     def count_error(self, error: ApiError) -> ApiError:
-        """Count an error and return it."""
+        """Count an error, note it in the request's record, and return it."""
+        current_record().error = error.code
         self.errors.labels(error.code).inc()
         return error
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import time
-from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import OptionError
+from .access_log import AccessLog, RequestRecord, begin_record
 from .api_errors import (
     ApiError,
     ClientDisconnected,
@@ -23,9 +20,13 @@ from .api_errors import (
     error_response,
     to_api_error,
 )
+from .api_keys import ApiKeys, Client
 from .fairness import RateLimit, Shares
 from .metrics import Metrics
 from .settings import MB, Settings
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 WEB = Path(__file__).parent / "web"
 WEB_FILES = {"/": "index.html"} | {f"/{path.name}": path.name for path in sorted(WEB.iterdir())}
@@ -40,61 +41,31 @@ MAX_BODIES = 4
 """Request bodies of the largest size in memory at a time."""
 MAX_JSON_VALUES = 250_000
 """Values of a JSON body: a parsed value takes far more memory than its text."""
-MIN_KEY_LENGTH = 16
-
-
-class ApiKeys:
-    """Hashes of the API keys.
-
-    A key's name, in the log and as the salt of its caches, is a prefix of its hash.
-    """
-
-    def __init__(self, keys: list[str]) -> None:
-        for key in keys:
-            if len(key) < MIN_KEY_LENGTH or not key.isascii():
-                raise OptionError(
-                    f"an API key has {len(key)} characters; it needs {MIN_KEY_LENGTH} of ASCII"
-                )
-        if not keys:
-            raise OptionError(
-                "the file of API keys has none: write one a line, "
-                "for example the output of `openssl rand -hex 24`"
-            )
-        self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    @classmethod
-    def read(cls, path: Path) -> ApiKeys:
-        """Read a file with one key a line; empty lines and comments (#) are skipped."""
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise OptionError(f"cannot read the API keys in {path}: {error}") from error
-        return cls([line for line in lines if line and not line.startswith("#")])
-
-    def __len__(self) -> int:
-        return len(self._hashes)
-
-    def name(self, authorization: str) -> str | None:
-        """The name of the key in an Authorization header, None if unknown. Constant time."""
-        scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        matches = [known for known in self._hashes if hmac.compare_digest(known, digest)]
-        return matches[0].hex()[:16] if matches and scheme.lower() == "bearer" else None
+MAX_FAILED_LOGINS = 120
+"""Requests with a wrong API key, or none, of one address in a minute; more get 429."""
 
 
 class GuardMiddleware:
     """The outermost ASGI middleware: authentication, limits, every exception as a response."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, keys: ApiKeys | None, metrics: Metrics
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keys: ApiKeys | None,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
+        self.access_log, self.tracing = AccessLog(settings.access_log), tracing
         self.rate = RateLimit(settings.requests_per_minute)
+        self.failed_logins = RateLimit(MAX_FAILED_LOGINS, "requests without a valid API key")
         self.max_body = settings.max_body_mb * MB
-        self.bodies = Shares(MAX_BODIES * self.max_body, exclusive=keys is None or len(keys) == 1)
-        self.open_requests = Shares(
-            settings.max_connections, exclusive=keys is None or len(keys) == 1
-        )
+        self.bodies = Shares(MAX_BODIES * self.max_body, self._one_client)
+        self.open_requests = Shares(settings.max_connections, self._one_client)
+
+    def _one_client(self) -> bool:
+        return self.keys is None or len(self.keys.names) == 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -102,13 +73,17 @@ class GuardMiddleware:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         scope, status = _normalized(scope), 0
+        state = scope.setdefault("state", {})
+        record = state.setdefault("record", RequestRecord.of(scope))
+        begin_record(record)
         cors = self._cors(Headers(scope=scope))
+        extra = [*cors, (b"x-request-id", record.request_id.encode())]
 
         async def send_in_time(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *cors]}
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
             try:
                 async with asyncio.timeout(self.settings.request_timeout):
                     await send(message)
@@ -121,7 +96,9 @@ class GuardMiddleware:
             if cors and scope["method"] == "OPTIONS":
                 await Response(status_code=204)(scope, receive, send_in_time)
                 return None
-            key = scope.setdefault("state", {})["key"] = self.admit(scope)
+            client = self.admit(scope, record)
+            key = state["key"] = record.key = client.name
+            record.weight = client.weight
             if scope["path"] != HEALTH:
                 self._check_open_requests(key)
             self.open_requests.add(key, 1)
@@ -129,6 +106,7 @@ class GuardMiddleware:
             await self._read(body, key, Headers(scope=scope), receive)
             await self.app(scope, body.replay(receive), send_in_time)
         except ClientDisconnected as gone:
+            record.error = "client_disconnected"
             clear_traceback(gone)
         except Exception as error:  # noqa: BLE001  becomes a response, or ends one
             api_error = self.metrics.count_error(to_api_error(error))
@@ -139,6 +117,14 @@ class GuardMiddleware:
             self.bodies.add(key, -body.size)
             self.open_requests.add(key, -admitted)
             self.metrics.count_response(scope, status)
+            record.body_bytes = body.size
+            self._report(record, scope, status)
+
+    def _report(self, record: RequestRecord, scope: Scope, status: int) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self.access_log.write(record, route, status)
+        if self.tracing is not None and not record.throttled:
+            self.tracing.export(record, route, status, time.time(), Headers(scope=scope))
 
     def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
         """The headers that let a page of an allowed origin use the API; also for a preflight."""
@@ -147,7 +133,7 @@ class GuardMiddleware:
             return []
         cors = {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Expose-Headers": "Retry-After",
+            "Access-Control-Expose-Headers": "Retry-After, X-Request-Id",
             "Vary": "Origin",
         }
         if "access-control-request-method" in headers:
@@ -158,24 +144,27 @@ class GuardMiddleware:
             }
         return [(name.lower().encode(), value.encode("latin-1")) for name, value in cors.items()]
 
-    def admit(self, scope: MutableMapping[str, Any]) -> str:
-        """The name of the request's API key, "" where none is needed. Raises ApiError."""
+    def admit(self, scope: Scope, record: RequestRecord) -> Client:
+        """The client of the request, "" where no API key is needed. Raises ApiError."""
         if scope["path"] in OPEN_PATHS:
-            return ""
+            return Client("")
         headers = Headers(scope=scope)
         if self.keys is None:
-            key: str | None = ""
+            client: Client | None = Client("")
             self._check_local(headers)
         else:
-            key = self.keys.name(headers.get("authorization", ""))
-        if key is None:
+            client = self.keys.client(headers.get("authorization", ""))
+        if client is None:
+            record.throttled = True  # unless `take` lets it pass
+            self.failed_logins.take(record.address, time.monotonic())
+            record.throttled = False
             raise ApiError(
                 401,
                 "invalid_api_key",
                 "this server needs an API key: send the header 'Authorization: Bearer <key>'",
             )
-        self.rate.take(key, time.monotonic())
-        return key
+        self.rate.take(client.name, time.monotonic())
+        return client
 
     def _check_local(self, headers: Headers) -> None:
         """Without API keys: only programs of this machine and the web UI, no other web page."""

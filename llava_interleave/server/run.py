@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
+import signal
 import socket
 import typing
 from collections import Counter
@@ -13,7 +15,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..errors import OptionError
+from .api_errors import log
+from .api_keys import ApiKeys
 from .settings import Settings
+from .uploads import Files
+
+if typing.TYPE_CHECKING:
+    from .tracing import Tracing
 
 HEADER_TIMEOUT = 10.0
 """Seconds for a client to send the header of its next request."""
@@ -43,6 +52,11 @@ def log_to_stderr(level: int) -> None:
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     logging.getLogger("llava_interleave").setLevel(level)
+    access = logging.getLogger("llava_interleave.access")
+    access.setLevel(logging.INFO)  # whatever the level of the rest: --access-log turns it off
+    if not access.handlers:
+        access.addHandler(logging.StreamHandler())
+        access.propagate = False
 
 
 class Protocol(H11Protocol):
@@ -106,6 +120,7 @@ class Drainable(typing.Protocol):
     """State of an application that can shut down gracefully."""
 
     name: str
+    files: Files
 
     def drain(self) -> None:
         """Refuse new requests; running ones get `shutdown_timeout` seconds."""
@@ -131,13 +146,16 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 log_config=None,
                 access_log=False,
-                proxy_headers=False,
+                proxy_headers=True,  # for the address; without keys a proxied request is refused
+                forwarded_allow_ips=settings.forwarded_allow_ips,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=int(settings.shutdown_timeout) + FLUSH_TIMEOUT,
             )
         )
         self.service: Drainable = app.state.service
+        self.keys: ApiKeys | None = app.state.keys
+        self.tracing: Tracing | None = app.state.tracing
 
     @property
     def address(self) -> str:
@@ -149,7 +167,25 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(f"serving {self.service.name} at {self.address}/v1", flush=True)
+        if self.keys is not None:
+            # Not everywhere: Windows has no SIGHUP, and signals belong to the main thread.
+            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):
+                loop = asyncio.get_running_loop()
+                loop.add_signal_handler(signal.SIGHUP, self.reload_keys)
+
+    def reload_keys(self) -> None:
+        """Read the API keys again. A faulty file changes nothing; removed clients lose uploads."""
+        assert self.keys is not None
+        try:
+            self.keys.reload()
+        except OptionError as error:
+            log.error("the API keys stay what they were: %s: %s", self.keys.path, error)
+            return
+        self.service.files.retain(self.keys.names)
+        log.info("%d clients have API keys now", len(self.keys.names))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.drain()
         await super().shutdown(sockets)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)

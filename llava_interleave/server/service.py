@@ -16,8 +16,9 @@ from ..errors import OptionError
 from ..options import Options
 from ..processing import Estimate, Loader
 from ..prompt import Prompt
-from ..structured_output.grammar import GrammarCompiler
-from .api_errors import ApiError, ClientDisconnected, log
+from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
+from .access_log import current_record
+from .api_errors import ApiError, ClientDisconnected
 from .attribution import attribute_prompt, check_attribution_budget
 from .engine_thread import EngineThread, ServerJob
 from .fairness import FairThreadPool, RateLimit, Shares
@@ -38,6 +39,8 @@ from .uploads import Files
 T = TypeVar("T")
 STUCK_STEP = 120.0
 """Seconds of a step after which the engine counts as stuck."""
+GRAMMAR_SECONDS = 15
+"""Seconds a minute that the grammars of one API key take, compiling and masks; over it: 429."""
 
 
 @dataclass(slots=True)
@@ -52,9 +55,11 @@ class PreparedRequest:
 
 
 class Service:
-    """A model and the state that its requests share."""
+    """A model and the state that its requests share. is_exclusive: as `Shares`."""
 
-    def __init__(self, bot: Chatbot, settings: Settings, *, several_keys: bool) -> None:
+    def __init__(
+        self, bot: Chatbot, settings: Settings, is_exclusive: Callable[[], bool] = lambda: True
+    ) -> None:
         self.bot, self.settings = bot, settings
         bot.processor.loader = Loader(settings.limits(bot.model.config))
         self.name = settings.name or bot.source.name
@@ -67,7 +72,7 @@ class Service:
         self.grammars = GrammarCompiler(bot.processor.tokenizer)
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
-        self.shares = Shares(settings.max_requests, exclusive=not several_keys)
+        self.shares = Shares(settings.max_requests, is_exclusive)
         """Answers being prepared, waiting or running, by API key."""
         self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
         self.media_pool = FairThreadPool(settings.media_workers, "media")
@@ -75,6 +80,7 @@ class Service:
         self.grammar_pool = FairThreadPool(1, "grammar")
         per_minute = settings.tokens_per_minute
         self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
+        self.grammar_rate = RateLimit(GRAMMAR_SECONDS, "seconds of response_format")
         # One at a time: each has a prompt's activations in memory.
         self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
         self.prefills: dict[str, ServerJob] = {}  # by API key
@@ -94,8 +100,11 @@ class Service:
             return ApiError(503, "stopping", "the server is shutting down", retry=10)
         if self.engine_thread.step_seconds() > STUCK_STEP:
             return ApiError(503, "engine_stuck", f"the engine is stuck for {STUCK_STEP:g} s")
-        if self.media_pool.longest() > self.settings.prepare_timeout + self.settings.media_timeout:
-            return ApiError(503, "media_stuck", "all media workers are stuck; restart the server")
+        longest = self.settings.prepare_timeout + self.settings.media_timeout
+        for pool in (self.media_pool, self.text_pool, self.grammar_pool):
+            if pool.longest() > longest:
+                message = f"all threads for {pool.name} are stuck; restart the server"
+                return ApiError(503, f"{pool.name}_stuck", message)
         if self.num_active >= self.settings.max_requests:
             return _overloaded(f"{self.num_active} answers are running or waiting")
         return None
@@ -143,20 +152,16 @@ class Service:
     async def generation(self, request: ChatRequest, key: str) -> AsyncIterator[PreparedRequest]:
         """A request in the engine's queue. Leaving the context aborts it and frees its memory."""
         options = self.options(request)
-        start = time.perf_counter()
+        record, start = current_record(), time.time()
+        record.model = options.adapter or self.name
+        record.user = request.safety_identifier or request.user
         with self.admission_slot(options.n, key):
-            response_format = request.response_format.model_dump(by_alias=True)
-            matchers = (
-                []
-                if response_format["type"] == "text"
-                else await self.grammar_pool.run(
-                    key, lambda: self.grammars.compile(response_format, options.n)
-                )
-            )
+            matchers = await self._matchers(request, options.n, key)
             prompt = await self._prepare(
                 request, key, lambda turns: self.bot.prompt(turns, options)
             )
-            seconds = time.perf_counter() - start
+            seconds = time.time() - start
+            record.spans.append(("media", start, start + seconds))
             self.metrics.preprocess.observe(seconds)
             self.metrics.crops.inc(sum(media.layout.crops for media in prompt.media))
             if options.max_new_tokens is None:
@@ -173,31 +178,45 @@ class Service:
                 )
             job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers, client=key)
             image_tokens = sum(media.layout.length for media in prompt.media)
+            submitted = time.time()
             self.engine_thread.submit(job)
-            outcome = "aborted"
             try:
                 await job.queued()
                 yield PreparedRequest(request, job, int(time.time()), seconds, image_tokens)
-                outcome = "finished"
             except Exception:
-                outcome = "failed"
+                raise
+            except BaseException:  # cancelled, or the generator is closed
+                self.metrics.aborted.inc()
                 raise
             finally:
                 self.engine_thread.abort(job)
+                masks = sum(matcher.seconds for matcher in matchers)
+                self.grammar_rate.charge(key, time.monotonic(), masks)
                 if self.token_rate is not None:
                     tokens = len(prompt) + job.generated_tokens
                     self.token_rate.charge(key, time.monotonic(), tokens)
-                if outcome == "aborted":
-                    self.metrics.aborted.inc()
-                log.info(
-                    "%s: key %s, user %r, %d prompt tokens, %d answers, %.2f s",
-                    outcome,
-                    key or "none",
-                    request.safety_identifier or request.user,
-                    len(prompt),
-                    options.n,
-                    time.perf_counter() - start,
-                )
+                record.add_tokens(len(prompt), job.generated_tokens)
+                record.spans += job.spans(submitted)
+
+    async def _matchers(self, request: ChatRequest, n: int, key: str) -> list[GrammarMatcher]:
+        """The constraints of n answers; compiling them counts for their API key."""
+        response_format = request.response_format.model_dump(by_alias=True)
+        if response_format["type"] == "text":
+            return []
+        self.grammar_rate.take(key, time.monotonic(), 0)
+
+        def work() -> tuple[list[GrammarMatcher] | OptionError, float]:
+            start = time.monotonic()
+            try:
+                return self.grammars.compile(response_format, n), time.monotonic() - start
+            except OptionError as error:
+                return error, time.monotonic() - start
+
+        result, seconds = await self.grammar_pool.run(key, work)
+        self.grammar_rate.charge(key, time.monotonic(), seconds)
+        if isinstance(result, OptionError):
+            raise result
+        return result
 
     async def count(self, request: PromptRequest, key: str) -> Estimate:
         """Tokens and memory of a prompt; nothing is decoded."""
@@ -213,7 +232,15 @@ class Service:
         if error := self.unavailable():
             raise error
         prompt = await self._prepare(request, key, lambda turns: self.bot.prompt(turns, options))
-        job = ServerJob(prompt, options, salt=key.encode(), prefill_only=True, client=key)
+        record = current_record()
+        job = ServerJob(
+            prompt,
+            options,
+            salt=key.encode(),
+            prefill_only=True,
+            client=key,
+            weight=record.weight,
+        )
         if older := self.prefills.get(key):
             older.receive(ApiError(409, "superseded", "a newer prefill of this API key runs now"))
         self.prefills[key] = job
@@ -224,6 +251,7 @@ class Service:
                 for delta in await job.next(self.settings.sse_keepalive):
                     if delta.answer is not None:
                         usage = delta.answer.usage
+                        record.add_tokens(usage.prompt)
                         return Prefill(prompt_tokens=usage.prompt, cached_tokens=usage.cached)
         finally:
             self.engine_thread.abort(job)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..options import unknown
 
 if TYPE_CHECKING:
     from ..config import LlavaConfig
     from ..processing import Limits
 
 MB = 1_000_000
+ACCESS_LOG_FORMATS = ("json", "text", "off")
 
 
 def _setting(default: Any, sentence: str) -> Any:
@@ -45,7 +47,17 @@ class Settings:
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.")
     api_keys: Path | None = _setting(  # noqa: RUF009  a field
         None,
-        "File of API keys, one a line; all routes but /health and the web UI then need one.",
+        "File of API keys, a line each: KEY [NAME] [weight=N]; all routes but /health and the web "
+        "UI then need one. SIGHUP reads it again.",
+    )
+    forwarded_allow_ips: str = _setting(
+        "127.0.0.1",
+        "Proxies whose X-Forwarded-For is the client's address in the access log, with commas.",
+    )
+    access_log: str = _setting("json", "A line for each request on stderr: json, text or off.")
+    otlp_traces_endpoint: str | None = _setting(
+        None,
+        "Send OpenTelemetry traces here: http://localhost:4318/v1/traces; needs the extra otel.",
     )
     name: str | None = _setting(
         None, "Name of the model in requests. Default: the name of its folder."
@@ -124,6 +136,8 @@ class Settings:
             )
         if self.api_keys is None and "*" in self.cors_origin:
             raise OptionError("--cors-origin * lets every web page in, which needs --api-keys")
+        if self.access_log not in ACCESS_LOG_FORMATS:
+            raise unknown("--access-log", self.access_log, ACCESS_LOG_FORMATS)
         if self.media_root is not None and not self.media_root.is_dir():
             raise OptionError(f"--media-root {self.media_root} is not a folder")
 

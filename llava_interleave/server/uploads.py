@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import MediaError
@@ -90,6 +90,10 @@ class Files:
         """Raises ApiError as `get`."""
         self.get(key, name)
         del self._by_key[key][name]
+
+    def retain(self, keys: Collection[str]) -> None:
+        """Delete the files of all other keys."""
+        self._by_key = {key: files for key, files in self._by_key.items() if key in keys}
 
 
 class RequestScopedFiles(Files):

@@ -29,13 +29,13 @@ from starlette.types import Receive, Scope, Send
 from ...batch.ray_cluster import connected, slots
 from ...errors import OptionError, RemoteError
 from ..api_errors import ApiError, error_body, log
-from ..app import add_error_handlers, add_file_routes
+from ..api_keys import ApiKeys
+from ..app import add_error_handlers, add_file_routes, add_guard
 from ..chat_completions import SSE_HEADERS, CancelOnDisconnect, sse_event
 from ..metrics import PROMETHEUS, Metrics, merge_metrics
-from ..middleware import ApiKeys, GuardMiddleware
 from ..settings import MB, ReplicaSpec, Settings
 from ..uploads import Files
-from .replica import Replica, ReplicaInfo
+from .replica import RECORD, Replica, ReplicaInfo
 from .router import SessionAffinityRouter
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Gateway:
         headers = [(name, value) for name, value in scope["headers"] if name not in SECRET_HEADERS]
         forwarded = {part: scope[part] for part in SCOPE_FIELDS} | {
             "headers": headers,
-            "state": {"key": key},
+            "state": {"key": key, "weight": scope["state"]["record"].weight},
         }
         files = self.files.existing(
             key,
@@ -109,6 +109,9 @@ class Gateway:
             async for ready in messages:
                 scope["state"]["replica"] = True
                 for message in ready:
+                    if message["type"] == RECORD:
+                        scope["state"]["record"].update(message)
+                        continue
                     streaming = streaming or SSE_HEADERS[0] in message.get("headers", ())
                     await send(message)
         except (RayError, RayServeException) as error:
@@ -169,7 +172,7 @@ def create_gateway_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = gateway
     keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
-    app.add_middleware(GuardMiddleware, settings=settings, keys=keys, metrics=gateway.metrics)
+    add_guard(app, settings, keys, gateway.metrics)
     add_error_handlers(app, gateway)
     add_file_routes(app, gateway)
 

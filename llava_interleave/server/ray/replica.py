@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple
 
 from ray import serve
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from ... import chat
+from ..access_log import RequestRecord
+from ..api_keys import Client
 from ..app import create_routes
 from ..middleware import GuardMiddleware
 from ..run import log_to_stderr, use_single_malloc_arena
 from ..service import Service
 from ..settings import ReplicaSpec, Settings
 from ..uploads import RequestScopedFiles, Stored
+
+RECORD = "llava.record"
+"""Type of the message after the response, for the gateway: `RequestRecord.handled`."""
 
 
 class ReplicaInfo(NamedTuple):
@@ -33,8 +38,11 @@ class ReplicaInfo(NamedTuple):
 class TrustedGuard(GuardMiddleware):
     """Middleware of a replica: the gateway has authenticated and counted the request."""
 
-    def admit(self, scope: MutableMapping[str, Any]) -> str:
-        return scope["state"]["key"]
+    def admit(self, scope: Scope, record: RequestRecord) -> Client:
+        return Client(scope["state"]["key"], scope["state"]["weight"])
+
+    def _report(self, record: RequestRecord, scope: Scope, status: int) -> None:
+        """The gateway does."""
 
 
 class Replica:
@@ -53,7 +61,7 @@ class Replica:
             generation_config=model.generation_config,
         )
         settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
-        self.service = Service(bot, settings, several_keys=settings.api_keys is not None)
+        self.service = Service(bot, settings, lambda: settings.api_keys is None)
         self.service.files = self.files = RequestScopedFiles()
         self.app = create_routes(self.service)
         self.app.add_middleware(
@@ -69,6 +77,7 @@ class Replica:
         Closing the generator cancels the request.
         """
         yield []
+        record = scope["state"]["record"] = RequestRecord.of(scope)
         received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
         received.put_nowait({"type": "http.request", "body": body, "more_body": False})
         with self.files.during(scope["state"]["key"], files):
@@ -82,6 +91,7 @@ class Replica:
                         for message in (first, *(sent.get_nowait() for _ in range(sent.qsize())))
                         if message
                     ]
+                yield [{"type": RECORD, **record.handled()}]
             finally:
                 work.cancel()
                 await asyncio.wait((work,))
