@@ -23,10 +23,10 @@ from starlette.testclient import TestClient
 
 from llava_interleave.chat import load
 from llava_interleave.errors import OptionError
+from llava_interleave.server import middleware
 from llava_interleave.server.api_keys import ApiKeys, Client
 from llava_interleave.server.app import create_app
 from llava_interleave.server.fairness import MAX_BUCKETS, RateLimit
-from llava_interleave.server.middleware import MAX_FAILED_LOGINS
 from llava_interleave.server.run import Server
 from llava_interleave.server.settings import Settings
 from llava_interleave.server.tracing import Tracing
@@ -122,17 +122,17 @@ def test_a_client_that_leaves_is_logged(tiny: Path, lines: Any) -> None:
 
 
 def test_wrong_keys_are_throttled_and_do_not_fill_the_log(
-    tiny: Path, key_file: Path, lines: Any
+    tiny: Path, key_file: Path, lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(middleware, "MAX_FAILED_LOGINS", 4)
     with running(tiny, api_keys=key_file) as client:
         wrong = {"Authorization": "Bearer wrong"}
-        tried = [client.get("/v1/models", headers=wrong) for _ in range(MAX_FAILED_LOGINS + 20)]
-        statuses = [response.status_code for response in tried]
-        assert statuses == [401] * MAX_FAILED_LOGINS + [429] * 20
+        tried = [client.get("/v1/models", headers=wrong) for _ in range(24)]
+        assert [response.status_code for response in tried] == [401] * 4 + [429] * 20
         assert int(tried[-1].headers["retry-after"]) > 0
         assert client.get("/v1/models").status_code == 200
     logged = [json.loads(line) for line in lines()]
-    assert len(logged) == MAX_FAILED_LOGINS + 1
+    assert len(logged) == 5
     assert logged[-1]["suppressed"] == 20 and "suppressed" not in logged[0]
 
 
