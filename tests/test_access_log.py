@@ -153,6 +153,24 @@ def test_keys_have_names_and_weights() -> None:
     assert keys.names == {"alice", bob.name}
 
 
+def test_the_engine_shares_by_weight(
+    tiny: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tiny, api_keys=key_file) as client:
+        engine, seen = client.app.state.service.bot.engine, []  # type: ignore[attr-defined]
+        add = engine.add
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            seen.append((named["client"], named["weight"]))
+            return add(*arguments, **named)
+
+        monkeypatch.setattr(engine, "add", watched)
+        client.post(CHAT, json=BODY)
+        client.post("/v1/messages/prefill", json={"messages": BODY["messages"]})
+        client.post(CHAT, json=BODY, headers={"Authorization": f"Bearer {BOB}"})
+    assert seen[:2] == [("alice", 2.0)] * 2 and seen[2][1] == 1.0
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [

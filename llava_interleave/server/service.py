@@ -176,7 +176,14 @@ class Service:
                     request.attribution,
                     self.settings.max_attribution_tokens,
                 )
-            job = ServerJob(prompt, options, salt=key.encode(), constraints=matchers, client=key)
+            job = ServerJob(
+                prompt,
+                options,
+                salt=key.encode(),
+                constraints=matchers,
+                client=key,
+                weight=record.weight,
+            )
             image_tokens = sum(media.layout.length for media in prompt.media)
             submitted = time.time()
             self.engine_thread.submit(job)
