@@ -1,5 +1,6 @@
 """Checkpoints in and out: layouts, shards, what is refused, and the memory that a load takes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -448,20 +449,9 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("held", "device", "most"),
-    [("float32", "cpu", 1.15), ("bfloat16", "cpu", 1.15), ("bfloat16", "meta", 0.1)],
-)
-def test_peak_memory(
-    tmp_path: Path, stored: torch.dtype, held: str, device: str, most: float
-) -> None:
-    """At most 1.15 times the weights as held, casting included. Pages of mapped files count. What
-    goes to another device is here a few megabytes at a time only, so that it may be larger than the
-    memory.
-    """
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
+    """The folder of a checkpoint of 70 million parameters, made once for each dtype."""
     config = tiny_config(
         text={
             "hidden_size": 1024,
@@ -471,10 +461,31 @@ def test_peak_memory(
             "num_kv_heads": 16,
         }
     )
-    folder = tiny_checkpoint(tmp_path / "a", config, dtype=stored)
-    tiny = tiny_checkpoint(tmp_path / "tiny")
+    root = tmp_path_factory.mktemp("large")
+    return functools.cache(lambda dtype: tiny_checkpoint(root / str(dtype), config, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("held", "device", "most"),
+    [("float32", "cpu", 1.15), ("bfloat16", "cpu", 1.15), ("bfloat16", "meta", 0.1)],
+)
+def test_peak_memory(
+    tiny: Path,
+    large: Callable[[torch.dtype], Path],
+    stored: torch.dtype,
+    held: str,
+    device: str,
+    most: float,
+) -> None:
+    """At most 1.15 times the weights as held, casting included. Pages of mapped files count. What
+    goes to another device is here a few megabytes at a time only, so that it may be larger than the
+    memory.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, tiny, folder, held, device],
+        [sys.executable, "-c", PEAK, tiny, large(stored), held, device],
         capture_output=True,
         text=True,
         check=True,

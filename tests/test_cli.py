@@ -166,9 +166,7 @@ def run_in(encoding: str, *words: object, stdin: bytes = b"") -> subprocess.Comp
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
-def test_an_answer_reaches_every_console(
-    encoding: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_reaches_every_console(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters that the console cannot show are escaped; JSON stays JSON."""
     text = "\u2192 \U0001f600 caf\u00e9 \u65e5"
     stream = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
@@ -180,6 +178,11 @@ def test_an_answer_reaches_every_console(
     shown, encoded, *_ = stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
     assert "\\U0001f600" in shown
     assert json.loads(encoded) == {"text": text}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_an_answer_reaches_every_console(encoding: str, tiny: Path) -> None:
     done = run_in(encoding, "ask", "-m", tiny, "-", "--max-new-tokens", 8, stdin=b"\xff\xfe?")
     assert (done.returncode, done.stderr) == (0, b"")
 

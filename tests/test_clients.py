@@ -11,12 +11,10 @@ from pathlib import Path
 import jsonschema_rs
 import pytest
 import yaml
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-from langchain_openai import ChatOpenAI
 
 from llava_interleave.chat import Chatbot, load
 from llava_interleave.server.run import Server
-from tests.helpers.requests import BLUE, RED, picture, png, user
+from tests.helpers.requests import BLUE, RED, image_part, png, user
 from tests.helpers.server import QUESTIONS, listening
 
 pytestmark = pytest.mark.slow
@@ -75,7 +73,7 @@ def test_llm_with_attachments(
         stdin=subprocess.DEVNULL,
     )
     known = oracle.chat(
-        user("What differs?", picture(RED), picture(BLUE)),
+        user("What differs?", image_part(RED), image_part(BLUE)),
         temperature=1.5,
         seed=3,
         max_new_tokens=24,
@@ -84,6 +82,9 @@ def test_llm_with_attachments(
 
 
 def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage  # 1.5 s
+    from langchain_openai import ChatOpenAI
+
     chat = ChatOpenAI(
         base_url=f"{server.address}/v1",
         api_key="none",
@@ -109,9 +110,9 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
     ]
     messages = [
         {"role": "system", "content": "Be brief."},
-        *user("Before", picture(RED)),
+        *user("Before", image_part(RED)),
         {"role": "assistant", "content": "Red."},
-        *user(picture(BLUE), "and after?"),
+        *user(image_part(BLUE), "and after?"),
     ]
     known = oracle.chat(messages, temperature=1.5, seed=4, max_new_tokens=24)
     whole = chat.invoke(asked)
@@ -132,11 +133,11 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
     )
 
 
-def test_the_document_of_the_api_holds(server: Server) -> None:
+def test_the_openapi_document_holds(server: Server) -> None:
     """Whatever is sent, nothing is a fault of the server's, and requests and answers are what
     /openapi.json says.
 
-    Only that no request of the right form is refused is not asked for: whether a picture can be
+    Only that no request of the right form is refused is not asked for: whether an image can be
     read is not in its form.
     """
     words = [
@@ -160,7 +161,7 @@ def test_the_document_of_the_api_holds(server: Server) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_document_describes_what_is_answered(server: Server) -> None:
+def test_the_openapi_document_describes_accepted_messages(server: Server) -> None:
     """The forms of messages in the document are those that are answered, and no other."""
     whole = server.config.app.openapi()
     validator = jsonschema_rs.validator_for(
