@@ -68,7 +68,7 @@ build/peers/llamacpp:
 	$@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0 pillow
 
 # It wants torch without CUDA by its name (2.13.0+cpu). A package for sound that was made for CUDA keeps it from starting, and one for
-# pictures has to be told that its operators exist, none of which is used here.
+# images needs its operators to be defined, though none is called here.
 TORCHVISION = import torch; [torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor") for name in ("nms", "qnms")]
 build/peers/vllm: constraints.txt
 	$(PYTHON) -m venv $@

@@ -7,7 +7,7 @@ Prints the memory's reading speed, then a JSON line for each matrix, number of t
 median and spread (the middle half) of the milliseconds, GB/s of weights with their share of the
 reading speed, and billions of operations a second. Systems take turns, and each reads copies of its
 matrix in turn that no cache holds together. `attention` is that of 1 to 8 new tokens of a sequence
-after 1,474 others, a layer, with keys and values in the type that is named.
+after 1,474 others, a layer, with a KV cache in the type that is named.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def plain(dtype: torch.dtype, out: int, features: int, x: Tensor) -> tuple[Call,
 def attention(
     c: TextConfig, dtype: torch.dtype, new: int, *, compiled: bool = True, in_8_bits: bool = False
 ) -> tuple[Call, int]:
-    """One layer of as many as there are; each has keys and values of its own."""
+    """One layer of as many as there are; each has its own KV cache."""
     cache = ContiguousKVCache(c, dtype, torch.device("cpu"), int8=in_8_bits)
     kv = SequenceKV(CacheKey.of([]), 0, CONTEXT + 64)
     cache.prepare(kv)

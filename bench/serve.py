@@ -67,7 +67,7 @@ class Timed:
     failed: str = ""
 
 
-def picture(rng: np.random.Generator) -> dict[str, Any]:
+def random_image(rng: np.random.Generator) -> dict[str, Any]:
     """Boxes of many colours, as a message part."""
     image = Image.new("RGB", (SIDE, SIDE), tuple(rng.integers(0, 256, 3)))
     draw = ImageDraw.Draw(image)
@@ -88,14 +88,17 @@ def load(
     server.
     """
     rng = np.random.default_rng([clients, shared, round_, given.seed])
-    same = [picture(rng) for _ in range(given.images)]
+    same = [random_image(rng) for _ in range(given.images)]
     moments = np.sort(
         np.cumsum(rng.exponential(1 / rate, (clients, given.requests)), axis=1).ravel()
     )
     return [
         (
             float(moment - moments[0]),
-            [*(same if shared else [picture(rng) for _ in range(given.images)]), question(number)],
+            [
+                *(same if shared else [random_image(rng) for _ in range(given.images)]),
+                question(number),
+            ],
         )
         for number, moment in enumerate(moments)
     ]
@@ -318,7 +321,7 @@ def measure(
         for server, system in found.items():  # once to warm up, once for the time
             for number in range(2):
                 rng = np.random.default_rng([given.seed, number])
-                content = [*(picture(rng) for _ in range(given.images)), question(number)]
+                content = [*(random_image(rng) for _ in range(given.images)), question(number)]
                 (warm,), lone[server] = asked(system, [(0.0, content)], given.tokens)
                 if warm.failed:
                     raise SystemExit(f"{server} does not answer: {warm.failed}")

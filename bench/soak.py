@@ -45,7 +45,7 @@ from tests.helpers.requests import (
     RED,
     STILLS,
     data_url,
-    picture,
+    image_part,
     png,
     sent,
     user,
@@ -103,7 +103,7 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     samples: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
         (
             f"image {same[-30:]}",
-            user(picture(same), "What is this?"),
+            user(image_part(same), "What is this?"),
             {"seed": 1, "temperature": 1.0},
         ),
         (
@@ -119,12 +119,12 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
         ),
         (
             "form",
-            user(picture(RED), "Which?"),
+            user(image_part(RED), "Which?"),
             {"response_format": {"type": "choice", "choice": ["red", "blue"]}},
         ),
-        ("attribution", user(picture(RED), "or", picture(BLUE), "?"), {"attribution": True}),
-        ("", user(picture(new), "and", picture(same), "?"), {"stop": ["."]}),
-        ("", user(picture(upload(client, colour)), "What is this?"), {}),
+        ("attribution", user(image_part(RED), "or", image_part(BLUE), "?"), {"attribution": True}),
+        ("", user(image_part(new), "and", image_part(same), "?"), {"stop": ["."]}),
+        ("", user(image_part(upload(client, colour)), "What is this?"), {}),
     ]
     name, messages, fields = chance.choice(samples)
     stream = chance.random() < 0.5
@@ -180,7 +180,12 @@ def hostile(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
 def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
     """Below HTTP: cut off, half closed, slow, silent, garbage, gone while it is answered."""
     body = json.dumps(
-        {"model": "tiny", "messages": user(picture(RED), "?"), "max_tokens": 2000, "stream": True}
+        {
+            "model": "tiny",
+            "messages": user(image_part(RED), "?"),
+            "max_tokens": 2000,
+            "stream": True,
+        }
     ).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "

@@ -147,9 +147,9 @@ class OpenVino:
         from PIL import Image
 
         began = time.perf_counter()
-        prompts, pictures = [], []
+        prompts, images = [], []
         for chat in chats:
-            pictures.append(
+            images.append(
                 [
                     openvino.Tensor(np.asarray(Image.open(path).convert("RGB"))[None])
                     for path in paths(chat)
@@ -159,9 +159,7 @@ class OpenVino:
         settings = self.genai.GenerationConfig(
             do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=tokens
         )
-        made = self.pipe.generate(
-            prompts, images=pictures, generation_config=[settings] * len(chats)
-        )
+        made = self.pipe.generate(prompts, images=images, generation_config=[settings] * len(chats))
         total, metrics = time.perf_counter() - began, made[0].perf_metrics
         return {
             "first": metrics.get_ttft().mean / 1000,
@@ -208,7 +206,7 @@ class LlamaCpp:
         self.size = json.loads((Path(folder) / "preprocessor_config.json").read_text())["size"]
         self.batch = llama.llama_batch_init(self.CONTEXT, 0, 1)
         self.held: list[list[Any]] = [[] for _ in range(self.SEQUENCES)]
-        """By sequence a key for each of its tokens: the token's id, or the digest of the picture
+        """By sequence a key for each of its tokens: the token's id, or the digest of the image
         that it is part of.
         """
         width = llama.llama_model_n_embd(self.model) // llama.llama_model_n_head(self.model)
@@ -271,19 +269,19 @@ class LlamaCpp:
         return chunks, [(piece, self.keys(piece)) for piece in pieces]
 
     def bitmap(self, path: str) -> int:
-        """A picture squashed to the tower's size, as the checkpoint's processor does it; llama.cpp
+        """An image squashed to the tower's size, as the checkpoint's processor does it; llama.cpp
         would pad it to a square.
         """
         from PIL import Image
 
-        picture = (
+        image = (
             Image.open(path)
             .convert("RGB")
             .resize((self.size["width"], self.size["height"]), Image.Resampling.BICUBIC)
         )
-        pixels = picture.tobytes()
+        pixels = image.tobytes()
         bitmap = self.mtmd.mtmd_bitmap_init(
-            *picture.size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
+            *image.size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
         )
         self.mtmd.mtmd_bitmap_set_id(bitmap, hashlib.sha256(pixels).hexdigest().encode())
         return bitmap
@@ -410,9 +408,9 @@ class Vllm:
         began, first, latest = time.perf_counter(), 0.0, None
         settings, ids = self.settings(temperature=0, max_tokens=tokens, ignore_eos=True), []
         for chat, number in zip(chats, self.asked, strict=False):
-            pictures = [Image.open(path).convert("RGB") for path in paths(chat)]
+            images = [Image.open(path).convert("RGB") for path in paths(chat)]
             ids.append(str(number))
-            given = {"prompt": spelt(chat, "<image>"), "multi_modal_data": {"image": pictures}}
+            given = {"prompt": spelt(chat, "<image>"), "multi_modal_data": {"image": images}}
             self.engine.add_request(ids[-1], given, settings)
         while self.engine.has_unfinished_requests():
             latest = next((one for one in self.engine.step() if one.request_id == ids[0]), latest)

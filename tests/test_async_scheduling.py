@@ -105,7 +105,7 @@ def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
     assert (found.cached, found.generated) == (len(MIXED[1]) + at, naive(sequel, 12))
 
 
-def test_who_comes_later_finds_those_who_went_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_request_joins_the_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt is read beside answers whose next tokens are known by then: each is computed
     once.
     """
@@ -136,7 +136,7 @@ def test_who_comes_later_finds_those_who_went_ahead(monkeypatch: pytest.MonkeyPa
     ],
     ids=str,
 )
-def test_nobody_goes_ahead_beside_one_whose_token_is_not_chosen_on_the_card(
+def test_no_step_runs_ahead_with_a_request_sampled_on_the_host(
     other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, e = Log(monkeypatch), engine(kv_block_size=16)
@@ -179,7 +179,9 @@ def test_a_step_ahead_that_fails_fails_alone() -> None:
     assert answers(e.generate(MIXED, GREEDY)) == expected()
 
 
-def test_where_a_step_ahead_cannot_be_captured_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_continues_where_a_step_ahead_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The second answer ends first: of one row is the first step that was launched ahead."""
     capture = CudaGraphDecoder._capture
 
@@ -287,7 +289,7 @@ def told(events: Iterable[Event]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_both_say_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests come, go and end, with and without pictures; in too little memory where they get it
+    """Requests come, go and end, with and without images; in too little memory where they get it
     by the piece.
     """
     chance, log = random.Random(seed), Log(monkeypatch)

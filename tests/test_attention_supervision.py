@@ -115,7 +115,7 @@ def test_an_answer_looks_at_what_it_names(
     ] == spots
 
 
-def test_a_description_looks_at_the_picture_that_it_has_come_to() -> None:
+def test_a_description_attends_to_the_image_that_it_describes() -> None:
     text = (
         "image 1: 1 thing. top left: small red star. image 2: 2 things. top left: small red star."
     )
@@ -135,7 +135,7 @@ def test_a_question_looks_at_what_it_mentions() -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_what_is_said_of_episodes_is_there(scenario: str) -> None:
+def test_what_answers_say_about_episodes_is_true(scenario: str) -> None:
     """Things and places in answers have a patch; a hidden thing may have none in that image."""
     named = missing = 0
     for number in range(40):
@@ -170,7 +170,7 @@ def sample(
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scenario: str) -> None:
+def test_tokens_look_at_the_patches_of_their_images(processor: Processor, scenario: str) -> None:
     """Tokens with targets, spelt out again, are the phrases of answers and the last words of
     questions'.
     """
@@ -179,7 +179,7 @@ def test_tokens_look_at_the_patches_of_their_pictures(processor: Processor, scen
         tokens, media = attended.prompt.tokens, attended.prompt.media
         keys = [
             m.start + n for m in media for n in range(m.layout.length)
-        ]  # of all pictures' patches, in order
+        ]  # of all images' patches, in order
         assert all(tokens[key] == processor.config.image_token_id for key in keys)
         answers = [(row, key) for row, key, mention in attended.targets if not mention]
         spelt = {

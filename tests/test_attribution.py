@@ -100,7 +100,7 @@ def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups:
 
 
 def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
-    """Changes, attention, maps and pictures of three images, from a network that is asked in the
+    """Changes, attention, maps and images of three images, from a network that is asked in the
     plainest way.
     """
     turn = bot.turn("First <image> then <image> and <image>?", files)

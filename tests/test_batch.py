@@ -19,7 +19,7 @@ from llava_interleave.batch import JsonRow, Reply, ReplyFn, Source, order, run
 from llava_interleave.errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from llava_interleave.options import Options
 from tests.helpers.batches import openai, shard
-from tests.helpers.benchmarks import kill_and_resume, picture
+from tests.helpers.benchmarks import kill_and_resume, save_image
 
 Asked = Sequence[Sequence[Mapping[str, Any]]]
 
@@ -130,7 +130,7 @@ def test_tables_and_folders(tmp_path: Path) -> None:
         Source(table)
     folder = tmp_path / "album"
     for name in ("10.png", "9.png", "set/2.png", "set/10.png"):
-        picture(folder / name)
+        save_image(folder / name)
     (folder / "notes.txt").write_text("-")
     (folder / "empty").mkdir()
     samples = [Source(folder, "What?").sample(i) for i in range(3)]
@@ -143,7 +143,7 @@ def test_tables_and_folders(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    """Paths in it are paths; pictures in it are theirs as they are, and the order stays
+    """Paths in it are paths; images in it are theirs as they are, and the order stays
     the file's.
     """
     pyarrow = pytest.importorskip("pyarrow")
@@ -159,11 +159,11 @@ def test_parquet(tmp_path: Path) -> None:
         [str(tmp_path / "a.png")], [str(tmp_path / "b.mp4"), str(tmp_path / "a.png")],
     ]  # fmt: skip
     assert set(source.media(0)) < set(source.media(1))
-    cells = [{"bytes": b"picture", "path": None}, {"bytes": b"film", "path": "x.MP4"}]
+    cells = [{"bytes": b"image", "path": None}, {"bytes": b"video", "path": "x.MP4"}]
     parquet.write_table(pyarrow.table({"image": cells, "id": [7, 8]}), path, row_group_size=1)
     other = Source(path, "What?")
     assert [other.sample(i).messages[0]["content"][0] for i in range(2)] == [
-        {"type": "image", "image": b"picture"}, {"type": "video", "video": b"film"},
+        {"type": "image", "image": b"image"}, {"type": "video", "video": b"video"},
     ]  # fmt: skip
     assert (other.sample(1).id, other.media(1)) == ("8", [])
     assert other.digest != source.digest
@@ -192,7 +192,7 @@ def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
         folder / "x-9.tar",
         ("a.v1/1.left.JPG", b"l"), ("a.v1/1.json", b'{"question": "Same?"}'),
         ("a.v1/1.right.jpg", b"r"),
-        ("a.v1/2.mp4", b"film"),
+        ("a.v1/2.mp4", b"video"),
         ("a.v1/2.json", b'{"id": 5, "url": "https://x", "image_path": "/etc/passwd"}'),
         ("a.v1/.hidden", b"-"), ("noext", b"-"), ("__meta__/a.jpg", b"-"),
         ("a.v1/1.png", b"again"), ("b/1.jpg", b"first"),
@@ -206,7 +206,7 @@ def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
             {"type": "image", "image": b"r"},
             {"type": "text", "text": "Same?"},
         ],
-        [{"type": "video", "video": b"film"}, {"type": "text", "text": "What?"}],
+        [{"type": "video", "video": b"video"}, {"type": "text", "text": "What?"}],
         [{"type": "image", "image": b"again"}, {"type": "text", "text": "What?"}],
         [{"type": "image", "image": b"first"}, {"type": "text", "text": "What?"}],
         [{"type": "image", "image": b"last"}, {"type": "text", "text": "What?"}],
@@ -276,7 +276,7 @@ def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("name", "content"),
     [("in.txt", "x"), ("in.jsonl", "\n\n"), ("in.csv", "question\n"), ("none.jsonl", None)],
 )
-def test_sources_that_are_none(name: str, content: str | None, tmp_path: Path) -> None:
+def test_invalid_sources(name: str, content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=name):

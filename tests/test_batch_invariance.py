@@ -37,18 +37,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @cache
 def prompts(image: int, size: int, grid: int) -> tuple[Prompt, ...]:
-    """Eight, of 15 to 230 tokens, the first two with one beginning; some with pictures, which two
+    """Eight, of 15 to 230 tokens, the first two with one beginning; some with images, which two
     of them share.
     """
 
-    def one(number: int, words: int, *pictures: int) -> Prompt:
+    def one(number: int, words: int, *seeds: int) -> Prompt:
         tokens, media = [5 + (number + i * i) % 200 for i in range(words)], []
-        for picture in pictures:
+        for seed in seeds:
             pixels = (
-                torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(picture)) * 2
-                - 1
+                torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
             )
-            media.append(Media(pixels, ImageTokenLayout(grid, 1), bytes([picture]), len(tokens)))
+            media.append(Media(pixels, ImageTokenLayout(grid, 1), bytes([seed]), len(tokens)))
             tokens += [image] * grid**2 + [7, 8, 7, 8, 7, 8]
         return Prompt(tokens, tuple(media))
 
@@ -116,7 +115,7 @@ def test_it_is_the_same_with_little_memory_and_after_others(model: Llava) -> Non
     assert again == alone + alone
 
 
-def test_it_is_asked_for_by_keyword_and_by_flag(tmp_path: Path) -> None:
+def test_it_is_a_keyword_and_a_flag(tmp_path: Path) -> None:
     folder = str(tiny_checkpoint(tmp_path))
     flags = ModelFlags(folder, device="cpu", batch_invariant=True)
     assert (
@@ -131,7 +130,7 @@ def test_it_is_asked_for_by_keyword_and_by_flag(tmp_path: Path) -> None:
     )
 
 
-def test_a_prefix_is_used_as_far_as_it_was_computed_in_whole_pieces(model: Llava) -> None:
+def test_a_prefix_is_reused_up_to_its_last_whole_chunk(model: Llava) -> None:
     e = Engine(
         model,
         eos_ids={300},

@@ -93,7 +93,7 @@ def test_bytes_of_a_token_are_those_of_the_modules_that_ran(
     assert decoder_bytes(model) == sum(read.values())
 
 
-def test_every_round_has_new_pictures_and_its_second_question_none(folder: Path) -> None:
+def test_every_round_has_new_images_but_its_second_question_has_none(folder: Path) -> None:
     bot, seen = load(folder), []
     report = measure(
         bot, images=3, tokens=4, rounds=2, progress=lambda done, total: seen.append((done, total))
@@ -134,7 +134,7 @@ def test_the_command_prints_a_table_or_json(folder: Path) -> None:
     assert all(f"{name}: " in shown.output for name in report["about"])
 
 
-def test_the_bench_beside_transformers(folder: Path, tmp_path: Path) -> None:
+def test_the_bench_compares_with_transformers(folder: Path, tmp_path: Path) -> None:
     """A piece of it: both wrote the same tokens, every figure of both is there and on the page."""
     out, page = tmp_path / "latest.json", tmp_path / "page" / "index.html"
     systems = ["llava float32", "transformers float32"]

@@ -35,7 +35,7 @@ def turn(role: str, text: str, *images: str) -> dict[str, Any]:
     }
 
 
-def test_a_chat_is_spelt_as_the_checkpoints_template_does(
+def test_a_chat_is_rendered_as_the_checkpoints_template_does(
     systems: ModuleType, tmp_path: Path
 ) -> None:
     processor = pytest.importorskip("transformers").AutoProcessor.from_pretrained(

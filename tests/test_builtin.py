@@ -41,7 +41,7 @@ FLOOR = {"single": 0.86, "multi": 0.85, "video": 0.88, "views": 0.87}
 
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_it_knows_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None:
+def test_accuracy_on_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None:
     """A part of `llava eval recipes.tiny_world.benchmark:World`; the whole figures are in the
     model's card.
     """
@@ -50,7 +50,7 @@ def test_it_knows_its_world(bot: Chatbot, scenario: str, held_out: bool) -> None
 
 
 def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> None:
-    """Saved by us, loaded by transformers: the same text for pictures, a video and views, in both
+    """Saved by us, loaded by transformers: the same text for images, a video and views, in both
     ways to write a prompt.
     """
     transformers = pytest.importorskip("transformers")
@@ -96,7 +96,7 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
         )
 
 
-def test_a_second_question_computes_no_picture_again(bot: Chatbot) -> None:
+def test_a_second_question_computes_no_image_again(bot: Chatbot) -> None:
     shown = render(episode("multi", Random(11)), 96)
     first = bot.ask("How many images are there?", shown)
     second = bot.ask("Which image has the most things?", shown)

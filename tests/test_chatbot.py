@@ -211,15 +211,15 @@ def test_attachments_stand_where_the_question_says(bot: Chatbot, files: list[Pat
 
 
 def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
-    """Content decides for files, the name for URLs; a film called .png is a film."""
-    gif = tmp_path / "film.png"
+    """Content decides for files, the name for URLs; a video called .png is a video."""
+    gif = tmp_path / "clip.png"
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
     assert part(gif)["type"] == part(gif.read_bytes())["type"] == "video"
     assert part(str(files[0])) == {"type": "image", "path": str(files[0])}
-    assert part("https://example.org/a/film.mp4?size=1") == {
+    assert part("https://example.org/a/clip.mp4?size=1") == {
         "type": "video",
-        "url": "https://example.org/a/film.mp4?size=1",
+        "url": "https://example.org/a/clip.mp4?size=1",
     }
     assert part("https://example.org/image.jpg")["type"] == "image"
     assert part("https://example.org/clip")["type"] == "media"
@@ -233,19 +233,19 @@ def test_kinds_of_attachments(files: list[Path], tmp_path: Path) -> None:
 
 
 def test_every_kind_of_attachment_is_answered(bot: Chatbot, files: list[Path]) -> None:
-    picture = Image.open(files[0]).convert("RGB")
+    image = Image.open(files[0]).convert("RGB")
     same = [
         files[0],
         str(files[0]),
         files[0].read_bytes(),
-        picture,
-        np.array(picture),
+        image,
+        np.array(image),
         {"type": "image", "path": str(files[0])},
     ]
     assert len({bot.ask("What?", [one], max_new_tokens=5).tokens for one in same}) == 1
     grid = bot.model.config.vision.grid
     folder = {"type": "video", "path": str(files[0].parent)}
-    for video in (folder, [picture, picture], np.stack([np.array(picture)] * 2)):
+    for video in (folder, [image, image], np.stack([np.array(image)] * 2)):
         prompt = bot.prompt(bot.turn("What?", [video]))
         assert [m.layout.length for m in prompt.media] == [2 * grid**2]
     both = bot.prompt(bot.turn("What?", [files[0].parent]))  # blue.png, red.png: two photos
@@ -279,14 +279,14 @@ def test_a_folder_is_its_photos_or_a_video_where_names_number_frames(tmp_path: P
     assert parts(clip) == [{"type": "video", "path": str(clip)}]
 
 
-def test_a_film_is_attached_like_a_picture(bot: Chatbot, tmp_path: Path) -> None:
-    with av.open(tmp_path / "film.mp4", "w") as file:
+def test_a_video_is_attached_like_an_image(bot: Chatbot, tmp_path: Path) -> None:
+    with av.open(tmp_path / "clip.mp4", "w") as file:
         stream = file.add_stream("mpeg4", rate=8, width=64, height=48, pix_fmt="yuv420p")
         for shade in range(16):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade * 16, np.uint8))
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    asked = bot.turn("What happens?", [tmp_path / "film.mp4"])
+    asked = bot.turn("What happens?", [tmp_path / "clip.mp4"])
     assert [m.layout.crops for m in bot.prompt(asked, frames=4).media] == [4]
     assert [m.layout.crops for m in bot.prompt(asked, fps=4, end=1.0).media] == [5]
     assert bot.estimate(asked, frames=4, frame_times=True).total == len(
@@ -327,13 +327,13 @@ def test_a_conversation_goes_on(bot: Chatbot, files: list[Path], tmp_path: Path)
 
 def test_objects_in_memory_are_saved_whole(bot: Chatbot, files: list[Path], tmp_path: Path) -> None:
     talk = bot.conversation()
-    picture = Image.open(files[0]).convert("RGB")
-    views = {"type": "views", "views": {"front": picture, "left": np.array(picture)}}
+    image = Image.open(files[0]).convert("RGB")
+    views = {"type": "views", "views": {"front": image, "left": np.array(image)}}
     talk.attach(
-        picture,
-        np.array(picture),
+        image,
+        np.array(image),
         files[1].read_bytes(),
-        [picture, picture],
+        [image, image],
         files[0].parent,
         views,
     )
@@ -422,7 +422,7 @@ def test_auto_is_the_fastest_that_loses_nothing(
     assert pick_precision("auto", half, "cpu") == (torch.bfloat16, None)
 
 
-def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
+def test_auto_never_chooses_a_dtype_that_the_cpu_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without AVX-512 PyTorch multiplied 1.3 GFLOP/s in bfloat16 and 150 in float32: an answer
@@ -449,7 +449,7 @@ def test_nobody_is_left_with_products_that_a_cpu_does_not_have(
         load(half, precision="float16", device="cpu")
 
 
-def test_auto_takes_the_card_that_the_network_fits(
+def test_auto_takes_the_gpu_that_the_network_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the CPU, and says by how much: out of memory at the first long prompt is no way to learn
@@ -476,7 +476,7 @@ def test_auto_takes_the_card_that_the_network_fits(
         )
     monkeypatch.setattr(places, "MAX_FLOAT32_PARAMETERS", 0)
     config, dtype = checkpoints.Checkpoint.open(folder).config, torch.bfloat16
-    kv = 4096 * 2 * 2 * 256 * 2  # tokens, layers, keys and values, width, bytes
+    kv = 4096 * 2 * 2 * 256 * 2  # tokens, layers, K and V, width, bytes
     need = {
         few: checkpoints.weight_bytes(config, dtype, few, "cuda") + kv + (1 << 30)
         for few in (None, "int4")
@@ -498,7 +498,7 @@ def test_auto_takes_the_card_that_the_network_fits(
     assert pick_precision("fp8", folder, "cuda") == (dtype, "fp8")
 
 
-def test_keys_and_values_get_what_a_card_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kv_cache_gets_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         places, "profile_kv_bytes", lambda model, kv_precision: (model, kv_precision)
     )

@@ -164,7 +164,7 @@ def test_a_node_killed_in_the_middle_loses_nothing(nodes: Any, tmp_path: Path) -
     assert not out.with_name("out.jsonl.part").exists()
 
 
-def test_what_is_done_is_kept_and_the_next_run_goes_on(
+def test_finished_rows_are_kept_and_the_next_run_resumes(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bug ends the run, and is told; without it the same run asks only for what is left."""
@@ -235,7 +235,7 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ["answer" in row for row in one] == [True] * 5 + [False] * 4
 
 
-def test_mistakes_are_told_once(nodes: Any, tmp_path: Path) -> None:
+def test_user_errors_are_reported_once(nodes: Any, tmp_path: Path) -> None:
     source = samples(tmp_path, 2)
     for address, echo, told in (
         (nodes.address, Echo(given=(("seed", 13),)), "^not this seed$"),

@@ -229,7 +229,7 @@ def test_a_decoder_from_gguf(
     assert own.encode(text) == source.encode(text).ids and own.image_id == WORDS
 
 
-def test_new_embeddings_are_drawn_around_the_old() -> None:
+def test_new_embeddings_are_sampled_around_the_mean_of_the_old() -> None:
     """With the mean, and 1e-5 of the covariance, of the old; the same for the same seed."""
     random = torch.Generator().manual_seed(0)
     old = torch.randn(50, 4, generator=random) @ torch.randn(4, 4, generator=random) + 3
@@ -242,7 +242,7 @@ def test_new_embeddings_are_drawn_around_the_old() -> None:
     assert not torch.equal(*again[0])
 
 
-def test_mistakes_are_told(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+def test_user_errors(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     (tmp_path / "decoder").mkdir()
     decoder("llama", tmp_path / "decoder")
     tower, path = towers["alone"][0], tmp_path / "decoder" / "config.json"

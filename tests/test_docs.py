@@ -246,6 +246,20 @@ def test_recipe_keys_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+@pytest.mark.parametrize(("results", "page"), [("latest", "index"), ("avx2", "avx2")])
+def test_bench_pages_are_those_of_the_template(
+    results: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stylesheet for all reports: a page is rendered again when it changes."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    source, committed = (ROOT / "docs/bench" / f for f in (f"{results}.json", f"{page}.html"))
+    monkeypatch.setattr("sys.argv", ["page.py", str(source), str(tmp_path / page)])
+    importlib.import_module("page").main()
+    assert (tmp_path / page).read_text("utf-8") == committed.read_text("utf-8"), (
+        f"run `python bench/page.py docs/bench/{results}.json docs/bench/{page}.html`"
+    )
+
+
 def test_public_names_have_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     assert not list(importlib.import_module("hooks").undocumented())

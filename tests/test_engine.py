@@ -86,7 +86,7 @@ def test_a_follow_up_turn_reuses_the_answer_too() -> None:
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_a_changed_image_keeps_everything_before_it_and_nothing_after(changed: int) -> None:
-    """Keys by placeholder ids alone would take one picture's keys for another's: the same tokens,
+    """Keys by placeholder ids alone would take one image's keys for another's: the same tokens,
     another answer.
     """
 
@@ -215,7 +215,7 @@ def test_stream_folded_equals_generate() -> None:
 
 
 @pytest.mark.parametrize("steps", range(8))
-def test_abort_frees_everything_and_disturbs_nobody(steps: int) -> None:
+def test_abort_frees_everything_and_changes_no_other_answer(steps: int) -> None:
     e = engine(max_num_batched_tokens=20, max_batched_images=2, max_num_seqs=3)
     requests = [e.add(p, GREEDY) for p in MIXED]
     for _ in range(steps):
@@ -234,7 +234,7 @@ def test_abort_frees_everything_and_disturbs_nobody(steps: int) -> None:
     e.check()
 
 
-def test_an_error_fails_what_was_in_the_step_and_the_rest_goes_on() -> None:
+def test_an_error_fails_the_requests_of_its_step_only() -> None:
     e, model = failing(max_num_seqs=2)
     requests = [e.add(p, GREEDY) for p in MIXED]
     e.step()

@@ -21,7 +21,7 @@ from llava_interleave.journal import read
 from llava_interleave.options import Options
 from recipes.tiny_world import benchmark
 from tests.helpers.batches import openai, shard
-from tests.helpers.benchmarks import BROKEN, WHOLE, bench, embedded, made, parquet, picture
+from tests.helpers.benchmarks import BROKEN, WHOLE, bench, embedded, made, parquet, save_image
 from tests.helpers.cli import llava
 
 WORLD = "recipes.tiny_world.benchmark:World"
@@ -142,7 +142,7 @@ def test_bench_and_diff(tiny: Path, tmp_path: Path) -> None:
 
 def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
-        picture(tmp_path / name, colour)
+        save_image(tmp_path / name, colour)
     samples: list[dict[str, Any]] = [
         {"id": "1", "question": "What?", "images": ["a.png"]},
         {"id": "2", "question": "What?", "images": ["missing.png"]},
@@ -166,15 +166,15 @@ def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> None:
-    """A picture within a shard or a Parquet file is the picture in a file beside it."""
-    picture(tmp_path / "a.png", "red")
-    picture(tmp_path / "b.png", "blue")
+    """An image within a shard or a Parquet file is the image in a file beside it."""
+    save_image(tmp_path / "a.png", "red")
+    save_image(tmp_path / "b.png", "blue")
     data = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
     shard(
         tmp_path / "in.tar",
         ("1.left.png", data[0]),
         ("1.right.png", data[1]),
-        ("2.png", b"no picture"),
+        ("2.png", b"no image"),
     )
     words = ("-m", tiny, "--max-new-tokens", 6, "--question", "Same?")
     assert llava("batch", tmp_path / "in.tar", tmp_path / "out.jsonl", *words).code == 1
@@ -192,10 +192,10 @@ def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
-    """Embedded pictures reach the model and the report; figures stand beside the means."""
+    """Embedded images reach the model and the report; figures stand beside the means."""
     for name in ("blink", "pope"):
         made(tmp_path, name)
-    picture(tmp_path / "pope/val2014/COCO_val2014_000000310196.jpg")
+    save_image(tmp_path / "pope/val2014/COCO_val2014_000000310196.jpg")
     out = tmp_path / "out"
     done = llava(
         "eval",
@@ -226,7 +226,7 @@ def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
     assert (out / "blink.html").read_text().count("<img") == 4
 
 
-def test_a_wrong_option_is_told_once(tiny: Path, tmp_path: Path) -> None:
+def test_a_wrong_option_is_reported_once(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "a"}\n{"question": "b"}\n')
     done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny, "--top-p", 7)
     assert (done.code, done.err.count("\n")) == (2, 1)
@@ -255,7 +255,7 @@ def test_a_samples_own_options_fail_alone(tiny: Path, tmp_path: Path) -> None:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Says how many pictures it was sent; is busy at first, and refuses a question with `moved`."""
+    """Says how many images it was sent; is busy at first, and refuses a question with `moved`."""
 
     busy = 1
     bodies: list[dict[str, Any]] = []  # noqa: RUF012
@@ -273,7 +273,7 @@ class Server(BaseHTTPRequestHandler):
         Server.bodies.append(body)
         content = json.dumps(body["messages"][-1]["content"])
         if "two pieces" in content:
-            return self.reply(400, {"error": {"message": "too many pictures"}})
+            return self.reply(400, {"error": {"message": "too many images"}})
         text = str(content.count("data:image/png;base64,"))
         return self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
 
@@ -300,7 +300,7 @@ def url() -> Iterator[str]:
     thread.join()
 
 
-def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
+def test_a_server_answers_the_questions(url: str, tmp_path: Path) -> None:
     """Files travel as data URLs; busy is waited for, a refusal is the sample's own, a wrong key
     ends the run.
     """
@@ -337,7 +337,7 @@ def test_a_server_is_asked(url: str, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     run, rows = read(tmp_path / "interleave-in.jsonl")
     assert [row["answer"] for row in rows] == ["2", "2", ""]
-    assert "too many pictures" in rows[2]["error"]
+    assert "too many images" in rows[2]["error"]
     assert (run["model"], run["precision"]) == ("their-model", "the server's")
     assert all(
         (body["model"], body["temperature"], body["max_tokens"]) == ("their-model", 0, 1024)

@@ -58,8 +58,8 @@ def rows_of(task: Task, answer: Any, folder: Path, **more: Any) -> list[JsonRow]
 
 
 def test_interleave_bench(tmp_path: Path) -> None:
-    """Prompts are the human turns with pictures in place; a later turn has the answers before it,
-    and its own pictures.
+    """Prompts are the human turns with images in place; a later turn has the answers before it,
+    and its own images.
     """
     task = interleave.load("interleave-in", bench(tmp_path, WHOLE))
     assert not task.faults
@@ -148,7 +148,7 @@ def test_broken_samples_are_named_and_the_rest_is_scored(tmp_path: Path) -> None
     )
     folder = tmp_path / "interleave/Split1"
     (folder / "VIST/8-0.png").unlink()
-    (folder / "Spot-the-Diff/2-1.png").write_bytes(b"no picture")
+    (folder / "Spot-the-Diff/2-1.png").write_bytes(b"no image")
     task = interleave.load("interleave-in", tmp_path)
     assert [e.id for e in task.examples] == ["RAVEN/1/1", "CLEVR-Change/1/1"]
     assert len(task.faults) == len(BROKEN) + 2
@@ -233,7 +233,7 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_torn_line_is_taken_off_at_every_place(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_removed_at_every_length(tmp_path: Path) -> None:
     """Wherever a file was cut, what is whole is kept and the rest answered again."""
     task = counting(2)
     answer = said({str(i): str(i) for i in range(2)})
@@ -272,7 +272,7 @@ def test_journals_are_not_mixed(tmp_path: Path) -> None:
         Journal(path, {"task": "a", "precision": "float32"})
 
 
-def test_a_changed_question_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_question_is_an_error(tmp_path: Path) -> None:
     rows_of(counting(2), said({}), tmp_path)
     changed = counting(2)
     odd = Example(
@@ -486,7 +486,7 @@ def test_published_forms(name: str, tmp_path: Path) -> None:
     assert set(CASES) == set(published.TASKS) == set(evaluate.PUBLISHED)
 
 
-def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
+def test_images_stand_where_the_text_says(tmp_path: Path) -> None:
     """MuirBench's and RAVEN's in place, the right ones; BLINK's before; what a row lacks is left
     out.
     """
@@ -521,7 +521,7 @@ def test_pictures_stand_where_the_text_says(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
+def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
     made(tmp_path, "muirbench")
     (tmp_path / "muirbench/data/test-00001-of-00002.parquet").unlink()
     with pytest.raises(
@@ -615,7 +615,7 @@ def test_mvbench_asks_about_a_part(tmp_path: Path) -> None:
     assert (tmp_path / "m.html").read_text().count("<img") == 4
 
 
-def test_another_form_is_said(tmp_path: Path) -> None:
+def test_another_format_is_an_error(tmp_path: Path) -> None:
     made(tmp_path, "qbench")
     (tmp_path / "qbench/llvisionqa_dev.json").write_text(
         '[{"img_path": "a", "question": "?", "candidates": ["x"], "correct_ans": "y"}]'

@@ -105,7 +105,7 @@ def decoding(clients: dict[str, int]) -> Scheduler:
     return s
 
 
-def test_a_single_answer_keeps_half_its_speed_beside_sixteen() -> None:
+def test_a_single_answer_keeps_half_its_speed_next_to_sixteen() -> None:
     """Where each answer of a step takes time of its own, as on a CPU."""
     gaps = timed(s := decoding({"many": 16, "one": 1}), lambda n: 2 + n, 600)[20:]
     assert sum(gaps) / len(gaps) < 2 * 3 * 1.1

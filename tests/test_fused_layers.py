@@ -86,12 +86,12 @@ def quantize(layers: Iterable[nn.Module], bits: int) -> None:
                 setattr(part, name, q)
 
 
-def sequences(slabs: ContiguousKVCache, spans: list[tuple[int, int]]) -> list[Span]:
+def sequences(cache: ContiguousKVCache, spans: list[tuple[int, int]]) -> list[Span]:
     """Memories with the same contents at every call."""
     torch.manual_seed(1)
     made = [Span(SequenceKV(CacheKey.of([]), at, at + new + 3), at, at + new) for at, new in spans]
     for span in made:
-        slabs.prepare(span.kv)
+        cache.prepare(span.kv)
         assert span.kv.contiguous is not None
         for tensor in (tensor for tensors, _ in span.kv.contiguous.tensors() for tensor in tensors):
             if tensor.dtype == torch.int8:
@@ -130,13 +130,13 @@ def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits:
     call does.
     """
     c = SHAPES[shape]
-    network, slabs = (
+    network, cache = (
         decoder(c, bits),
         ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), int8=in_8_bits),
     )
     x, positions = step(c, SPANS)
-    one, other = sequences(slabs, SPANS), sequences(slabs, SPANS)
-    by_layer = network(x, positions, slabs.attend(one))
+    one, other = sequences(cache, SPANS), sequences(cache, SPANS)
+    by_layer = network(x, positions, cache.attend(one))
     fused = FusedDecoder(network)(x, positions, [fused_sequence(span) for span in other])
     assert float((fused - by_layer).norm() / by_layer.norm()) < 0.01
     for ours, theirs in zip(contents(other), contents(one), strict=True):
@@ -146,7 +146,7 @@ def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits:
     exact = sequences(
         ContiguousKVCache(c, torch.float32, torch.device("cpu"), int8=in_8_bits), SPANS
     )
-    for a, b in zip(contents(exact), contents(sequences(slabs, SPANS)), strict=True):
+    for a, b in zip(contents(exact), contents(sequences(cache, SPANS)), strict=True):
         a.copy_(b)
     right = network(
         x.float(),
@@ -158,9 +158,9 @@ def test_it_is_what_the_layers_make_one_by_one(shape: str, bits: int, in_8_bits:
 
 @pytest.mark.parametrize("in_8_bits", [False, True])
 @torch.inference_mode()
-def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
+def test_neither_batch_nor_threads_change_a_bit(in_8_bits: bool) -> None:
     c = SHAPES["grouped"]
-    fused, slabs = (
+    fused, cache = (
         FusedDecoder(decoder(c, 4)),
         ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), int8=in_8_bits),
     )
@@ -170,12 +170,12 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
     try:
         for several in (1, 2, 5):
             torch.set_num_threads(several)
-            spans = sequences(slabs, SPANS)
+            spans = sequences(cache, SPANS)
             found.append(fused(x, positions, [fused_sequence(span) for span in spans]))
             memories.append(contents(spans))
     finally:
         torch.set_num_threads(threads)
-    alone = sequences(slabs, SPANS)
+    alone = sequences(cache, SPANS)
     tokens = [Span(span.kv, at, at + 1) for span in alone for at in range(span.start, span.stop)]
     found.append(
         torch.cat(
@@ -186,7 +186,7 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
         )
     )
     memories.append(contents(alone))
-    cut = sequences(slabs, SPANS)
+    cut = sequences(cache, SPANS)
     for width in (7, 100):  # pieces of each sequence, one after another
         pieces, first = [], 0
         for span in cut:
@@ -207,15 +207,15 @@ def test_neither_company_nor_threads_change_a_bit(in_8_bits: bool) -> None:
 
 @pytest.mark.parametrize("in_8_bits", [False, True])
 @torch.inference_mode()
-def test_what_is_asked_for_is_as_if_all_were(in_8_bits: bool) -> None:
-    """Of each sequence the last so many rows, to the bit; keys and values are kept of all."""
+def test_returned_rows_equal_those_of_all_rows(in_8_bits: bool) -> None:
+    """Of each sequence the last so many rows, to the bit; the KV cache gets all."""
     c = SHAPES["grouped"]
-    fused, slabs = (
+    fused, cache = (
         FusedDecoder(decoder(c, 4)),
         ContiguousKVCache(c, torch.bfloat16, torch.device("cpu"), int8=in_8_bits),
     )
     x, positions = step(c, SPANS)
-    whole = sequences(slabs, SPANS)
+    whole = sequences(cache, SPANS)
     every = fused(x, positions, [fused_sequence(span) for span in whole]).split(
         [new for _, new in SPANS]
     )
@@ -228,7 +228,7 @@ def test_what_is_asked_for_is_as_if_all_were(in_8_bits: bool) -> None:
             (2, [0] * 7),
         ):
             torch.set_num_threads(several)
-            spans = sequences(slabs, SPANS)
+            spans = sequences(cache, SPANS)
             found = fused(
                 x,
                 positions,
@@ -303,8 +303,8 @@ def test_where_it_is_possible() -> None:
 
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-def test_an_engines_answers_are_the_same_in_any_company(kv: str, tmp_path: Path) -> None:
-    """To the last bit of their log-probabilities: alone, with guesses, beside other answers, and
+def test_answers_are_the_same_in_any_batch(kv: str, tmp_path: Path) -> None:
+    """To the last bit of their log-probabilities: alone, with draft tokens, batched with other answers, and
     beside prompts under way.
     """
     shape = tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     media = tmp_path_factory.mktemp("media")
     made = [media / f"{colour}.png" for colour in ("red", "green", "blue")]
     for index, path in enumerate(made):
@@ -58,8 +58,8 @@ def theirs(folder: Path) -> tuple[Any, Any]:
     return model, transformers.AutoProcessor.from_pretrained(folder)
 
 
-def chat(*pictures: object, text: str = "What differs?") -> list[dict[str, Any]]:
-    parts = [{"type": "image", "image": picture} for picture in pictures]
+def chat(*images: object, text: str = "What differs?") -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
 
@@ -69,7 +69,9 @@ def same(ours: Any, theirs: Any) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_the_cards_transformers_snippet(ours: Any, theirs: Any, pictures: list[Path]) -> None:
+def test_the_transformers_snippet_of_the_model_card(
+    ours: Any, theirs: Any, images: list[Path]
+) -> None:
     conversation = [
         {
             "role": "user",
@@ -79,7 +81,7 @@ def test_the_cards_transformers_snippet(ours: Any, theirs: Any, pictures: list[P
     outputs = []
     for model, processor in (ours, theirs):
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
-        raw_image = Image.open(pictures[0])
+        raw_image = Image.open(images[0])
         inputs = processor(images=raw_image, text=prompt, return_tensors="pt").to(
             "cpu", torch.float32
         )
@@ -100,17 +102,17 @@ def test_the_cards_transformers_snippet(ours: Any, theirs: Any, pictures: list[P
 
 
 def test_a_tokenised_chat_loads_its_images(
-    ours: Any, theirs: Any, pictures: list[Path], site: str
+    ours: Any, theirs: Any, images: list[Path], site: str
 ) -> None:
     """By path and object, in several turns; a URL of this machine is refused as everywhere."""
-    named = chat(str(pictures[0]), text="This?")
-    named[0]["content"][1] = {"type": "image", "path": str(pictures[0])}
+    named = chat(str(images[0]), text="This?")
+    named[0]["content"][1] = {"type": "image", "path": str(images[0])}
     named += [
         {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
-        *chat(Image.open(pictures[2]), text="And?"),
+        *chat(Image.open(images[2]), text="And?"),
     ]
     opened = [
-        named[0] | {"content": chat(Image.open(pictures[0]), text="This?")[0]["content"]},
+        named[0] | {"content": chat(Image.open(images[0]), text="This?")[0]["content"]},
         *named[1:],
     ]
     flags = {
@@ -128,8 +130,8 @@ def test_a_tokenised_chat_loads_its_images(
 
 
 @pytest.fixture(scope="module")
-def site(pictures: list[Path]) -> Iterator[str]:
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=pictures[0].parent)
+def site(images: list[Path]) -> Iterator[str]:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=images[0].parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -139,14 +141,14 @@ def site(pictures: list[Path]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batches(ours: Any, theirs: Any, pictures: list[Path], side: str) -> None:
+def test_padded_batches(ours: Any, theirs: Any, images: list[Path], side: str) -> None:
     """Ids and pixels equal transformers'; each row is answered as it is alone, on whichever side it
     is padded.
 
     Transformers itself answers right-padded rows wrongly (it goes on after the padding), so there
     ours is compared with alone.
     """
-    images = [Image.open(path) for path in pictures]
+    images = [Image.open(path) for path in images]
     texts = [
         processor_text("What is it?", 1),
         processor_text("A longer question about two pictures: what differs between them?", 2),
@@ -173,10 +175,10 @@ def processor_text(question: str, images: int) -> str:
     return f"<|im_start|>user\n{'<image>' * images}\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_several_conversations(ours: Any, theirs: Any, pictures: list[Path]) -> None:
+def test_several_conversations(ours: Any, theirs: Any, images: list[Path]) -> None:
     chats = [
-        chat(Image.open(pictures[0])),
-        chat(Image.open(pictures[1]), Image.open(pictures[2]), text="Hm?"),
+        chat(Image.open(images[0])),
+        chat(Image.open(images[1]), Image.open(images[2]), text="Hm?"),
     ]
     flags = {
         "add_generation_prompt": True,
@@ -214,10 +216,10 @@ def records_equal(ours: list[Any], theirs: list[Any]) -> None:
             assert mine == other
 
 
-def test_pipeline_by_name(folder: Path, pictures: list[Path]) -> None:
+def test_pipeline_by_name(folder: Path, images: list[Path]) -> None:
     """The card's first snippet; loading by name goes through the same way as loading the parts."""
     messages = chat(text="What does the label represent?")
-    messages[0]["content"].insert(0, {"type": "image", "path": str(pictures[0])})
+    messages[0]["content"].insert(0, {"type": "image", "path": str(images[0])})
     pipe = pipeline("image-text-to-text", model=folder)
     out = pipe(text=messages, max_new_tokens=20)
     assert out[0]["input_text"] == messages
@@ -226,8 +228,8 @@ def test_pipeline_by_name(folder: Path, pictures: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("flags", [{}, {"return_full_text": False}, {"return_tensors": True}])
-def test_pipeline_outputs(pipes: Any, pictures: list[Path], flags: dict[str, bool]) -> None:
-    images = [Image.open(path) for path in pictures]
+def test_pipeline_outputs(pipes: Any, images: list[Path], flags: dict[str, bool]) -> None:
+    images = [Image.open(path) for path in images]
     asked = chat(images[0])
     begun = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "There is a"}]}]
     raw = [processor_text("Hm?", 1), processor_text("Hm?", 1)]
@@ -257,7 +259,7 @@ def test_several_texts_are_answered_each_alone(pipes: Any) -> None:
     )
 
 
-def test_an_answer_begun_as_a_plain_text_goes_on(pipes: Any) -> None:
+def test_an_answer_begun_as_plain_text_is_continued(pipes: Any) -> None:
     """As one begun in parts; transformers has no answer for it."""
     asked = {"role": "user", "content": "Hm?"}
     plain, parts = (
@@ -271,12 +273,12 @@ def test_an_answer_begun_as_a_plain_text_goes_on(pipes: Any) -> None:
     )
 
 
-def test_an_image_part_under_each_of_its_names(ours: Any, pictures: list[Path]) -> None:
-    embedded = base64.b64encode(pictures[0].read_bytes()).decode()
-    named = [{"type": "image", key: str(pictures[0])} for key in ("image", "path", "url")]
+def test_an_image_part_under_each_of_its_names(ours: Any, images: list[Path]) -> None:
+    embedded = base64.b64encode(images[0].read_bytes()).decode()
+    named = [{"type": "image", key: str(images[0])} for key in ("image", "path", "url")]
     named += [
         {"type": "image_url", "image_url": url}
-        for url in (f"data:image/png;base64,{embedded}", {"url": str(pictures[0])})
+        for url in (f"data:image/png;base64,{embedded}", {"url": str(images[0])})
     ]
     named += [{"type": "image", "base64": embedded}]
     flags = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -305,21 +307,21 @@ def test_sampling_is_repeatable_from_torchs_seed(ours: Any) -> None:
     assert drawn[0].shape[0] == 3
 
 
-def test_half_precision(ours: Any, folder: Path, pictures: list[Path]) -> None:
+def test_half_precision(ours: Any, folder: Path, images: list[Path]) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(
         folder, torch_dtype=torch.float16, low_cpu_mem_usage=True
     )
     assert model.dtype == torch.float16
     assert model.to("cpu", torch.bfloat16).dtype == torch.bfloat16
     inputs = ours[1](
-        images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt"
+        images=Image.open(images[0]), text=processor_text("Hm?", 1), return_tensors="pt"
     ).to("cpu", torch.bfloat16)
     assert inputs["pixel_values"].dtype == torch.bfloat16
     assert inputs["input_ids"].dtype == torch.int64
     assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
 
 
-def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capabilities_of_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card's GPU lines, as far as a machine without one can follow them: what is asked of the
     loader and of the network.
     """
@@ -365,7 +367,7 @@ def test_what_a_card_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         model.to(2)
 
 
-def test_weights_of_few_bits_stay_where_they_are(folder: Path, tmp_path: Path) -> None:
+def test_quantized_weights_stay_where_they_are(folder: Path, tmp_path: Path) -> None:
     checkpoints.save(
         checkpoints.load(folder, precision="int8"), tmp_path / "int8", processor_from=folder
     )
@@ -397,7 +399,7 @@ def test_what_a_cpu_cannot_do_is_refused(folder: Path) -> None:
     assert load(folder, device_map="auto").device.type == "cpu"
 
 
-def test_mistakes(ours: Any, folder: Path, pictures: list[Path]) -> None:
+def test_mistakes(ours: Any, folder: Path, images: list[Path]) -> None:
     model, processor = ours
     inputs = processor(text=processor_text("Hm?", 0), return_tensors="pt")
     with pytest.raises(OptionError, match="did you mean 'max_new_tokens'"):
@@ -407,7 +409,7 @@ def test_mistakes(ours: Any, folder: Path, pictures: list[Path]) -> None:
     with pytest.raises(Unsupported, match="beam"):
         model.generate(**inputs, num_beams=4)
     with pytest.raises(PromptError, match="2 <image> but 1 images"):
-        processor(images=Image.open(pictures[0]), text="<image><image>", return_tensors="pt")
+        processor(images=Image.open(images[0]), text="<image><image>", return_tensors="pt")
     with pytest.raises(PromptError, match="image tokens"):
         model.generate(input_ids=torch.tensor([[5, model.model.config.image_token_id]]))
     with pytest.raises(OptionError, match="padding=True"):
@@ -435,7 +437,7 @@ def test_names_without_transformers(monkeypatch: pytest.MonkeyPatch, ours: Any) 
         ours[1](text="a", truncation=True)
 
 
-def test_quantized_weights_behind_transformers_class(folder: Path, pictures: list[Path]) -> None:
+def test_quantized_weights_behind_transformers_class(folder: Path, images: list[Path]) -> None:
     """The same tokens as the light class, and by transformers' own loop over the same layers."""
     checkpoint = folder.parent / "int8"
     if not checkpoint.exists():
@@ -443,7 +445,7 @@ def test_quantized_weights_behind_transformers_class(folder: Path, pictures: lis
         checkpoints.save(network, checkpoint, processor_from=folder)
     processor = hf.AutoProcessor.from_pretrained(folder)
     inputs = processor(
-        images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt"
+        images=Image.open(images[0]), text=processor_text("Hm?", 1), return_tensors="pt"
     )
     light = LlavaForConditionalGeneration.from_pretrained(checkpoint)
     expected = light.generate(**inputs, max_new_tokens=6)
@@ -472,10 +474,10 @@ def never_stop(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return torch.zeros(len(ids), dtype=torch.bool)
 
 
-def test_use_engine_shares_the_weights(folder: Path, theirs: Any, pictures: list[Path]) -> None:
+def test_use_engine_shares_the_weights(folder: Path, theirs: Any, images: list[Path]) -> None:
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     inputs = theirs[1](
-        images=Image.open(pictures[0]), text=processor_text("Hm?", 1), return_tensors="pt"
+        images=Image.open(images[0]), text=processor_text("Hm?", 1), return_tensors="pt"
     )
     expected = model.generate(**inputs, max_new_tokens=6)
     assert torch.equal(hf.use_engine(model).generate(**inputs, max_new_tokens=6), expected)

@@ -107,7 +107,7 @@ def test_transparency_is_composed_on_white() -> None:
 
 
 def test_sixteen_bits_are_scaled_not_cut() -> None:
-    """Pillow's convert("RGB") clips 16-bit grey at 255: nearly every such picture came out
+    """Pillow's convert("RGB") clips 16-bit grey at 255: nearly every such image came out
     white.
     """
     assert colours(png_16bit_grey([0, 128, 129, 32768, 65535])) == [
@@ -193,7 +193,7 @@ def test_anyres_tiles_of_the_original() -> None:
 
 
 def test_keys_differ_where_features_differ() -> None:
-    """A key without size or mode let one user's cached features answer for another's picture
+    """A key without size or mode let one user's cached features answer for another's image
     (CVE-2025-46722).
     """
     settings, image = ImageSettings(8), noise(8, 8)

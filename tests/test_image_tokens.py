@@ -1,4 +1,4 @@
-"""Fewer tokens a picture: counted, keyed and computed as features that were averaged and chosen by
+"""Fewer tokens an image: counted, keyed and computed as features that were averaged and chosen by
 hand.
 """
 
@@ -126,11 +126,11 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
     None
 ):
     """Prefix hit or miss, batched or alone; the same frames with other tokens share neither
-    features nor keys and values.
+    features nor KV cache.
     """
     head = text(0, 40)
     ways = ((1, 1.0), (2, 1.0), (3, 1.0), (1, 0.5), (2, 0.75))
-    films = [
+    videos = [
         prompt(head, (2, ImageTokenLayout(GRID, 4, pool=pool, share=share)), text(1, 5))
         for pool, share in ways
     ]
@@ -139,26 +139,26 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
         (3, ImageTokenLayout(GRID, 5, (2, 2), (1, 0, 3, 4), pool=2, share=0.7)),
         text(3, 3),
     )
-    right = [naive(p, 12) for p in (*films, tiled)]
+    right = [naive(p, 12) for p in (*videos, tiled)]
     assert len({tuple(answer) for answer in right}) == len(right)
     e = engine(max_batched_images=3)
-    requests = [e.add(p, GREEDY) for p in (*films, tiled)]
+    requests = [e.add(p, GREEDY) for p in (*videos, tiled)]
     finish(e)
     assert answers(requests) == right
     width = e.model.config.text.hidden_size * 4
     assert e.load().feature_bytes == width * sum(
-        m.layout.length for p in (*films, tiled) for m in p.media
+        m.layout.length for p in (*videos, tiled) for m in p.media
     )
-    again = [e.add(p, GREEDY) for p in (*films, tiled)]
+    again = [e.add(p, GREEDY) for p in (*videos, tiled)]
     finish(e)
     assert answers(again) == right
     assert all(request.usage.cached > len(head) for request in again[:-1])
     alone = engine()
-    for p, answer in zip(films, right, strict=False):
+    for p, answer in zip(videos, right, strict=False):
         request = alone.add(p, GREEDY)
         finish(alone)
         assert request.generated == answer
-        assert request.usage.cached == (0 if p is films[0] else len(head))
+        assert request.usage.cached == (0 if p is videos[0] else len(head))
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_the_estimate_is_exact_and_keys_differ(
     bot: Chatbot, thin: TokenReduction, tiles: bool
 ) -> None:
     made = bot.processor.prompt(ASKED, reduction=thin, anyres=tiles)
-    image, film = made.media
-    assert (image.layout.pool, film.layout.pool) == (thin.image_token_pool, thin.video_token_pool)
-    assert film.layout.length == 3 * round(film.layout.side**2 * thin.video_token_ratio)
+    image, video = made.media
+    assert (image.layout.pool, video.layout.pool) == (thin.image_token_pool, thin.video_token_pool)
+    assert video.layout.length == 3 * round(video.layout.side**2 * thin.video_token_ratio)
     assert (
         made.tokens.count(bot.model.config.image_token_id)
-        == image.layout.length + film.layout.length
+        == image.layout.length + video.layout.length
     )
     counted = bot.processor.estimate(ASKED, reduction=thin, anyres=tiles)
     assert (counted.total, [part.tokens for part in counted.parts[1:]]) == (

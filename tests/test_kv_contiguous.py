@@ -1,4 +1,4 @@
-"""KV memory: attention over slabs == attention over whole sequences, however they were cut, copied
+"""KV cache: attention over contiguous memory == attention over whole sequences, however they were cut, copied
 and moved.
 """
 
@@ -45,12 +45,12 @@ def room(capacity: int) -> SequenceKV:
     int8=st.booleans(),
 )
 def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, int8: bool) -> None:
-    """Each sequence arrives in its own chunks, several sequences a step, while the slabs grow. In 8
+    """Each sequence arrives in its own chunks, several sequences a step, while the cache grows. In 8
     bits all of it is rounded alike, wherever it is cut.
     """
     torch.manual_seed(0)
     c = config(kv_heads=kv_heads)
-    slabs = ContiguousKVCache(c, torch.float32, CPU, int8=int8)
+    cache = ContiguousKVCache(c, torch.float32, CPU, int8=int8)
     lengths = [sum(cut) for cut in cuts]
     q = [torch.randn(n, 4, 8) for n in lengths]
     k, v = ([torch.randn(n, kv_heads, 8) for n in lengths] for _ in range(2))
@@ -65,11 +65,11 @@ def test_steps_equal_whole_sequences(cuts: list[list[int]], kv_heads: int, int8:
             if step < len(cut):
                 start, stop = sum(cut[:step]), sum(cut[: step + 1])
                 kvs[i].capacity = stop + step % 2
-                slabs.prepare(kvs[i])
+                cache.prepare(kvs[i])
                 kvs[i].length = stop
                 spans.append(Span(kvs[i], start, stop))
                 parts.append((i, start, stop))
-        attend = slabs.attend(spans)
+        attend = cache.attend(spans)
         for layer in (0, 1):
             out = attend(layer, *(torch.cat([x[i][a:b] for i, a, b in parts]) for x in (q, k, v)))
             torch.testing.assert_close(out, torch.cat([whole[i][a:b] for i, a, b in parts]))
@@ -111,7 +111,7 @@ def test_a_precision_of_keys_and_values_that_is_not_there() -> None:
 
 
 def test_eight_bits_are_within_half_a_step() -> None:
-    """Of the largest number of a token's head; noughts stay noughts, and the scale is rounded
+    """Of the largest number of a token's head; zeros stay zeros, and the scale is rounded
     before it is used.
     """
     torch.manual_seed(0)
@@ -125,23 +125,23 @@ def test_eight_bits_are_within_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_copied_prefix_goes_on_alone(int8: bool) -> None:
+def test_a_copied_prefix_is_independent(int8: bool) -> None:
     c = config()
-    slabs = ContiguousKVCache(c, torch.float32, CPU, int8=int8)
+    cache = ContiguousKVCache(c, torch.float32, CPU, int8=int8)
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     if int8:
         k, v = rounded(k), rounded(v)  # which rounds to itself
     source, target = room(6), room(12)
-    slabs.prepare(source)
-    slabs.prepare(target)
-    attend = slabs.attend([Span(source, 0, 6)])
+    cache.prepare(source)
+    cache.prepare(target)
+    attend = cache.attend([Span(source, 0, 6)])
     for layer in range(2):
         attend(layer, q[:6], k[:6], v[:6])
-    slabs.copy(source, target, 5)
-    other = slabs.attend([Span(source, 5, 6)])
+    cache.copy(source, target, 5)
+    other = cache.attend([Span(source, 5, 6)])
     for layer in range(2):  # what happens to the source afterwards is its own affair
         other(layer, q[:1], torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))
-    rest = slabs.attend([Span(target, 5, 9)])
+    rest = cache.attend([Span(target, 5, 9)])
     for layer in range(2):
         torch.testing.assert_close(
             rest(layer, q[5:], k[5:], v[5:]), PackedAttention([9])(0, q, k, v)[5:]
@@ -153,21 +153,21 @@ def test_a_copied_prefix_goes_on_alone(int8: bool) -> None:
 def test_a_slab_takes_the_bytes_it_is_charged(dtype: torch.dtype, int8: bool) -> None:
     c = config(layers=3)
     kv = room(10)
-    slabs = ContiguousKVCache(c, dtype, CPU, int8=int8)
-    slabs.prepare(kv)
+    cache = ContiguousKVCache(c, dtype, CPU, int8=int8)
+    cache.prepare(kv)
     assert kv.contiguous is not None
     held = sum(
         t.untyped_storage().nbytes() for tensors, _ in kv.contiguous.tensors() for t in tensors
     )
-    assert held == 10 * bytes_per_token(c, dtype, int8=int8) == 10 * slabs.bytes_per_token
+    assert held == 10 * bytes_per_token(c, dtype, int8=int8) == 10 * cache.bytes_per_token
 
 
 def test_bfloat16_is_within_its_error() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
     exact = PackedAttention([20])(0, q, k, v)
-    slabs, kv = ContiguousKVCache(config(layers=1), torch.bfloat16, CPU), room(20)
-    slabs.prepare(kv)
+    cache, kv = ContiguousKVCache(config(layers=1), torch.bfloat16, CPU), room(20)
+    cache.prepare(kv)
     for a, b in ((0, 7), (7, 19), (19, 20)):
-        out = slabs.attend([Span(kv, a, b)])(0, *(x[a:b].bfloat16() for x in (q, k, v)))
+        out = cache.attend([Span(kv, a, b)])(0, *(x[a:b].bfloat16() for x in (q, k, v)))
         torch.testing.assert_close(out.float(), exact[a:b], atol=0.03, rtol=0.03)

@@ -1,4 +1,4 @@
-"""Keys and values on disk: a conversation that is opened again answers as one that never ended; no
+"""The KV cache on disk: a conversation that is opened again answers as one that never ended; no
 file does anything else.
 """
 
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(5):
         Image.fromarray(random.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(
@@ -65,11 +65,11 @@ def fresh(bot: Chatbot) -> Chatbot:
     return bot
 
 
-def begun(bot: Chatbot, pictures: list[Path], **how: Any) -> Conversation:
+def begun(bot: Chatbot, images: list[Path], **how: Any) -> Conversation:
     talk = fresh(bot).conversation()
-    talk.attach(*pictures[:3])
+    talk.attach(*images[:3])
     talk.ask("What is it?", **HOW | how)
-    talk.attach(pictures[3])
+    talk.attach(images[3])
     talk.ask("And this?", **HOW | how)
     return talk
 
@@ -82,10 +82,10 @@ def same(one: Answer, other: Answer) -> bool:
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_resumed_conversation_is_one_that_never_ended(
-    tiny: Path, pictures: list[Path], tmp_path: Path, precision: str, kv: str
+    tiny: Path, images: list[Path], tmp_path: Path, precision: str, kv: str
 ) -> None:
     bot = bot_of(tiny, precision, kv)
-    talk = begun(bot, pictures)
+    talk = begun(bot, images)
     size = talk.save(tmp_path / "talk.json", kv=True)
     right = [talk.ask(question, **HOW) for question in ("More?", "Really?")]
     assert (
@@ -104,13 +104,13 @@ def test_a_resumed_conversation_is_one_that_never_ended(
 
 
 def test_the_file_is_safetensors_and_the_memory_itself(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
     """Another program reads the same numbers; taken in, they are the file, not a copy of it, and
     can be written again.
     """
     bot = bot_of(tiny)
-    begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
+    begun(bot, images).save(tmp_path / "talk.json", kv=True)
     (kv,) = bot.engine._prefix_cache.idle
     assert kv.contiguous is not None
     theirs = load_file(tmp_path / KEPT)
@@ -138,11 +138,9 @@ def test_the_file_is_safetensors_and_the_memory_itself(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", KEPT]
 
 
-def test_what_was_taken_back_is_not_written(
-    tiny: Path, pictures: list[Path], tmp_path: Path
-) -> None:
+def test_undone_turns_are_not_saved(tiny: Path, images: list[Path], tmp_path: Path) -> None:
     bot = bot_of(tiny)
-    talk = begun(bot, pictures)
+    talk = begun(bot, images)
     whole = saved_tokens(talk, tmp_path)
     assert talk.undo()
     cut = saved_tokens(talk, tmp_path)
@@ -159,20 +157,20 @@ def saved_tokens(talk: Conversation, folder: Path) -> list[int]:
 
 
 def test_a_save_without_keys_and_values_leaves_none_of_another(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
-    talk = begun(bot_of(tiny), pictures)
+    talk = begun(bot_of(tiny), images)
     assert talk.save(tmp_path / "talk.json", kv=True)
     assert talk.save(tmp_path / "talk.json") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 
 
-def test_a_changed_picture_is_looked_at_and_what_stands_before_it_is_not(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+def test_only_what_follows_a_changed_image_is_computed(
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
-    own = [tmp_path / path.name for path in pictures]
-    for path, picture in zip(own, pictures, strict=True):
-        path.write_bytes(picture.read_bytes())
+    own = [tmp_path / path.name for path in images]
+    for path, image in zip(own, images, strict=True):
+        path.write_bytes(image.read_bytes())
     bot = bot_of(tiny)
     begun(bot, own).save(tmp_path / "talk.json", kv=True)
     own[1].write_bytes(own[4].read_bytes())
@@ -184,10 +182,10 @@ def test_a_changed_picture_is_looked_at_and_what_stands_before_it_is_not(
 
 
 def test_what_is_in_memory_no_more_is_not_written(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
     bot = load(tiny, device="cpu", kv_bytes=300 * bot_of(tiny).engine.bytes_per_token)
-    talk = begun(bot, pictures)
+    talk = begun(bot, images)
     whole = saved_tokens(talk, tmp_path)
     bot.ask("word " * 45, max_new_tokens=1)
     bot.engine.check()
@@ -329,12 +327,12 @@ def test_nothing_leaves_or_enters_under_a_salt_nor_enters_where_all_is_determini
 
 
 def test_adapters_are_told_apart_by_their_numbers(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         checkpoints.write_adapter(tmp_path / name, made(tiny, DECODER, seed))
     first = load(tiny, device="cpu", adapters={"a": tmp_path / "a", "b": tmp_path / "b"})
-    talk = begun(first, pictures, adapter="b")
+    talk = begun(first, images, adapter="b")
     talk.save(tmp_path / "talk.json", kv=True)
     right = talk.ask("More?", adapter="b", **HOW)
     again = load(
@@ -354,16 +352,16 @@ def test_adapters_are_told_apart_by_their_numbers(
     ):
         talk = alone.resume(tmp_path / "talk.json")
     assert len(talk.messages) == 4
-    begun(bot_of(tiny), pictures).save(
+    begun(bot_of(tiny), images).save(
         tmp_path / "talk.json", kv=True
     )  # and of the network alone, beside adapters
     assert again.resume(tmp_path / "talk.json").ask("More?", **HOW).usage.cached > 0
 
 
 def test_what_was_computed_otherwise_is_refused_in_words(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
-    begun(bot_of(tiny), pictures).save(tmp_path / "talk.json", kv=True)
+    begun(bot_of(tiny), images).save(tmp_path / "talk.json", kv=True)
     deeper = tiny_checkpoint(
         tmp_path / "deeper", tiny_config(text={"tie_word_embeddings": False, "rope_theta": 1e4})
     )
@@ -397,7 +395,7 @@ def test_what_was_computed_otherwise_is_refused_in_words(
 
 
 def kept_by_engine() -> KVSnapshot:
-    """Of 70 tokens: 40, an image of 9, a film of two frames of 9, 3 more."""
+    """Of 70 tokens: 40, an image of 9, a video of two frames of 9, 3 more."""
     e, asked = engine(), prompt(text(0, 40), (0, 1), (1, 2), text(1, 4))
     e.generate([asked], GREEDY)
     kept = e.save(e.cache_key(asked).extended([], 70))
@@ -478,14 +476,12 @@ def test_tensors_may_be_any(change: Callable[[dict[str, torch.Tensor]], None]) -
     assert e.load().kv_cached == 0
 
 
-def test_files_that_are_no_keys_and_values(
-    tiny: Path, pictures: list[Path], tmp_path: Path
-) -> None:
+def test_files_that_hold_no_kv_cache(tiny: Path, images: list[Path], tmp_path: Path) -> None:
     """Cut anywhere, changed anywhere, or something else: told in words, and the conversation goes
     on.
     """
     bot, file = bot_of(tiny), tmp_path / KEPT
-    begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
+    begun(bot, images).save(tmp_path / "talk.json", kv=True)
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
 
@@ -501,13 +497,13 @@ def test_files_that_are_no_keys_and_values(
         refused("no intact safetensors file")
     for place in (header, header + 5000, len(whole) - 50, len(whole) - 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        refused("is damaged: its checksum is another")
+        refused("is damaged: wrong checksum")
     few = torch.zeros(3, dtype=torch.uint8)
     for tensors, why in (
-        ({"x": few}, "does not hold keys"),
+        ({"x": few}, "does not hold a KV cache"),
         ({"about": few}, "checksum"),
-        ({"about": few, "crc32": few[:0].clone()}, "does not hold keys"),
-        ({"about": few, "keys.0": torch.zeros(2, dtype=torch.int64)}, "does not hold keys"),
+        ({"about": few, "crc32": few[:0].clone()}, "does not hold a KV cache"),
+        ({"about": few, "keys.0": torch.zeros(2, dtype=torch.int64)}, "does not hold a KV cache"),
         ({"about": few, "keys.0": torch.tensor(1.0), "crc32": few.clone()}, "checksum"),
     ):
         save_file(tensors, file)
@@ -522,11 +518,11 @@ def test_files_that_are_no_keys_and_values(
     assert fresh(bot).resume(tmp_path / "talk.json").ask("More?", **HOW).usage.cached
     file.unlink()
     os.mkfifo(file)  # would wait for a writer
-    assert bot.resume(tmp_path / "talk.json").recall(tmp_path / "talk.json") == 0
+    assert bot.resume(tmp_path / "talk.json").load_kv(tmp_path / "talk.json") == 0
 
 
 def write_about(file: Path, about: bytes) -> None:
-    """A file with the right checksum that tells this of its keys and values."""
+    """A file with the right checksum and this description of its KV cache."""
     tensors = {"about": about, "crc32": zlib.crc32(about).to_bytes(4, "little")}
     save_file(
         {
@@ -537,13 +533,15 @@ def write_about(file: Path, about: bytes) -> None:
     )
 
 
-def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_nan_in_a_kv_file_changes_no_other_answer(
+    tiny: Path, images: list[Path], tmp_path: Path
+) -> None:
     """A file with the right checksum may hold any floats; an answer comes to its end, and others
     are what they were.
     """
     bot = bot_of(tiny)
-    begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
-    right = bot.ask("What?", pictures[4:], max_new_tokens=8, ignore_eos=True)
+    begun(bot, images).save(tmp_path / "talk.json", kv=True)
+    right = bot.ask("What?", images[4:], max_new_tokens=8, ignore_eos=True)
     file = kv_file.read(tmp_path / KEPT, 1 << 30)
     for odd in (float("nan"), float("inf"), 3e38):
         kv_file.write(
@@ -560,7 +558,7 @@ def test_numbers_that_are_none_do_no_harm(tiny: Path, pictures: list[Path], tmp_
         )
         bot.engine.check()
     assert (
-        fresh(bot).ask("What?", pictures[4:], max_new_tokens=8, ignore_eos=True).tokens
+        fresh(bot).ask("What?", images[4:], max_new_tokens=8, ignore_eos=True).tokens
         == right.tokens
     )
 
@@ -583,13 +581,13 @@ talk.save(sys.argv[2], kv=True)
 
 
 def test_a_kill_while_it_is_written_leaves_the_old_file_whole(
-    tiny: Path, pictures: list[Path], tmp_path: Path
+    tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
-    """The words, written before, are the new ones; the keys and values are those of before, which
+    """The words, written before, are the new ones; the KV cache is that of before, which
     are of use all the same.
     """
     bot = bot_of(tiny)
-    begun(bot, pictures).save(tmp_path / "talk.json", kv=True)
+    begun(bot, images).save(tmp_path / "talk.json", kv=True)
     before = (tmp_path / KEPT).read_bytes()
     done = subprocess.run(
         [sys.executable, "-c", CHILD, tiny, tmp_path / "talk.json"], capture_output=True, text=True
@@ -602,9 +600,9 @@ def test_a_kill_while_it_is_written_leaves_the_old_file_whole(
 
 
 def test_a_disk_that_is_full_or_a_folder_that_is_missing(
-    tiny: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    talk = begun(bot_of(tiny), pictures)
+    talk = begun(bot_of(tiny), images)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -618,10 +616,12 @@ def test_a_disk_that_is_full_or_a_folder_that_is_missing(
         talk.save(tmp_path / "nowhere" / "talk.json")
 
 
-def test_chat_goes_on_at_once(tiny: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_llava_chat_resumes_from_the_kv_file(
+    tiny: Path, images: list[Path], tmp_path: Path
+) -> None:
     file = tmp_path / "talk.json"
     asked = ("chat", "-m", tiny, "--max-new-tokens", 3)
-    lines = f"/attach {pictures[0]} {pictures[1]}\nWhat is it?\n/save {file}\n"
+    lines = f"/attach {images[0]} {images[1]}\nWhat is it?\n/save {file}\n"
     first = llava(*asked, stdin=lines.encode())
     assert "MB of KV cache" in first.err, first.err
     second = llava(*asked, "--resume", file, stdin=b"More?\n")

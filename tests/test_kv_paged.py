@@ -1,4 +1,4 @@
-"""KV memory in blocks == in slabs == the naive loop; steps of fixed shape == as they are; kernels
+"""KV cache in blocks == contiguous == the naive loop; steps of fixed shape == as they are; kernels
 are asked for what is meant.
 """
 
@@ -131,7 +131,7 @@ def test_answers_are_those_of_the_naive_loop(block: int, options: dict[str, int]
 @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 8}, {"logprobs": 2}], ids=str)
 @pytest.mark.parametrize("kv_precision", ["auto", "int8"])
 def test_answers_are_those_from_slabs(how: dict[str, Any], kv_precision: str) -> None:
-    """Greedy and drawn, guessed ahead, kept in 8 bits, and from prefixes."""
+    """Greedy and sampled, with draft tokens, with an int8 KV cache, and from prefixes."""
     told = []
     for block in (0, 16):
         e = engine(kv_block_size=block, kv_precision=kv_precision)
@@ -194,7 +194,7 @@ def test_whole_blocks_are_shared_and_the_rest_is_copied() -> None:
     assert answers(again) == alone[:1] and again[0].usage.cached == 178
 
 
-def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
+def test_a_prefix_is_reused_when_memory_is_full() -> None:
     """The pool has 7 blocks of 16, the cache 6 of them: it goes, but its whole blocks stay with who
     goes on from them.
     """
@@ -207,7 +207,7 @@ def test_a_prefix_is_used_also_where_there_is_no_memory_beside_it() -> None:
     e.check()
 
 
-def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> None:
+def test_batch_invariant_answers_resume_from_whole_chunks() -> None:
     """Pieces are of 12 tokens, blocks of 16: where the 84 that were computed so cannot be copied,
     80 are of no use.
     """
@@ -223,7 +223,7 @@ def test_a_deterministic_answer_goes_on_from_whole_pieces_or_from_nothing() -> N
     assert (request.usage.cached, request.generated) == (0, naive(LONG, 12))
 
 
-def test_a_last_token_that_is_a_picture_is_not_one_of_an_answer() -> None:
+def test_an_image_token_at_the_end_of_a_prompt_is_no_generated_token() -> None:
     """The prompt's last piece is one token, a placeholder."""
     e = engine(kv_block_size=16, max_num_batched_tokens=len(MIXED[5]) - 1, max_num_seqs=1)
     assert answers(e.generate([MIXED[5]], GREEDY)) == expected()[5:]
@@ -249,13 +249,13 @@ def test_the_account_of_shared_blocks() -> None:
 
 
 @pytest.mark.parametrize("kv_precision", ["auto", "int8"])
-def test_what_was_kept_goes_from_slabs_to_blocks_and_back(kv_precision: str) -> None:
-    slabs, blocks, third = (
+def test_a_snapshot_goes_from_contiguous_to_paged_and_back(kv_precision: str) -> None:
+    contiguous, blocks, third = (
         engine(kv_block_size=block, kv_precision=kv_precision) for block in (0, 16, 0)
     )
-    (request,) = slabs.generate([LONG], GREEDY)
-    keys = slabs.cache_key(LONG, request.generated)
-    kept = slabs.save(keys)
+    (request,) = contiguous.generate([LONG], GREEDY)
+    keys = contiguous.cache_key(LONG, request.generated)
+    kept = contiguous.save(keys)
     assert kept is not None
     more = replace(LONG, tokens=[*LONG.tokens, *request.generated, *text(9, 5)])
     told = []
@@ -367,7 +367,7 @@ def test_captured_steps_are_run_again_by_what_is_given(monkeypatch: pytest.Monke
     )
 
 
-def test_where_capturing_fails_it_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_graphs_it_continues_and_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen capturing")
 
@@ -380,7 +380,7 @@ def test_where_capturing_fails_it_goes_on_and_says_so(monkeypatch: pytest.Monkey
     )
 
 
-def test_what_is_told_of_attention() -> None:
+def test_the_attention_backend_is_named() -> None:
     assert engine().attention == "matmul and sdpa over a contiguous KV cache"
     assert (
         engine(kv_block_size=16).attention

@@ -1,4 +1,4 @@
-"""Linears of few bits as a card computes them. PyTorch's operators for it exist on a card only;
+"""Quantized linears as a GPU computes them. PyTorch's operators for it exist on a GPU only;
 here they are written out from their source, number by number, or are those that it has for a CPU.
 """
 
@@ -112,7 +112,7 @@ def made(
     torch.manual_seed(0)
     module = QuantizedLinear(features, out, bits, bias=bias)
     module.weight, module.scale = pack(torch.randn(out, features) / 8, bits)
-    if exact:  # numbers that bfloat16 holds, and sums of few bits
+    if exact:  # numbers that bfloat16 holds, and sums that need few bits
         module.scale = torch.full_like(module.scale, 2.0**-7)
         if bits == 4:
             module.weight[..., :64] = torch.where(
@@ -129,7 +129,7 @@ SHAPES = [(128, 16), (200, 33), (64, 8), (4304 // 16, 40)]
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("features", "out"), SHAPES)
-def test_the_numbers_of_a_cpu_in_a_cards_order(
+def test_weights_packed_for_a_gpu_equal_those_of_the_cpu(
     bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_cuda, "PACK_ROWS", 16)  # several blocks of outputs
@@ -370,7 +370,7 @@ def test_a_network_is_put_in_order_as_it_is_loaded(
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
-def test_floats_become_few_bits_as_they_are_read(
+def test_floats_are_quantized_as_they_are_read(
     precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All linears but the output head; what is loaded is what `pack` makes of the floats, and the
@@ -428,7 +428,7 @@ def counted_as(few: Llava, folder: Path) -> Llava:
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_gradients_of_an_adapter_are_those_beside_floats(
+def test_gradients_of_an_adapter_equal_those_over_floats(
     precision: str, bfloat16: bool, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
@@ -459,10 +459,10 @@ def test_gradients_of_an_adapter_are_those_beside_floats(
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(
+def test_training_over_quantized_weights_equals_training_over_the_dequantized(
     precision: str, bfloat16: bool, tmp_path: Path
 ) -> None:
-    """From a checkpoint of floats; its adapter goes with that. What is measured is what few bits
+    """From a checkpoint of floats; its adapter goes with that. What is measured is what quantized weights
     answer.
     """
     folder, floats = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "floats"
@@ -513,7 +513,7 @@ def test_a_run_beside_few_bits_is_one_beside_what_they_count_as(
         assert apart < (0.2 if bfloat16 else 1e-3), name
 
 
-def test_what_few_bits_cannot_be_trained_beside(tmp_path: Path) -> None:
+def test_parts_that_cannot_be_trained_over_quantized_weights(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     given = Recipe(source=tmp_path / "none.json", steps=1, device="cpu").but({"adapter.rank": 2})
     checkpoints.save(

@@ -47,7 +47,7 @@ def results(doc, said):
     PROGRAM is None, reason="lmms-eval is not installed; LMMS_EVAL names its program"
 )
 def test_lmms_eval_gets_our_answers(tmp_path: Path) -> None:
-    """Eight questions with one to three pictures, four at once: what it scores as right is what the
+    """Eight questions with one to three images, four at once: what it scores as right is what the
     chatbot says alone.
     """
     bot, rows = load(), []

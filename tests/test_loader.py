@@ -1,4 +1,4 @@
-"""Whatever comes from outside ends in a picture or in a MediaError with words of ours."""
+"""Whatever comes from outside ends in an image or in a MediaError with words of ours."""
 
 import base64
 import os
@@ -24,10 +24,10 @@ from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address, is_public
 from llava_interleave.processing.limits import PixelBudget
 
-PICTURE = Image.new("RGB", (6, 4), (200, 30, 30))
+IMAGE = Image.new("RGB", (6, 4), (200, 30, 30))
 
 
-def saved(image: Image.Image = PICTURE, kind: str = "PNG", **options: Any) -> bytes:
+def saved(image: Image.Image = IMAGE, kind: str = "PNG", **options: Any) -> bytes:
     file = BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -97,26 +97,26 @@ def test_damaged_files_never_raise_anything_else(kind: str, data: st.DataObject)
         assert Loader().image(bytes(blob)).mode == "RGB"
 
 
-def test_a_picture_behind_which_something_hides_is_just_the_picture() -> None:
+def test_data_after_an_image_is_ignored() -> None:
     assert Loader().image(PNG + b"PK\x03\x04 a zip behind it").size == (6, 4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1)])
-def test_thin_pictures(size: tuple[int, int]) -> None:
+def test_thin_images(size: tuple[int, int]) -> None:
     assert Loader().image(saved(Image.new("RGB", size))).size == size
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_every_source_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
+def test_every_source_gives_the_same_image(kind: str, tmp_path: Path) -> None:
     data = saved(kind=kind)
     path = tmp_path / "no ending"
     path.write_bytes(data)
     url = "data:image/whatever;base64," + base64.b64encode(data).decode()
-    pictures = [
+    images = [
         Loader().image(s).tobytes()
         for s in (data, bytearray(data), path, str(path), path.as_uri(), url, Image.open(path))
     ]
-    assert len(set(pictures)) == 1
+    assert len(set(images)) == 1
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_limits_are_settings(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="more than the limit of 20 bytes"):
         Loader(Limits(image_bytes=20)).image(path)
     with pytest.raises(MediaError, match=r"one side may be at most 1\.2 times"):
-        Loader(Limits(side_ratio=1.2)).image(PICTURE)
+        Loader(Limits(side_ratio=1.2)).image(IMAGE)
     with pytest.raises(MediaRefused, match="local files"):
         Loader(Limits(allow_local_files=False)).image(path)
     with pytest.raises(MediaRefused, match="URLs may not"):
@@ -297,7 +297,7 @@ def local(**limits: Any) -> Loader:
     return Loader(Limits(**({"allow_private": True, "download_seconds": 5} | limits)))
 
 
-def test_a_picture_is_fetched_and_its_url_named_without_its_query() -> None:
+def test_an_image_is_fetched_and_its_url_named_without_its_query() -> None:
     with server(send) as (url, asked):
         assert local().image(f"{url}/ä b.png?secret=1".replace(" ", "%20")).size == (6, 4)
         assert asked == ["/%C3%A4%20b.png?secret=1"]

@@ -116,7 +116,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(folder: Path) -> None:
     assert all(".low." in name for name in training)
     optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.1)
     network.train()
-    for _ in range(2):  # B is nought at first, so that A has no gradient
+    for _ in range(2):  # B is zero at first, so that A has no gradient
         features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
         x = network.embed(torch.tensor(asked.tokens), features)
         network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))[
@@ -166,7 +166,7 @@ def test_matrices_in_float32_over_weights_in_bfloat16(folder: Path) -> None:
     assert logits(network, prompt(0, 9)).dtype == torch.bfloat16
 
 
-def test_targets_are_patterns_and_one_that_matches_nothing_is_told(folder: Path) -> None:
+def test_targets_are_patterns_and_one_that_matches_nothing_is_an_error(folder: Path) -> None:
     network = checkpoints.load(folder)
     assert "lm_head" not in linears(network)
     one = attach(network, LoraConfig(targets=("language_model.layers.[1-9]*.self_attn.?_proj",)))
@@ -191,7 +191,7 @@ def test_the_same_seed_gives_the_same_adapter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [DECODER, WHOLE], ids=["decoder", "whole"])
-def test_merged_equals_beside(folder: Path, lora: LoraConfig) -> None:
+def test_merged_equals_unmerged(folder: Path, lora: LoraConfig) -> None:
     adapter, asked = made(folder, lora, 1), prompt(0, 60, image=1)
     network, adapters = carrying(folder, adapter)
     alone = logits(network, asked)
@@ -252,7 +252,7 @@ def test_a_mixed_batch_equals_each_alone_equals_merged(
         assert stream(alone, p, GREEDY, adapter=name)[-1].request.generated == answer
 
 
-def test_caches_do_not_mix_adapters_but_pictures_that_no_adapter_sees_are_shared(
+def test_caches_do_not_mix_adapters_but_images_that_no_adapter_sees_are_shared(
     folder: Path,
 ) -> None:
     e, asked = with_both(folder), prompt(0, 50, image=1)
@@ -264,8 +264,8 @@ def test_caches_do_not_mix_adapters_but_pictures_that_no_adapter_sees_are_shared
     assert told == [(0, 1), (0, 1), (0, 2), (last, 2), (last, 2), (last, 2)]
 
 
-def test_adapters_of_several_pictures_in_one_step(folder: Path) -> None:
-    """The tower is called once for each adapter that sees pictures, and features do not meet."""
+def test_adapters_of_several_images_in_one_step(folder: Path) -> None:
+    """The tower is called once for each adapter that sees images, and features do not meet."""
     e = with_both(folder, max_batched_images=8)
     asked = [(name, prompt(5, 20, image=n)) for n in (1, 2) for name in ("w", None, "d")]
     requests = [e.add(p, GREEDY, adapter=name) for name, p in asked]
@@ -303,7 +303,7 @@ def test_each_adapter_computes_once_a_step_and_never_for_rows_that_are_not_its_o
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_beside_quantized_weights(folder: Path, precision: str) -> None:
+def test_adapters_over_quantized_weights(folder: Path, precision: str) -> None:
     network, adapter = checkpoints.load(folder, precision=precision), made(folder, WHOLE, 2)
     x, part = torch.randn(7, 64), adapter.parts["language_model.layers.0.self_attn.q_proj"]
     expected = (
@@ -329,7 +329,7 @@ def test_beside_quantized_weights(folder: Path, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_training_beside_quantized_weights_is_training_beside_what_they_stand_for(
+def test_training_over_quantized_weights_equals_training_over_the_dequantized(
     folder: Path, precision: str, bfloat16: bool
 ) -> None:
     """Equal losses and adapters, but for bfloat16's rounding; the same bytes of weights; afterwards
@@ -753,7 +753,7 @@ def bots(
     return found
 
 
-def picture(seed: int) -> Image.Image:
+def random_image(seed: int) -> Image.Image:
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     )
@@ -768,7 +768,7 @@ def test_a_question_chooses_its_adapter(
         bot.ask("What?", adapter="w")
     bot.add_adapter("w", str(stored / "w"))
     assert bot.info()["adapters"] == ["d", "w"]
-    turn, answers = bot.turn("What?", [picture(1), picture(2)]), []
+    turn, answers = bot.turn("What?", [random_image(1), random_image(2)]), []
     for name, oracle in bots.items():
         want = oracle.chat(turn, max_new_tokens=12, ignore_eos=True)
         answers.append(want.tokens)
@@ -785,7 +785,7 @@ def test_a_question_chooses_its_adapter(
     assert len(set(answers)) == 3
 
 
-def test_mistakes_are_told_before_the_weights_are_read(folder: Path, tmp_path: Path) -> None:
+def test_user_errors_are_reported_before_the_weights_are_read(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     with pytest.raises(CheckpointError, match="there is no folder"):
         llava_interleave.load(
@@ -867,9 +867,9 @@ def test_a_server_has_an_adapter_as_a_model(
     bot = llava_interleave.load(
         folder, device="cpu", adapters={"d": stored / "d", "w": stored / "w"}
     )
-    picture = Image.new("RGB", (40, 30), "teal")
+    image = Image.new("RGB", (40, 30), "teal")
     data = io.BytesIO()
-    picture.save(data, "png")
+    image.save(data, "png")
     url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
     messages = [
         {
@@ -894,9 +894,9 @@ def test_a_server_has_an_adapter_as_a_model(
         ):
             body = {"model": name, "messages": messages, "max_tokens": 9, "attribution": True}
             said = client.post("/v1/chat/completions", json=body).json()
-            want = oracle.ask("Hm?", [picture], max_new_tokens=9)
+            want = oracle.ask("Hm?", [image], max_new_tokens=9)
             assert (said["model"], said["choices"][0]["message"]["content"]) == (name, want.text)
-            looked = oracle.attribute(oracle.turn("Hm?", [picture]), want)
+            looked = oracle.attribute(oracle.turn("Hm?", [image]), want)
             assert said["attributions"][0]["logprob"] == pytest.approx(looked.logprob, abs=1e-3)
             again = {
                 "model": name,

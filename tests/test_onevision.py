@@ -38,7 +38,7 @@ SIZE = 35
 """The tiny tower's image size; its tiles stand for 384 pixels."""
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth, so that resizing keeps its content."""
     small = np.random.default_rng(seed).integers(0, 255, (6, 7, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -103,13 +103,13 @@ def inputs(prompt: Prompt, config: LlavaConfig, images: list[Any]) -> dict[str, 
     return made
 
 
-FRAMES = [[picture(40, 30, seed) for seed in range(count)] for count in (1, 3, 5)]
+FRAMES = [[random_image(40, 30, seed) for seed in range(count)] for count in (1, 3, 5)]
 PROMPTS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
     "text": (user("Hello"), []),
     **{
         f"{width} x {height}": (
-            user(picture(width, height), "What?"),
-            [picture(width, height)],
+            user(random_image(width, height), "What?"),
+            [random_image(width, height)],
         )
         for width, height in [
             (20, 20),  # one tile
@@ -125,19 +125,19 @@ PROMPTS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
         ]
     },
     "two images": (
-        user("First", picture(50, 90), "second", picture(33, 20, 1), "?"),
-        [[picture(50, 90), picture(33, 20, 1)]],
+        user("First", random_image(50, 90), "second", random_image(33, 20, 1), "?"),
+        [[random_image(50, 90), random_image(33, 20, 1)]],
     ),
     "two turns": (
         [
-            *user(picture(50, 90), "What?"),
+            *user(random_image(50, 90), "What?"),
             {"role": "assistant", "content": "A thing."},
-            *user(picture(33, 20, 1), "And this?"),
+            *user(random_image(33, 20, 1), "And this?"),
         ],
-        [[picture(50, 90), picture(33, 20, 1)]],
+        [[random_image(50, 90), random_image(33, 20, 1)]],
     ),
     **{f"video of {len(frames)}": (user(frames, "What moves?"), []) for frames in FRAMES},
-    "image and video": (user(picture(58, 44), FRAMES[1], "?"), [picture(58, 44)]),
+    "image and video": (user(random_image(58, 44), FRAMES[1], "?"), [random_image(58, 44)]),
 }
 
 
@@ -223,7 +223,7 @@ def test_estimate_counts_what_the_prompt_has(folder: Path) -> None:
 def test_the_number_of_images_decides(folder: Path) -> None:
     """One image of a conversation is tiled, more are padded; the message part and options win."""
     processor = Processor.from_folder(folder)
-    image, pad = picture(58, 44), replace(ImageTokenLayout(5), newline="end")
+    image, pad = random_image(58, 44), replace(ImageTokenLayout(5), newline="end")
     one, two = user(image, "?"), user(image, image, "?")
 
     def layouts(*arguments: Any, **options: Any) -> list[ImageTokenLayout]:
@@ -283,11 +283,11 @@ def test_llava_video_pools_and_ends_rows(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "video", video, layout="original")
     assert Checkpoint.open(folder).config.arrangement == arrangement
     processor = Processor.from_folder(folder)
-    prompt = processor.prompt(user([picture(40, 30, seed) for seed in range(4)], "?"))
+    prompt = processor.prompt(user([random_image(40, 30, seed) for seed in range(4)], "?"))
     assert prompt.media[0].layout.length == 4 * 3 * (3 + 1)
     assert "4 frames are uniformly sampled" in processor.tokenizer.decode(prompt.tokens)
     bot = load(folder, device="cpu")
-    assert bot.ask("?", [[picture(40, 30)] * 2], max_new_tokens=3).usage.generated == 3
+    assert bot.ask("?", [[random_image(40, 30)] * 2], max_new_tokens=3).usage.generated == 3
     with pytest.raises(CheckpointError, match="layout original"):
         save(load_network(folder), tmp_path / "hub", processor_from=folder)
 
@@ -472,7 +472,7 @@ def test_training_moves_the_newline(folder: Path, tmp_path: Path) -> None:
     from llava_interleave.train.recipe import Recipe
     from llava_interleave.train.run import run
 
-    picture(58, 44).save(tmp_path / "a.png")
+    random_image(58, 44).save(tmp_path / "a.png")
     rows = [
         {
             "id": "1",

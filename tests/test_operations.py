@@ -109,7 +109,7 @@ def test_flags_are_this_programs(words: list[str]) -> None:
     assert {word for word in words if word.startswith("--")} <= flags
 
 
-def test_the_image_copies_what_exists_and_runs_as_nobody_special() -> None:
+def test_the_image_copies_what_exists_and_runs_unprivileged() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     for source in re.findall(r"^COPY (?!--from)(\S+) ", text, re.MULTILINE):
         assert (DEPLOY.parent / source).exists()

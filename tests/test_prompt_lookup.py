@@ -1,4 +1,4 @@
-"""Prompt lookup: guesses against a plain search, and answers that are the same with it and
+"""Prompt lookup: draft tokens against a plain search, and answers that are the same with it and
 without.
 """
 
@@ -61,8 +61,8 @@ def searched(tokens: list[int], most: int, never: int) -> list[int]:
                 whole = list(tokens)
                 for index in range(most):
                     whole.append(whole[at + index])
-                guess = whole[len(tokens) :]
-                return guess[: guess.index(never)] if never in guess else guess
+                draft = whole[len(tokens) :]
+                return draft[: draft.index(never)] if never in draft else draft
     return []
 
 
@@ -73,7 +73,7 @@ def searched(tokens: list[int], most: int, never: int) -> list[int]:
     most=st.integers(1, 9),
 )
 def test_guesses_are_what_followed_last(tokens: list[int], cut: int, most: int) -> None:
-    """Whether a sequence comes at once or token by token; 0 is the one that is never guessed."""
+    """Whether a sequence comes at once or token by token; 0 is the one that is never drafted."""
     lookup = PromptLookupDrafter(9, image_token_id=0)
     lookup.length = 9
     for length in range(min(cut, len(tokens)), len(tokens) + 1):
@@ -87,11 +87,11 @@ def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
     assert len(lookup.propose(tokens, 8)) == 8
     lookup.update(8, 1)
     assert list(lookup.propose(tokens, 8)) == [4, 5] and list(lookup.propose(tokens, 1)) == [4]
-    guessed = 0
+    drafted = 0
     while found := lookup.propose(tokens, 8):
         lookup.update(len(found), 0)
-        guessed += len(found)
-    assert 0 < guessed <= 4 * MAX_CREDIT + 8
+        drafted += len(found)
+    assert 0 < drafted <= 4 * MAX_CREDIT + 8
 
 
 @pytest.mark.parametrize("most", [1, 8, MAX_DRAFT_TOKENS])
@@ -100,33 +100,33 @@ def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
     [{"max_num_seqs": 4}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}, {"max_num_seqs": 1}],
 )
 def test_answers_are_the_same(most: int, options: dict[str, int]) -> None:
-    """Greedy and drawn, several requests at once, prompts in pieces; and guesses are right often
+    """Greedy and drawn, several requests at once, prompts in pieces; and drafts are accepted often
     enough to be seen.
     """
     asked = [*MIXED, *MIXED[: len(DRAWN)]]
     how = [GREEDY] * len(MIXED) + DRAWN
     plain = engine(**options).generate(asked, how)
     e = engine(**options)
-    guessing = e.generate(asked, [replace(one, prompt_lookup_num_tokens=most) for one in how])
+    drafting = e.generate(asked, [replace(one, prompt_lookup_num_tokens=most) for one in how])
     e.check()
-    assert answers(guessing) == answers(plain)
-    assert answers(guessing)[0][:12] == expected()[0]
-    assert sum(r.usage.accepted for r in guessing) > 0 == sum(r.usage.drafted for r in plain)
-    assert all(r.usage.accepted <= r.usage.drafted for r in guessing)
+    assert answers(drafting) == answers(plain)
+    assert answers(drafting)[0][:12] == expected()[0]
+    assert sum(r.usage.accepted for r in drafting) > 0 == sum(r.usage.drafted for r in plain)
+    assert all(r.usage.accepted <= r.usage.drafted for r in drafting)
 
 
 def test_log_probabilities_are_the_same() -> None:
     p, how = MIXED[1], replace(GREEDY, logprobs=1)
     plain = stream(engine(), p, how)
-    guessing = stream(engine(), p, replace(how, prompt_lookup_num_tokens=8))
-    assert guessing[-1].usage.accepted > 0
-    for a, b in zip(plain, guessing, strict=True):
+    drafting = stream(engine(), p, replace(how, prompt_lookup_num_tokens=8))
+    assert drafting[-1].usage.accepted > 0
+    for a, b in zip(plain, drafting, strict=True):
         assert (a.token, a.finish_reason) == (b.token, b.finish_reason)
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 7])
-def test_no_answer_is_longer_than_asked(new: int) -> None:
+def test_no_answer_exceeds_max_new_tokens(new: int) -> None:
     for p, answer in zip(MIXED, expected(), strict=True):
         (request,) = engine().generate(
             [p], SamplingParams(max_new_tokens=new, ignore_eos=True, prompt_lookup_num_tokens=8)
@@ -153,7 +153,7 @@ def test_nothing_comes_after_a_stop_token() -> None:
 
 @pytest.mark.slow
 def test_memory_that_is_short_changes_nothing() -> None:
-    """Answers are pre-empted and go on; guesses never take room that is not there."""
+    """Answers are pre-empted and go on; drafts never take memory that is not there."""
     asked = [prompt(text(n, 30)) for n in range(4)]
     how = replace(GREEDY, max_new_tokens=150, prompt_lookup_num_tokens=8)
     plain = engine().generate(asked, replace(how, prompt_lookup_num_tokens=0))
@@ -194,7 +194,7 @@ def test_images_are_not_guessed() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path) -> None:
     """Quantized weights in bfloat16: the log-probabilities too. Where all layers are one call,
-    guesses are made unasked.
+    drafts are made by default.
     """
     shape = (
         tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
@@ -217,7 +217,7 @@ def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path
     assert told[0] == told[1] == told[2]
 
 
-def test_nobody_guesses_unasked_where_it_would_round_otherwise() -> None:
+def test_prompt_lookup_is_off_by_default_where_it_changes_rounding() -> None:
     """Floats: several tokens of a sequence are rounded otherwise than one."""
     (request,) = engine().generate([MIXED[0]], GREEDY)
     assert request.drafter is None and request.usage.drafted == 0

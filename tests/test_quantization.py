@@ -156,7 +156,7 @@ def test_parts_apart(
 @pytest.mark.parametrize(
     "odd", ["int4,head", "int4,head=int3", "int4,neck=int4", "fp8,head=int4", "int4,", "head=int4"]
 )
-def test_parts_that_are_none(odd: str, folder: Path) -> None:
+def test_unknown_components(odd: str, folder: Path) -> None:
     assert parse_precision(odd) is None
     with pytest.raises(
         OptionError,
@@ -279,7 +279,7 @@ def test_other_devices_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch
         checkpoints.load(folder, precision="int8", device="mps")
 
 
-def test_adapters_stand_beside_quantized_linears(folder: Path) -> None:
+def test_adapters_wrap_quantized_linears(folder: Path) -> None:
     network, floats = checkpoints.load(folder, precision="int4"), checkpoints.load(folder)
     assert linears(network).keys() == linears(floats).keys()
     before = logits(network)

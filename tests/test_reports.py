@@ -31,9 +31,9 @@ class Attributes(HTMLParser):
 
 
 def test_every_text_is_escaped(tmp_path: Path) -> None:
-    picture = tmp_path / "<b>.png"
-    Image.new("RGB", (8, 8)).save(picture)
-    views = {"type": "views", "views": {HOSTILE: str(picture)}}
+    image = tmp_path / "<b>.png"
+    Image.new("RGB", (8, 8)).save(image)
+    views = {"type": "views", "views": {HOSTILE: str(image)}}
     example = Example(
         id=HOSTILE,
         group=HOSTILE,

@@ -91,7 +91,7 @@ def step(s: Scheduler, token: int = 5) -> tuple[SchedulerOutput, list[tuple[int,
     return output, done
 
 
-def test_a_long_prompt_is_cut_and_decodes_go_on_beside_it() -> None:
+def test_a_long_prompt_is_chunked_while_others_decode() -> None:
     s = scheduler(tokens=20)
     short, long = request(5), request(50, first=300)
     s.add(short)
@@ -127,7 +127,7 @@ def test_images_of_several_requests_share_a_call_and_equal_ones_are_encoded_once
     assert [id_ for id_, *_ in done] == [a.id, b.id]
 
 
-def test_no_memory_no_start_and_nobody_overtakes() -> None:
+def test_without_memory_requests_wait_in_order() -> None:
     s = scheduler(total=60)
     big, small = request(40, new=8), request(5, new=2, first=300)
     s.add(request(20, new=3, first=500))
@@ -176,8 +176,8 @@ def test_caches_go_before_anybody_is_preempted() -> None:
     assert len(s.prefix_cache.idle) == 1
 
 
-def test_a_cache_that_goes_on_shortly_is_taken_over_and_a_longer_one_copied() -> None:
-    """A second question about eight pictures took a second, nearly all of it copying what was
+def test_a_short_continuation_takes_the_cache_and_a_long_one_copies_it() -> None:
+    """A second question about eight images took a second, nearly all of it copying what was
     there.
     """
     s = scheduler(total=10000, tokens=2000)
@@ -234,7 +234,7 @@ def test_the_end_of_the_one_waited_for_frees_the_others() -> None:
     assert step(s)[1] == [(second.id, 0, 100)]
 
 
-def test_a_cache_is_copied_for_a_branch_and_taken_over_for_a_sequel() -> None:
+def test_a_branch_copies_the_cache_and_a_continuation_takes_it() -> None:
     s = scheduler(tokens=500)
     s.add(asked := request(100, new=50))
     while asked.finish_reason is None:
@@ -332,7 +332,7 @@ def test_prefixes_end_at_the_first_other_image() -> None:
     assert p.find(CacheKey.of(tokens[:120] + [9] * 30), 149).source is None
 
 
-def test_features_are_dropped_oldest_first_and_held_ones_not() -> None:
+def test_features_are_evicted_oldest_first_unless_in_use() -> None:
     f = EncoderCache(max_bytes=3 * 8)
     rows = torch.zeros(1, 2)  # 8 bytes
     keys = [(bytes([i]), 0) for i in range(6)]

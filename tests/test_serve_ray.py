@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from llava_interleave import cli
 from llava_interleave.errors import OptionError, RemoteError
-from tests.helpers.requests import BLUE, RED, STILLS, WHAT, data_url, picture, png, user
+from tests.helpers.requests import BLUE, RED, STILLS, WHAT, data_url, image_part, png, user
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'llava-interleave[ray]'")
 serve = pytest.importorskip(
@@ -160,7 +160,7 @@ def body(messages: Any = WHAT, **more: Any) -> dict[str, Any]:
 
 
 def about(colour: str, question: str = "What is this?") -> list[dict[str, Any]]:
-    return user(picture(data_url(png(colour))), question)
+    return user(image_part(data_url(png(colour))), question)
 
 
 def plain(response: Any) -> tuple[int, str, str]:
@@ -223,7 +223,7 @@ def free() -> int:
         return server.getsockname()[1]
 
 
-def test_mistakes_are_told(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "MAX_START_ATTEMPTS", 1)
     given = {"address": nodes.address, "cpus": 1, "replicas": None}
     with (
@@ -269,7 +269,7 @@ def test_what_meets() -> None:
     red = of(WHAT)
     assert (
         red
-        == of(user(picture(RED), picture(BLUE), "Another?"), n=2)
+        == of(user(image_part(RED), image_part(BLUE), "Another?"), n=2)
         == of(user("First", {"type": "views", "views": {"a": RED}}))
     )
     assert (
@@ -277,14 +277,14 @@ def test_what_meets() -> None:
             {
                 red,
                 of(WHAT, "l"),
-                of(user(picture(BLUE), picture(RED))),
+                of(user(image_part(BLUE), image_part(RED))),
                 of(user({"type": "image", "path": "a.png"})),
                 "",
             }
         )
         == 5
     )
-    assert of(user(picture("https://a.example/b"))) == of(
+    assert of(user(image_part("https://a.example/b"))) == of(
         user({"type": "video", "video": ["https://a.example/b", RED]})
     )
     assert (
@@ -322,7 +322,7 @@ def test_who_has_enough_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order() == "abc"
 
 
-def test_files_are_lent_for_as_long_as_somebody_has_them() -> None:
+def test_files_live_as_long_as_a_request_uses_them() -> None:
     lent, file = RequestScopedFiles(), Stored(b"x", "a.png", "vision", 0)
     with lent.during("k", {"file-1": file}):
         with lent.during("k", {"file-1": file}), lent.during("l", {}):
@@ -342,7 +342,7 @@ ASKED: dict[str, tuple[str, str, Any]] = {
         "POST",
         CHAT,
         body(
-            user(picture(RED), "is the first,", picture(BLUE), "the second"),
+            user(image_part(RED), "is the first,", image_part(BLUE), "the second"),
             seed=3,
             temperature=1.5,
         ),
@@ -424,7 +424,7 @@ def test_who_asks_about_the_same_image_meets_its_features(server: Server) -> Non
     assert len(encoded) == 2 and sum(encoded.values()) == len(colours)
 
 
-def test_what_one_key_asked_is_nothing_to_another(server: Server) -> None:
+def test_clients_do_not_see_each_others_requests(server: Server) -> None:
     for key in ("one", "two"):
         with client(server, key) as http:
             usage = http.post(CHAT, json=body(about("olive"), max_tokens=1)).json()["usage"]
@@ -460,19 +460,21 @@ def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
             "cyan",
         ):  # four met by chance on one
             asked = body(
-                user(picture(data_url(png(first))), "and", picture(said["id"]), "What differs?")
+                user(
+                    image_part(data_url(png(first))), "and", image_part(said["id"]), "What differs?"
+                )
             )
             assert plain(http.post(CHAT, json=asked)) == plain(alone.post(CHAT, json=asked))
         after = measured(http, "llava_http_requests_total") - before
         assert len([replica for replica in after if replica]) == 2
         assert [file["id"] for file in http.get("/v1/files").json()["data"]] == [said["id"]]
         assert other.get("/v1/files").json()["data"] == []
-        assert other.post(CHAT, json=body(user(picture(said["id"])))).status_code == 404
+        assert other.post(CHAT, json=body(user(image_part(said["id"])))).status_code == 404
         assert http.delete(f"/v1/files/{said['id']}").json()["deleted"]
-        assert http.post(CHAT, json=body(user(picture(said["id"])))).status_code == 404
+        assert http.post(CHAT, json=body(user(image_part(said["id"])))).status_code == 404
 
 
-def test_a_stream_streams_and_who_leaves_ends_it(one: Any) -> None:
+def test_a_disconnect_ends_a_stream(one: Any) -> None:
     with one.stream(
         "POST", CHAT, json=body(stream=True, max_tokens=3900, stop_on_repetition=False)
     ) as response:
@@ -485,7 +487,7 @@ def test_a_stream_streams_and_who_leaves_ends_it(one: Any) -> None:
     assert sum(measured(one, "llava_aborted_total").values()) >= 1
 
 
-def test_what_everybody_asks_about_spreads(server: Server) -> None:
+def test_popular_images_spread_over_replicas(server: Server) -> None:
     """Of six answers about one image four are computed where it is known: half of --max-requests.
     The others go elsewhere.
     """
@@ -582,7 +584,7 @@ def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
         )
 
 
-def test_what_does_not_end_in_time_is_told(server: Server) -> None:
+def test_a_request_over_its_time_limit_is_an_error(server: Server) -> None:
     with (
         client(server, "last") as http,
         http.stream(

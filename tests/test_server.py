@@ -56,7 +56,7 @@ from tests.helpers.requests import (
     STILLS,
     WHAT,
     data_url,
-    picture,
+    image_part,
     png,
     sent,
     user,
@@ -193,7 +193,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_the_computation(
     assert got["usage"]["completion_tokens"] == answer.usage.generated < 30
 
 
-def test_what_runs_beside_changes_no_answer(client: TestClient, oracle: Chatbot) -> None:
+def test_concurrent_requests_change_no_answer(client: TestClient, oracle: Chatbot) -> None:
     names = list(QUESTIONS)
     with ThreadPoolExecutor(8) as pool:
         got = list(
@@ -210,10 +210,10 @@ def test_what_runs_beside_changes_no_answer(client: TestClient, oracle: Chatbot)
         ]
 
 
-def test_usage_tells_what_was_kept_and_what_images_took(client: TestClient) -> None:
+def test_usage_has_cached_and_image_tokens(client: TestClient) -> None:
     messages = user(
-        picture(data_url(png("orange"))),
-        picture(RED),
+        image_part(data_url(png("orange"))),
+        image_part(RED),
         "One of a kind, and long enough to be worth a copy?",
     )
     first, again = (ask(client, messages=messages).json()["usage"] for _ in range(2))
@@ -230,7 +230,9 @@ def test_usage_tells_what_was_kept_and_what_images_took(client: TestClient) -> N
 
 
 def test_counting_is_the_librarys_estimate(client: TestClient, oracle: Chatbot) -> None:
-    messages = user(picture(RED), STILLS, {"type": "views", "views": {"front": BLUE}}, "How many?")
+    messages = user(
+        image_part(RED), STILLS, {"type": "views", "views": {"front": BLUE}}, "How many?"
+    )
     counted = client.post("/v1/messages/count", json={"messages": messages, "frames": 2}).json()
     estimate = dataclasses.asdict(oracle.estimate(messages, frames=2))
     assert counted == json.loads(json.dumps(estimate))
@@ -426,7 +428,7 @@ def test_json_may_be_any_object(client: TestClient, oracle: Chatbot) -> None:
     assert (got["message"]["content"], got["finish_reason"]) == ("{}", "stop")
 
 
-def test_a_guided_answer_changes_none_beside_it(client: TestClient) -> None:
+def test_a_guided_answer_changes_no_other(client: TestClient) -> None:
     alone = [
         ask(client, max_tokens=20, temperature=1.0, seed=3).json(),
         ask(client, max_tokens=20, **form("regex", "[ab]{9}")).json(),
@@ -458,7 +460,7 @@ def test_no_pattern_holds_up_the_server(client: TestClient, regex: str) -> None:
     assert time.monotonic() - began < 30
 
 
-def test_null_and_the_values_that_mean_nothing_are_taken(client: TestClient) -> None:
+def test_null_and_neutral_values_are_accepted(client: TestClient) -> None:
     """Clients send null for what they do not set, and an answer's message back as it came."""
     said = ask(client).json()["choices"][0]["message"]
     nothing = {
@@ -482,7 +484,7 @@ def test_null_and_the_values_that_mean_nothing_are_taken(client: TestClient) -> 
 
 
 def test_what_is_counted_is_named_by_texts(client: TestClient) -> None:
-    """A number or an object in the place of a picture was counted as one, because nothing is opened
+    """A number or an object in the place of an image was counted as one, because nothing is opened
     to count.
     """
     for part in (
@@ -525,7 +527,7 @@ def test_an_answer_that_repeats_itself_was_cut_off(
 
 
 def test_a_prefill_serves_the_question_of_its_key(client: TestClient) -> None:
-    begin = user(picture(data_url(png("teal"))), picture(data_url(png("olive"))))
+    begin = user(image_part(data_url(png("teal"))), image_part(data_url(png("olive"))))
     first = client.post("/v1/messages/prefill", json={"messages": begin}).json()
     again = client.post("/v1/messages/prefill", json={"messages": begin}).json()
     assert (first["cached_tokens"], again["cached_tokens"]) == (0, first["prompt_tokens"] - 1)
@@ -572,13 +574,13 @@ def test_a_file_is_named_by_its_content_and_stands_for_it(
     assert client.get(f"/v1/files/{stored['id']}").json() == stored
     direct = ask(
         client,
-        messages=user(picture(data_url(png("purple")), detail="high"), "What?"),
+        messages=user(image_part(data_url(png("purple")), detail="high"), "What?"),
         temperature=1.0,
         seed=1,
     )
     named = ask(
         client,
-        messages=user(picture(stored["id"], detail="high"), "What?"),
+        messages=user(image_part(stored["id"], detail="high"), "What?"),
         temperature=1.0,
         seed=1,
     )
@@ -593,11 +595,11 @@ def test_a_file_is_named_by_its_content_and_stands_for_it(
     assert by_part.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * 16
     assert client.delete(f"/v1/files/{stored['id']}").json()["deleted"]
     assert client.get(f"/v1/files/{stored['id']}").status_code == 404
-    gone = ask(client, messages=user(picture(stored["id"])))
+    gone = ask(client, messages=user(image_part(stored["id"])))
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "file_not_found")
 
 
-def test_a_film_is_uploaded_and_looked_at(client: TestClient, tmp_path: Path) -> None:
+def test_a_video_is_uploaded_and_looked_at(client: TestClient, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue", "white")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=200)
     name = upload(client, (tmp_path / "a.gif").read_bytes()).json()["id"]
@@ -623,7 +625,7 @@ def test_files_are_bounded(tiny: Path) -> None:
 
 LOOK = user(
     "Compare",
-    picture(RED, detail="high"),
+    image_part(RED, detail="high"),
     "with",
     {"type": "views", "views": {"front": BLUE}},
     "and",
@@ -693,7 +695,7 @@ def test_an_explanation_is_the_librarys_whole_or_streamed(
     [
         ({"messages": [{"role": "user", "content": "Hello"}]}, "needs an image"),
         ({"max_tokens": 1025}, "1024"),
-        ({"messages": user(*[picture(RED)] * 20, "Which?"), "max_tokens": 2}, "'attention'"),
+        ({"messages": user(*[image_part(RED)] * 20, "Which?"), "max_tokens": 2}, "'attention'"),
         ({"n": 8, "max_tokens": 300, "attribution": "attention"}, "the limit is 5,000"),
         ({"attribution": "shares"}, "attribution"),
     ],
@@ -848,7 +850,7 @@ def test_without_keys_only_this_machine_is_answered(client: TestClient) -> None:
 def test_one_key_learns_nothing_of_another(tiny: Path, key_file: Path) -> None:
     """Neither its files, nor by cached tokens or time that it asked the same."""
     messages = user(
-        picture(RED),
+        image_part(RED),
         "A question that is long enough to be kept in the cache of prefixes, with an image",
     )
     body = {"model": "tiny", "messages": messages, "max_tokens": 2}
@@ -864,7 +866,7 @@ def test_one_key_learns_nothing_of_another(tiny: Path, key_file: Path) -> None:
         name = upload(client, png("red"), **bearer(KEYS[0])).json()["id"]
         assert client.get(f"/v1/files/{name}", headers=bearer(KEYS[1])).status_code == 404
         assert client.get("/v1/files", headers=bearer(KEYS[1])).json()["data"] == []
-        theirs = {**body, "messages": user(picture(name))}
+        theirs = {**body, "messages": user(image_part(name))}
         assert client.post(CHAT, json=theirs, headers=bearer(KEYS[1])).status_code == 404
         assert client.post(CHAT, json=theirs, headers=bearer(KEYS[0])).status_code == 200
 
@@ -893,12 +895,12 @@ def test_media_come_only_from_where_it_was_allowed(
     (root / "a.png").write_bytes(png("red"))
     (tmp_path / "secret.png").write_bytes(png("blue"))
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "film").mkdir()
-    (root / "film" / "1.png").write_bytes(b"broken")
+    (root / "frames").mkdir()
+    (root / "frames" / "1.png").write_bytes(b"broken")
     for part in (
-        picture("https://example.com/a.png"),
+        image_part("https://example.com/a.png"),
         {"type": "image", "path": str(root / "a.png")},
-        picture(f"file://{root}/a.png"),
+        image_part(f"file://{root}/a.png"),
     ):
         assert ask(client, messages=user(part)).status_code == 403, part
     with running(tiny, media_root=root, allow_host=("images.example.com",)) as open_client:
@@ -918,18 +920,18 @@ def test_media_come_only_from_where_it_was_allowed(
             for part in (
                 {"type": "image", "path": path},
                 {"type": "video", "path": path},
-                picture(f"file:{path}"),
+                image_part(f"file:{path}"),
             ):
                 refused = ask(open_client, messages=user(part))
                 assert refused.status_code in (400, 403), part
                 assert str(tmp_path) not in refused.text.replace(path, ""), part
-        broken = ask(open_client, messages=user({"type": "video", "path": "film"}))
+        broken = ask(open_client, messages=user({"type": "video", "path": "frames"}))
         assert (
             broken.status_code == 400
-            and "film/1.png" in broken.text
+            and "frames/1.png" in broken.text
             and str(tmp_path) not in broken.text
         )
-        elsewhere = ask(open_client, messages=user(picture("https://other.example.com/a.png")))
+        elsewhere = ask(open_client, messages=user(image_part("https://other.example.com/a.png")))
         assert elsewhere.status_code == 403 and "other.example.com:443" in elsewhere.text
 
 
@@ -1213,7 +1215,7 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
         (tmp_path / "a.png").write_bytes(png("red"))
         stored = api.files.create(file=tmp_path / "a.png", purpose="vision")
         assert [file.id for file in api.files.list()] == [stored.id] and stored.filename == "a.png"
-        about: Any = user(picture(stored.id), "What is this?")
+        about: Any = user(image_part(stored.id), "What is this?")
         assert (
             api.chat.completions.create(**how | {"messages": about}).choices[0].message.content
             == text
@@ -1227,7 +1229,7 @@ def test_the_official_client(server: Server, oracle: Chatbot, tmp_path: Path) ->
             api.models.retrieve("gpt")
         with pytest.raises(openai.PermissionDeniedError, match="may not be fetched"):
             api.chat.completions.create(
-                **how | {"messages": user(picture("https://example.com/a.png"))}
+                **how | {"messages": user(image_part("https://example.com/a.png"))}
             )
 
 
@@ -1261,7 +1263,7 @@ def test_a_disconnect_cancels_the_attribution(
     assert len(passes) == 1
 
 
-def test_an_explanation_that_does_not_end_in_time_is_told(
+def test_an_attribution_over_its_time_limit_is_an_error(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, first = threading.Event(), threading.Event()
@@ -1391,7 +1393,7 @@ def test_what_runs_is_finished_before_the_server_goes(
     assert not going.service.engine_thread._thread.is_alive()
 
 
-def test_what_does_not_end_in_time_is_told(tiny: Path) -> None:
+def test_a_request_over_its_time_limit_is_an_error(tiny: Path) -> None:
     with listening(tiny, shutdown_timeout=0.2) as going, connect(going) as reading:
         reading.sendall(
             request(CHAT, chat_body(stream=True, max_tokens=3900, stop_on_repetition=False))

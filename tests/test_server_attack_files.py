@@ -112,7 +112,7 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_holds_up_nobody_else(server: Server, name: str) -> None:
+def test_a_file_delays_no_other_request(server: Server, name: str) -> None:
     part = FILES[name]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:

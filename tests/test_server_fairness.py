@@ -274,7 +274,7 @@ def test_a_bound_beyond_64_bits_is_a_400(server: Server, bound: float) -> None:
         assert refused.status_code == 400 and "response_format" in refused.text
 
 
-def test_half_open_connections_keep_nobody_out(folder: Path, key_file: Path) -> None:
+def test_half_open_connections_do_not_block_others(folder: Path, key_file: Path) -> None:
     with listening(folder, api_keys=key_file, max_connections=8, shutdown_timeout=0.1) as server:
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         with contextlib.ExitStack() as stack:

@@ -16,16 +16,16 @@ import llava_interleave
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llava_interleave"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PICTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+DIAGRAM = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 FLOORS = {
     part: int(line.split()[0])
-    for line in PICTURE.split("```")[1].splitlines()
+    for line in DIAGRAM.split("```")[1].splitlines()
     if re.match(r"\d+ ", line)
     for part in line.split()[1:]
 }
 NEVER = {
     part: re.findall(r"`(\w+)`", never)
-    for part, never in re.findall(r"^\| `(\w+)/?` \|.*\| *(.*?) *\|$", PICTURE, re.MULTILINE)
+    for part, never in re.findall(r"^\| `(\w+)/?` \|.*\| *(.*?) *\|$", DIAGRAM, re.MULTILINE)
 }
 
 
@@ -51,7 +51,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-def test_the_picture_shows_every_part() -> None:
+def test_the_diagram_shows_every_part() -> None:
     parts = {part_of(path) for path in MODULES} - {"__init__", "__main__"}
     assert set(FLOORS) == parts
     assert set(NEVER) == parts
@@ -70,7 +70,7 @@ def test_imports_go_down(path: Path) -> None:
             assert FLOORS[other] < FLOORS[part], f"{path}:{line}: {part} is not above {other}"
 
 
-def test_imports_that_nobody_makes() -> None:
+def test_forbidden_imports() -> None:
     """transformers is an oracle and a base class of `hf`, torchvision a second image library,
     pickle runs code from files; recipes/ is not in the wheel.
     """
@@ -107,6 +107,6 @@ def test_no_torch_without_need(statement: str) -> None:
     assert done.stdout.endswith("False\n")
 
 
-def test_the_changelog_knows_this_version() -> None:
+def test_the_changelog_has_this_version() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.search(rf"^## {re.escape(llava_interleave.__version__)}\b", changes, re.MULTILINE)

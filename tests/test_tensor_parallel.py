@@ -45,10 +45,10 @@ CASES |= {precision: ("divided", precision) for precision in ("bfloat16", "int8"
 CLOSE = {"bfloat16": 0.05, "int8": 0.05, "int4": 0.05}  # one rounding of an input more or less
 KV = (
     100 * 2 * 2 * 64 * 4
-)  # bytes of 100 tokens' keys and values in float32; a share's 200 are for two requests of three
+)  # bytes of the KV cache of 100 tokens in float32; a share's 200 are for two requests of three
 
 
-def pictures(folder: Path) -> list[str]:
+def images(folder: Path) -> list[str]:
     return [str(folder / f"{number}.png") for number in range(3)]
 
 
@@ -66,8 +66,8 @@ class Even:
 
 
 def asked(bot: Chatbot, folder: Path) -> dict[str, Any]:
-    """Answers as token ids: several at once, sampled, broken off, guessed, guided."""
-    a, b, c = pictures(folder)
+    """Answers as token ids: several at once, sampled, aborted, with draft tokens, guided."""
+    a, b, c = images(folder)
     turns = [bot.turn("What?", [a]), bot.turn("What else?", [a, b, c]), bot.turn("Who?")]
     found: dict[str, Any] = {"room": bot.engine.load().kv_total}
     found["together"] = [one.tokens for one in bot.batch(turns, max_new_tokens=12, ignore_eos=True)]
@@ -165,7 +165,7 @@ def together(folder: Path, device: str) -> None:
         found["answers"] = asked(bot, folder)
         found["info"] = bot.info()
         found["attribution"] = told(
-            lambda: bot.attribute(bot.turn("What?", pictures(folder)[:1]), "That.")
+            lambda: bot.attribute(bot.turn("What?", images(folder)[:1]), "That.")
         )
         found["adapter"] = told(lambda: bot.add_adapter("one", folder))
         found["second"] = told(lambda: load(folder / "tied", device=device))
@@ -208,7 +208,7 @@ def folder(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     for name, text in SIZES.items():
         tiny_checkpoint(folder / name, tiny_config(text=text))
-    for path in pictures(folder):
+    for path in images(folder):
         Image.frombytes("RGB", (50, 40), Random(path[-5:]).randbytes(6000)).save(path)
     done = launch(__file__, str(folder), device)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -238,9 +238,7 @@ def test_a_share_computes_what_the_whole_does(name: str, found: list[dict[str, A
 def test_answers_are_those_of_one_process(
     folder: Path, device: str, found: list[dict[str, Any]]
 ) -> None:
-    bot = load(
-        folder / "tied", device=device, kv_bytes=2 * KV
-    )  # a share's keys and values take half
+    bot = load(folder / "tied", device=device, kv_bytes=2 * KV)  # the KV cache of a rank takes half
     answers = asked(bot, folder)
     assert answers == found[0]["answers"]
     assert answers["together"] == found[0]["after"]
@@ -305,7 +303,7 @@ def test_what_cannot_be_shared_evenly_is_refused(
 def test_the_command_answers_through_two_processes(folder: Path, device: str) -> None:
     """Both run it; one of them reads, answers and writes."""
     samples = [
-        {"id": str(n), "image": pictures(folder)[n], "question": f"What is {n}?"} for n in range(3)
+        {"id": str(n), "image": images(folder)[n], "question": f"What is {n}?"} for n in range(3)
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     words = ["-m", str(folder / "tied"), "--device", device, "--max-new-tokens", "5"]

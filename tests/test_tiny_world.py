@@ -44,14 +44,14 @@ def many(scenario: str, count: int = 40, level: Level = NORMAL) -> list[Episode]
 
 
 def seen(ep: Episode, index: int) -> list[Thing]:
-    """The things of a picture, as its pixels show them: kind and colour from the lots, presence
+    """The things of an image, as its pixels show them: kind and colour from the lots, presence
     from what is drawn.
     """
     scene = ep.scenes[index]
-    picture = draw(scene, 192).astype(int)
+    image = draw(scene, 192).astype(int)
     shown = []
     for number, thing in enumerate(scene.things):
-        mine = picture[owners(scene, 192) == number]
+        mine = image[owners(scene, 192) == number]
         if len(mine) and np.abs(np.median(mine, axis=0) - COLOURS[thing.colour]).max() < 8:
             shown.append(thing)
     return shown
@@ -212,7 +212,7 @@ def test_wordings_kept_out_of_training_are_not_in_it() -> None:
 
 
 @every_level
-def test_answers_about_one_picture_agree_with_its_pixels(level: Level) -> None:
+def test_answers_about_one_image_agree_with_its_pixels(level: Level) -> None:
     for ep in many("single", level=level):
         things = seen(ep, 0)
         assert len(things) == len(ep.scenes[0].things)
@@ -231,7 +231,7 @@ def test_answers_about_one_picture_agree_with_its_pixels(level: Level) -> None:
 
 
 @every_level
-def test_answers_about_several_pictures_agree_with_them(level: Level) -> None:
+def test_answers_about_several_images_agree_with_them(level: Level) -> None:
     told = Counter[str]()
     for ep in many("multi", 120, level):
         shown = [{t.short for t in seen(ep, i)} for i in range(len(ep.scenes))]
@@ -260,7 +260,7 @@ def test_answers_about_several_pictures_agree_with_them(level: Level) -> None:
 
 
 @every_level
-def test_answers_about_changes_agree_with_the_pictures(level: Level) -> None:
+def test_answers_about_changes_agree_with_the_images(level: Level) -> None:
     told = 0
     for ep in many("multi", 120, level):
         for q in ep.questions:
@@ -364,7 +364,7 @@ def test_what_is_not_hidden_has_a_patch() -> None:
                     assert (thing in named) == (share > 0.2)
 
 
-def test_where_solid_things_stand_is_read_from_the_picture() -> None:
+def test_where_solid_things_stand_is_read_from_the_image() -> None:
     for side, i, j, large in product(SIDES, range(3), range(3), (False, True)):
         thing = Thing("ball", "red", large, 0, 0, 0.15 if large else 0.085)
         (shown,) = look(side, [(i, j, thing)], Background.sample(Random(1))).things
@@ -423,7 +423,7 @@ def test_exams_are_the_same_for_everybody() -> None:
 
 
 def test_written_samples_are_read_back(tmp_path: Path) -> None:
-    """The files of a sample and the sample in memory are the same to the network, up to the film's
+    """The files of a sample and the sample in memory are the same to the network, up to the video's
     compression.
     """
     path = write(tmp_path, 8, size=96)
@@ -442,11 +442,11 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
         if ep.clip:
             frames = loader.video(media[0], FrameSampling(frames=FRAMES)).frames
             assert len(frames) == FRAMES
-            for frame, picture in zip(frames, render(ep, 96), strict=True):
-                assert np.abs(np.asarray(frame, float) - np.asarray(picture, float)).mean() < 6
+            for frame, image in zip(frames, render(ep, 96), strict=True):
+                assert np.abs(np.asarray(frame, float) - np.asarray(image, float)).mean() < 6
         else:
-            for source, picture in zip(media, render(ep, 96), strict=True):
-                assert (np.asarray(loader.image(source)) == np.asarray(picture)).all()
+            for source, image in zip(media, render(ep, 96), strict=True):
+                assert (np.asarray(loader.image(source)) == np.asarray(image)).all()
 
 
 def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(

@@ -58,7 +58,7 @@ def model(folder: Path) -> Llava:
 
 @pytest.fixture(scope="module")
 def prompts(folder: Path) -> list[Prompt]:
-    """Samples with one picture, several, a video and views."""
+    """Samples with one image, several, a video and views."""
     processor = Processor.from_folder(folder)
     made = []
     for index in range(8):
@@ -479,7 +479,7 @@ def test_fine_tuning_a_checkpoint_learns_its_samples(folder: Path, tmp_path: Pat
         run(stored.but({"lr": 0.004}), tmp_path / "out")
 
 
-def test_a_missing_picture_is_named_with_its_sample(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_with_its_sample(folder: Path, tmp_path: Path) -> None:
     annotations = write(tmp_path / "data", 1, size=30)
     next((tmp_path / "data").glob("*.png")).unlink()
     with pytest.raises(DataError, match=r"sample single-00000: .*single-00000-1\.png"):

@@ -48,8 +48,8 @@ def noise(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, one of them under two names; a video; a picture and a video cut short; a text that
-    is no picture.
+    """Images, one of them under two names; a video; an image and a video cut short; a text that
+    is no image.
     """
     folder = tmp_path_factory.mktemp("media")
     for number, name in enumerate("abc"):
@@ -57,10 +57,10 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise(0).save(folder / "again.bmp")
     noise(3).save(folder / "cut.jpg", quality=95)
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
-    (folder / "text.png").write_text("no picture")
-    write_video([np.asarray(noise(n).resize((64, 64))) for n in range(9)], folder / "film.mp4")
-    noise(0).save(folder / "film.gif", save_all=True, append_images=[noise(1)])
-    (folder / "cut.mp4").write_bytes((folder / "film.mp4").read_bytes()[:-200])
+    (folder / "text.png").write_text("no image")
+    write_video([np.asarray(noise(n).resize((64, 64))) for n in range(9)], folder / "clip.mp4")
+    noise(0).save(folder / "clip.gif", save_all=True, append_images=[noise(1)])
+    (folder / "cut.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:-200])
     return folder
 
 
@@ -85,15 +85,15 @@ USER, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "cont
 GOOD = llava_sample("good", "<image>\nWhat is it?", "Noise.", image="a.png")
 FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
     (GOOD, [], ""),
-    (llava_sample("film", "<image> What moves?", "Noise.", video="film.mp4"), [], ""),
+    (llava_sample("clip", "<image> What moves?", "Noise.", video="clip.mp4"), [], ""),
     (llava_sample("text", "Hello", "Hello."), [], ""),
     (llava_sample("no turns") | {"conversations": None}, ["form"], "no `conversations`"),
     ({"id": "cat", "conversations": [{"from": "cat", "value": "a"}]}, ["form"], "its role is 'cat'"),
     (llava_sample("missing", "<image> <image> What?", "x", image=["a.png", "no.png"]), ["media"], r"no\.png: there is no such"),
     (llava_sample("two missing", "<image> <image>", "x", image=["n1.png", "n2.png"]), ["media", "media"], r"n1\.png"),
     (llava_sample("cut", "<image> What?", "x", image="cut.jpg"), ["media"], r"cut\.jpg: .*cut short"),
-    (llava_sample("no picture", "<image> What?", "x", image="text.png"), ["media"], r"text\.png: not an image"),
-    (llava_sample("cut film", "<image> What?", "x", video="cut.mp4"), ["media"], r"cut\.mp4: "),
+    (llava_sample("no image", "<image> What?", "x", image="text.png"), ["media"], r"text\.png: not an image"),
+    (llava_sample("cut clip", "<image> What?", "x", video="cut.mp4"), ["media"], r"cut\.mp4: "),
     (llava_sample("long name", "<image> What?", "x", image="a" * 5000), ["media"], "name too long|cannot be opened"),
     (llava_sample("too few", "What?", "x", image="a.png"), ["placeholders"], "0 `<image>` but 1 image"),
     (llava_sample("too many", "<image> <image> What?", "x", image="b.png"), ["placeholders"], "2 `<image>` but 1 image"),
@@ -107,9 +107,9 @@ FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
         {"from": "gpt", "value": "c"}]}, ["roles"], "messages 1 and 2 of sample twice are both of the user"),
     ({"id": "late", "conversations": [{"from": "human", "value": "a"}, {"from": "system", "value": "b"},
         {"from": "gpt", "value": "c"}]}, ["roles"], "system message that is not its first"),
-    (llava_sample("animated", "<image> What moves?", "x", video="film.gif"), ["form"], "shows one frame: give content parts"),
+    (llava_sample("animated", "<image> What moves?", "x", video="clip.gif"), ["form"], "shows one frame: give content parts"),
     (llava_sample("silent", "<image> What?", " \n", image="a.png"), ["empty"], "turn 2 of sample silent .* its text is empty"),
-    (llava_sample("picture alone", "What?", "<image>", image="a.png"), ["empty", "roles"], "turn 2"),
+    (llava_sample("image alone", "What?", "<image>", image="a.png"), ["empty", "roles"], "turn 2"),
     (llava_sample("asks nothing", " ", "b"), ["empty"], "turn 1"),
     (llava_sample("slip", "What?", "x", imgaes=["a.png"]), ["form"], "`imgaes`: it is not read; did you mean `images`"),
     (llava_sample("another key", "What?", "x", image_2="a.png"), ["form"], "`image_2`: it is not read: name it"),
@@ -229,10 +229,10 @@ def test_an_answer_without_loss_is_read_and_not_learnt(model: Path) -> None:
 
 
 def test_videos_are_named_in_texts(media: Path) -> None:
-    sample = llava_sample("v", "<video> and <image>?", "x", images=["a.png"], videos=["film.mp4"])
+    sample = llava_sample("v", "<video> and <image>?", "x", images=["a.png"], videos=["clip.mp4"])
     messages, found = formats.messages(sample, media)
     assert [part["type"] for part in messages[0]["content"]] == ["video", "text", "image", "text"]
-    assert found == [media / "film.mp4", media / "a.png"]
+    assert found == [media / "clip.mp4", media / "a.png"]
     (one,) = validate([datasets.RawSample(sample, media, "v", "set")])
     assert not one.faults
 
@@ -284,13 +284,13 @@ def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None
     ]
     good = write(tmp_path / "good.json", [GOOD])
     assert llava("data", "check", good, "--media", media).exit_code == 0
-    assert llava("data", "check", good).exit_code == 1  # beside the file there is no picture
+    assert llava("data", "check", good).exit_code == 1  # beside the file there is no image
 
 
 def test_duplicates_are_found_by_pixels_and_are_no_errors(media: Path, tmp_path: Path) -> None:
     again = llava_sample("again", "<image>\nWhat is it?", "Noise.", image="again.bmp")
     other = llava_sample("other words", "<image>\nWhat is it?", "Sound.", image="a.png")
-    third = llava_sample("other picture", "<image>\nWhat is it?", "Noise.", image="b.png")
+    third = llava_sample("other image", "<image>\nWhat is it?", "Noise.", image="b.png")
     path = write(tmp_path / "twins.json", [GOOD, again, other, third])
     told = llava("data", "check", path, "--media", media, "--json")
     assert told.exit_code == 0
@@ -384,7 +384,7 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(
         told("long", tokens=20)
 
 
-def test_a_run_goes_on_with_its_own_data_only(model: Path, media: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_its_own_data_only(model: Path, media: Path, tmp_path: Path) -> None:
     """A sample that was broken at the first start and is whole at the second would move all
     others.
     """
@@ -446,10 +446,10 @@ CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
         {"type": "text", "index": None, "text": "?"}]}, TOLD], "images": ["a.png", "c.png"]}, ["c.png", "a.png"], ""),
     ("both columns", {"messages": [{"role": "user", "content": [
         {"type": "video"}, {"type": "image"}, {"type": "text", "text": "?"}]}, TOLD],
-        "images": ["b.png"], "videos": ["film.mp4"]}, ["film.mp4", "b.png"], ""),
-    ("animation", {"messages": [{"role": "user", "content": [{"type": "video", "path": "film.gif"}]}, TOLD]}, ["film.gif"], ""),
+        "images": ["b.png"], "videos": ["clip.mp4"]}, ["clip.mp4", "b.png"], ""),
+    ("animation", {"messages": [{"role": "user", "content": [{"type": "video", "path": "clip.gif"}]}, TOLD]}, ["clip.gif"], ""),
     ("both and marks", {"messages": [{"role": "user", "content": "<image> <image>"}, TOLD],
-        "images": ["b.png"], "videos": ["film.mp4"]}, [], "placeholders"),
+        "images": ["b.png"], "videos": ["clip.mp4"]}, [], "placeholders"),
     ("unlike columns", {"messages": [{"role": "user", "content": [{"type": "video"}, {"type": "image"}]}, TOLD],
         "images": ["b.png", "a.png"]}, [], "placeholders"),
     ("no column", {"messages": [USER, TOLD]}, [], "placeholders"),
@@ -474,7 +474,7 @@ CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
 def test_messages_of_openai_and_of_hugging_face(
     sample: dict[str, Any], files: list[str], kind: str, model: Path, media: Path, tmp_path: Path
 ) -> None:
-    """What the processor is handed: exactly these pictures in this order, and every fault by its
+    """What the processor is handed: exactly these images in this order, and every fault by its
     kind and the line.
     """
     processor = Processor.from_folder(model)
@@ -494,7 +494,7 @@ def test_messages_of_openai_and_of_hugging_face(
 
 
 def part(path: Path) -> dict[str, Any]:
-    return {"type": "video" if path.stem == "film" else "image", "path": path}
+    return {"type": "video" if path.stem == "clip" else "image", "path": path}
 
 
 def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
@@ -549,14 +549,14 @@ def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
         ("datasets: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     ],
 )
-def test_a_mixture_that_is_none(text: str, error: str, tmp_path: Path) -> None:
+def test_invalid_mixtures(text: str, error: str, tmp_path: Path) -> None:
     (tmp_path / "mixture.yml").write_text(text)
     with pytest.raises(DataError, match=error):
         datasets.rows(tmp_path / "mixture.yml")
 
 
 def tree(root: Path, *paths: str) -> Path:
-    """Files below `root`: texts say their name, all others are pictures that differ."""
+    """Files below `root`: texts say their name, all others are images that differ."""
     for number, name in enumerate(paths):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -730,9 +730,9 @@ def test_the_documentation_runs_and_its_forms_are_read(
     assert len(files) == 7
     for name, text in files:
         (tmp_path / name).write_text(text)
-        for picture in re.findall(r'"(\w+\.png)"', text):
-            noise(len(picture)).save(tmp_path / picture)
-    (tmp_path / "clip.mp4").write_bytes((media / "film.mp4").read_bytes())
+        for image in re.findall(r'"(\w+\.png)"', text):
+            noise(len(image)).save(tmp_path / image)
+    (tmp_path / "clip.mp4").write_bytes((media / "clip.mp4").read_bytes())
     folders = [
         tree(tmp_path, *block.split())
         for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

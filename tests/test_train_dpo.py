@@ -1,4 +1,4 @@
-"""Preferences: the loss is the papers', on packed pairs with shared pictures as on padded ones;
+"""Preferences: the loss is the papers', on packed pairs with shared images as on padded ones;
 pairs of every form are read.
 """
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs about no picture, one and two, of answers of different lengths."""
+    """Pairs about no image, one and two, of answers of different lengths."""
     place = tmp_path_factory.mktemp("pairs")
     rows = []
     for number in range(6):
@@ -71,7 +71,7 @@ def units(source: Path, folder: Path) -> list[PackedSample]:
 
 def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
     """Summed log-probabilities `[P]` of answers, in a batch padded at the end, every sequence with
-    its own pictures.
+    its own images.
     """
     longest = max(len(prompt) for prompt in prompts)
     rows = []
@@ -137,7 +137,7 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
         )
 
 
-def test_pictures_go_through_the_tower_once_a_pair(folder: Path, source: Path) -> None:
+def test_images_go_through_the_tower_once_a_pair(folder: Path, source: Path) -> None:
     made = Samples(units(source, folder), folder, 0)
     pairs = [pair for unit in made.packed if isinstance(pair := made.make(unit), Pair)]
     batch = collate_pairs(pairs)
@@ -222,9 +222,7 @@ def test_all_forms_of_pairs_become_the_same(form: str, folder: Path, tmp_path: P
         assert [m.start for m in side.media] == [m.start for m in want.media]
 
 
-def test_pairs_that_are_none_are_refused_by_name(
-    folder: Path, source: Path, tmp_path: Path
-) -> None:
+def test_invalid_pairs_are_refused_by_name(folder: Path, source: Path, tmp_path: Path) -> None:
     def refused(rows: list[dict[str, Any]], error: str, **more: Any) -> None:
         (tmp_path / "a.json").write_text(json.dumps(rows))
         with pytest.raises(DataError, match=error):

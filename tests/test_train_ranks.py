@@ -80,7 +80,7 @@ def prepare(place: Path) -> None:
     """Model, samples, a recipe a stage; what one process makes of each, and one that was killed
     after two steps.
     """
-    # With sizes that two cannot halve, and samples of which every third has no picture: their rank
+    # With sizes that two cannot halve, and samples of which every third has no image: their rank
     # still goes through the tower.
     model = tiny_checkpoint(place / "tiny", tiny_config(text={"intermediate_size": 95}))
     samples, pairs = [], []
@@ -220,7 +220,7 @@ def test_two_go_on_with_what_one_has_saved(place: Path) -> None:
     alike(place / "adapter" / "one", place / "adapter" / "begun by one")
 
 
-def test_a_signal_to_one_ends_all_and_one_goes_on_with_what_two_have_saved(place: Path) -> None:
+def test_a_signal_to_one_rank_ends_all_and_one_rank_resumes_their_checkpoint(place: Path) -> None:
     """At the third step, after which nothing was due to be saved."""
     begun = place / "all" / "begun by two"
     assert [(place / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]

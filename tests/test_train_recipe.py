@@ -134,7 +134,7 @@ def test_a_missing_file_and_an_unknown_name() -> None:
         recipe.find("aling")
 
 
-def test_relative_paths_begin_beside_the_file(tmp_path: Path) -> None:
+def test_relative_paths_start_at_the_recipe_file(tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     (tmp_path / "mine.toml").write_text('model = "start"\nsource = "a/b.json"\nmedia = "m"')
     found = recipe.read(tmp_path / "mine.toml")

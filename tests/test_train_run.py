@@ -390,9 +390,7 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
     assert move_images_first(views) is views
 
 
-def test_as_many_are_in_front_as_was_said_and_others_in_the_next_pass(
-    folder: Path, source: Path
-) -> None:
+def test_the_share_of_images_first_and_a_new_draw_each_epoch(folder: Path, source: Path) -> None:
     form = SampleFormat(images_first_ratio=0.3)
     samples = Samples(units(source, folder, form)[1:2], folder, 0, form)
     drawn = [samples._drawn(index)[1] for index in range(2000)]
@@ -497,7 +495,7 @@ def foreground() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )
-def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
+def test_a_signal_ends_the_step_saves_and_the_run_resumes_bit_for_bit(
     number: signal.Signals,
     end: type[BaseException],
     folder: Path,
@@ -615,7 +613,7 @@ def killed() -> None:
     raise Killed
 
 
-def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
     folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = go(folder, prompts, tmp_path / "whole")
@@ -637,7 +635,7 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_line_that_a_kill_cut_short_is_taken_off(tmp_path: Path) -> None:
+def test_a_line_cut_by_a_kill_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     for before, after in (
         (b'{"step": 1}\n{"st', b'{"step": 1}\nx\n'),
@@ -924,7 +922,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return place / "out", said
 
 
-def test_what_is_held_out_is_measured_and_answered(finished: tuple[Path, list[str]]) -> None:
+def test_held_out_samples_are_measured_and_answered(finished: tuple[Path, list[str]]) -> None:
     out, said = finished
     assert [line["step"] for line in log(out) if "held_out" in line] == [0, 2, 4, 6]
     asked = json.loads((out / "questions.json").read_text())

@@ -302,7 +302,7 @@ def test_quantized_weights_are_computed_right(
     assert all(case.layer("logits").relative < parity.QUANTIZED.logits for case in cases)
 
 
-def test_what_quantising_costs(packed: Path, folder: Path) -> None:
+def test_the_error_of_quantization(packed: Path, folder: Path) -> None:
     """Against the checkpoint it was made from every layer is off, a little; nothing is
     asked of it.
     """

@@ -30,19 +30,19 @@ KINDS = {
 }
 
 
-def picture(index: int) -> Image.Image:
+def gray_image(index: int) -> Image.Image:
     """A frame that can be told from its neighbours: its grey is its number."""
     return Image.new("RGB", SIZE, (index * 6 % 256,) * 3)
 
 
-def film(
+def write_clip(
     path: Path,
     stamps: list[int] | None = None,
     unit: Fraction = Fraction(1, 10),
     codec: str = "",
     gop: int = 8,
 ) -> Path:
-    """A film whose frame i, of grey 6 * i, is shown at stamps[i] * unit seconds."""
+    """A video whose frame i, of grey 6 * i, is shown at stamps[i] * unit seconds."""
     stamps = list(range(40)) if stamps is None else stamps
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec or KINDS[path.suffix[1:]], rate=10)
@@ -52,7 +52,7 @@ def film(
         stream.bit_rate = 4_000_000
         stream.time_base = stream.codec_context.time_base = unit
         for i, stamp in enumerate(stamps):
-            frame = av.VideoFrame.from_image(picture(i))
+            frame = av.VideoFrame.from_image(gray_image(i))
             frame.pts, frame.time_base = stamp, unit
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
@@ -64,31 +64,31 @@ def greys(frames: list[Image.Image]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("films")
-    return {kind: film(folder / f"film.{kind}") for kind in KINDS}
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("videos")
+    return {kind: write_clip(folder / f"clip.{kind}") for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_seeking_finds_the_frames_of_every_container(films: dict[str, Path], kind: str) -> None:
-    clip = Loader().video(films[kind], FrameSampling(frames=5))
+def test_seeking_finds_the_frames_of_every_container(videos: dict[str, Path], kind: str) -> None:
+    clip = Loader().video(videos[kind], FrameSampling(frames=5))
     assert greys(clip.frames) == [0, 9, 19, 29, 39]
     assert clip.times == pytest.approx([0, 0.9, 1.9, 2.9, 3.9])
     assert clip.duration == pytest.approx(4.0)
     for wanted in ([0], [39], [7, 8, 9], [15, 31], list(range(40))):
-        clip = Loader().video(films[kind], FrameSampling(times=tuple(i / 10 for i in wanted)))
+        clip = Loader().video(videos[kind], FrameSampling(times=tuple(i / 10 for i in wanted)))
         assert greys(clip.frames) == wanted
-    whole = Loader().video(films[kind], FrameSampling(frames=16))
-    assert Loader().video_times(films[kind], FrameSampling(frames=16)) == type(clip)(
+    whole = Loader().video(videos[kind], FrameSampling(frames=16))
+    assert Loader().video_times(videos[kind], FrameSampling(frames=16)) == type(clip)(
         [], whole.times, whole.duration
     )
 
 
-def test_bytes_urls_and_paths_are_one(films: dict[str, Path]) -> None:
-    data = films["mp4"].read_bytes()
-    expected = Loader().video(films["mp4"]).times
+def test_bytes_urls_and_paths_are_one(videos: dict[str, Path]) -> None:
+    data = videos["mp4"].read_bytes()
+    expected = Loader().video(videos["mp4"]).times
     assert len(expected) == 16
-    assert Loader().video(data).times == Loader().video(films["mp4"].as_uri()).times == expected
+    assert Loader().video(data).times == Loader().video(videos["mp4"].as_uri()).times == expected
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_bytes_urls_and_paths_are_one(films: dict[str, Path]) -> None:
         (FrameSampling(times=(0.3, 0.35, 0.1, 0.3)), [1, 3]),
     ],
 )
-def test_samplings(films: dict[str, Path], sampling: FrameSampling, wanted: list[int]) -> None:
-    assert greys(Loader().video(films["mp4"], sampling).frames) == wanted
+def test_samplings(videos: dict[str, Path], sampling: FrameSampling, wanted: list[int]) -> None:
+    assert greys(Loader().video(videos["mp4"], sampling).frames) == wanted
 
 
-def test_moments_outside_the_video(films: dict[str, Path]) -> None:
+def test_moments_outside_the_video(videos: dict[str, Path]) -> None:
     for sampling in (FrameSampling(times=(9.0,)), FrameSampling(start=9)):
         with pytest.raises(OptionError, match=r"9 s is past the video's last frame at 3\.90 s"):
-            Loader().video(films["mp4"], sampling)
+            Loader().video(videos["mp4"], sampling)
 
 
 CLOCKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True).map(sorted)
@@ -149,37 +149,39 @@ def test_at_a_constant_rate_the_frames_are_those_of_the_training_code(
     )
 
 
-def test_a_short_film(tmp_path: Path) -> None:
-    clip = Loader().video(film(tmp_path / "a.mp4", [0, 1, 2]), FrameSampling(frames=16))
+def test_a_short_video(tmp_path: Path) -> None:
+    clip = Loader().video(write_clip(tmp_path / "a.mp4", [0, 1, 2]), FrameSampling(frames=16))
     assert greys(clip.frames) == [0, 1, 2]
-    one = Loader().video(film(tmp_path / "b.mp4", [0]), FrameSampling(frames=16))
+    one = Loader().video(write_clip(tmp_path / "b.mp4", [0]), FrameSampling(frames=16))
     assert (one.times, one.duration) == ([0.0], 0.0)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
 def test_variable_rate(tmp_path: Path, kind: str) -> None:
-    """Frame i is not at i / rate: half of this film's frames lie in its first second."""
+    """Frame i is not at i / rate: half of this video's frames lie in its first second."""
     stamps = [*range(0, 1000, 50), *range(1000, 11000, 500)]
-    path = film(tmp_path / f"v.{kind}", stamps, Fraction(1, 1000))
+    path = write_clip(tmp_path / f"v.{kind}", stamps, Fraction(1, 1000))
     clip = Loader().video(path, FrameSampling(times=(0.5, 5.2, 10.5)))
     assert (greys(clip.frames), clip.times) == ([10, 28, 39], [0.5, 5.0, 10.5])
     assert greys(Loader().video(path, FrameSampling(frames=3)).frames) == [0, 28, 39]
 
 
-def test_a_film_that_was_written_live_has_no_duration(tmp_path: Path) -> None:
-    data = bytearray(film(tmp_path / "a.mkv").read_bytes())
+def test_a_video_that_was_written_live_has_no_duration(tmp_path: Path) -> None:
+    data = bytearray(write_clip(tmp_path / "a.mkv").read_bytes())
     at = data.find(b"\x44\x89")  # the Duration element, overwritten by a Void one
     data[at : at + 11] = b"\xec\x89" + bytes(9)
     assert greys(Loader().video(bytes(data), FrameSampling(frames=3)).frames) == [0, 19, 39]
 
 
-def test_a_film_that_begins_late(tmp_path: Path) -> None:
-    clip = Loader().video(film(tmp_path / "a.ts", list(range(500, 520))), FrameSampling(frames=3))
+def test_a_video_that_begins_late(tmp_path: Path) -> None:
+    clip = Loader().video(
+        write_clip(tmp_path / "a.ts", list(range(500, 520))), FrameSampling(frames=3)
+    )
     assert clip.times == pytest.approx([0, 0.9, 1.9])
 
 
-def test_seeking_decodes_a_fraction_of_a_long_film(tmp_path: Path) -> None:
-    path = film(tmp_path / "long.mp4", list(range(400)), gop=10)
+def test_seeking_decodes_a_fraction_of_a_long_video(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "long.mp4", list(range(400)), gop=10)
     sampling = FrameSampling(times=(39.0,))
     assert len(Loader(Limits(decoded_frames=40)).video(path, sampling).frames) == 1
     with pytest.raises(MediaError, match="more than the limit of 40 frames"):
@@ -188,7 +190,7 @@ def test_seeking_decodes_a_fraction_of_a_long_film(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_rotation_of_phones_is_applied(tmp_path: Path, turn: int) -> None:
-    """Phones film sideways and write a matrix; read without it, every upright video lies on its
+    """Phones record sideways and write a matrix; read without it, every upright video lies on its
     side.
     """
     left = Image.new("RGB", SIZE, "black")
@@ -216,11 +218,11 @@ def test_animations(kind: str) -> None:
     file = BytesIO()
     durations = [100, 100, 300, 100]
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
-    picture(0).save(
+    gray_image(0).save(
         file,
         kind,
         save_all=True,
-        append_images=[picture(i) for i in (10, 20, 30)],
+        append_images=[gray_image(i) for i in (10, 20, 30)],
         duration=durations,
         **options,
     )
@@ -236,20 +238,20 @@ def test_animations(kind: str) -> None:
 
 def test_folders_and_lists_of_frames(tmp_path: Path) -> None:
     for i in (1, 2, 10, 3):
-        picture(i).save(tmp_path / f"frame{i}.png")
+        gray_image(i).save(tmp_path / f"frame{i}.png")
     (tmp_path / "notes.txt").write_text("no frame")
     (tmp_path / ".hidden.png").write_text("no frame")
     clip = Loader().video(tmp_path)
     assert (greys(clip.frames), clip.times, clip.duration) == ([1, 2, 3, 10], [0, 0.5, 1, 1.5], 2.0)
     assert greys(
-        Loader().video([picture(i) for i in range(9)], FrameSampling(frames=3)).frames
+        Loader().video([gray_image(i) for i in range(9)], FrameSampling(frames=3)).frames
     ) == [0, 4, 8]
-    assert greys(Loader().video(np.stack([np.asarray(picture(i)) for i in (4, 5)])).frames) == [
+    assert greys(Loader().video(np.stack([np.asarray(gray_image(i)) for i in (4, 5)])).frames) == [
         4,
         5,
     ]
     wrong: Any
-    for wrong in ([], tmp_path / "absent", picture(1)):
+    for wrong in ([], tmp_path / "absent", gray_image(1)):
         with pytest.raises(MediaError):
             Loader().video(wrong)
     (tmp_path / "empty").mkdir()
@@ -258,18 +260,16 @@ def test_folders_and_lists_of_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "avi"])
-def test_a_film_that_breaks_off_is_not_taken_for_a_shorter_one(
-    films: dict[str, Path], kind: str
-) -> None:
-    data = films[kind].read_bytes()
+def test_a_truncated_video_is_not_read_as_a_shorter_one(videos: dict[str, Path], kind: str) -> None:
+    data = videos[kind].read_bytes()
     for part in (0.2, 0.5, 0.9):
         with pytest.raises(MediaError, match="cut short"):
             Loader().video(data[: int(len(data) * part)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_gives_frames_or_a_media_error(films: dict[str, Path], kind: str) -> None:
-    data = films[kind].read_bytes()
+def test_damage_gives_frames_or_a_media_error(videos: dict[str, Path], kind: str) -> None:
+    data = videos[kind].read_bytes()
     for seed in range(15):
         blob = bytearray(data)
         random = np.random.default_rng(seed)
@@ -279,10 +279,10 @@ def test_damage_gives_frames_or_a_media_error(films: dict[str, Path], kind: str)
             assert Loader().video(bytes(blob)).frames
 
 
-def test_what_is_no_film() -> None:
+def test_invalid_videos() -> None:
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n"
     file = BytesIO()
-    picture(0).save(file, "PNG")
+    gray_image(0).save(file, "PNG")
     for data in (
         b"",
         b"hello",
@@ -297,17 +297,17 @@ def test_what_is_no_film() -> None:
         Loader().video(b"\0\0\0\x18ftypisom" + playlist * 20)
 
 
-def test_limits_of_films(films: dict[str, Path]) -> None:
+def test_limits_of_videos(videos: dict[str, Path]) -> None:
     for limits, message in (
         (Limits(video_seconds=3), "lasts 4 s, the limit is 3 s"),
         (Limits(image_pixels=100), "64 x 48 pixels"),
         (Limits(video_bytes=1000), "more than the limit of 1,000 bytes"),
     ):
         with pytest.raises(MediaError, match=message):
-            Loader(limits).video(films["mp4"])
+            Loader(limits).video(videos["mp4"])
     with pytest.raises(OptionError, match="than the limit of 4"):
-        Loader(Limits(video_frames=4)).video(films["mp4"], FrameSampling(frames=5))
+        Loader(Limits(video_frames=4)).video(videos["mp4"], FrameSampling(frames=5))
     with pytest.raises(OptionError, match="than the limit of 4"):
-        Loader(Limits(video_frames=4)).video(films["mp4"], FrameSampling(fps=1e9, frames=10**12))
+        Loader(Limits(video_frames=4)).video(videos["mp4"], FrameSampling(fps=1e9, frames=10**12))
     with pytest.raises(MediaRefused):
-        Loader(Limits(allow_local_files=False)).video(films["mp4"].parent)
+        Loader(Limits(allow_local_files=False)).video(videos["mp4"].parent)

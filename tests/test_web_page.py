@@ -324,7 +324,7 @@ def test_without_a_mouse(page: Page, files: list[Path]) -> None:
     )
 
 
-def test_a_mark_without_a_file_is_told_before_anything_is_sent(
+def test_a_mark_without_a_file_is_reported_before_the_request(
     page: Page, files: list[Path]
 ) -> None:
     page.set_input_files("#pick-files", files[:2])
@@ -375,7 +375,7 @@ def test_retry_and_edit_make_branches(page: Page, files: list[Path]) -> None:
 
 
 def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[Path]) -> None:
-    """A browser may drop what a page keeps; the edited question was sent without its picture, and
+    """A browser may drop what a page keeps; the edited question was sent without its image, and
     nobody was told.
     """
     page.set_input_files("#pick-files", files[:1])
@@ -397,7 +397,7 @@ def test_an_edited_message_says_which_file_it_has_lost(page: Page, files: list[P
     )
 
 
-def test_a_mistake_that_is_mended_is_taken_back(page: Page, files: list[Path]) -> None:
+def test_a_corrected_error_disappears(page: Page, files: list[Path]) -> None:
     page.set_input_files("#pick-files", files[:1])
     page.fill("#text", "See [image 2]")
     expect(page.locator("#error")).to_contain_text(
@@ -462,7 +462,7 @@ def test_answers_become_markdown_and_never_html(page: Page) -> None:
     assert 'href="javascript' not in found
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab(
+def test_the_page_requests_a_key_and_keeps_it_for_the_tab(
     browser: Browser, folder: Path, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"

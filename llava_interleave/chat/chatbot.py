@@ -233,7 +233,7 @@ class Chatbot:
         talk = Conversation.load(path, self)
         try:
             if kv:
-                talk.recall(path)
+                talk.load_kv(path)
         except LlavaError as error:
             warnings.warn(
                 f"{error}; the conversation is there, but will be read again", stacklevel=2

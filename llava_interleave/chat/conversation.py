@@ -17,7 +17,7 @@ from ..options import Options
 from ..processing.formats import is_video
 from ..processing.images import from_array
 from .attachments import ContentPart, content, parts
-from .kv_file import beside, replacing
+from .kv_file import kv_path, replacing
 
 if TYPE_CHECKING:
     from .chatbot import Chatbot
@@ -38,9 +38,7 @@ class Conversation:
         self.bot = bot
         self.messages = list(messages or [])
         self.pending: list[ContentPart] = []
-        self._read: list[
-            CacheKey
-        ] = []  # what was read for each answer, and the answer, as far as known
+        self._cache_keys: list[CacheKey] = []  # of each answer: its prompt and its tokens
 
     def attach(self, *sources: object) -> None:
         """Attach images, videos or folders to the next question. Raises `MediaError`."""
@@ -67,7 +65,7 @@ class Conversation:
                     "content": [{"type": "text", "text": chunk.answer.text}],
                 }
                 self.messages, self.pending = [*messages, reply], []
-                self._read.append(
+                self._cache_keys.append(
                     self.bot.engine.cache_key(prompt, chunk.answer.tokens, adapter=options.adapter)
                 )
             yield chunk
@@ -99,7 +97,7 @@ class Conversation:
             *(p for p in turn if isinstance(p, dict) and p["type"] != "text"),
             *self.pending,
         ]
-        del self.messages[last_user:], self._read[-1:]
+        del self.messages[last_user:], self._cache_keys[-1:]
         return True
 
     def save(self, path: str | os.PathLike[str], *, embed: bool = False, kv: bool = False) -> int:
@@ -121,21 +119,25 @@ class Conversation:
             json.dump(written, file, ensure_ascii=False, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        size = self.bot.save_kv(beside(target), self._read[-1]) if kv and self._read else 0
+        size = (
+            self.bot.save_kv(kv_path(target), self._cache_keys[-1])
+            if kv and self._cache_keys
+            else 0
+        )
         if not size:
-            beside(target).unlink(missing_ok=True)
+            kv_path(target).unlink(missing_ok=True)
         return size
 
-    def recall(self, path: str | os.PathLike[str]) -> int:
+    def load_kv(self, path: str | os.PathLike[str]) -> int:
         """Restore the KV cache saved with `path`; its number of tokens, 0 if there is none.
 
         Every conversation with the same beginning uses it, so load only files that you trust.
         Raises `DataError` or `CheckpointError` if it cannot be used here.
         """
-        if not beside(path).is_file():
+        if not kv_path(path).is_file():
             return 0
-        self._read.append(self.bot.load_kv(beside(path)))
-        return len(self._read[-1].ids)
+        self._cache_keys.append(self.bot.load_kv(kv_path(path)))
+        return len(self._cache_keys[-1].ids)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bot: Chatbot) -> Conversation:

@@ -24,8 +24,8 @@ MOST_ABOUT = 16 << 20
 """Bytes of the metadata at most; that of 100,000 tokens is a twentieth of it."""
 
 
-def beside(path: str | os.PathLike[str]) -> Path:
-    """Where the keys and values of the conversation that is saved at `path` lie."""
+def kv_path(path: str | os.PathLike[str]) -> Path:
+    """The file of the KV cache of a conversation saved at `path`."""
     return Path(f"{os.fspath(path)}.kv.safetensors")
 
 
@@ -70,7 +70,7 @@ def write(path: Path, saved: KVSnapshot) -> int:
 
 
 def read(path: Path, room: int) -> KVSnapshot:
-    """Keys and values of at most `room` bytes; their tensors are the file, mapped (see `Reader`).
+    """A KV cache of at most `room` bytes; its tensors are the file, mapped (see `Reader`).
 
     Raises `DataError` or `CheckpointError` for a file that is too large, invalid or damaged.
     """
@@ -79,13 +79,13 @@ def read(path: Path, room: int) -> KVSnapshot:
             f"{path} has {size:,} bytes, but the KV cache has room for {room:,}: raise kv_bytes"
         )
     headers = read_header(path)
-    told = headers.get(ABOUT)
+    header = headers.get(ABOUT)
     if (
-        told is None
-        or told.bytes > MOST_ABOUT
+        header is None
+        or header.bytes > MOST_ABOUT
         or not all(s.dtype in TYPES and s.bytes for s in headers.values())
     ):
-        raise DataError(f"{path} does not hold keys and values")
+        raise DataError(f"{path} does not hold a KV cache")
     with path.open("rb", buffering=0) as file:
         reader, place = Reader(file), torch.device("cpu")
         tensors = {
@@ -96,17 +96,13 @@ def read(path: Path, room: int) -> KVSnapshot:
     for tensor in tensors.values():
         checksum = zlib.crc32(_raw(tensor), checksum)
     if right is None or bytes(_raw(right)) != checksum.to_bytes(4, "little"):
-        raise DataError(f"{path} is damaged: its checksum is another")
+        raise DataError(f"{path} is damaged: wrong checksum")
     try:
         about = json.loads(bytes(_raw(tensors.pop(ABOUT))))
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} does not hold keys and values: what it tells about them is no JSON"
-        ) from error
+        raise DataError(f"{path} does not hold a KV cache: its description is not JSON") from error
     if not isinstance(about, dict):
-        raise DataError(
-            f"{path} does not hold keys and values: what it tells about them is no JSON object"
-        )
+        raise DataError(f"{path} does not hold a KV cache: its description is not a JSON object")
     return KVSnapshot(about, tensors)
 
 

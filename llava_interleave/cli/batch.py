@@ -137,11 +137,16 @@ def batch(
     print(f"{out}: {count} samples, {failed} with an error, in {seconds:.0f} s", file=sys.stderr)
     report_skipped(samples, out)
     if failed:
-        for sample, error in itertools.islice(errors(out), SHOWN):
-            print(f"  {sample}: {error}", file=sys.stderr)
-        if failed > SHOWN:
-            print(f"  and {failed - SHOWN} more; each line has its error", file=sys.stderr)
+        report_failed(out, failed)
         raise typer.Exit(1)
+
+
+def report_failed(out: Path, failed: int) -> None:
+    """Print the first errors of an output with `failed` failed samples."""
+    for sample, error in itertools.islice(errors(out), SHOWN):
+        print(f"  {sample}: {error}", file=sys.stderr)
+    if failed > SHOWN:
+        print(f"  and {failed - SHOWN} more; each line has its error", file=sys.stderr)
 
 
 def report_skipped(samples: Source, out: Path) -> None:

@@ -195,7 +195,7 @@ class Terminal:
         self.status(f"{len(self.conversation.messages)} messages")
         try:
             with terminal.spinner("reading the KV cache"):
-                cached = self.conversation.recall(self.file) if self.kv else 0
+                cached = self.conversation.load_kv(self.file) if self.kv else 0
         except LlavaError as error:
             self.status(
                 f"could not restore the KV cache ({error}); the conversation is prefilled again"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,26 +125,7 @@ def evaluate(
         _only(used, {"tasks", "as_json"}, "diff takes two result files and --json")
         compare(tasks[1:], as_json)
         return
-    for name in tasks:
-        if name not in TASKS and not _is_custom(name):
-            raise unknown("task", name, TASKS)
-    if task_options and not any(map(_is_custom, tasks)):
-        raise OptionError("--task-option is for module:Task")
-    if as_published and not set(tasks) & set(INTERLEAVE):
-        raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
-    if rules not in (None, "lmms-eval"):
-        raise unknown("value of --as", str(rules), ("lmms-eval",))
-    if rules and as_published:
-        raise OptionError("--as-published and --as are two sets of rules; choose one")
-    if html and not out:
-        raise OptionError("--html needs a folder: name it with --out")
-    if url:
-        local = {*OPTIONS, "revision", "precision", "device"} - {"max_new_tokens"}
-        _only(used, ctx.params.keys() - local, "with --url these are the server's")
-    elif key_file:
-        raise OptionError("--key-file is for --url")
-    if check:
-        _only(used, {"tasks", "data", "check"}, "--check runs no model")
+    _check_flags(used, ctx.params)
     loaded = [
         _task(name, data, as_published, questions, task_options or (), rules)
         for name in dict.fromkeys(tasks)
@@ -160,7 +141,6 @@ def evaluate(
         raise typer.Exit(bool(faults))
 
     from ..evals import report, run, stats
-    from ..journal import Journal
 
     reports: dict[str, Any] = {}
     errors: list[JsonRow] = []
@@ -177,24 +157,12 @@ def evaluate(
         if rules:
             settings["as"] = rules
         about = run.about(task, settings)
-        with TemporaryDirectory() as scratch:
-            folder = out or Path(scratch)
-            with (
-                Journal(folder / f"{task.name}.jsonl", about) as journal,
-                terminal.progress_bar(task.name) as progress,
-            ):
-                rows = run.run(
-                    task,
-                    answerer.with_options(options),
-                    journal,
-                    batch_size=batch_size,
-                    progress=progress,
-                )
+        rows = _answers(task, answerer.with_options(options), about, out, batch_size)
         means = stats.summary(task, rows)
         errors += [row for row in run.scored_rows(rows) if row["score"] < 1]
-        if html:
+        if html and out:
             with terminal.spinner("writing the report"):
-                report.write(folder / f"{task.name}.html", task, rows, means, about)
+                report.write(out / f"{task.name}.html", task, rows, means, about)
         reports[task.name] = {
             "run": about,
             "means": [dataclasses.asdict(mean) for mean in means],
@@ -208,6 +176,47 @@ def evaluate(
         save_errors.write_text("".join(json.dumps(row) + "\n" for row in errors), "utf-8")
     if as_json:
         print(json.dumps(reports))
+
+
+def _check_flags(used: Collection[str], params: Mapping[str, Any]) -> None:
+    """Raises `OptionError` for flags that exclude or need each other. used: those that were given,
+    params: the values of all.
+    """
+    for name in params["tasks"]:
+        if name not in TASKS and not _is_custom(name):
+            raise unknown("task", name, TASKS)
+    if params["task_options"] and not any(map(_is_custom, params["tasks"])):
+        raise OptionError("--task-option is for module:Task")
+    if params["as_published"] and not set(params["tasks"]) & set(INTERLEAVE):
+        raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
+    if params["rules"] not in (None, "lmms-eval"):
+        raise unknown("value of --as", str(params["rules"]), ("lmms-eval",))
+    if params["rules"] and params["as_published"]:
+        raise OptionError("--as-published and --as are two sets of rules; choose one")
+    if params["html"] and not params["out"]:
+        raise OptionError("--html needs a folder: name it with --out")
+    if params["url"]:
+        local = {*OPTIONS, "revision", "precision", "device"} - {"max_new_tokens"}
+        _only(used, params.keys() - local, "with --url these are the server's")
+    elif params["key_file"]:
+        raise OptionError("--key-file is for --url")
+    if params["check"]:
+        _only(used, {"tasks", "data", "check"}, "--check runs no model")
+
+
+def _answers(
+    task: Task, answer: AnswerFn, about: dict[str, Any], out: Path | None, batch_size: int
+) -> list[JsonRow]:
+    """The rows of all examples; those that a journal in `out` has are not asked again."""
+    from ..evals import run
+    from ..journal import Journal
+
+    with (
+        TemporaryDirectory() as scratch,
+        Journal((out or Path(scratch)) / f"{task.name}.jsonl", about) as journal,
+        terminal.progress_bar(task.name) as progress,
+    ):
+        return run.run(task, answer, journal, batch_size=batch_size, progress=progress)
 
 
 def _only(used: Collection[str], allowed: Collection[str], why: str) -> None:

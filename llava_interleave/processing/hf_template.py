@@ -1,18 +1,13 @@
 """The chat template of a checkpoint's folder: Jinja in a sandbox, bounded in time and size.
 
-Source of the environment (options, `raise_exception`, `strftime_now`, `tojson`, the `generation`
-tag): transformers `utils/chat_template_utils.py`.
+The sandbox is in `template_sandbox`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 MAX_SOURCE = 1_000_000
-MAX_RENDERED = 20_000_000
-"""Characters of a template, and of the text that it renders or builds on the way."""
-MAX_WIDTH = 10_000
-"""Largest number that a string method or a filter takes for a width or a count."""
-SECONDS = 10.0
-"""Wall-clock seconds of one rendering."""
+"""Characters of a template."""
 FAMILY = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
@@ -118,7 +108,9 @@ class HfTemplate:
     @cached_property
     def _tree(self) -> Any:
         try:
-            return _environment().parse(self.source)
+            from .template_sandbox import environment
+
+            return environment().parse(self.source)
         except Exception as error:  # TemplateSyntaxError, and RecursionError of nested expressions
             raise CheckpointError(
                 f"the chat template of the checkpoint cannot be read: {error}"
@@ -128,7 +120,8 @@ class HfTemplate:
     def _template(self) -> Template:
         from jinja2 import nodes
 
-        environment = _environment()
+        from .template_sandbox import environment
+
         tree = self._tree
         for body in [loop.body for loop in tree.find_all((nodes.For, nodes.Macro))]:
             tick = nodes.Call(nodes.EnvironmentAttribute("check"), [], [], None, None)
@@ -136,115 +129,11 @@ class HfTemplate:
         for concat in list(tree.find_all(nodes.Concat)):
             joined = nodes.EnvironmentAttribute("join")
             concat.nodes = [nodes.Call(joined, concat.nodes, [], None, None)]
-        tree.set_environment(environment)
+        sandbox = environment()
+        tree.set_environment(sandbox)
         try:
-            return environment.from_string(tree)
+            return sandbox.from_string(tree)
         except Exception as error:  # TemplateSyntaxError, and RecursionError of nested expressions
             raise CheckpointError(
                 f"the chat template of the checkpoint cannot be read: {error}"
             ) from error
-
-
-def _environment() -> Any:
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`: the block as it is."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    class Bounded(ImmutableSandboxedEnvironment):
-        """A sandbox whose loops end in time, and whose texts stay small."""
-
-        intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self._local = threading.local()
-
-        def begin(self) -> None:
-            self._local.end = time.monotonic() + SECONDS
-
-        def check(self, size: int = 0) -> str:
-            if time.monotonic() > self._local.end:
-                raise SecurityError(f"it takes longer than {SECONDS:g} s")
-            if size > MAX_RENDERED:
-                raise SecurityError(f"it makes more than {MAX_RENDERED:,} characters")
-            return ""
-
-        def join(self, *parts: Any) -> str:
-            texts = [str(part) for part in parts]
-            self.check(sum(map(len, texts)))
-            return "".join(texts)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(x) if hasattr(x, "__len__") else 0 for x in (left, right)]
-            if operator == "+":
-                self.check(sum(sizes))
-            elif any(sizes) and operator == "*":
-                count = right if isinstance(right, int) else left
-                self.check(max(sizes) * max(int(count), 0) if isinstance(count, int) else 0)
-            elif any(sizes) or not all(abs(x) <= 2**64 for x in (left, right)):
-                raise SecurityError(f"it uses {operator!r} on texts or large numbers")
-            elif operator == "**" and abs(right) > 64:
-                raise SecurityError("it uses powers above 64")
-            return super().call_binop(context, operator, left, right)
-
-        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(getattr(function, "__self__", None), str | list | tuple):
-                _check_widths((*args, *kwargs.values()))
-            return super().call(context, function, *args, **kwargs)
-
-    def _check_widths(values: Sequence[Any]) -> None:
-        if any(isinstance(value, int) and abs(value) > MAX_WIDTH for value in values):
-            raise SecurityError(f"it uses a width above {MAX_WIDTH:,}")
-
-    def bounded(name: str) -> Any:
-        inner = environment.filters[name]
-
-        def outer(*args: Any, **kwargs: Any) -> Any:
-            _check_widths((*args, *kwargs.values()))
-            return inner(*args, **kwargs)
-
-        for mark in ("jinja_pass_arg",):
-            if hasattr(inner, mark):
-                setattr(outer, mark, getattr(inner, mark))
-        return outer
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        _check_widths((indent,))
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = Bounded(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    for name in ("center", "format", "batch", "slice", "indent", "wordwrap", "truncate", "round"):
-        environment.filters[name] = bounded(name)
-    environment.filters["tojson"] = tojson
-    del environment.globals["lipsum"]
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

@@ -82,23 +82,7 @@ def train(
     not finite before a save, if the data end early, memory is not enough or a file cannot be
     written. The last checkpoint then stays as it is.
     """
-    steps, accumulate = recipe.steps, recipe.grad_accum_steps
-    assert steps is not None
-    if accumulate % ranks.world_size:
-        more = -(-accumulate // ranks.world_size) * ranks.world_size
-        ranks.raise_everywhere(
-            OptionError(
-                f"{ranks.world_size} processes cannot share {accumulate} batches a step evenly: "
-                f"give grad_accum_steps {more}, or another number of processes"
-            )
-        )
-    if recipe.muon_lr_scale and ranks.world_size > 1:
-        ranks.raise_everywhere(
-            Unsupported(
-                f"Muon needs whole matrices, and {ranks.world_size} processes have shards: "
-                "take muon_lr_scale 0, or one process"
-            )
-        )
+    steps = _checked_steps(recipe, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     optimizers = build_optimizers(model, recipe)
     state = checkpointing.restore(folder, model, optimizers, recipe, ranks)
@@ -113,13 +97,7 @@ def train(
         open_jsonl(folder / "log.jsonl") if ranks.rank == 0 else nullcontext() as file,
         _catch_signals() as caught,
     ):
-
-        def write_log(step: int, **values: Any) -> None:
-            if file:
-                line = {"step": step, **_finite(values)}
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                log_metrics(line)
+        run_log = _RunLog(file, log_metrics, log)
 
         def evaluated(state: State) -> State:
             """The state after an evaluation, which may be the best."""
@@ -128,9 +106,7 @@ def train(
             model.eval()
             metrics = evaluate(model, state.step)
             model.train()
-            write_log(state.step, held_out=dict(metrics))
-            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            log(f"step {state.step:,} held out: {values}")
+            run_log.evaluated(state.step, metrics)
             best = math.inf if state.best is None else state.best[0]
             if metrics["loss"] < best:
                 return replace(state, best=(metrics["loss"], state.step))
@@ -141,7 +117,7 @@ def train(
             state = evaluated(state)
         while state.step < steps:
             last, best_before = state.step + 1 == steps, state.best
-            share = accumulate // ranks.world_size
+            share = recipe.grad_accum_steps // ranks.world_size
             with meter:
                 taken = list(islice(batches, share))
                 (short,) = ranks.all_reduce_max(len(taken) < (1 if last else share))
@@ -166,19 +142,7 @@ def train(
                     device = next(model.parameters()).device
                     if memory := ranks.all_reduce_max(peak_memory(device))[0]:
                         rates["memory_gib"] = memory / 2**30
-                    write_log(
-                        state.step,
-                        loss=stats.loss,
-                        accuracy=stats.accuracy,
-                        grad_norm=stats.grad_norm,
-                        learning_rate=stats.learning_rate,
-                        **({"skipped_steps": skipped} if skipped else {}),
-                        **rates,
-                    )
-                    log(
-                        f"step {state.step:,} of {steps:,}  loss {stats.loss:.4f}  "
-                        f"accuracy {stats.accuracy:.1%}  {_in_words(rates)}"
-                    )
+                    run_log.trained(state.step, steps, stats, skipped, rates)
                 every = recipe.evaluate_every
                 if last or (every and state.step % every == 0):
                     state = evaluated(state)
@@ -210,6 +174,66 @@ def train(
                     )
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
     return model.eval()
+
+
+def _checked_steps(recipe: Recipe, ranks: ProcessGroup) -> int:
+    """The number of steps, if the recipe can be trained by so many processes."""
+    accumulate = recipe.grad_accum_steps
+    assert recipe.steps is not None
+    if accumulate % ranks.world_size:
+        more = -(-accumulate // ranks.world_size) * ranks.world_size
+        ranks.raise_everywhere(
+            OptionError(
+                f"{ranks.world_size} processes cannot share {accumulate} batches a step evenly: "
+                f"give grad_accum_steps {more}, or another number of processes"
+            )
+        )
+    if recipe.muon_lr_scale and ranks.world_size > 1:
+        ranks.raise_everywhere(
+            Unsupported(
+                f"Muon needs whole matrices, and {ranks.world_size} processes have shards: "
+                "take muon_lr_scale 0, or one process"
+            )
+        )
+    return recipe.steps
+
+
+@dataclass(frozen=True)
+class _RunLog:
+    """log.jsonl and the same in words. file: None on all ranks but 0."""
+
+    file: TextIO | None
+    log_metrics: Callable[[Mapping[str, Any]], None]
+    log: Callable[[str], None]
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._write(step, held_out=dict(metrics))
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.log(f"step {step:,} held out: {values}")
+
+    def trained(
+        self, step: int, steps: int, stats: StepStats, skipped: int, rates: Mapping[str, float]
+    ) -> None:
+        self._write(
+            step,
+            loss=stats.loss,
+            accuracy=stats.accuracy,
+            grad_norm=stats.grad_norm,
+            learning_rate=stats.learning_rate,
+            **({"skipped_steps": skipped} if skipped else {}),
+            **rates,
+        )
+        self.log(
+            f"step {step:,} of {steps:,}  loss {stats.loss:.4f}  "
+            f"accuracy {stats.accuracy:.1%}  {_in_words(rates)}"
+        )
+
+    def _write(self, step: int, **values: Any) -> None:
+        if self.file:
+            line = {"step": step, **_finite(values)}
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.file.flush()
+            self.log_metrics(line)
 
 
 def open_jsonl(path: Path) -> TextIO:

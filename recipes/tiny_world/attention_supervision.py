@@ -119,7 +119,7 @@ class AttentionTargets:
         here = set[Spot]()  # the place in the last phrase
         for m in phrases:
             joint = _JOINT.search(text, 0, m.start())
-            spots = self.find(m[0], _pictures(text[: m.start()], question)) or self.find(m[0])
+            spots = self.find(m[0], _images(text[: m.start()], question)) or self.find(m[0])
             if re.fullmatch(_PLACE, m[0]):
                 here = spots
                 spots = spots - self.find("nothing")
@@ -132,12 +132,12 @@ class AttentionTargets:
         if question and question.because and phrases:
             yield range(len(question.because), len(question.because) + 1), {NOWHERE}
         elif question and question.thing and not phrases:
-            yield range(len(text)), self.find(question.thing, _pictures("", question)) or {NOWHERE}
+            yield range(len(text)), self.find(question.thing, _images("", question)) or {NOWHERE}
         elif text == "0":
             yield range(1), {NOWHERE}
 
 
-def _pictures(before: str, question: Question | None) -> list[int] | None:
+def _images(before: str, question: Question | None) -> list[int] | None:
     """The image that a text is about, if it is one."""
     headings = re.findall(rf"(?:^|\. )(image \d|frame \d|first|last|{'|'.join(SIDES)}): ", before)
     named = (question.where or question.side) if question else ""

@@ -90,7 +90,7 @@ def answers(
 
 @cache
 def truth() -> list[list[int]]:
-    """On a CPU in float32, a slab a sequence, one after another."""
+    """On a CPU in float32, a contiguous KV cache, one after another."""
     return [answers(network("cpu"), [one], kv_block_size=0)[0] for one in PROMPTS]
 
 
@@ -123,7 +123,7 @@ def questions() -> Questions:
     found = []
     for number, scenario in enumerate([*SCENARIOS, *SCENARIOS]):
         seen, _, text = exam(scenario, 2000 + number, held_out=False)
-        parts = [{"type": "image", "image": picture} for picture in render(seen, 200)]
+        parts = [{"type": "image", "image": image} for image in render(seen, 200)]
         found.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
     return found
 
@@ -143,7 +143,9 @@ def test_the_built_in_model_says_the_same(device: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "fp8", "nf4"])
-def test_the_built_in_model_says_the_same_in_few_bits(card: torch.device, precision: str) -> None:
+def test_the_built_in_model_gives_the_same_answers_quantized(
+    card: torch.device, precision: str
+) -> None:
     """Nearly: 4 bits cost a model so small an answer or two."""
     if precision == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -167,14 +169,14 @@ def test_the_built_in_model_says_the_same_in_few_bits(card: torch.device, precis
         },
         {"batch_invariant": True},
     ],
-    ids=["as it comes", "in pieces", "in little memory", "with guesses", "batch_invariant"],
+    ids=["as it comes", "in pieces", "in little memory", "prompt lookup", "batch_invariant"],
 )
 def test_greedy_answers_in_float32_are_a_cpus(device: str, how: dict[str, Any]) -> None:
     assert answers(network(device), **how) == truth()
 
 
 def test_half_the_memory_for_keys_and_values(device: str) -> None:
-    """In 8 bits: the same from blocks and from slabs."""
+    """An int8 KV cache: the same answers from blocks and from contiguous memory."""
     there, here = (
         answers(network(place), kv_precision="int8", **how)
         for place, how in ((device, {}), ("cpu", {"kv_block_size": 0}))
@@ -309,6 +311,6 @@ def test_the_room_that_is_measured_is_there(card: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("card")
-def test_what_computes_is_told() -> None:
+def test_the_attention_backend_is_reported() -> None:
     info = load(device="cuda", precision="bfloat16").info()
     assert str(info["device"]).startswith("cuda") and info["linears"] == "PyTorch"

@@ -1,4 +1,4 @@
-"""Linears of few bits, as a network is loaded with them, against products with their weights
+"""Quantized linears, as a network is loaded with them, against products with their weights
 unpacked.
 """
 
@@ -68,7 +68,7 @@ def test_products_are_those_of_the_weights(
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("precision", ["int8", "int4", "fp8", "nf4"])
-def test_an_adapter_beside_few_bits_learns_as_beside_what_they_count_as(
+def test_an_adapter_over_quantized_weights_trains_as_over_the_dequantized(
     folder: Path, device: str, precision: str, bfloat16: bool
 ) -> None:
     """On the device where a run puts them; the gradients of all its parts."""

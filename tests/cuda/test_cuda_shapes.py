@@ -85,7 +85,7 @@ def test_a_step_that_is_captured(precision: str) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("precision", ["bfloat16", "int4", "int8", "fp8"])
 @torch.no_grad()
-def test_prompts_and_answers_in_one_step_and_pictures(precision: str, int8: bool) -> None:
+def test_prompts_and_answers_in_one_step_and_images(precision: str, int8: bool) -> None:
     model, kept = network(precision), memory(int8=int8)
     a, b = sequence(0, 1, 2), sequence(3, 4, 5)
     x = model.embed(torch.zeros(301, dtype=torch.long, device=CARD))

@@ -99,7 +99,7 @@ def test_a_template_for_texts_gets_texts() -> None:
 def test_a_template_is_bounded_and_safe(
     monkeypatch: pytest.MonkeyPatch, source: str, message: str
 ) -> None:
-    monkeypatch.setattr("llava_interleave.processing.hf_template.SECONDS", 1.0)
+    monkeypatch.setattr("llava_interleave.processing.template_sandbox.SECONDS", 1.0)
     began = time.monotonic()
     with pytest.raises(PromptError, match=message):
         HfTemplate(source).render([{"role": "user", "content": []}], False)

@@ -16,7 +16,7 @@ from llava_interleave.chat import load
 from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
 from llava_interleave.testing import tiny_checkpoint
-from tests.helpers.requests import RED, WHAT, data_url, picture, png, user
+from tests.helpers.requests import RED, WHAT, data_url, image_part, png, user
 
 CHAT = "/v1/chat/completions"
 LOCAL = "http://127.0.0.1:8000"
@@ -44,7 +44,7 @@ def text_of(response: Any) -> str:
 
 
 ANSWERED = {"role": "assistant", "content": "Red."}
-IMAGE, TEXT = picture(RED), {"type": "text", "text": "What is this?"}
+IMAGE, TEXT = image_part(RED), {"type": "text", "text": "What is this?"}
 
 SAME_MESSAGES: dict[str, list[dict[str, Any]]] = {
     "name": [WHAT[0] | {"name": "user_proxy"}],
@@ -55,9 +55,9 @@ SAME_MESSAGES: dict[str, list[dict[str, Any]]] = {
     "cache_control": user(IMAGE, TEXT | {"cache_control": {"type": "ephemeral"}}),
     "uuid": user(IMAGE | {"uuid": "image-1"}, TEXT),
     "modalities of SGLang": user(IMAGE | {"modalities": "multi-images"}, TEXT),
-    "null detail": user(picture(RED, detail=None), TEXT),
-    "auto detail": user(picture(RED, detail="auto"), TEXT),
-    "low detail": user(picture(RED, detail="low"), TEXT),
+    "null detail": user(image_part(RED, detail=None), TEXT),
+    "auto detail": user(image_part(RED, detail="auto"), TEXT),
+    "low detail": user(image_part(RED, detail="low"), TEXT),
     "detail beside the URL": user(IMAGE | {"detail": "auto"}, TEXT),
     "a URL without an object": user({"type": "image_url", "image_url": RED}, TEXT),
     "parts of the Responses API": user(
@@ -182,7 +182,7 @@ REFUSED_MESSAGES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "tool calls": ([*WHAT, ANSWERED | {"tool_calls": [{"id": "c"}]}], "response_format"),
     "audio": (user({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "type"),
     "SGLang's frames": (user(IMAGE | {"modalities": "video"}), "modalities"),
-    "unknown detail": (user(picture(RED, detail="vast")), "detail"),
+    "unknown detail": (user(image_part(RED, detail="vast")), "detail"),
     "no content": ([{"role": "user", "content": None}], "content"),
     "a name that is no text": ([WHAT[0] | {"name": 5}], "name"),
 }
@@ -245,7 +245,7 @@ def test_too_long_a_context_in_the_words_that_clients_look_for(client: TestClien
 
 
 def test_a_bad_image_is_a_400(client: TestClient) -> None:
-    refused = ask(client, messages=user(picture(data_url(b"no image at all")), TEXT))
+    refused = ask(client, messages=user(image_part(data_url(b"no image at all")), TEXT))
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_image")
 
 
@@ -257,5 +257,5 @@ def test_base64_of_any_spelling(client: TestClient) -> None:
         text.translate(str.maketrans("+/", "-_")),
     )
     for spelling in spellings:
-        messages = user(picture(f"data:image/png;base64,{spelling}"), TEXT)
+        messages = user(image_part(f"data:image/png;base64,{spelling}"), TEXT)
         assert text_of(ask(client, messages=messages)) == text_of(ask(client))

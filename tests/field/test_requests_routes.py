@@ -74,9 +74,7 @@ def test_head_is_a_get_without_a_body(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
-def test_a_content_type_that_is_wrong_or_missing_is_said(
-    client: TestClient, kind: str | None
-) -> None:
+def test_a_wrong_or_missing_content_type_is_named(client: TestClient, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
     refused = client.post(CHAT, content=json.dumps(BODY), headers=headers)
     message = refused.json()["error"]["message"]

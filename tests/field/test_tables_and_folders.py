@@ -15,7 +15,7 @@ from llava_interleave.errors import DataError
 from llava_interleave.processing.formats import is_frame_sequence
 from llava_interleave.testing import tiny_checkpoint
 from tests.helpers.batches import shard
-from tests.helpers.benchmarks import picture
+from tests.helpers.benchmarks import save_image
 
 
 def files_of(source: Source, index: int = 0) -> list[str]:
@@ -88,10 +88,10 @@ def test_every_file_of_a_folder_is_a_row_or_an_exception(tmp_path: Path) -> None
     folder.mkdir()
     for name in rows:
         (folder / name).write_bytes(b"?")
-    picture(tmp_path / "x.png")
+    save_image(tmp_path / "x.png")
     (tmp_path / "x.png").rename(folder / "no suffix")
-    picture(folder / "trip/IMG_1.JPG")
-    picture(folder / "trip/IMG_2.JPG")
+    save_image(folder / "trip/IMG_1.JPG")
+    save_image(folder / "trip/IMG_2.JPG")
     hidden = ["._IMG_1.JPG", ".DS_Store", "trip/._IMG_1.JPG"]
     others = ["notes.txt", "Thumbs.db", "trip/list.txt"]
     for name in (*hidden, *others, "trip/deep/a.png"):
@@ -120,7 +120,7 @@ def test_every_file_of_a_folder_is_a_row_or_an_exception(tmp_path: Path) -> None
 )  # fmt: skip
 def test_metadata_of_a_folder(name: str, text: str, tmp_path: Path) -> None:
     for file in ("1.png", "2.png", "set/1.png", "set/2.png"):
-        picture(tmp_path / "in" / file)
+        save_image(tmp_path / "in" / file)
     (tmp_path / "in" / name).write_text(text)
     source = Source(tmp_path / "in", "What?")
     samples = [source.sample(i) for i in range(len(source))]
@@ -174,7 +174,7 @@ def test_names_that_number_frames(names: list[str], frames: bool) -> None:
 
 def test_the_command_names_what_it_leaves_out_and_fails_with_failed_rows(tmp_path: Path) -> None:
     tiny, folder = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "in"
-    picture(folder / "a.png")
+    save_image(folder / "a.png")
     (folder / "._a.png").write_bytes(b"-")
     words = ["batch", str(folder), "-m", str(tiny), "--question", "What?", "--max-new-tokens", "2"]
 

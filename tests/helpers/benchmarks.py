@@ -19,7 +19,7 @@ from llava_interleave.evals import interleave, multiple_choice
 from llava_interleave.evals.task import Messages
 
 
-def picture(path: Path, colour: str = "red") -> None:
+def save_image(path: Path, colour: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (60, 40), colour).save(path)
 
@@ -54,7 +54,7 @@ def bench(root: Path, samples: Sequence[Any], name: str = "interleave-in") -> Pa
         for file in (
             one["image"] if isinstance(one, dict) and isinstance(one.get("image"), list) else ()
         ):
-            picture(folder / file)
+            save_image(folder / file)
     (folder / interleave.FILES[name]).write_text(json.dumps(samples))
     return root
 
@@ -128,7 +128,7 @@ def pixels(colour: str) -> bytes:
 
 
 def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A file as Hugging Face's `datasets` writes it, pictures embedded as bytes and path; a row
+    """A file as Hugging Face's `datasets` writes it, images embedded as bytes and path; a row
     group a row.
     """
     pa = pytest.importorskip("pyarrow")
@@ -205,7 +205,7 @@ def made(root: Path, name: str) -> None:
         ]
         (folder / "ScanQA_v1.0_val.json").write_text(json.dumps(rows))
         for i in range(40):
-            picture(folder / f"scannet_frames_25k/scene0011_00/color/{i * 100:06}.jpg")
+            save_image(folder / f"scannet_frames_25k/scene0011_00/color/{i * 100:06}.jpg")
     elif name == "blink":
         row = {
             "question": "How many?",
@@ -306,4 +306,4 @@ def made(root: Path, name: str) -> None:
             )
             (folder / "json" / f"{task}.json").write_text(json.dumps([row | bound]))
         for i in range(1, 12):
-            picture(folder / f"video/tvqa/frames_fps3_hq/a.mp4/{i:05}.jpg")
+            save_image(folder / f"video/tvqa/frames_fps3_hq/a.mp4/{i:05}.jpg")

@@ -21,7 +21,7 @@ IMAGE, VOCAB, EOS = 60, 58, 57
 GRID = 3
 
 
-TOKEN = 2 * 2 * 2 * 8 * 4  # bytes of the keys and values of one token
+TOKEN = 2 * 2 * 2 * 8 * 4  # bytes of KV cache per token
 
 
 CONFIG = LlavaConfig(
@@ -46,13 +46,13 @@ def engine(tokens: int = 4000, **options: Any) -> Engine:
 
 
 @cache
-def picture(number: int, crops: int = 1) -> Tensor:
+def pixels(number: int, crops: int = 1) -> Tensor:
     return torch.randn(crops, 3, 12, 12, generator=torch.Generator().manual_seed(number))
 
 
 def media(number: int, start: int, crops: int = 1, layout: ImageTokenLayout | None = None) -> Media:
     layout = layout or ImageTokenLayout(GRID, crops)
-    return Media(picture(number, layout.crops), layout, repr((number, layout)).encode(), start)
+    return Media(pixels(number, layout.crops), layout, repr((number, layout)).encode(), start)
 
 
 def text(number: int, length: int) -> list[int]:

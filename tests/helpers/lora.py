@@ -14,7 +14,7 @@ DECODER = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 
 
 def made(folder: Path, lora: LoraConfig, seed: int) -> LoraAdapter:
-    """An adapter as training leaves it: B is not nought any more."""
+    """An adapter as training leaves it: B is no longer zero."""
     adapter = attach(checkpoints.load(folder), lora, seed)
     random = torch.Generator().manual_seed(seed)
     for part in adapter.parts.values():

@@ -1,4 +1,4 @@
-"""Requests that a server must refuse and go on, and the small pictures and messages that requests
+"""Requests that a server must refuse and go on, and the small images and messages that requests
 are made of.
 """
 
@@ -29,11 +29,11 @@ def user(*content: dict[str, Any] | str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}]
 
 
-def picture(url: str, **more: Any) -> dict[str, Any]:
+def image_part(url: str, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
-WHAT = user(picture(RED), "What is this?")
+WHAT = user(image_part(RED), "What is this?")
 STILLS = {"type": "video", "video": [RED, BLUE, GREEN]}
 
 
@@ -89,15 +89,15 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
     "times": {"messages": user({**STILLS, "times": [float(i) for i in range(1000)]})},
     "no speed": {"messages": user({**STILLS, "fps": 1e-300})},
     "late": {"messages": user({**STILLS, "start": 1e300})},
-    "bomb": {"messages": user(picture(data_url(bomb())))},
-    "cut": {"messages": user(picture(data_url(png("red")[:60])))},
-    "thin": {"messages": user(picture(data_url(png("red", (3000, 1)))))},
-    "no base64": {"messages": user(picture("data:image/png;base64,%%%"))},
-    "not base64": {"messages": user(picture("data:text/html,<b>"))},
-    "svg": {"messages": user(picture(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")))},
-    "polyglot": {"messages": user(picture(data_url(b"GIF89a/*" + b"\0" * 100 + b"*/=1;")))},
-    "tiff": {"messages": user(picture(data_url(b"II*\0" + bytes(100))))},
-    "film": {
+    "bomb": {"messages": user(image_part(data_url(bomb())))},
+    "cut": {"messages": user(image_part(data_url(png("red")[:60])))},
+    "thin": {"messages": user(image_part(data_url(png("red", (3000, 1)))))},
+    "no base64": {"messages": user(image_part("data:image/png;base64,%%%"))},
+    "not base64": {"messages": user(image_part("data:text/html,<b>"))},
+    "svg": {"messages": user(image_part(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")))},
+    "polyglot": {"messages": user(image_part(data_url(b"GIF89a/*" + b"\0" * 100 + b"*/=1;")))},
+    "tiff": {"messages": user(image_part(data_url(b"II*\0" + bytes(100))))},
+    "video": {
         "messages": user(
             {
                 "type": "video_url",
@@ -113,11 +113,11 @@ HOSTILE: dict[str, bytes | str | dict[str, Any]] = {
     "number": {"messages": user({"type": "image", "image": 5})},
     "numbers": {"messages": user({"type": "image", "image": [[1, 2], [3, 4]]})},
     "empty video": {"messages": user({"type": "video", "video": []})},
-    "many images": {"messages": user(*[picture(RED)] * 33)},
+    "many images": {"messages": user(*[image_part(RED)] * 33)},
     "many frames": {"messages": user(*[{**STILLS, "video": [RED] * 64, "frames": 64}] * 20)},
-    "metadata": {"messages": user(picture("http://169.254.169.254/latest/meta-data/"))},
-    "gopher": {"messages": user(picture("gopher://127.0.0.1:25/"))},
-    "backslash": {"messages": user(picture("http:\\\\127.0.0.1\\a.png"))},
+    "metadata": {"messages": user(image_part("http://169.254.169.254/latest/meta-data/"))},
+    "gopher": {"messages": user(image_part("gopher://127.0.0.1:25/"))},
+    "backslash": {"messages": user(image_part("http:\\\\127.0.0.1\\a.png"))},
     "passwd": {"messages": user({"type": "image", "path": "/etc/passwd"})},
     "path in path": {"messages": user({"type": "image", "path": {"path": 5}})},
 }

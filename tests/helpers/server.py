@@ -16,7 +16,7 @@ from tests.helpers.requests import (
     RED,
     STILLS,
     WHAT,
-    picture,
+    image_part,
     user,
 )
 
@@ -30,11 +30,11 @@ def until(true: Callable[[], object], seconds: float = 60) -> None:
 
 QUESTIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
     "text": ([{"role": "user", "content": "Hello"}], {}, {}),
-    "interleaved": (user(picture(RED), "is the first,", picture(BLUE), "the second"), {"seed": 3, "temperature": 1.5}, {}),
+    "interleaved": (user(image_part(RED), "is the first,", image_part(BLUE), "the second"), {"seed": 3, "temperature": 1.5}, {}),
     "views": (user({"type": "views", "views": {"front": RED, "back": BLUE}}, "How many?"), {"temperature": 1.0, "seed": 1}, {}),
     "named views": (user({"type": "views", "views": [{"name": "top", "image": RED}]}, "How many?"), {}, {}),
     "video": (user(STILLS, "What moves?"), {"frames": 2, "temperature": 1.2, "seed": 5}, {}),
-    "anyres": (user(picture(RED, detail="high"), "Read it"), {"temperature": 1.1, "seed": 2}, {}),
+    "anyres": (user(image_part(RED, detail="high"), "Read it"), {"temperature": 1.1, "seed": 2}, {}),
     "several": (WHAT, {"n": 3, "seed": 7, "temperature": 1.5}, {}),
     "penalties": (
         WHAT,

@@ -17,7 +17,7 @@ from ...errors import DataError, OptionError
 from . import formats
 
 QUESTION = ("What is in the picture?", "What is in the pictures?")
-"""Asked about one picture of a folder, and about several."""
+"""Asked about one image of a folder, and about several."""
 LAYOUTS = (
     "a folder is read in one of three forms: images with a text next to each, x.jpg and x.txt; a "
     "sub-folder of images per sample, with one .txt in each; or a sub-folder of images per class, "
@@ -56,9 +56,7 @@ def rows(
     """
     if source.is_dir():
         if media:
-            raise OptionError(
-                f"{source} is a folder and holds its pictures itself: leave out media"
-            )
+            raise OptionError(f"{source} is a folder and holds its images itself: leave out media")
         return _folder(source, question)
     if question:
         raise OptionError(f"{source} is a file and asks its own questions: leave out question")
@@ -180,23 +178,21 @@ def _folder(folder: Path, question: str | None) -> list[RawSample]:
             f"{LAYOUTS}"
         )
 
-    def row(name: str, pictures: Sequence[Path], answer: str, group: str, places: int) -> RawSample:
+    def row(name: str, images: Sequence[Path], answer: str, group: str, places: int) -> RawSample:
         asked = "<image>\n" * places + (question or QUESTION[places > 1])
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-        shown = [str(picture.relative_to(folder)) for picture in pictures]
+        shown = [str(image.relative_to(folder)) for image in images]
         return RawSample({"id": name, "image": shown, "conversations": turns}, folder, name, group)
 
     if not folders:
         texts = {entry.stem: entry for entry in entries if entry.suffix.lower() == ".txt"}
-        pictures = [entry for entry in entries if entry not in texts.values()]
+        images = [entry for entry in entries if entry not in texts.values()]
         alone = [
-            text
-            for stem, text in texts.items()
-            if stem not in {picture.stem for picture in pictures}
+            text for stem, text in texts.items() if stem not in {image.stem for image in images}
         ]
         found = [
             row(p.name, [p], _text(texts[p.stem]) if p.stem in texts else "", folder.name, 1)
-            for p in pictures
+            for p in images
         ]
         return found + [row(text.name, [], _text(text), folder.name, 1) for text in alone]
     inside = {one: _entries(one) for one in folders}

@@ -164,8 +164,8 @@ class _SampleReader:
             return self.cache[key]
         state = hashlib.blake2b(digest_size=16)
 
-        def take(picture: Image.Image) -> Image.Image:
-            state.update(repr(picture.size).encode() + picture.tobytes())
+        def take(image: Image.Image) -> Image.Image:
+            state.update(repr(image.size).encode() + image.tobytes())
             return BLANK
 
         found: str | LlavaError
