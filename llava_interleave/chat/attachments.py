@@ -75,7 +75,15 @@ def _file(path: Path) -> ContentPart:
 
 
 def _folder(folder: Path) -> list[ContentPart]:
-    """A video where the names number its frames, else each image and video, in natural order.
+    """A video where the names number its frames, else each image and video, in natural order."""
+    media = media_files(folder)
+    if is_frame_sequence([path.name for path in media]):
+        return [{"type": "video", "path": str(folder)}]
+    return [_file(path) for path in media]
+
+
+def media_files(folder: Path) -> list[Path]:
+    """The images and videos of a folder, in natural order.
 
     Warns of the files that are neither. Raises `MediaError` for a folder without any.
     """
@@ -92,11 +100,9 @@ def _folder(folder: Path) -> list[ContentPart]:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         warnings.warn(
             f"llava: {len(others)} of {len(files)} files in {folder} are not attached: {shown}",
-            stacklevel=5,
+            stacklevel=6,
         )
-    if is_frame_sequence([path.name for path in media]):
-        return [{"type": "video", "path": str(folder)}]
-    return [_file(path) for path in media]
+    return media
 
 
 def content(question: str, attachments: Sequence[object]) -> list[ContentPart]:

@@ -30,8 +30,9 @@ from ..placement import linear_backend
 from ..processing import DEFAULT, Estimate, FrameSampling, Processor, PromptOptions
 from ..prompt import Prompt
 from ..quantization.replace import quantized_precision
-from . import kv_file
+from . import kv_file, table
 from .attachments import content
+from .columns import Column, read_columns
 from .conversation import Conversation
 from .detokenize import Answer, AnswerDelta
 from .engine_driver import EngineDriver, GenerationJob
@@ -95,7 +96,7 @@ class Chatbot:
     ) -> list[Answer]:
         """All `n` answers, computed together; answer i uses seed + i. Otherwise as `chat`."""
         options = self.options(options, changes)
-        return self._answers([GenerationJob(self.prompt(messages, options), options)])
+        return self.answer_jobs([GenerationJob(self.prompt(messages, options), options)])
 
     def stream(
         self,
@@ -132,7 +133,7 @@ class Chatbot:
         """
         options = self.options(options, {**changes, "n": 1})
         job = GenerationJob(self.prompt(messages, options), options, prefill_only=True)
-        return self._answers([job])[0].usage
+        return self.answer_jobs([job])[0].usage
 
     def batch(
         self, conversations: Sequence[Messages], options: Options | None = None, **changes: object
@@ -150,9 +151,38 @@ class Chatbot:
     ) -> list[Answer]:
         """As `batch`, for prompts from `prompt`."""
         resolved = self.options(options)
-        return self._answers(
+        return self.answer_jobs(
             [GenerationJob(prompt, resolved, index) for index, prompt in enumerate(prompts)]
         )
+
+    def each(
+        self,
+        images: str | os.PathLike[str] | Sequence[object],
+        columns: Mapping[str, Any] | Sequence[Column] | type,
+        options: Options = DEFAULTS,
+        **changes: object,
+    ) -> Generator[table.Row]:
+        """Ask questions about each image alone: a row of typed cells per image, in order.
+
+        images: a folder, or images and videos as of `ask`. columns: a question by name, or a pair
+        (question, type) with str, int, float, bool or a `Literal` of texts, or a pydantic model
+        whose descriptions are the questions. Invalid columns raise `OptionError` here; an image
+        that cannot be read has its error in its cells. Questions that compare images: `ask`.
+        Answers are greedy, whatever the checkpoint's generation_config.json says.
+        """
+        run = table.TableRun(self, read_columns(columns), options.but(changes))
+        return run.rows(table.sources(images))
+
+    def find(
+        self,
+        question: str,
+        images: str | os.PathLike[str] | Sequence[object],
+        options: Options = DEFAULTS,
+        **changes: object,
+    ) -> list[table.Hit]:
+        """The images by the probability that the answer to a yes/no question about them is yes."""
+        columns = {"hit": (question, bool)}
+        return table.find_hits(list(self.each(images, columns, options, **changes)), "hit")
 
     def options(
         self, options: Options | None = None, changes: Mapping[str, object] = {}
@@ -289,7 +319,8 @@ class Chatbot:
             "generation_config": generation_config.describe(self.generation_config) or "none",
         }
 
-    def _answers(self, jobs: list[GenerationJob]) -> list[Answer]:
+    def answer_jobs(self, jobs: list[GenerationJob]) -> list[Answer]:
+        """The answers to jobs, by their indices, computed together."""
         deltas = self._generate(jobs)
         answers = {delta.index: delta.answer for delta in deltas if delta.answer is not None}
         return [answers[index] for index in sorted(answers)]

@@ -13,12 +13,16 @@ from ..processing import TextStream, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token, its natural log-probability, and the most probable tokens with theirs."""
+    """A generated token, its natural log-probability, and the most probable tokens with theirs.
+
+    allowed_logprob: of all tokens together that structured output allowed; 0 where it was free.
+    """
 
     token: int
     text: str
     logprob: float
     top: tuple[tuple[int, float], ...]
+    allowed_logprob: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,9 @@ class AnswerBuilder:
                 text = self.stops.push(self.stream.push(event.token))
             if self.logprobs is not None and event.logprob is not None:
                 name = self.tokenizer.decode([event.token], skip_special=False)
-                logprob = TokenLogprob(event.token, name, event.logprob, event.top_logprobs)
+                logprob = TokenLogprob(
+                    event.token, name, event.logprob, event.top_logprobs, event.allowed_logprob
+                )
                 self.logprobs.append(logprob)
                 logprobs = [logprob] * (event.finish_reason != "stop")
         if ended and not self.stops.stopped:

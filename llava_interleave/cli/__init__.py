@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from . import (
     mcp,
     quantize,
     serve,
+    table,
     terminal,
     train,
 )
@@ -59,6 +61,7 @@ for module in (
     chat,
     serve,
     batch,
+    table,
     estimate,
     demo,
     evaluate,
@@ -110,6 +113,7 @@ def main() -> None:
     An error is one line on stderr and an exit code; Ctrl-C exits 130, a closed pipe silently.
     """
     terminal.tolerate_encodings()
+    warnings.showwarning = terminal.show_warning
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115  input goes to rank 0
     try:

@@ -91,6 +91,11 @@ def tolerate_encodings() -> None:
         sys.stdin.reconfigure(errors="replace")
 
 
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line on stderr, without the line of code that it is from."""
+    print(f"llava: {str(message).removeprefix('llava: ')}", file=sys.stderr)
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
     from rich.console import Console

@@ -172,13 +172,14 @@ class Event:
 
     token: None if a request ends without one (abort, error). With finish_reason "stop" it ended the
     answer and is not part of its text. top_logprobs: (token, log-probability), most probable first.
-    usage, timings: at the end only.
+    allowed_logprob: as `Pick`. usage, timings: at the end only.
     """
 
     request: Request
     token: int | None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    allowed_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None

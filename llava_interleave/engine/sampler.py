@@ -15,11 +15,15 @@ from ..options import SamplingParams
 
 
 class Pick(NamedTuple):
-    """A sampled token; log-probabilities as `SamplingParams.logprobs`, most probable first."""
+    """A sampled token; log-probabilities as `SamplingParams.logprobs`, most probable first.
+
+    allowed_logprob: of all tokens that the constraint allowed together; 0 without a constraint.
+    """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    allowed_logprob: float = 0.0
 
 
 class TokenConstraint(Protocol):
@@ -74,7 +78,8 @@ class Sampler:
         logprobs = raw.log_softmax(-1)
         top = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return Pick(token, float(logprobs[token]), tuple(pairs))
+        allowed = float((masked.logsumexp(-1) - raw.logsumexp(-1)).clamp(max=0.0))
+        return Pick(token, float(logprobs[token]), tuple(pairs), allowed)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits `[vocab]`, float32, after bias, penalties, temperature and truncation (to

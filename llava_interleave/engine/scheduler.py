@@ -538,7 +538,7 @@ class Scheduler:
                 if (reason := _finish_reason(request, pick.token, eos_ids)) is not None:
                     events.append(self.end(request, reason, now, pick))
                     break
-                events.append(Event(request, pick.token, pick.logprob, pick.top))
+                events.append(Event(request, *pick))
         return events
 
     def _retire(self, request: Request) -> None:
@@ -569,9 +569,8 @@ class Scheduler:
         self.preempted_clients.clear()
         self.virtual_tokens.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None
-        token, logprob, top = pick or (None, None, ())
         usage, timings = request.usage, request.timings(now)
-        return Event(request, token, logprob, top, reason, usage, timings, error)
+        return Event(request, *(pick or (None, None, (), 0.0)), reason, usage, timings, error)
 
 
 def _decodes(request: Request) -> bool:

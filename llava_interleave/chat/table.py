@@ -1,0 +1,243 @@
+"""Questions about each of many images, one image per prompt: rows of typed cells."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LlavaError, MediaError, OptionError, Unsupported
+from ..options import Options
+from ..prompt import Prompt
+from . import attachments
+from .columns import Column, Value
+from .detokenize import Answer, TokenLogprob
+from .engine_driver import GenerationJob
+
+if TYPE_CHECKING:
+    from ..processing import Tokenizer
+    from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
+    from .chatbot import Chatbot
+
+IMAGES_IN_FLIGHT = 8
+"""Images whose cells are computed together."""
+TOP = 20
+"""Alternatives of a token that are looked at for yes and no."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One answer.
+
+    value: None with an `error`. probability: of the value among the values that the column
+    allows, given the image and the question; 0 to 1. allowed: the share of the model's probability
+    that went to allowed values at all; below a half the model wanted to write something else.
+    """
+
+    value: Value | None
+    probability: float = 0.0
+    allowed: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The cells of one image by column name. source: as it was given, or its path in a folder."""
+
+    source: object
+    cells: Mapping[str, Cell]
+
+    def __getitem__(self, name: str) -> Cell:
+        return self.cells[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An image and the probability that the answer to a question about it is yes."""
+
+    source: object
+    probability: float
+    allowed: float
+
+
+Known = Callable[[int, Column], Cell | None]
+"""The cell of image number i that is there already, or None."""
+
+
+def sources(images: str | os.PathLike[str] | Sequence[object]) -> list[object]:
+    """The files of a folder in natural order, or the images as given.
+
+    Raises `MediaError` for a folder without images or videos.
+    """
+    if isinstance(images, str | os.PathLike):
+        folder = Path(images).expanduser()
+        if not folder.is_dir():
+            raise MediaError(f"{folder} is not a folder; one image is given in a list")
+        return list(attachments.media_files(folder))
+    return list(images)
+
+
+class TableRun:
+    """Computes the cells of one table.
+
+    Each cell is the answer to its question about its image alone, so cells do not depend on each
+    other. A failed image has its error in all of its cells.
+    """
+
+    def __init__(
+        self, bot: Chatbot, columns: Sequence[Column], options: Options, known: Known | None = None
+    ) -> None:
+        if options.temperature or options.n != 1 or options.logprobs is not None or options.stop:
+            raise OptionError(
+                "a table's answers are greedy, one per cell: leave out temperature, n, logprobs "
+                "and stop"
+            )
+        self.bot, self.columns = bot, columns
+        self.known = known
+        self.options = {
+            column: options.but({"logprobs": TOP} | ({} if _limited(column) else {"stop": "\n"}))
+            for column in columns
+        }
+        self.grammars: GrammarCompiler | None = None
+        if any(map(_limited, columns)):
+            try:
+                from ..structured_output.grammar import GrammarCompiler
+            except ImportError as error:
+                raise Unsupported(
+                    "typed columns need llguidance: pip install 'llava-interleave[serve]', or use "
+                    "text columns without choices"
+                ) from error
+            self.grammars = GrammarCompiler(bot.processor.tokenizer)
+
+    def rows(self, images: Sequence[object]) -> Generator[Row]:
+        """A row per image, in order; those of `IMAGES_IN_FLIGHT` images at a time."""
+        try:
+            numbered = list(enumerate(images))
+            for start in range(0, len(numbered), IMAGES_IN_FLIGHT):
+                window = numbered[start : start + IMAGES_IN_FLIGHT]
+                cells: list[dict[str, Cell]] = [{} for _ in window]
+                for column in self.columns:
+                    self._column(column, window, cells)
+                for (_, source), row in zip(window, cells, strict=True):
+                    yield Row(source, row)
+        finally:
+            if self.grammars is not None:
+                self.grammars.close()
+
+    def _column(
+        self,
+        column: Column,
+        window: Sequence[tuple[int, object]],
+        cells: Sequence[dict[str, Cell]],
+    ) -> None:
+        """Compute a column of a window into its `cells`."""
+        options, waiting = self.options[column], list[tuple[dict[str, Cell], Prompt]]()
+        for (index, source), row in zip(window, cells, strict=True):
+            known = self.known(index, column) if self.known else None
+            if known is not None:
+                row[column.name] = known
+                continue
+            failed = next((cell for cell in row.values() if cell.error), None)
+            if failed is not None:
+                row[column.name] = failed
+                continue
+            try:
+                prompt = self.bot.prompt(self.bot.turn(column.question, [source]), options)
+            except LlavaError as error:
+                row[column.name] = Cell(None, error=str(error))
+                continue
+            waiting.append((row, prompt))
+        self._answer(column, waiting)
+
+    def _answer(self, column: Column, waiting: Sequence[tuple[dict[str, Cell], Prompt]]) -> None:
+        """Compute the cells of prompts together; if one fails, each alone."""
+        if not waiting:
+            return
+        options, tokenizer = self.options[column], self.bot.processor.tokenizer
+        jobs = [GenerationJob(prompt, options, i) for i, (_, prompt) in enumerate(waiting)]
+        matchers: list[GrammarMatcher] = []
+        limits = column.response_format
+        if limits is not None:
+            assert self.grammars is not None
+            matchers = self.grammars.compile(limits, len(jobs))
+            for job, matcher in zip(jobs, matchers, strict=True):
+                job.constraints = [matcher]
+        try:
+            answers = self.bot.answer_jobs(jobs)
+        except LlavaError as error:
+            if len(waiting) == 1:
+                waiting[0][0][column.name] = Cell(None, error=str(error))
+            else:
+                for one in waiting:
+                    self._answer(column, [one])
+            return
+        for number, ((row, _), answer) in enumerate(zip(waiting, answers, strict=True)):
+            failure = matchers[number].failure if matchers else ""
+            row[column.name] = read_cell(column, answer, tokenizer, failure)
+
+
+def _limited(column: Column) -> bool:
+    return column.response_format is not None
+
+
+def read_cell(column: Column, answer: Answer, tokenizer: Tokenizer, failure: str = "") -> Cell:
+    """The cell of an answer with `logprobs`. failure: why its grammar could not continue."""
+    assert answer.logprobs is not None
+    if failure or answer.finish_reason != "stop":
+        reason = failure or (
+            f"the answer is longer than max_new_tokens ({len(answer.tokens)}): {answer.text!r}"
+            if answer.finish_reason == "length"
+            else f"the answer only repeats itself: {answer.text[:80]!r}"
+        )
+        return Cell(None, error=reason)
+    if column.type is bool and (found := yes_or_no(answer.logprobs[0], tokenizer)):
+        yes, no = found
+        return Cell(yes >= no, max(yes, no) / (yes + no), min(1.0, yes + no))
+    written = answer.logprobs
+    allowed = sum(token.allowed_logprob for token in written)
+    probability = math.exp(sum(token.logprob for token in written) - allowed)
+    # the token that ends an answer is not part of its value
+    share = sum(token.allowed_logprob for token in written[: -1 if len(written) > 1 else None])
+    return Cell(column.parse(answer.text.strip()), min(1.0, probability), math.exp(share))
+
+
+def yes_or_no(token: TokenLogprob, tokenizer: Tokenizer) -> tuple[float, float] | None:
+    """The probabilities of yes and of no at an answer's first token, in either case; None where
+    neither is among its most probable tokens.
+    """
+    sums = {"yes": 0.0, "no": 0.0}
+    for alternative, logprob in token.top:
+        word = tokenizer.decode([alternative]).strip().lower()
+        for answer in sums:
+            if word and answer.startswith(word):
+                sums[answer] += math.exp(logprob)
+    return (sums["yes"], sums["no"]) if any(sums.values()) else None
+
+
+def find_hits(rows: Sequence[Row], name: str) -> list[Hit]:
+    """The images of a bool column without an error, the most probable yes first."""
+    hits = []
+    for row in rows:
+        cell = row[name]
+        if not cell.error:
+            yes = cell.probability if cell.value else 1 - cell.probability
+            hits.append(Hit(row.source, yes, cell.allowed))
+    return sorted(hits, key=lambda hit: -hit.probability)
+
+
+def to_json(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
+    """A row as a flat JSON object: `file`, then `NAME`, `NAME_probability` and `NAME_allowed` of
+    each column, and `error`.
+    """
+    flat: dict[str, Any] = {"file": str(row.source)}
+    errors = []
+    for column in columns:
+        cell = row[column.name]
+        flat[column.name] = cell.value
+        flat[f"{column.name}_probability"] = None if cell.error else round(cell.probability, 6)
+        flat[f"{column.name}_allowed"] = None if cell.error else round(cell.allowed, 6)
+        errors += [cell.error] if cell.error and cell.error not in errors else []
+    return flat | {"error": "; ".join(errors) or None}
