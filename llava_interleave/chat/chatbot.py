@@ -25,7 +25,7 @@ from ..engine.prefix_cache import CacheKey
 from ..errors import DataError, LlavaError, OptionError, PromptError, Unsupported
 from ..image_layout import TokenReduction
 from ..model import Llava
-from ..options import DEFAULT_SYSTEM, MAX_NEW_TOKENS, Options
+from ..options import DEFAULT_SYSTEM, DEFAULTS, MAX_NEW_TOKENS, Options
 from ..placement import linear_backend
 from ..processing import DEFAULT, Estimate, FrameSampling, Processor, PromptOptions
 from ..prompt import Prompt

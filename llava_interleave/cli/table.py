@@ -45,9 +45,17 @@ CellsFile = Annotated[
 ]
 
 
+SAMPLING = (
+    *("logit_bias", "n", "temperature", "top_k", "top_p", "min_p", "seed"),
+    *("stop", "stop_ids", "ignore_eos", "logprobs"),
+)
+"""Options without a flag here: a cell is one greedy answer."""
+
+
 def register(app: typer.Typer) -> None:
-    app.command("table")(flags.with_options(table))
-    app.command("find")(flags.with_options(find))
+    with_options = flags.with_flags("given", Options, without=SAMPLING, overrides=True)
+    app.command("table")(with_options(table))
+    app.command("find")(with_options(find))
 
 
 def table(
@@ -71,7 +79,7 @@ def table(
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
     *,
-    options: Options,
+    given: dict[str, Any],
 ) -> None:
     """Ask the same questions about each image alone; one row per image, a column per question.
 
@@ -88,9 +96,17 @@ def table(
     cells = cells or out.with_name(out.name + ".cells")
     if out.exists() and not cells.exists():
         raise DataError(f"{out} already exists; delete it or choose another file")
+    options = Options(**given)
     lazy = LazyModel(
         ModelFlags(
-            model, revision, precision, device, options.adapter, batch_invariant, tuple(limit or ())
+            model,
+            revision,
+            precision,
+            device,
+            options.adapter,
+            batch_invariant,
+            tuple(limit or ()),
+            generation_config="none",  # tables are greedy
         )
     )
     rows = compute(lazy, _files(images), columns, options, cells)
@@ -125,7 +141,7 @@ def find(
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
     *,
-    options: Options,
+    given: dict[str, Any],
 ) -> None:
     """Rank images by the probability that the answer to a yes/no question is yes.
 
@@ -138,9 +154,17 @@ def find(
     if not images:
         raise OptionError(f"there are no images next to the question {question!r}")
     columns = [Column("hit", question, bool)]
+    options = Options(**given)
     lazy = LazyModel(
         ModelFlags(
-            model, revision, precision, device, options.adapter, batch_invariant, tuple(limit or ())
+            model,
+            revision,
+            precision,
+            device,
+            options.adapter,
+            batch_invariant,
+            tuple(limit or ()),
+            generation_config="none",  # tables are greedy
         )
     )
     rows = compute(lazy, _files(images), columns, options, cells)
