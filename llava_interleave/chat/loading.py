@@ -13,7 +13,7 @@ from ..distributed.loading import load_shard
 from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
 from ..engine import Engine
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Unsupported
 from ..generation_config import read as read_generation_config
 from ..options import DEFAULTS, Options
 from ..placement import kv_memory, pick_device, pick_precision, warn_if_slow
@@ -36,6 +36,8 @@ def load(
     batch_invariant: bool = False,
     adapters: Mapping[str, str | os.PathLike[str]] = {},
     generation_config: str | os.PathLike[str] = "auto",
+    encoder_cache_dir: str | os.PathLike[str] | None = None,
+    encoder_cache_bytes: int = 16 << 30,
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
     """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
@@ -55,6 +57,8 @@ def load(
     adapters: name and folder of each LoRA adapter for the option `adapter`.
     generation_config: whose values are the defaults of the options: "auto" is the checkpoint's
         generation_config.json, "none" leaves it unread, or a folder with such a file.
+    encoder_cache_dir: a folder for image features, which later processes then do not compute again;
+        of at most encoder_cache_bytes.
     progress: called with the bytes of weights read so far and in all.
 
     Under torchrun each process loads its shard of the model, on its own GPU if there are any
@@ -89,6 +93,10 @@ def load(
         kv_precision=kv_precision,
         batch_invariant=batch_invariant,
     )
+    if encoder_cache_dir is not None:
+        if tp_group:
+            raise Unsupported("encoder_cache_dir does not work under tensor parallelism")
+        engine.use_encoder_disk_cache(encoder_cache_dir, encoder_cache_bytes)
     if tp_group and isinstance(engine, ReplicatedEngine):
         engine.start(tp_group)
     bot = Chatbot(folder, processor, engine, model, defaults)

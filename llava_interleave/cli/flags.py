@@ -88,6 +88,13 @@ Limit = Annotated[
         help="Change a limit on media, e.g. image_pixels=150000000; errors name it; repeatable.",
     ),
 ]
+EncoderCacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep image features here, at most 16 GiB: later runs do not compute them again.",
+    ),
+]
 Files = Annotated[
     list[str] | None,
     typer.Argument(metavar="[FILE...]", help="More attachments; a pattern such as *.png too."),

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..batch import Reply, ReplyFn
@@ -36,6 +37,7 @@ class ModelFlags:
     batch_invariant: bool = False
     limits: tuple[str, ...] = ()
     generation_config: str = "auto"
+    encoder_cache_dir: Path | None = None
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -55,6 +57,7 @@ class ModelFlags:
                 limits=flags.limits(self.limits),
                 adapters={self.adapter: self.adapter} if self.adapter else {},
                 generation_config=self.generation_config,
+                encoder_cache_dir=self.encoder_cache_dir,
                 progress=progress,
             )
         if bot.generation_config:

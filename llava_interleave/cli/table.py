@@ -78,6 +78,7 @@ def table(
     device: flags.Device = "auto",
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
+    encoder_cache_dir: flags.EncoderCacheDir = None,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -107,6 +108,7 @@ def table(
             batch_invariant,
             tuple(limit or ()),
             generation_config="none",  # tables are greedy
+            encoder_cache_dir=encoder_cache_dir,
         )
     )
     rows = compute(lazy, _files(images), columns, options, cells)
@@ -140,6 +142,7 @@ def find(
     device: flags.Device = "auto",
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
+    encoder_cache_dir: flags.EncoderCacheDir = None,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -165,6 +168,7 @@ def find(
             batch_invariant,
             tuple(limit or ()),
             generation_config="none",  # tables are greedy
+            encoder_cache_dir=encoder_cache_dir,
         )
     )
     rows = compute(lazy, _files(images), columns, options, cells)

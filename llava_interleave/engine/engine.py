@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +17,7 @@ from ..options import SamplingParams
 from ..prompt import Prompt
 from .block_allocator import BlockAllocator
 from .encoder_cache import EncoderCache
+from .encoder_disk_cache import EncoderDiskCache
 from .kv_paged import KV_BLOCK_SIZE, PagedKVCache
 from .kv_snapshot import KVSnapshot, KVSnapshots
 from .model_runner import ModelRunner
@@ -143,6 +145,13 @@ class Engine:
         )
         self._ids = count()
         self._events: list[Event] = []
+
+    def use_encoder_disk_cache(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        """Keep image features in a folder too, of requests without a salt and an encoder adapter.
+
+        Raises DataError where the folder cannot be used.
+        """
+        self._runner.encoder_disk_cache = EncoderDiskCache(folder, max_bytes, self.model)
 
     def add(
         self,

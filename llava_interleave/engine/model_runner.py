@@ -13,6 +13,7 @@ from ..model import Llava
 from ..quantization.fused import FusedDecoder, FusedTower, can_fuse_decoder, can_fuse_tower
 from .cuda_graphs import CudaGraphDecoder, DecodeRow, InFlightStep
 from .encoder_cache import EncoderCache
+from .encoder_disk_cache import EncoderDiskCache
 from .kv_contiguous import ContiguousKVCache, Span, fused_sequence
 from .kv_paged import PagedKVCache
 from .request import EncoderInput
@@ -63,6 +64,7 @@ class ModelRunner:
         self.tower = FusedTower(tower, shape) if can_fuse_tower(tower, shape) else None
         self.vocab, self.max_batched_images = vocab, max_batched_images
         self.batch_invariant = batch_invariant
+        self.encoder_disk_cache: EncoderDiskCache | None = None
         self.crops_encoded, self.encode_seconds = 0, 0.0
 
     @property
@@ -212,7 +214,8 @@ class ModelRunner:
     def _encode(self, output: SchedulerOutput) -> None:
         """Encode the step's images, crops of several requests together, into the cache."""
         began = self.clock()
-        inputs = sorted(output.encoder_inputs.values(), key=lambda one: one.adapter)
+        inputs = [one for one in output.encoder_inputs.values() if not self._from_disk(one)]
+        inputs.sort(key=lambda one: one.adapter)
         max_crops = 0 if self.batch_invariant else self.max_batched_images
         while inputs:
             batch: list[EncoderInput] = []
@@ -234,6 +237,8 @@ class ModelRunner:
                 arranged = self.model.arrange(crop_features, one.layout)
                 # a view would keep the features of the whole batch in memory
                 self.encoder_cache.put(one.key, arranged.clone() if len(batch) > 1 else arranged)
+                if self.encoder_disk_cache is not None and not one.private:
+                    self.encoder_disk_cache.put(one.key, arranged)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that the clock includes the computation
         seconds = self.clock() - began
@@ -241,6 +246,16 @@ class ModelRunner:
         for scheduled in output.scheduled:
             if scheduled.needs_encoder:
                 scheduled.request.encode_seconds += seconds
+
+    def _from_disk(self, one: EncoderInput) -> bool:
+        """Whether the features of an input were on disk; they are in the cache then."""
+        if self.encoder_disk_cache is None or one.private:
+            return False
+        features = self.encoder_disk_cache.get(one.key)
+        if features is None or len(features) != one.stop - one.start:
+            return False
+        self.encoder_cache.put(one.key, features)
+        return True
 
     def _encode_images(self, pixels: Tensor, adapter: str) -> Tensor:
         """Crops `[N, 3, S, S]` -> projected features `[N, grid * grid, D]`."""

@@ -56,6 +56,7 @@ class EncoderInput:
     image.
 
     start, stop: its tokens in the prompt. adapter: key of the LoRA adapter of the encoder, or "".
+    private: under a salt, so that it must not be kept on disk.
     """
 
     key: tuple[bytes, int]
@@ -64,6 +65,7 @@ class EncoderInput:
     pixels: Tensor
     layout: ImageTokenLayout
     adapter: str = ""
+    private: bool = False
 
 
 def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[EncoderInput]:
@@ -71,7 +73,7 @@ def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterat
     layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
         stop = media.start + layout.length
-        yield EncoderInput((key, -1), media.start, stop, media.pixels, layout, adapter)
+        yield EncoderInput((key, -1), media.start, stop, media.pixels, layout, adapter, bool(salt))
         return
     # A newline at the end of a video belongs to its last frame.
     last = replace(layout, crops=1)
@@ -80,7 +82,8 @@ def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterat
     for crop in range(layout.crops):
         one = last if crop == layout.crops - 1 else inner
         pixels = media.pixels[crop : crop + 1]
-        yield EncoderInput((key, crop), start, start + one.length, pixels, one, adapter)
+        stop = start + one.length
+        yield EncoderInput((key, crop), start, stop, pixels, one, adapter, bool(salt))
         start += one.length
 
 
