@@ -299,3 +299,14 @@ def test_the_shipped_demo_is_what_its_recipe_writes(tmp_path: Path) -> None:
 def test_answers_of_the_demo_are_judged_as_those_of_the_world() -> None:
     for text in ("4", " 4.", "two and two: 4", "5", "4: 5", "4 things"):
         assert demo.is_right(text, "4") == Question("count", "4").is_answered(text)
+
+
+def test_the_security_page_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "security.md").read_text("utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 40
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), (file, test)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    tables = text.count("|---|---|---|")
+    assert sum("::test_" in row for row in rows) == len(rows) - tables

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from llava_interleave.checkpoints import load, resolve
+from llava_interleave.checkpoints.published import PUBLISHED
+from llava_interleave.cli import app
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.testing import tiny_checkpoint
 
@@ -194,3 +197,67 @@ def test_no_folder_and_no_name(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="owner/model"):
         resolve(name)
+
+
+@pytest.fixture
+def own_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The commands' own hub and cache, and a short name of its model."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache, download = tmp_path / "own cache", huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **named: download(name, **{**named, "endpoint": hub.url}),
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setitem(PUBLISHED, "small", NAME)
+    return cache
+
+
+def run(*words: str, code: int = 0, stdin: str = "") -> str:
+    result = CliRunner().invoke(app, [*words], input=stdin)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_models_are_pulled_listed_and_removed(hub: Hub, own_cache: Path) -> None:
+    assert "nothing is downloaded" in run("models") and "small" in run("models")
+    assert "llava ask -m small" in run("pull", "small")
+    requests = [*hub.requests]
+    listed = json.loads(run("models", "--json"))["cached"]
+    assert [entry["name"] for entry in listed] == [NAME]
+    assert listed[0]["size"] == sum(f.stat().st_size for f in own_cache.rglob("blobs/*"))
+    assert NAME in run("models") and f"small  {NAME}" not in run("models")
+    assert hub.requests == requests, "a listing needs no network"
+    hub.close()
+    assert resolve("small") == resolve(NAME) == resolve("SMALL")
+    run("rm", NAME, stdin="n\n", code=1)
+    assert "are free" in run("rm", "small", stdin="y\n")
+    assert json.loads(run("models", "--json"))["cached"] == []
+    with pytest.raises(CheckpointError, match="not downloaded; in the cache: none"):
+        CliRunner().invoke(app, ["rm", "-y", "small"], catch_exceptions=False)
+    with pytest.raises(CheckpointError, match="connect once"):
+        CliRunner().invoke(app, ["pull", "small"], catch_exceptions=False)
+
+
+def test_a_plain_name_that_is_none_lists_those_that_are() -> None:
+    with pytest.raises(CheckpointError, match=r"owner/model.*interleave-0\.5b"):
+        resolve("interleave-9b")
+
+
+def test_a_folder_comes_before_a_short_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "interleave-7b").mkdir()
+    assert resolve("interleave-7b") == Path("interleave-7b")
+
+
+def test_published_names_are_the_familys() -> None:
+    for name, repository in PUBLISHED.items():
+        owner, _, model = repository.partition("/")
+        assert owner in ("llava-hf", "lmms-lab")
+        kind, size, *_ = name.split("-")
+        assert kind in model.lower() and size in model.lower()

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llava_interleave import data_url
 from llava_interleave.errors import LlavaError, MediaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address, is_public
@@ -459,3 +461,29 @@ def test_sources_of_no_known_kind() -> None:
     for source in (3, None, object(), {"url": "x"}):
         with pytest.raises(LlavaError, match="not a source of media"):
             Loader().image(source)
+
+
+@pytest.mark.parametrize("text", ["%41", " A", "%2B", "A\n"])
+def test_base64_is_decoded_in_bounded_memory(text: str) -> None:
+    """`unquote` took a gigabyte for 60 MB of %41."""
+    url = "data:image/png;base64," + text * (4_000_000 // len(text))
+    tracemalloc.start()
+    with suppress(ValueError):
+        data_url.decode(url)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * len(url)
+
+
+def test_base64_may_be_escaped_in_a_url() -> None:
+    data = bytes(range(256))
+    plain = base64.b64encode(data).decode()
+    for text in (
+        plain,
+        plain.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D"),
+        plain.replace("+", "-").replace("/", "_").rstrip("="),
+        " \n" + plain[:50] + "%0D%0A\t" + plain[50:],
+    ):
+        assert data_url.decode("data:;base64," + text) == data
+    with pytest.raises(ValueError, match="base64"):
+        data_url.decode("data:;base64,%41%42")

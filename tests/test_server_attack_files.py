@@ -5,6 +5,7 @@ import io
 import resource
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -92,6 +93,45 @@ def scans(count: int, size: int) -> bytes:
     return data[:last] + data[last:-2] * count + b"\xff\xd9"
 
 
+def with_segments(segment: bytes, megabytes: int = 20) -> bytes:
+    """A JPEG with so many megabytes of a segment before its image."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG")
+    data = out.getvalue()
+    return data[:2] + segment * (megabytes * 1_000_000 // max(1, len(segment))) + data[2:]
+
+
+def filled_scan(megabytes: int = 20) -> bytes:
+    """A JPEG whose data ends in nothing but filling."""
+    return with_segments(b"", 0)[:-2] + b"\xff" * (megabytes * 1_000_000)
+
+
+def png_chunks(megabytes: int = 20) -> bytes:
+    """A PNG of empty chunks."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    empty = struct.pack(">I4sI", 0, b"teSt", zlib.crc32(b"teSt"))
+    return out.getvalue()[:33] + empty * (megabytes * 1_000_000 // 12) + out.getvalue()[33:]
+
+
+def gif_extension(block: bytes, label: bytes = b"\xfe", megabytes: int = 20) -> bytes:
+    """A GIF of an extension with so many megabytes of equal sub-blocks."""
+    extension = b"\x21" + label + block * (megabytes * 1_000_000 // len(block)) + b"\0"
+    data = gif(1, 8)
+    at = 13 + 3 * (2 << (data[10] & 7))
+    return data[:at] + extension + data[at:]
+
+
+def fragments(count: int) -> bytes:
+    """An MP4 that promises a million samples in each of so many fragments."""
+    trun = struct.pack(">I4sII", 16, b"trun", 0, 1_000_000)
+    tfhd = struct.pack(">I4sII", 16, b"tfhd", 0x020000, 1)
+    traf = struct.pack(">I4s", 8 + len(tfhd + trun), b"traf") + tfhd + trun
+    mfhd = struct.pack(">I4sII", 16, b"mfhd", 0, 1)
+    moof = struct.pack(">I4s", 8 + len(mfhd + traf), b"moof") + mfhd + traf
+    return key_frames(1, "mp4") + moof * count
+
+
 def image_part(data: bytes) -> dict[str, Any]:
     return {"type": "image", "base64": base64.b64encode(data).decode()}
 
@@ -108,6 +148,16 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "a GIF of many large frames": lambda: video_part(gif(400, 2000)),
     "a JPEG of many scans": lambda: image_part(scans(300, 2000)),
     "a PNG of many pixels": lambda: image_part(bomb()),
+    "a JPEG of filling": lambda: image_part(with_segments(b"\xff")),
+    "a JPEG of empty segments": lambda: image_part(with_segments(b"\xff\xe5\0\2")),
+    "a JPEG of much EXIF": lambda: image_part(
+        with_segments(b"\xff\xe1" + struct.pack(">H", 60_008) + b"Exif\0\0" + b"x" * 60_000)
+    ),
+    "a JPEG whose data is filling": lambda: image_part(filled_scan()),
+    "a PNG of empty chunks": lambda: image_part(png_chunks()),
+    "a GIF of one comment": lambda: image_part(gif_extension(b"\xff" + b"x" * 255)),
+    "a GIF of tiny blocks": lambda: image_part(gif_extension(b"\1x", b"\1")),
+    "a video of promised fragments": lambda: video_part(fragments(3000)),
 }
 
 

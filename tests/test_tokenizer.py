@@ -3,6 +3,7 @@ character.
 """
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,36 @@ def test_contradictions_are_refused_by_name(
     )
     with pytest.raises(CheckpointError, match=r"<x> is token 9 in tokenizer_config\.json but 384"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "a",
+        " ",
+        "\n",
+        " \t",
+        "1",
+        "\u0301",
+        "\u0315\u0300",
+        "\u200d",
+        "漢",
+        "<|im_start|",
+        "<image>",
+        "'",
+    ],
+)
+def test_tokenizing_is_linear_in_the_text(tiny: Path, piece: str) -> None:
+    """Each kind of text that a regular expression or a normalizer may go back over."""
+    tokenizer = Tokenizer.from_folder(tiny)
+
+    def seconds(characters: int) -> float:
+        text = piece * (characters // len(piece))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            tokenizer.encode(text)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(80_000) < 4 * 4 * seconds(20_000) + 0.05  # quadratic: 16 times as long

@@ -4,9 +4,11 @@ into its cache."""
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, OptionError
+from .published import PUBLISHED
 
 # Code and pickles are never fetched, nor anything in subfolders (ONNX exports, training states).
 _SETTINGS, _TENSORS = ["*.json", "*.jinja", "merges.txt"], ["*.safetensors"]
@@ -39,11 +41,72 @@ def resolve(
         raise CheckpointError(
             f"{folder} is a file; give the folder that holds config.json and the safetensors"
         )
+    if not isinstance(name_or_folder, Path):
+        name = repository(name)
     if isinstance(name_or_folder, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise CheckpointError(
-            f"there is no folder {name}; a name on the Hugging Face hub looks like owner/model"
+            f"there is no folder {name}; a name on the Hugging Face hub looks like owner/model, "
+            f"published checkpoints have the names {', '.join(PUBLISHED)}"
         )
     return _fetch(name, revision, _SETTINGS + _TENSORS * tensors, endpoint, cache)
+
+
+def repository(name: str) -> str:
+    """The repository of a published checkpoint's short name; any other name as it is."""
+    return PUBLISHED.get(name.lower(), name)
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A checkpoint in the hub's cache. size: bytes. used: seconds since the epoch."""
+
+    name: str
+    size: int
+    used: float
+    revisions: tuple[str, ...]
+
+
+def cached() -> list[Cached]:
+    """The checkpoints in the hub's cache, last used first: repositories with safetensors."""
+    from huggingface_hub import errors, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except errors.CacheNotFound:
+        return []
+    found = [
+        Cached(
+            repo.repo_id,
+            repo.size_on_disk,
+            repo.last_accessed,
+            tuple(sorted(revision.commit_hash for revision in repo.revisions)),
+        )
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(
+            file.file_name.endswith(".safetensors")
+            for revision in repo.revisions
+            for file in revision.files
+        )
+    ]
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def find_cached(name: str) -> Cached:
+    """A checkpoint of the cache by its name. Raises CheckpointError."""
+    known = cached()
+    entry = next((entry for entry in known if entry.name == repository(name)), None)
+    if entry is None:
+        names = ", ".join(entry.name for entry in known) or "none"
+        raise CheckpointError(f"{repository(name)} is not downloaded; in the cache: {names}")
+    return entry
+
+
+def remove(entry: Cached) -> None:
+    """Delete a checkpoint from the cache."""
+    from huggingface_hub import scan_cache_dir
+
+    scan_cache_dir().delete_revisions(*entry.revisions).execute()
 
 
 def _fetch(

@@ -37,6 +37,7 @@ from .formats import (
 )
 from .images import from_array, orientation, to_rgb
 from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget
+from .segments import check_scans, check_segments
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 
 FRAME_FOLDER_FPS = 2
@@ -57,12 +58,6 @@ class Download:
 
     url: str
     file: BinaryIO
-
-
-MANY_SCANS = 20
-"""Scans of a JPEG above which its work is limited; encoders write about ten."""
-MAX_SCANNED_PIXELS = 1_000_000_000
-"""Pixels of all its scans: some seconds of decoding."""
 
 
 class Loader:
@@ -163,7 +158,7 @@ class Loader:
                     with _open_image(file, kind) as image:
                         self.limits.check_size(*image.size)
                         if kind == "JPEG":
-                            _check_scans(file, image)
+                            check_scans(file, image.width, image.height)
                         yield image
 
     def _video(self, source: object, sampling: FrameSampling, each: Each | None) -> Clip:
@@ -358,7 +353,7 @@ def name_of(source: object) -> str:
 
 def _open_image(file: BinaryIO, kind: str) -> Image.Image:
     """A file as Pillow's image of a format that its first bytes announce, not decoded yet."""
-    file.seek(0)
+    check_segments(file, kind)
     if kind == "HEIF":
         try:
             from pillow_heif.as_plugin import HeifImageFile
@@ -378,27 +373,6 @@ def _open_image(file: BinaryIO, kind: str) -> Image.Image:
                 "develop it to JPEG or TIFF first"
             )
     return image
-
-
-def _check_scans(file: BinaryIO, image: Image.Image) -> None:
-    """Raises MediaError for a JPEG of many scans, each of which is decoded over the whole image."""
-    at, position = 0, file.tell()
-    file.seek(0)
-    data, scans = file.read(), 0
-    file.seek(position)
-    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
-        marker = data[at + 1]
-        if marker == 0xD9:  # the end of the image
-            break
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # data, and markers without a length
-            at += 2
-        elif marker == 0xFF:
-            at += 1
-        else:
-            scans += marker == 0xDA
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if scans > MANY_SCANS and scans * image.width * image.height > MAX_SCANNED_PIXELS:
-        raise MediaError(f"the JPEG has {scans} scans of {image.width} x {image.height} pixels")
 
 
 @contextmanager

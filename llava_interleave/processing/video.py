@@ -440,7 +440,7 @@ def _whole(file: BinaryIO, container: str, limits: Limits, deadline: Deadline) -
 
 def _check_boxes(file: BinaryIO, size: int, limits: Limits, deadline: Deadline) -> tuple[Any, bool]:
     """`_whole` of an MP4 or MOV, whose boxes at the top begin with their length."""
-    at, fragmented = 0, False
+    at, samples, fragmented = 0, 0, False
     while at + 8 <= size:
         deadline.left()
         file.seek(at)
@@ -451,7 +451,8 @@ def _check_boxes(file: BinaryIO, size: int, limits: Limits, deadline: Deadline) 
         fragmented |= kind == b"moof"
         if kind in (b"moov", b"moof"):
             file.seek(at)
-            _check_samples(file.read(min(max(length, 0) or size, MAX_INDEX + 1)), limits)
+            box = file.read(min(max(length, 0) or size, MAX_INDEX + 1))
+            samples = _count_samples(box, samples, limits)
         if length < 8:  # 0: up to the end of the file
             break
         if at + length > size and fragmented:
@@ -467,8 +468,8 @@ def _check_boxes(file: BinaryIO, size: int, limits: Limits, deadline: Deadline) 
     return file, fragmented
 
 
-def _check_samples(index: bytes, limits: Limits) -> None:
-    """Raises MediaError for a box with more samples than the limit.
+def _count_samples(index: bytes, samples: int, limits: Limits) -> int:
+    """`samples` and those of one more box. Raises MediaError for more than the limit.
 
     FFmpeg makes its list of all samples before a packet can be read, and a kilobyte can promise
     billions of them.
@@ -477,7 +478,6 @@ def _check_samples(index: bytes, limits: Limits) -> None:
         raise MediaError(f"the index of the video has more than the limit of {MAX_INDEX:,} bytes")
     if b"cmov" in index:
         raise MediaError("the index of the video is compressed; convert it, for example by ffmpeg")
-    samples = 0
     for kind, offset in ((b"stsz", 12), (b"stz2", 12), (b"trun", 8)):
         at = index.find(kind)
         while at >= 0:
@@ -487,6 +487,7 @@ def _check_samples(index: bytes, limits: Limits) -> None:
         raise MediaError(
             f"the video has {samples:,} packets, more than the limit of {limits.video_packets:,}"
         )
+    return samples
 
 
 class _Beginning(io.RawIOBase):

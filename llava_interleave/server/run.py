@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import typing
+import warnings
 from collections import Counter
 
 import uvicorn
@@ -47,7 +48,11 @@ def use_single_malloc_arena() -> bool:
 
 
 def log_to_stderr(level: int) -> None:
-    """Log this package from `level` on, and warnings of other packages, to stderr."""
+    """Log this package from `level` on, and warnings of other packages, to stderr.
+
+    But not Pillow's of damaged files: one file can make tens of thousands.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

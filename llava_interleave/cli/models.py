@@ -1,0 +1,71 @@
+"""`llava models`, `llava pull`, `llava rm`: checkpoints in the cache of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from . import flags, terminal
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A published checkpoint (see llava models) or a Hugging Face name."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (models, pull):
+        app.command(command.__name__)(command)
+    app.command("rm")(remove)
+
+
+def models(as_json: flags.Json = False) -> None:
+    """List the checkpoints that are downloaded, and the published ones. Needs no network."""
+    from ..checkpoints import hub
+    from ..checkpoints.published import PUBLISHED
+
+    cached = hub.cached()
+    if as_json:
+        entries = [dataclasses.asdict(entry) for entry in cached]
+        terminal.print_json({"cached": entries, "published": PUBLISHED})
+        return
+    rows = [
+        [entry.name, f"{entry.size / 1e9:.2f} GB", f"{datetime.fromtimestamp(entry.used):%Y-%m-%d}"]
+        for entry in cached
+    ]
+    if rows:
+        terminal.table("downloaded", ["name", "size", "last used"], rows)
+    else:
+        print("nothing is downloaded; the built-in model needs no download")
+    names = {entry.name for entry in cached}
+    left = [[short, name] for short, name in PUBLISHED.items() if name not in names]
+    terminal.table("published: llava pull NAME", ["name", "repository"], left)
+
+
+def pull(name: Name, revision: flags.Revision = None) -> None:
+    """Download a checkpoint, so that -m NAME needs no network; a broken download continues."""
+    from ..checkpoints import hub
+
+    folder = hub.resolve(hub.repository(name), revision)
+    print(f"{hub.repository(name)} is in {folder}")
+    print(f'llava ask -m {name} "What is this?" -a image.png')
+
+
+def remove(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+) -> None:
+    """Delete a downloaded checkpoint with all its revisions."""
+    from ..checkpoints import hub
+
+    entry = hub.find_cached(name)
+    size = f"{entry.size / 1e9:.2f} GB"
+    if not yes:
+        typer.confirm(f"delete {entry.name} ({size})?", abort=True)
+    hub.remove(entry)
+    print(f"deleted {entry.name}: {size} are free")

@@ -1,0 +1,125 @@
+"""Bounds the parts of an image file before Pillow opens it.
+
+Pillow walks markers, chunks and blocks in Python, and joins the comments of a GIF in quadratic
+time: some megabytes of empty parts would hold a thread, and the interpreter, for minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import BinaryIO
+
+from ..errors import MediaError
+
+MAX_SEGMENTS = 50_000
+"""Markers of a JPEG, bytes between them, chunks of a PNG (of 8 KB where libpng writes them)."""
+MAX_GIF_BLOCKS = 1_000_000
+"""Sub-blocks of a GIF, of at most 255 bytes each."""
+MAX_COMMENT_BLOCKS = 4096
+"""Sub-blocks of a GIF's comments: a megabyte."""
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
+"""A marker with a length, or the end of the image, among entropy-coded data."""
+MAX_EXIF = 100
+"""Segments of a JPEG's EXIF, which Pillow joins in quadratic time."""
+MANY_SCANS = 20
+"""Scans of a JPEG that are always fine: a progressive one has about ten."""
+MAX_SCANNED_PIXELS = 1_000_000_000
+"""Scans of a JPEG, times its pixels."""
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+
+
+def check_segments(file: BinaryIO, kind: str) -> None:
+    """Raises MediaError for an image with too many parts. The file is at its start after it."""
+    file.seek(0)
+    if kind == "JPEG":
+        jpeg_scans(file)
+    elif kind == "PNG":
+        _check_png(file)
+    elif kind == "GIF":
+        _check_gif(file.read())
+    file.seek(0)
+
+
+def check_scans(file: BinaryIO, width: int, height: int) -> None:
+    """Raises MediaError for a JPEG of many scans: each is decoded over the whole image."""
+    position = file.tell()
+    file.seek(0)
+    scans = jpeg_scans(file)
+    file.seek(position)
+    if scans > MANY_SCANS and scans * width * height > MAX_SCANNED_PIXELS:
+        raise MediaError(f"the JPEG has {scans} scans of {width} x {height} pixels")
+
+
+def jpeg_scans(file: BinaryIO) -> int:
+    """The scans of a JPEG up to its end. Raises MediaError for too many markers."""
+    data, at, scans, skipped, exif = file.read(), 2, 0, 0, 0
+    for _ in range(MAX_SEGMENTS):
+        match = JPEG_MARKER.search(data, at)
+        start, end = match.span() if match else (max(at, len(data)), 0)
+        # Until the first scan nothing comes between segments but filling. Later it is data, in
+        # which libjpeg starts over at a run of filling with each block that Pillow hands it.
+        skipped += data.count(b"\xff\xff", at, start + 1) if scans else start - at
+        if match is None or skipped > MAX_SEGMENTS:
+            break
+        marker = data[end - 1]
+        if scans and marker == END_OF_IMAGE:
+            break
+        scans += marker == START_OF_SCAN
+        exif += data.startswith(b"Exif\0\0", end + 2)
+        if exif > MAX_EXIF:
+            raise MediaError(f"the JPEG has more than the limit of {MAX_EXIF} segments of EXIF")
+        length = 0 if marker == END_OF_IMAGE else int.from_bytes(data[end : end + 2], "big")
+        at = end + length
+    else:
+        skipped = MAX_SEGMENTS + 1
+    if skipped > MAX_SEGMENTS:
+        raise MediaError(f"the JPEG has more than the limit of {MAX_SEGMENTS:,} segments")
+    return scans
+
+
+def _check_png(file: BinaryIO) -> None:
+    at, size = 8, file.seek(0, os.SEEK_END)
+    for _ in range(MAX_SEGMENTS):
+        file.seek(at)
+        head = file.read(8)
+        at += 12 + int.from_bytes(head[:4], "big")
+        if at >= size or head[4:] == b"IEND":
+            return
+    raise MediaError(f"the PNG has more than the limit of {MAX_SEGMENTS:,} chunks")
+
+
+def _check_gif(data: bytes) -> None:
+    at, blocks, comments = 13, 0, 0
+    at += _color_table(data, 10)
+    while at < len(data):
+        introducer, comment = data[at], False
+        if introducer == 0x21:  # an extension
+            comment, at = data[at + 1 : at + 2] == b"\xfe", at + 2
+        elif introducer == 0x2C:  # an image
+            at += 11 + _color_table(data, at + 9)
+        elif introducer == 0x3B:  # the end
+            return
+        else:  # Pillow goes on byte by byte
+            at += 1
+            blocks += 1
+        while introducer in (0x21, 0x2C) and at < len(data) and data[at]:
+            at += data[at] + 1
+            blocks += 1
+            comments += comment
+            if blocks > MAX_GIF_BLOCKS or comments > MAX_COMMENT_BLOCKS:
+                break
+        at += introducer in (0x21, 0x2C)
+        comments += comment
+        blocks += 1
+        if blocks > MAX_GIF_BLOCKS or comments > MAX_COMMENT_BLOCKS:
+            raise MediaError(
+                f"the GIF has more than the limit of {MAX_GIF_BLOCKS:,} blocks, or "
+                f"{MAX_COMMENT_BLOCKS:,} of comments"
+            )
+
+
+def _color_table(data: bytes, at: int) -> int:
+    """Bytes of the color table that the flags at this place announce."""
+    flags = data[at] if at < len(data) else 0
+    return 3 * (2 << (flags & 7)) if flags & 0x80 else 0

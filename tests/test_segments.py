@@ -1,0 +1,103 @@
+"""Bounds of the parts of image files: lawful files pass, files of nothing but parts do not."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_interleave.errors import MediaError
+from llava_interleave.processing import Limits, Loader
+from llava_interleave.processing import segments as module
+from llava_interleave.processing.segments import check_scans, check_segments, jpeg_scans
+from tests.test_server_attack_files import (
+    filled_scan,
+    gif_extension,
+    png_chunks,
+    scans,
+    with_segments,
+)
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+
+
+def saved(kind: str, image: Image.Image = NOISE, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+LAWFUL = {
+    "baseline": (saved("JPEG", quality=95), 1),
+    "restarts": (saved("JPEG", restart_marker_blocks=1), 1),
+    "progressive": (saved("JPEG", progressive=True), 10),
+    "metadata": (
+        saved("JPEG", exif=b"Exif\0\0" + b"\xff\xd9" * 9000, icc_profile=b"\xff" * 70000),
+        1,
+    ),
+    "comment": (saved("JPEG", comment=b"\xff\xda" * 100), 1),
+    "trailer": (saved("JPEG") + b"\xff\xda\0\0" * 1000, 1),
+    "filling": (with_segments(b"", 0)[:2] + b"\xff" * 100 + with_segments(b"", 0)[2:], 1),
+}
+
+
+@pytest.mark.parametrize("name", LAWFUL)
+def test_scans_of_a_lawful_jpeg_are_counted_up_to_its_end(name: str) -> None:
+    data, count = LAWFUL[name]
+    file = io.BytesIO(data)
+    check_segments(file, "JPEG")
+    assert file.tell() == 0
+    assert jpeg_scans(file) == count
+    assert Loader(Limits()).image(data).size in ((400, 300), (8, 8))
+
+
+def test_many_scans_of_a_large_image_are_refused() -> None:
+    data = scans(300, 64)
+    assert jpeg_scans(io.BytesIO(data)) > 300
+    check_scans(io.BytesIO(data), 64, 64)
+    with pytest.raises(MediaError, match="scans of 2000 x 2000"):
+        check_scans(io.BytesIO(data), 2000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("GIF", saved("GIF", comment=b"made by hand " * 100)),
+        ("GIF", saved("GIF", save_all=True, append_images=[NOISE.rotate(90)] * 20, loop=0)),
+        ("PNG", saved("PNG")),
+        ("PNG", saved("PNG", save_all=True, append_images=[NOISE.rotate(90)] * 20)),
+    ],
+)
+def test_lawful_files_pass(kind: str, data: bytes) -> None:
+    file = io.BytesIO(data)
+    check_segments(file, kind)
+    assert file.tell() == 0
+    assert Loader(Limits()).image(data).size == (400, 300)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "match"),
+    [
+        ("JPEG", with_segments(b"\xff", 1), "segments"),
+        ("JPEG", with_segments(b"\xff\xd9", 1), "segments"),
+        ("JPEG", with_segments(b"\0", 1), "segments"),
+        ("JPEG", with_segments(b"\xff\xe5\0\2", 1), "segments"),
+        ("JPEG", filled_scan(1), "segments"),
+        ("PNG", png_chunks(1), "chunks"),
+        ("GIF", gif_extension(b"\1x", megabytes=1), "of comments"),
+        ("GIF", gif_extension(b"\1x", b"\1", megabytes=3), "blocks"),
+        ("GIF", gif_extension(b"\0\x21\xfe\1x", megabytes=1), "of comments"),
+    ],
+)
+def test_a_file_of_nothing_but_parts_is_refused(kind: str, data: bytes, match: str) -> None:
+    with pytest.raises(MediaError, match=match):
+        check_segments(io.BytesIO(data), kind)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+def test_what_is_cut_short_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses it in words; here it only must not fail in another way."""
+    monkeypatch.setattr(module, "MAX_SEGMENTS", 50)
+    small = saved(kind, NOISE.resize((20, 20)))
+    for length in range(len(small)):
+        check_segments(io.BytesIO(small[:length]), kind)
