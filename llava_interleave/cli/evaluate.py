@@ -27,7 +27,7 @@ PUBLISHED = (
     "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa",
     "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
 )  # fmt: skip
-TASKS = (*INTERLEAVE, *PUBLISHED)
+TASKS = (*INTERLEAVE, *PUBLISHED, "haystack")
 REDUCTION = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
 OPTIONS = ("preset", "max_new_tokens", "anyres", "frames", *REDUCTION, "adapter")
 
@@ -99,7 +99,10 @@ def evaluate(
     task_options: Annotated[
         list[str] | None,
         typer.Option(
-            "--task-option", metavar="KEY=VALUE", help="An option of module:Task; repeatable."
+            "--task-option",
+            metavar="KEY=VALUE",
+            help="An option of haystack (images=1,2,4,8 questions=20 seed=0) or of module:Task; "
+            "repeatable.",
         ),
     ] = None,
     save_errors: Annotated[
@@ -185,8 +188,9 @@ def _check_flags(used: Collection[str], params: Mapping[str, Any]) -> None:
     for name in params["tasks"]:
         if name not in TASKS and not _is_custom(name):
             raise unknown("task", name, TASKS)
-    if params["task_options"] and not any(map(_is_custom, params["tasks"])):
-        raise OptionError("--task-option is for module:Task")
+    own = [name for name in params["tasks"] if _is_custom(name) or name == "haystack"]
+    if params["task_options"] and not own:
+        raise OptionError("--task-option is for haystack and module:Task")
     if params["as_published"] and not set(params["tasks"]) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
     if params["rules"] not in (None, "lmms-eval"):
@@ -269,11 +273,13 @@ def _task(
     rules: str | None = None,
 ) -> Task:
     """A task; of each data set only the first `questions` conversations if that is given."""
-    from ..evals import custom, interleave, lmms_eval, published
+    from ..evals import custom, haystack, interleave, lmms_eval, published
 
     with terminal.spinner(f"reading {name}"):
         if _is_custom(name):
             task = custom.load(name, task_options)
+        elif name == "haystack":
+            task = custom.build(name, haystack.Haystack, task_options)
         elif name in INTERLEAVE:
             task = interleave.load(name, data, as_published=as_published)
         else:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def load(name: str, options: Sequence[str] = ()) -> Task:
     make = getattr(module, attribute, None)
     if not callable(make):
         raise OptionError(f"task {name}: {module_name} has no class or function {attribute!r}")
+    return build(name, make, options)
+
+
+def build(name: str, make: Callable[..., object], options: Sequence[str]) -> Task:
+    """The task that `make` returns for `options`. Raises `OptionError` for an unknown option."""
     parameters = [
         parameter.name
         for parameter in inspect.signature(make).parameters.values()

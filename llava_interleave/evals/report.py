@@ -26,6 +26,9 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{task.name}: {about.get('model', '')}"
     data = {"about": about, "task": task, "means": means, "examples": _examples(task, rows)}
+    rows_of_grid = sorted(task.grid.values(), key=len, reverse=True)
+    data["places"] = list(dict.fromkeys(place for row in rows_of_grid for place in row))
+    data["values"] = {mean.name: mean.mean for mean in means if mean.kind == "group"}
     reports.write(path, "evals.html", title=title, **data)
 
 

@@ -70,7 +70,8 @@ def summary(task: Task, rows: Sequence[JsonRow]) -> list[Mean]:
             return sum(drawn[name] * sizes[name] for name in sizes) / total
 
         means.append(_mean("all examples", "all", list(scores), scores, failed, mean_of_all))
-    return means + (list(_metrics(task.metrics, rows, failed)) if task.metrics else [])
+    means += _metrics(task.metrics, rows, failed) if task.metrics else ()
+    return [*means, *(task.measures(scored_rows(rows)) if task.measures else ())]
 
 
 def _by_group(rows: Sequence[JsonRow]) -> Scores:

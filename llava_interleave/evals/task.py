@@ -66,7 +66,8 @@ class Task:
     or group; pipeline: how those were made. faults: samples that are broken and left out, with
     reasons. data: a hash of the files that were read. metrics: of every group, and of all examples
     where there are several groups. note: of its options, for a table's title. fixed_frames: its
-    questions say how many frames of a video are used.
+    questions say how many frames of a video are used. measures: further means of all rows. grid:
+    groups as a table for the report, by the names of its rows and columns.
     """
 
     name: str
@@ -82,6 +83,8 @@ class Task:
     metrics: AggregateMetrics | None = None
     note: str = ""
     fixed_frames: bool = False
+    measures: Callable[[Sequence[JsonRow]], Sequence[Any]] | None = None
+    grid: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Task:
         """The task with other values of fields; of a subclass it is a plain Task."""
