@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,13 +22,24 @@ from .local_model import ModelFlags
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from ..server.models import ModelSpec
+
 
 def register(app: typer.Typer) -> None:
     app.command("serve")(flags.with_flags("settings", Settings)(serve))
 
 
 def serve(
-    model: flags.ModelName = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="[NAME=]MODEL",
+            help="A checkpoint folder or a Hugging Face name; several with NAME= each: a request's "
+            "`model` chooses one, and it is loaded then.  [default: the built-in model]",
+        ),
+    ] = None,
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
@@ -74,6 +87,12 @@ def serve(
             raise typer.BadParameter(f"--adapter takes NAME=FOLDER, not {name or '='}{folder}")
     if not isinstance(level := logging.getLevelName(log_level.upper()), int):
         raise typer.BadParameter(f"{log_level!r} is not one of debug, info, warning, error")
+    sources = _sources(model or [], settings.name)
+    if len(sources) > 1 and (ray or adapters or revision or settings.name):
+        raise OptionError("--ray, --adapter, --revision and --name are for a single --model")
+    ((served_name, source), *_) = sources.items()
+    if len(sources) == 1:
+        settings = dataclasses.replace(settings, name=served_name)
     replicas = None if ray_replicas is None else _replica_range(ray_replicas)
     if ray is None and (ray_cpus or replicas):
         raise typer.BadParameter("--ray-cpus and --ray-replicas need a cluster: name it with --ray")
@@ -99,7 +118,7 @@ def serve(
             if ray:
                 folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)
                 spec = ReplicaSpec(
-                    absolute(model),
+                    absolute(source),
                     revision,
                     precision,
                     device,
@@ -110,19 +129,56 @@ def serve(
                 )
                 app = cluster.enter_context(_deployed(spec, settings, ray, ray_cpus or 1, replicas))
             else:
-                bot = ModelFlags(
-                    model,
-                    revision,
-                    precision,
-                    device,
-                    batch_invariant=batch_invariant,
-                    generation_config=generation_config,
-                ).load()
-                for name, folder in adapters:
-                    bot.add_adapter(name, folder)
-                app = create_app(bot, settings)
+                models = {
+                    called: ModelFlags(
+                        where,
+                        revision,
+                        precision,
+                        device,
+                        batch_invariant=batch_invariant,
+                        generation_config=generation_config,
+                    )
+                    for called, where in sources.items()
+                }
+                if len(models) > 1:
+                    specs = {str(called): _spec(str(called), one) for called, one in models.items()}
+                    app = create_app(specs, settings)
+                else:
+                    bot = models[served_name].load()
+                    for name, folder in adapters:
+                        bot.add_adapter(name, folder)
+                    app = create_app(bot, settings)
             server = Server(app, settings)
         server.run()
+
+
+def _sources(words: Sequence[str], name: str | None) -> dict[str | None, str | None]:
+    """The models of --model by name; a name is None where it is left to the folder."""
+    sources: dict[str | None, str | None] = {}
+    for word in words:
+        called, equals, source = word.partition("=")
+        if not equals or Path(word).exists():
+            called, source = "", word
+        elif not re.fullmatch(r"[\w.:/-]{1,128}", called) or not source:
+            raise OptionError(f"--model takes MODEL or NAME=MODEL, not {word}")
+        key = called or (Path(source).name if len(words) > 1 else name)
+        if key in sources:
+            raise OptionError(f"two models are called {key}: give each a name, --model NAME={word}")
+        sources[key] = source
+    return sources or {name: None}
+
+
+def _spec(name: str, model: ModelFlags) -> ModelSpec:
+    """A model that is loaded later; what is known before comes from its settings alone."""
+    from .. import generation_config
+    from ..chat import locate
+    from ..processing import Processor
+    from ..server.models import ModelSpec
+    from ..server.service import model_card
+
+    folder = locate(model.name, model.revision, tensors=False)
+    defaults = generation_config.read(folder, model.generation_config)
+    return ModelSpec(model.load, model_card(name, None, Processor.from_folder(folder), defaults))
 
 
 def _replica_range(text: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Protocol, TypeVar
 
 from fastapi import FastAPI, Form, Request, UploadFile
@@ -22,6 +22,7 @@ from .api_keys import ApiKeys
 from .chat_completions import respond, respond_attribution, respond_prefill
 from .metrics import PROMETHEUS, Metrics
 from .middleware import WEB, WEB_FILES, GuardMiddleware
+from .models import ModelSpec, ServedModels
 from .service import Service
 from .settings import MB, Settings
 from .uploads import Files
@@ -54,14 +55,24 @@ class Shared(Protocol):
     async def run_in_pool(self, key: str, function: Callable[[], T]) -> T: ...
 
 
-def create_app(bot: Chatbot, settings: Settings) -> FastAPI:
-    """The server as an ASGI application. It owns `bot`, and sets its limits to `settings.limits`.
+def create_app(bot: Chatbot | Mapping[str, ModelSpec], settings: Settings) -> FastAPI:
+    """The server as an ASGI application of one model, or of several by name.
+
+    It owns `bot`, and sets its limits to `settings.limits`.
 
     Its threads live as long as the application's lifespan. `app.state.service` is the state of its
     routes.
     """
     keys = None if settings.api_keys is None else ApiKeys.read(settings.api_keys)
-    service = Service(bot, settings, lambda: keys is None or len(keys.names) == 1)
+
+    def is_exclusive() -> bool:
+        return keys is None or len(keys.names) == 1
+
+    service = (
+        ServedModels(bot, settings, is_exclusive)
+        if isinstance(bot, Mapping)
+        else Service(bot, settings, is_exclusive)
+    )
     app = create_routes(service)
     add_guard(app, settings, keys, service.metrics)
     return app
@@ -84,12 +95,12 @@ def add_guard(app: FastAPI, settings: Settings, keys: ApiKeys | None, metrics: M
     )
 
 
-def create_routes(service: Service) -> FastAPI:
+def create_routes(service: Service | ServedModels) -> FastAPI:
     """The routes without authentication and limits: a middleware has to be added."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine_thread.start()
+        service.start()
         try:
             yield
         finally:
@@ -163,11 +174,11 @@ def _web_file(name: str) -> Callable[[], Awaitable[Response]]:
     return web_file
 
 
-def _add_state_routes(app: FastAPI, service: Service) -> None:
+def _add_state_routes(app: FastAPI, service: Service | ServedModels) -> None:
     @app.get("/health")
     async def health(response: Response) -> openai.Status:
         """Liveness: 503 once the engine has failed for good."""
-        if service.engine_thread.failed:
+        if service.failed:
             response.status_code = 503
             return openai.Status(status="failed")
         return openai.Status(status="ok")
@@ -185,8 +196,8 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type=PROMETHEUS)
 
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
-    bot, settings = service.bot, service.settings
+def _add_model_routes(app: FastAPI, service: Service | ServedModels) -> None:
+    settings = service.settings
     limits = openai.ModelLimits(
         max_tokens=settings.max_tokens,
         n=settings.max_choices,
@@ -197,33 +208,33 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         pixels=settings.image_megapixels * MB,
     )
 
-    def info(adapter: str | None) -> openai.ModelInfo:
-        return openai.ModelInfo(
-            id=adapter or service.name,
-            created=service.created,
-            parent=service.name if adapter else None,
-            context_length=bot.model.config.text.context,
-            max_model_len=bot.model.config.text.context,
-            tokens_per_image=bot.model.config.vision.grid**2,
-            video_frames=bot.processor.num_frames,
-            generation_config=bot.generation_config,
-            limits=limits,
-        )
+    def infos() -> list[openai.ModelInfo]:
+        return [
+            openai.ModelInfo(
+                **dict(card),
+                created=service.created,
+                max_model_len=card.context_length,
+                limits=limits,
+            )
+            for card in service.cards()
+        ]
 
     @app.get("/v1/models")
     async def models() -> openai.ModelList:
-        """The model and its adapters, with the context length and the tokens of an image."""
-        return openai.ModelList(data=[info(adapter) for adapter in (None, *bot.adapters)])
+        """The models and adapters, with the context length and the tokens of an image."""
+        return openai.ModelList(data=infos())
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> openai.ModelInfo:
-        """The model or an adapter by name."""
-        if name not in (service.name, *bot.adapters):
-            raise openai.unknown_model(name, service.name, list(bot.adapters))
-        return info(None if name == service.name else name)
+        """A model or an adapter by name."""
+        found = infos()
+        for info in found:
+            if info.id == name:
+                return info
+        raise openai.unknown_model(name, *(info.id for info in found))
 
 
-def _add_message_routes(app: FastAPI, service: Service) -> None:
+def _add_message_routes(app: FastAPI, service: Service | ServedModels) -> None:
     @app.post("/v1/chat/completions", responses=openai.CHAT_RESPONSES)
     async def chat(body: openai.ChatRequest, request: Request) -> Response:
         """Answer messages with images, videos and views; with `stream` as server-sent events."""

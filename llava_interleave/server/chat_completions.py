@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ..chat import Answer, AnswerDelta, TokenLogprob
 from .access_log import current_record
 from .api_errors import ClientDisconnected, error_body, to_api_error
+from .models import ServedModels
 from .openai_types import (
     AttributionMode,
     AttributionRequest,
@@ -75,14 +76,14 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def respond(service: Service, request: ChatRequest, key: str) -> Response:
+def respond(service: Service | ServedModels, request: ChatRequest, key: str) -> Response:
     """The response to a chat request."""
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         async with service.generation(request, key) as prepared:
-            stream = CompletionStream(service, prepared)
+            stream = CompletionStream(prepared)
             if request.stream:
-                await _send_events(service, stream, send)
+                await _send_events(stream, send)
                 return
             async for _ in stream:
                 pass
@@ -92,7 +93,9 @@ def respond(service: Service, request: ChatRequest, key: str) -> Response:
     return CancelOnDisconnect(work)
 
 
-def respond_attribution(service: Service, request: AttributionRequest, key: str) -> Response:
+def respond_attribution(
+    service: Service | ServedModels, request: AttributionRequest, key: str
+) -> Response:
     """The response to an attribution request about a given answer."""
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,7 +104,7 @@ def respond_attribution(service: Service, request: AttributionRequest, key: str)
     return CancelOnDisconnect(work)
 
 
-def respond_prefill(service: Service, request: PromptRequest, key: str) -> Response:
+def respond_prefill(service: Service | ServedModels, request: PromptRequest, key: str) -> Response:
     """The response to a prefill request; leaving ends it."""
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,7 +117,7 @@ def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-async def _send_events(service: Service, stream: CompletionStream, send: Send) -> None:
+async def _send_events(stream: CompletionStream, send: Send) -> None:
     """Server-sent events. The status is sent first, so an error after it is an event as well."""
     await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
 
@@ -127,7 +130,7 @@ async def _send_events(service: Service, stream: CompletionStream, send: Send) -
     except ClientDisconnected:
         raise
     except Exception as error:  # noqa: BLE001  the client gets it as an event
-        body = error_body(service.metrics.count_error(to_api_error(error)))
+        body = error_body(stream.service.metrics.count_error(to_api_error(error)))
         await event(sse_event(body), more=False)
     else:
         await event(SSE_DONE, more=False)
@@ -150,12 +153,12 @@ def sse_event(data: BaseModel) -> bytes:
 class CompletionStream:
     """The chunks of one request, iterated once. `completion` is the whole body after that."""
 
-    def __init__(self, service: Service, prepared: PreparedRequest) -> None:
-        self.service, self.prepared, self.request = service, prepared, prepared.request
-        self.tokenizer = service.bot.processor.tokenizer
+    def __init__(self, prepared: PreparedRequest) -> None:
+        self.service, self.prepared, self.request = prepared.service, prepared, prepared.request
+        self.tokenizer = self.service.bot.processor.tokenizer
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.answers: dict[int, Answer] = {}
-        self.model = prepared.job.options.adapter or service.name
+        self.model = prepared.job.options.adapter or self.service.name
         self.timings: Timings | None = None
         self.attributions: list[ChoiceAttribution] | None = None
 

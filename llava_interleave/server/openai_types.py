@@ -373,13 +373,13 @@ def adapter_name(model: str | None, served: str, adapters: Sequence[str]) -> str
     if not adapters or model in (None, "", served):
         return None
     if model not in adapters:
-        raise unknown_model(str(model), served, adapters)
+        raise unknown_model(str(model), served, *adapters)
     return model
 
 
-def unknown_model(model: str, served: str, adapters: Sequence[str]) -> ApiError:
+def unknown_model(model: str, *served: str) -> ApiError:
     """The 404 of a model that does not exist."""
-    names = ", ".join(map(repr, (served, *adapters)))
+    names = ", ".join(map(repr, served))
     message = f"the model {model[:200]!r} does not exist; this server has {names}"
     return ApiError(404, "model_not_found", message, param="model")
 
@@ -414,23 +414,30 @@ class ModelLimits(BaseModel):
     pixels: int
 
 
-class ModelInfo(BaseModel):
+class ModelCard(BaseModel):
     """A model. parent: the model that an adapter belongs to. tokens_per_image: of the context.
 
-    max_model_len: the context length by vLLM's name. video_frames: sampled from a video by default.
-    generation_config: defaults of requests that the checkpoint's generation_config.json sets.
+    video_frames: sampled from a video by default. generation_config: defaults of requests that the
+    checkpoint's generation_config.json sets. loaded: in memory; another one is loaded by its first
+    request.
     """
 
     id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "llava-interleave"
     parent: str | None
     context_length: int
-    max_model_len: int
     tokens_per_image: int
     video_frames: int
     generation_config: dict[str, Any]
+    loaded: bool = True
+
+
+class ModelInfo(ModelCard):
+    """A model as clients list it. max_model_len: the context length by vLLM's name."""
+
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "llava-interleave"
+    max_model_len: int
     limits: ModelLimits
 
 

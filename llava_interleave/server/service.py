@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ..chat import Chatbot
 from ..errors import OptionError
 from ..options import Options
-from ..processing import Estimate, Loader
+from ..processing import Estimate, Loader, Processor
 from ..prompt import Prompt
 from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
 from .access_log import current_record
@@ -29,6 +29,7 @@ from .openai_types import (
     AttributionRequest,
     AttributionResponse,
     ChatRequest,
+    ModelCard,
     Prefill,
     PromptRequest,
     adapter_name,
@@ -45,8 +46,11 @@ GRAMMAR_SECONDS = 15
 
 @dataclass(slots=True)
 class PreparedRequest:
-    """A request with its prompt. seconds: that preparation took. image_tokens: of its prompt."""
+    """A request with its prompt. service: of its model. seconds: that preparation took.
+    image_tokens: of its prompt.
+    """
 
+    service: Service
     request: ChatRequest
     job: ServerJob
     created: int
@@ -54,27 +58,14 @@ class PreparedRequest:
     image_tokens: int
 
 
-class Service:
-    """A model and the state that its requests share. is_exclusive: as `Shares`."""
+class SharedState:
+    """What the models of a server share. is_exclusive: as `Shares`."""
 
-    def __init__(
-        self, bot: Chatbot, settings: Settings, is_exclusive: Callable[[], bool] = lambda: True
-    ) -> None:
-        self.bot, self.settings = bot, settings
-        bot.processor.loader = Loader(settings.limits(bot.model.config))
-        self.name = settings.name or bot.source.name
-        if self.name in bot.adapters:
-            raise OptionError(
-                f"the model and an adapter are both called {self.name!r}: rename the adapter"
-            )
-        self.created = int(time.time())
-        self.engine_thread = EngineThread(bot)
-        self.grammars = GrammarCompiler(bot.processor.tokenizer)
+    def __init__(self, settings: Settings, is_exclusive: Callable[[], bool]) -> None:
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
         self.shares = Shares(settings.max_requests, is_exclusive)
         """Answers being prepared, waiting or running, by API key."""
-        self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
         self.media_pool = FairThreadPool(settings.media_workers, "media")
         self.text_pool = FairThreadPool(1, "text")
         self.grammar_pool = FairThreadPool(1, "grammar")
@@ -84,8 +75,70 @@ class Service:
         # One at a time: each has a prompt's activations in memory.
         self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
         self.prefills: dict[str, ServerJob] = {}  # by API key
+
+    def close(self) -> None:
+        """Stop all threads."""
+        for pool in (self.media_pool, self.text_pool, self.grammar_pool):
+            pool.close()
+        self.attribution_pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Service:
+    """A model and the state that its requests share.
+
+    state: that of other models, too; it has its own otherwise.
+    """
+
+    def __init__(
+        self,
+        bot: Chatbot,
+        settings: Settings,
+        is_exclusive: Callable[[], bool] = lambda: True,
+        *,
+        state: SharedState | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.bot, self.settings = bot, settings
+        bot.processor.loader = Loader(settings.limits(bot.model.config))
+        self.name = name or settings.name or bot.source.name
+        if self.name in bot.adapters:
+            raise OptionError(
+                f"the model and an adapter are both called {self.name!r}: rename the adapter"
+            )
+        self.created = int(time.time())
+        self.engine_thread = EngineThread(bot)
+        self.grammars = GrammarCompiler(bot.processor.tokenizer)
+        self.state = state or SharedState(settings, is_exclusive)
+        self.files, self.metrics = self.state.files, self.state.metrics
+        self.shares, self.prefills = self.state.shares, self.state.prefills
+        self.media_pool, self.text_pool = self.state.media_pool, self.state.text_pool
+        self.grammar_pool, self.grammar_rate = self.state.grammar_pool, self.state.grammar_rate
+        self.token_rate, self.attribution_pool = self.state.token_rate, self.state.attribution_pool
+        if state is None:
+            self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
         self.stopping = False
         self.shutdown_error: ApiError | None = None
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self.engine_thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has failed for good."""
+        return self.engine_thread.failed
+
+    def cards(self) -> list[ModelCard]:
+        """What /v1/models says of the model and its adapters."""
+        return [
+            model_card(
+                adapter or self.name,
+                self.name if adapter else None,
+                self.bot.processor,
+                self.bot.generation_config,
+            )
+            for adapter in (None, *self.bot.adapters)
+        ]
 
     @property
     def num_active(self) -> int:
@@ -189,7 +242,7 @@ class Service:
             self.engine_thread.submit(job)
             try:
                 await job.queued()
-                yield PreparedRequest(request, job, int(time.time()), seconds, image_tokens)
+                yield PreparedRequest(self, request, job, int(time.time()), seconds, image_tokens)
             except Exception:
                 raise
             except BaseException:  # cancelled, or the generator is closed
@@ -333,14 +386,31 @@ class Service:
         )
         self.engine_thread.fail(self.shutdown_error)
 
-    def close(self) -> None:
-        """Stop all threads."""
+    def close_model(self) -> None:
+        """Stop the threads of the model."""
         self.end()
         self.engine_thread.close()
         self.grammars.close()
-        for pool in (self.media_pool, self.text_pool, self.grammar_pool):
-            pool.close()
-        self.attribution_pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Stop all threads."""
+        self.close_model()
+        self.state.close()
+
+
+def model_card(
+    name: str, parent: str | None, processor: Processor, generation_config: dict[str, Any]
+) -> ModelCard:
+    """What /v1/models says of a model with this processor."""
+    config = processor.config
+    return ModelCard(
+        id=name,
+        parent=parent,
+        context_length=config.text.context,
+        tokens_per_image=config.vision.grid**2,
+        video_frames=processor.num_frames,
+        generation_config=generation_config,
+    )
 
 
 def _overloaded(reason: str) -> ApiError:

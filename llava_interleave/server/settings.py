@@ -76,6 +76,9 @@ class Settings:
         "Fetch media from this host: images.example.com, *.example.com, host:port, or * for all; "
         "can be given several times.",
     )
+    max_loaded_models: int = _setting(
+        2, "Of several models, so many are in memory at a time; the idlest one makes room."
+    )
     max_requests: int = _setting(
         32, "Answers running or waiting at a time; a further request gets 503."
     )
