@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from .errors import OptionError
-from .image_layout import INTERLEAVE, Arrangement
+from .image_layout import INTERLEAVE, Arrangement, ImageTokenLayout, max_tokens_per_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ class LlavaConfig:
     image_token_id: int = 151646
     arrangement: Arrangement = INTERLEAVE
     video_token_id: int | None = None
-    """The id of `<video>` in transformers' form of OneVision. Our prompts write `<image>` for
-    both.
+    """The id of `<video>`, which OneVision has in transformers' form; elsewhere a video's
+    placeholders are `<image>` too.
     """
 
     @property
@@ -115,6 +115,28 @@ class LlavaConfig:
         """Ids that stand for features and are never generated."""
         video = self.video_token_id
         return (self.image_token_id,) if video is None else (self.image_token_id, video)
+
+    def placeholder_id(self, video: bool) -> int:
+        """The id of the placeholders of an image or a video."""
+        other = self.video_token_id if video else None
+        return self.image_token_id if other is None else other
+
+    @property
+    def image_layout(self) -> ImageTokenLayout:
+        """Of an image that is not tiled."""
+        newline = self.arrangement.newline
+        return ImageTokenLayout(self.vision.grid, newline="end" if newline else "none")
+
+    def video_layout(self, frames: int) -> ImageTokenLayout:
+        """Of a video of so many frames."""
+        pool, newline = self.arrangement.video_pool, self.arrangement.video_newline
+        return ImageTokenLayout(self.vision.grid, frames, bilinear=pool, newline=newline)
+
+    @property
+    def max_tokens_per_image(self) -> int:
+        """Of an image that is tiled by default, over all shapes; else of `image_layout`."""
+        vision = self.vision
+        return max_tokens_per_image(vision.image_size, vision.grid, self.arrangement)
 
     @property
     def num_parameters(self) -> int:

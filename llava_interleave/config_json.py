@@ -365,7 +365,7 @@ def _original(top: _Section) -> LlavaConfig:
     text = _text(top, tied=False, attention_bias=True)
     # The original puts -200 where an image goes and has no token for it; its Hugging Face
     # conversion took the first free id.
-    arrangement = _original_arrangement(top, vision)
+    arrangement = _original_arrangement(top, vision, text)
     config = LlavaConfig(vision, text, _token(top, text, "image", 151646), arrangement)
     top.finish(_IGNORED_KEYS | _IGNORED_KEYS_ORIGINAL)
     return config
@@ -405,20 +405,35 @@ def _max_tiles(top: _Section, key: str, aspect: object) -> int:
     return int(match[1])
 
 
-def _original_arrangement(top: _Section, vision: VisionConfig) -> Arrangement:
-    """OneVision's or LLaVA-Video's where image_aspect_ratio is anyres_max_N, else Interleave's."""
+def _original_arrangement(top: _Section, vision: VisionConfig, text: TextConfig) -> Arrangement:
+    """OneVision's or LLaVA-Video's where image_aspect_ratio is anyres_max_N, else Interleave's.
+
+    Interleave's own config says anyres and spatial_unpad, but its code writes no newlines. A
+    decoder with GQA (Qwen2) is of the later code, which does.
+    """
     aspect, position = (
         top.remaining.get("image_aspect_ratio"),
         top.remaining.get("mm_newline_position"),
     )
     if not (isinstance(aspect, str) and aspect.startswith("anyres_max_")):
-        if position in ("grid", "frame"):
-            raise top.wrong(
-                "mm_newline_position",
-                f"is {position!r}, of a video network, but image_aspect_ratio is {_brief(aspect)}; "
-                "supported with 'anyres_max_N' (LLaVA-Video)",
-            )
-        return INTERLEAVE
+        later = text.num_kv_heads != text.num_heads
+        stride = top.remaining.get("mm_spatial_pool_stride")
+        for key, value, wrong in (
+            ("mm_newline_position", position, later or position in ("grid", "frame")),
+            ("mm_spatial_pool_stride", stride, later),
+        ):
+            if value and wrong:
+                raise top.wrong(
+                    key,
+                    f"is {_brief(value)}, of LLaVA-OneVision or LLaVA-Video, but "
+                    f"image_aspect_ratio is {_brief(aspect)}; supported with 'anyres_max_N'",
+                )
+        pinpoints = INTERLEAVE.pinpoints
+        if aspect == "anyres" and top.remaining.get("image_grid_pinpoints") is not None:
+            pinpoints = _pinpoints(top, vision, height_first=False)
+        if set(pinpoints) == set(INTERLEAVE.pinpoints):
+            return INTERLEAVE
+        return replace(INTERLEAVE, pinpoints=pinpoints)
     newline = _NEWLINES.get(position or "one_token")
     if newline is None:
         raise top.wrong("mm_newline_position", f"is {_brief(position)}, not of {list(_NEWLINES)}")

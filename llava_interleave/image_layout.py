@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Newline = Literal["none", "end", "frame", "row"]
@@ -195,3 +196,19 @@ def anyres(
     return ImageTokenLayout(
         grid, 1 + rows * columns, tiles, keep, pool, shrink=shrink, newline=newline
     )
+
+
+@cache
+def max_tokens_per_image(crop: int, grid: int, arrangement: Arrangement) -> int:
+    """The most tokens of an image: tiled where the arrangement tiles by default, over all shapes.
+
+    crop: pixels on a side of a tile. grid: features on a side of it.
+    """
+    one = ImageTokenLayout(grid, newline="end" if arrangement.newline else "none").length
+    if not arrangement.anyres:
+        return one
+    sides = {(columns * grid, rows * grid) for columns, rows in arrangement.pinpoints}
+    windows = {(w, h) for w, _ in sides for _, full in sides for h in range(1, full + 1)}
+    windows |= {(w, h) for full, _ in sides for _, h in sides for w in range(1, full + 1)}
+    sizes = {(math.ceil(w * crop / grid), math.ceil(h * crop / grid)) for w, h in windows}
+    return max(anyres(w, h, crop, grid, arrangement=arrangement).length for w, h in sizes)

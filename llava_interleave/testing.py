@@ -18,8 +18,8 @@ from torch import Tensor
 from .checkpoints import CheckpointLayout, meta_network, tensor_shapes, write_checkpoint
 from .config import LlavaConfig, TextConfig, VisionConfig
 from .image_layout import ONEVISION
-from .processing.processor_files import SPECIAL, VIDEO, processor_files
-from .processing.tokenizer import qwen2_tokenizer
+from .processing.processor_files import SPECIAL, processor_files
+from .processing.tokenizer import VIDEO, qwen2_tokenizer
 
 _SENTENCES = (
     "You are a helpful assistant.",

@@ -39,6 +39,8 @@ pytestmark = [
 ]
 SHAPES = {
     "grouped": TextConfig(128, 272, 3, 4, 2, 32, 512, 4096, 1e4, 1e-6, True),
+    "OneVision 0.5B": TextConfig(128, 272, 2, 14, 2, 64, 512, 4096, 1e6, 1e-6, True),
+    "OneVision 7B": TextConfig(128, 272, 1, 28, 4, 128, 512, 4096, 1e6, 1e-6, True),
     "wide heads": TextConfig(64, 96, 2, 3, 3, 64, 512, 4096, 1e6, 1e-6, True),
 }
 SPANS = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
 from llava_interleave import checkpoints, hf
 from llava_interleave.errors import LlavaError, OptionError, PromptError, Unsupported
@@ -468,6 +469,15 @@ def test_quantized_weights_behind_transformers_class(folder: Path, images: list[
         models[0].save_pretrained(folder.parent / "saved")
     with pytest.raises(OptionError, match="subfolder"):
         hf.LlavaForConditionalGeneration.from_pretrained(folder, precision="int8", subfolder="x")
+
+
+def test_saved_weights_have_transformers_names(folder: Path, theirs: Any, tmp_path: Path) -> None:
+    hf.LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / "ours")
+    theirs[0].save_pretrained(tmp_path / "theirs")
+    ours, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs")
+    )
+    assert ours.keys() == expected.keys()
 
 
 def never_stop(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

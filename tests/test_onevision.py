@@ -28,7 +28,7 @@ from llava_interleave.checkpoints import load as load_network
 from llava_interleave.config import LlavaConfig
 from llava_interleave.config_json import from_dict
 from llava_interleave.errors import CheckpointError, OptionError
-from llava_interleave.image_layout import ONEVISION, ImageTokenLayout, anyres
+from llava_interleave.image_layout import INTERLEAVE, ONEVISION, ImageTokenLayout, anyres
 from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
@@ -384,8 +384,12 @@ def test_published_configs_are_told_apart() -> None:
     assert video.arrangement == replace(
         ONEVISION, video_newline="row", num_frames=64, frame_times=True
     )
-    plain = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[384, 768]]}
-    assert not from_dict(ORIGINAL | plain).arrangement.newline
+    plain = {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[384, 768]],
+        "mm_newline_position": None,
+    }
+    assert from_dict(ORIGINAL | plain).arrangement == replace(INTERLEAVE, pinpoints=((1, 2),))
     four = [[384 * a, 384 * b] for a, b in product(range(1, 5), range(1, 5))]
     reward = {"image_aspect_ratio": "anyres_max_4", "image_grid_pinpoints": four}
     assert from_dict(ORIGINAL | reward).arrangement == replace(
@@ -408,6 +412,14 @@ def test_published_configs_are_told_apart() -> None:
         (ORIGINAL, "mm_patch_merge_type", "flat"),
         (ORIGINAL, "image_grid_pinpoints", "(1x1),(2x2)"),
         (ORIGINAL | {"image_aspect_ratio": "anyres"}, "mm_newline_position", "grid"),
+        (ORIGINAL | {"image_aspect_ratio": "anyres"}, "mm_newline_position", "one_token"),
+        (ORIGINAL | {"image_aspect_ratio": "pad"}, "mm_newline_position", "no_token"),
+        (
+            ORIGINAL | {"image_aspect_ratio": "square", "mm_newline_position": None},
+            "mm_spatial_pool_stride",
+            2,
+        ),
+        (ORIGINAL, "image_aspect_ratio", "anyres_max_"),
     ],
 )
 def test_other_networks_are_refused_by_name(
@@ -439,6 +451,20 @@ def test_verify_compares_with_transformers(folder: Path) -> None:
     cases = verify(folder, tokens=8)
     assert all(case.passed for case in cases), [case for case in cases if not case.passed]
     assert all(case.has("pixels") for case in cases if case.name != "text only")
+
+
+def test_verify_shows_published_answers(folder: Path) -> None:
+    from llava_interleave.processing.images import ImageSettings
+    from llava_interleave.verify import published
+
+    rows = published.published_answers("MODEL", HUB)
+    assert [row[0] for row in rows] == ["0.5b-si", "0.5b-ov"]
+    assert [row[0] for row in published.published_answers("MODEL", ORIGINAL)] == ["7b-si", "7b-ov"]
+    assert anyres(1024, 899, 384, 27, arrangement=ONEVISION).length == published.IMAGE_TOKENS
+    assert len(ImageSettings(384).anyres_tiles(picture(1024, 899), ONEVISION)) == 10
+    tiny = json.loads((folder / "config.json").read_text())
+    for other in (VIDEO, tiny):
+        assert not published.published_answers("MODEL", other)
 
 
 def test_attribution_maps_show_images_and_not_newlines(folder: Path) -> None:

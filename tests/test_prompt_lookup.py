@@ -74,14 +74,17 @@ def searched(tokens: list[int], most: int, never: int) -> list[int]:
 )
 def test_guesses_are_what_followed_last(tokens: list[int], cut: int, most: int) -> None:
     """Whether a sequence comes at once or token by token; 0 is the one that is never drafted."""
-    lookup = PromptLookupDrafter(9, image_token_id=0)
+    lookup = PromptLookupDrafter(9, placeholder_ids=(0,))
     lookup.length = 9
     for length in range(min(cut, len(tokens)), len(tokens) + 1):
         assert list(lookup.propose(tokens[:length], most)) == searched(tokens[:length], most, 0)
 
 
 def test_it_stops_where_guesses_fail_and_grows_where_they_are_right() -> None:
-    lookup, tokens = PromptLookupDrafter(8, image_token_id=0), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
+    lookup, tokens = (
+        PromptLookupDrafter(8, placeholder_ids=(0,)),
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3],
+    )
     assert list(lookup.propose(tokens, 8)) == [4, 5, 6, 7]
     lookup.update(4, 4)
     assert len(lookup.propose(tokens, 8)) == 8
@@ -183,7 +186,7 @@ def test_images_are_not_guessed() -> None:
     (request,) = e.generate(
         [prompt((0, 1), (0, 1), text(1, 3), (0, 1))], replace(GREEDY, prompt_lookup_num_tokens=8)
     )
-    assert request.drafter is not None and request.drafter.image_token_id == IMAGE
+    assert request.drafter is not None and IMAGE in request.drafter.placeholder_ids
     assert IMAGE not in request.generated and EOS < VOCAB
 
 

@@ -34,7 +34,9 @@ def test_shipped_recipes_have_what_was_published() -> None:
     """Of LLaVA-NeXT: scripts pretrain_siglip.sh, direct_finetune_siglip_a4.sh and dpo.sh;
     config.json of the checkpoints.
     """
-    align, dpo, instruct, interleave = (recipe.read(recipe.find(name)) for name in recipe.SHIPPED)
+    names = ("align", "dpo", "instruct", "interleave")
+    align, dpo, instruct, interleave = (recipe.read(recipe.find(name)) for name in names)
+    assert not align.anyres
     assert (
         align.tower_lr_scale,
         align.projector_lr_scale,
@@ -76,6 +78,23 @@ def test_shipped_recipes_have_what_was_published() -> None:
             0.999,
             1,
         )
+
+
+def test_recipes_of_onevision_have_what_was_published() -> None:
+    """Of LLaVA-NeXT: scripts finetune_si.sh, finetune_ov.sh, dpo_ov7b.sh and
+    SO400M_Qwen2_7B_ov_to_video_am9.sh.
+    """
+    for name in ("onevision-mid", "onevision-image", "onevision", "llava-video"):
+        one = recipe.read(recipe.find(name))
+        assert one.lr * one.tower_lr_scale == pytest.approx(2e-6)
+        assert (one.projector_lr_scale, one.decoder_lr_scale) == (1, 1)
+        assert (one.lr, one.warmup_ratio, one.lr_schedule) == (1e-5, 0.03, "cosine")
+        assert (one.epochs, one.tokens, one.weight_decay, one.anyres) == (1, 32768, 0, None)
+    chat = recipe.read(recipe.find("onevision-dpo"))
+    assert (chat.dpo, chat.lr, chat.lr_schedule) == (DPOConfig(beta=0.1), 5e-7, "cosine")
+    assert (chat.warmup_ratio, chat.epochs) == (0.1, 1)
+    rates = (chat.tower_lr_scale, chat.projector_lr_scale, chat.decoder_lr_scale)
+    assert rates == (1, 1, 1)
 
 
 def test_every_value_that_can_be_set_is_stored_and_read(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ class Chatbot:
 
     def info(self) -> dict[str, object]:
         """Where the model is from and how it runs here."""
-        weight = self.model.language_model.norm.weight
+        weight, config = self.model.language_model.norm.weight, self.model.config
         return {
             "source": str(self.source),
             "parameters": self.processor.config.num_parameters,
@@ -313,8 +313,10 @@ class Chatbot:
             "device": str(weight.device),
             "linears": linear_backend(self.model),
             "attention": self.engine.attention,
-            "context": self.model.config.text.context,
-            "tokens_per_image": self.model.config.vision.grid**2,
+            "context": config.text.context,
+            "tokens_per_image": config.image_layout.length,
+            "max_tokens_per_image": config.max_tokens_per_image,
+            "tokens_per_frame": config.video_layout(2).length // 2,
             "adapters": list(self.adapters),
             "generation_config": generation_config.describe(self.generation_config) or "none",
         }

@@ -91,12 +91,15 @@ def verify(
 ) -> None:
     """Compare ids, pixels, layers, logits and greedy tokens with transformers, in float32.
 
-    Exit code 1 if they differ. Quantized weights are compared with their dequantized values
+    Exit code 1 if they differ. For LLaVA-OneVision, answers published for its checkpoints are
+    shown to compare with. Quantized weights are compared with their dequantized values
     and equally rounded inputs, or with --against.
     """
     with terminal.spinner("comparing with transformers"):
         from .. import verify as parity
-        from ..verify import report
+        from ..chat import locate
+        from ..checkpoints import read_json
+        from ..verify import published, report
 
         cases = parity.verify(
             model, revision=revision, adapter=adapter, against=against, tokens=tokens
@@ -113,6 +116,8 @@ def verify(
         "transformers": version("transformers"),
     }
     options = {name: value for name, value in (("adapter", adapter), ("against", against)) if value}
+    config = read_json(locate(model, revision) / "config.json")
+    answers = published.published_answers(model or "", config)
     about = {"model": model or "the built-in model", **options, **versions}
     if html:
         report.write(html, f"llava verify: {about['model']}", cases, results, about)
@@ -123,6 +128,9 @@ def verify(
                 | {
                     "cases": [case.to_dict() for case in cases],
                     "ablations": [dataclasses.asdict(result) for result in results],
+                    "published": [
+                        dict(zip(published.COLUMNS, row, strict=True)) for row in answers
+                    ],
                 }
             )
         )
@@ -142,6 +150,10 @@ def verify(
                 f"ablations; baseline: {parity.BASELINE}",
                 list(report.ABLATIONS),
                 report.ablation_rows(results),
+            )
+        if answers:
+            terminal.table(
+                f"published answers to {published.RADAR}", list(published.COLUMNS), answers
             )
     if not all(case.passed for case in cases):
         raise typer.Exit(1)

@@ -204,7 +204,7 @@ class Engine:
         if constraint is not None:
             request.constraint, request.argmax_only = constraint, False
         elif not prefill_only and (draft_tokens := self._draft_tokens(sampling, decoder_adapter)):
-            request.drafter = PromptLookupDrafter(draft_tokens, config.image_token_id)
+            request.drafter = PromptLookupDrafter(draft_tokens, config.placeholder_ids)
         self._scheduler.add(request)
         return request
 

@@ -7,7 +7,8 @@ samples is the answer, so a rejected draft token costs time and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 NGRAM_SIZES = (3, 2)
 """How many last tokens must occur earlier; the longest match is used."""
@@ -26,13 +27,13 @@ MAX_CREDIT = 4.0
 
 
 class PromptLookupDrafter:
-    """Proposes draft tokens for one sequence, never `image_token_id` or n-grams that contain it."""
+    """Proposes draft tokens for one sequence, never a placeholder or n-grams that contain one."""
 
-    def __init__(self, max_draft_tokens: int, image_token_id: int) -> None:
-        self.max_draft_tokens, self.image_token_id = max_draft_tokens, image_token_id
+    def __init__(self, max_draft_tokens: int, placeholder_ids: Collection[int]) -> None:
+        self.max_draft_tokens, self.placeholder_ids = max_draft_tokens, placeholder_ids
         self.length, self.credit = min(INITIAL_DRAFT_TOKENS, max_draft_tokens), MAX_CREDIT
         self._next: dict[tuple[int, ...], int] = {}  # index after the last occurrence of an n-gram
-        self._indexed = self._text_start = 0  # tokens indexed; index after the last image token
+        self._indexed = self._text_start = 0  # tokens indexed; index after the last placeholder
 
     def propose(self, tokens: Sequence[int], limit: int) -> Sequence[int]:
         """At most `limit` draft tokens after `tokens`; none without an earlier match."""
@@ -42,7 +43,7 @@ class PromptLookupDrafter:
             for n in NGRAM_SIZES:
                 if end - n >= self._text_start:
                     self._next[tuple(tokens[end - n : end])] = end
-            if tokens[end] == self.image_token_id:
+            if tokens[end] in self.placeholder_ids:
                 self._text_start = end + 1
         self._indexed = len(tokens)
         for n in NGRAM_SIZES:
@@ -56,8 +57,7 @@ class PromptLookupDrafter:
         draft = list(tokens[start : start + count])
         while len(draft) < count:
             draft.append(draft[len(draft) + start - len(tokens)])
-        image = self.image_token_id
-        return draft[: draft.index(image)] if image in draft else draft
+        return list(takewhile(lambda token: token not in self.placeholder_ids, draft))
 
     def update(self, drafted: int, accepted: int) -> None:
         """Adapt to how many tokens of a draft the model accepted."""

@@ -22,7 +22,7 @@ def check_prompt(prompt: Prompt, config: LlavaConfig) -> None:
             f"the prompt has {low} to {high}"
         )
     expected = [m.start + offset for m in prompt.media for offset in range(m.layout.length)]
-    placeholders = np.flatnonzero(tokens == config.image_token_id).tolist()
+    placeholders = np.flatnonzero(np.isin(tokens, config.placeholder_ids)).tolist()
     if placeholders != expected:
         raise PromptError(
             f"the prompt has {len(placeholders)} image placeholders, but its {len(prompt.media)} "

@@ -3,9 +3,12 @@
 With transformers installed (the extra `hf`), every name is transformers' own, but the models of
 `LlavaForConditionalGeneration`, `AutoModelForImageTextToText` and `pipeline` generate by the engine
 wherever it computes the same (`hf.transformers_engine`); `use_engine` does that to a loaded model.
-Without transformers there are `AutoProcessor`, `BatchFeature`, `LlavaForConditionalGeneration` and
-`pipeline`, with inputs and outputs equal to transformers'; other names and arguments raise
-`Unsupported`, which names the extra.
+`LlavaOnevisionForConditionalGeneration` likewise. transformers' processor of OneVision needs
+torchvision; without torchvision `AutoProcessor` and `LlavaOnevisionProcessor` are this package's.
+Without transformers there are `AutoProcessor`, `BatchFeature`, `LlavaForConditionalGeneration`,
+`LlavaOnevisionForConditionalGeneration`, `LlavaOnevisionProcessor` and `pipeline`, with inputs and
+outputs equal to transformers'; other names and arguments raise `Unsupported`, which names the
+extra.
 """
 
 from __future__ import annotations
@@ -17,15 +20,25 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Unsupported
 
 if TYPE_CHECKING:
-    from .model import LlavaForConditionalGeneration
+    from .model import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
     from .pipelines import pipeline
-    from .processor import AutoProcessor, BatchFeature
+    from .processor import AutoProcessor, BatchFeature, LlavaOnevisionProcessor
 
-__all__ = ["AutoProcessor", "BatchFeature", "LlavaForConditionalGeneration", "pipeline"]
+__all__ = [
+    "AutoProcessor",
+    "BatchFeature",
+    "LlavaForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "LlavaOnevisionProcessor",
+    "pipeline",
+]
 
 _WITH_ENGINE = (
     "AutoModelForImageTextToText",
+    "AutoProcessor",
     "LlavaForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "LlavaOnevisionProcessor",
     "pipeline",
     "use_engine",
 )
@@ -33,6 +46,8 @@ _LIGHT = {
     "AutoProcessor": "processor",
     "BatchFeature": "processor",
     "LlavaForConditionalGeneration": "model",
+    "LlavaOnevisionForConditionalGeneration": "model",
+    "LlavaOnevisionProcessor": "processor",
     "pipeline": "pipelines",
 }
 

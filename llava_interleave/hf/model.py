@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,12 @@ from .. import checkpoints, generation_config, license_notice
 from ..chat import kv_memory, named_dtype
 from ..config_json import read_json
 from ..engine import Engine, SamplingParams
-from ..errors import OptionError, PromptError, Unsupported
-from ..image_layout import ImageTokenLayout
+from ..errors import OptionError, Unsupported
 from ..model import Llava
 from ..options import unknown
 from ..processing import Tokenizer
-from ..prompt import Media, Prompt
 from ..quantization.replace import quantized_precision
+from .media import prompts
 from .processor import (
     NEEDS_TRANSFORMERS,
     Light,
@@ -156,6 +154,9 @@ class LlavaForConditionalGeneration(Light):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
         max_new_tokens: int | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
@@ -218,9 +219,20 @@ class LlavaForConditionalGeneration(Light):
             "ignore_eos": True,
             "stop_ids": tuple(eos),
         }
-        prompts = self._prompts(input_ids, attention_mask, pixel_values)
-        prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
-        seeds = [int(torch.randint(2**31, ())) if do_sample else None for _ in prompts]
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        media = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
+            "pixel_values_videos": pixel_values_videos,
+        }
+        tokens = [row[keep != 0].tolist() for row, keep in zip(input_ids, real, strict=True)]
+        asked = [
+            prompt
+            for prompt in prompts(tokens, media, self.model.config)
+            for _ in range(num_return_sequences)
+        ]
+        seeds = [int(torch.randint(2**31, ())) if do_sample else None for _ in asked]
         if self._engine is None:
             tokenizer = self.tokenizer
             self._engine = Engine(
@@ -230,7 +242,7 @@ class LlavaForConditionalGeneration(Light):
                 kv_bytes=kv_memory(self.model),
             )
         requests = self._engine.generate(
-            prompts, [SamplingParams(**shared, seed=seed) for seed in seeds]
+            asked, [SamplingParams(**shared, seed=seed) for seed in seeds]
         )
         rows = [request.generated for request in requests]
         longest = max(map(len, rows))
@@ -252,34 +264,6 @@ class LlavaForConditionalGeneration(Light):
             return sorted(self.tokenizer.eos_ids)
         return [eos] if isinstance(eos, int) else list(eos)
 
-    def _prompts(
-        self, input_ids: Tensor, mask: Tensor | None, pixels: Tensor | None
-    ) -> list[Prompt]:
-        """The rows without their padding, each run of placeholders cut into images."""
-        image_id, grid = self.model.config.image_token_id, self.model.config.vision.grid
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        rows = [row[keep].tolist() for row, keep in zip(input_ids, real, strict=True)]
-        count = sum(row.count(image_id) for row in rows)
-        images = 0 if pixels is None else len(pixels)
-        if count != images * grid**2:
-            raise PromptError(
-                f"input_ids have {count} image tokens, but {images} images in pixel_values need "
-                f"{images * grid**2}; pass the processor's output"
-            )
-        crops = iter(() if pixels is None else pixels.float().cpu())
-        prompts = []
-        for row in rows:
-            starts = [index for index, token in enumerate(row) if token == image_id][:: grid**2]
-            prompts.append(
-                Prompt(row, tuple(image_media(next(crops), grid, start) for start in starts))
-            )
-        return prompts
 
-
-def image_media(pixels: Tensor, grid: int, start: int) -> Media:
-    """One image of pixel_values `[3, S, S]`."""
-    crop = pixels.unsqueeze(0).contiguous()
-    key = hashlib.sha256(
-        b"pixel_values" + repr(tuple(crop.shape)).encode() + crop.numpy().tobytes()
-    ).digest()
-    return Media(crop, ImageTokenLayout(grid), key, start)
+class LlavaOnevisionForConditionalGeneration(LlavaForConditionalGeneration):
+    """The same for a checkpoint of LLaVA-OneVision."""

@@ -1,14 +1,18 @@
-"""The processor without transformers, with the outputs of its `LlavaProcessor`."""
+"""The processor without transformers, with the outputs of its `LlavaProcessor` and
+`LlavaOnevisionProcessor`.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import checkpoints
@@ -17,10 +21,9 @@ from ..config_json import read_json
 from ..errors import OptionError, PromptError, Unsupported
 from ..options import unknown
 from ..processing import FrameSampling, Processor, Tokenizer
-from ..processing.chat_template import hf_text, parse
-
-IMAGE = "<image>"
-TURN_END = "<|im_end|>\n"
+from ..processing.chat_template import LITERALS, hf_text, parse
+from ..processing.limits import PixelBudget
+from ..processing.tokenizer import IM_END, IMAGE, VIDEO
 
 NEEDS_TRANSFORMERS = "needs transformers: pip install 'llava-interleave[hf]'"
 
@@ -138,16 +141,21 @@ class AutoProcessor(Light):
         self,
         images: object = None,
         text: str | Sequence[str] | None = None,
+        videos: object = None,
         *,
         return_tensors: str | None = None,
         padding: bool | str = False,
         padding_side: str | None = None,
     ) -> BatchFeature:
-        """One or several texts and the images of their `<image>`, flat or one list per text.
+        """One or several texts, the images of their `<image>`, flat or one list per text, and of
+        OneVision the videos of their `<video>`.
 
         `return_tensors="pt"` gives input_ids and attention_mask `[B, T]` and pixel_values
-        `[N, 3, S, S]`; without it, lists. Raises `PromptError` if the numbers of `<image>` and of
-        images differ.
+        `[N, 3, S, S]`; without it, lists. OneVision's pixel_values are `[N, crops, 3, S, S]`, with
+        image_sizes `[N, 2]` (height, width) and batch_num_images, and pixel_values_videos
+        `[N, frames, 3, S, S]` of all frames. As in transformers, images of a flat list are each
+        tiled; of a list per text only one that is alone. Raises `PromptError` if the numbers of
+        `<image>` and of images, or of `<video>` and of videos, differ.
         """
         if return_tensors not in (None, "pt"):
             raise Unsupported(
@@ -160,10 +168,30 @@ class AutoProcessor(Light):
         if text is None:
             raise PromptError("images need a text with <image> in it")
         texts = [text] if isinstance(text, str) else list(text)
-        prompts = [
-            self.inner.raw(one, media)
-            for one, media in zip(texts, images_per_text(texts, images), strict=True)
-        ]
+        onevision = self.inner.config.arrangement.newline
+        if videos is not None and self.inner.tokenizer.video_id is None:
+            raise Unsupported("this checkpoint has no <video>; pass its frames as images")
+        per_text = images_per_text(texts, images)
+        limits = self.inner.loader.limits
+        if onevision:  # their sizes are part of the output
+            per_text = [
+                [self.inner.loader.image(one, PixelBudget(limits)) for one in own]
+                for own in per_text
+            ]
+        nested = _is_nested(images)
+        anyres = True if onevision and not nested else None
+        every = FrameSampling(frames=limits.video_frames + 1)  # more is refused
+        films = iter(_videos(videos))
+        prompts = []
+        for one, own in zip(texts, per_text, strict=True):
+            rest = iter(own)
+            marks = re.findall(f"{IMAGE}|{VIDEO}" if videos is not None else IMAGE, one)
+            media = [next(rest if mark == IMAGE else films, None) for mark in marks]
+            if None in media or next(rest, None) is not None:
+                raise PromptError(f"the text has {len(marks)} {IMAGE} and {VIDEO}, not its media")
+            prompts.append(self.inner.raw(one, media, anyres=anyres, frames=every))
+        if next(films, None) is not None:
+            raise PromptError(f"there are more videos than {VIDEO} in the text")
         rows = [prompt.tokens for prompt in prompts]
         longest = max(map(len, rows))
         if padding in (False, "do_not_pad"):
@@ -182,9 +210,21 @@ class AutoProcessor(Light):
         ids = [pad(row, self.tokenizer.pad_token_id) for row in rows]
         mask = [pad([1] * len(row), 0) for row in rows]
         output = BatchFeature(input_ids=ids, attention_mask=mask)
-        pixels = [media.pixels for prompt in prompts for media in prompt.media]
-        if pixels:
-            output["pixel_values"] = torch.cat(pixels)
+        found = [media for prompt in prompts for media in prompt.media]
+        shown = [media.pixels for media in found if not media.name.startswith("video")]
+        if shown and not onevision:
+            output["pixel_values"] = torch.cat(shown)
+        elif shown:
+            numbers = [len(own) for own in per_text if own] if nested else [1] * len(shown)
+            output["pixel_values"] = torch.nn.utils.rnn.pad_sequence(shown, batch_first=True)
+            output["image_sizes"] = torch.tensor([i.size[::-1] for own in per_text for i in own])
+            output["batch_num_images"] = torch.tensor(numbers)
+        if moving := [media.pixels for media in found if media.name.startswith("video")]:
+            if len(counts := {len(pixels) for pixels in moving}) > 1:
+                raise PromptError(
+                    f"videos of {sorted(counts)} frames make no tensor; pass as many of each"
+                )
+            output["pixel_values_videos"] = torch.stack(moving)
         if return_tensors:
             output.update(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
         return output
@@ -204,8 +244,8 @@ class AutoProcessor(Light):
     ) -> Any:
         """The checkpoint's chat template as a string, or with `tokenize` the model inputs.
 
-        The images of the inputs are URLs, paths or objects in the conversation. A list of
-        conversations gives a list.
+        The images and videos of the inputs are URLs, paths or objects in the conversation. A list
+        of conversations gives a list.
         """
         batched = isinstance(conversation[0], Sequence)
         conversations: list[Messages] = list(conversation) if batched else [conversation]  # type: ignore[arg-type, list-item]
@@ -213,16 +253,19 @@ class AutoProcessor(Light):
             self._render(one, add_generation_prompt, continue_final_message)
             for one in conversations
         ]
-        texts, images = [text for text, _ in rendered], [sources for _, sources in rendered]
+        texts, images = [text for text, _, _ in rendered], [one for _, one, _ in rendered]
         if not tokenize:
             return texts if batched else texts[0]
-        if any(source is None for sources in images for source in sources):
+        videos = [video for _, _, own in rendered for video in own]
+        if any(source is None for sources in [*images, videos] for source in sources):
             raise PromptError(
-                "an image part of a tokenized conversation needs 'image', 'url', 'path' or 'base64'"
+                "an image part of a tokenized conversation needs 'image', 'url', 'path' or "
+                "'base64', a video part 'video', 'url' or 'path'"
             )
         output = self(
             images if any(images) else None,
             texts if batched else texts[0],
+            videos or None,
             return_tensors=return_tensors,
             padding=padding,
             padding_side=padding_side,
@@ -231,26 +274,38 @@ class AutoProcessor(Light):
 
     def _render(
         self, conversation: Messages, generation: bool, continued: bool
-    ) -> tuple[str, list[object]]:
-        """The text and the sources of its images, in order; None for a part without a source."""
+    ) -> tuple[str, list[object], list[object]]:
+        """The text and the sources of its images and of its videos, in order; None for a part
+        without a source.
+        """
         if generation and continued:
             raise OptionError(
                 "add_generation_prompt and continue_final_message contradict each other"
             )
+        has_videos = self.inner.tokenizer.video_id is not None and self.inner.template.has_videos
         messages = [
-            {**message, "content": _content(message["content"])} for message in conversation
+            {**message, "content": _content(message["content"], has_videos)}
+            for message in conversation
         ]
         turns = parse(messages, FrameSampling())
         text, slots = hf_text(turns, generation, self.inner.template)
-        sources = [slot.source for slot in slots if slot.kind == "image"]
-        return text.removesuffix(TURN_END) if continued else text, sources
+        for mark, spelling in LITERALS.items():
+            text = text.replace(mark, spelling)
+        if continued:
+            text = text[: text.rindex(IM_END)]
+        kinds = ("image", "video")
+        images, videos = ([slot.source for slot in slots if slot.kind == kind] for kind in kinds)
+        return text, images, videos
 
 
-def _content(content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+def _content(
+    content: str | Sequence[Mapping[str, Any]], has_videos: bool
+) -> str | list[Mapping[str, Any]]:
     """The parts with an image's source under one key, whichever of transformers' keys it had."""
     if isinstance(content, str):
         return content
-    return [part if part["type"] == "text" else _image(part) for part in content]
+    texts = ("text", "video") if has_videos else ("text",)
+    return [part if part["type"] in texts else _image(part) for part in content]
 
 
 def _image(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,11 +322,30 @@ def _image(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "image", "image": image}
 
 
+def _is_nested(images: object) -> bool:
+    """Whether there is a list of images for each text."""
+    return (
+        isinstance(images, list | tuple)
+        and bool(images)
+        and all(isinstance(one, list | tuple) for one in images)
+    )
+
+
+def _videos(videos: Any) -> list[object]:
+    """The videos, or one, which is a path, a URL, frames or an array of frames."""
+    if videos is None:
+        return []
+    if not isinstance(videos, list | tuple):
+        return [videos]
+    is_frame = isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", 0) == 3
+    return [videos] if is_frame else list(videos)
+
+
 def images_per_text(texts: Sequence[str], images: Any) -> list[list[object]]:
     """The images of each text: as nested, or by its number of `<image>`."""
     flat = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     counts = [text.count(IMAGE) for text in texts]
-    if flat and all(isinstance(one, list | tuple) for one in flat):
+    if _is_nested(images):
         if len(flat) != len(texts):
             raise PromptError(f"{len(texts)} texts but {len(flat)} lists of images")
         return [list(one) for one in flat]
@@ -279,6 +353,10 @@ def images_per_text(texts: Sequence[str], images: Any) -> list[list[object]]:
         raise PromptError(f"the text has {sum(counts)} {IMAGE} but {len(flat)} images were given")
     rest = iter(flat)
     return [[next(rest) for _ in range(count)] for count in counts]
+
+
+class LlavaOnevisionProcessor(AutoProcessor):
+    """The same for a checkpoint of LLaVA-OneVision."""
 
 
 def device_and_dtype(

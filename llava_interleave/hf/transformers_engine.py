@@ -9,6 +9,7 @@ runs in transformers' loop. The one difference: the engine never generates an im
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,27 +33,31 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from .. import checkpoints, config_json, license_notice
 from ..chat import kv_memory, named_dtype, pick_device
 from ..checkpoints.layouts import stored_name
+from ..config import LlavaConfig
 from ..engine import Engine, Request, SamplingParams
 from ..errors import LlavaError, OptionError, Unsupported
 from ..model import Llava
 from ..prompt import Prompt
 from ..quantization.linear_cpu import QuantizedLinearBase
-from .model import image_media
+from .media import MEDIA_ARGUMENTS, prompts
+from .pipelines import pipeline as light_pipeline
+from .processor import LlavaOnevisionProcessor as LightOnevisionProcessor
 
 LAYOUT: checkpoints.CheckpointLayout = "transformers-5"
-_OTHER_IMAGE_ARGUMENTS = (
+_OTHER_MEDIA_ARGUMENTS = (
     "mm_encoder_outputs",
     "vision_feature_layer",
     "vision_feature_select_strategy",
-    "image_sizes",
+    "vision_aspect_ratio",
+    "image_sizes_videos",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUPPRESSED = -1000.0
 """Logit bias of a suppressed token: the smallest that `SamplingParams` takes."""
 
 
-class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):  # type: ignore[misc]
-    """transformers' class; greedy search and sampling are run by the engine.
+class EngineGeneration:
+    """Greedy search and sampling of a transformers class, run by the engine.
 
     `from_pretrained(..., precision="int4")` (or int8, or per component as in `load`) quantizes the
     linear layers while they are read; a checkpoint written by `llava quantize` loads as it is.
@@ -69,11 +74,16 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         """As transformers', with `precision`."""
         name = pretrained_model_name_or_path
         if precision is None and _stored_precision(name) is None:
-            model = super().from_pretrained(name, *model_args, **kwargs)
+            model = super().from_pretrained(name, *model_args, **kwargs)  # type: ignore[misc]
         else:
             model = _load_quantized(cls, name, precision, *model_args, **kwargs)
         _show_notice(name, model)
         return model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: weights have transformers' names in files."""
+        return False
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; quantized weights are refused."""
@@ -82,21 +92,23 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
                 f"{precision} weights are not saved in transformers' format: save the checkpoint "
                 "that they were made from, or write an int4/int8 one with `llava quantize`"
             )
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_multimodal_encoder_kwargs_for_generation(
         self, model_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Leave the images to the engine; they are encoded here only if another loop needs them."""
-        encode = super()._prepare_multimodal_encoder_kwargs_for_generation
-        pixels = model_kwargs.get("pixel_values")
-        if not isinstance(pixels, Tensor) or any(
-            model_kwargs.get(key) is not None for key in _OTHER_IMAGE_ARGUMENTS
+        """Leave the media to the engine; they are encoded here only if another loop needs them."""
+        encode = super()._prepare_multimodal_encoder_kwargs_for_generation  # type: ignore[misc]
+        media = {key: model_kwargs[key] for key in MEDIA_ARGUMENTS if key in model_kwargs}
+        pixels = [value for key, value in media.items() if key.startswith("pixel_values")]
+        if not any(isinstance(value, Tensor) for value in pixels) or any(
+            model_kwargs.get(key) is not None for key in _OTHER_MEDIA_ARGUMENTS
         ):
             return encode(model_kwargs)
-        del model_kwargs["pixel_values"]
-        model_kwargs["mm_encoder_outputs"] = PendingImages(
-            pixels, lambda: encode({"pixel_values": pixels})["mm_encoder_outputs"]
+        for key in media:
+            del model_kwargs[key]
+        model_kwargs["mm_encoder_outputs"] = PendingMedia(
+            media, lambda: encode(dict(media))["mm_encoder_outputs"]
         )
         return model_kwargs
 
@@ -109,17 +121,14 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     ) -> tuple[Any, dict[str, Any]]:
         """As transformers'; images that are not encoded yet stay as they are."""
         images = model_kwargs.get("mm_encoder_outputs")
-        if expand_size == 1 or not isinstance(images, PendingImages):
-            return super()._expand_inputs_for_generation(
-                expand_size, is_encoder_decoder, input_ids, **model_kwargs
-            )
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        if expand_size == 1 or not isinstance(images, PendingMedia):
+            return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         model_kwargs["mm_encoder_outputs"] = None
-        expanded, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        expanded, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        of_outputs: Any = self._expand_multimodal_outputs  # type: ignore[attr-defined]
         model_kwargs["mm_encoder_outputs"] = images.expanded(
-            expand_size,
-            lambda outputs: self._expand_multimodal_outputs(input_ids, outputs, expand_size),
+            expand_size, lambda outputs: of_outputs(input_ids, outputs, expand_size)
         )
         return expanded, model_kwargs
 
@@ -137,7 +146,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         images = model_kwargs.get("mm_encoder_outputs")
         if not synced_gpus and (streamer is None or len(input_ids) == 1):
             plan = _plan(
-                self.config,
+                self.config,  # type: ignore[attr-defined]
                 input_ids,
                 logits_processor,
                 stopping_criteria,
@@ -147,9 +156,9 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             rows = None if plan is None else self._llava_engine.run(self, plan, streamer)
             if plan is not None and rows is not None:
                 return plan.output(input_ids, rows)
-        if isinstance(images, PendingImages):
+        if isinstance(images, PendingMedia):
             model_kwargs["mm_encoder_outputs"] = images.encoded()
-        return super()._sample(
+        return super()._sample(  # type: ignore[misc]
             input_ids,
             logits_processor,
             stopping_criteria,
@@ -166,6 +175,22 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         return engine
 
 
+class LlavaForConditionalGeneration(EngineGeneration, transformers.LlavaForConditionalGeneration):  # type: ignore[misc]
+    """transformers' class with `EngineGeneration`."""
+
+
+class LlavaOnevisionForConditionalGeneration(  # type: ignore[misc]
+    EngineGeneration, transformers.LlavaOnevisionForConditionalGeneration
+):
+    """transformers' class with `EngineGeneration`."""
+
+
+_CLASSES = {
+    transformers.LlavaForConditionalGeneration: LlavaForConditionalGeneration,
+    transformers.LlavaOnevisionForConditionalGeneration: LlavaOnevisionForConditionalGeneration,
+}
+
+
 class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):  # type: ignore[misc]
     """transformers' class; a LLaVA model that it loads generates by the engine."""
 
@@ -173,7 +198,7 @@ class AutoModelForImageTextToText(transformers.AutoModelForImageTextToText):  # 
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = pretrained_model_name_or_path
         if kwargs.get("precision") is not None or _stored_precision(name) is not None:
-            return LlavaForConditionalGeneration.from_pretrained(name, *args, **kwargs)
+            return _class_of(name, kwargs.get("revision")).from_pretrained(name, *args, **kwargs)
         kwargs.pop("precision", None)
         model = use_engine(super().from_pretrained(name, *args, **kwargs))
         _show_notice(name, model)
@@ -190,12 +215,13 @@ def pipeline(task: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> 
     precision: as of `LlavaForConditionalGeneration.from_pretrained`.
     """
     precision = kwargs.pop("precision", None)
+    if isinstance(model, str | Path) and not kwargs.get("processor") and _needs_torchvision(model):
+        loading = {} if precision is None else {"precision": precision}
+        return light_pipeline(task, model, *args, **loading, **kwargs)
     if isinstance(model, str | Path) and (precision or _stored_precision(model)):
         loading = {name: kwargs.pop(name) for name in ("dtype", "revision") if name in kwargs}
         source = str(model)
-        model = LlavaForConditionalGeneration.from_pretrained(
-            source, precision=precision, **loading
-        )
+        model = AutoModelForImageTextToText.from_pretrained(source, precision=precision, **loading)
         if kwargs.get("processor") is None:
             kwargs["processor"] = transformers.AutoProcessor.from_pretrained(source)
     made = transformers.pipeline(task, model, *args, **kwargs)
@@ -204,27 +230,56 @@ def pipeline(task: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> 
     return made
 
 
+class AutoProcessor(transformers.AutoProcessor):  # type: ignore[misc]
+    """transformers' class; of OneVision, this package's where torchvision is not installed, which
+    transformers needs for videos.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = pretrained_model_name_or_path
+        if _needs_torchvision(name):
+            return LightOnevisionProcessor.from_pretrained(name, *args, **kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
+
+
+if importlib.util.find_spec("torchvision") is None:
+    LlavaOnevisionProcessor = LightOnevisionProcessor
+else:
+    LlavaOnevisionProcessor = transformers.LlavaOnevisionProcessor
+
+
+def _needs_torchvision(name: Any) -> bool:
+    """Whether transformers' processor of a folder or a Hugging Face name lacks torchvision."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return False
+    config = transformers.AutoConfig.from_pretrained(name)
+    return isinstance(config, transformers.LlavaOnevisionConfig)
+
+
 def use_engine(model: Any) -> Any:
     """Let a loaded transformers LLaVA model (or a PEFT model of one) generate by the engine."""
     for module in model.modules():
-        if type(module) is transformers.LlavaForConditionalGeneration:
-            module.__class__ = LlavaForConditionalGeneration
+        if type(module) in _CLASSES:
+            module.__class__ = _CLASSES[type(module)]
     return model
 
 
-class PendingImages(dict[str, Any]):
-    """`mm_encoder_outputs` of images that are encoded on first access.
+class PendingMedia(dict[str, Any]):
+    """`mm_encoder_outputs` of images and videos that are encoded on first access.
 
-    pixels: `[N, 3, S, S]`. copies: of each row of the prompts.
+    media: `MEDIA_ARGUMENTS`. copies: of each row of the prompts.
     """
 
-    def __init__(self, pixels: Tensor, encode: Callable[[], Any], copies: int = 1) -> None:
+    def __init__(
+        self, media: Mapping[str, Any], encode: Callable[[], Any], copies: int = 1
+    ) -> None:
         super().__init__()
-        self.pixels, self.encode, self.copies = pixels, encode, copies
+        self.media, self.encode, self.copies = media, encode, copies
         self.outputs: Any = None
 
-    def expanded(self, copies: int, expand: Callable[[Any], Any]) -> PendingImages:
-        return PendingImages(self.pixels, lambda: expand(self.encoded()), self.copies * copies)
+    def expanded(self, copies: int, expand: Callable[[Any], Any]) -> PendingMedia:
+        return PendingMedia(self.media, lambda: expand(self.encoded()), self.copies * copies)
 
     def encoded(self) -> Any:
         if self.outputs is None:
@@ -279,19 +334,19 @@ def _plan(
     """The call as the engine runs it; None if it cannot."""
     sampling = _sampling(processors, generation)
     ends = _ends(criteria)
-    prompts = _prompts(config, input_ids, model_kwargs)
-    if sampling is None or ends is None or prompts is None:
+    asked = _prompts(config, input_ids, model_kwargs)
+    if sampling is None or ends is None or asked is None:
         return None
     max_length, eos = ends
     new = max_length - input_ids.shape[1]
     if new < 1 or max_length > config.text_config.max_position_embeddings:
         return None
-    padded = any(len(prompt) < input_ids.shape[1] for prompt in prompts)
+    padded = any(len(prompt) < input_ids.shape[1] for prompt in asked)
     if padded and "repetition_penalty" in sampling:  # transformers penalizes the padding too
         return None
     pad = getattr(generation, "_pad_token_tensor", None)
     return Plan(
-        prompts,
+        asked,
         sampling | {"max_new_tokens": new, "ignore_eos": True, "stop_ids": eos},
         0 if pad is None else int(pad),
     )
@@ -378,33 +433,18 @@ def _prompts(
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         return None
     images = model_kwargs.get("mm_encoder_outputs") or None
-    if images is not None and not isinstance(images, PendingImages):
+    if images is not None and not isinstance(images, PendingMedia):
         return None
     if input_ids.dim() != 2 or not input_ids.numel():
         return None
     rows = _rows(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
     if rows is None or not all(0 <= t < config.text_config.vocab_size for row in rows for t in row):
         return None
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    image, count = config.image_token_id, (side // patch) ** 2
-    copies = 1
-    crops: list[Tensor] = []
-    if images is not None:
-        if images.pixels.shape[1:] != (3, side, side) or not images.pixels.is_floating_point():
-            return None
-        crops, copies = list(images.pixels.float().cpu()), images.copies
-    prompts, used = [], 0
-    for row in rows[::copies]:
-        starts = [index for index, token in enumerate(row) if token == image][::count]
-        if any(row[start : start + count] != [image] * count for start in starts):
-            return None
-        if row.count(image) != len(starts) * count or used + len(starts) > len(crops):
-            return None
-        own = zip(crops[used : used + len(starts)], starts, strict=True)
-        media = tuple(image_media(pixels, side // patch, start) for pixels, start in own)
-        prompts += [Prompt(row, media)] * copies
-        used += len(starts)
-    return prompts if used == len(crops) else None
+    media, copies = ({}, 1) if images is None else (images.media, images.copies)
+    try:
+        return prompts(rows, media, _own_config(config), copies)
+    except LlavaError:  # transformers says what is wrong
+        return None
 
 
 def _rows(input_ids: Tensor, mask: Any, positions: Any) -> list[list[int]] | None:
@@ -535,22 +575,38 @@ def _fingerprint(modules: Mapping[str, nn.Module], parameters: Sequence[Tensor])
 
 def share(model: Any) -> Llava:
     """This package's network over the parameters and linear layers of a transformers model."""
-    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    network = checkpoints.meta_network(config_json.from_dict(config))
+    network = checkpoints.meta_network(_own_config(model.config))
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear):
-            network.set_submodule(name, model.get_submodule(_stored_name(name)))
+            network.set_submodule(name, _owner(model, f"{name}.weight"))
             continue
         for key, own in list(module.named_parameters(recurse=False)):
-            other = getattr(model.get_submodule(_stored_name(name)), key, None)
+            other = getattr(_owner(model, f"{name}.{key}".lstrip(".")), key, None)
             if other is None or other.shape != own.shape:
                 raise Unsupported(f"{name} has no {key} of shape {tuple(own.shape)}")
             module.register_parameter(key, other)
     return network.eval()
 
 
-def _stored_name(name: str) -> str:
-    return stored_name(f"{name}.weight", LAYOUT).removesuffix(".weight")
+def _owner(model: Any, parameter: str) -> nn.Module:
+    """The module of a transformers model that has a parameter of ours."""
+    return model.get_submodule(_owner_name(parameter))
+
+
+def _owner_name(parameter: str) -> str:
+    return stored_name(parameter, LAYOUT).rpartition(".")[0]
+
+
+def _own_config(config: Any) -> LlavaConfig:
+    values = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    return config_json.from_dict(values)
+
+
+def _class_of(name: Any, revision: str | None = None) -> Any:
+    """The class of a checkpoint folder or a Hugging Face name."""
+    checkpoint = checkpoints.Checkpoint.open(checkpoints.resolve(name, revision))
+    onevision = checkpoint.config.video_token_id is not None
+    return LlavaOnevisionForConditionalGeneration if onevision else LlavaForConditionalGeneration
 
 
 def _stored_precision(name: Any) -> str | None:
@@ -588,6 +644,8 @@ def _load_quantized(
         raise OptionError(f"{given}: not with precision={precision!r}; leave one of them out")
     checkpoint = checkpoints.Checkpoint.open(checkpoints.resolve(name, revision))
     folder = checkpoint.folder
+    if not issubclass(cls, own := _class_of(folder)):
+        raise OptionError(f"{name} is a checkpoint of {own.__name__}, not of {cls.__name__}")
     wanted = dtype if dtype is not None else torch_dtype
     if isinstance(wanted, str):
         wanted = None if wanted == "auto" else named_dtype(wanted)
@@ -597,15 +655,15 @@ def _load_quantized(
     network = checkpoints.load(checkpoint, dtype=wanted, device=device, precision=precision)
     values = transformers.AutoConfig.from_pretrained(folder).to_dict()
     values.pop("quantization_config", None)
-    config = transformers.LlavaConfig.from_dict(values)
+    config = cls.config_class.from_dict(values)
     with init_empty_weights(include_buffers=False):
         model = cls(config)
     for key, module in list(network.named_modules()):
         if isinstance(module, nn.Linear | QuantizedLinearBase):
-            model.set_submodule(_stored_name(key), module)
+            model.set_submodule(_owner_name(f"{key}.weight"), module)
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            model.get_submodule(_stored_name(key)).register_parameter(leaf, parameter)
+            _owner(model, f"{key}.{leaf}".lstrip(".")).register_parameter(leaf, parameter)
     dtype = network.language_model.norm.weight.dtype
     for module in model.modules():  # vision layers after the one whose features are used
         for leaf, parameter in list(module.named_parameters(recurse=False)):

@@ -8,8 +8,9 @@ Presets:
   that starts with whitespace or a punctuation mark. A newline separates two texts, unless
   whitespace does.
 - hf: byte for byte the rendering of the checkpoint's own chat template (see `hf_template`); in this
-  family images of a message before its texts, a newline before each text, no system prompt. Control
-  tokens spelled in the text become control tokens, as in transformers.
+  family the images of a message, then its videos, then its texts, a newline before each text, no
+  system prompt. Each image and video stands where its own placeholder is. Control tokens spelled in
+  the text become control tokens, as in transformers, except `<video>`.
 - official: the published evaluation (LLaVA-NeXT branch interleave_inference,
   `llava/eval/model_vqa.py` preprocess_qwen): text is cut at each image, the pieces are tokenized
   apart, and a newline token follows each image.
@@ -25,7 +26,7 @@ from typing import Any
 
 from ..errors import OptionError, PromptError
 from .hf_template import HfTemplate
-from .tokenizer import IM_END, IMAGE, Tokenizer
+from .tokenizer import IM_END, IMAGE, VIDEO, Tokenizer
 from .video import FrameSampling
 
 PRESETS = ("interleave", "hf", "official")
@@ -40,7 +41,8 @@ class MediaPlaceholder:
     """The place of one image or video in a conversation.
 
     kind: "image" or "video". None for a `<image>` in text, whose kind its source decides, and
-        "media" for a part that leaves it to its source; there an animated image is a video.
+        "media" for a part that leaves it to its source; there an animated image is a video. The
+        processor replaces both once it has read the source.
     source: the media to load; None for the next one of the prompt's `media`.
     anyres: True or False where the message part says it, None for the prompt's own setting.
     name: the name of a view.
@@ -108,6 +110,17 @@ def parse(
         for turn in turns:
             turn.parts = [_literal(part) for part in turn.parts]
     return turns
+
+
+def media_placeholders(turns: list[Turn]) -> list[MediaPlaceholder]:
+    """All placeholders, in the order of the messages."""
+    return [
+        piece
+        for turn in turns
+        for part in turn.parts
+        for piece in ([part] if isinstance(part, MediaPlaceholder) else part)
+        if isinstance(piece, MediaPlaceholder)
+    ]
 
 
 def _literal(part: MediaPlaceholder | TextPieces) -> MediaPlaceholder | TextPieces:
@@ -325,9 +338,10 @@ def render(
     return out
 
 
-PLACE, LITERAL, BEGIN, END = "\ue000place\ue001", "\ue000image\ue001", "\ue002", "\ue003"
-"""Marks of preset hf, in private characters: a placeholder in text and an `<image>` that is text,
-both as long as `<image>`, and the ends of an answer.
+PLACE, BEGIN, END = "\ue000place\ue001", "\ue002", "\ue003"
+LITERALS = {"\ue000image\ue001": IMAGE, "\ue000video\ue001": VIDEO}
+"""Marks of preset hf, in private characters: a placeholder in text, the ends of an answer, and an
+`<image>` or `<video>` that is text; the marks are as long as these.
 """
 
 
@@ -336,22 +350,31 @@ def hf_text(
 ) -> tuple[str, list[MediaPlaceholder]]:
     """The rendering of the checkpoint's chat template, and its placeholders in order.
 
-    An `<image>` that is text is `LITERAL`. Raises PromptError where the template's placeholders do
-    not match the media.
+    An `<image>` or `<video>` that is text is one of `LITERALS`. Raises PromptError where the
+    template's placeholders do not match the media.
     """
     if any(isinstance(p, MediaPlaceholder) and p.name is not None for t in turns for p in t.parts):
         raise OptionError("preset hf has no names of views; use interleave")
     text = template.render(_messages(turns, template, marked=False), add_generation_prompt)
-    placeholders = [part for turn in turns for part in _placeholders(turn, in_text=False)]
-    in_text = [part for turn in turns for part in _placeholders(turn, in_text=True)]
-    marks: list[str] = re.findall(f"{IMAGE}|{PLACE}", text)
-    if (marks.count(IMAGE), marks.count(PLACE)) != (len(placeholders), len(in_text)):
+    parts = [part for turn in turns for part in _placeholders(turn, in_text=False)]
+    sources = {
+        IMAGE: [part for part in parts if not _is_video(part, template)],
+        VIDEO: [part for part in parts if _is_video(part, template)],
+        PLACE: [part for turn in turns for part in _placeholders(turn, in_text=True)],
+    }
+    marks: list[str] = re.findall("|".join(sources), text)
+    if any(marks.count(mark) != len(places) for mark, places in sources.items()):
         raise PromptError(
-            f"the checkpoint's chat template writes {len(marks)} {IMAGE} for "
-            f"{len(placeholders) + len(in_text)} images and videos; use preset interleave"
+            f"the checkpoint's chat template writes {len(marks)} {IMAGE} or {VIDEO} for "
+            f"{sum(map(len, sources.values()))} images and videos; use preset interleave"
         )
-    sources = {IMAGE: iter(placeholders), PLACE: iter(in_text)}
-    return text.replace(PLACE, IMAGE), [next(sources[mark]) for mark in marks]
+    rest = {mark: iter(places) for mark, places in sources.items()}
+    return text.replace(PLACE, IMAGE), [next(rest[mark]) for mark in marks]
+
+
+def _is_video(part: MediaPlaceholder, template: HfTemplate) -> bool:
+    """Whether the template writes `<video>` for it."""
+    return part.kind == "video" and template.has_videos
 
 
 def _placeholders(turn: Turn, in_text: bool) -> list[MediaPlaceholder]:
@@ -369,11 +392,9 @@ def _messages(turns: list[Turn], template: HfTemplate, marked: bool) -> list[dic
         content: list[dict[str, str]] = []
         for part in turn.parts:
             if isinstance(part, MediaPlaceholder):
-                content.append({"type": "image"})
+                content.append({"type": "video" if _is_video(part, template) else "image"})
                 continue
-            text = "".join(
-                piece.replace(IMAGE, LITERAL) if isinstance(piece, str) else PLACE for piece in part
-            )
+            text = "".join(_literal_text(p) if isinstance(p, str) else PLACE for p in part)
             content.append({"type": "text", "text": text})
         texts = [part for part in content if part["type"] == "text"]
         if marked and turn.role == "assistant" and turn.loss and texts:
@@ -387,11 +408,19 @@ def _messages(turns: list[Turn], template: HfTemplate, marked: bool) -> list[dic
     return messages
 
 
+def _literal_text(text: str) -> str:
+    """A text whose `<image>` and `<video>` are no placeholders."""
+    for mark, spelling in LITERALS.items():
+        text = text.replace(spelling, mark)
+    return text
+
+
 def _hf(
     tokenizer: Tokenizer, turns: list[Turn], add_generation_prompt: bool, template: HfTemplate
 ) -> Rendered:
     text, placeholders = hf_text(turns, add_generation_prompt, template)
-    tokens, starts = tokenizer.encode_with_starts(text, literal=LITERAL)
+    text = text.replace(VIDEO, IMAGE)
+    tokens, starts = tokenizer.encode_with_starts(text, LITERALS)
     if tokens.count(tokenizer.image_id) != len(placeholders):
         raise PromptError(f"the chat template's {IMAGE} are not the tokenizer's {IMAGE} tokens")
     spans = iter(_answers(text, turns, add_generation_prompt, template))
@@ -412,7 +441,8 @@ def _answers(
     Empty where the template changes answers (it strips them, say): a prompt needs no spans.
     """
     marked = template.render(_messages(turns, template, marked=True), add_generation_prompt)
-    if marked.replace(BEGIN, "").replace(END, "").replace(PLACE, IMAGE) != text:
+    written = marked.replace(PLACE, IMAGE).replace(VIDEO, IMAGE)
+    if written.replace(BEGIN, "").replace(END, "") != text:
         return []
     spans, at = [], 0
     pieces = re.split(f"([{BEGIN}{END}])", marked)

@@ -80,6 +80,18 @@ class HfTemplate:
             for access in (loop.iter, *loop.iter.find_all((nodes.Getattr, nodes.Getitem)))
         )
 
+    @cached_property
+    def has_videos(self) -> bool:
+        """Whether the template writes `<video>` for a video; else it is rendered as an image."""
+        if not self.takes_parts:
+            return False
+        try:
+            return "<video>" in self.render(
+                [{"role": "user", "content": [{"type": "video"}]}], add_generation_prompt=False
+            )
+        except PromptError:
+            return False
+
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The text of messages. Raises PromptError where the template refuses them."""
         environment = self._template.environment

@@ -18,7 +18,15 @@ from ..config_json import read_json
 from ..errors import CheckpointError, ContextError, OptionError, PromptError
 from ..image_layout import Arrangement, ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
-from .chat_template import PRESETS, SYSTEM, MediaPlaceholder, Rendered, parse, render
+from .chat_template import (
+    PRESETS,
+    SYSTEM,
+    MediaPlaceholder,
+    Rendered,
+    media_placeholders,
+    parse,
+    render,
+)
 from .hf_template import HfTemplate
 from .images import ImageSettings
 from .limits import Limits, PixelBudget
@@ -217,7 +225,7 @@ class Processor:
         """
         folder = Path(folder)
         config = config or config_json.from_dict(read_json(folder / "config.json"))
-        tokenizer = Tokenizer.from_folder(folder, config.image_token_id)
+        tokenizer = Tokenizer.from_folder(folder, config.image_token_id, config.video_token_id)
         arrangement = config.arrangement
         images = ImageSettings.from_folder(folder, config.vision.image_size, arrangement)
         video = folder / "video_preprocessor_config.json"
@@ -238,11 +246,13 @@ class Processor:
     ) -> Prompt:
         """The prompt of a conversation. Keywords are the fields of `PromptOptions`.
 
-        media: what the image parts without a source, and each `<image>` in text, stand for, in
-            order. Raises PromptError, OptionError, MediaError, MediaRefused, ContextError.
+        media: what the parts without a source, and each `<image>` in text, stand for, in the order
+            of the messages.
+
+        Raises PromptError, OptionError, MediaError, MediaRefused, ContextError.
         """
         options = replace(options, **changes)
-        return self._prompt(self._renderer(messages, media, options), media, options)
+        return self._prompt(self._conversation(messages, media, options), options)
 
     def raw(
         self,
@@ -252,7 +262,7 @@ class Processor:
         **changes: Any,
     ) -> Prompt:
         """The prompt of a text that is already rendered: control tokens in it count, `<image>` are
-        `media`.
+        `media`, and so are `<video>` where the checkpoint has that token.
         """
         options = replace(options, **changes)
         if (options.preset, options.system, options.frame_times) != (
@@ -263,10 +273,14 @@ class Processor:
             raise OptionError(
                 "preset, system and frame_times are for messages, not for a raw prompt"
             )
+        image, video = self.tokenizer.image_id, self.tokenizer.video_id
         tokens = self.tokenizer.encode(text)
-        placeholders = [MediaPlaceholder() for token in tokens if token == self.tokenizer.image_id]
+        kinds = {image: None, video: "video"}
+        placeholders = [MediaPlaceholder(kinds[token]) for token in tokens if token in kinds]
+        tokens = [image if token == video else token for token in tokens]
         rendered = Rendered(tokens, [False] * len(tokens), placeholders)
-        return self._prompt(lambda _: rendered, media, options)
+        _assign_sources(placeholders, media)
+        return self._prompt(lambda _: rendered, options)
 
     def example(
         self,
@@ -281,12 +295,12 @@ class Processor:
         `"loss": False`.
         """
         options = replace(options, **changes, add_generation_prompt=False)
-        renderer = self._renderer(messages, media, options)
+        renderer = self._conversation(messages, media, options)
         if (role := messages[-1]["role"]) != "assistant":
             raise PromptError(
                 f"an example ends with an answer, this one with a message of the {role}"
             )
-        return self._prompt(renderer, media, options, loss_mask=True)
+        return self._prompt(renderer, options, loss_mask=True)
 
     def estimate(
         self,
@@ -304,10 +318,8 @@ class Processor:
         images are not even opened. Never raises ContextError: `left` tells.
         """
         options = replace(options, **changes)
-        renderer = self._renderer(messages, media, options)
-        rendered = renderer({})
-        requests = self._requests(rendered.placeholders, media, options)
-        requests = self._with_geometry(_each(self._decide, requests), options)
+        renderer = self._conversation(messages, media, options)
+        rendered, requests = self._decided(renderer, options)
         sizes = _each(self._measure, requests)
         if self._has_times(options):
             rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
@@ -328,11 +340,12 @@ class Processor:
             decoder.hidden_size * number_bytes * sum(lengths),
         )
 
-    def _renderer(
+    def _conversation(
         self, messages: Messages, media: Sequence[object], options: PromptOptions
     ) -> Renderer:
         """Messages as tokens, as a function of the sentences that follow media."""
-        turns = parse(messages, options.frames, len(media))
+        turns = parse(messages, options.frames, len(media) if isinstance(media, Sequence) else None)
+        _assign_sources(media_placeholders(turns), media)
         system = options.system
         if isinstance(system, EllipsisType):
             system = None if options.preset == "hf" else SYSTEM
@@ -353,24 +366,16 @@ class Processor:
     def _prompt(
         self,
         renderer: Renderer,
-        media: Sequence[object],
         options: PromptOptions,
         loss_mask: bool = False,
     ) -> Prompt:
-        rendered = renderer({})
+        reserve = options.max_new_tokens
+        rendered, requests = self._decided(renderer, options, check_context=True)
         if loss_mask and not any(rendered.loss_mask):
             raise PromptError(
                 "the example has no answer to learn, or the checkpoint's chat template changes it; "
                 "use preset interleave"
             )
-        requests = self._requests(rendered.placeholders, media, options)
-        reserve = options.max_new_tokens
-        # An image takes at least one crop, a video one frame: too many are refused before any is
-        # opened.
-        self._check_context(
-            len(rendered.tokens), requests, [self._crop(request) for request in requests], reserve
-        )
-        requests = self._with_geometry(_each(self._decide, requests), options)
         budget = PixelBudget(self.loader.limits)
         loaded = _each(lambda request: self._load(request, budget), requests)
         if self._has_times(options):
@@ -399,47 +404,54 @@ class Processor:
             media.append(
                 Media(item.pixels, item.layout, item.key, len(tokens), request.name, item.label)
             )
-            tokens += [self.tokenizer.image_id] * item.layout.length
+            tokens += [self.config.placeholder_id(bool(request.video))] * item.layout.length
             begin = at + 1
         tokens += rendered.tokens[begin:]
         mask += rendered.loss_mask[begin:]
         assert self.tokenizer.image_id not in rendered.tokens[begin:] and len(tokens) == len(mask)
         return Prompt(tokens, tuple(media), mask if loss_mask else None)
 
+    def _decided(
+        self, renderer: Renderer, options: PromptOptions, check_context: bool = False
+    ) -> tuple[Rendered, list[_MediaRequest]]:
+        """The tokens and their media, of which the kind and the geometry are known.
+
+        check_context: refuse too many media before any of them is opened: an image takes at least
+            one crop, a video one frame.
+        """
+        rendered = renderer({})
+        requests = self._requests(rendered.placeholders, options)
+        if check_context:
+            crops = [self._crop(request) for request in requests]
+            self._check_context(len(rendered.tokens), requests, crops, options.max_new_tokens)
+        requests = _each(self._decide, requests)
+        unknown = [one for one in requests if one.place.kind not in ("image", "video")]
+        for one in unknown:
+            one.place.kind = "video" if one.video else "image"
+        if unknown and options.preset == "hf" and self.template.has_videos:
+            # The place of media in the prompt depends on their kind.
+            rendered = renderer({})
+            decided = {one.place: one for one in requests}
+            requests = [
+                replace(decided[place], number=number)
+                for number, place in enumerate(rendered.placeholders, 1)
+            ]
+        return rendered, self._with_geometry(requests, options)
+
     def _requests(
-        self,
-        placeholders: list[MediaPlaceholder],
-        media: Sequence[object],
-        options: PromptOptions,
+        self, placeholders: list[MediaPlaceholder], options: PromptOptions
     ) -> list[_MediaRequest]:
-        """Give each placeholder its source. Raises PromptError where the counts differ."""
-        reduction = options.reduction
-        self._check_reduction(reduction)
-        if isinstance(media, str | bytes | os.PathLike) or not isinstance(media, Sequence):
-            raise PromptError(
-                f"media must be a list of images and videos, not {type(media).__name__}"
-            )
-        without_source = sum(placeholder.source is None for placeholder in placeholders)
-        if without_source != len(media):
-            raise PromptError(
-                f"the prompt has {without_source} `{IMAGE}` but {len(media)} "
-                f"image{'s were' if len(media) != 1 else ' was'} given"
-            )
+        """The media of the placeholders."""
+        self._check_reduction(options.reduction)
         limits = self.loader.limits
         if len(placeholders) > limits.prompt_media:
             raise PromptError(
                 f"{len(placeholders)} images and videos are more than the limit of "
                 f"{limits.prompt_media} in a prompt (Limits.prompt_media)"
             )
-        rest = iter(media)
+        kinds = {"image": False, "video": True}
         return [
-            _MediaRequest(
-                number,
-                place,
-                next(rest) if place.source is None else place.source,
-                {"image": False, "video": True}.get(place.kind or ""),
-                options,
-            )
+            _MediaRequest(number, place, place.source, kinds.get(place.kind or ""), options)
             for number, place in enumerate(placeholders, 1)
         ]
 
@@ -587,6 +599,20 @@ class Processor:
 
 
 Renderer = Callable[[Mapping[MediaPlaceholder, str]], Rendered]
+
+
+def _assign_sources(placeholders: list[MediaPlaceholder], media: Sequence[object]) -> None:
+    """Give the placeholders without a source the media. Raises PromptError where counts differ."""
+    if isinstance(media, str | bytes | os.PathLike) or not isinstance(media, Sequence):
+        raise PromptError(f"media must be a list of images and videos, not {type(media).__name__}")
+    without_source = [place for place in placeholders if place.source is None]
+    if len(without_source) != len(media):
+        raise PromptError(
+            f"the prompt has {len(without_source)} `{IMAGE}` but {len(media)} "
+            f"image{'s were' if len(media) != 1 else ' was'} given"
+        )
+    for place, source in zip(without_source, media, strict=True):
+        place.source = source
 
 
 def _each(work: Callable[[_MediaRequest], T], requests: list[_MediaRequest]) -> list[T]:

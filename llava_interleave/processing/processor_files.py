@@ -9,10 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..config import LlavaConfig
-from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE
+from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, VIDEO
 
-VIDEO = "<video>"
-"""The placeholder of a video in transformers' form of OneVision."""
 SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 # Source: chat_template.json of llava-hf/llava-interleave-qwen-0.5b-hf.
 CHAT_TEMPLATE = (
@@ -27,6 +25,19 @@ CHAT_TEMPLATE = (
     "generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif "
     "%}{{'<|im_end|>' + '\\n'}}{% endfor %}{% "
     "if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# Source: chat_template.json of llava-hf/llava-onevision-qwen2-0.5b-ov-hf.
+ONEVISION_TEMPLATE = (
+    CHAT_TEMPLATE.replace("'\\n' + content", "'\n' + content")
+    .replace("assistant\\n", "assistant\n")
+    .replace("message['role'] + '\\n'", "message['role'] + ' '")
+    .replace("'<|im_end|>' + '\\n'", "'<|im_end|>'")
+    .replace(
+        "{# Render all text next #}",
+        "{# Render all video then #}{% for content in message['content'] | selectattr('type', "
+        "'equalto', 'video') %}{{ '<video>' }}{% endfor %}{# Render all text next #}",
+    )
 )
 
 
@@ -48,6 +59,8 @@ def processor_files(
     assert ids[IMAGE] == config.image_token_id, (ids, config.image_token_id)
     onevision = config.arrangement.newline
     size = {"height": config.vision.image_size, "width": config.vision.image_size}
+    sides = config.arrangement.pinpoints
+    pinpoints = [[rows * size["height"], columns * size["width"]] for columns, rows in sides]
     tokenizer.save(str(folder / "tokenizer.json"))
     files: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {
@@ -88,7 +101,7 @@ def processor_files(
             "resample": 3,
             "rescale_factor": 0.00392156862745098,
             "size": size,
-            **({"do_pad": True} if onevision else {}),
+            **({"do_pad": True, "image_grid_pinpoints": pinpoints} if onevision else {}),
         },
         "processor_config.json": {
             "image_token": IMAGE,
@@ -100,7 +113,7 @@ def processor_files(
             "processor_class": "LlavaOnevisionProcessor" if onevision else "LlavaProcessor",
             "vision_feature_select_strategy": "full",
         },
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+        "chat_template.json": {"chat_template": ONEVISION_TEMPLATE if onevision else CHAT_TEMPLATE},
         "generation_config.json": {
             "_from_model_config": True,
             "bos_token_id": ids[end_of_text],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
@@ -15,7 +16,7 @@ from tokenizers.models import BPE, Model
 from ..config_json import read_json
 from ..errors import CheckpointError, PromptError
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,23 +33,31 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, image_id: int | None = None, eos_token_id: Any = None
+        self,
+        backend: Backend,
+        image_id: int | None = None,
+        video_id: int | None = None,
+        eos_token_id: Any = None,
     ) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise CheckpointError(
                 "the tokenizer is not the byte-level BPE of Qwen2, the only one this family has"
             )
         self.im_start, self.im_end = _id_of(backend, IM_START), _id_of(backend, IM_END)
-        backend.add_special_tokens(
-            [AddedToken(t, special=True, normalized=False) for t in (IM_START, IM_END, IMAGE)]
-        )
+        own = [IM_START, IM_END, IMAGE] + [VIDEO] * (video_id is not None)
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in own])
         backend.encode_special_tokens = True
         self._backend = backend
         self.image_id = _id_of(backend, IMAGE)
-        if image_id is not None and self.image_id != image_id:
-            raise CheckpointError(
-                f"{IMAGE} is token {self.image_id} in the tokenizer but {image_id} in config.json"
-            )
+        self.video_id = None if video_id is None else _id_of(backend, VIDEO)
+        for token, actual, expected in (
+            (IMAGE, self.image_id, image_id),
+            (VIDEO, self.video_id, video_id),
+        ):
+            if expected is not None and actual != expected:
+                raise CheckpointError(
+                    f"{token} is token {actual} in the tokenizer but {expected} in config.json"
+                )
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
         self._special_ids = frozenset(self._special.values())
@@ -57,9 +66,9 @@ class Tokenizer:
         )
         self._bytes = {char: byte for byte, char in enumerate(_alphabet())}
         self.size: int = 1 + max(
-            backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id})
+            backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id, self.video_id})
         )
-        """Ids from here on have no meaning and must not be sampled; a last `<image>` is one."""
+        """Ids from here on have no meaning and must not be sampled; a last placeholder is one."""
         further = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
         self.eos_ids = frozenset({self.im_end, self._special.get(END_OF_TEXT, self.im_end)}) | {
             token for token in further if type(token) is int and 0 <= token < self.size
@@ -67,8 +76,11 @@ class Tokenizer:
         """Ids that end an answer: Qwen2's two, and those of `eos_token_id`."""
 
     @classmethod
-    def from_folder(cls, folder: str | Path, image_id: int | None = None) -> Tokenizer:
-        """Read tokenizer.json, or vocab.json with merges.txt, and check config.json's `image_id`.
+    def from_folder(
+        cls, folder: str | Path, image_id: int | None = None, video_id: int | None = None
+    ) -> Tokenizer:
+        """Read tokenizer.json, or vocab.json with merges.txt, and check config.json's `image_id`
+        and `video_id`; without the latter `<video>` is no token.
 
         Original checkpoints have no `<image>` token: it gets the next free id. The ids of
         generation_config.json's eos_token_id end an answer, too. Raises CheckpointError.
@@ -112,7 +124,7 @@ class Tokenizer:
                     "tokenizer"
                 )
         generation = read_json(folder / "generation_config.json", optional=True)
-        return cls(backend, image_id, generation.get("eos_token_id"))
+        return cls(backend, image_id, video_id, generation.get("eos_token_id"))
 
     @property
     def backend(self) -> Backend:
@@ -123,10 +135,13 @@ class Tokenizer:
         """Token ids of `text`; with `special`, control tokens in it become control tokens."""
         return self.encode_with_starts(text)[0] if special else list(self._encode(text).ids)
 
-    def encode_with_starts(self, text: str, literal: str = "") -> tuple[list[int], list[int]]:
+    def encode_with_starts(
+        self, text: str, literals: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[list[int], list[int]]:
         """Token ids of `text`, control tokens included, and the character index of each.
 
-        literal: of seven characters, stands in the text for an `<image>` that is no control token.
+        literals: marks in the text, and the spelling of a control token that each stands for,
+            which is as long and is no control token there.
         """
         ids: list[int] = []
         starts: list[int] = []
@@ -136,7 +151,9 @@ class Tokenizer:
                 ids.append(control)
                 starts.append(at)
             elif piece:
-                encoding = self._encode(piece.replace(literal, IMAGE) if literal else piece)
+                for mark, spelling in literals.items():
+                    piece = piece.replace(mark, spelling)
+                encoding = self._encode(piece)
                 ids += encoding.ids
                 starts += [at + start for start, _ in encoding.offsets]
             at += len(piece)

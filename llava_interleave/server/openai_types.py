@@ -415,7 +415,10 @@ class ModelLimits(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model. parent: the model that an adapter belongs to. tokens_per_image: of the context.
+    """A model. parent: the model that an adapter belongs to.
+
+    tokens_per_image: of the context; max_tokens_per_image: of the only image of a conversation,
+    which OneVision tiles. tokens_per_frame: of a video.
 
     video_frames: sampled from a video by default. generation_config: defaults of requests that the
     checkpoint's generation_config.json sets. loaded: in memory; another one is loaded by its first
@@ -426,6 +429,8 @@ class ModelCard(BaseModel):
     parent: str | None
     context_length: int
     tokens_per_image: int
+    max_tokens_per_image: int
+    tokens_per_frame: int
     video_frames: int
     generation_config: dict[str, Any]
     loaded: bool = True

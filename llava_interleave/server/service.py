@@ -407,7 +407,9 @@ def model_card(
         id=name,
         parent=parent,
         context_length=config.text.context,
-        tokens_per_image=config.vision.grid**2,
+        tokens_per_image=config.image_layout.length,
+        max_tokens_per_image=config.max_tokens_per_image,
+        tokens_per_frame=config.video_layout(2).length // 2,
         video_frames=processor.num_frames,
         generation_config=generation_config,
     )

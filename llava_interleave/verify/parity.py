@@ -148,7 +148,7 @@ def verify(
     folder, adapter_folder = locate(name, revision), locate(adapter, None) if adapter else None
     reference.library(adapter_folder)
     processor = Processor.from_folder(folder)
-    chats = conversations()
+    chats = conversations(videos=processor.config.video_token_id is not None)
     prompts = {case: processor.prompt(chat, preset="hf") for case, chat in chats.items()}
     network = candidate.load(folder, processor, adapter_folder)
     outputs = {
@@ -181,9 +181,9 @@ def verify(
     ]
 
 
-def conversations() -> dict[str, list[dict[str, Any]]]:
-    """The conversations of both sides: text alone, one image, several, and a second turn with
-    another image.
+def conversations(videos: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """The conversations of both sides: text alone, one image, several, a second turn with another
+    image, and with `videos` a video before an image.
     """
     a, b, c = (sample_image(seed) for seed in range(3))
     several = [turn("user", "What changed between these pictures?", a, b, c)]
@@ -192,11 +192,15 @@ def conversations() -> dict[str, list[dict[str, Any]]]:
         turn("assistant", "A picture."),
         turn("user", "And this one?", b),
     ]
+    film = {"type": "video", "video": [b, c]}
+    moving = [turn("user", "What moves, and what is this?", a)]
+    moving[0]["content"].insert(0, film)
     return {
         "text only": [turn("user", "What is the capital of France?")],
         "one image": [turn("user", "What is in the picture?", a)],
         "three images": several,
         "two turns": turns,
+        **({"video and image": moving} if videos else {}),
     }
 
 

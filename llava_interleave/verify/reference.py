@@ -50,9 +50,12 @@ class Reference:
                 suppress_tokens=list(range(self.vocab, logits.shape[-1])) or None,
             )
         ids = inputs["input_ids"][0].tolist()
-        pixels = {}
-        if "pixel_values" in inputs:  # OneVision's are [images, crops, 3, S, S]
-            pixels = {"pixels": inputs["pixel_values"].flatten(0, -4)}
+        shown = [  # OneVision's are [images, crops, 3, S, S]
+            inputs[key].flatten(0, -4)
+            for key in ("pixel_values", "pixel_values_videos")
+            if key in inputs
+        ]
+        pixels = {"pixels": torch.cat(shown)} if shown else {}
         layers = (
             pixels
             | {name: torch.cat(parts) for name, parts in outputs.items()}
@@ -117,8 +120,8 @@ def load(
 
 
 class OnevisionProcessor:
-    """transformers' LlavaOnevisionProcessor for images, without its video processor, which needs
-    torchvision: its tokenizer, image processor, chat template and token counts.
+    """transformers' LlavaOnevisionProcessor without its video processor, which needs torchvision:
+    its tokenizer, chat template and token counts; its image processor also for frames.
     """
 
     def __init__(self, folder: Path, config: Any) -> None:
@@ -132,6 +135,8 @@ class OnevisionProcessor:
             folder, image_grid_pinpoints=config.image_grid_pinpoints
         )
         self.count: Any = LlavaOnevisionProcessor._get_number_of_features
+        self.video: Any = LlavaOnevisionProcessor.replace_video_token
+        self.video_token = "<video>"
         vision = config.vision_config
         self.image_processor = self.images
         self.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
@@ -153,6 +158,12 @@ class OnevisionProcessor:
             for part in turn["content"]
             if isinstance(turn["content"], list) and part["type"] == "image"
         ]
+        videos = [
+            part["video"]
+            for turn in chat
+            for part in turn["content"]
+            if isinstance(turn["content"], list) and part["type"] == "video"
+        ]
         features: dict[str, Tensor] = {}
         if images:
             features = dict(self.images(images=[images], return_tensors="pt"))
@@ -165,6 +176,16 @@ class OnevisionProcessor:
             else:
                 number = self.num_image_tokens + 1
             first += "<image>" * number + piece
+        if videos:
+            # Of images that are not nested each is tiled, and the first crop is squashed.
+            squashed = [self.images(images=frames, return_tensors="pt") for frames in videos]
+            features["pixel_values_videos"] = torch.stack(
+                [one["pixel_values"][:, 0] for one in squashed]
+            )
+            head, *tail = first.split(self.video_token)
+            first = head
+            for index, piece in enumerate(tail):
+                first += self.video(self, features, index) + piece
         ids = self.tokenizer(first, return_tensors="pt", add_special_tokens=False)
         return {**ids, **features}
 
