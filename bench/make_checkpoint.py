@@ -12,13 +12,14 @@ import argparse
 import base64
 import importlib.util
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from shapes import SHAPES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from llava_interleave.processing.processor_files import SPECIAL, processor_files
-from llava_interleave.processing.tokenizer import qwen2_tokenizer
+from llava_interleave.processing.tokenizer import VIDEO, qwen2_tokenizer
 from llava_interleave.testing import (
     tiny_checkpoint,
     tiny_tokenizer,
@@ -28,9 +29,9 @@ from llava_interleave.testing import (
 VOCABULARY = 151643  # pieces before the special tokens
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer(videos: bool = False) -> Tokenizer:
     """Qwen's tokenizer, or one that has its ids for the special tokens and pieces that are never
-    written in between.
+    written in between. videos: with `<video>`.
     """
     package = importlib.util.find_spec("dashscope")
     found = (
@@ -41,7 +42,10 @@ def tokenizer() -> Tokenizer:
     model = tiktoken_bpe(found[0]) if found else padded_bpe()
     made = qwen2_tokenizer(model)
     made.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (*SPECIAL, *[VIDEO] * videos)
+        ]
     )
     assert made.token_to_id(SPECIAL[0]) == VOCABULARY
     return made
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="0.5b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--layers", type=int, help="of tower and decoder; default: the shape's")
     given = parser.parse_args()
 
     import torch
@@ -115,8 +120,16 @@ def main() -> None:
         tiny_checkpoint(given.folder, seed=given.seed, dtype=dtype)
         return
     with tempfile.TemporaryDirectory() as source:
-        processor_files(source, SHAPES[given.shape], tokenizer())
-        write_random(given.folder, SHAPES[given.shape], source, given.seed, dtype=dtype)
+        shape = SHAPES[given.shape]
+        layers = given.layers
+        if layers is not None:
+            shape = replace(
+                shape,
+                vision=replace(shape.vision, num_layers=layers),
+                text=replace(shape.text, num_layers=layers),
+            )
+        processor_files(source, shape, tokenizer(videos=shape.video_token_id is not None))
+        write_random(given.folder, shape, source, given.seed, dtype=dtype)
 
 
 if __name__ == "__main__":

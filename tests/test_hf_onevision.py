@@ -25,7 +25,7 @@ from llava_interleave.hf import processor as light_processor
 from llava_interleave.hf.pipelines import pipeline as light_pipeline
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
-from tests.test_onevision import picture
+from tests.test_onevision import random_image
 
 FLAGS: dict[str, Any] = {
     "add_generation_prompt": True,
@@ -33,8 +33,8 @@ FLAGS: dict[str, Any] = {
     "return_dict": True,
     "return_tensors": "pt",
 }
-ONE, TWO, TALL = picture(58, 44), picture(93, 82, 1), picture(6, 182, 2)
-FILM, OTHER = ([picture(40, 30, seed + k) for k in range(3)] for seed in (0, 3))
+ONE, TWO, TALL = random_image(58, 44), random_image(93, 82, 1), random_image(6, 182, 2)
+FILM, OTHER = ([random_image(40, 30, seed + k) for k in range(3)] for seed in (0, 3))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from llava_interleave.errors import CheckpointError, MediaError
 from llava_interleave.image_layout import ImageTokenLayout, anyres
 from llava_interleave.processing import Loader
 from llava_interleave.processing.images import ImageSettings, from_array
+from llava_interleave.prompt import Media
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image:
@@ -26,7 +27,8 @@ def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Im
 
 
 def pixels(settings: ImageSettings, image: Image.Image) -> torch.Tensor:
-    return settings.pixels([settings.fit(image)], ImageTokenLayout(1))[0]
+    crops, key = settings.stack([settings.fit(image)], ImageTokenLayout(1))
+    return Media(crops, ImageTokenLayout(1), key, 0, table=settings.table).pixels
 
 
 @pytest.mark.parametrize("size", [(640, 480), (384, 384), (37, 900), (1, 1), (1500, 700)])
@@ -197,14 +199,14 @@ def test_keys_differ_where_features_differ() -> None:
     (CVE-2025-46722).
     """
     settings, image = ImageSettings(8), noise(8, 8)
-    key = settings.pixels([image], ImageTokenLayout(2))[1]
+    key = settings.stack([image], ImageTokenLayout(2))[1]
     assert key == ImageSettings(8).pixels([image.copy()], ImageTokenLayout(2))[1]
     changed = image.copy()
     changed.putpixel((0, 0), tuple(255 - v for v in image.getpixel((0, 0))))  # type: ignore[union-attr]
     others = [
-        settings.pixels([changed], ImageTokenLayout(2))[1],
-        settings.pixels([image], ImageTokenLayout(1))[1],
-        settings.pixels([image, image], ImageTokenLayout(2, 2))[1],
+        settings.stack([changed], ImageTokenLayout(2))[1],
+        settings.stack([image], ImageTokenLayout(1))[1],
+        settings.stack([image, image], ImageTokenLayout(2, 2))[1],
         ImageSettings(8, mean=(0.4, 0.5, 0.5)).pixels([image], ImageTokenLayout(2))[1],
         ImageSettings(4).pixels([noise(4, 4)] * 4, ImageTokenLayout(2, 4))[1],
     ]

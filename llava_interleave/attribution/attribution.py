@@ -94,8 +94,11 @@ class AttributionRun:
         self.answer = torch.tensor(list(answer), device=weight.device)
         spans = []
         for media in prompt.media:
-            crops = media.pixels.to(weight.device, weight.dtype).split(CROPS_PER_CALL)
-            features = torch.cat([model.encode(part) for part in crops])
+            starts = range(0, media.layout.crops, CROPS_PER_CALL)
+            parts = (media.pixels_of(start, start + CROPS_PER_CALL) for start in starts)
+            features = torch.cat(
+                [model.encode(part.to(weight.device, weight.dtype)) for part in parts]
+            )
             spans.append((media.start, model.arrange(features, media.layout)))
         tokens = torch.tensor([*prompt.tokens, *answer[:-1]], device=weight.device)
         self.x = model.embed(tokens, spans)
@@ -211,7 +214,7 @@ def to_heatmap(weights: Tensor, layout: ImageTokenLayout) -> Tensor:
 
 def denormalize(media: Media, settings: ImageSettings) -> NDArray[np.uint8]:
     """The images that the vision tower receives, `[frames, S, S, 3]`: `ImageSettings` inverted."""
-    crops = media.pixels if media.layout.tiles is None else media.pixels[:1]
+    crops = media.pixels if media.layout.tiles is None else media.pixels_of(0, 1)
     mean, std = (np.array(values, np.float32) for values in (settings.mean, settings.std))
     values = (crops.permute(0, 2, 3, 1).numpy() * std + mean) / settings.rescale
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)

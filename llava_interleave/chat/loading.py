@@ -12,7 +12,7 @@ from ..checkpoints import Checkpoint
 from ..distributed.loading import load_shard
 from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
-from ..engine import Engine
+from ..engine import Engine, bytes_per_token
 from ..errors import CheckpointError, Unsupported
 from ..generation_config import read as read_generation_config
 from ..options import DEFAULTS, Options
@@ -114,6 +114,7 @@ def estimate(
     precision: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    kv_precision: str = "auto",
     limits: Limits = Limits(),  # noqa: B008  frozen
 ) -> Estimate:
     """As `Chatbot.estimate` for one question, without loading or downloading weights."""
@@ -126,8 +127,11 @@ def estimate(
     counted = processor.estimate(
         messages, options=prompt_options(options), number_bytes=dtype.itemsize
     )
+    token = bytes_per_token(processor.config.text, dtype, int8=kv_precision == "int8")
     return dataclasses.replace(
-        counted, weight_bytes=checkpoints.weight_bytes(processor.config, dtype, bits, place)
+        counted,
+        kv_bytes=counted.total * token,
+        weight_bytes=checkpoints.weight_bytes(processor.config, dtype, bits, place),
     )
 
 

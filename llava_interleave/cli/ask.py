@@ -38,6 +38,7 @@ def ask(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    kv_precision: flags.KvPrecision = "auto",
     limit: flags.Limit = None,
     generation_config: flags.GenerationConfig = "auto",
     as_json: flags.Json = False,
@@ -78,6 +79,7 @@ def ask(
         options.adapter,
         limits=tuple(limit or ()),
         generation_config=generation_config,
+        kv_precision=kv_precision,
     ).load()
     options = bot.options(changes=given)
     messages = bot.turn(question, sources)

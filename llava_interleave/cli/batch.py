@@ -51,6 +51,7 @@ def batch(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    kv_precision: flags.KvPrecision = "auto",
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
     generation_config: flags.GenerationConfig = "auto",
@@ -97,6 +98,7 @@ def batch(
         batch_invariant,
         tuple(limit or ()),
         generation_config,
+        kv_precision,
     )
     samples = Source(source, question)
     started = time.monotonic()

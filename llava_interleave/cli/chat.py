@@ -51,6 +51,7 @@ def chat(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    kv_precision: flags.KvPrecision = "auto",
     limit: flags.Limit = None,
     generation_config: flags.GenerationConfig = "auto",
     *,
@@ -73,6 +74,7 @@ def chat(
         options.adapter,
         limits=tuple(limit or ()),
         generation_config=generation_config,
+        kv_precision=kv_precision,
     ).load()
     session = Terminal(bot.conversation(), bot.options(changes=given), kv)
     if resume:

@@ -29,6 +29,7 @@ def estimate(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    kv_precision: flags.KvPrecision = "auto",
     limit: flags.Limit = None,
     as_json: flags.Json = False,
     *,
@@ -48,6 +49,7 @@ def estimate(
             revision=revision,
             precision=precision,
             device=device,
+            kv_precision=kv_precision,
             limits=flags.limits(limit or ()),
         )
     if as_json:

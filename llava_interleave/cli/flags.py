@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -64,6 +64,10 @@ _PRECISIONS = (
 )
 Precision = Annotated[str, typer.Option(help=_PRECISIONS)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+KvPrecision = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="KV cache: auto, the dtype of the computation, or int8, half of bfloat16."),
+]
 BatchInvariant = Annotated[
     bool,
     typer.Option(

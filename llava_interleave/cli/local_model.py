@@ -38,6 +38,7 @@ class ModelFlags:
     limits: tuple[str, ...] = ()
     generation_config: str = "auto"
     encoder_cache_dir: Path | None = None
+    kv_precision: str = "auto"
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -55,6 +56,7 @@ class ModelFlags:
                 device=self.device,
                 batch_invariant=self.batch_invariant,
                 limits=flags.limits(self.limits),
+                kv_precision=self.kv_precision,
                 adapters={self.adapter: self.adapter} if self.adapter else {},
                 generation_config=self.generation_config,
                 encoder_cache_dir=self.encoder_cache_dir,
@@ -90,6 +92,8 @@ class LazyModel:
             "precision": bits or str(dtype).removeprefix("torch."),
             "device": device,
         }
+        if model.kv_precision != "auto":
+            self.about["kv_precision"] = model.kv_precision
         if model.adapter:
             self.about["adapter"] = adapter_fingerprint(resolve(model.adapter))
         if rank_and_world_size()[1] > 1:  # ranks above 0 stay in there, before anything is written

@@ -43,6 +43,7 @@ def serve(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    kv_precision: flags.KvPrecision = "auto",
     batch_invariant: flags.BatchInvariant = False,
     generation_config: flags.GenerationConfig = "auto",
     adapter: Annotated[
@@ -126,6 +127,7 @@ def serve(
                     folders,
                     absolute(generation_config) or "",
                     level,
+                    kv_precision,
                 )
                 app = cluster.enter_context(_deployed(spec, settings, ray, ray_cpus or 1, replicas))
             else:
@@ -137,6 +139,7 @@ def serve(
                         device,
                         batch_invariant=batch_invariant,
                         generation_config=generation_config,
+                        kv_precision=kv_precision,
                     )
                     for called, where in sources.items()
                 }

@@ -223,16 +223,16 @@ class ModelRunner:
             while (
                 inputs
                 and inputs[0].adapter == adapter
-                and (not batch or crops + len(inputs[0].pixels) <= max_crops)
+                and (not batch or crops + inputs[0].layout.crops <= max_crops)
             ):
-                crops += len(inputs[0].pixels)
+                crops += inputs[0].layout.crops
                 batch.append(inputs.pop(0))
             self.crops_encoded += crops
             pixels = torch.cat([one.pixels for one in batch]).to(self.device, self.dtype)
             parts = pixels.split(self.max_batched_images)
             with self.adapter_routing.through([(adapter, slice(None))] if adapter else ()):
                 features = torch.cat([self._encode_images(part, adapter) for part in parts])
-            rows = features.split([len(one.pixels) for one in batch])
+            rows = features.split([one.layout.crops for one in batch])
             for one, crop_features in zip(batch, rows, strict=True):
                 arranged = self.model.arrange(crop_features, one.layout)
                 # a view would keep the features of the whole batch in memory

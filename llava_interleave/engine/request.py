@@ -55,17 +55,23 @@ class EncoderInput:
     """The unit that the vision encoder computes and caches: a crop, or all tiles of an anyres
     image.
 
-    start, stop: its tokens in the prompt. adapter: key of the LoRA adapter of the encoder, or "".
-    private: under a salt, so that it must not be kept on disk.
+    start, stop: its tokens in the prompt. first_crop: its first one of `media`. adapter: key of the
+    LoRA adapter of the encoder, or "". private: under a salt, so that it must not be kept on disk.
     """
 
     key: tuple[bytes, int]
     start: int
     stop: int
-    pixels: Tensor
+    media: Media
+    first_crop: int
     layout: ImageTokenLayout
     adapter: str = ""
     private: bool = False
+
+    @property
+    def pixels(self) -> Tensor:
+        """`[layout.crops, 3, S, S]`, normalized only now: a video's would take much memory."""
+        return self.media.pixels_of(self.first_crop, self.first_crop + self.layout.crops)
 
 
 def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterator[EncoderInput]:
@@ -73,7 +79,9 @@ def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterat
     layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
         stop = media.start + layout.length
-        yield EncoderInput((key, -1), media.start, stop, media.pixels, layout, adapter, bool(salt))
+        yield EncoderInput(
+            (key, -1), media.start, stop, media, 0, layout, adapter, bool(salt)
+        )
         return
     # A newline at the end of a video belongs to its last frame.
     last = replace(layout, crops=1)
@@ -81,9 +89,8 @@ def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterat
     start = media.start
     for crop in range(layout.crops):
         one = last if crop == layout.crops - 1 else inner
-        pixels = media.pixels[crop : crop + 1]
         stop = start + one.length
-        yield EncoderInput((key, crop), start, stop, pixels, one, adapter, bool(salt))
+        yield EncoderInput((key, crop), start, stop, media, crop, one, adapter, bool(salt))
         start += one.length
 
 

@@ -360,7 +360,7 @@ class Scheduler:
             if one.start >= stop:
                 break
             if one.key not in self.encoder_cache and one.key not in output.encoder_inputs:
-                crops = len(one.pixels)
+                crops = one.layout.crops
                 if output.crops and output.crops + crops > max_crops and not self.chunk_size:
                     stop = one.start
                     break

@@ -35,7 +35,6 @@ from ..errors import CheckpointError, MediaError
 from ..image_layout import INTERLEAVE, Arrangement, ImageTokenLayout, best_pinpoint
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -223,11 +222,13 @@ class ImageSettings:
         return cls(size, mean, std, rescale, resample)
 
     @cached_property
-    def table(self) -> NDArray[np.float32]:
+    def table(self) -> Tensor:
         """Normalized value of each byte, `[3, 256]` float32, in SiglipImageProcessor's order."""
+        import torch
+
         scaled = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
         mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
-        return np.asarray((scaled - mean) / std, np.float32)
+        return torch.from_numpy(np.asarray((scaled - mean) / std, np.float32))
 
     def fit(self, image: Image.Image, pad: bool = False) -> Image.Image:
         """An RGB image as one crop: squashed, or with `pad` made square with bars of the mean.
@@ -271,10 +272,8 @@ class ImageSettings:
             canvas.crop((x, y, x + self.size, y + self.size)) for x, y in corners
         ]
 
-    def pixels(
-        self, crops: Iterable[Image.Image], layout: ImageTokenLayout
-    ) -> tuple[Tensor, bytes]:
-        """Crops of the right size as the tower's input `[crops, 3, S, S]`, and their key.
+    def stack(self, crops: Iterable[Image.Image], layout: ImageTokenLayout) -> tuple[Tensor, bytes]:
+        """Crops of the right size as `Media.crops` `[crops, S, S, 3]` uint8, and their key.
 
         The key hashes the bytes of the crops with their number and size, the normalization and the
         layout: all that decides the features and their order, so equal keys mean equal features.
@@ -284,15 +283,11 @@ class ImageSettings:
         digest = hashlib.sha256(
             repr((self.size, self.mean, self.std, self.rescale, layout)).encode()
         )
-        out = np.empty((layout.crops, 3, self.size, self.size), np.float32)
+        out = np.empty((layout.crops, self.size, self.size, 3), np.uint8)
         for index, crop in enumerate(crops):
             assert crop.size == (self.size, self.size) and crop.mode == "RGB"
-            values = np.asarray(crop)
-            digest.update(values.data)
-            for channel in range(3):
-                np.take(
-                    self.table[channel], values[..., channel], out=out[index, channel], mode="clip"
-                )
+            out[index] = np.asarray(crop)
+            digest.update(out[index].data)
         return torch.from_numpy(out), digest.digest()
 
 

@@ -176,9 +176,9 @@ class _MediaRequest:
 
 @dataclass(frozen=True, slots=True)
 class _LoadedMedia:
-    """One image or video ready for the tower (see `prompt.Media`); `clip` of a video."""
+    """One image or video with the fields of `prompt.Media`; `clip` of a video, without frames."""
 
-    pixels: Tensor
+    crops: Tensor
     layout: ImageTokenLayout
     key: bytes
     label: str
@@ -402,7 +402,15 @@ class Processor:
             tokens += rendered.tokens[begin:at]
             mask += rendered.loss_mask[begin:at] + [False] * item.layout.length
             media.append(
-                Media(item.pixels, item.layout, item.key, len(tokens), request.name, item.label)
+                Media(
+                    item.crops,
+                    item.layout,
+                    item.key,
+                    len(tokens),
+                    request.name,
+                    item.label,
+                    self.images.table,
+                )
             )
             tokens += [self.config.placeholder_id(bool(request.video))] * item.layout.length
             begin = at + 1
@@ -550,9 +558,11 @@ class Processor:
                 crops = self.images.anyres_tiles(image, self.config.arrangement)
             else:
                 layout, crops = self._crop(request), [self.images.fit(image, request.pad)]
-        pixels, key = self.images.pixels(crops, layout)
+        stacked, key = self.images.stack(crops, layout)
+        if clip is not None:
+            clip = replace(clip, frames=[])
         label = _item(request, layout, clip).name
-        return _LoadedMedia(pixels, layout, key, label, clip)
+        return _LoadedMedia(stacked, layout, key, label, clip)
 
     def _check_context(
         self,

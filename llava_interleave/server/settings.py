@@ -35,6 +35,7 @@ class ReplicaSpec:
     adapters: tuple[tuple[str, str], ...]
     generation_config: str
     log_level: int
+    kv_precision: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

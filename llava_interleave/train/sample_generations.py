@@ -97,8 +97,8 @@ def _thumbnails(prompt: Prompt, processor: Processor) -> list[str]:
     mean, std = (torch.tensor(triple)[:, None, None] for triple in (settings.mean, settings.std))
     urls = []
     for media in prompt.media:
-        every = -(-len(media.pixels) // MAX_FRAMES)
-        for crop in media.pixels[:1] if media.layout.tiles else media.pixels[::every]:
+        every = -(-media.layout.crops // MAX_FRAMES)
+        for crop in media.pixels_of(0, 1) if media.layout.tiles else media.pixels[::every]:
             levels = ((crop * std + mean) / settings.rescale).round().clamp(0, 255).to(torch.uint8)
             image = Image.fromarray(levels.permute(1, 2, 0).numpy())
             image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))

@@ -55,6 +55,7 @@ class Replica:
             model.name,
             revision=model.revision,
             precision=model.precision,
+            kv_precision=model.kv_precision,
             device=model.device,
             batch_invariant=model.batch_invariant,
             adapters=dict(model.adapters),
