@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from video_memory import write_video
 
 from llava_interleave import checkpoints, kernels
 from llava_interleave.bench import matmul_throughput, memory_bandwidth
@@ -45,6 +46,7 @@ from llava_interleave.checkpoints import Checkpoint
 from llava_interleave.cli import terminal
 from llava_interleave.config import LlavaConfig
 from llava_interleave.flops import prefill_flops, vision_flops
+from llava_interleave.image_layout import anyres
 from llava_interleave.quantization.precision import parse_precision
 
 HERE = Path(__file__).parent
@@ -53,6 +55,7 @@ IN_FLOATS = [f"{name} {kind}" for kind in FLOATS for name in ("llava", "transfor
 SYSTEMS, BRIEF = ["llava int4 kv8", "llava int4", "llava int8", *IN_FLOATS], IN_FLOATS[2:]
 QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
 SIZE = (1024, 768)  # pixels of an image
+FRAMES = 32  # of a video
 SHORT, LONG = 32, 64  # tokens of an answer, and of each of several at once
 
 Figures = dict[str, tuple[float, float | None]]
@@ -67,9 +70,16 @@ class Machine:
     read: float
     products: dict[str, float]
 
-    def min_seconds(self, images: int, prompt: int = 0) -> float:
-        """Seconds for these images and a prompt at the peak."""
-        work = images * vision_flops(self.config) + (
+    def crops(self, images: int) -> int:
+        """How many crops of so many images the tower sees: OneVision tiles one alone."""
+        if images != 1 or not self.config.arrangement.anyres:
+            return images
+        vision, arrangement = self.config.vision, self.config.arrangement
+        return anyres(*SIZE, vision.image_size, vision.grid, arrangement=arrangement).crops
+
+    def min_seconds(self, crops: int, prompt: int = 0) -> float:
+        """Seconds for these crops and a prompt at the peak."""
+        work = crops * vision_flops(self.config) + (
             prefill_flops(self.config, prompt) if prompt else 0
         )
         return work / max(self.products.values())
@@ -185,6 +195,23 @@ def many_images(system: System, machine: Machine, new_images: ImageFiles) -> Fig
     return first_token(timing, machine, 8) | decode(timing, machine, system.about, "8 images")
 
 
+def video(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
+    """A video of 32 frames; none for a checkpoint without `<video>`."""
+    if machine.config.video_token_id is None:
+        return {}
+    path = new_images.folder / f"{new_images.turn}.mp4"
+    write_video(path, FRAMES, offset=new_images.turn)
+    part = {"type": "video", "path": str(path)}
+    turn = {"role": "user", "content": [part, {"type": "text", "text": QUESTIONS[0]}]}
+    timing = system.answer([turn], tokens=SHORT)
+    share = machine.min_seconds(FRAMES, timing["prompt"]) / timing["first"]
+    return {
+        f"first token, video of {FRAMES} frames, s": (timing["first"], share),
+        **decode(timing, machine, system.about, f"video of {FRAMES} frames"),
+        "peak memory after the video, MiB": (system.peak() / 2**20, None),
+    }
+
+
 def many_requests(system: System, _: Machine, new_images: ImageFiles) -> Figures:
     timing = system.answer(
         *([user(new_images(1), f"{index}: {QUESTIONS[0]}")] for index in range(8)), tokens=LONG
@@ -198,7 +225,7 @@ def many_requests(system: System, _: Machine, new_images: ImageFiles) -> Figures
 
 
 def first_token(timing: dict[str, Any], machine: Machine, images: int) -> Figures:
-    share = machine.min_seconds(images, timing["prompt"]) / timing["first"]
+    share = machine.min_seconds(machine.crops(images), timing["prompt"]) / timing["first"]
     return {f"first token, {images} image{'s' * (images > 1)}, s": (timing["first"], share)}
 
 
@@ -207,7 +234,7 @@ def vision(timing: dict[str, Any], machine: Machine, images: int) -> Figures:
         {
             "vision, s an image": (
                 timing["vision"] / images,
-                machine.min_seconds(images) / timing["vision"],
+                machine.min_seconds(machine.crops(images)) / timing["vision"],
             )
         }
         if timing["vision"]
@@ -230,6 +257,7 @@ WORK: dict[str, Work] = {
     "one": one_image,
     "conversation": conversation,
     "images": many_images,
+    "video": video,
     "requests": many_requests,
 }
 

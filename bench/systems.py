@@ -66,10 +66,15 @@ class Transformers:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        self.model = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, dtype)
         ).eval()
-        self.processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+        if self.model.config.model_type == "llava_onevision":  # transformers' needs torchvision
+            from llava_interleave.hf.processor import AutoProcessor
+
+            self.processor: Any = AutoProcessor.from_pretrained(folder)
+        else:
+            self.processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
         self.processor.tokenizer.padding_side = "left"
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = self.processor.tokenizer.pad_token_id

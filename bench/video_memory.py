@@ -19,8 +19,8 @@ import numpy as np
 WIDTH, HEIGHT = 640, 360
 
 
-def write_video(path: Path, frames: int) -> None:
-    """A moving gradient, a frame a second."""
+def write_video(path: Path, frames: int, offset: int = 0) -> None:
+    """A moving gradient, a frame a second. offset: another video."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -28,7 +28,7 @@ def write_video(path: Path, frames: int) -> None:
         stream.width, stream.height = WIDTH, HEIGHT
         y, x = np.mgrid[:HEIGHT, :WIDTH]
         for number in range(frames):
-            values = np.stack([x + 7 * number, y + 3 * number, x + y], -1) % 256
+            values = np.stack([x + 7 * number, y + 3 * number, x + y + 50 * offset], -1) % 256
             frame = av.VideoFrame.from_ndarray(values.astype(np.uint8), format="rgb24")
             for packet in stream.encode(frame):
                 container.mux(packet)

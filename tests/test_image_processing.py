@@ -200,15 +200,15 @@ def test_keys_differ_where_features_differ() -> None:
     """
     settings, image = ImageSettings(8), noise(8, 8)
     key = settings.stack([image], ImageTokenLayout(2))[1]
-    assert key == ImageSettings(8).pixels([image.copy()], ImageTokenLayout(2))[1]
+    assert key == ImageSettings(8).stack([image.copy()], ImageTokenLayout(2))[1]
     changed = image.copy()
     changed.putpixel((0, 0), tuple(255 - v for v in image.getpixel((0, 0))))  # type: ignore[union-attr]
     others = [
         settings.stack([changed], ImageTokenLayout(2))[1],
         settings.stack([image], ImageTokenLayout(1))[1],
         settings.stack([image, image], ImageTokenLayout(2, 2))[1],
-        ImageSettings(8, mean=(0.4, 0.5, 0.5)).pixels([image], ImageTokenLayout(2))[1],
-        ImageSettings(4).pixels([noise(4, 4)] * 4, ImageTokenLayout(2, 4))[1],
+        ImageSettings(8, mean=(0.4, 0.5, 0.5)).stack([image], ImageTokenLayout(2))[1],
+        ImageSettings(4).stack([noise(4, 4)] * 4, ImageTokenLayout(2, 4))[1],
     ]
     assert len({key, *others}) == 6
 

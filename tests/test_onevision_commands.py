@@ -15,8 +15,10 @@ from starlette.testclient import TestClient
 from llava_interleave import load
 from llava_interleave.checkpoints import load as load_network
 from llava_interleave.config import LoraConfig
+from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import MediaError
 from llava_interleave.image_layout import ONEVISION, anyres, max_tokens_per_image
+from llava_interleave.model import PackedAttention
 from llava_interleave.processing import Limits, Processor
 from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
@@ -126,8 +128,6 @@ def test_caches_hold_a_tiled_image(folder: Path) -> None:
 
 def test_an_image_larger_than_a_step(folder: Path) -> None:
     """A tiled image of more crops and tokens than a step has is one encoder input."""
-    from llava_interleave.engine import Engine, SamplingParams
-
     model, processor = load_network(folder), Processor.from_folder(folder)
     prompt = processor.prompt(
         [{"role": "user", "content": [{"type": "image", "image": random_image(210, 210)}]}]
@@ -149,6 +149,43 @@ def test_an_image_larger_than_a_step(folder: Path) -> None:
         engine.check()
     assert len(prompt.media[0].pixels) == 37
     assert answers[0] == answers[1]
+
+
+def test_a_long_video_is_as_in_one_forward_pass(folder: Path) -> None:
+    """Its frames stay bytes, and are encoded and pooled four at a time."""
+    model, processor = load_network(folder), Processor.from_folder(folder)
+    film = [picture(40, 30, number) for number in range(70)]
+    content = [{"type": "video", "video": film, "frames": 70}, {"type": "text", "text": "What?"}]
+    prompt = processor.prompt([{"role": "user", "content": content}])
+    (media,) = prompt.media
+    assert media.crops.dtype == torch.uint8
+    assert media.layout.length == 70 * 9 + 1
+    with torch.inference_mode():
+        features = model.arrange(model.encode(media.pixels), media.layout)
+        x = model.embed(torch.tensor(prompt.tokens), [(media.start, features)])
+        hidden = model(x, torch.arange(len(prompt)), PackedAttention([len(prompt)]))
+        logits = model.logits(hidden[-1])
+    logits[processor.tokenizer.image_id :] = -torch.inf
+    engine = Engine(
+        model,
+        eos_ids=(),
+        vocab=processor.tokenizer.size,
+        kv_bytes=1 << 24,
+        feature_bytes=0,
+        max_num_batched_tokens=64,
+        max_batched_images=4,
+        max_num_seqs=8,
+    )
+    params = SamplingParams(max_new_tokens=1, logprobs=3)
+    engine.add(prompt, params)
+    events = []
+    while engine.busy:
+        events += engine.step()
+    found = events[-1].top_logprobs
+    best = logits.log_softmax(-1).topk(3)
+    assert [token for token, _ in found] == best.indices.tolist()
+    assert [value for _, value in found] == pytest.approx(best.values.tolist(), abs=1e-4)
+    engine.check()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ class pipeline(Light):  # noqa: N801  (transformers' name)
     def __init__(
         self,
         task: Literal["image-text-to-text"],
-        model: str | Path | LlavaForConditionalGeneration,
+        model: Any,
         *,
         processor: AutoProcessor | None = None,
         revision: str | None = None,
@@ -34,7 +34,7 @@ class pipeline(Light):  # noqa: N801  (transformers' name)
             raise Unsupported(
                 f"pipeline({task!r}) is not supported; this model is for 'image-text-to-text'"
             )
-        if isinstance(model, LlavaForConditionalGeneration):
+        if not isinstance(model, str | Path):
             if processor is None:
                 raise OptionError(
                     "a loaded model also needs processor=AutoProcessor.from_pretrained(...)"

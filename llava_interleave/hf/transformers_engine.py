@@ -215,9 +215,17 @@ def pipeline(task: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> 
     precision: as of `LlavaForConditionalGeneration.from_pretrained`.
     """
     precision = kwargs.pop("precision", None)
-    if isinstance(model, str | Path) and not kwargs.get("processor") and _needs_torchvision(model):
-        loading = {} if precision is None else {"precision": precision}
-        return light_pipeline(task, model, *args, **loading, **kwargs)
+    if isinstance(model, str | Path) and not kwargs.get("processor"):
+        where = {name: kwargs[name] for name in ("revision",) if name in kwargs}
+        if _needs_torchvision(model, where):
+            names = ("dtype", "torch_dtype", "device_map", "revision")
+            loading = {name: kwargs.pop(name) for name in names if name in kwargs}
+            source = str(model)
+            made = AutoModelForImageTextToText.from_pretrained(
+                source, precision=precision, **loading
+            )
+            processor = LightOnevisionProcessor.from_pretrained(source, **where)
+            return light_pipeline(task, made, *args, processor=processor, **kwargs)
     if isinstance(model, str | Path) and (precision or _stored_precision(model)):
         loading = {name: kwargs.pop(name) for name in ("dtype", "revision") if name in kwargs}
         source = str(model)
@@ -238,7 +246,7 @@ class AutoProcessor(transformers.AutoProcessor):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = pretrained_model_name_or_path
-        if _needs_torchvision(name):
+        if _needs_torchvision(name, kwargs):
             return LightOnevisionProcessor.from_pretrained(name, *args, **kwargs)
         return super().from_pretrained(name, *args, **kwargs)
 
@@ -249,11 +257,20 @@ else:
     LlavaOnevisionProcessor = transformers.LlavaOnevisionProcessor
 
 
-def _needs_torchvision(name: Any) -> bool:
-    """Whether transformers' processor of a folder or a Hugging Face name lacks torchvision."""
+def _needs_torchvision(name: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether transformers' processor of a folder or a Hugging Face name lacks torchvision.
+
+    arguments: of its `from_pretrained`.
+    """
     if importlib.util.find_spec("torchvision") is not None:
         return False
-    config = transformers.AutoConfig.from_pretrained(name)
+    where = {"revision", "token", "cache_dir", "local_files_only", "subfolder"} & arguments.keys()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, **{key: arguments[key] for key in where}
+        )
+    except (OSError, ValueError):  # transformers says what is wrong with it
+        return False
     return isinstance(config, transformers.LlavaOnevisionConfig)
 
 
