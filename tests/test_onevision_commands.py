@@ -154,7 +154,7 @@ def test_an_image_larger_than_a_step(folder: Path) -> None:
 def test_a_long_video_is_as_in_one_forward_pass(folder: Path) -> None:
     """Its frames stay bytes, and are encoded and pooled four at a time."""
     model, processor = load_network(folder), Processor.from_folder(folder)
-    film = [picture(40, 30, number) for number in range(70)]
+    film = [random_image(40, 30, number) for number in range(70)]
     content = [{"type": "video", "video": film, "frames": 70}, {"type": "text", "text": "What?"}]
     prompt = processor.prompt([{"role": "user", "content": content}])
     (media,) = prompt.media

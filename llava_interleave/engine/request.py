@@ -79,9 +79,7 @@ def encoder_inputs(media: Media, salt: bytes = b"", adapter: str = "") -> Iterat
     layout, key = media.layout, salt + media.key
     if layout.tiles is not None:
         stop = media.start + layout.length
-        yield EncoderInput(
-            (key, -1), media.start, stop, media, 0, layout, adapter, bool(salt)
-        )
+        yield EncoderInput((key, -1), media.start, stop, media, 0, layout, adapter, bool(salt))
         return
     # A newline at the end of a video belongs to its last frame.
     last = replace(layout, crops=1)
