@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError, LlavaError
@@ -36,7 +36,7 @@ class Dataset:
 
     read: makes examples from one file. files: patterns below a folder with the task's name; of
     numbered parts (`-00000-of-00004`) all must exist. fetch: where they come from. extra_files:
-    other files that the reader opens.
+    other files that the reader opens. paper: as `Task.paper`.
     """
 
     read: Reader
@@ -45,11 +45,20 @@ class Dataset:
     max_new_tokens: int = 16
     metrics: AggregateMetrics | None = None
     extra_files: tuple[str, ...] = ()
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+CARDS = "lmms-eval, as the model cards of LLaVA-OneVision and LLaVA-Video say"
 TASKS: Mapping[str, Dataset] = {
     "ai2d": Dataset(
-        ai2d, ("data/test-*.parquet",), "fetch data/ of the data set lmms-lab/ai2d on Hugging Face"
+        ai2d,
+        ("data/test-*.parquet",),
+        "fetch data/ of the data set lmms-lab/ai2d on Hugging Face",
+        paper={
+            "OneVision 0.5b-si": {"AI2D": 54.2},
+            "OneVision 0.5b-ov": {"AI2D": 57.1},
+            "OneVision 72b-si": {"AI2D": 85.1},
+        },
     ),
     "blink": Dataset(
         blink,
@@ -61,6 +70,11 @@ TASKS: Mapping[str, Dataset] = {
         ("DocVQA/validation-*.parquet",),
         "fetch DocVQA/ of the data set lmms-lab/DocVQA on Hugging Face",
         32,
+        paper={
+            "OneVision 0.5b-si": {"DocVQA": 75.0},
+            "OneVision 0.5b-ov": {"DocVQA": 73.7},
+            "OneVision 72b-si": {"DocVQA": 93.5},
+        },
     ),
     "muirbench": Dataset(
         muirbench,
@@ -79,6 +93,7 @@ TASKS: Mapping[str, Dataset] = {
         "fetch test.csv and map_vid_vidorID.json of github.com/doc-doc/NExT-QA, and its videos "
         "into NExTVideo/ next to them",
         extra_files=("map_vid_vidorID.json",),
+        paper={"LLaVA-Video 7B": {"NExT-QA": 83.2}, "LLaVA-Video 72B": {"NExT-QA": 85.4}},
     ),
     "nlvr2": Dataset(
         nlvr2,
@@ -155,6 +170,8 @@ def load(name: str, root: Path) -> Task:
         max_new_tokens=source.max_new_tokens,
         data=digest(*paths, *extra_files),
         metrics=source.metrics,
+        paper=source.paper,
+        pipeline=CARDS if source.paper else "",
     )
 
 
