@@ -80,9 +80,9 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     program = needs("systemd-analyze")
     unit = (DEPLOY / "systemd" / "llava.service").read_text()
     (tmp_path / "llava.service").write_text(unit.replace("/opt/llava/bin/llava", "/bin/true"))
-    done = subprocess.run(
-        [program, "verify", "--man=no", tmp_path / "llava.service"], capture_output=True, text=True
-    )
+    shutil.copy(DEPLOY / "systemd" / "llava.socket", tmp_path)
+    units = [tmp_path / "llava.service", tmp_path / "llava.socket"]
+    done = subprocess.run([program, "verify", "--man=no", *units], capture_output=True, text=True)
     assert "llava.service" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
 

@@ -105,7 +105,12 @@ def serve(
         with freeze_garbage_collector():
             with terminal.spinner("starting"):
                 try:
-                    from ..server.run import Server, log_to_stderr, use_single_malloc_arena
+                    from ..server.run import (
+                        Server,
+                        check_port,
+                        log_to_stderr,
+                        use_single_malloc_arena,
+                    )
                 except ModuleNotFoundError as error:
                     raise Unsupported(
                         f"{error.name} is missing: pip install 'llava-interleave[serve]'"
@@ -115,6 +120,7 @@ def serve(
             log_to_stderr(level)
             if settings.api_keys is not None:
                 ApiKeys.read(settings.api_keys)  # fail before the model is loaded
+            check_port(settings)
             use_single_malloc_arena()
             if ray:
                 folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import logging
+import os
 import signal
 import socket
 import typing
@@ -27,6 +29,8 @@ if typing.TYPE_CHECKING:
 
 HEADER_TIMEOUT = 10.0
 """Seconds for a client to send the header of its next request."""
+LISTEN_FDS_START = 3
+"""The first file descriptor that systemd passes (sd_listen_fds)."""
 KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
 FLUSH_TIMEOUT = 5
@@ -121,6 +125,33 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
+def check_port(settings: Settings) -> None:
+    """Raises OptionError where the server cannot listen: before a model is loaded."""
+    if inherited_socket(settings) is not None:
+        return
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        raise OptionError(
+            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}"
+        ) from error
+
+
+def inherited_socket(settings: Settings) -> socket.socket | None:
+    """The socket that systemd, or a process before this one, passes on (LISTEN_FDS=1).
+
+    Connections wait in it while a server restarts, and two servers may take them in turn: none is
+    lost. Raises OptionError for one that needs API keys.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    inherited = socket.socket(fileno=os.dup(LISTEN_FDS_START))
+    host = str(inherited.getsockname()[0])
+    dataclasses.replace(settings, host=host)  # checked as a --host
+    return inherited
+
+
 class Drainable(typing.Protocol):
     """State of an application that can shut down gracefully."""
 
@@ -141,6 +172,7 @@ class Server(uvicorn.Server):
             "waiting": {},
         }
         protocol = type("Protocol", (Protocol,), limits)
+        self.settings = settings
         super().__init__(
             uvicorn.Config(
                 app,
@@ -168,10 +200,16 @@ class Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until SIGINT or SIGTERM."""
+        inherited = inherited_socket(self.settings)
+        super().run(sockets if inherited is None else [inherited])
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             print(f"serving {self.service.name} at {self.address}/v1", flush=True)
+            print(f"the web UI is at {self.address}/", flush=True)
         if self.keys is not None:
             # Not everywhere: Windows has no SIGHUP, and signals belong to the main thread.
             with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):

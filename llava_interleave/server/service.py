@@ -150,7 +150,7 @@ class Service:
         if self.engine_thread.failed:
             return ApiError(503, "engine_failed", "the engine has failed; restart the server")
         if self.stopping:
-            return ApiError(503, "stopping", "the server is shutting down", retry=10)
+            return ApiError(503, "stopping", "the server is shutting down", retry=2)
         if self.engine_thread.step_seconds() > STUCK_STEP:
             return ApiError(503, "engine_stuck", f"the engine is stuck for {STUCK_STEP:g} s")
         longest = self.settings.prepare_timeout + self.settings.media_timeout

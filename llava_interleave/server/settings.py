@@ -127,12 +127,14 @@ class Settings:
             value = getattr(self, field.name)
             if (
                 isinstance(value, int | float)
-                and value <= 0
+                and not value > 0
                 and field.name not in ("port", "shutdown_timeout")
             ):
                 raise OptionError(
                     f"--{field.name.replace('_', '-')} must be above 0, not {value!r}"
                 )
+        if not 0 <= self.port < 65536:
+            raise OptionError(f"--port is a number from 0 to 65535, not {self.port}")
         if self.api_keys is None and not self.local:
             raise OptionError(
                 f"{self.host} can be reached from outside this machine, which needs API keys: "

@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import re
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,12 +26,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...batch.ray_cluster import connected, slots
-from ...errors import OptionError, RemoteError
+from ...errors import RemoteError
 from ..api_errors import ApiError, error_body, log
 from ..api_keys import ApiKeys
 from ..app import add_error_handlers, add_file_routes, add_guard
 from ..chat_completions import SSE_HEADERS, CancelOnDisconnect, sse_event
 from ..metrics import PROMETHEUS, Metrics, merge_metrics
+from ..run import check_port
 from ..settings import MB, ReplicaSpec, Settings
 from ..uploads import Files
 from .replica import RECORD, Replica, ReplicaInfo
@@ -203,7 +203,7 @@ def deploy(
     cpus: of each replica, which also gets one GPU where the cluster has GPUs. replicas: fewest and
     most; None: from one to as many as fit now. Raises `RemoteError` where they do not start.
     """
-    _check_port(settings)
+    check_port(settings)
     with connected(address, "serve") as ray:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         plan = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus)
@@ -239,17 +239,6 @@ def deploy(
             )
         finally:
             serve.delete(name)
-
-
-def _check_port(settings: Settings) -> None:
-    """Fail on a used port before models are loaded and another server's replicas replaced."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        socket.create_server((settings.host, settings.port), family=family).close()
-    except OSError as error:
-        raise OptionError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror}"
-        ) from error
 
 
 def _run(application: Any, name: str) -> Any:
