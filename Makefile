@@ -9,10 +9,13 @@ BIN := .venv/bin
 endif
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help demo test test-ray coverage check docs dist bench bench-peers tiny
+NPM := npm --prefix web --no-fund --no-audit --silent
+
+.PHONY: help demo web test test-ray coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
+	@echo "make web     the libraries of the web UI (needs Node.js 20); without them it shows plain Markdown"
 	@echo "make test    the test suite; ARGS=tests/test_image_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make coverage  the suite with line coverage, into build/coverage"
@@ -25,6 +28,13 @@ help:
 
 demo: .venv/installed
 	$(BIN)/llava demo
+
+web: web/node_modules/.package-lock.json
+	$(NPM) run check
+	$(NPM) run build
+
+web/node_modules/.package-lock.json: web/package-lock.json
+	$(NPM) ci
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -47,7 +57,7 @@ docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-dist: .venv/installed
+dist: .venv/installed web
 	$(INSTALL) build
 	$(BIN)/python -m build --outdir dist .
 

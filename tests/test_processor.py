@@ -290,3 +290,18 @@ def test_processing_needs_no_torch_to_estimate(folder: Path) -> None:
         "assert not {'torch', 'transformers', 'av'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("preset", ["interleave", "hf", "official"])
+def test_a_prompt_that_continues_an_answer(processor: Processor, preset: str) -> None:
+    """It ends with the answer's text, without the tokens that close the message."""
+    messages = [user("What is this?"), {"role": "assistant", "content": "It is a red"}]
+    form = {"preset": preset, "add_generation_prompt": False}
+    closed = processor.prompt(messages, **form).tokens
+    open_end = processor.prompt(messages, **form, continue_final_message=True).tokens
+    end = [processor.tokenizer.im_end, *processor.tokenizer.encode("\n", special=False)]
+    assert [*open_end, *end] == closed
+    with pytest.raises(PromptError, match="beginning of an answer"):
+        processor.prompt(messages[:1], **form, continue_final_message=True)
+    with pytest.raises(OptionError, match="contradict"):
+        processor.prompt(messages, preset=preset, continue_final_message=True)

@@ -1095,7 +1095,7 @@ def test_a_fault_fails_the_requests_it_hit_and_the_next_works(
 def test_a_mistake_of_ours_before_the_engine_is_an_id(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("/secret/path")
 
     monkeypatch.setattr(client.app.state.service.bot, "prompt", broken)  # type: ignore[attr-defined]
@@ -1142,7 +1142,7 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_again(
     with running(tiny, max_requests=2) as client, ThreadPoolExecutor(2) as pool:
         service = client.app.state.service  # type: ignore[attr-defined]
         free, prompt = threading.Event(), service.bot.prompt
-        monkeypatch.setattr(service.bot, "prompt", lambda *a: free.wait() and prompt(*a))
+        monkeypatch.setattr(service.bot, "prompt", lambda *a, **k: free.wait() and prompt(*a, **k))
         waiting = [pool.submit(ask, client) for _ in range(2)]
         until(lambda: service.num_active == 2)
         for refused in (

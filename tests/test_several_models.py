@@ -52,7 +52,8 @@ def serving(folders: dict[str, Path], loads: list[str], **changes: Any) -> Itera
             loads.append(name)
             return load(folders[name], device="cpu")
 
-        return ModelSpec(load_it, model_card(name, None, Processor.from_folder(folders[name]), {}))
+        processor = Processor.from_folder(folders[name])
+        return ModelSpec(load_it, model_card(name, None, processor, {}, folders[name]))
 
     app = create_app({name: spec(name) for name in NAMES}, Settings(**changes))
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:

@@ -191,11 +191,23 @@ class Chatbot:
         return (self.default_options if options is None else options).but(changes)
 
     def prompt(
-        self, messages: Messages, options: Options | None = None, **changes: object
+        self,
+        messages: Messages,
+        options: Options | None = None,
+        *,
+        continue_final_message: bool = False,
+        **changes: object,
     ) -> Prompt:
-        """What the network is given for these messages."""
-        options = self.options(options, changes)
-        return self.processor.prompt(messages, options=prompt_options(options))
+        """What the network is given for these messages.
+
+        continue_final_message: the last message is the beginning of an answer to be continued.
+        """
+        form = dataclasses.replace(
+            prompt_options(self.options(options, changes)),
+            continue_final_message=continue_final_message,
+            add_generation_prompt=not continue_final_message,
+        )
+        return self.processor.prompt(messages, options=form)
 
     def estimate(
         self, messages: Messages, options: Options | None = None, **changes: object

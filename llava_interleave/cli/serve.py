@@ -187,7 +187,8 @@ def _spec(name: str, model: ModelFlags) -> ModelSpec:
 
     folder = locate(model.name, model.revision, tensors=False)
     defaults = generation_config.read(folder, model.generation_config)
-    return ModelSpec(model.load, model_card(name, None, Processor.from_folder(folder), defaults))
+    card = model_card(name, None, Processor.from_folder(folder), defaults, folder)
+    return ModelSpec(model.load, card)
 
 
 def _replica_range(text: str) -> tuple[int, int]:

@@ -296,6 +296,7 @@ def render(
     add_generation_prompt: bool,
     notes: Mapping[MediaPlaceholder, str],
     template: HfTemplate,
+    continue_final_message: bool = False,
 ) -> Rendered:
     """Turns as tokens under a preset.
 
@@ -303,13 +304,18 @@ def render(
     add_generation_prompt: end with the start of an answer.
     notes: sentences that follow their media.
     template: the checkpoint's, for preset hf.
+    continue_final_message: end with the text of the last message, an answer to be continued.
+
+    Raises PromptError where there is no such text.
     """
+    if continue_final_message:
+        _check_continued(turns, add_generation_prompt)
     if system is not None and not any(turn.role == "system" for turn in turns):
         turns = [Turn("system", [[system]]), *turns]
     if notes:
         turns = [replace(turn, parts=_noted(turn.parts, notes)) for turn in turns]
     if preset == "hf":
-        return _hf(tokenizer, turns, add_generation_prompt, template)
+        return _hf(tokenizer, turns, add_generation_prompt, template, continue_final_message)
     out = Rendered()
     for turn in turns:
         answer = turn.role == "assistant"
@@ -331,11 +337,31 @@ def render(
             if preset == "official":
                 out.add(tokenizer.encode("\n", special=False), loss)
         out.add(tokenizer.encode(text, special=False), loss)
+        if continue_final_message and turn is turns[-1]:
+            break
         out.add([tokenizer.im_end], loss)
         out.add(tokenizer.encode("\n", special=False))
     if add_generation_prompt:
         out.add([tokenizer.im_start, *tokenizer.encode("assistant\n", special=False)])
     return out
+
+
+def _check_continued(turns: list[Turn], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
+        raise OptionError("add_generation_prompt and continue_final_message contradict each other")
+    last = turns[-1]
+    if last.role != "assistant" or not _last_text(last):
+        raise PromptError(
+            "continue_final_message continues the last message, which must be the beginning of an "
+            f"answer, a text; the last message is of the {last.role}"
+        )
+
+
+def _last_text(turn: Turn) -> str:
+    """The text that ends a message, "" where an image does."""
+    piece = turn.parts[-1] if turn.parts else []
+    last = piece[-1] if isinstance(piece, list) and piece else ""
+    return last if isinstance(last, str) else ""
 
 
 PLACE, BEGIN, END = "\ue000place\ue001", "\ue002", "\ue003"
@@ -416,10 +442,17 @@ def _literal_text(text: str) -> str:
 
 
 def _hf(
-    tokenizer: Tokenizer, turns: list[Turn], add_generation_prompt: bool, template: HfTemplate
+    tokenizer: Tokenizer,
+    turns: list[Turn],
+    add_generation_prompt: bool,
+    template: HfTemplate,
+    continue_final_message: bool,
 ) -> Rendered:
     text, placeholders = hf_text(turns, add_generation_prompt, template)
     text = text.replace(VIDEO, IMAGE)
+    if continue_final_message:  # as transformers does it
+        ending = _literal_text(_last_text(turns[-1])).strip()
+        text = text[: text.rindex(ending) + len(ending)]
     tokens, starts = tokenizer.encode_with_starts(text, LITERALS)
     if tokens.count(tokenizer.image_id) != len(placeholders):
         raise PromptError(f"the chat template's {IMAGE} are not the tokenizer's {IMAGE} tokens")

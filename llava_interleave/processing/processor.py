@@ -60,6 +60,8 @@ class PromptOptions:
     frame_times: follow each video with a sentence that has the times of its frames. None is the
         checkpoint's default.
     add_generation_prompt: end with the start of the answer.
+    continue_final_message: end within the last message, an answer to be continued; needs
+        add_generation_prompt=False.
     max_new_tokens: room in the context that the answer needs.
     """
 
@@ -71,6 +73,7 @@ class PromptOptions:
     reduction: TokenReduction = TokenReduction()  # noqa: RUF009  frozen
     frame_times: bool | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     max_new_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -361,6 +364,7 @@ class Processor:
             options.add_generation_prompt,
             notes,
             self.template,
+            options.continue_final_message,
         )
 
     def _prompt(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 from fastapi import FastAPI, Form, Request, UploadFile
@@ -21,11 +22,12 @@ from .api_errors import ApiError, error_response, to_api_error
 from .api_keys import ApiKeys
 from .chat_completions import respond, respond_attribution, respond_prefill
 from .metrics import PROMETHEUS, Metrics
-from .middleware import WEB, WEB_FILES, GuardMiddleware
+from .middleware import GuardMiddleware
 from .models import ModelSpec, ServedModels
 from .service import Service
 from .settings import MB, Settings
 from .uploads import Files
+from .web_files import WEB_FILES, WEB_HEADERS
 
 T = TypeVar("T")
 API_ROUTES = (
@@ -36,14 +38,6 @@ API_ROUTES = (
     "/v1/messages/prefill",
     "/v1/models",
 )
-WEB_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; media-src blob:; img-src 'self' blob: data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 class Shared(Protocol):
@@ -119,8 +113,8 @@ def create_routes(service: Service | ServedModels) -> FastAPI:
     )
     app.state.service = service
     add_error_handlers(app, service)
-    for path, name in WEB_FILES.items():
-        app.add_api_route(path, _web_file(name), include_in_schema=False)
+    for path, file in WEB_FILES.items():
+        app.add_api_route(path, _web_file(file), include_in_schema=False)
     _add_state_routes(app, service)
     _add_model_routes(app, service)
     _add_message_routes(app, service)
@@ -167,9 +161,9 @@ def _is_undecoded(error: RequestValidationError) -> bool:
     return first["loc"] == ("body",) and isinstance(first.get("input"), bytes)
 
 
-def _web_file(name: str) -> Callable[[], Awaitable[Response]]:
+def _web_file(file: Path) -> Callable[[], Awaitable[Response]]:
     async def web_file() -> Response:
-        return FileResponse(WEB / name, headers=WEB_HEADERS)
+        return FileResponse(file, headers=WEB_HEADERS)
 
     return web_file
 
@@ -206,6 +200,7 @@ def _add_model_routes(app: FastAPI, service: Service | ServedModels) -> None:
         media_bytes=settings.media_mb * MB,
         frames=settings.video_frames,
         pixels=settings.image_megapixels * MB,
+        files_bytes=settings.files_mb * MB,
     )
 
     def infos() -> list[openai.ModelInfo]:

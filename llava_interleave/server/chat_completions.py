@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ from .openai_types import (
     Delta,
     Logprobs,
     Message,
+    PromptProgress,
     PromptRequest,
     PromptTokensDetails,
     Timings,
@@ -46,6 +48,8 @@ SSE_HEADERS = [
 ]
 SSE_KEEPALIVE = b": keep-alive\n\n"
 SSE_DONE = b"data: [DONE]\n\n"
+PROGRESS_INTERVAL = 0.2
+"""Seconds between two looks at the progress of a prompt."""
 
 
 class CancelOnDisconnect(Response):
@@ -170,6 +174,9 @@ class CompletionStream:
             self._chunk([ChunkChoice(index=i, delta=Delta(role="assistant", content=""))])
             for i in range(job.options.n)
         ]
+        if self.request.return_progress:
+            async for chunks in self._progress(silence):
+                yield chunks
         while len(self.answers) < job.options.n:
             yield [self._delta_chunk(delta) for delta in await job.next(silence)]
         if mode := self.request.attribution:
@@ -184,6 +191,35 @@ class CompletionStream:
             yield [self._chunk([], attributions=self.attributions)]
         if options is not None and options.include_usage:
             yield [self._chunk([], usage=self._usage())]
+
+    async def _progress(self, silence: float) -> AsyncIterator[list[ChatCompletionChunk]]:
+        """Chunks with the progress of the prompt wherever it has changed, up to the first delta."""
+        job, start, last = self.prepared.job, time.monotonic(), None
+        spoken = start
+        while True:
+            now, state = time.monotonic(), (job.progress(), self.service.engine_thread.load.waiting)
+            if state != last:
+                last, spoken = state, now
+                yield [self._chunk([], progress=self._progress_info(now - start))]
+            elif now - spoken > silence:
+                spoken = now
+                yield []
+            if deltas := await job.next(min(PROGRESS_INTERVAL, silence)):
+                yield [self._delta_chunk(delta) for delta in deltas]
+                return
+
+    def _progress_info(self, seconds: float) -> PromptProgress:
+        job = self.prepared.job
+        cached, processed, images, started = job.progress()
+        return PromptProgress(
+            total=len(job.prompt),
+            cache=cached,
+            processed=processed,
+            time_ms=round(seconds * 1000),
+            images=len(job.prompt.media),
+            images_processed=images,
+            waiting=0 if started else max(1, self.service.engine_thread.load.waiting),
+        )
 
     def _delta_chunk(self, delta: AnswerDelta) -> ChatCompletionChunk:
         """The chunk of a delta; the last one has the timings."""
@@ -220,6 +256,7 @@ class CompletionStream:
         *,
         usage: Usage | None = None,
         timings: Timings | None = None,
+        progress: PromptProgress | None = None,
         attributions: list[ChoiceAttribution] | None = None,
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
@@ -229,6 +266,7 @@ class CompletionStream:
             choices=choices,
             usage=usage,
             timings=timings,
+            prompt_progress=progress,
             attributions=attributions,
         )
 

@@ -38,6 +38,18 @@ class ServerJob(GenerationJob):
     _finished_tokens: int = 0
     _timings: Timings | None = None
 
+    def progress(self) -> tuple[int, int, int, bool]:
+        """Of its first answer: prompt tokens from the prefix cache, tokens prefilled so far, images
+        and videos among them; whether it has started.
+        """
+        for request in list(self.running):
+            kv = request.kv
+            processed = min(kv.length if kv else 0, len(self.prompt))
+            ends = (media.start + media.layout.length for media in self.prompt.media)
+            images = sum(end <= processed for end in ends)
+            return request.cached or 0, processed, images, request.started is not None
+        return 0, 0, 0, False
+
     @property
     def generated_tokens(self) -> int:
         """Of all answers so far, finished or not."""

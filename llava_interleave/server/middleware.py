@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -24,13 +23,11 @@ from .api_keys import ApiKeys, Client
 from .fairness import RateLimit, Shares
 from .metrics import Metrics
 from .settings import MB, Settings
+from .web_files import WEB_FILES
 
 if TYPE_CHECKING:
     from .tracing import Tracing
 
-WEB = Path(__file__).parent / "web"
-WEB_FILES = {"/": "index.html"} | {f"/{path.name}": path.name for path in sorted(WEB.iterdir())}
-"""The web UI's static files by path."""
 HEALTH = "/health"
 OPEN_PATHS = (HEALTH, *WEB_FILES)
 """Paths that need no API key; all others do."""

@@ -319,7 +319,8 @@ class ChatRequest(PromptRequest, GenerationRequest):
     """POST /v1/chat/completions.
 
     Not OpenAI's: attribution (which image the answer used: true, or "attention" for the cheap
-    variant), and the fields of other servers.
+    variant), vLLM's continue_final_message, llama.cpp's return_progress, and the neutral fields of
+    other servers.
     """
 
     n: Annotated[int, Field(ge=1)] = 1
@@ -344,15 +345,24 @@ class ChatRequest(PromptRequest, GenerationRequest):
         hint="the operator chooses the chat template with --preset",
     ) = None
     mm_processor_kwargs: _neutral({}, hint="use anyres, frames or fps") = None  # type: ignore[valid-type]
-    add_generation_prompt: _neutral(True, hint="an answer is generated") = None  # type: ignore[valid-type]
-    continue_final_message: _neutral(  # type: ignore[valid-type]
-        False, hint="put the beginning of the answer into the question"
-    ) = None
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    return_progress: bool = False
 
     def options(self, settings: Settings, defaults: Options) -> Options:
         """All options. Raises OptionError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise OptionError("top_logprobs needs logprobs: true")
+        if self.return_progress and not self.stream:
+            raise OptionError("return_progress needs stream: true")
+        if self.add_generation_prompt is self.continue_final_message:
+            raise ApiError(
+                400,
+                "invalid_value",
+                f"add_generation_prompt is {json.dumps(self.add_generation_prompt)}: an answer is "
+                "generated, or with continue_final_message: true the last message is continued",
+                param="add_generation_prompt",
+            )
         return self.generation_options(
             settings,
             defaults,
@@ -403,7 +413,10 @@ class Status(BaseModel):
 
 
 class ModelLimits(BaseModel):
-    """Limits of a request. media: images and videos. frames: of one video. pixels: of one image."""
+    """Limits of a request. media: images and videos. frames: of one video. pixels: of one image.
+
+    files_bytes: uploads of an API key together.
+    """
 
     max_tokens: int
     n: int
@@ -412,6 +425,7 @@ class ModelLimits(BaseModel):
     media_bytes: int
     frames: int
     pixels: int
+    files_bytes: int
 
 
 class ModelCard(BaseModel):
@@ -422,7 +436,7 @@ class ModelCard(BaseModel):
 
     video_frames: sampled from a video by default. generation_config: defaults of requests that the
     checkpoint's generation_config.json sets. loaded: in memory; another one is loaded by its first
-    request.
+    request. builtin: the toy model of the package, which knows drawn shapes only.
     """
 
     id: str
@@ -434,6 +448,7 @@ class ModelCard(BaseModel):
     video_frames: int
     generation_config: dict[str, Any]
     loaded: bool = True
+    builtin: bool = False
 
 
 class ModelInfo(ModelCard):
@@ -621,12 +636,29 @@ class ChunkChoice(BaseModel):
     stop_reason: Literal["repetition"] | None = _optional()
 
 
+class PromptProgress(BaseModel):
+    """llama.cpp's: prompt tokens in all, from the prefix cache, and prefilled so far.
+
+    images, images_processed: the same in images and videos. waiting: requests that are queued, this
+    one included; 0 once it runs.
+    """
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+    images: int
+    images_processed: int
+    waiting: int
+
+
 class ChatCompletionChunk(Completion):
     """An event of a stream. The last delta has the timings; attributions and usage follow."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = _optional()
     timings: Timings | None = _optional()
     attributions: list[ChoiceAttribution] | None = _optional()
 

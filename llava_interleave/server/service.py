@@ -9,9 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-from ..chat import Chatbot
+from ..chat import BUILTIN, Chatbot
 from ..errors import OptionError
 from ..options import Options
 from ..processing import Estimate, Loader, Processor
@@ -136,6 +137,7 @@ class Service:
                 self.name if adapter else None,
                 self.bot.processor,
                 self.bot.generation_config,
+                self.bot.source,
             )
             for adapter in (None, *self.bot.adapters)
         ]
@@ -211,7 +213,11 @@ class Service:
         with self.admission_slot(options.n, key):
             matchers = await self._matchers(request, options.n, key)
             prompt = await self._prepare(
-                request, key, lambda turns: self.bot.prompt(turns, options)
+                request,
+                key,
+                lambda turns: self.bot.prompt(
+                    turns, options, continue_final_message=request.continue_final_message
+                ),
             )
             seconds = time.time() - start
             record.spans.append(("media", start, start + seconds))
@@ -399,9 +405,13 @@ class Service:
 
 
 def model_card(
-    name: str, parent: str | None, processor: Processor, generation_config: dict[str, Any]
+    name: str,
+    parent: str | None,
+    processor: Processor,
+    generation_config: dict[str, Any],
+    folder: Path,
 ) -> ModelCard:
-    """What /v1/models says of a model with this processor."""
+    """What /v1/models says of a model of this folder with this processor."""
     config = processor.config
     return ModelCard(
         id=name,
@@ -412,6 +422,7 @@ def model_card(
         tokens_per_frame=config.video_layout(2).length // 2,
         video_frames=processor.num_frames,
         generation_config=generation_config,
+        builtin=folder == BUILTIN,
     )
 
 

@@ -5,6 +5,8 @@ name with what to use instead.
 """
 
 import base64
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from llava_interleave.chat import load
 from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
 from llava_interleave.testing import tiny_checkpoint
-from tests.helpers.requests import RED, WHAT, data_url, image_part, png, user
+from tests.helpers.requests import BLUE, GREEN, RED, WHAT, data_url, image_part, png, user
 
 CHAT = "/v1/chat/completions"
 LOCAL = "http://127.0.0.1:8000"
@@ -157,7 +159,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "chat_template_kwargs": ({"x": 1}, "--preset"),
     "skip_special_tokens": (False, "special tokens"),
     "add_generation_prompt": (False, "an answer is generated"),
-    "continue_final_message": (True, "the beginning of the answer"),
     "echo": (True, "not repeated"),
     "stop_token_ids": ([5], "use stop"),
     "min_tokens": (5, "logit_bias"),
@@ -175,6 +176,61 @@ def test_fields_that_ask_for_something_else_are_refused_by_name(
     error = refused.json()["error"]
     assert (refused.status_code, error["param"]) == (400, name)
     assert hint in error["message"]
+
+
+def test_an_answer_is_continued(client: TestClient, folder: Path) -> None:
+    """continue_final_message gives what would have followed: the rest of the very same answer."""
+    bot = load(folder, device="cpu")
+    whole = bot.chat(WHAT, max_new_tokens=12, stop_on_repetition=False)
+    encode = bot.processor.tokenizer.encode
+    for count in range(1, 12):
+        begun = bot.processor.tokenizer.decode(whole.tokens[:count])
+        if encode(begun, special=False) == whole.tokens[:count]:
+            break
+    messages = [*WHAT, {"role": "assistant", "content": begun}]
+    body = {"messages": messages, "max_tokens": 12 - count, "stop_on_repetition": False}
+    rest = ask(client, **body, continue_final_message=True)
+    assert begun + text_of(rest) == whole.text
+    assert rest.json()["usage"]["prompt_tokens"] == whole.usage.prompt + count
+    body["add_generation_prompt"] = False  # as vLLM's clients have to say
+    assert text_of(ask(client, **body, continue_final_message=True)) == text_of(rest)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"continue_final_message": True},
+        {"continue_final_message": True, "messages": [*WHAT, ANSWERED | {"content": ""}]},
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"return_progress": True},
+    ],
+    ids=["a question", "no text", "both", "no stream"],
+)
+def test_continuing_and_progress_are_refused_where_they_cannot_be(
+    client: TestClient, body: dict[str, Any]
+) -> None:
+    refused = ask(client, **body)
+    assert refused.status_code == 400
+    assert re.search("continue|stream: true", refused.json()["error"]["message"])
+
+
+def test_progress_of_a_prompt(client: TestClient) -> None:
+    """llama.cpp's return_progress: chunks before the first token, in images as well."""
+    body = {"messages": user(image_part(BLUE), image_part(GREEN), TEXT), "max_tokens": 2}
+    body |= {"stream": True, "return_progress": True}
+    with client.stream("POST", CHAT, json=body) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    progress = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    first_text = next(
+        i for i, c in enumerate(chunks) if c["choices"] and c["choices"][0]["delta"].get("content")
+    )
+    assert progress and all("prompt_progress" not in chunk for chunk in chunks[first_text:])
+    assert {(one["images"], one["total"]) for one in progress} == {(2, progress[0]["total"])}
+    assert [one["processed"] for one in progress] == sorted(one["processed"] for one in progress)
+    assert all(
+        one["images_processed"] <= 2 and one["cache"] <= one["processed"] for one in progress
+    )
 
 
 REFUSED_MESSAGES: dict[str, tuple[list[dict[str, Any]], str]] = {

@@ -1,12 +1,14 @@
-// The server's HTTP API: keys, uploads, counting, streamed answers.
+// The server's HTTP API: keys, models, uploads, counting, prefill, attribution, streamed answers.
 
 let key = sessionStorage.getItem("key") ?? "";
-const uploads = new Map(); // file key -> promise of the server's id
+/** @type {Map<string, Promise<string>>} */
+const uploads = new Map(); // hash of a file -> the server's id
+const UPLOADS_AT_A_TIME = 3;
 
 export class ApiError extends Error {
-  constructor(status, message, code) {
+  constructor(status, message, code = "") {
     super(message);
-    this.status = status;
+    this.status = status; // 0: no connection
     this.code = code;
   }
 }
@@ -34,54 +36,83 @@ async function call(path, options = {}) {
 
 const post = (path, body, signal) =>
   call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+const posted = async (path, body, signal) => (await post(path, body, signal)).json();
 
-export async function models() {
-  return (await (await call("v1/models")).json()).data;
-}
-
-/** The server's id of a file; it is sent once. */
-export function upload(name, blob, fileKey) {
-  if (!uploads.has(fileKey)) {
-    const form = new FormData();
-    form.append("purpose", "vision");
-    form.append("file", blob, name);
-    const sent = call("v1/files", { method: "POST", body: form }).then((response) => response.json()).then((file) => file.id);
-    sent.catch(() => uploads.delete(fileKey));
-    uploads.set(fileKey, sent);
-  }
-  return uploads.get(fileKey);
-}
-
-/** The server may have dropped files to make room: send them again when they are needed next. */
-export function forgetUploads() {
-  uploads.clear();
-}
-
-export async function count(body, signal) {
-  return (await post("v1/messages/count", body, signal)).json();
-}
-
+export const models = async () => (await (await call("v1/models")).json()).data;
+export const reachable = () => call("health").then(() => true, () => false);
+/** Tokens of each part, and the times of the frames of videos. */
+export const count = (body, signal) => posted("v1/messages/count", body, signal);
+/** Compute the images of a coming question while the user still writes. */
+export const prefill = (body, signal) => posted("v1/messages/prefill", body, signal);
 /** Which image the answer that ends the messages used. */
-export async function attribution(body, signal) {
-  return (await post("v1/messages/attribution", body, signal)).json();
+export const attribution = (body, signal) => posted("v1/messages/attribution", body, signal);
+
+const queue = [];
+let sending = 0;
+
+async function inTurn(work) {
+  if (sending >= UPLOADS_AT_A_TIME) await new Promise((resolve) => queue.push(resolve));
+  sending += 1;
+  try {
+    return await work();
+  } finally {
+    sending -= 1;
+    queue.shift()?.();
+  }
 }
+
+/** The server's id of a file; it is sent once. @param {() => Promise<Blob | undefined>} read */
+export function upload(hash, name, read) {
+  if (!uploads.has(hash)) {
+    const sent = inTurn(async () => {
+      const blob = await read();
+      if (!blob) throw new ApiError(0, `${name} is no longer in this browser`);
+      return send(name, blob);
+    });
+    sent.catch(() => uploads.delete(hash));
+    uploads.set(hash, sent);
+  }
+  return /** @type {Promise<string>} */ (uploads.get(hash));
+}
+
+async function send(name, blob) {
+  const form = new FormData();
+  form.append("purpose", "vision");
+  form.append("file", blob, name);
+  return (await (await call("v1/files", { method: "POST", body: form })).json()).id;
+}
+
+/** Delete uploads of this page that are not among `hashes`, to make room; -> how many. */
+export async function makeRoom(hashes) {
+  const others = [...uploads].filter(([hash]) => !hashes.has(hash));
+  for (const [hash, sent] of others) {
+    uploads.delete(hash);
+    await sent.then((id) => call(`v1/files/${id}`, { method: "DELETE" })).catch(() => {});
+  }
+  return others.length;
+}
+
+/** The server has lost uploads (it was restarted, say): send them again when they are needed next. */
+export const forgetUploads = () => uploads.clear();
 
 /** The chunks of a streamed answer. */
 export async function* stream(body, signal) {
-  const response = await post("v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, signal);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const response = await post("v1/chat/completions", { ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }, signal);
+  const reader = /** @type {ReadableStream} */ (response.body).pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new ApiError(0, "the connection was lost before the answer was complete");
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new ApiError(0, "the connection was lost");
+    });
+    if (done) throw new ApiError(0, "the connection was lost");
     const events = (rest + value).split(/\r?\n\r?\n/);
-    rest = events.pop();
+    rest = events.pop() ?? "";
     for (const event of events) {
       const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
       if (data === "[DONE]") return;
       if (!data) continue;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(500, chunk.error.message, chunk.error.code);
+      if (chunk.error) throw new ApiError(chunk.error.code === "stopping" ? 0 : 500, chunk.error.message, chunk.error.code);
       yield chunk;
     }
   }

@@ -1,18 +1,32 @@
-// Attribution of an answer: shares, and heat maps that cover what its words did not attend to.
+// Which image an answer used: in words, per sentence, with heat maps over the images.
 
-import { make, videoFrames } from "./dom.js";
+import * as api from "./api.js";
+import { button, make, reconcile } from "./dom.js";
+import { tile, titleOf } from "./media.js";
+import { withUploads } from "./requests.js";
+import { attempt, state } from "./state.js";
 import * as store from "./store.js";
+import { branch, mediaOf } from "./tree.js";
+import { openViewer } from "./viewer.js";
 
 const OPACITY = 0.85; // as in the report of `llava ask --attribution`
 const GREY = 128;
+const HARDLY = 0.2; // nats: below, the answer is about as likely without the image
+
+/** Answers whose attribution is open, and the requests of those that are being computed.
+ * @type {Map<string, AbortController | null>} */
+const open = new Map();
 
 const percent = (share) => `${Math.round(100 * share)} %`;
+const total = (map) => map.flat().reduce((sum, heat) => sum + heat, 0);
+const sum = (maps) => maps[0].map((row, y) => row.map((_, x) => maps.reduce((all, map) => all + map[y][x], 0)));
+const highest = (images) => images.flatMap(({ heat }) => heat.flat(2)).reduce((a, b) => Math.max(a, b), 0) || 1;
 
 /** A heat map as a cover: the more attention, the more transparent. The square root keeps peaks from hiding the rest. */
-function heatmap(rows, max) {
-  const canvas = make("canvas", { className: "heatmap", width: rows.length, height: rows.length, ariaHidden: "true" });
+export function heatmap(rows, max) {
+  const canvas = make("canvas", { className: "heatmap", width: rows[0].length, height: rows.length, ariaHidden: "true" });
   const context = canvas.getContext("2d");
-  const image = context.createImageData(rows.length, rows.length);
+  const image = context.createImageData(rows[0].length, rows.length);
   rows.flat().forEach((heat, i) => image.data.set([GREY, GREY, GREY, 255 * OPACITY * (1 - Math.sqrt(heat / max))], 4 * i));
   context.putImageData(image, 0, 0);
   return canvas;
@@ -22,65 +36,124 @@ function heatmap(rows, max) {
 function position(rows) {
   const flat = rows.flat();
   const at = flat.indexOf(Math.max(...flat));
-  const third = (index) => Math.floor((3 * index) / rows.length);
-  const [up, across] = [third(Math.floor(at / rows.length)), third(at % rows.length)];
+  const third = (index, size) => Math.floor((3 * index) / size);
+  const [up, across] = [third(Math.floor(at / rows[0].length), rows.length), third(at % rows[0].length, rows[0].length)];
   if (up === 1 && across === 1) return "the middle";
   return `the ${["upper", "middle", "lower"][up]} ${["left", "middle", "right"][across]}`;
 }
 
-const total = (map) => map.flat().reduce((sum, heat) => sum + heat, 0);
-const sum = (maps) => maps[0].map((row, y) => row.map((_, x) => maps.reduce((all, map) => all + map[y][x], 0)));
+/** What an image does for an answer whose log-probability changes by so many nats without it. */
+export function effect(change) {
+  const times = Math.exp(Math.abs(change));
+  if (Math.abs(change) < HARDLY) return "without it the answer would be about as likely";
+  const factor = times < 10 ? times.toFixed(1) : times > 1000 ? "more than 1,000" : String(Math.round(times));
+  return `without it this answer would be ${factor} times ${change > 0 ? "less" : "more"} likely`;
+}
 
-/** An image or the frames of a video with their maps. A GIF has the sum of its maps. */
-function mediaWithMaps(part, { heat, times }, max) {
-  const box = make("div", { className: "strip" });
-  const put = (element, map) => box.append(make("span", { className: "frame" }, element, heatmap(map, max)));
-  store.file(part.key).then(async (blob) => {
-    if (!blob) return;
-    const url = URL.createObjectURL(blob);
-    try {
-      if (part.type === "video" && blob.type !== "image/gif") {
-        await videoFrames(url, times, () => box.isConnected, (canvas, i) => put(canvas, heat[i]));
-      } else {
-        const image = make("img", { src: url, alt: part.label || part.name });
-        await image.decode();
-        put(image, heat.length > 1 ? sum(heat) : heat[0]);
-      }
-    } catch {
-      box.append(`${part.name} (this browser cannot show it)`);
-    } finally {
-      URL.revokeObjectURL(url);
+/** One sentence for the whole: which images decide. */
+export function verdict(images, names) {
+  const ranked = images.map((image, i) => ({ ...image, title: names[i] })).sort((a, b) => b.change - a.change);
+  const top = ranked[0];
+  if (top.change < HARDLY) return "No single image decides this answer: it would be about as likely without any one of them.";
+  if (images.length === 1) return `This answer needs ${top.title}: ${effect(top.change)}.`;
+  const others = ranked.slice(1).filter(({ share }) => share > 0.2).map(({ title }) => title);
+  return `This answer rests ${top.share > 0.6 ? "mostly" : "partly"} on ${top.title} (${percent(top.share)})${others.length ? `, also on ${others.join(" and ")}` : ""}.`;
+}
+
+/** The button of an answer; its view is appended to `item`. */
+export function attributionOf(node, item) {
+  const toggle = button("Which image?", press, { label: "Which image this answer used", className: "link attribute" });
+  toggle.ariaExpanded = String(open.has(node.id));
+  if (open.has(node.id)) queueMicrotask(draw);
+  return toggle;
+
+  async function press() {
+    const request = open.get(node.id);
+    if (open.has(node.id)) {
+      open.delete(node.id);
+      request?.abort();
+      draw();
+      return;
     }
+    if (!node.attribution) {
+      const controller = new AbortController();
+      open.set(node.id, controller);
+      draw();
+      const { chat } = state;
+      const result = await attempt(() => withUploads(chat, branch(chat, node.id), (body) => api.attribution(body, controller.signal)));
+      if (open.get(node.id) !== controller) return;
+      if (!result) open.delete(node.id);
+      else {
+        node.attribution = result;
+        node.changed = Date.now();
+        await attempt(() => store.save(chat));
+      }
+    }
+    if (node.attribution) open.set(node.id, null);
+    draw();
+  }
+
+  function draw() {
+    const computing = Boolean(open.get(node.id));
+    toggle.ariaExpanded = String(open.has(node.id) && !computing);
+    toggle.querySelector("span").textContent = computing ? "Computing… (press to cancel)" : "Which image?";
+    item.querySelector(".attribution")?.remove();
+    if (open.has(node.id) && node.attribution) item.append(view(node));
+  }
+}
+
+function view(node) {
+  const { images, sentences } = node.attribution;
+  const media = mediaOf(branch(state.chat, node.id));
+  const names = media.map((part, i) => `${part.type} ${i + 1}`);
+  const box = make("section", { className: "attribution", ariaLabel: "Which image this answer used" });
+  const most = highest(images);
+  const covers = (index) => images[index]?.heat.map((map) => heatmap(map, most)) ?? [];
+  box.append(make("p", { className: "verdict", textContent: verdict(images, names) }));
+  const list = make("ol", {});
+  const rows = (of) =>
+    reconcile(list, of, ({ name }) => name, ({ share, change }) => `${share} ${change}`, (image, i) => row(image, media[i], i, names[i], heatmap(sum(image.heat), most), () => openViewer(media, i, covers)));
+  rows(images);
+  if (sentences?.length > 1) box.append(sentencePicker(sentences, (of) => rows(of ? images.map((image, i) => ({ ...image, ...of.images[i] })) : images)));
+  box.append(list);
+  const how = make("details", {}, make("summary", { textContent: "How this is measured" }), make("p", { textContent: "Each image is left out in turn, and the model is asked how likely it would write the same answer. The bar is an image's part of all losses. Heat maps show where the answer's words attend to; what is covered in grey got little attention. A measure of this model on this answer, not a proof." }), make("p", { textContent: images.map(({ change }, i) => `${names[i]}: ${change.toFixed(2)} nats`).join(", ") }));
+  box.append(how);
+  return box;
+}
+
+/** Choose a sentence of the answer to see its own images. */
+function sentencePicker(sentences, choose) {
+  const box = make("p", { className: "sentences", role: "group", ariaLabel: "Sentences of the answer" });
+  sentences.forEach((sentence) => {
+    const one = button(sentence.text.trim(), () => {
+      const on = one.ariaPressed !== "true";
+      for (const other of box.children) other.ariaPressed = "false";
+      one.ariaPressed = String(on);
+      choose(on ? sentence : null);
+    }, { className: "sentence" });
+    one.ariaPressed = "false";
+    box.append(one);
   });
   return box;
 }
 
-function summary({ name, share, change, attention, heat }, part) {
+function row(image, part, index, name, cover, enlarge) {
+  const { share, change, attention, heat } = image;
   const hottest = heat.reduce((best, map, i) => (total(map) > total(heat[best]) ? i : best), 0);
-  const frame = heat.length > 1 ? `frame ${hottest + 1}, ` : "";
-  const without = `without it ${Math.abs(change).toFixed(2)} nats ${change < 0 ? "more likely" : "less likely"}`;
+  const where = heat.length > 1 ? `frame ${hottest + 1}, ${position(heat[hottest])}` : position(heat[hottest]);
+  const thumb = tile(part, index + 1, () => []);
+  thumb.onclick = enlarge;
+  thumb.ariaLabel = `Enlarge ${titleOf(part, index + 1)} with its heat map`;
+  thumb.append(cover);
   return make(
-    "p",
+    "li",
     {},
-    make("strong", { textContent: `${name} ` }),
-    make("meter", { min: 0, max: 1, value: share, ariaLabel: `Share of ${name}` }),
-    make("strong", { textContent: ` ${percent(share)} ` }),
-    `${part.name}: ${without}; ${percent(attention)} of the attention, most in ${frame}${position(heat[hottest])}`,
+    thumb,
+    make(
+      "div",
+      {},
+      make("div", { className: "row" }, make("strong", { textContent: part.label ? `${name}, ${part.label}` : name }), make("meter", { min: 0, max: 1, value: share, ariaLabel: `Part of ${name} in the answer` }), make("strong", { className: "share", textContent: percent(share) })),
+      make("p", { textContent: `${effect(change)[0].toUpperCase()}${effect(change).slice(1)}. It got ${percent(attention)} of the attention, most at ${where}.` }),
+    ),
   );
-}
-
-/** The view of an attribution. `parts`: the images and videos of the conversation, in order. */
-export function attributionView({ images }, parts) {
-  const max = images.flatMap(({ heat }) => heat.flat(2)).reduce((a, b) => Math.max(a, b), 0) || 1;
-  const largest = Math.max(...images.map(({ change }) => change));
-  const list = make("ol", {});
-  images.forEach((image, i) => {
-    const item = make("li", {}, summary(image, parts[i]), mediaWithMaps(parts[i], image, max));
-    if (largest > 0 && image.change === largest) item.className = "top";
-    list.append(item);
-  });
-  const toggle = make("label", {}, make("input", { type: "checkbox" }), " images without maps");
-  const shares = largest > 0 ? "Share: how much less likely the answer is without the image." : "No single image makes the answer more likely: all have the same share.";
-  const how = make("p", { textContent: `${shares} Covered: areas without attention.` });
-  return make("section", { className: "attribution", ariaLabel: "Which image this answer used" }, how, list, toggle);
 }

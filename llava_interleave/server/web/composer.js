@@ -1,77 +1,107 @@
-// Sending a message, generating its answer, and editing a message as a new branch.
+// The message being written: kept at every change, sent, and put aside while an earlier one is edited.
 
-import * as api from "./api.js";
-import { MARK, compose, mark, renderAttachments } from "./attachments.js";
-import { renderChats } from "./chats.js";
-import { render, renderMessage } from "./messages.js";
-import { withUploads } from "./requests.js";
-import { $, attempt, requestKey, showError, state } from "./state.js";
+import { prepareSoon, ready } from "./ahead.js";
+import { MARK, compose, firstNumber, renderAttachments } from "./attachments.js";
+import { $, debounce } from "./dom.js";
+import { elsewhere, generate } from "./generate.js";
+import { render } from "./messages.js";
+import { renderChats } from "./sidebar.js";
+import { UNREACHABLE, attempt, emptyDraft, parentOf, running, showError, state } from "./state.js";
 import * as store from "./store.js";
+import { add, branch, randomId } from "./tree.js";
+
+const saveSoon = debounce(async () => {
+  await keepDraft();
+  if (!state.chat.leaf) renderChats(); // it lists drafts
+}, 200);
+
+/** Save the draft now; `files`: new ones, [key, blob]. */
+export async function keepDraft(draft = state.draft, files = []) {
+  draft.changed = Date.now();
+  await store.saveDraft(draft, files);
+}
+
+/** The draft has changed on the page. */
+export function changed() {
+  state.draft.text = $("text").value;
+  saveSoon();
+  fit();
+  prepareSoon();
+  renderMistake();
+}
+
+/** The text area grows with its text. */
+function fit() {
+  const area = $("text");
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight + 2}px`;
+}
+
+let mistake = "";
+
+/** Show what is wrong with the text's marks; take it back once it is mended. */
+function renderMistake() {
+  let found = "";
+  try {
+    compose(state.draft.text);
+  } catch (error) {
+    found = error.message;
+  }
+  if (found || mistake === $("error").textContent) showError(found);
+  mistake = found;
+}
+
+/** Show the draft. */
+export function renderDraft() {
+  const { draft } = state;
+  if ($("text").value !== draft.text) $("text").value = draft.text;
+  $("editing").hidden = !draft.editing;
+  renderAttachments();
+  fit();
+}
+
+export const isBusy = () => branch(state.chat).some(({ id }) => running.has(id));
 
 export async function send() {
-  const text = $("text").value.trim();
-  if (state.running || (!text && !state.attachments.length)) return;
+  const { chat, draft } = state;
+  const text = draft.text.trim();
+  if (isBusy() || !ready() || (!text && !draft.attachments.length)) return;
+  if (!state.online) return showError(`${UNREACHABLE}; the message is kept`);
   const parts = await attempt(() => compose(text));
   if (!parts) return;
-  if (!parts.some((part) => part.type === "text" && part.text.trim())) {
+  if (!parts.some((part) => part.text?.trim())) {
     showError("write a question about the attachments");
+    $("text").focus();
     return;
   }
+  const before = chat.nodes[parentOf() ?? ""];
+  if (before && (await elsewhere(before))) return showError("another tab is still writing the last answer");
   showError();
-  const question = store.add(state.chat, state.parent, "user", parts);
-  state.chat.title ||= text.replace(MARK, "").trim().slice(0, 60);
-  clear();
+  for (const part of parts) part.times = draft.attachments.find(({ key, start, end, frames }) => [key, start, end, frames].join() === [part.key, part.start, part.end, part.frames].join())?.times;
+  const question = add(chat, parentOf(), "user", parts);
+  chat.title ||= text.replace(MARK, "").replace(/\s+/g, " ").trim().slice(0, 60);
+  setDraft(draft.stash ?? {});
   await generate(question);
 }
 
-/** Generate an answer to a question, as a new branch. */
-export async function generate(question) {
-  const { chat } = state;
-  const node = store.add(chat, question.id, "assistant", [{ type: "text", text: "" }]);
-  const path = store.branch(chat, question.id);
-  state.parent = node.id;
-  state.running = new AbortController();
+/** Replace the message being written. @param {{text?: string, attachments?: import("./types").Attachment[]}} draft */
+function setDraft({ text = "", attachments = [] }, more = {}) {
+  state.draft = { ...emptyDraft(state.chat.id), text, attachments, ...more };
+  renderDraft();
   render();
-  await attempt(() => store.save(chat)); // the question survives if the page is closed now
-  try {
-    await withUploads(path, async (body) => {
-      node.frames = body.frames;
-      for await (const chunk of api.stream(body, state.running.signal)) {
-        const choice = chunk.choices?.[0];
-        if (choice?.delta?.content) node.parts[0].text += choice.delta.content;
-        if (choice?.finish_reason) node.finish = choice.finish_reason;
-        if (chunk.usage) node.usage = chunk.usage;
-        if (chunk.timings) node.timings = chunk.timings;
-        if (choice?.delta?.content) renderMessage(node);
-      }
-    });
-  } catch (error) {
-    node.error = error.name === "AbortError" ? "stopped" : error.message;
-    if (error.status === 401) requestKey();
-  } finally {
-    state.running = null;
-    await attempt(() => store.save(chat));
-    render();
-    renderChats();
-  }
+  attempt(() => keepDraft());
 }
 
-export function clear() {
-  for (const item of state.attachments) URL.revokeObjectURL(item.url);
-  state.attachments = [];
-  $("text").value = "";
-  state.parent = state.chat.leaf;
-  renderAttachments();
-}
-
+/** Edit a message as a new branch; what was being written is put aside until then. @param {import("./types").Message} node */
 export async function edit(node) {
-  clear();
+  const { text, attachments, stash } = state.draft;
   showError();
-  state.parent = node.parent;
-  let text = "";
+  const items = [];
+  let written = "";
+  const first = firstNumberOf(node);
   for (const part of node.parts) {
     if (part.type === "text") {
-      text += part.text;
+      written += part.text;
       continue;
     }
     const blob = await store.file(part.key);
@@ -79,11 +109,25 @@ export async function edit(node) {
       showError(`${part.name} is no longer in this browser and is left out; attach it again`);
       continue;
     }
-    const url = URL.createObjectURL(blob);
-    state.attachments.push({ key: part.key, kind: part.type, name: part.name, label: part.label ?? "", blob, url });
-    text += mark(state.attachments.length - 1);
+    items.push({ ...part, id: randomId(), time: node.made, bytes: blob.size });
+    if (written) written += `[${part.type} ${first + items.length - 1}]`;
   }
-  $("text").value = text;
-  renderAttachments();
+  const editing = state.draft.editing ? stash : { text, attachments };
+  setDraft({ text: written, attachments: /** @type {any} */ (items) }, { editing: node.id, stash: editing });
+  $("text").focus();
+}
+
+function firstNumberOf(node) {
+  const before = state.draft.editing;
+  state.draft.editing = node.id;
+  const first = firstNumber();
+  state.draft.editing = before;
+  return first;
+}
+
+export function cancelEdit() {
+  if (!state.draft.editing) return;
+  setDraft(state.draft.stash ?? {});
+  renderChats();
   $("text").focus();
 }

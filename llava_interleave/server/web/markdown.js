@@ -1,4 +1,6 @@
-// A small, safe Markdown: text becomes elements and text nodes, never HTML.
+// A small, safe Markdown: text becomes elements and text nodes, never HTML. `make web` replaces it by markdown-it.
+
+export const rich = false;
 
 function inline(parent, text) {
   const pattern = /`([^`]+)`|\*\*([^*]+)\*\*|\*([^*\s][^*]*)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g;
@@ -8,7 +10,7 @@ function inline(parent, text) {
     end = match.index + match[0].length;
     const [whole, code, strong, em, label, address] = match;
     const tag = code !== undefined ? "code" : strong !== undefined ? "strong" : em !== undefined ? "em" : "a";
-    const element = document.createElement(tag);
+    const element = /** @type {any} */ (document.createElement(tag));
     element.textContent = code ?? strong ?? em ?? label;
     if (tag === "a") {
       element.href = address;

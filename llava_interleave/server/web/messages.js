@@ -1,133 +1,221 @@
-// The conversation: its messages, their figures and buttons, and the attribution of an answer.
+// The conversation: its messages with numbered images, what became of an answer, and what can be done with it.
 
-import * as api from "./api.js";
-import { attributionView } from "./attribution.js";
-import { edit, generate } from "./composer.js";
-import { make } from "./dom.js";
+import { allMedia } from "./attachments.js";
+import { attributionOf } from "./attribution.js";
+import { edit, isBusy, renderDraft } from "./composer.js";
+import { $, announce, button, make, plural, reconcile } from "./dom.js";
+import { generate, resume } from "./generate.js";
 import { markdown } from "./markdown.js";
-import { withUploads } from "./requests.js";
-import { $, attempt, showError, state } from "./state.js";
+import { tile } from "./media.js";
+import { attempt, running, state } from "./state.js";
 import * as store from "./store.js";
+import { branch, mediaOf, show, siblings, textOf } from "./tree.js";
+import { openViewer } from "./viewer.js";
+import { renderWelcome } from "./welcome.js";
 
-const attributions = new WeakMap(); // message -> attribution of its answer, or AbortController of the request
+const SHOWN = 24; // images of a message before "show all"
+const NAMES = /\b(image|picture|photo|video|view)s? (\d+)\b/gi;
 
-const media = (node) => store.branch(state.chat, node.id).flatMap((one) => one.parts.filter((part) => part.key));
-const duration = (seconds) => (seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`);
-const button = (text, ariaLabel, onclick) => make("button", { type: "button", className: "link", textContent: text, ariaLabel, onclick });
+/** @type {Set<string>} messages that show all their images */
+const expanded = new Set();
+
+export const duration = (seconds) => (seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`);
 const note = (textContent, className = "") => make("span", { textContent, className });
 
-export function render() {
-  $("messages").replaceChildren(...store.branch(state.chat).map(message));
-  $("messages").scrollTop = $("messages").scrollHeight;
-  $("messages").ariaBusy = Boolean(state.running); // a screen reader reads a finished answer
-  $("title").textContent = state.chat.title || "New chat";
-  $("stop").hidden = !state.running;
-  $("send").hidden = Boolean(state.running);
+/** @param {boolean} [toEnd] scroll to the end */
+export function render(toEnd = true) {
+  const { chat } = state;
+  const nodes = branch(chat);
+  renderWelcome(!nodes.length);
+  reconcile($("messages"), nodes, (node) => node.id, versionOf, message);
+  if (toEnd) $("scroll").scrollTop = nodes.length ? $("scroll").scrollHeight : 0;
+  renderBusy();
+  $("title").textContent = chat.title || "New chat";
+  document.title = chat.title ? `${chat.title} · LLaVA-Interleave` : "LLaVA-Interleave";
 }
 
-/** Redraw one message, and stay at the end of the conversation. */
+function renderBusy() {
+  const busy = isBusy();
+  $("messages").ariaBusy = busy; // a screen reader reads a finished answer
+  $("stop").hidden = !busy;
+  $("send").hidden = busy;
+}
+
+function versionOf(node) {
+  const around = siblings(state.chat, node);
+  return [node.changed, running.has(node.id), isBusy(), around.indexOf(node), around.length, expanded.has(node.id), state.draft.editing === node.id].join();
+}
+
+/** Redraw one message, and stay at the end of the conversation. @param {import("./types").Message} node */
 export function renderMessage(node) {
-  const list = $("messages");
-  const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
-  $(`m-${node.id}`)?.replaceWith(message(node));
-  if (atEnd) list.scrollTop = list.scrollHeight;
+  if (!state.chat.nodes[node.id]) return;
+  const box = $("scroll");
+  const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
+  if ($(`m-${node.id}`) && isBusy() === ($("stop").hidden === false)) {
+    const item = $(`m-${node.id}`);
+    const fresh = message(node);
+    Object.assign(fresh.dataset, { key: node.id, version: versionOf(node) });
+    item.replaceWith(fresh);
+  } else render(false);
+  if (atEnd) box.scrollTop = box.scrollHeight;
 }
 
+/** Only the words about the progress of an answer. @param {import("./types").Message} node */
+export function renderStatus(node) {
+  const job = running.get(node.id);
+  const line = $(`m-${node.id}`)?.querySelector(".status");
+  if (!line || !job) return;
+  const seconds = Math.round((performance.now() - job.since) / 1000);
+  line.textContent = `${job.phase}${seconds > 0 ? ` · ${seconds} s` : ""}`;
+}
+
+setInterval(() => running.forEach(({ chat }, id) => chat === state.chat && renderStatus(chat.nodes[id])), 1000);
+
+function numberBefore(node) {
+  return mediaOf(branch(state.chat, node.parent)).length;
+}
+
+/** Images that can be enlarged: those of the conversation, then those attached. */
+const conversationMedia = () => (state.draft.editing ? mediaOf(branch(state.chat)) : allMedia());
+
+/** @param {import("./types").Message} node */
 function message(node) {
-  const item = make("li", { className: node.role, id: `m-${node.id}` });
-  item.append(make("span", { className: "hidden", textContent: node.role === "user" ? "You:" : "Answer:" }));
+  const item = make("li", { className: `message ${node.role}`, id: `m-${node.id}` });
+  if (state.draft.editing === node.id) item.classList.add("edited");
+  item.append(make("h2", { className: "hidden", textContent: node.role === "user" ? "You" : "Answer" }));
   const content = make("div", { className: "content" });
-  for (const part of node.parts) {
-    content.append(part.type !== "text" ? mediaView(part) : node.role === "user" ? part.text : markdown(part.text));
-  }
-  if (!content.textContent && !content.children.length && state.running) content.append("…");
-  item.append(content, footer(node));
-  renderAttribution(node, item);
+  contentOf(node, content);
+  linkNumbers(content);
+  content.querySelectorAll("pre").forEach(addCopy);
+  item.append(content);
+  if (running.has(node.id)) {
+    item.append(make("p", { className: "status" }));
+    queueMicrotask(() => renderStatus(node));
+  } else if (node.role === "assistant") outcome(node, item);
+  item.append(footer(node, item));
   return item;
 }
 
-function mediaView(part) {
-  const box = make("span", { className: "media" });
-  store.file(part.key).then((blob) => {
-    if (!blob) {
-      box.textContent = `${part.name} (no longer in this browser)`;
-      return;
+function contentOf(node, content) {
+  let number = numberBefore(node);
+  let tiles = null;
+  for (const part of node.parts) {
+    if (part.key) {
+      number += 1;
+      if (!tiles) content.append((tiles = make("div", { className: "tiles" })));
+      if (tiles.children.length < SHOWN || expanded.has(node.id)) tiles.append(tile(part, number, conversationMedia));
+    } else {
+      tiles = null;
+      content.append(node.role === "user" ? make("p", { textContent: part.text.trim() }) : markdown(part.text));
     }
-    const src = URL.createObjectURL(blob);
-    if (part.type === "video" && blob.type !== "image/gif") box.prepend(make("video", { src, controls: true, muted: true }));
-    else box.prepend(make("img", { src, alt: part.label || part.name, onload: () => URL.revokeObjectURL(src) }));
+  }
+  const count = mediaOf([node]).length;
+  if (count <= SHOWN) return;
+  const all = expanded.has(node.id);
+  content.querySelector(".tiles").after(
+    button(all ? "Show fewer" : `Show all ${count} images`, () => {
+      if (all) expanded.delete(node.id);
+      else expanded.add(node.id);
+      render(false);
+    }),
+  );
+}
+
+/** "image 3" in a text enlarges that image. */
+function linkNumbers(content) {
+  const count = mediaOf(branch(state.chat)).length;
+  const walker = document.createTreeWalker(content, NodeFilter.SHOW_TEXT);
+  const texts = [];
+  while (walker.nextNode()) if (!walker.currentNode.parentElement?.closest("pre, code, a, button, .math")) texts.push(walker.currentNode);
+  for (const text of texts) {
+    const value = text.nodeValue ?? "";
+    const pieces = [];
+    let end = 0;
+    for (const match of value.matchAll(NAMES)) {
+      const number = +match[2];
+      if (number < 1 || number > count) continue;
+      pieces.push(value.slice(end, match.index), button(match[0], () => openViewer(conversationMedia(), number - 1), { className: "reference", title: `Enlarge image ${number}` }));
+      end = match.index + match[0].length;
+    }
+    if (pieces.length) /** @type {ChildNode} */ (text).replaceWith(...pieces, value.slice(end));
+  }
+}
+
+function addCopy(pre) {
+  const language = pre.querySelector("code")?.className.match(/language-([\w+#-]+)/)?.[1] ?? "";
+  const box = make("div", { className: "code" }, make("div", { className: "row" }, note(language), button("Copy", () => copy(pre.textContent), { label: "Copy this code" })));
+  pre.tabIndex = 0; // scrolls by keyboard
+  pre.replaceWith(box);
+  box.append(pre);
+}
+
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make("textarea", { value: text }); // a page over plain http
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  announce("Copied.");
+}
+
+/** Why an answer ended before its end, and the way on. */
+function outcome(node, item) {
+  if (node.finish === "stop") return;
+  const box = make("div", { className: "broken", hidden: true });
+  const why =
+    node.finish === "length" ? "Cut off at the length limit." : node.stopped ? "You stopped this answer." : node.error ? `This answer broke off: ${node.error}.` : "This answer broke off when the page was closed.";
+  box.append(note(why.replace("..", ".")));
+  if (textOf(node)) box.append(button("Continue", () => resume(node), { className: "quiet", label: "Continue this answer", disabled: isBusy() }));
+  else box.append(button("Try again", () => resume(node), { className: "quiet", disabled: isBusy() }));
+  item.append(box);
+  const reveal = () => (box.hidden = false);
+  if (node.finish || node.stopped || node.error || !navigator.locks) return reveal();
+  // Another tab may be writing it: its lock is free once it has ended, or its tab is closed.
+  navigator.locks.request(node.id, { mode: "shared" }, () => {
+    const now = state.chat.nodes[node.id];
+    if (now && !now.finish && !running.has(node.id)) reveal();
   });
-  if (part.label) box.append(note(part.label));
-  return box;
+  return undefined;
 }
 
 /** Speed, tokens and buttons below a message. */
-function footer(node) {
+function footer(node, item) {
   const line = make("div", { className: "meta" });
   const { usage, timings } = node;
-  if (timings?.first_token != null) line.append(note(`first token ${duration(timings.first_token)}`));
-  if (timings?.tokens_per_second) line.append(note(`${Math.round(timings.tokens_per_second)} tokens/s`));
-  if (usage) line.append(note(`${usage.prompt_tokens} prompt tokens, ${usage.prompt_tokens_details?.cached_tokens ?? 0} cached`));
-  if (node.finish === "length") line.append(note("cut off at the token limit"));
-  if (node.error) line.append(note(node.error, "error"));
-  if (state.running) return line;
+  if (running.has(node.id)) return line;
   branchButtons(node, line);
-  if (node.role === "user") line.append(button("Edit", "Edit this message as a new branch", () => edit(node)));
-  else line.append(button("Retry", "Answer again as a new branch", () => generate(state.chat.nodes[node.parent])));
-  if (node.role === "assistant" && node.parts[0].text && media(node).length) {
-    const attribute = button("Which image?", "Which image this answer used", () => toggleAttribution(node));
-    attribute.classList.add("attribute");
-    line.append(attribute);
+  const act = (text, label, run) => line.append(button(text, run, { label, disabled: isBusy() && text !== "Copy" }));
+  act("Copy", node.role === "user" ? "Copy this message" : "Copy this answer", () => copy(textOf(node).trim()));
+  if (node.role === "user") act("Edit", "Edit this message as a new branch", () => edit(node));
+  else act("Retry", "Answer again as a new branch", () => generate(state.chat.nodes[node.parent]));
+  if (node.role === "assistant" && textOf(node) && mediaOf(branch(state.chat, node.id)).length) {
+    line.append(attributionOf(node, item));
   }
+  const facts = [];
+  if (timings?.first_token != null) facts.push(`first token ${duration(timings.first_token)}`);
+  if (timings?.tokens_per_second) facts.push(`${Math.round(timings.tokens_per_second)} tokens/s`);
+  if (usage) facts.push(`${plural(usage.prompt_tokens, "prompt token")}, ${usage.prompt_tokens_details?.cached_tokens ?? 0} cached`);
+  if (facts.length) line.append(note(facts.join(" · "), "facts"));
   return line;
 }
 
 function branchButtons(node, line) {
-  const siblings = store.siblings(state.chat, node);
-  if (siblings.length < 2) return;
-  const at = siblings.indexOf(node);
+  const around = siblings(state.chat, node);
+  if (around.length < 2) return;
+  const at = around.indexOf(node);
   const go = (to) => async () => {
-    store.show(state.chat, siblings[to]);
-    state.parent = state.chat.leaf;
-    render();
+    show(state.chat, around[to]);
+    render(false);
+    renderDraft();
     await attempt(() => store.save(state.chat));
   };
-  if (at > 0) line.append(button("‹", "The previous version", go(at - 1)));
-  line.append(note(`${at + 1} of ${siblings.length}`));
-  if (at < siblings.length - 1) line.append(button("›", "The next version", go(at + 1)));
-}
-
-/** Request and show which image an answer used; or hide it, or cancel the request. */
-async function toggleAttribution(node) {
-  showError();
-  const current = attributions.get(node);
-  attributions.delete(node);
-  current?.abort?.();
-  if (!current) {
-    const request = new AbortController();
-    attributions.set(node, request);
-    renderAttribution(node);
-    const result = await attempt(() => withUploads(store.branch(state.chat, node.id), (body) => fetchAttribution(node, body, request.signal)));
-    if (attributions.get(node) !== request) return;
-    if (result) attributions.set(node, result);
-    else attributions.delete(node);
-  }
-  renderAttribution(node);
-}
-
-async function fetchAttribution(node, requestBody, signal) {
-  const body = { ...requestBody, frames: node.frames ?? requestBody.frames };
-  const question = { ...body, messages: body.messages.slice(0, -1) };
-  const [{ images }, { parts }] = await Promise.all([api.attribution(body, signal), api.count(question, signal)]);
-  return { images: images.map((image, index) => ({ ...image, times: parts[index + 1].times })) };
-}
-
-function renderAttribution(node, item = $(`m-${node.id}`)) {
-  const toggle = item?.querySelector(".attribute");
-  if (!toggle) return;
-  const current = attributions.get(node);
-  toggle.ariaExpanded = Boolean(current?.images);
-  toggle.textContent = current && !current.images ? "Computing…" : "Which image?";
-  item.querySelector(".attribution")?.remove();
-  if (current?.images) item.append(attributionView(current, media(node)));
+  line.append(
+    button("", go(at - 1), { label: "The previous version", symbol: "left", disabled: at === 0 || isBusy() }),
+    note(`${at + 1} of ${around.length}`),
+    button("", go(at + 1), { label: "The next version", symbol: "right", disabled: at === around.length - 1 || isBusy() }),
+  );
 }

@@ -1,7 +1,11 @@
-// Chats and their files in the browser. A chat is a tree of messages; its `leaf` selects the branch that is shown.
+// What the browser keeps: chats, drafts, files and thumbnails, in IndexedDB. Other tabs hear of every change.
+
+import { merge } from "./tree.js";
 
 const NAME = "llava-interleave";
+const STORES = ["chats", "files", "drafts", "thumbs"];
 
+/** @param {IDBRequest} request @returns {Promise<any>} */
 function result(request) {
   return new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
@@ -13,137 +17,130 @@ let connection;
 
 function database() {
   connection ??= (() => {
-    const request = indexedDB.open(NAME, 1);
+    const request = indexedDB.open(NAME, 2);
     request.onupgradeneeded = () => {
-      request.result.createObjectStore("chats", { keyPath: "id" });
-      request.result.createObjectStore("files");
+      const db = request.result;
+      for (const name of STORES) {
+        if (!db.objectStoreNames.contains(name)) db.createObjectStore(name, ["chats", "drafts"].includes(name) ? { keyPath: "id" } : {});
+      }
     };
+    request.onsuccess = () => (request.result.onversionchange = () => request.result.close());
     return result(request);
   })();
   return connection;
 }
 
-async function table(name, mode = "readonly") {
-  return (await database()).transaction(name, mode).objectStore(name);
+/** One transaction; all its writes are kept, or none. @param {IDBTransactionMode} mode @param {(table: (name: string) => IDBObjectStore) => Promise<any>} work */
+async function transaction(mode, work) {
+  const open = (await database()).transaction(STORES, mode);
+  const done = new Promise((resolve, reject) => {
+    open.oncomplete = resolve;
+    open.onabort = open.onerror = () => reject(open.error ?? new Error("the browser's storage is full"));
+  });
+  const value = await work((name) => open.objectStore(name));
+  if (mode === "readwrite") await done;
+  return value;
 }
 
+const read = (name, key) => transaction("readonly", (table) => result(table(name).get(key)));
+const all = (name) => transaction("readonly", (table) => result(table(name).getAll()));
+
+const channel = new BroadcastChannel(NAME);
+const tell = (kind, id) => channel.postMessage({ kind, id });
+
+/** @param {(kind: "chat" | "draft" | "removed", id: string) => void} hear */
+export function onChange(hear) {
+  channel.onmessage = ({ data }) => hear(data.kind, data.id);
+}
+
+/** Ask the browser not to evict what it keeps when the disk is full. */
+export const persist = () => navigator.storage?.persist?.();
+
+/** @returns {Promise<import("./types").Chat[]>} pinned ones first, then the newest. */
 export async function chats() {
-  const all = await result((await table("chats")).getAll());
-  return all.sort((a, b) => b.changed - a.changed);
+  return (await all("chats")).sort((a, b) => Number(b.pinned ?? 0) - Number(a.pinned ?? 0) || b.changed - a.changed);
 }
 
+/** @returns {Promise<import("./types").Chat | undefined>} */
+export const chat = (id) => read("chats", id);
+
+/** Save a chat, joined with what other tabs have saved of it. @param {import("./types").Chat} chat */
 export async function save(chat) {
   chat.changed = Date.now();
-  await result((await table("chats", "readwrite")).put(chat));
-}
-
-export async function keep(key, blob) {
-  await result((await table("files", "readwrite")).put(blob, key));
-}
-
-export async function file(key) {
-  return result((await table("files")).get(key));
-}
-
-/** Drop a chat, and the files that no other chat has. */
-export async function remove(chat) {
-  await result((await table("chats", "readwrite")).delete(chat.id));
-  const used = new Set((await chats()).flatMap(keys));
-  for (const key of keys(chat)) if (!used.has(key)) await result((await table("files", "readwrite")).delete(key));
-}
-
-function keys(chat) {
-  return Object.values(chat.nodes).flatMap((node) => node.parts.filter((part) => part.key).map((part) => part.key));
-}
-
-/** Also on a page that came over plain http, where browsers withhold crypto.randomUUID. */
-export function randomId() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-export function create() {
-  return { id: randomId(), title: "", changed: 0, nodes: {}, leaf: null };
-}
-
-/** Put a message after `parent` and show it. */
-export function add(chat, parent, role, parts) {
-  const node = { id: randomId(), parent, role, parts, made: Date.now() };
-  chat.nodes[node.id] = node;
-  chat.leaf = node.id;
-  return node;
-}
-
-/** The messages of the branch that ends in `leaf`, first to last. */
-export function branch(chat, leaf = chat.leaf) {
-  const path = [];
-  for (let node = chat.nodes[leaf]; node; node = chat.nodes[node.parent]) path.unshift(node);
-  return path;
-}
-
-export function siblings(chat, node) {
-  return Object.values(chat.nodes).filter((other) => other.parent === node.parent).sort((a, b) => a.made - b.made);
-}
-
-/** Show the branch through `node` that was written last. */
-export function show(chat, node) {
-  for (;;) {
-    const next = Object.values(chat.nodes).filter((other) => other.parent === node.id).sort((a, b) => b.made - a.made)[0];
-    if (!next) break;
-    node = next;
-  }
-  chat.leaf = node.id;
-}
-
-function dataUrl(blob) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
+  await transaction("readwrite", async (table) => {
+    const { leaf } = chat;
+    Object.assign(chat, merge(await result(table("chats").get(chat.id)), chat), { leaf });
+    await result(table("chats").put(chat));
   });
+  tell("chat", chat.id);
 }
 
-/** Everything as one JSON text, files included. */
-export async function exportChats() {
-  const all = await chats();
-  const files = {};
-  for (const key of new Set(all.flatMap(keys))) {
-    const blob = await file(key);
-    if (blob) files[key] = await dataUrl(blob);
-  }
-  return JSON.stringify({ format: NAME, version: 1, chats: all, files });
+/** @returns {Promise<import("./types").Draft[]>} */
+export const drafts = () => all("drafts");
+/** @returns {Promise<import("./types").Draft | undefined>} */
+export async function draft(id) {
+  const late = JSON.parse(localStorage.getItem(`draft-${id}`) ?? "null");
+  localStorage.removeItem(`draft-${id}`);
+  const kept = await read("drafts", id);
+  return late && late.changed > (kept?.changed ?? 0) ? late : kept;
 }
 
-/** Import an export; existing chats are replaced. Throws before any change if the file is not valid. */
-export async function importChats(text) {
-  let data;
-  try {
-    data = JSON.parse(text);
-  } catch {
-    throw new Error("this file is not JSON");
-  }
-  if (data?.format !== NAME || data.version !== 1 || !Array.isArray(data.chats) || typeof data.files !== "object") {
-    throw new Error("this file is not an export of this page");
-  }
-  for (const chat of data.chats) {
-    const nodes = typeof chat?.id === "string" && chat.nodes && typeof chat.nodes === "object" ? Object.entries(chat.nodes) : null;
-    const valid = nodes?.every(([id, node]) => {
-      const seen = new Set();
-      for (let at = node; at; at = chat.nodes[at.parent]) {
-        if (seen.has(at.id)) return false;
-        seen.add(at.id);
-      }
-      return node.id === id && ["user", "assistant"].includes(node.role) && Array.isArray(node.parts);
+/** Keep a draft while the page is being closed, when IndexedDB no longer finishes. @param {import("./types").Draft} draft */
+export function saveLast(draft) {
+  if (draft.text || draft.attachments.length) localStorage.setItem(`draft-${draft.id}`, JSON.stringify({ ...draft, changed: Date.now() }));
+}
+
+/** Save the message being written; an empty one is dropped. `files`: new ones, [key, blob].
+ * @param {import("./types").Draft} draft @param {[string, Blob][]} files */
+export async function saveDraft(draft, files = []) {
+  const empty = !draft.text && !draft.attachments.length && !draft.stash && !draft.editing;
+  await transaction("readwrite", async (table) => {
+    for (const [key, blob] of files) table("files").put(blob, key);
+    await result(empty ? table("drafts").delete(draft.id) : table("drafts").put(draft));
+  });
+  tell("draft", draft.id);
+}
+
+/** @returns {Promise<Blob | undefined>} */
+export const file = (key) => read("files", key);
+/** @returns {Promise<Blob | undefined>} */
+export const thumb = (key) => read("thumbs", key);
+export const keepThumb = (key, blob) => transaction("readwrite", (table) => result(table("thumbs").put(blob, key)));
+
+/** Drop a chat with its draft; -> a function that puts both back. Its files stay until `collect`. */
+export async function remove(id) {
+  const [chat, draft] = [await read("chats", id), await read("drafts", id)];
+  await transaction("readwrite", async (table) => {
+    table("drafts").delete(id);
+    await result(table("chats").delete(id));
+  });
+  tell("removed", id);
+  return async () => {
+    await transaction("readwrite", async (table) => {
+      if (draft) table("drafts").put(draft);
+      if (chat) await result(table("chats").put(chat));
     });
-    if (!valid || (chat.leaf && !chat.nodes[chat.leaf])) throw new Error("a chat in this file is damaged");
-  }
-  const blobs = [];
-  for (const [key, url] of Object.entries(data.files)) {
-    if (!/^data:(image|video)\/[\w.+-]+;base64,/.test(url)) throw new Error("a file in this export is not an image or a video");
-    const [head, body] = url.split(",", 2);
-    blobs.push([key, new Blob([Uint8Array.from(atob(body), (c) => c.charCodeAt(0))], { type: head.slice(5, -7) })]);
-  }
-  for (const [key, blob] of blobs) await keep(key, blob);
-  for (const chat of data.chats) await result((await table("chats", "readwrite")).put(chat));
-  return data.chats.length;
+    tell("chat", id);
+  };
 }
+
+export const keysOf = (chat) => Object.values(chat.nodes).flatMap((node) => node.parts.filter((part) => part.key).map((part) => part.key));
+
+/** Drop the files that no chat and no draft has. */
+export const collect = () =>
+  transaction("readwrite", async (table) => {
+    const [chats, drafts] = [await result(table("chats").getAll()), await result(table("drafts").getAll())];
+    const used = new Set(chats.flatMap(keysOf));
+    for (const draft of drafts) for (const { key } of [...draft.attachments, ...(draft.stash?.attachments ?? [])]) used.add(key);
+    for (const name of ["files", "thumbs"]) {
+      for (const key of await result(table(name).getAllKeys())) if (!used.has(key)) table(name).delete(key);
+    }
+  });
+
+/** Add chats and files of an export, all or none. Chats that exist are joined with them. */
+export const importAll = (chats, files) =>
+  transaction("readwrite", async (table) => {
+    for (const [key, blob] of files) table("files").put(blob, key);
+    for (const chat of chats) await result(table("chats").put(merge(await result(table("chats").get(chat.id)), chat)));
+    tell("chat", "");
+  });

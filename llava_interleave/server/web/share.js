@@ -1,0 +1,131 @@
+// Export and import of chats: as JSON with all files, or one chat as a web page that can be imported, too.
+
+import { make, plural, toast } from "./dom.js";
+import { markdown } from "./markdown.js";
+import * as store from "./store.js";
+import { branch } from "./tree.js";
+
+const FORMAT = "llava-interleave";
+const STYLE = `:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}
+img,video{max-width:14rem;max-height:12rem;border-radius:8px}figure{display:inline-block;margin:0 .5rem .5rem 0}figcaption{font-size:.8rem;opacity:.75}
+.user{background:light-dark(#eaf0fd,#263149);border-radius:12px;padding:.6rem 1rem;margin:1.5rem 0 1rem}pre{overflow:auto;border:1px solid #8886;border-radius:8px;padding:.6rem}
+table{border-collapse:collapse}td,th{border:1px solid #8886;padding:.2rem .6rem}.katex-html{display:none}footer{opacity:.7;font-size:.8rem;margin-top:2rem}`;
+
+/** @param {Blob} blob @returns {Promise<string>} */
+function dataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(String(reader.result));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
+}
+
+function download(text, type, name) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  make("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+async function filesOf(chats) {
+  const files = {};
+  for (const key of new Set(chats.flatMap(store.keysOf))) {
+    const blob = await store.file(key);
+    if (blob) files[key] = await dataUrl(blob);
+  }
+  return files;
+}
+
+/** Every chat as one JSON file. */
+export async function exportChats() {
+  const chats = await store.chats();
+  if (!chats.length) throw new Error("there are no chats to export yet");
+  download(JSON.stringify({ format: FORMAT, version: 1, chats, files: await filesOf(chats) }), "application/json", "llava-interleave-chats.json");
+}
+
+/** The branch that a chat shows, as one web page without scripts. */
+export async function shareChat(id) {
+  const chat = await store.chat(id);
+  if (!chat) throw new Error("this chat has no messages yet");
+  const nodes = branch(chat);
+  const only = { ...chat, nodes: Object.fromEntries(nodes.map((node) => [node.id, node])) };
+  const files = await filesOf([only]);
+  const page = document.implementation.createHTMLDocument(chat.title);
+  page.head.append(make("meta", { attributes: { charset: "utf-8" } }), make("meta", { name: "viewport", content: "width=device-width" }));
+  page.body.append(make("h1", { textContent: chat.title }));
+  let number = 0;
+  for (const node of nodes) {
+    const box = make("section", { className: node.role });
+    for (const part of node.parts) {
+      if (!part.key) {
+        box.append(node.role === "user" ? make("p", { textContent: part.text }) : markdown(part.text ?? ""));
+        continue;
+      }
+      number += 1;
+      const media = part.type === "video" && !files[part.key]?.startsWith("data:image") ? make("video", { controls: true }) : make("img", { alt: part.label ?? part.name });
+      media.dataset.key = part.key;
+      if (files[part.key]) media.setAttribute("src", files[part.key]);
+      box.append(make("figure", {}, media, make("figcaption", { textContent: `${part.type} ${number}${part.label ? `, ${part.label}` : ""}` })));
+    }
+    page.body.append(box);
+  }
+  // Data, not a script: `<` is escaped, so nothing in it can end the element.
+  const data = make("script", { type: "application/json", attributes: { id: FORMAT } });
+  data.append(JSON.stringify({ format: FORMAT, version: 1, chats: [only] }).replaceAll("<", "\\u003c"));
+  page.body.append(make("footer", { textContent: `Written with LLaVA-Interleave, model ${nodes.findLast((node) => node.model)?.model ?? "unknown"}` }), data);
+  // As text: a style element would be refused by the policy of this page already.
+  const html = page.documentElement.outerHTML.replace("</head>", () => `<style>${STYLE}</style></head>`);
+  download(`<!doctype html>\n${html}`, "text/html", `${chat.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "chat"}.html`);
+}
+
+/** Import an export of either kind; chats that exist are joined with it. Throws before any change if the file is not valid. */
+export async function importChats(text) {
+  const data = text.trimStart().startsWith("<") ? fromPage(text) : parsed(text);
+  if (data?.format !== FORMAT || data.version !== 1 || !Array.isArray(data.chats) || typeof data.files !== "object") {
+    throw new Error("this file is not an export of this page");
+  }
+  data.chats.forEach(check);
+  const blobs = Object.entries(data.files).map(([key, url]) => {
+    if (!/^data:(image|video)\/[\w.+-]+;base64,/.test(url)) throw new Error("a file in this export is not an image or a video");
+    const [head, body] = url.split(",", 2);
+    return /** @type {[string, Blob]} */ ([key, new Blob([Uint8Array.from(atob(body), (c) => c.charCodeAt(0))], { type: head.slice(5, -7) })]);
+  });
+  await store.importAll(data.chats, blobs);
+  toast(`Imported ${plural(data.chats.length, "chat")}.`);
+  return data.chats;
+}
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new Error("this file is not JSON");
+  }
+}
+
+/** Read a shared web page as text, without a parser that would run or load anything. */
+function fromPage(text) {
+  const data = parsed(text.match(new RegExp(`<script[^>]* id="${FORMAT}"[^>]*>([^<]*)</script>`))?.[1] ?? "null");
+  const files = {};
+  for (const [tag] of text.matchAll(/<(?:img|video)\b[^>]*>/g)) {
+    const [key, src] = [tag.match(/data-key="(\w+)"/)?.[1], tag.match(/src="(data:[^"]+)"/)?.[1]];
+    if (key && src) files[key] = src;
+  }
+  return data && { ...data, files };
+}
+
+/** Throws unless this is a chat whose messages form a tree. */
+function check(chat) {
+  const nodes = typeof chat?.id === "string" && typeof chat.title === "string" && chat.nodes && typeof chat.nodes === "object" ? Object.entries(chat.nodes) : null;
+  const valid = nodes?.every(([id, node]) => {
+    const seen = new Set();
+    for (let at = node; at; at = chat.nodes[at.parent]) {
+      if (seen.has(at.id)) return false;
+      seen.add(at.id);
+    }
+    const parts = node.id === id && ["user", "assistant"].includes(node.role) && Array.isArray(node.parts) ? node.parts : [];
+    node.changed ??= node.made ?? 0; // exports before messages had it
+    return parts.length > 0 && parts.every((part) => (part.type === "text" ? typeof part.text === "string" : ["image", "video"].includes(part.type) && typeof part.key === "string"));
+  });
+  if (!valid || (chat.leaf && !chat.nodes[chat.leaf])) throw new Error("a chat in this file is damaged");
+}
