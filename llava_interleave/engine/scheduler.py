@@ -569,8 +569,9 @@ class Scheduler:
         self.preempted_clients.clear()
         self.virtual_tokens.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None
+        token, logprob, top, allowed = pick or (None, None, (), 0.0)
         usage, timings = request.usage, request.timings(now)
-        return Event(request, *(pick or (None, None, (), 0.0)), reason, usage, timings, error)
+        return Event(request, token, logprob, top, allowed, reason, usage, timings, error)
 
 
 def _decodes(request: Request) -> bool:

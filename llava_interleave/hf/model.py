@@ -204,7 +204,7 @@ class LlavaForConditionalGeneration(Light):
         warpers = {
             "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p
         }  # fmt: skip
-        used = {name: value for name, value in warpers.items() if value is not None}
+        used: dict[str, Any] = {name: value for name, value in warpers.items() if value is not None}
         if used and not do_sample:
             raise OptionError(
                 f"{next(iter(used))} does nothing without do_sample=True; "
