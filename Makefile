@@ -22,8 +22,8 @@ help:
 	@echo "make check   ruff, and mypy for Linux, macOS and Windows (the package)"
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
 	@echo "make dist    the wheel and the source archive, into dist"
-	@echo "make bench   speed beside transformers at the real shape, nine minutes; SHAPE=7b or tiny"
-	@echo "make bench-peers  the same beside OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
+	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
+	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed

@@ -1,4 +1,4 @@
-"""What this package does on a GPU, checked, measured, and beside transformers: one run, a table
+"""What this package does on a GPU, checked, measured, and next to transformers: one run, a table
 last.
 
     python bench/gpu.py --small          # two minutes: small shapes, to see that everything runs
@@ -103,7 +103,7 @@ class Row:
 Say = Callable[[Row], None]
 
 
-# The network and what it is asked.
+# The network and its prompts.
 
 
 def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
@@ -655,7 +655,7 @@ def best(call: Callable[[], object], device: torch.device, times: int) -> float:
 
 
 def groups(device: str, small: bool) -> list[str]:
-    """What is run, the most wanted first: the checks; small shapes, or 0.5B and 7B beside
+    """What is run, the most wanted first: the checks; small shapes, or 0.5B and 7B next to
     transformers and then in fewer bits.
     """
     kind, few, attentions = "bfloat16", ["int4", "int8", "nf4", "fp8"], list(THEIRS)
@@ -773,7 +773,7 @@ def share(row: Row, rows: Sequence[Row]) -> float | None:
     )
 
 
-def beside(row: Row, rows: Sequence[Row]) -> float | None:
+def relative(row: Row, rows: Sequence[Row]) -> float | None:
     """How many times as fast as transformers, in the same shape, with the attention that was the
     faster one there.
     """
@@ -793,7 +793,7 @@ def beside(row: Row, rows: Sequence[Row]) -> float | None:
 def table(rows: Sequence[Row]) -> str:
     lines = [["", "", "", "of the ceiling", "x transformers", ""]]
     for row in rows:
-        part, ratio = share(row, rows), beside(row, rows)
+        part, ratio = share(row, rows), relative(row, rows)
         value = (
             ""
             if row.value is None
@@ -857,7 +857,8 @@ def main() -> None:
                 flush=True,
             )
         figures = [
-            asdict(row) | {"of the ceiling": share(row, rows), "x transformers": beside(row, rows)}
+            asdict(row)
+            | {"of the ceiling": share(row, rows), "x transformers": relative(row, rows)}
             for row in rows
         ]
         out.write_text(

@@ -294,7 +294,7 @@ def servers(folder: Path, given: argparse.Namespace, logs: Path) -> Iterator[dic
             memory = {
                 "VLLM_CPU_KVCACHE_SPACE": "4",
                 "VLLM_NO_USAGE_STATS": "1",
-            }  # GiB; and it tells nobody
+            }  # GiB; and no telemetry
             found["vllm"] = stack.enter_context(
                 serving(command, port, "model", logs / "vllm", **memory)
             )

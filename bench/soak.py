@@ -97,7 +97,7 @@ class Soak:
 
 
 def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
-    """A request that must be answered, and as it was before where it is asked again."""
+    """A request that must be answered, the same as before where it is repeated."""
     colour = f"#{chance.randrange(1 << 24):06x}"
     same, new = chance.choice([RED, BLUE, GREEN]), data_url(png(colour))
     samples: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
@@ -320,7 +320,7 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
                 for worker in workers:
                     worker.start()
                 try:
-                    told = watch(soak, process, client, 60 * minutes)
+                    watched = watch(soak, process, client, 60 * minutes)
                 finally:
                     soak.over.set()
                     for worker in workers:
@@ -338,7 +338,7 @@ def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
         "failed": len(soak.failures),
         "logged_errors": errors,
     }
-    return {"minutes": minutes, **done, "statuses": dict(sorted(soak.hostile.items())), **told}
+    return {"minutes": minutes, **done, "statuses": dict(sorted(soak.hostile.items())), **watched}
 
 
 def main() -> None:

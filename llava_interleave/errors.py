@@ -6,7 +6,7 @@ and what to do. Our own bugs are `assert`s and never arrive as one of these.
 
 
 class LlavaError(ValueError):
-    """A mistake in what was asked; its message is meant for the person who asked."""
+    """An error of the caller; its message is for the user."""
 
     exit_code = 2
     http_status = 400
@@ -39,7 +39,7 @@ class CheckpointError(LlavaError):
 
 
 class Unsupported(LlavaError):
-    """What was asked cannot be honoured on this machine; the message names the alternative."""
+    """Not supported on this machine; the message names the alternative."""
 
     http_status = 501
 

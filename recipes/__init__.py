@@ -1,1 +1,1 @@
-"""What made things that the package carries; beside the package, not in it."""
+"""How files in the package were made; not part of the package."""

@@ -24,7 +24,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without `slow` a test is `fast`; kernels of other instruction sets than this machine's are
+    compiled for the tests alone, and slow.
+    """
     for item in items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {}).get("instructions")
+        here = kernels.build.cpu_flags() if chosen and kernels.unavailable_reason() is None else ()
+        if chosen and INSTRUCTIONS[chosen] != here:
+            item.add_marker("slow")
         if item.get_closest_marker("slow") is None:
             item.add_marker("fast")
 
@@ -35,12 +42,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
-@pytest.fixture(params=["AVX2", "AVX-512 VNNI", "AVX-512 BF16"])
+INSTRUCTIONS = {
+    "AVX2": kernels.build.AVX2,
+    "AVX-512 VNNI": kernels.build.AVX512,
+    "AVX-512 BF16": kernels.build.AVX512_BF16,
+}
+
+
+@pytest.fixture(params=INSTRUCTIONS)
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compiled for one instruction set, whichever is this machine's best."""
-    flags = {"AVX2": kernels.build.AVX2, "AVX-512 VNNI": kernels.build.AVX512}.get(
-        request.param, kernels.build.AVX512_BF16
-    )
+    flags = INSTRUCTIONS[request.param]
     if len(kernels.build.cpu_flags()) < len(flags):
         pytest.skip(f"this CPU has no {request.param}")
     found = kernels.build.bind(kernels.build.compile_kernels(flags))

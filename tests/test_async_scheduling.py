@@ -287,7 +287,9 @@ def told(events: Iterable[Event]) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))]
+)
 def test_whatever_happens_both_say_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests come, go and end, with and without images; in too little memory where they get it
     by the piece.

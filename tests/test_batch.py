@@ -285,7 +285,7 @@ def test_invalid_sources(name: str, content: str | None, tmp_path: Path) -> None
 
 def test_openai_batches(tmp_path: Path) -> None:
     """Its options hold for the sample alone; its answers have its form; what is not offered is
-    refused beside the sample.
+    reported with the sample.
     """
     source = tmp_path / "in.jsonl"
     bodies = [

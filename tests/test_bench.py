@@ -22,8 +22,6 @@ from llava_interleave.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.testing import tiny_checkpoint
 
-pytestmark = pytest.mark.slow
-
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -93,6 +91,7 @@ def test_bytes_of_a_token_are_those_of_the_modules_that_ran(
     assert decoder_bytes(model) == sum(read.values())
 
 
+@pytest.mark.slow
 def test_every_round_has_new_images_but_its_second_question_has_none(folder: Path) -> None:
     bot, seen = load(folder), []
     report = measure(
@@ -123,6 +122,7 @@ def test_every_round_has_new_images_but_its_second_question_has_none(folder: Pat
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(folder: Path) -> None:
     words = ["bench", "-m", str(folder), "--tokens", "3", "--rounds", "1", "--images", "1"]
     shown, told = (CliRunner().invoke(app, [*words, *more]) for more in ([], ["--json"]))
@@ -134,6 +134,7 @@ def test_the_command_prints_a_table_or_json(folder: Path) -> None:
     assert all(f"{name}: " in shown.output for name in report["about"])
 
 
+@pytest.mark.slow
 def test_the_bench_compares_with_transformers(folder: Path, tmp_path: Path) -> None:
     """A piece of it: both wrote the same tokens, every figure of both is there and on the page."""
     out, page = tmp_path / "latest.json", tmp_path / "page" / "index.html"
@@ -170,6 +171,7 @@ def test_the_bench_compares_with_transformers(folder: Path, tmp_path: Path) -> N
     assert drawn.count('class="bar"') == len(theirs)
 
 
+@pytest.mark.slow
 def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
     """Two groups of it, on the CPU: what is measured has its share of a ceiling, what cannot be
     done its reason.

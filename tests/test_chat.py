@@ -66,6 +66,7 @@ CONVERSATIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(turns=CONVERSATIONS, generation=st.booleans())
 def test_hf_equals_the_template_and_processor_of_transformers(

@@ -100,6 +100,7 @@ def text_logits(network: Llava, ids: Tensor) -> Tensor:
     return network.logits(hidden)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_sides_compute_what_they_do_alone(
@@ -123,6 +124,7 @@ def test_both_sides_compute_what_they_do_alone(
     torch.testing.assert_close(network.vision_tower(pixels), states[3], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["qwen2 untied", "llama"])
 def test_transformers_loads_it(
@@ -151,6 +153,7 @@ def test_transformers_loads_it(
     assert transformers.AutoProcessor.from_pretrained(out).image_token == "<image>"
 
 
+@pytest.mark.slow
 def test_it_answers_in_every_precision(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     """Also through the fused layers, which then have no biases."""
     (tmp_path / "decoder").mkdir()
@@ -209,6 +212,7 @@ def gguf_file(path: Path, model: Any, kind: str, quantized: bool) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -242,6 +246,7 @@ def test_new_embeddings_are_sampled_around_the_mean_of_the_old() -> None:
     assert not torch.equal(*again[0])
 
 
+@pytest.mark.slow
 def test_user_errors(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     (tmp_path / "decoder").mkdir()
     decoder("llama", tmp_path / "decoder")
@@ -265,6 +270,7 @@ def test_user_errors(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> Non
         config_json.to_dict(config, original=True)
 
 
+@pytest.mark.slow
 def test_command(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     (tmp_path / "decoder").mkdir()
     decoder("qwen2", tmp_path / "decoder")

@@ -611,5 +611,5 @@ class Anything(RuleBasedStateMachine):
         assert self.engine.load().kv_running == 0
 
 
-TestAnything = Anything.TestCase
+TestAnything = pytest.mark.slow(Anything.TestCase)
 TestAnything.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

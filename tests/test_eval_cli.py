@@ -27,6 +27,7 @@ from tests.helpers.cli import llava
 WORLD = "recipes.tiny_world.benchmark:World"
 
 
+@pytest.mark.slow
 def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
     """In two runs and with a file it scores as `evaluate` does; no question is asked twice."""
     words = ("eval", WORLD, "--task-option", "scenario=single,views", "-m", tiny, "--json")
@@ -192,7 +193,7 @@ def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
-    """Embedded images reach the model and the report; figures stand beside the means."""
+    """Embedded images reach the model and the report; figures stand next to the means."""
     for name in ("blink", "pope"):
         made(tmp_path, name)
     save_image(tmp_path / "pope/val2014/COCO_val2014_000000310196.jpg")

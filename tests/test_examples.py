@@ -12,6 +12,8 @@ import pytest
 
 from llava_interleave.cli import demo
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "ask": ["demo/before.png", "demo/after.png"],

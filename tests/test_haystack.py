@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_needles_are_unique(seed: int) -> None:
     """No other image has the needle; a shape that a question names occurs once in each image."""
     for n in (1, 3, 8):
         for name, make in haystack.KINDS.items():
-            examples = make(haystack.Random(f"{seed}"), n, f"{name} {n} 0")
+            examples = make(Random(f"{seed}"), n, f"{name} {n} 0")
             scenes = scenes_of(examples[0])
             words = examples[0].question.rstrip("?").split()
             if name == "addressed":

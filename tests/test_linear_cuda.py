@@ -458,6 +458,7 @@ def test_gradients_of_an_adapter_equal_those_over_floats(
         ), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_training_over_quantized_weights_equals_training_over_the_dequantized(
     precision: str, bfloat16: bool, tmp_path: Path

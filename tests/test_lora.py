@@ -103,6 +103,7 @@ def engine(network: Llava, **options: Any) -> Engine:
     return Engine(network, eos_ids={0}, vocab=384, kv_bytes=1 << 24, **options)
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_changes_nothing_and_alone_trains(folder: Path) -> None:
     network, asked = checkpoints.load(folder), prompt(0, 20, image=1)
     before, state = (
@@ -432,6 +433,7 @@ def their_logits(network: Any, asked: Prompt) -> Tensor:
     ).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [DECODER, WHOLE, LoraConfig(4, 8.0, 0.1, ("*.o_proj", "*.out_proj"), rslora=True)],
@@ -460,6 +462,7 @@ def test_peft_loads_ours(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -16,6 +16,8 @@ from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 IMAGE = -1  # in the token lists below: one image
 
 # A 7B-like network: as many key-value heads as heads, untied, an own width of heads; the others

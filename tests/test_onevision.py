@@ -445,6 +445,7 @@ def test_gradients_reach_the_newline(folder: Path, hf: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_verify_compares_with_transformers(folder: Path) -> None:
     from llava_interleave.verify import verify
 

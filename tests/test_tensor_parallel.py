@@ -28,7 +28,6 @@ from llava_interleave.quantization.precision import RECIPES
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(600),
 ]  # two processes begin, on however busy a machine
 SIZES: dict[str, dict[str, Any]] = {
@@ -221,6 +220,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_share_computes_what_the_whole_does(name: str, found: list[dict[str, Any]]) -> None:
     layers = [rank[name]["layers"] for rank in found]
     assert 1 <= sum(layers) < 1.1  # norms are whole
@@ -235,6 +235,7 @@ def test_a_share_computes_what_the_whole_does(name: str, found: list[dict[str, A
         )
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_one_process(
     folder: Path, device: str, found: list[dict[str, Any]]
 ) -> None:
@@ -245,6 +246,7 @@ def test_answers_are_those_of_one_process(
     assert bot.info() == found[0]["info"]
 
 
+@pytest.mark.slow
 def test_what_several_processes_cannot_do_is_refused(
     folder: Path, found: list[dict[str, Any]]
 ) -> None:
@@ -300,6 +302,7 @@ def test_what_cannot_be_shared_evenly_is_refused(
         local_config(TextConfig(**text), ProcessGroup(0, count), group)
 
 
+@pytest.mark.slow
 def test_the_command_answers_through_two_processes(folder: Path, device: str) -> None:
     """Both run it; one of them reads, answers and writes."""
     samples = [

@@ -552,10 +552,14 @@ def test_calibration_changes_the_size_of_features_and_not_what_they_say(
     )
 
 
-def test_the_whole_recipe_makes_a_checkpoint_that_answers(tmp_path: Path) -> None:
+def test_the_whole_recipe_makes_a_checkpoint_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps of each stage: every part of the recipe runs, and the folder loads."""
+    monkeypatch.setattr(training, "TOKENS", 512)
+    monkeypatch.setattr(training, "WINDOW", 16)
     stages = [
-        replace(stage, steps=2)
+        replace(stage, steps=2, workers=int(stage is training.DESCRIBE))
         for stage in (
             *(training.SEE, training.DESCRIBE, training.PRACTISE),
             *(training.SHARPEN, training.COMPARE),

@@ -284,7 +284,7 @@ def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None
     ]
     good = write(tmp_path / "good.json", [GOOD])
     assert llava("data", "check", good, "--media", media).exit_code == 0
-    assert llava("data", "check", good).exit_code == 1  # beside the file there is no image
+    assert llava("data", "check", good).exit_code == 1  # there is no image next to the file
 
 
 def test_duplicates_are_found_by_pixels_and_are_no_errors(media: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ ablations.
 
 import json
 import math
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -201,20 +200,10 @@ class Tags(HTMLParser):
 
 def test_command(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
-    command = [
-        sys.executable,
-        "-c",
-        "from llava_interleave.cli import main; main()",
-        "verify",
-        str(folder),
-        "--tokens",
-        "3",
-    ]
     page = tmp_path / "report.html"
-    done = subprocess.run(
-        [*command, "--json", "--ablate", "--html", str(page)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["verify", str(folder), "--tokens", "3", "--json", "--ablate", "--html", str(page)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert [case["passed"] for case in told["cases"]] == [True] * 4
     assert told["cases"][1]["layers"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
@@ -283,7 +272,7 @@ def test_an_adapter_agrees_with_peft(
 def test_quantized_weights_are_computed_right(
     packed: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the same weights as floats; also with an adapter beside them. What a kernel gets
+    """Against the same weights as floats; also with an adapter. What a kernel gets
     wrong by a thousandth is told.
     """
     for adapter_folder in (None, adapter):

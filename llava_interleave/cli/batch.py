@@ -98,7 +98,7 @@ def batch(
         batch_invariant,
         tuple(limit or ()),
         generation_config,
-        kv_precision,
+        kv_precision=kv_precision,
     )
     samples = Source(source, question)
     started = time.monotonic()

@@ -211,7 +211,7 @@ def _check_flags(used: Collection[str], params: Mapping[str, Any]) -> None:
 def _answers(
     task: Task, answer: AnswerFn, about: dict[str, Any], out: Path | None, batch_size: int
 ) -> list[JsonRow]:
-    """The rows of all examples; those that a journal in `out` has are not asked again."""
+    """The rows of all examples; those in the journal of `out` are not computed again."""
     from ..evals import run
     from ..journal import Journal
 

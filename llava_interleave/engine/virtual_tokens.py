@@ -24,7 +24,7 @@ class VirtualTokenCounters:
         """A request of `client` has arrived."""
         if client not in self._requests:
             lowest = min((self._tokens[other] for other in self._requests), default=0.0)
-            if not self._requests:  # the machine was idle: nobody has waited for anybody
+            if not self._requests:  # the machine was idle: no client has waited
                 self._tokens.clear()
             self._tokens = {
                 other: tokens

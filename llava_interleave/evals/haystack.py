@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import cos, pi, sin
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -229,11 +230,11 @@ def _examples(
     for place, index in places(n).items():
         scenes = [*distractors[:index], needle, *distractors[index:]]
         text = question if isinstance(question, str) else question(index)
-        common = {"question": text, "truth": truth(index), "scorer": scorer(truth(index))}
-        found.append(_example(f"{name} {place}", group(n, place), scenes, **common))
+        about = text, truth(index), scorer(truth(index))
+        found.append(_example(f"{name} {place}", group(n, place), scenes, *about))
         if index == 0:
             blind = [Scene()] * n
-            found.append(_example(f"{name} blind", "blind: images are grey", blind, **common))
+            found.append(_example(f"{name} blind", "blind: images are grey", blind, *about))
     return found
 
 
@@ -297,10 +298,11 @@ def measures(rows: Sequence[JsonRow]) -> list[Mean]:
         scores = np.array([[answers[place]["score"] for place in places(n)] for answers in whole])
         same = np.array([_agree(n, answers) for answers in whole], dtype=np.float64)
         failed = sum(bool(row["error"]) for answers in whole for row in answers.values())
-        for label, values, of in (
+        statistics: tuple[tuple[str, Any, Callable[[Any], Any]], ...] = (
             ("place bias", scores, lambda s: np.ptp(s.mean(axis=0))),
-            ("order agreement", same, lambda s: s.mean()),
-        ):
+            ("order agreement", same, np.mean),
+        )
+        for label, values, of in statistics:
             rng = np.random.default_rng(0)
             drawn = [
                 float(of(values[rng.integers(0, len(values), len(values))]))

@@ -594,14 +594,14 @@ class Processor:
         if frames and fit > 0:
             way = (
                 f"at most {fit} frame{'s' * (fit != 1)} {'of each video ' * (len(frames) > 1)}fit "
-                "beside the rest; ask for fewer frames"
+                "in the rest of the context; ask for fewer frames"
             )
         elif any(layout.tiles for layout in layouts) and text + sum(crops) + reserve <= context:
             way = f"without anyres it would be {text + sum(crops):,} tokens"
         elif requests and images > 0:
             way = (
                 f"at most {images} image{'s' * (images != 1)} of {max(crops)} tokens fit "
-                "beside the text"
+                "next to the text"
             )
         else:
             way = "shorten the text" + " or ask for fewer new tokens" * (reserve > 0)

@@ -80,7 +80,7 @@ def begin_record(record: RequestRecord) -> None:
 
 
 def current_record() -> RequestRecord:
-    """The record of the request that the running task belongs to; one that nobody reads if none."""
+    """The record of the request that the running task belongs to, else a discarded one."""
     return _current.get(None) or RequestRecord("", "", "", "")
 
 

@@ -126,9 +126,9 @@ def _train(
         plan.samples = samples = Samples(training, model, recipe.seed, form, references)
     loss = loss if ranks.world_size == 1 else fsdp_loss(loss, inside)
     count = recipe.sample_generations
-    asked = held_out[:: max(1, len(held_out) // max(1, count))][:count]
+    shown = held_out[:: max(1, len(held_out) // max(1, count))][:count]
     generations = GenerationLogger(
-        [sample.rows[0] for sample in asked], model, form, out if ranks.rank == 0 else None
+        [sample.rows[0] for sample in shown], model, form, out if ranks.rank == 0 else None
     )
 
     def evaluate_step(network: Llava, step: int) -> Mapping[str, float]:

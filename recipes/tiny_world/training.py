@@ -263,7 +263,7 @@ def main(
             collate=collate,
         )
         model.requires_grad_(True)  # the recipe freezes some parts again
-        data = partial(batches, windows, workers=1)
+        data = partial(batches, windows, workers=recipe.workers)
         train(model, attended_loss, data, recipe, folder / name)
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)

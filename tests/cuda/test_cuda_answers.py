@@ -1,5 +1,5 @@
 """Answers from a GPU are those from a CPU in float32, whatever the memory they are computed in and
-whatever is beside them.
+in any batch.
 """
 
 from collections.abc import Callable, Sequence
