@@ -437,6 +437,8 @@ def _original_arrangement(top: _Section, vision: VisionConfig, text: TextConfig)
     newline = _NEWLINES.get(position or "one_token")
     if newline is None:
         raise top.wrong("mm_newline_position", f"is {_brief(position)}, not of {list(_NEWLINES)}")
+    if top.remaining.get("mm_patch_merge_type") is None:  # the original code then has no newlines
+        raise top.wrong("mm_patch_merge_type", "is missing; this network has 'spatial_unpad'")
     top.only("mm_patch_merge_type", "spatial_unpad")
     top.only("mm_spatial_pool_mode", "bilinear")
     top.only("mm_spatial_pool_stride", 2)

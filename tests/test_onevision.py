@@ -410,6 +410,7 @@ def test_published_configs_are_told_apart() -> None:
         (ORIGINAL, "add_faster_video", True),
         (ORIGINAL, "use_pos_skipping", True),
         (ORIGINAL, "mm_patch_merge_type", "flat"),
+        (ORIGINAL, "mm_patch_merge_type", None),
         (ORIGINAL, "image_grid_pinpoints", "(1x1),(2x2)"),
         (ORIGINAL | {"image_aspect_ratio": "anyres"}, "mm_newline_position", "grid"),
         (ORIGINAL | {"image_aspect_ratio": "anyres"}, "mm_newline_position", "one_token"),
@@ -427,6 +428,22 @@ def test_other_networks_are_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=key):
         from_dict(values | {key: value})
+
+
+def test_frames_by_default(folder: Path, tmp_path: Path) -> None:
+    """As the files of transformers 4.52 and 5 say, else those of training."""
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = tmp_path / "video_preprocessor_config.json"
+    for text, frames in (('{"num_frames": null}', 32), ('{"num_frames": 8}', 8)):
+        settings.write_text(text)
+        assert Processor.from_folder(tmp_path).num_frames == frames
+    settings.unlink()
+    own = json.loads((tmp_path / "processor_config.json").read_text())
+    own["video_processor"] = {"num_frames": 4}
+    (tmp_path / "processor_config.json").write_text(json.dumps(own))
+    assert Processor.from_folder(tmp_path).num_frames == 4
 
 
 def test_gradients_reach_the_newline(folder: Path, hf: Any) -> None:

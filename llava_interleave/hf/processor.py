@@ -171,7 +171,7 @@ class AutoProcessor(Light):
         onevision = self.inner.config.arrangement.newline
         if videos is not None and self.inner.tokenizer.video_id is None:
             raise Unsupported("this checkpoint has no <video>; pass its frames as images")
-        per_text = images_per_text(texts, images)
+        per_text: list[list[Any]] = [[*own] for own in images_per_text(texts, images)]
         limits = self.inner.loader.limits
         if onevision:  # their sizes are part of the output
             per_text = [

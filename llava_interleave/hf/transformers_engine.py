@@ -175,12 +175,16 @@ class EngineGeneration:
         return engine
 
 
-class LlavaForConditionalGeneration(EngineGeneration, transformers.LlavaForConditionalGeneration):  # type: ignore[misc]
+class LlavaForConditionalGeneration(
+    EngineGeneration,
+    transformers.LlavaForConditionalGeneration,  # type: ignore[misc]
+):
     """transformers' class with `EngineGeneration`."""
 
 
-class LlavaOnevisionForConditionalGeneration(  # type: ignore[misc]
-    EngineGeneration, transformers.LlavaOnevisionForConditionalGeneration
+class LlavaOnevisionForConditionalGeneration(
+    EngineGeneration,
+    transformers.LlavaOnevisionForConditionalGeneration,  # type: ignore[misc]
 ):
     """transformers' class with `EngineGeneration`."""
 
@@ -251,10 +255,11 @@ class AutoProcessor(transformers.AutoProcessor):  # type: ignore[misc]
         return super().from_pretrained(name, *args, **kwargs)
 
 
-if importlib.util.find_spec("torchvision") is None:
-    LlavaOnevisionProcessor = LightOnevisionProcessor
-else:
-    LlavaOnevisionProcessor = transformers.LlavaOnevisionProcessor
+LlavaOnevisionProcessor: Any = (
+    LightOnevisionProcessor
+    if importlib.util.find_spec("torchvision") is None
+    else transformers.LlavaOnevisionProcessor
+)
 
 
 def _needs_torchvision(name: Any, arguments: Mapping[str, Any]) -> bool:

@@ -232,7 +232,10 @@ class Processor:
         arrangement = config.arrangement
         images = ImageSettings.from_folder(folder, config.vision.image_size, arrangement)
         video = folder / "video_preprocessor_config.json"
-        num_frames = read_json(video, optional=True).get("num_frames", arrangement.num_frames)
+        nested = read_json(folder / "processor_config.json", optional=True).get("video_processor")
+        settings = (nested if isinstance(nested, dict) else {}) | read_json(video, optional=True)
+        num_frames = settings.get("num_frames")
+        num_frames = arrangement.num_frames if num_frames is None else num_frames
         if type(num_frames) is not int or num_frames < 1:
             raise CheckpointError(
                 f"num_frames in {video} must be a whole number from 1 on, not {num_frames!r}"
