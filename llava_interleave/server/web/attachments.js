@@ -11,6 +11,7 @@ import { openCompare } from "./viewer.js";
 export const MARK = /\[(?:image|video) (\d+)\]/g; // the place of an attachment in the text
 const BATCH = 16; // files shown at a time while many are added
 const MB = 1e6;
+const ROOMY = 12; // attachments from which on the grid can be enlarged
 
 /** @type {Set<string>} ids of selected attachments */
 const selected = new Set();
@@ -145,6 +146,11 @@ function renderTools() {
     tool("Sort by name", () => sort(byName));
     tool("Sort by time", () => sort((a, b) => a.time - b.time));
     tool("Remove all", () => removeWhere(() => true));
+  }
+  if (attachments.length > ROOMY) {
+    const large = $("composer").classList.contains("large");
+    const toggle = button(large ? "Small grid" : "Large grid", () => ($("composer").classList.toggle("large"), renderTools()));
+    tools.push(toggle);
   }
   $("tools").replaceChildren(...tools);
 }

@@ -12,10 +12,12 @@ const idInUrl = () => location.hash.match(/^#([0-9a-f]{32})$/)?.[1];
 
 /** Open a chat by its id; one that is not in this browser is a new one. */
 export async function openChat(id, push = true) {
+  const before = state.draft;
   await attempt(() => keepDraft());
   const job = [...running.values()].find(({ chat }) => chat.id === id); // the very object that is being written to
   state.chat = job?.chat ?? (await attempt(() => store.chat(id))) ?? { ...create(), id };
   state.draft = (await attempt(() => store.draft(id))) ?? emptyDraft(id);
+  attempt(() => keepDraft(before)); // with what was typed meanwhile
   if (state.draft.editing && !state.chat.nodes[state.draft.editing]) state.draft.editing = null;
   if (idInUrl() !== id) history[push ? "pushState" : "replaceState"](null, "", `#${id}`);
   showError();

@@ -69,12 +69,13 @@ export async function shareChat(id) {
     }
     page.body.append(box);
   }
+  page.body.append(make("footer", { textContent: `Written with LLaVA-Interleave, model ${nodes.findLast((node) => node.model)?.model ?? "unknown"}` }));
   // Data, not a script: `<` is escaped, so nothing in it can end the element.
-  const data = make("script", { type: "application/json", attributes: { id: FORMAT } });
-  data.append(JSON.stringify({ format: FORMAT, version: 1, chats: [only] }).replaceAll("<", "\\u003c"));
-  page.body.append(make("footer", { textContent: `Written with LLaVA-Interleave, model ${nodes.findLast((node) => node.model)?.model ?? "unknown"}` }), data);
-  // As text: a style element would be refused by the policy of this page already.
-  const html = page.documentElement.outerHTML.replace("</head>", () => `<style>${STYLE}</style></head>`);
+  const data = JSON.stringify({ format: FORMAT, version: 1, chats: [only] }).replaceAll("<", "\\u003c");
+  // Both as text: the policy of this page would refuse the elements.
+  const html = page.documentElement.outerHTML
+    .replace("</head>", () => `<style>${STYLE}</style></head>`)
+    .replace("</body>", () => `<script type="application/json" id="${FORMAT}">${data}</script></body>`);
   download(`<!doctype html>\n${html}`, "text/html", `${chat.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "chat"}.html`);
 }
 
