@@ -127,6 +127,7 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
             range(media.start, media.start + media.layout.length),
         )
         assert look.change == pytest.approx(float((whole - without).sum()), abs=1e-4)
+        assert look.token_changes == pytest.approx((whole - without).numpy(), abs=1e-4)
         assert abs(look.change) > 1e-3
         assert look.attention == pytest.approx(float(mass.sum()) / total, abs=1e-5)
         assert np.allclose(look.heat, mass.view(1, 4, 4) / total, atol=1e-6)

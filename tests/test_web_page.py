@@ -809,7 +809,10 @@ def test_which_image_an_answer_used(
         expect(page.locator(".chip .frames")).to_have_text("3 frames")
         ask(page, "Which one?")
         button = page.get_by_role("button", name="Which image this answer used")
-        with page.expect_request("**/v1/messages/attribution") as sent:
+        with (
+            page.expect_request("**/v1/messages/attribution") as sent,
+            page.expect_response("**/v1/messages/attribution") as attributed_by_server,
+        ):
             button.click()
         rows = page.locator(".attribution li")
         expect(rows).to_have_count(3)
@@ -829,6 +832,8 @@ def test_which_image_an_answer_used(
             return [...data].filter((_, i) => i % 4 === 3);
         }""")
         assert np.allclose(veil, 255 * 0.85 * (1 - np.sqrt(images[0].heat.ravel() / most)), atol=2)
+        sentences = [one["text"] for one in attributed_by_server.value.json()["sentences"]]
+        expect(page.locator(".sentence")).to_have_count(len(sentences) if len(sentences) > 1 else 0)
         rows.nth(1).locator(".tile").click()
         expect(page.locator("#stage .heatmap")).to_be_visible()
         page.get_by_role("slider", name="Heat map").fill("0")

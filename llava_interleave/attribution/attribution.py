@@ -35,6 +35,7 @@ class ImageAttribution:
 
     name: its label, as `Chatbot.estimate` has it.
     change: by how many nats the answer's log-probability falls without it; None if not computed.
+    token_changes: the same for each token of the answer, `[A]` float32, whose sum is `change`.
     share: its part of the sum of all decreases; 0 if the log-probability rises; None as `change`.
     attention: its share of the answer's attention to images.
     heat: `[frames, side, side]` float32, that attention per token; the sum over all images is 1.
@@ -44,6 +45,7 @@ class ImageAttribution:
 
     name: str
     change: float | None
+    token_changes: NDArray[np.float32] | None
     share: float | None
     attention: float
     heat: NDArray[np.float32]
@@ -162,22 +164,23 @@ def attribute(
     weights = [weighted[m.start : m.start + m.layout.length] for m in media]
     masses = [float(part.sum()) for part in weights]
     logprob = float(logprobs.sum())
-    changes: list[float] | list[None] = [None] * len(media)
-    shares: list[float] | list[None] = changes
+    per_token: list[Tensor] | list[None] = [None] * len(media)
+    shares: list[float] | list[None] = [None] * len(media)
     if leave_out:
-        changes = [logprob - float(run.without(m).sum()) for m in media]
-        shares = normalize(changes)
+        per_token = [logprobs - run.without(m) for m in media]
+        shares = normalize([float(one.sum()) for one in per_token])
     return logprob, tuple(
         ImageAttribution(
             name=m.label,
-            change=change,
+            change=None if one is None else float(one.sum()),
+            token_changes=None if one is None else one.float().cpu().numpy(),
             share=share,
             attention=fraction,
             heat=(to_heatmap(part, m.layout) / (sum(masses) or 1.0)).cpu().numpy(),
             pixels=denormalize(m, settings),
         )
-        for m, change, share, fraction, part in zip(
-            media, changes, shares, normalize(masses), weights, strict=True
+        for m, one, share, fraction, part in zip(
+            media, per_token, shares, normalize(masses), weights, strict=True
         )
     )
 

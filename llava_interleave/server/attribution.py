@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-from ..attribution.attribution import AttributionRun, attribute, check, count_tokens, resolve_layers
+from ..attribution.attribution import (
+    AttributionRun,
+    attribute,
+    check,
+    count_tokens,
+    normalize,
+    resolve_layers,
+)
 from ..chat import Chatbot, ImageAttribution
 from ..errors import OptionError, PromptError
 from ..prompt import Prompt
-from .openai_types import AttributionMode, AttributionResponse, ImageAttributionInfo
+from .openai_types import (
+    AttributionMode,
+    AttributionResponse,
+    ImageAttributionInfo,
+    SentenceAttribution,
+)
 
 MAX_ANSWER_TOKENS = 1024
 """Attention of each answer token is held in memory for a third of the layers."""
+SENTENCE_END = re.compile(rb"(?<=[.!?:;])\s+|\n+")
 
 
 def check_attribution_budget(
@@ -59,7 +74,40 @@ def attribute_prompt(
             _image_info(media.name, image)
             for media, image in zip(prompt.media, images, strict=True)
         ],
+        sentences=sentence_attributions(
+            [bot.processor.tokenizer.token_bytes(t) for t in answer], images
+        ),
     )
+
+
+def sentence_attributions(
+    tokens: Sequence[bytes], images: Sequence[ImageAttribution]
+) -> list[SentenceAttribution] | None:
+    """The answer's sentences and lines, with the change of each; None if no image was left out.
+
+    A token belongs to the sentence of its last byte, so that a space counts with its word.
+    """
+    if images[0].token_changes is None:
+        return None
+    text = b"".join(tokens)
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    starts = [0, *(end for end in ends if end < len(text))]
+    found, at, first = [], 0, 0
+    for start, stop in pairwise([*starts, len(text)]):
+        last = first
+        while last < len(tokens) and at + len(tokens[last]) <= stop:
+            at += len(tokens[last])
+            last += 1
+        changes = [float(image.token_changes[first:last].sum()) for image in images]  # type: ignore[index]
+        found.append(
+            SentenceAttribution(
+                text=text[start:stop].decode("utf-8", "replace"),
+                changes=changes,
+                shares=normalize(changes),
+            )
+        )
+        first = last
+    return found
 
 
 def _image_info(name: str, image: ImageAttribution) -> ImageAttributionInfo:

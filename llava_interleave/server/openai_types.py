@@ -584,15 +584,24 @@ class ImageAttributionInfo(BaseModel):
     heat: list[list[list[float]]]
 
 
+class SentenceAttribution(BaseModel):
+    """A sentence or line of the answer. changes, shares: of each image, for its tokens alone."""
+
+    text: str
+    changes: list[float]
+    shares: list[float]
+
+
 class AttributionResponse(BaseModel):
     """Which image an answer used. layers: whose attention is averaged.
 
-    logprob: of the whole answer.
+    logprob: of the whole answer. sentences: None where no image was left out.
     """
 
     layers: list[int]
     logprob: float
     images: list[ImageAttributionInfo]
+    sentences: list[SentenceAttribution] | None = None
 
 
 class ChoiceAttribution(AttributionResponse):

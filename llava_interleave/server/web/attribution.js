@@ -114,7 +114,7 @@ function view(node) {
   const rows = (of) =>
     reconcile(list, of, ({ name }) => name, ({ share, change }) => `${share} ${change}`, (image, i) => row(image, media[i], i, names[i], heatmap(sum(image.heat), most), () => openViewer(media, i, covers)));
   rows(images);
-  if (sentences?.length > 1) box.append(sentencePicker(sentences, (of) => rows(of ? images.map((image, i) => ({ ...image, ...of.images[i] })) : images)));
+  if (sentences?.length > 1) box.append(sentencePicker(sentences, (of) => rows(of ? images.map((image, i) => ({ ...image, change: of.changes[i], share: of.shares[i] })) : images)));
   box.append(list);
   const how = make("details", {}, make("summary", { textContent: "How this is measured" }), make("p", { textContent: "Each image is left out in turn, and the model is asked how likely it would write the same answer. The bar is an image's part of all losses. Heat maps show where the answer's words attend to; what is covered in grey got little attention. A measure of this model on this answer, not a proof." }), make("p", { textContent: images.map(({ change }, i) => `${names[i]}: ${change.toFixed(2)} nats`).join(", ") }));
   box.append(how);
