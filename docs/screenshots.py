@@ -112,7 +112,7 @@ def photos(folder: Path) -> list[Path]:
         slope = np.linspace(0, 1, 90)[:, None, None]
         sky = (top * (1 - slope) + bottom * slope).astype(np.uint8).repeat(120, 1)
         image = Image.fromarray(sky)
-        x, y, r = rng.integers(20, 100), rng.integers(15, 70), rng.integers(6, 20)
+        x, y, r = (int(rng.integers(*span)) for span in ((20, 100), (15, 70), (6, 20)))
         ImageDraw.Draw(image).ellipse([x - r, y - r, x + r, y + r], "#fff4c4")
         image.save(path)
     return paths
