@@ -11,8 +11,8 @@ import pytest
 
 from llava_interleave.engine.scheduler import MEASURED_EVERY, Scheduler
 from llava_interleave.engine.virtual_tokens import VirtualTokenCounters
-from tests.test_engine import GREEDY, MIXED, answers, engine, expected, finish
-from tests.test_scheduler import request, scheduler, step
+from tests.helpers.engine import GREEDY, MIXED, answers, engine, expected, finish
+from tests.helpers.scheduler import request, scheduler, step
 
 
 def computed(s: Scheduler, steps: int) -> Counter[str]:

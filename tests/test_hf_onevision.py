@@ -25,7 +25,7 @@ from llava_interleave.hf import processor as light_processor
 from llava_interleave.hf.pipelines import pipeline as light_pipeline
 from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
-from tests.test_onevision import random_image
+from tests.helpers.images import random_image
 
 FLAGS: dict[str, Any] = {
     "add_generation_prompt": True,

@@ -15,7 +15,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 from transformers.models.llava_onevision import LlavaOnevisionProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
@@ -33,15 +32,10 @@ from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
+from tests.helpers.images import random_image
 
 SIZE = 35
 """The tiny tower's image size; its tiles stand for 384 pixels."""
-
-
-def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth, so that resizing keeps its content."""
-    small = np.random.default_rng(seed).integers(0, 255, (6, 7, 3), np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def user(*content: object) -> list[dict[str, Any]]:

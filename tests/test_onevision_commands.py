@@ -26,8 +26,8 @@ from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
 from llava_interleave.train.recipe import DPOConfig, Recipe
 from llava_interleave.train.run import run
 from tests.helpers.cli import llava
+from tests.helpers.images import random_image
 from tests.helpers.requests import data_url
-from tests.test_onevision import random_image
 
 ASK = ("--max-new-tokens", 6, "--json")
 

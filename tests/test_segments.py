@@ -10,7 +10,7 @@ from llava_interleave.errors import MediaError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing import segments as module
 from llava_interleave.processing.segments import check_scans, check_segments, jpeg_scans
-from tests.test_server_attack_files import (
+from tests.helpers.hostile_files import (
     filled_scan,
     gif_extension,
     png_chunks,

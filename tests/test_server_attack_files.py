@@ -1,27 +1,19 @@
 """Files made to hold up a server end in bounded time and memory, others are answered meanwhile."""
 
 import base64
-import io
 import resource
 import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
 
 from llava_interleave.server.run import Server
 from llava_interleave.testing import tiny_checkpoint
-from tests.helpers.requests import WHAT, bomb, user
-from tests.helpers.server import listening, until
-from tests.test_server_fairness import (
+from tests.helpers.fairness import (
     ATTACKER,
     GUEST,
     answered_in_time,
@@ -29,6 +21,20 @@ from tests.test_server_fairness import (
     client,
     in_background,
 )
+from tests.helpers.hostile_files import (
+    filled_scan,
+    gif,
+    gif_extension,
+    key_frames,
+    many_samples,
+    png_chunks,
+    scans,
+    with_segments,
+)
+from tests.helpers.requests import WHAT, bomb, user
+from tests.helpers.server import listening, until
+
+pytestmark = pytest.mark.slow
 
 MEDIA_TIMEOUT = 3.0
 MOST_SECONDS = 40.0
@@ -43,83 +49,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     limits = {"api_keys": folder / "keys", "media_timeout": MEDIA_TIMEOUT}
     with listening(model, shutdown_timeout=0.1, **limits) as server:
         yield server
-
-
-def key_frames(count: int, container: str = "matroska", rate: int = 60) -> bytes:
-    """A video of nothing but key frames, of a few bytes each."""
-    out = io.BytesIO()
-    with av.open(out, "w", format=container) as file:
-        stream = file.add_stream("mjpeg", rate=rate)
-        stream.width = stream.height = 16
-        stream.pix_fmt = "yuvj420p"
-        black = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
-        data = bytes([*stream.encode(black), *stream.encode(None)][0])
-        for number in range(count):
-            packet = av.Packet(data)
-            packet.stream, packet.time_base = stream, Fraction(1, rate)
-            packet.pts = packet.dts = number
-            packet.is_keyframe = True
-            file.mux(packet)
-    return out.getvalue()
-
-
-def many_samples(count: int) -> bytes:
-    """A kilobyte of MP4 that promises so many samples: FFmpeg makes a list of them all."""
-    data = bytearray(key_frames(1, "mp4"))
-    for kind, numbers in (
-        (b"stsz", (0, 1, count)),
-        (b"stts", (0, 1, count, 1)),
-        (b"stsc", (0, 1, 1, count, 1)),
-    ):
-        struct.pack_into(f">{len(numbers)}I", data, data.index(kind) + 4, *numbers)
-    return bytes(data)
-
-
-def gif(frames: int, size: int) -> bytes:
-    out = io.BytesIO()
-    Image.new("P", (size, size)).save(out, "GIF")
-    data = out.getvalue()
-    at = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))
-    head = data[: 13 + 3 * 2 ** ((data[10] & 7) + 1)]
-    return head + (b"\x21\xf9\x04\0\x05\0\0\0" + data[at:-1]) * frames + b"\x3b"
-
-
-def scans(count: int, size: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
-    out = io.BytesIO()
-    Image.effect_noise((size, size), 20).save(out, "JPEG", progressive=True, quality=5)
-    data = out.getvalue()
-    last = data.rindex(b"\xff\xda")
-    return data[:last] + data[last:-2] * count + b"\xff\xd9"
-
-
-def with_segments(segment: bytes, megabytes: int = 20) -> bytes:
-    """A JPEG with so many megabytes of a segment before its image."""
-    out = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(out, "JPEG")
-    data = out.getvalue()
-    return data[:2] + segment * (megabytes * 1_000_000 // max(1, len(segment))) + data[2:]
-
-
-def filled_scan(megabytes: int = 20) -> bytes:
-    """A JPEG whose data ends in nothing but filling."""
-    return with_segments(b"", 0)[:-2] + b"\xff" * (megabytes * 1_000_000)
-
-
-def png_chunks(megabytes: int = 20) -> bytes:
-    """A PNG of empty chunks."""
-    out = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(out, "PNG")
-    empty = struct.pack(">I4sI", 0, b"teSt", zlib.crc32(b"teSt"))
-    return out.getvalue()[:33] + empty * (megabytes * 1_000_000 // 12) + out.getvalue()[33:]
-
-
-def gif_extension(block: bytes, label: bytes = b"\xfe", megabytes: int = 20) -> bytes:
-    """A GIF of an extension with so many megabytes of equal sub-blocks."""
-    extension = b"\x21" + label + block * (megabytes * 1_000_000 // len(block)) + b"\0"
-    data = gif(1, 8)
-    at = 13 + 3 * (2 << (data[10] & 7))
-    return data[:at] + extension + data[at:]
 
 
 def fragments(count: int) -> bytes:

@@ -5,12 +5,10 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from llava_interleave.processing import Processor
@@ -20,14 +18,19 @@ from llava_interleave.server.fairness import FairThreadPool, RateLimit, Shares
 from llava_interleave.server.run import Server
 from llava_interleave.structured_output import grammar
 from llava_interleave.testing import tiny_checkpoint
+from tests.helpers.fairness import (
+    ATTACKER,
+    CHAT,
+    GUEST,
+    answered_in_time,
+    ask,
+    client,
+    in_background,
+)
 from tests.helpers.requests import WHAT
 from tests.helpers.server import listening, until
 
-CHAT = "/v1/chat/completions"
-HELLO = [{"role": "user", "content": "Hello"}]
-ATTACKER, GUEST = "attacker-attacker-key", "another-guests-own-key"
-USUAL = 10.0
-"""Seconds in which another key's short request is answered, also on a machine that is busy."""
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -46,37 +49,6 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path, key_file: Path) -> Iterator[Server]:
     with listening(folder, api_keys=key_file, shutdown_timeout=0.1) as server:
         yield server
-
-
-def client(server: Server, key: str) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {key}"}
-    return httpx.Client(base_url=server.address, headers=headers, timeout=60)
-
-
-def ask(client: httpx.Client, **body: Any) -> httpx.Response:
-    return client.post(CHAT, json={"model": "tiny", "messages": HELLO, "max_tokens": 2} | body)
-
-
-@contextlib.contextmanager
-def in_background(client: httpx.Client, count: int, **body: Any) -> Iterator[list[int]]:
-    """`count` requests in threads of their own; the statuses of those that have ended."""
-    statuses: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: statuses.append(ask(client, **body).status_code))
-        for _ in range(count)
-    ]
-    for thread in threads:
-        thread.start()
-    yield statuses
-    for thread in threads:
-        thread.join()
-
-
-def answered_in_time(guest: httpx.Client, **body: Any) -> None:
-    start = time.monotonic()
-    response = ask(guest, **body)
-    assert response.status_code == 200, response.text
-    assert time.monotonic() - start < USUAL
 
 
 def test_a_key_leaves_as_many_places_as_it_takes() -> None:

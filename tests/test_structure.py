@@ -81,6 +81,15 @@ def test_forbidden_imports() -> None:
             assert top != "transformers" or part_of(path) in ("verify", "hf"), f"{path}:{line}"
 
 
+def test_no_test_file_imports_another() -> None:
+    """What several of them need is in tests/helpers."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for line in re.findall(
+            r"^(?:from|import) tests\.(?!helpers).*", path.read_text("utf-8"), re.M
+        ):
+            raise AssertionError(f"{path}: {line}")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_modules_say_what_they_are(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{path} has no docstring"

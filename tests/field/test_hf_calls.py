@@ -23,6 +23,8 @@ from PIL import Image
 from llava_interleave import hf
 from llava_interleave.testing import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 Call = Callable[["World"], Any]
 CALLS: dict[str, Call] = {}
 
