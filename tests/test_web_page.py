@@ -432,7 +432,7 @@ def test_images_are_enlarged_compared_and_zoomed(page: Page, files: list[Path]) 
 def test_photos_from_the_camera(page: Page) -> None:
     page.click("#open-camera")
     expect(page.locator("#camera")).to_be_visible()
-    page.wait_for_function("document.getElementById('camera-view').videoWidth > 0")
+    page.wait_for_function("() => document.getElementById('camera-view').videoWidth > 0")
     page.click("#camera-take")
     expect(page.locator("#camera-count")).to_have_text("1 taken")
     page.click("#camera-take")
@@ -819,13 +819,16 @@ def test_which_image_an_answer_used(
         expect(button).to_have_attribute("aria-expanded", "true")
         images = attributed(folder, body_of(sent.value), [*files[:2], film])
         assert page.locator(".attribution .share").all_inner_texts() == [
-            f"{round(100 * image.share)} %" for image in images
+            f"{round(100 * image.share) if image.change > 0 else 0} %" for image in images
         ]
         for row, image in zip(rows.all(), images, strict=True):
             times = float(np.exp(abs(image.change)))
             words = "about as likely" if abs(image.change) < 0.2 else "times"
             assert words in row.inner_text() and times > 0
-            assert f"It got {round(100 * image.attention)} % of the attention" in row.inner_text()
+            assert (
+                f"It got {round(100 * image.attention)} % of the answer's attention"
+                in row.inner_text()
+            )
         most = max(image.heat.max() for image in images)
         veil = page.locator(".attribution .heatmap").first.evaluate("""(veil) => {
             const { data } = veil.getContext("2d").getImageData(0, 0, veil.width, veil.height);

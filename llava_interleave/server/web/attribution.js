@@ -17,6 +17,7 @@ const HARDLY = 0.2; // nats: below, the answer is about as likely without the im
  * @type {Map<string, AbortController | null>} */
 const open = new Map();
 
+const capital = (words) => words[0].toUpperCase() + words.slice(1);
 const percent = (share) => `${Math.round(100 * share)} %`;
 const total = (map) => map.flat().reduce((sum, heat) => sum + heat, 0);
 const sum = (maps) => maps[0].map((row, y) => row.map((_, x) => maps.reduce((all, map) => all + map[y][x], 0)));
@@ -43,21 +44,21 @@ function position(rows) {
 }
 
 /** What an image does for an answer whose log-probability changes by so many nats without it. */
-export function effect(change) {
+export function effect(change, what) {
   const times = Math.exp(Math.abs(change));
-  if (Math.abs(change) < HARDLY) return "without it the answer would be about as likely";
+  if (Math.abs(change) < HARDLY) return `without it ${what} would be about as likely`;
   const factor = times < 10 ? times.toFixed(1) : times > 1000 ? "more than 1,000" : String(Math.round(times));
-  return `without it this answer would be ${factor} times ${change > 0 ? "less" : "more"} likely`;
+  return `without it ${what} would be ${factor} times ${change > 0 ? "less" : "more"} likely`;
 }
 
 /** One sentence for the whole: which images decide. */
-export function verdict(images, names) {
+export function verdict(images, names, what) {
   const ranked = images.map((image, i) => ({ ...image, title: names[i] })).sort((a, b) => b.change - a.change);
   const top = ranked[0];
-  if (top.change < HARDLY) return "No single image decides this answer: it would be about as likely without any one of them.";
-  if (images.length === 1) return `This answer needs ${top.title}: ${effect(top.change)}.`;
+  if (top.change < HARDLY) return `No single image decides ${what}: it would be about as likely without any one of them.`;
+  if (images.length === 1) return `${capital(what)} needs ${top.title}: ${effect(top.change, what)}.`;
   const others = ranked.slice(1).filter(({ share }) => share > 0.2).map(({ title }) => title);
-  return `This answer rests ${top.share > 0.6 ? "mostly" : "partly"} on ${top.title} (${percent(top.share)})${others.length ? `, also on ${others.join(" and ")}` : ""}.`;
+  return `${capital(what)} rests ${top.share > 0.6 ? "mostly" : "partly"} on ${top.title} (${percent(top.share)})${others.length ? `, also on ${others.join(" and ")}` : ""}.`;
 }
 
 /** The button of an answer; its view is appended to `item`. */
@@ -109,12 +110,15 @@ function view(node) {
   const box = make("section", { className: "attribution", ariaLabel: "Which image this answer used" });
   const most = highest(images);
   const covers = (index) => images[index]?.heat.map((map) => heatmap(map, most)) ?? [];
-  box.append(make("p", { className: "verdict", textContent: verdict(images, names) }));
+  const line = make("p", { className: "verdict" });
   const list = make("ol", {});
-  const rows = (of) =>
-    reconcile(list, of, ({ name }) => name, ({ share, change }) => `${share} ${change}`, (image, i) => row(image, media[i], i, names[i], heatmap(sum(image.heat), most), () => openViewer(media, i, covers)));
-  rows(images);
-  if (sentences?.length > 1) box.append(sentencePicker(sentences, (of) => rows(of ? images.map((image, i) => ({ ...image, change: of.changes[i], share: of.shares[i] })) : images)));
+  const show = (of, what) => {
+    line.textContent = verdict(of, names, what);
+    reconcile(list, of, ({ name }) => name, ({ share, change }) => `${what} ${share} ${change}`, (image, i) => row(image, media[i], i, names[i], what, heatmap(sum(image.heat), most), () => openViewer(media, i, covers)));
+  };
+  show(images, "this answer");
+  box.append(line);
+  if (sentences?.length > 1) box.append(sentencePicker(sentences, (of) => show(of ? images.map((image, i) => ({ ...image, change: of.changes[i], share: of.shares[i] })) : images, of ? "this sentence" : "this answer")));
   box.append(list);
   const how = make("details", {}, make("summary", { textContent: "How this is measured" }), make("p", { textContent: "Each image is left out in turn, and the model is asked how likely it would write the same answer. The bar is an image's part of all losses. Heat maps show where the answer's words attend to; what is covered in grey got little attention. A measure of this model on this answer, not a proof." }), make("p", { textContent: images.map(({ change }, i) => `${names[i]}: ${change.toFixed(2)} nats`).join(", ") }));
   box.append(how);
@@ -137,8 +141,9 @@ function sentencePicker(sentences, choose) {
   return box;
 }
 
-function row(image, part, index, name, cover, enlarge) {
-  const { share, change, attention, heat } = image;
+function row(image, part, index, name, what, cover, enlarge) {
+  const { change, attention, heat } = image;
+  const share = change > 0 ? image.share : 0; // equal parts where no image has any
   const hottest = heat.reduce((best, map, i) => (total(map) > total(heat[best]) ? i : best), 0);
   const where = heat.length > 1 ? `frame ${hottest + 1}, ${position(heat[hottest])}` : position(heat[hottest]);
   const thumb = tile(part, index + 1, () => []);
@@ -153,7 +158,7 @@ function row(image, part, index, name, cover, enlarge) {
       "div",
       {},
       make("div", { className: "row" }, make("strong", { textContent: part.label ? `${name}, ${part.label}` : name }), make("meter", { min: 0, max: 1, value: share, ariaLabel: `Part of ${name} in the answer` }), make("strong", { className: "share", textContent: percent(share) })),
-      make("p", { textContent: `${effect(change)[0].toUpperCase()}${effect(change).slice(1)}. It got ${percent(attention)} of the attention, most at ${where}.` }),
+      make("p", { textContent: `${capital(effect(change, what))}. It got ${percent(attention)} of the answer's attention, most at ${where}.` }),
     ),
   );
 }
