@@ -113,10 +113,12 @@ tiny: .venv/installed
 $(BIN)/python$(EXE):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "creating a Python environment in .venv"
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
-	$(INSTALL) -e .
+	@echo "installing llava-interleave and PyTorch into .venv: minutes the first time, later nothing"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -1,13 +1,21 @@
-"""Good and hostile traffic against one server for minutes: memory growth and failed requests.
+"""Good and hostile traffic against one server: latency, memory growth and failed requests.
 
     python bench/soak.py [-m FOLDER] [--minutes 30] [--out soak.json] [--quick]
 
-Good clients send old and new images, whole and streamed, n answers, structured output, attribution,
-uploads; a repeated request must get the same answer. Hostile ones send the corpus of the tests,
-disconnect half-way, send slowly, nothing or invalid HTTP, and leave during an answer. Prints one
-JSON object; exit code 1 if a good request failed, a hostile one got anything but 4xx, or a request
-still runs at the end. --quick: a tiny network, one minute.
+Two API keys. The good one's clients send old and new images, whole and streamed, n answers,
+structured output, attribution, uploads; a repeated request must get the same answer. The hostile
+one's send the corpus of the tests, files that hold up a decoder, grammars that do not compile, many
+endless answers, and below HTTP half a request, a slow one, none or garbage. For the first quarter
+of the time the good clients are alone. Then each attack is made once by itself, with a short
+request of the good key again and again beside it.
 
+Prints one JSON object; exit code 1 if a good request failed, a hostile one got anything but 4xx or
+503, or a request still runs at the end. --quick: a tiny network, one minute.
+
+latency      seconds of good requests alone and beside the hostile ones: median, 95th percentile;
+             `ratio` of the two 95th percentiles
+attacks      seconds of each attack and its status, requests of the good key meanwhile, their median
+             and longest; `none`: without an attack
 memory       resident MiB of the server at the start, after the warm-up (a sixth of the time) and at
              the end; `course` in tenths
 slope        MiB per minute after the warm-up, by least squares; `caches`: growth of its bounded
@@ -50,9 +58,23 @@ from tests.helpers.requests import (
     sent,
     user,
 )
+from tests.test_server_attack_files import (
+    FILES,
+    gif,
+    gif_extension,
+    key_frames,
+    png_chunks,
+    scans,
+    video_part,
+    with_segments,
+)
+from tests.test_server_attack_files import image_part as file_part
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
+GOOD_KEY, HOSTILE_KEY = "a-good-clients-own-key", "a-hostile-clients-key"
+ENDLESS = {"n": 8, "max_tokens": 1500, "ignore_eos": True, "stop_on_repetition": False}
+SMALL = 2  # megabytes of a file in the mixed traffic; the attacks by themselves are larger
 
 
 class Soak:
@@ -66,13 +88,18 @@ class Soak:
         self.hostile: Counter[str] = Counter()
         self.failures: list[str] = []
         self.answers: dict[str, Any] = {}
+        self.attacked = False
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}
 
-    def client(self) -> httpx.Client:
+    def client(self, key: str) -> httpx.Client:
         """One that leaves idle connections before the server does, which would look
         like a failure.
         """
         return httpx.Client(
-            base_url=self.address, timeout=300, limits=httpx.Limits(keepalive_expiry=2)
+            base_url=self.address,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=300,
+            limits=httpx.Limits(keepalive_expiry=2),
         )
 
     def count(self, where: Counter[str], what: object) -> None:
@@ -88,7 +115,7 @@ class Soak:
     ) -> None:
         """Do some work again and again until it is over."""
         chance = random.Random(number)
-        with self.client() as client:
+        with self.client(GOOD_KEY if work is good else HOSTILE_KEY) as client:
             while not self.over.is_set():
                 try:
                     work(self, client, chance)
@@ -129,7 +156,9 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     name, messages, fields = chance.choice(samples)
     stream = chance.random() < 0.5
     body = {"model": "tiny", "messages": messages, "max_tokens": 12, "stream": stream, **fields}
+    began, attacked = time.monotonic(), soak.attacked
     answer = client.post(CHAT, json=body)
+    soak.seconds[attacked].append(time.monotonic() - began)
     soak.count(soak.good, answer.status_code)
     if answer.status_code != 200:
         return soak.fail(f"{name}: {answer.status_code} {answer.text}")
@@ -173,8 +202,42 @@ def hostile(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     name = chance.choice(list(HOSTILE))
     status = client.post(CHAT, content=sent(HOSTILE[name]), headers=JSON).status_code
     soak.count(soak.hostile, status)
-    if not 400 <= status < 500:
+    if not (400 <= status < 500 or status == 503):
         soak.fail(f"hostile {name}: {status}")
+
+
+def attacker(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
+    """Lawful in form, made to take time: files, grammars, answers without end."""
+    kind = chance.choice(["video", "gif", "scans", "fill", "chunks", "grammar", "regex", "endless"])
+    fields: dict[str, Any] = {}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "video": lambda: video_part(key_frames(20_000)),
+        "gif": lambda: file_part(gif(40, 2000)),
+        "scans": lambda: file_part(scans(50, 2000)),
+        "fill": lambda: file_part(with_segments(b"\xff", SMALL)),
+        "chunks": lambda: file_part(png_chunks(SMALL)),
+        "comment": lambda: file_part(gif_extension(b"\1x", megabytes=SMALL)),
+    }
+    content: Any = [parts[kind]()] if kind in parts else "?"
+    if kind == "grammar":
+        fields = {"response_format": wide_schema(chance.randrange(1500, 1900))}
+    elif kind == "regex":
+        nested = f"((a{{{chance.randrange(900, 1000)}}}){{1000}}){{1000}}"
+        fields = {"response_format": {"type": "regex", "regex": nested}}
+    elif kind == "endless":
+        fields = ENDLESS
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
+    status = client.post(CHAT, json=body).status_code
+    soak.count(soak.hostile, f"{kind} {status}")
+    if status >= 500 and status != 503:
+        soak.fail(f"attacker {kind}: {status}")
+
+
+def wide_schema(fields: int) -> dict[str, Any]:
+    """Takes a second or more to compile."""
+    properties = {f"p{i}": {"type": "string"} for i in range(fields)}
+    schema = {"type": "object", "properties": properties}
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
 def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
@@ -188,7 +251,8 @@ def rude(soak: Soak, _: httpx.Client, chance: random.Random) -> None:
         }
     ).encode()
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {HOSTILE_KEY}\r\n"
+        "Content-Type: "
         f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     whole = head.encode() + body
@@ -243,7 +307,7 @@ def watch(
     """Memory once a second until the time is over or the server is."""
     began, rows = time.monotonic(), []
     while (at := time.monotonic() - began) < seconds and process.poll() is None:
-        rows.append((at, resident(process.pid), gauges(client)["feature_bytes"] / 2**20))
+        rows.append((at, resident(process.pid), gauges(client)["encoder_cache_bytes"] / 2**20))
         time.sleep(1)
     if process.poll() is not None:
         soak.fail(f"the server ended with {process.returncode}")
@@ -271,74 +335,139 @@ def settled(client: httpx.Client) -> bool:
     """Whether nothing runs any more, seconds after the last client has left."""
     for _ in range(100):
         now = gauges(client)
-        if not (now["under_way"] or now["running"] or now["waiting"] or now["kv_running"]):
+        names = ("num_requests_active", "num_requests_running", "num_requests_waiting")
+        if not any(now[name] for name in (*names, "kv_cache_used_tokens")):
             return True
         time.sleep(0.2)
     return False
 
 
-def soaked(folder: str | None, minutes: float, threads: int) -> dict[str, Any]:
-    """Start a server, let everybody at it, and tell."""
+def latency(seconds: list[float]) -> dict[str, float]:
+    """Of good requests."""
+    if not seconds:
+        return {"requests": 0}
+    median, high = np.percentile(seconds, [50, 95])
+    return {"requests": len(seconds), "p50": round(float(median), 3), "p95": round(float(high), 3)}
+
+
+def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
+    """Each attack by itself, and the good key's short requests beside it."""
+    bodies: dict[str, Callable[[], dict[str, Any]]] = {
+        name: lambda make=make: {"messages": user(make(), "?"), "max_tokens": 2}  # type: ignore[misc]
+        for name, make in FILES.items()
+    }
+    question = [{"role": "user", "content": "Hello"}]
+    bodies["eight endless answers"] = lambda: {"messages": question, **ENDLESS}
+    bodies["a grammar of 1,900 fields"] = lambda: {
+        "messages": question,
+        "response_format": wide_schema(1900),
+    }
+    bodies["a regex of nested repeats"] = lambda: {
+        "messages": question,
+        "response_format": {"type": "regex", "regex": "((a{1000}){1000}){1000}"},
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in {"none": None, **bodies}.items():
+        made = json.dumps({"model": "tiny", **make()}).encode() if make else b""
+        statuses: list[int] = []
+
+        def attack(made: bytes = made, statuses: list[int] = statuses) -> None:
+            with soak.client(HOSTILE_KEY) as client:
+                statuses.append(client.post(CHAT, content=made, headers=JSON).status_code)
+
+        threads = [threading.Thread(target=attack) for _ in range(3 if make else 0)]
+        began = time.monotonic()
+        seconds: list[float] = []
+        for thread in threads:
+            thread.start()
+        with soak.client(GOOD_KEY) as client:
+            while any(thread.is_alive() for thread in threads) or len(seconds) < 20:
+                start = time.monotonic()
+                body = {"model": "tiny", "messages": question, "max_tokens": 8}
+                answer = client.post(CHAT, json=body)
+                seconds.append(time.monotonic() - start)
+                if answer.status_code != 200:
+                    soak.fail(f"beside {name}: {answer.status_code} {answer.text}")
+        rows[name] = {
+            "seconds": round(time.monotonic() - began, 2) if threads else 0.0,
+            "statuses": dict(Counter(statuses)),
+            "good requests": len(seconds),
+            "median": round(float(np.median(seconds)), 3),
+            "longest": round(max(seconds), 3),
+        }
+    return rows
+
+
+def soaked(folder: str | None, minutes: float, threads: int, scratch: Path) -> dict[str, Any]:
+    """Start a server, run all clients, and report."""
     port = free_port()
     soak = Soak(f"http://127.0.0.1:{port}")
-    command: list[str | Path] = [
-        BIN / "llava",
-        "serve",
-        *(["-m", folder] if folder else []),
-        "--port",
-        str(port),
-        "--name",
-        "tiny",
-    ]
-    limits = [
-        "--requests-per-minute",
-        "1000000",
-        "--max-requests",
-        "256",
-        "--request-timeout",
-        "5",
-        "--log-level",
-        "error",
-    ]
+    keys = scratch / "keys"
+    keys.write_text(f"{GOOD_KEY} good\n{HOSTILE_KEY} hostile\n")
+    keys.chmod(0o600)
+    model = ["-m", folder] if folder else []
+    command = [str(BIN / "llava"), "serve", *model, "--port", str(port), "--name", "tiny"]
+    command += ["--api-keys", str(keys), "--requests-per-minute", "1000000"]
+    command += ["--request-timeout", "5", "--media-timeout", "10", "--log-level", "error"]
+    command += ["--access-log", "off"]
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen([*command, *limits], stdout=log, stderr=log) as process,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
         try:
-            with soak.client() as client:
+            with soak.client(GOOD_KEY) as client:
                 end = time.monotonic() + START
                 while time.monotonic() < end and process.poll() is None:
                     with contextlib.suppress(httpx.TransportError):
                         client.get("/health")
                         break
                     time.sleep(0.1)
-                works = [good] * threads + [hostile, rude, rude]
+                calm, hard = [good] * threads, [hostile, rude, rude, attacker, attacker]
                 workers = [
                     threading.Thread(target=soak.repeat, args=(i, work))
-                    for i, work in enumerate(works)
+                    for i, work in enumerate([*calm, *hard])
                 ]
-                for worker in workers:
+
+                def attack_later() -> None:
+                    if not soak.over.wait(60 * minutes / 4):
+                        soak.attacked = True
+                        for worker in workers[threads:]:
+                            worker.start()
+
+                timer = threading.Thread(target=attack_later)
+                for worker in (*workers[:threads], timer):
                     worker.start()
                 try:
-                    watched = watch(soak, process, client, 60 * minutes)
+                    report = watch(soak, process, client, 60 * minutes)
                 finally:
                     soak.over.set()
+                    timer.join()
                     for worker in workers:
-                        worker.join()
+                        if worker.ident is not None:
+                            worker.join()
                 if process.poll() is None and not settled(client):
-                    soak.fail(f"still under way at the end: {gauges(client)}")
+                    soak.fail(f"still running at the end: {gauges(client)}")
+                if process.poll() is None:
+                    report["attacks"] = attacks(soak)
+                    if not settled(client):
+                        soak.fail(f"still running after the attacks: {gauges(client)}")
         finally:
             process.terminate()
         process.wait(60)
         log.seek(0)
         errors = log.read().decode().count(" ERROR ")
-    done = {
+    alone, beside = (latency(soak.seconds[attacked]) for attacked in (False, True))
+    ratio = round(beside.get("p95", 0) / alone["p95"], 2) if alone.get("p95") else None
+    return {
+        "minutes": minutes,
         "good": dict(soak.good),
         "failures": soak.failures[:20],
         "failed": len(soak.failures),
         "logged_errors": errors,
+        "latency": {"alone": alone, "attacked": beside, "ratio": ratio},
+        "statuses": dict(sorted(soak.hostile.items())),
+        **report,
     }
-    return {"minutes": minutes, **done, "statuses": dict(sorted(soak.hostile.items())), **watched}
 
 
 def main() -> None:
@@ -353,12 +482,12 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.quick:
-            given.model, given.minutes = str(tiny_checkpoint(scratch)), 1
-        told = soaked(given.model, given.minutes, given.threads)
-    print(json.dumps(told, indent=1))
+            given.model, given.minutes = str(tiny_checkpoint(Path(scratch) / "tiny")), 1
+        report = soaked(given.model, given.minutes, given.threads, Path(scratch))
+    print(json.dumps(report, indent=1))
     if given.out:
-        given.out.write_text(json.dumps(told) + "\n")
-    raise SystemExit(1 if told["failed"] or told["logged_errors"] else 0)
+        given.out.write_text(json.dumps(report) + "\n")
+    raise SystemExit(1 if report["failed"] or report["logged_errors"] else 0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import data_url
 from ..engine import Usage
 from ..engine.prefix_cache import CacheKey
-from ..errors import DataError
+from ..errors import DataError, PromptError
 from ..options import Options
 from ..processing.formats import is_video
 from ..processing.images import from_array
@@ -53,22 +53,54 @@ class Conversation:
         **changes: object,
     ) -> Generator[AnswerDelta]:
         """Ask and yield the deltas. An aborted answer leaves the conversation unchanged."""
-        messages, options = (
-            [*self.messages, {"role": "user", "content": content(question, self.pending)}],
-            self.bot.options(options, changes),
-        )
+        turn = {"role": "user", "content": content(question, self.pending)}
+        for chunk in self._stream(self.messages, turn, options, progress, changes):
+            if chunk.answer is not None:
+                self.pending = []
+            yield chunk
+
+    def retry(
+        self,
+        options: Options | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **changes: object,
+    ) -> Generator[AnswerDelta]:
+        """Answer the last question again, in place of its answer. Otherwise as `stream`.
+
+        Raises `PromptError` where there is none.
+        """
+        last = self._last_question()
+        if last is None:
+            raise PromptError("there is no question to answer again")
+        return self._stream(self.messages[:last], self.messages[last], options, progress, changes)
+
+    def _stream(
+        self,
+        before: list[dict[str, Any]],
+        turn: dict[str, Any],
+        options: Options | None,
+        progress: Callable[[int, int], None] | None,
+        changes: dict[str, object],
+    ) -> Generator[AnswerDelta]:
+        messages, options = [*before, turn], self.bot.options(options, changes)
         prompt = self.bot.prompt(messages, options)
+        keys = self._cache_keys[: sum(message["role"] == "user" for message in before)]
         for chunk in self.bot.stream_prompt(prompt, options, progress):
             if chunk.answer is not None and chunk.index == 0:
                 reply = {
                     "role": "assistant",
                     "content": [{"type": "text", "text": chunk.answer.text}],
                 }
-                self.messages, self.pending = [*messages, reply], []
-                self._cache_keys.append(
-                    self.bot.engine.cache_key(prompt, chunk.answer.tokens, adapter=options.adapter)
+                key = self.bot.engine.cache_key(
+                    prompt, chunk.answer.tokens, adapter=options.adapter
                 )
+                self.messages, self._cache_keys = [*messages, reply], [*keys, key]
             yield chunk
+
+    def _last_question(self) -> int | None:
+        users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        return users[-1] if users else None
 
     def prefill(self, options: Options | None = None, **changes: object) -> Usage:
         """Prefill what is attached while the question is being typed, see `Chatbot.prefill`."""
@@ -86,10 +118,7 @@ class Conversation:
 
     def undo(self) -> bool:
         """Remove the last question and its answer, and attach its images again; False if none."""
-        last_user = next(
-            (i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"),
-            None,
-        )
+        last_user = self._last_question()
         if last_user is None:
             return False
         turn = self.messages[last_user]["content"]

@@ -35,7 +35,7 @@ from . import (
 app = typer.Typer(
     name="llava",
     help="Ask a vision-language model about many images, videos and views.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -50,11 +50,21 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001  its callback acts
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Ask a vision-language model about many images, videos and views."""
+    """Ask a vision-language model about many images, videos and views.
+
+    Without a command, llava at a terminal is llava chat with the built-in model.
+    """
+    if context.invoked_subcommand is None:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            chat.chat(given={})
+        else:
+            print(context.get_help())
+            raise typer.Exit(2)
 
 
 for module in (

@@ -95,6 +95,7 @@ def ask(
     if attribution is not None:
         with terminal.spinner("computing the attribution"):
             bot.attribute(messages, answers[0], options).save(attribution)
+        terminal.wrote(attribution)
 
 
 def print_stream(bot: Chatbot, messages: list[dict[str, Any]], options: Options) -> Answer:

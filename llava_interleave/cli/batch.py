@@ -103,7 +103,7 @@ def batch(
     samples = Source(source, question)
     started = time.monotonic()
     if ray:
-        with terminal.progress_bar("answering") as progress:
+        with terminal.resumable(out), terminal.progress_bar("answering") as progress:
             adapter = absolute(options.adapter)
             everywhere = dataclasses.replace(
                 model_flags,
@@ -125,7 +125,7 @@ def batch(
         local = LazyModel(model_flags)
         options = local.options(given)
         answer = replies(local.ready(options).batch)
-        with terminal.progress_bar("answering") as progress:
+        with terminal.resumable(out), terminal.progress_bar("answering") as progress:
             count, failed = run(
                 samples,
                 out,

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shlex
 import sys
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import LlavaError, OptionError
-from ..options import Options
+from ..options import Options, unknown
 from . import flags, terminal
+from .line_editor import PATHS, LineEditor, Values
 from .local_model import ModelFlags
 
 if TYPE_CHECKING:
-    from ..chat import Conversation
+    from ..chat import AnswerDelta, Conversation
 
 HELP = """\
-/attach FILE...  attach images, videos or folders of them to the next question
-/files           list the attachments
+/attach FILE...  attach images, videos or folders of them to the next question; *.png works
+/detach [N...]   remove attachments of the next question, by their numbers or all
+/files           list the images of the conversation and of the next question
+/retry           answer the last question again
 /undo            remove the last question and answer; its images are attached again
+/set NAME VALUE  change an option: /set temperature 0.7; /set lists them
+/system [TEXT]   the system prompt from now on: a text, none or default
 /info            the model, its device and precision
 /new             start a new conversation
 /save [FILE]     save the conversation and its KV cache; /embed [FILE] also stores the images
 /load FILE       continue a saved conversation
+/help            this list
 /quit            leave (or Ctrl-D)
-A line that ends in \\ continues on the next one. Ctrl-C stops an answer."""
+A line that ends in \\, or Alt-Enter, continues on the next one. Tab completes commands, paths and
+values. Ctrl-C stops an answer."""
+PRESETS = ("interleave", "hf", "official")
+NOT_IN_CHAT = ("n", "logprobs", "logit_bias", "stop_ids", "adapter", "system")
+"""Options that /set does not have."""
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +93,7 @@ def chat(
     if resume:
         session.load([str(resume)])
     session.conversation.attach(*flags.attachments(files, None, frames_of))
-    session.files([])
+    session.greet()
     session.run()
 
 
@@ -94,8 +107,12 @@ class Terminal:
         self.file: Path | None = None
         self.commands = {
             "attach": self.attach,
+            "detach": self.detach,
             "files": self.files,
+            "retry": self.retry,
             "undo": self.undo,
+            "set": self.set,
+            "system": self.system,
             "info": self.info,
             "new": self.new,
             "save": self.save,
@@ -103,12 +120,26 @@ class Terminal:
             "load": self.load,
             "help": self.help,
         }
+        self.editor: LineEditor | None = None
+
+    def greet(self) -> None:
+        """The model and what is attached; at a terminal the commands as well."""
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            info = self.conversation.bot.info()
+            millions = self.conversation.bot.model.config.num_parameters / 1e6
+            self.status(
+                f"{self.conversation.bot.source.name}: {millions:,.0f} M parameters, "
+                f"{info['precision']}, on {info['device']}; context {info['context']:,} tokens"
+            )
+            commands = " ".join(f"/{name}" for name in self.commands)
+            self.status(f"{commands} /quit\nAsk a question; /help explains the commands.")
+            if not self.conversation.pending:
+                self.status("nothing is attached: /attach FILE...")
+        self.files([])
 
     def run(self) -> None:
-        if sys.stdin.isatty():
-            import readline  # noqa: F401  (gives input() line editing and history)
-
-            self.status("/help lists the commands")
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            self.editor = LineEditor(self.completions())
         while (line := self.read()) not in (None, "/quit"):
             try:
                 if line.startswith("/"):
@@ -118,14 +149,19 @@ class Terminal:
             except LlavaError as error:
                 self.status(f"llava: {flags.describe(error)}")
 
+    def completions(self) -> dict[str, Values]:
+        """What may follow each command."""
+        paths = dict.fromkeys(("attach", "save", "embed", "load"), PATHS)
+        values = {"set": self._set_values, "system": lambda _: ("none", "default")}
+        return {name: lambda _: () for name in (*self.commands, "quit")} | paths | values
+
     def read(self) -> str | None:
         """The next line, joined with the one after a final backslash; None at the end of input."""
         lines: list[str] = []
         while True:
             try:
-                line = input(
-                    ("  " if lines else "> ") if sys.stdin.isatty() and sys.stdout.isatty() else ""
-                )
+                prompt = "  " if lines else "> "
+                line = self.editor.read(prompt) if self.editor else input()
             except EOFError:
                 return "\n".join(lines).strip() if lines else None
             lines.append(line.removesuffix("\\"))
@@ -143,10 +179,15 @@ class Terminal:
         self.commands[name](words)
 
     def answer(self, question: str) -> None:
+        """Print the answer to a question."""
+        self.show(lambda **named: self.conversation.stream(question, self.options, **named))
+
+    def show(self, stream: Callable[..., Generator[AnswerDelta]]) -> None:
+        """Print an answer as it is generated; Ctrl-C stops it."""
         chunks = None
         try:
             with terminal.spinner("encoding the prompt") as progress:
-                chunks = self.conversation.stream(question, self.options, progress=progress)
+                chunks = stream(progress=progress)
                 text = next((chunk.text for chunk in chunks if chunk.text), "")
             print(text, end="", flush=True)
             for chunk in chunks:
@@ -162,9 +203,59 @@ class Terminal:
         self.conversation.attach(*flags.expand(words))
         self.files([])
 
+    def detach(self, words: list[str]) -> None:
+        """Remove pending attachments by their numbers in `files`; all without numbers."""
+        pending = self.conversation.pending
+        numbers = {int(word) for word in words if word.isdecimal()}
+        if len(numbers) < len(words) or not numbers <= set(range(1, len(pending) + 1)):
+            raise OptionError(f"/detach takes numbers from 1 to {len(pending)}; /files shows them")
+        keep = numbers and [p for i, p in enumerate(pending, 1) if i not in numbers]
+        self.conversation.pending = list(keep or ())
+        self.files([])
+
     def files(self, _: list[str]) -> None:
-        for part in self.conversation.pending:
-            self.status(f"{part['type']}: {part.get('path') or part.get('url', '(embedded)')[:80]}")
+        """The media of the conversation in order, and those of the next question."""
+        sent = [part for turn in self.conversation.messages for part in media_of(turn)]
+        for number, part in enumerate(sent, 1):
+            self.status(f"sent {number}. {describe_part(part)}")
+        for number, part in enumerate(self.conversation.pending, 1):
+            self.status(f"{number}. {describe_part(part)}")
+
+    def retry(self, _: list[str]) -> None:
+        """Answer the last question again, with the options of now."""
+        self.show(lambda **named: self.conversation.retry(self.options, **named))
+
+    def set(self, words: list[str]) -> None:
+        """List the options, or change one."""
+        names = self._set_values([])
+        if not words:
+            for name in names:
+                self.status(f"{name} = {getattr(self.options, name)}")
+            return
+        name, value = words[0], " ".join(words[1:])
+        if name not in names:
+            raise unknown("option", name, names)
+        if not value:
+            raise OptionError(f"/set {name} needs a value; it is {getattr(self.options, name)}")
+        self.options = self.options.but({name: _parsed(value)})
+        self.status(f"{name} = {getattr(self.options, name)}")
+
+    def _set_values(self, before: list[str]) -> tuple[str, ...]:
+        """The names of options, or the values of the named one."""
+        names = [field.name for field in dataclasses.fields(Options)]
+        if not before:
+            return tuple(name for name in names if name not in NOT_IN_CHAT)
+        value = getattr(self.options, before[0], None)
+        if before[0] == "preset":
+            return PRESETS
+        return ("true", "false") if isinstance(value, bool) else ("none",)
+
+    def system(self, words: list[str]) -> None:
+        """Show or change the system prompt."""
+        if words:
+            text = " ".join(words)
+            self.options = self.options.but({"system": "" if text == "none" else text})
+        self.status(f"system prompt: {self.options.system or 'none'}")
 
     def undo(self, _: list[str]) -> None:
         self.status("removed" if self.conversation.undo() else "there is nothing to undo")
@@ -211,3 +302,24 @@ class Terminal:
 
     def status(self, text: str) -> None:
         print(text, file=sys.stderr)
+
+
+def media_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The images, videos and views of a message."""
+    content = turn["content"]
+    return [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
+
+
+def describe_part(part: Mapping[str, Any]) -> str:
+    """An attachment in a line."""
+    return f"{part['type']}: {str(part.get('path') or part.get('url', '(embedded)'))[:80]}"
+
+
+def _parsed(text: str) -> object:
+    """A value of /set."""
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -121,6 +121,7 @@ def verify(
     about = {"model": model or "the built-in model", **options, **versions}
     if html:
         report.write(html, f"llava verify: {about['model']}", cases, results, about)
+        terminal.wrote(html)
     if as_json:
         print(
             json.dumps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -160,12 +161,14 @@ def evaluate(
         if rules:
             settings["as"] = rules
         about = run.about(task, settings)
-        rows = _answers(task, answerer.with_options(options), about, out, batch_size)
+        with terminal.resumable(out) if out else contextlib.nullcontext():
+            rows = _answers(task, answerer.with_options(options), about, out, batch_size)
         means = stats.summary(task, rows)
         errors += [row for row in run.scored_rows(rows) if row["score"] < 1]
         if html and out:
             with terminal.spinner("writing the report"):
                 report.write(out / f"{task.name}.html", task, rows, means, about)
+            terminal.wrote(out / f"{task.name}.html")
         reports[task.name] = {
             "run": about,
             "means": [dataclasses.asdict(mean) for mean in means],
@@ -177,6 +180,7 @@ def evaluate(
             _remarks(task)
     if save_errors:
         save_errors.write_text("".join(json.dumps(row) + "\n" for row in errors), "utf-8")
+        terminal.wrote(save_errors)
     if as_json:
         print(json.dumps(reports))
 

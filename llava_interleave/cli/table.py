@@ -196,7 +196,7 @@ def find(
             html, "find.html", title=question, hits=pictures, yes=yes, count=len(hits),
             expected=expected,
         )  # fmt: skip
-        print(f"wrote {html}", file=sys.stderr)
+        terminal.wrote(html)
     if _report(rows, columns):
         raise typer.Exit(1)
 

@@ -73,6 +73,21 @@ def progress_bar(title: str) -> Iterator[Progress]:
         yield update
 
 
+def wrote(path: object) -> None:
+    """Say on stderr that a file was written."""
+    print(f"wrote {path}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def resumable(out: object) -> Iterator[None]:
+    """On Ctrl-C, say that the same command goes on where this one stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped; run the same command again to continue {out}", file=sys.stderr)
+        raise
+
+
 def print_json(value: object) -> None:
     """One JSON object on stdout; escaped where the encoding lacks characters."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")

@@ -89,7 +89,8 @@ def train(
         from ..train.run import run
 
     folder = locate(model or chosen.model, None)
-    done = run(chosen.but({"model": str(folder.absolute())}), out)
+    with terminal.resumable(out):
+        done = run(chosen.but({"model": str(folder.absolute())}), out)
     if rank_and_world_size()[0] == 0:
         print(done)
 
