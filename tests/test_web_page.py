@@ -572,10 +572,13 @@ def test_stop_keeps_what_was_written(page: Page, slow: Callable[[float], None]) 
     ask(page, "Go on.")
 
 
-def test_what_is_waited_for(page: Page, files: list[Path], slow: Callable[[float], None]) -> None:
+def test_what_is_waited_for(page: Page, slow: Callable[[float], None], tmp_path: Path) -> None:
     """Which image is being read, and for how long."""
     page.route("**/v1/messages/prefill", lambda route: route.abort())
-    attach(page, files)
+    paths = [tmp_path / f"{colour}.png" for colour in ("brown", "olive", "navy")]
+    for path in paths:  # that no other test has brought into the cache
+        Image.new("RGB", (60, 40), path.stem).save(path)
+    attach(page, paths)
     slow(1.0)
     page.fill("#text", "What?")
     page.evaluate(
