@@ -11,13 +11,14 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo web test test-ray coverage check docs dist bench bench-peers tiny
+.PHONY: help demo web test test-ray test-clients coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
 	@echo "make web     the libraries of the web UI (needs Node.js 20); without them it shows plain Markdown"
 	@echo "make test    the test suite; ARGS=tests/test_image_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
+	@echo "make test-clients  the tests of LiteLLM, Instructor, pydantic-ai, AutoGen and the AI SDK, installed apart"
 	@echo "make coverage  the suite with line coverage, into build/coverage"
 	@echo "make check   ruff, and mypy for Linux, macOS and Windows (the package)"
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
@@ -42,6 +43,22 @@ test: .venv/installed-dev
 test-ray: .venv/installed-dev
 	$(INSTALL) -e '.[dev,ray]' kubernetes-validate
 	$(BIN)/python -m pytest tests/test_cluster.py tests/test_serve_ray.py tests/test_deploy.py
+
+AI_SDK = ai@6.0.326 @ai-sdk/openai@3.0.141 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7
+# Each client has an environment of its own: their dependencies contradict each other.
+CLIENTS = litellm==1.110.2 instructor==1.17.0 pydantic-ai-slim[openai]==2.68.0 autogen-ext[openai]==0.7.5
+build/clients/%/installed: Makefile
+	$(PYTHON) -m venv build/clients/$*
+	build/clients/$*/bin/pip install --quiet '$(filter $*%,$(CLIENTS))'
+	@touch $@
+
+build/clients/node/installed: Makefile
+	mkdir -p build/clients/node
+	if command -v npm; then npm install --silent --prefix build/clients/node $(AI_SDK); fi
+	@touch $@
+
+test-clients: .venv/installed-dev $(foreach name,litellm instructor pydantic-ai autogen node,build/clients/$(name)/installed)
+	$(BIN)/python -m pytest tests/test_real_clients.py
 
 coverage: .venv/installed-dev
 	$(BIN)/python -m pytest --cov=llava_interleave --cov-report=term:skip-covered --cov-report=html:build/coverage $(ARGS)

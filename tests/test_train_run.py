@@ -335,10 +335,10 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
 ) -> None:
     rows = datasets.rows(source)
     first, second, third = (row.messages()[0] for row in rows[:3])
-    assert move_images_first(first) is first
-    assert move_images_first(third) is third  # they are in front
+    assert move_images_first(first, 1) is first
+    assert move_images_first(third, 2) is third  # they are in front
     mark = {"type": "text", "text": "<image>"}
-    assert move_images_first(second)[0]["content"] == [
+    assert move_images_first(second, 2)[0]["content"] == [
         mark,
         mark,
         {"type": "text", "text": "Is [image 1] like [image 2] here?"},
@@ -366,7 +366,7 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
             "content": [{"type": "text", "text": "New"}, {"type": "image", "path": "b.png"}],
         },
     ]
-    assert move_images_first(chat) == [
+    assert move_images_first(chat, 0) == [
         {
             "role": "user",
             "content": [
@@ -387,7 +387,7 @@ def test_images_in_front_leave_their_numbers_and_come_in_the_same_order(
             ],
         }
     ]
-    assert move_images_first(views) is views
+    assert move_images_first(views, 0) is views
 
 
 def test_the_share_of_images_first_and_a_new_draw_each_epoch(folder: Path, source: Path) -> None:

@@ -211,11 +211,12 @@ class LlavaForConditionalGeneration(Light):
                 "leave it out or pass do_sample=True"
             )
         eos = self._eos(eos_token_id)
-        used |= {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+        given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
         shared: dict[str, Any] = {
             "max_new_tokens": 20,
             **defaults,
-            **{name: value for name, value in used.items() if value is not None},
+            **used,
+            **{name: value for name, value in given.items() if value is not None},
             "ignore_eos": True,
             "stop_ids": tuple(eos),
         }

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
-from fastapi import FastAPI, Form, Request, UploadFile
+from fastapi import FastAPI, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse, Response
@@ -18,12 +18,17 @@ from ..chat import Chatbot
 from ..errors import Unsupported
 from ..processing import Estimate
 from . import openai_types as openai
+from .answer_stream import respond, respond_json
 from .api_errors import ApiError, error_response, to_api_error
 from .api_keys import ApiKeys
-from .chat_completions import respond, respond_attribution, respond_prefill
+from .batch_files import BatchFiles
+from .batches import ENDPOINTS, Batches
+from .chat_completions import ChatCompletionStream
+from .completions import TextCompletionStream
 from .metrics import PROMETHEUS, Metrics
 from .middleware import GuardMiddleware
 from .models import ModelSpec, ServedModels
+from .responses import ResponseStream
 from .service import Service
 from .settings import MB, Settings
 from .uploads import Files
@@ -31,7 +36,8 @@ from .web_files import WEB_FILES, WEB_HEADERS
 
 T = TypeVar("T")
 API_ROUTES = (
-    "/v1/chat/completions",
+    *ENDPOINTS,
+    "/v1/batches",
     "/v1/files",
     "/v1/messages/attribution",
     "/v1/messages/count",
@@ -45,6 +51,7 @@ class Shared(Protocol):
 
     files: Files
     metrics: Metrics
+    batches: Batches | None
 
     async def run_in_pool(self, key: str, function: Callable[[], T]) -> T: ...
 
@@ -89,15 +96,20 @@ def add_guard(app: FastAPI, settings: Settings, keys: ApiKeys | None, metrics: M
     )
 
 
-def create_routes(service: Service | ServedModels) -> FastAPI:
+def create_routes(service: Service | ServedModels, *, with_batches: bool = True) -> FastAPI:
     """The routes without authentication and limits: a middleware has to be added."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        batches = service.batches = Batches(service) if with_batches else None
+        if batches:
+            batches.start()
         try:
             yield
         finally:
+            if batches:
+                await batches.close()
             service.close()
 
     # FastAPI's /docs loads scripts from a foreign host, into the origin where the web UI has its
@@ -119,6 +131,7 @@ def create_routes(service: Service | ServedModels) -> FastAPI:
     _add_model_routes(app, service)
     _add_message_routes(app, service)
     add_file_routes(app, service)
+    _add_batch_routes(app, service)
     return app
 
 
@@ -230,10 +243,20 @@ def _add_model_routes(app: FastAPI, service: Service | ServedModels) -> None:
 
 
 def _add_message_routes(app: FastAPI, service: Service | ServedModels) -> None:
-    @app.post("/v1/chat/completions", responses=openai.CHAT_RESPONSES)
+    @app.post("/v1/chat/completions", responses=openai.stream_responses(openai.ChatCompletion))
     async def chat(body: openai.ChatRequest, request: Request) -> Response:
         """Answer messages with images, videos and views; with `stream` as server-sent events."""
-        return respond(service, body, request.state.key)
+        return respond(service, ChatCompletionStream, body, request.state.key)
+
+    @app.post("/v1/responses", responses=openai.stream_responses(openai.ResponseObject))
+    async def responses(body: openai.ResponsesRequest, request: Request) -> Response:
+        """OpenAI's Responses API without tools and storage; with `stream` as its events."""
+        return respond(service, ResponseStream, body, request.state.key)
+
+    @app.post("/v1/completions", responses=openai.stream_responses(openai.TextCompletion))
+    async def completions(body: openai.CompletionRequest, request: Request) -> Response:
+        """Continue raw prompts, without a chat template and without images."""
+        return respond(service, TextCompletionStream, body, request.state.key)
 
     @app.post("/v1/messages/count")
     async def count(body: openai.PromptRequest, request: Request) -> Estimate:
@@ -243,12 +266,47 @@ def _add_message_routes(app: FastAPI, service: Service | ServedModels) -> None:
     @app.post("/v1/messages/prefill", responses={200: {"model": openai.Prefill}})
     async def prefill(body: openai.PromptRequest, request: Request) -> Response:
         """Compute the beginning of a coming question, at lowest priority and without an answer."""
-        return respond_prefill(service, body, request.state.key)
+        return respond_json(lambda: service.prefill(body, request.state.key))
 
     @app.post("/v1/messages/attribution", responses={200: {"model": openai.AttributionResponse}})
     async def attribution(body: openai.AttributionRequest, request: Request) -> Response:
         """Which image an answer used: shares, leave-one-out changes, attention maps."""
-        return respond_attribution(service, body, request.state.key)
+        return respond_json(lambda: service.attribute_answer(body, request.state.key))
+
+
+def _batches(service: Shared) -> Batches:
+    """The batches of a server; raises ApiError in a cluster."""
+    if service.batches is None:
+        raise ApiError(
+            501, "unsupported", "a server with --ray has no batches; use llava batch --ray"
+        )
+    return service.batches
+
+
+def _add_batch_routes(app: FastAPI, service: Shared) -> None:
+    @app.post("/v1/batches")
+    async def create(body: openai.BatchRequest, request: Request) -> openai.Batch:
+        """Answer the requests of an uploaded file (purpose batch) at lowest priority."""
+        return await _batches(service).create(body, request.state.key)
+
+    @app.get("/v1/batches")
+    async def listed(
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> openai.BatchList:
+        """The batches of this API key, newest first."""
+        return _batches(service).list(request.state.key, after, limit)
+
+    @app.get("/v1/batches/{name}")
+    async def one_batch(name: str, request: Request) -> openai.Batch:
+        """A batch by its id."""
+        return _batches(service).get(request.state.key, name)
+
+    @app.post("/v1/batches/{name}/cancel")
+    async def cancel(name: str, request: Request) -> openai.Batch:
+        """End a batch; what is done is in its files."""
+        return await _batches(service).cancel(request.state.key, name)
 
 
 def add_file_routes(app: FastAPI, service: Shared) -> None:
@@ -258,24 +316,49 @@ def add_file_routes(app: FastAPI, service: Shared) -> None:
     async def upload(
         file: UploadFile, purpose: Annotated[str, Form()], request: Request
     ) -> openai.File:
-        """Upload an image or a video; requests refer to it by its id."""
+        """Upload an image or a video, which requests refer to by its id, or a batch's requests."""
         data, key = await file.read(), request.state.key
+        files = _batches(service).files if purpose == "batch" else service.files
         return await service.run_in_pool(
-            key, lambda: service.files.put(key, data, file.filename or "", purpose)
+            key, lambda: files.put(key, data, file.filename or "", purpose)
         )
+
+    def batch_files(key: str, name: str) -> BatchFiles | None:
+        found = service.batches.files if service.batches else None
+        return found if found and found.has(key, name) else None
 
     @app.get("/v1/files")
     async def files(request: Request) -> openai.FileList:
-        """The uploads of this API key."""
-        return openai.FileList(data=service.files.list(request.state.key))
+        """The uploads of this API key, and the files of its batches."""
+        key = request.state.key
+        of_batches = service.batches.files.list(key) if service.batches else []
+        return openai.FileList(data=[*service.files.list(key), *of_batches])
 
     @app.get("/v1/files/{name}")
     async def one_file(name: str, request: Request) -> openai.File:
-        """An upload by its id."""
-        return service.files.get(request.state.key, name).info(name)
+        """A file by its id."""
+        key = request.state.key
+        if found := batch_files(key, name):
+            return found.get(key, name)
+        return service.files.get(key, name).info(name)
+
+    @app.get("/v1/files/{name}/content", response_class=FileResponse)
+    async def content(name: str, request: Request) -> Response:
+        """The content of a file."""
+        key = request.state.key
+        headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
+        if found := batch_files(key, name):
+            kind = "application/jsonl"
+            return FileResponse(found.path(key, name), headers=headers, media_type=kind)
+        data = service.files.get(key, name).data
+        return Response(data, headers=headers, media_type="application/octet-stream")
 
     @app.delete("/v1/files/{name}")
     async def delete(name: str, request: Request) -> openai.FileDeleted:
-        """Delete an upload."""
-        service.files.delete(request.state.key, name)
+        """Delete a file."""
+        key = request.state.key
+        if service.batches and service.batches.files.has(key, name):
+            service.batches.delete_file(key, name)
+        else:
+            service.files.delete(key, name)
         return openai.FileDeleted(id=name)

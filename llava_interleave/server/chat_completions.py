@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Literal
+from collections.abc import AsyncIterator, Sequence
 
-from pydantic import BaseModel
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
-from ..chat import Answer, AnswerDelta, TokenLogprob
-from .access_log import current_record
-from .api_errors import ClientDisconnected, error_body, to_api_error
-from .models import ServedModels
+from ..chat import AnswerDelta, TokenLogprob
+from .answer_stream import AnswerStream, finish_reason, sse_event, stop_reason
 from .openai_types import (
     AttributionMode,
-    AttributionRequest,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
@@ -30,158 +20,35 @@ from .openai_types import (
     Logprobs,
     Message,
     PromptProgress,
-    PromptRequest,
-    PromptTokensDetails,
-    Timings,
-    TokenLogprobs,
-    TopLogprob,
     Usage,
 )
-from .service import PreparedRequest, Service
 
-MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks; OpenAI's number."""
-SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-]
-SSE_KEEPALIVE = b": keep-alive\n\n"
-SSE_DONE = b"data: [DONE]\n\n"
 PROGRESS_INTERVAL = 0.2
 """Seconds between two looks at the progress of a prompt."""
 
 
-class CancelOnDisconnect(Response):
-    """A response whose work is cancelled when the client disconnects."""
+class ChatCompletionStream(AnswerStream):
+    """POST /v1/chat/completions."""
 
-    def __init__(self, work: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        super().__init__()
-        self.work = work
+    prefix = "chatcmpl-"
+    attributions: list[ChoiceAttribution] | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self.work(scope, receive, send))
-        disconnected = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait((work, disconnected), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            disconnected.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.wait((work,))
-        if work.cancelled():
-            current_record().error = "client_disconnected"
-        else:
-            work.result()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def respond(service: Service | ServedModels, request: ChatRequest, key: str) -> Response:
-    """The response to a chat request."""
-
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        async with service.generation(request, key) as prepared:
-            stream = CompletionStream(prepared)
-            if request.stream:
-                await _send_events(stream, send)
-                return
-            async for _ in stream:
-                pass
-            body = stream.completion()
-        await _json(body)(scope, receive, send)
-
-    return CancelOnDisconnect(work)
-
-
-def respond_attribution(
-    service: Service | ServedModels, request: AttributionRequest, key: str
-) -> Response:
-    """The response to an attribution request about a given answer."""
-
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await _json(await service.attribute_answer(request, key))(scope, receive, send)
-
-    return CancelOnDisconnect(work)
-
-
-def respond_prefill(service: Service | ServedModels, request: PromptRequest, key: str) -> Response:
-    """The response to a prefill request; leaving ends it."""
-
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await _json(await service.prefill(request, key))(scope, receive, send)
-
-    return CancelOnDisconnect(work)
-
-
-def _json(body: BaseModel) -> Response:
-    return Response(body.model_dump_json(), media_type="application/json")
-
-
-async def _send_events(stream: CompletionStream, send: Send) -> None:
-    """Server-sent events. The status is sent first, so an error after it is an event as well."""
-    await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-
-    async def event(data: bytes, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": data, "more_body": more})
-
-    try:
-        async for chunks in stream:
-            await event(b"".join(map(sse_event, chunks)) or SSE_KEEPALIVE)
-    except ClientDisconnected:
-        raise
-    except Exception as error:  # noqa: BLE001  the client gets it as an event
-        body = error_body(stream.service.metrics.count_error(to_api_error(error)))
-        await event(sse_event(body), more=False)
-    else:
-        await event(SSE_DONE, more=False)
-
-
-def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
-    """In OpenAI's values, which strict clients check: an answer that repeats itself was cut off."""
-    return "stop" if answer.finish_reason == "stop" else "length"
-
-
-def _stop_reason(answer: Answer) -> Literal["repetition"] | None:
-    return "repetition" if answer.finish_reason == "repetition" else None
-
-
-def sse_event(data: BaseModel) -> bytes:
-    """An event of a stream."""
-    return f"data: {data.model_dump_json()}\n\n".encode()
-
-
-class CompletionStream:
-    """The chunks of one request, iterated once. `completion` is the whole body after that."""
-
-    def __init__(self, prepared: PreparedRequest) -> None:
-        self.service, self.prepared, self.request = prepared.service, prepared, prepared.request
-        self.tokenizer = self.service.bot.processor.tokenizer
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
-        self.answers: dict[int, Answer] = {}
-        self.model = prepared.job.options.adapter or self.service.name
-        self.timings: Timings | None = None
-        self.attributions: list[ChoiceAttribution] | None = None
-
-    async def __aiter__(self) -> AsyncIterator[list[ChatCompletionChunk]]:
-        """Lists of chunks that are ready; an empty one after `sse_keepalive` seconds of silence."""
-        job, options = self.prepared.job, self.request.stream_options
-        silence = self.service.settings.sse_keepalive
+    async def __aiter__(self) -> AsyncIterator[list[bytes]]:
+        request = self.prepared.request
+        assert isinstance(request, ChatRequest)
         yield [
             self._chunk([ChunkChoice(index=i, delta=Delta(role="assistant", content=""))])
-            for i in range(job.options.n)
+            for i in range(self.prepared.num_answers)
         ]
-        if self.request.return_progress:
-            async for chunks in self._progress(silence):
+        if request.return_progress:
+            async for chunks in self._progress():
                 yield chunks
-        while len(self.answers) < job.options.n:
-            yield [self._delta_chunk(delta) for delta in await job.next(silence)]
-        if mode := self.request.attribution:
+        async for deltas in self.deltas():
+            yield [self._delta_chunk(delta) for delta in deltas]
+        if mode := request.attribution:
             task = asyncio.ensure_future(self._attribute(mode))
             try:
+                silence = self.service.settings.sse_keepalive
                 while not (await asyncio.wait((task,), timeout=silence))[0]:
                     yield []
             finally:
@@ -189,13 +56,13 @@ class CompletionStream:
                 await asyncio.wait((task,))
             self.attributions = task.result()
             yield [self._chunk([], attributions=self.attributions)]
-        if options is not None and options.include_usage:
-            yield [self._chunk([], usage=self._usage())]
+        if request.stream_options is not None and request.stream_options.include_usage:
+            yield [self._chunk([], usage=self.usage())]
 
-    async def _progress(self, silence: float) -> AsyncIterator[list[ChatCompletionChunk]]:
+    async def _progress(self) -> AsyncIterator[list[bytes]]:
         """Chunks with the progress of the prompt wherever it has changed, up to the first delta."""
-        job, start, last = self.prepared.job, time.monotonic(), None
-        spoken = start
+        (job,), start, last = self.prepared.jobs, time.monotonic(), None
+        spoken, silence = start, self.service.settings.sse_keepalive
         while True:
             now, state = time.monotonic(), (job.progress(), self.service.engine_thread.load.waiting)
             if state != last:
@@ -204,12 +71,12 @@ class CompletionStream:
             elif now - spoken > silence:
                 spoken = now
                 yield []
-            if deltas := await job.next(min(PROGRESS_INTERVAL, silence)):
+            if deltas := await self.next(job, min(PROGRESS_INTERVAL, silence)):
                 yield [self._delta_chunk(delta) for delta in deltas]
                 return
 
     def _progress_info(self, seconds: float) -> PromptProgress:
-        job = self.prepared.job
+        (job,) = self.prepared.jobs
         cached, processed, images, started = job.progress()
         return PromptProgress(
             total=len(job.prompt),
@@ -221,7 +88,7 @@ class CompletionStream:
             waiting=0 if started else max(1, self.service.engine_thread.load.waiting),
         )
 
-    def _delta_chunk(self, delta: AnswerDelta) -> ChatCompletionChunk:
+    def _delta_chunk(self, delta: AnswerDelta) -> bytes:
         """The chunk of a delta; the last one has the timings."""
         choice = ChunkChoice(
             index=delta.index,
@@ -230,18 +97,13 @@ class CompletionStream:
         )
         if (answer := delta.answer) is None:
             return self._chunk([choice])
-        self.answers[delta.index] = answer
-        self.service.metrics.count_answer(answer)
-        choice.finish_reason = _finish_reason(answer)
-        choice.stop_reason = _stop_reason(answer)
-        if len(self.answers) == self.prepared.job.options.n:
-            self.timings = Timings(
-                prepare=self.prepared.seconds, **dataclasses.asdict(answer.timings)
-            )
-        return self._chunk([choice], timings=self.timings)
+        choice.finish_reason = finish_reason(answer)
+        choice.stop_reason = stop_reason(answer)
+        last = self.complete and delta.index == list(self.answers)[-1]
+        return self._chunk([choice], last=last)
 
     async def _attribute(self, mode: AttributionMode) -> list[ChoiceAttribution]:
-        job, attribute = self.prepared.job, self.service.attribute
+        (job,), attribute = self.prepared.jobs, self.service.attribute
         adapter = job.options.adapter
         return [
             ChoiceAttribution(
@@ -255,22 +117,24 @@ class CompletionStream:
         choices: list[ChunkChoice],
         *,
         usage: Usage | None = None,
-        timings: Timings | None = None,
+        last: bool = False,
         progress: PromptProgress | None = None,
         attributions: list[ChoiceAttribution] | None = None,
-    ) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            id=self.id,
-            created=self.prepared.created,
-            model=self.model,
-            choices=choices,
-            usage=usage,
-            timings=timings,
-            prompt_progress=progress,
-            attributions=attributions,
+    ) -> bytes:
+        return sse_event(
+            ChatCompletionChunk(
+                id=self.id,
+                created=self.prepared.created,
+                model=self.model,
+                choices=choices,
+                usage=usage,
+                prompt_progress=progress,
+                timings=self.timings if last else None,
+                attributions=attributions,
+            )
         )
 
-    def completion(self) -> ChatCompletion:
+    def body(self) -> ChatCompletion:
         """The whole response body."""
         assert self.timings is not None
         return ChatCompletion(
@@ -282,43 +146,15 @@ class CompletionStream:
                     index=index,
                     message=Message(content=answer.text),
                     logprobs=None if answer.logprobs is None else self._logprobs(answer.logprobs),
-                    finish_reason=_finish_reason(answer),
-                    stop_reason=_stop_reason(answer),
+                    finish_reason=finish_reason(answer),
+                    stop_reason=stop_reason(answer),
                 )
                 for index, answer in sorted(self.answers.items())
             ],
-            usage=self._usage(),
+            usage=self.usage(),
             timings=self.timings,
             attributions=self.attributions,
         )
 
-    def _usage(self) -> Usage:
-        first = self.answers[0].usage
-        generated = sum(answer.usage.generated for answer in self.answers.values())
-        return Usage(
-            prompt_tokens=first.prompt,
-            completion_tokens=generated,
-            total_tokens=first.prompt + generated,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=first.cached, image_tokens=self.prepared.image_tokens
-            ),
-        )
-
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> Logprobs:
-        return Logprobs(
-            content=[
-                TokenLogprobs(
-                    **dict(self._logprob(token.token, token.logprob)),
-                    top_logprobs=[self._logprob(*pair) for pair in token.top],
-                )
-                for token in tokens
-            ]
-        )
-
-    def _logprob(self, token: int, logprob: float) -> TopLogprob:
-        data = self.tokenizer.token_bytes(token, skip_special=False)
-        return TopLogprob(
-            token=data.decode("utf-8", "replace"),
-            logprob=max(logprob, MIN_LOGPROB),
-            bytes=list(data),
-        )
+        return Logprobs(content=self.token_logprobs(tokens))

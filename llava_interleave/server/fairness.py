@@ -39,6 +39,10 @@ class RateLimit:
             raise ApiError(429, "rate_limit_exceeded", message, retry=wait)
         self.charge(key, now, amount)
 
+    def allows(self, key: str) -> bool:
+        """Whether `take` would be allowed now."""
+        return self._level(key, time.monotonic()) >= 1
+
     def charge(self, key: str, now: float, amount: float) -> None:
         """Charge `amount`, also below zero."""
         if len(self._buckets) >= MAX_BUCKETS:

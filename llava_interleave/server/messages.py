@@ -87,6 +87,14 @@ PARTS = [
     _part_schema("views", {"views": {"anyOf": VIEWS}}),
     _part_schema("file", {"file": _object({"file_id": TEXT})}),
 ]
+INPUT_PARTS = [
+    *PARTS,
+    _part_schema("input_text", {"text": TEXT}),
+    _part_schema("output_text", {"text": TEXT}, annotations={"type": "array", "maxItems": 0}),
+    _part_schema("input_image", {"image_url": FILE_OR_URL}, detail=DETAIL),
+    _part_schema("input_image", {"file_id": TEXT}, detail=DETAIL),
+    _part_schema("input_file", {"file_id": TEXT}),
+]
 MESSAGES_SCHEMA = {
     "type": "array",
     "minItems": 1,
@@ -99,6 +107,56 @@ MESSAGES_SCHEMA = {
         more={"type": "null"},
     ),
 }
+
+
+ITEM_STATES = ("in_progress", "completed", "incomplete")
+INPUT_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": _object(
+        {
+            "role": {"enum": ["system", "developer", "user", "assistant"]},
+            "content": {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": INPUT_PARTS}}]},
+        },
+        {
+            "type": {"enum": ["message", None]},
+            "id": {"type": ["string", "null"]},
+            "status": {"enum": [*ITEM_STATES, None]},
+            "phase": {"type": ["string", "null"]},
+        },
+        more={"type": "null"},
+    ),
+}
+"""Messages of /v1/responses."""
+NO_ITEM = {
+    "item_reference": "responses are not stored; send the message itself",
+    **dict.fromkeys(
+        ("function_call", "function_call_output"),
+        "this server has no tools; put the result into a user message",
+    ),
+}
+"""Items of /v1/responses that are refused, and what to use instead."""
+
+
+def input_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages among the items of /v1/responses. Raises PromptError for items of tools."""
+    messages = []
+    for number, item in enumerate(items, 1):
+        kind = "message" if item.get("type") is None else item["type"]
+        if kind == "reasoning":  # of another model, as reasoning_content is
+            continue
+        if kind != "message":
+            hint = NO_ITEM.get(str(kind), "input has messages")
+            raise PromptError(f"item {number} of input is a {str(kind)[:60]}: {hint}")
+        message = dict(item)
+        state, phase = message.pop("status", None), message.pop("phase", None)
+        if state not in (None, *ITEM_STATES) or not isinstance(phase, str | None):
+            raise PromptError(f"item {number} of input has an unknown status or phase")
+        message.pop("type", None)
+        messages.append(message)
+    if not messages:
+        raise PromptError("the input has no messages")
+    return messages
 
 
 def resolve_messages(
@@ -171,6 +229,13 @@ def _clean_part(part: Any) -> Any:
         part["type"] = "text"
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
+    if kind == "input_file":
+        if set(part) != {"type", "file_id"}:
+            raise PromptError(
+                "an input_file part has the file_id of an image or a video that was uploaded to "
+                f"/v1/files, and no {', '.join(sorted(set(part) - {'type', 'file_id'})) or 'less'}"
+            )
+        return {"type": "file", "file": {"file_id": part["file_id"]}}
     if kind == "input_image":
         url = part.pop("image_url", None) or part.pop("file_id", None)
         part |= {"type": "image_url", "image_url": url}

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..chat import Chatbot
 from ..engine import Load
@@ -20,7 +20,7 @@ from .api_errors import ApiError, log
 from .openai_types import (
     AttributionRequest,
     AttributionResponse,
-    ChatRequest,
+    GenerationRequest,
     ModelCard,
     Prefill,
     PromptRequest,
@@ -28,6 +28,9 @@ from .openai_types import (
 )
 from .service import PreparedRequest, Service, SharedState
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .batches import Batches
 
 T = TypeVar("T")
 
@@ -71,6 +74,7 @@ class ServedModels:
         self.default, *_ = specs
         self.name = ", ".join(specs)
         self.created = int(time.time())
+        self.batches: Batches | None = None  # of the event loop
         self.stopping = False
         self._loaded: dict[str, _Loaded] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -188,9 +192,14 @@ class ServedModels:
             ctypes.CDLL(None).malloc_trim(0)
 
     @contextlib.asynccontextmanager
-    async def generation(self, request: ChatRequest, key: str) -> AsyncIterator[PreparedRequest]:
+    async def generation(
+        self, request: GenerationRequest, key: str, batch: str = ""
+    ) -> AsyncIterator[PreparedRequest]:
         """As `Service.generation`, by the model that the request names."""
-        async with self.use(request.model) as service, service.generation(request, key) as prepared:
+        async with (
+            self.use(request.model) as service,
+            service.generation(request, key, batch) as prepared,
+        ):
             yield prepared
 
     async def count(self, request: PromptRequest, key: str) -> Estimate:

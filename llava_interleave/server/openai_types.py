@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from ..errors import OptionError
 from ..openai_body import max_new_tokens
 from ..options import Options
 from .api_errors import ApiError, ErrorResponse
-from .messages import MESSAGES_SCHEMA, resolve_messages
+from .messages import INPUT_SCHEMA, MESSAGES_SCHEMA, input_messages, resolve_messages
 from .settings import Settings
 
 AttributionMode = Literal[True, "attention"]
@@ -30,38 +31,36 @@ OPTIONS = [f.name for f in dataclasses.fields(Options) if f.name not in ("logit_
 
 def _nullable(schema: dict[str, Any]) -> None:
     """null stands for a field that is left out."""
-    for name, field in schema["properties"].items():
-        if name not in schema["required"]:
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
             outer = {k: field.pop(k) for k in ("title", "default", "description") if k in field}
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
 
 
 class Strict(BaseModel):
-    """No unknown field, no conversion."""
+    """No unknown field, no conversion; null is as good as a field left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelRequest(Strict):
-    """A request to the model, with the options of its images and videos.
-
-    Not OpenAI's: anyres, frames, fps, start, end and frame_times, as in `llava ask`.
-    """
-
-    model_config = ConfigDict(json_schema_extra=_nullable)
-
-    model: str | None = None
-    anyres: bool | None = None
-    frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(ge=0.001)] | None = None
-    start: Annotated[float, Field(ge=0)] | None = None
-    end: Annotated[float, Field(ge=0)] | None = None
-    frame_times: bool | None = None
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_nullable
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _plain(cls, data: Any) -> Any:
-        """Limit lists and nesting; drop null fields, which clients send for unset ones."""
+    def _without_null(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class ModelRequest(Strict):
+    """A request to the model."""
+
+    model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limited(cls, data: Any) -> Any:
+        """Limit lists and nesting."""
         level = [data]
         for _ in range(MAX_DEPTH):
             containers = [
@@ -76,9 +75,7 @@ class ModelRequest(Strict):
             level = [value for values in containers for value in values]
         if any(isinstance(item, dict | list) for item in level):
             raise ValueError(f"the request is nested more than {MAX_DEPTH} levels deep")
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None}
+        return data
 
     def options(self, settings: Settings, defaults: Options) -> Options:
         """`defaults` with the fields that are options. Raises OptionError."""
@@ -88,13 +85,30 @@ class ModelRequest(Strict):
         return defaults.but({"preset": settings.preset, **changes})
 
 
-class PromptRequest(ModelRequest):
+class MediaRequest(ModelRequest):
+    """A request with images and videos, and their options.
+
+    Not OpenAI's: anyres, frames, fps, start, end and frame_times, as in `llava ask`.
+    """
+
+    anyres: bool | None = None
+    frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(ge=0.001)] | None = None
+    start: Annotated[float, Field(ge=0)] | None = None
+    end: Annotated[float, Field(ge=0)] | None = None
+    frame_times: bool | None = None
+
+    @abstractmethod
+    def turns(self, upload: Callable[[str], bytes], settings: Settings) -> list[dict[str, Any]]:
+        """The messages as the processor reads them."""
+
+
+class PromptRequest(MediaRequest):
     """Messages and the options of their images and videos: everything that makes a prompt."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES_SCHEMA)]
 
     def turns(self, upload: Callable[[str], bytes], settings: Settings) -> list[dict[str, Any]]:
-        """The messages as the processor reads them."""
         return resolve_messages(self.messages, upload, settings)
 
 
@@ -375,6 +389,162 @@ class ChatRequest(PromptRequest, GenerationRequest):
         )
 
 
+Texts = Annotated[list[str], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+NO_IMAGES = "a raw prompt has no images; send messages to /v1/chat/completions"
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions: raw prompts without a chat template; control tokens in them count.
+
+    prompt: a text, token ids, or several of them; each has n answers.
+    """
+
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: _neutral("", hint="the model writes after a prompt, not into one") = None  # type: ignore[valid-type]
+    images: _neutral([], hint=NO_IMAGES) = None  # type: ignore[valid-type]
+    image_data: _neutral([], hint=NO_IMAGES) = None  # type: ignore[valid-type]
+    multi_modal_data: _neutral({}, hint=NO_IMAGES) = None  # type: ignore[valid-type]
+
+    def prompts(self, settings: Settings) -> list[str] | list[list[int]]:
+        """One or several. Raises OptionError over the limits of `settings`."""
+        several: Any = self.prompt
+        if isinstance(several, str) or isinstance(several[0], int):
+            several = [several]
+        if (answers := len(several) * self.n) > settings.max_choices:
+            raise OptionError(
+                f"the request asks for {answers} answers; this server's limit is "
+                f"{settings.max_choices}"
+            )
+        characters = sum(len(one) for one in several if isinstance(one, str))
+        if characters > settings.max_characters:
+            raise OptionError(
+                f"the request has {characters:,} characters of text; "
+                f"the limit is {settings.max_characters:,}"
+            )
+        return several
+
+    def options(self, settings: Settings, defaults: Options) -> Options:
+        """All options. Raises OptionError."""
+        return self.generation_options(
+            settings,
+            defaults,
+            max_tokens=("max_tokens", self.max_tokens),
+            n=self.n,
+            logprobs=self.logprobs,
+        )
+
+
+class ResponseJsonSchema(NamedSchema):
+    """JSON of this schema."""
+
+    type: Literal["json_schema"]
+
+
+class ResponseText(Strict):
+    """The form of the text."""
+
+    format: (
+        Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")]
+        | None
+    ) = None
+    verbosity: _neutral("medium", hint="ask for it in the input") = None  # type: ignore[valid-type]
+
+
+class Reasoning(Strict):
+    """What asks for no reasoning."""
+
+    effort: _neutral("none", hint=NO_REASONING) = None  # type: ignore[valid-type]
+    summary: _neutral("auto", hint=NO_REASONING) = None  # type: ignore[valid-type]
+
+
+NOT_STORED = "responses are not stored; send the earlier messages in input"
+
+
+class ResponsesRequest(MediaRequest, GenerationRequest):
+    """POST /v1/responses. Responses are not stored: the input has the whole conversation.
+
+    input: a text, or messages whose parts are input_text, input_image and input_file (an upload);
+    also parts of chat completions. text.format is the structured output.
+    """
+
+    input: Annotated[
+        str | Annotated[list[dict[str, Any]], Field(min_length=1)],
+        WithJsonSchema({"anyOf": [{"type": "string"}, INPUT_SCHEMA]}),
+    ]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: ResponseText | None = None
+    include: Annotated[
+        list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]],
+        Field(max_length=16),
+    ] = []
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    reasoning: Reasoning | None = None
+    previous_response_id: _neutral("", hint=NOT_STORED) = None  # type: ignore[valid-type]
+    conversation: _neutral("", hint=NOT_STORED) = None  # type: ignore[valid-type]
+    background: _neutral(False, hint="use /v1/batches") = None  # type: ignore[valid-type]
+    truncation: _neutral("disabled", hint="shorten the input") = None  # type: ignore[valid-type]
+    prompt: _neutral({}, hint="there are no prompt templates; use input") = None  # type: ignore[valid-type]
+    tools: _neutral([], hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    tool_choice: _neutral("none", "auto", hint=NO_TOOLS) = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None
+
+    @model_validator(mode="after")
+    def _one_format(self) -> ResponsesRequest:
+        """text.format as response_format."""
+        given = self.text.format if self.text else None
+        if given is None or isinstance(given, TextFormat):
+            return self
+        if "response_format" in self.model_fields_set:
+            raise ValueError("text.format and response_format are given; use text.format alone")
+        if isinstance(given, JsonObjectFormat):
+            self.response_format = given
+        else:
+            named = NamedSchema.model_validate(given.model_dump(by_alias=True, exclude={"type"}))
+            self.response_format = JsonSchemaFormat(type="json_schema", json_schema=named)
+        return self
+
+    def turns(self, upload: Callable[[str], bytes], settings: Settings) -> list[dict[str, Any]]:
+        items = [{"role": "user", "content": self.input}]
+        if not isinstance(self.input, str):
+            items = input_messages(self.input)
+        if self.instructions:
+            items = [{"role": "system", "content": self.instructions}, *items]
+        return resolve_messages(items, upload, settings)
+
+    def options(self, settings: Settings, defaults: Options) -> Options:
+        """All options. Raises OptionError."""
+        with_logprobs = "message.output_text.logprobs" in self.include
+        if self.top_logprobs and not with_logprobs:
+            raise OptionError("top_logprobs needs include: ['message.output_text.logprobs']")
+        return self.generation_options(
+            settings,
+            defaults,
+            max_tokens=("max_output_tokens", self.max_output_tokens),
+            logprobs=(self.top_logprobs or 0) if with_logprobs else None,
+        )
+
+
+class BatchRequest(Strict):
+    """POST /v1/batches: requests in an uploaded file of JSON lines, answered at lowest priority."""
+
+    input_file_id: Annotated[str, Field(max_length=128)]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+    completion_window: Literal["24h"]
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+
 def adapter_name(model: str | None, served: str, adapters: Sequence[str]) -> str | None:
     """The adapter of a request's `model`; None for the served model, which any name stands for.
 
@@ -610,6 +780,25 @@ class ChoiceAttribution(AttributionResponse):
     index: int
 
 
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a text completion's tokens; text_offset: where each begins."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One of the answers: answer j of n to prompt i has index i * n + j; or a delta of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: Literal["repetition"] | None = _optional()
+
+
 class Completion(BaseModel):
     """Fields of a whole response and of a chunk."""
 
@@ -626,6 +815,192 @@ class ChatCompletion(Completion):
     usage: Usage
     timings: Timings
     attributions: list[ChoiceAttribution] | None = _optional()
+
+
+class TextCompletion(Completion):
+    """All answers to raw prompts, or an event of a stream; the last one has the usage."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    timings: Timings | None = _optional()
+
+
+class OutputText(BaseModel):
+    """The text of an answer."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[str] = []
+    logprobs: list[TokenLogprobs] = []
+
+
+class OutputMessage(BaseModel):
+    """The answer; an item of a further request's input."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[OutputText]
+
+
+class IncompleteDetails(BaseModel):
+    """Why an answer was cut off."""
+
+    reason: Literal["max_output_tokens"] = "max_output_tokens"
+
+
+class InputTokensDetails(BaseModel):
+    """Input tokens from the prefix cache, and input tokens of images."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+class OutputTokensDetails(BaseModel):
+    """The model does not reason."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(BaseModel):
+    """Token counts."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    """A response, with the settings in force; `output` has one message."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    background: bool = False
+    error: None = None
+    incomplete_details: IncompleteDetails | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[OutputMessage]
+    parallel_tool_calls: bool = True
+    previous_response_id: None = None
+    reasoning: dict[str, None] = {"effort": None, "summary": None}
+    service_tier: str = "default"
+    store: bool = False
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str = "auto"
+    tools: list[str] = []
+    top_logprobs: int
+    top_p: float
+    truncation: str = "disabled"
+    usage: ResponseUsage | None = None
+    user: str | None = None
+    timings: Timings | None = _optional()
+
+
+class ResponseEvent(BaseModel):
+    """An event of a streamed response; its type says which fields it has."""
+
+    type: Literal[
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+        "response.incomplete",
+    ]
+    sequence_number: int
+    response: ResponseObject | None = _optional()
+    output_index: int | None = _optional()
+    content_index: int | None = _optional()
+    item_id: str | None = _optional()
+    item: OutputMessage | None = _optional()
+    part: OutputText | None = _optional()
+    delta: str | None = _optional()
+    text: str | None = _optional()
+    logprobs: list[TokenLogprobs] | None = _optional()
+
+
+class ResponseErrorEvent(BaseModel):
+    """The event of an error that ends a streamed response."""
+
+    type: Literal["error"] = "error"
+    code: str
+    message: str
+    param: str | None
+    sequence_number: int
+
+
+class BatchCounts(BaseModel):
+    """Requests of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchError(BaseModel):
+    """Why a batch failed; line: of the input file, from 1."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class BatchErrors(BaseModel):
+    """Why a batch failed."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+BatchStatus = Literal["failed", "in_progress", "completed", "expired", "cancelled"]
+
+
+class Batch(BaseModel):
+    """A batch. Its output file has the answers, its error file the requests that failed."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    errors: BatchErrors | None = None
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    in_progress_at: int | None = None
+    expires_at: int
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: BatchCounts
+    metadata: dict[str, str] | None = None
+
+
+class BatchList(BaseModel):
+    """Batches of an API key, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Delta(BaseModel):
@@ -672,10 +1047,13 @@ class ChatCompletionChunk(Completion):
     attributions: list[ChoiceAttribution] | None = _optional()
 
 
-CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": ChatCompletion,
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        "description": "The answers; with `stream` server-sent events, errors as an `error` event.",
+def stream_responses(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The 200 of a route that answers with `whole`, or with events."""
+    return {
+        200: {
+            "model": whole,
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "description": "The answers; with `stream` server-sent events, errors as an `error` "
+            "event.",
+        }
     }
-}

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..chat import BUILTIN, Chatbot
-from ..errors import OptionError
+from ..errors import OptionError, PromptError
 from ..options import Options
 from ..processing import Estimate, Loader, Processor
 from ..prompt import Prompt
@@ -26,11 +26,16 @@ from .fairness import FairThreadPool, RateLimit, Shares
 from .messages import has_media
 from .metrics import Metrics
 from .openai_types import (
+    NO_IMAGES,
     AttributionMode,
     AttributionRequest,
     AttributionResponse,
     ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    MediaRequest,
     ModelCard,
+    ModelRequest,
     Prefill,
     PromptRequest,
     adapter_name,
@@ -38,7 +43,12 @@ from .openai_types import (
 from .settings import MB, Settings
 from .uploads import Files
 
+if TYPE_CHECKING:
+    from .batches import Batches
+
 T = TypeVar("T")
+BATCH_WEIGHT = 0.01
+"""Share of the engine of a batch, next to 1 of an API key."""
 STUCK_STEP = 120.0
 """Seconds of a step after which the engine counts as stuck."""
 GRAMMAR_SECONDS = 15
@@ -47,16 +57,21 @@ GRAMMAR_SECONDS = 15
 
 @dataclass(slots=True)
 class PreparedRequest:
-    """A request with its prompt. service: of its model. seconds: that preparation took.
-    image_tokens: of its prompt.
+    """A request with a job for each prompt. service: of its model. seconds: that preparation took.
+    image_tokens: of its prompts.
     """
 
     service: Service
-    request: ChatRequest
-    job: ServerJob
+    request: GenerationRequest
+    options: Options
+    jobs: list[ServerJob]
     created: int
     seconds: float
     image_tokens: int
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.jobs) * self.options.n
 
 
 class SharedState:
@@ -117,6 +132,7 @@ class Service:
         self.token_rate, self.attribution_pool = self.state.token_rate, self.state.attribution_pool
         if state is None:
             self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
+        self.batches: Batches | None = None  # of the event loop
         self.stopping = False
         self.shutdown_error: ApiError | None = None
 
@@ -191,7 +207,7 @@ class Service:
         finally:
             self.shares.add(key, -n)
 
-    def options(self, request: PromptRequest) -> Options:
+    def options(self, request: ModelRequest) -> Options:
         """The options of a request; its `model` selects the adapter.
 
         Raises ApiError or OptionError.
@@ -204,67 +220,103 @@ class Service:
         return await self.text_pool.run(key, function)
 
     @contextlib.asynccontextmanager
-    async def generation(self, request: ChatRequest, key: str) -> AsyncIterator[PreparedRequest]:
-        """A request in the engine's queue. Leaving the context aborts it and frees its memory."""
+    async def generation(
+        self, request: GenerationRequest, key: str, batch: str = ""
+    ) -> AsyncIterator[PreparedRequest]:
+        """A request in the engine's queue. Leaving the context aborts it and frees its memory.
+
+        batch: the id of its batch: it has the lowest priority and needs no place.
+        """
         options = self.options(request)
         record, start = current_record(), time.time()
         record.model = options.adapter or self.name
         record.user = request.safety_identifier or request.user
-        with self.admission_slot(options.n, key):
-            matchers = await self._matchers(request, options.n, key)
-            prompt = await self._prepare(
-                request,
-                key,
-                lambda turns: self.bot.prompt(
-                    turns, options, continue_final_message=request.continue_final_message
-                ),
-            )
+        raw = request.prompts(self.settings) if isinstance(request, CompletionRequest) else None
+        answers = options.n * (1 if raw is None else len(raw))
+        with contextlib.nullcontext() if batch else self.admission_slot(answers, key):
+            matchers = await self._matchers(request, answers, key)
+            if raw is not None:
+                prompts = await self.run_in_pool(key, lambda: self._raw_prompts(raw))
+            else:
+                prompts = [await self._prompt(request, options, key)]
             seconds = time.time() - start
             record.spans.append(("media", start, start + seconds))
             self.metrics.preprocess.observe(seconds)
-            self.metrics.crops.inc(sum(media.layout.crops for media in prompt.media))
+            media = [one for prompt in prompts for one in prompt.media]
+            self.metrics.crops.inc(sum(one.layout.crops for one in media))
             if options.max_new_tokens is None:
-                left = self.bot.model.config.text.context - len(prompt)
+                left = self.bot.model.config.text.context - max(map(len, prompts))
                 limit = min(self.bot.max_new_tokens, self.settings.max_tokens, left)
                 options = options.but({"max_new_tokens": max(1, limit)})
-            if request.attribution:
+            if isinstance(request, ChatRequest) and request.attribution:
                 check_attribution_budget(
-                    prompt,
+                    prompts[0],
                     options.n,
                     options.max_new_tokens or 1,
                     request.attribution,
                     self.settings.max_attribution_tokens,
                 )
-            job = ServerJob(
-                prompt,
-                options,
-                salt=key.encode(),
-                constraints=matchers,
-                client=key,
-                weight=record.weight,
-            )
-            image_tokens = sum(media.layout.length for media in prompt.media)
+            jobs = [
+                ServerJob(
+                    prompt,
+                    options,
+                    index=i * options.n,
+                    salt=key.encode(),
+                    constraints=matchers[i * options.n : (i + 1) * options.n],
+                    client=f"batch {key}" if batch else key,
+                    weight=BATCH_WEIGHT if batch else record.weight,
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+            image_tokens = sum(one.layout.length for one in media)
             submitted = time.time()
-            self.engine_thread.submit(job)
+            for job in jobs:
+                self.engine_thread.submit(job)
             try:
-                await job.queued()
-                yield PreparedRequest(self, request, job, int(time.time()), seconds, image_tokens)
+                for job in jobs:
+                    await job.queued()
+                yield PreparedRequest(
+                    self, request, options, jobs, int(time.time()), seconds, image_tokens
+                )
             except Exception:
                 raise
             except BaseException:  # cancelled, or the generator is closed
                 self.metrics.aborted.inc()
                 raise
             finally:
-                self.engine_thread.abort(job)
+                for job in jobs:
+                    self.engine_thread.abort(job)
                 masks = sum(matcher.seconds for matcher in matchers)
                 self.grammar_rate.charge(key, time.monotonic(), masks)
+                prompt_tokens = sum(map(len, prompts))
+                generated = sum(job.generated_tokens for job in jobs)
                 if self.token_rate is not None:
-                    tokens = len(prompt) + job.generated_tokens
-                    self.token_rate.charge(key, time.monotonic(), tokens)
-                record.add_tokens(len(prompt), job.generated_tokens)
-                record.spans += job.spans(submitted)
+                    self.token_rate.charge(key, time.monotonic(), prompt_tokens + generated)
+                record.add_tokens(prompt_tokens, generated)
+                for job in jobs:
+                    record.spans += job.spans(submitted)
 
-    async def _matchers(self, request: ChatRequest, n: int, key: str) -> list[GrammarMatcher]:
+    async def _prompt(self, request: GenerationRequest, options: Options, key: str) -> Prompt:
+        """The prompt of messages."""
+        assert isinstance(request, MediaRequest)
+        continued = isinstance(request, ChatRequest) and request.continue_final_message
+        return await self._prepare(
+            request,
+            key,
+            lambda turns: self.bot.prompt(turns, options, continue_final_message=continued),
+        )
+
+    def _raw_prompts(self, texts: list[str] | list[list[int]]) -> list[Prompt]:
+        """Prompts without a chat template. Raises PromptError for `<image>`, which has no image."""
+        tokenizer = self.bot.processor.tokenizer
+        made = [
+            Prompt(tokenizer.encode(text) if isinstance(text, str) else text, ()) for text in texts
+        ]
+        if any(tokenizer.image_id in prompt.tokens for prompt in made):
+            raise PromptError(f"the prompt has <image>: {NO_IMAGES}")
+        return made
+
+    async def _matchers(self, request: GenerationRequest, n: int, key: str) -> list[GrammarMatcher]:
         """The constraints of n answers; compiling them counts for their API key."""
         response_format = request.response_format.model_dump(by_alias=True)
         if response_format["type"] == "text":
@@ -367,7 +419,7 @@ class Service:
         return result
 
     async def _prepare(
-        self, request: PromptRequest, key: str, work: Callable[[list[dict[str, Any]]], T]
+        self, request: MediaRequest, key: str, work: Callable[[list[dict[str, Any]]], T]
     ) -> T:
         turns = request.turns(lambda name: self.files.get(key, name).data, self.settings)
         pool = self.media_pool if has_media(turns) else self.text_pool

@@ -115,6 +115,12 @@ class Settings:
     )
     max_choices: int = _setting(8, "Answers to one request (n).")
     files_mb: int = _setting(256, "Megabytes of uploaded files in memory for each API key.")
+    batch_dir: Path | None = _setting(  # noqa: RUF009  a field
+        None,
+        "Folder of batches (/v1/batches) and their files, which a later server goes on with. "
+        "Default: a temporary one.",
+    )
+    batch_mb: int = _setting(256, "Megabytes of batch files on disk for each API key.")
     sse_keepalive: float = _setting(
         15.0, "Seconds without a token after which a stream sends a comment."
     )

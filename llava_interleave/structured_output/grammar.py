@@ -211,7 +211,37 @@ def _grammar(response_format: dict[str, Any]) -> str:
     else:
         schema = response_format["json_schema"]["schema"]
         _check_numbers(schema)
+        schema = _closed(schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+
+
+OPEN = {
+    "additionalProperties", "allOf", "anyOf", "else", "if", "oneOf", "patternProperties",
+    "propertyNames", "then", "unevaluatedProperties", "$ref",
+}  # fmt: skip
+"""Keywords with which an object's properties are not all in `properties`."""
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have the properties that they name and no others.
+
+    Models add properties without end where they may; OpenAI's strict schemas, and xgrammar unless
+    it is told otherwise, do not let them either. Nothing changes below `allOf`, whose members add
+    properties to each other.
+    """
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            closed[name] = {key: _closed(item) for key, item in value.items()}
+        elif name in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties"):
+            closed[name] = _closed(value)
+    if isinstance(schema.get("properties"), dict) and not OPEN & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _check_numbers(value: Any) -> None:

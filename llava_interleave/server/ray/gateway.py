@@ -27,10 +27,11 @@ from starlette.types import Receive, Scope, Send
 
 from ...batch.ray_cluster import connected, slots
 from ...errors import RemoteError
+from ..answer_stream import SSE_HEADERS, CancelOnDisconnect, sse_event
 from ..api_errors import ApiError, error_body, log
 from ..api_keys import ApiKeys
 from ..app import add_error_handlers, add_file_routes, add_guard
-from ..chat_completions import SSE_HEADERS, CancelOnDisconnect, sse_event
+from ..batches import Batches
 from ..metrics import PROMETHEUS, Metrics, merge_metrics
 from ..run import check_port
 from ..settings import MB, ReplicaSpec, Settings
@@ -74,6 +75,7 @@ class Gateway:
         self.handle, self.settings = handle, settings
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
+        self.batches: Batches | None = None
         self.stopping = False
         self.name: str = handle.broadcast("info").results(timeout_s=ACCEPT_TIMEOUT)[0].name
 

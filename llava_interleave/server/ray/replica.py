@@ -64,7 +64,7 @@ class Replica:
         settings = dataclasses.replace(settings)  # validated again: --media-root on this machine
         self.service = Service(bot, settings, lambda: settings.api_keys is None)
         self.service.files = self.files = RequestScopedFiles()
-        self.app = create_routes(self.service)
+        self.app = create_routes(self.service, with_batches=False)
         self.app.add_middleware(
             TrustedGuard, settings=settings, keys=None, metrics=self.service.metrics
         )

@@ -16,8 +16,10 @@ from typing import Any
 
 from ...errors import DataError, LlavaError
 from ...processing import FrameSampling, Processor
-from ...processing.chat_template import MediaPlaceholder, parse
+from ...processing.chat_template import MediaPlaceholder, Turn, parse
 from . import keys
+
+MEDIA_TYPES = ("image", "image_url", "video", "video_url")
 
 ROLES = {
     "human": "user",
@@ -294,10 +296,11 @@ def _place(
     count = len(images) + len(videos)
     _tags_to_parts(result.messages, images, videos)
     try:
-        result.slots, roles = _slots(result.messages)
-        if insert and count and not result.slots:
+        found = placeholders(result.messages, count)
+        if insert and count and not found:
             _insert_media(result.messages, len(images), len(videos))
-            result.slots, roles = _slots(result.messages)
+            found = placeholders(result.messages, count)
+        result.slots, roles = [slot for slot, _ in found], [role for _, role in found]
     except LlavaError as error:
         result.faults.append(DataIssue("form", f"sample {name}: {error}"))
         return
@@ -345,17 +348,35 @@ def _place(
         )
 
 
-def _slots(said: Sequence[Mapping[str, Any]]) -> tuple[list[MediaPlaceholder], list[str]]:
-    """The media placeholders of messages, and the role of the message of each."""
-    slots: list[MediaPlaceholder] = []
-    roles: list[str] = []
-    for turn in parse(said, FrameSampling()):
-        for part in turn.parts:
-            for piece in [part] if isinstance(part, MediaPlaceholder) else part:
-                if isinstance(piece, MediaPlaceholder):
-                    slots.append(piece)
-                    roles.append(turn.role)
-    return slots, roles
+def placeholders(
+    messages: Sequence[Mapping[str, Any]], media: int
+) -> list[tuple[MediaPlaceholder, str]]:
+    """The media placeholders of messages, and the role of the message of each.
+
+    media: how many the sample has apart from those that parts name. `<image>` in a text is text
+    where parts place all media, as in a prompt.
+    """
+    return [
+        (piece, turn.role)
+        for turn in turns_of(messages, media)
+        for part in turn.parts
+        for piece in ([part] if isinstance(part, MediaPlaceholder) else part)
+        if isinstance(piece, MediaPlaceholder)
+    ]
+
+
+def turns_of(messages: Sequence[Mapping[str, Any]], media: int) -> list[Turn]:
+    """The parsed messages; media: as of `placeholders`. Raises PromptError.
+
+    Without media parts each `<image>` is a placeholder, so that one without an image is noticed.
+    """
+    by_parts = any(
+        isinstance(part, Mapping) and part.get("type") in (*MEDIA_TYPES, "views")
+        for message in messages
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple)
+        for part in message["content"]
+    )
+    return parse(messages, FrameSampling(), media if by_parts else None)
 
 
 def _tags_to_parts(said: list[dict[str, Any]], images: list[object], videos: list[object]) -> None:

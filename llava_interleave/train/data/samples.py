@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ...errors import DataError, LlavaError
-from ...processing import FrameSampling, Processor
-from ...processing.chat_template import MediaPlaceholder, parse
+from ...processing import Processor
+from ...processing.chat_template import MediaPlaceholder
 from ...processing.tokenizer import IMAGE
 from ...prompt import Prompt
 from . import formats
@@ -21,7 +21,6 @@ from .datasets import RawSample
 from .packing import Pair
 
 Messages = Sequence[Mapping[str, Any]]
-MEDIA_TYPES = ("image", "image_url", "video", "video_url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +47,20 @@ class SampleFormat:
     ) -> Prompt:
         """A whole sample with its loss mask."""
         if self.template == "chat":
-            moved = move_images_first(messages) if images_first else messages
-            return processor.example(moved, media, anyres=self._tiled(messages))
+            moved = move_images_first(messages, len(media)) if images_first else messages
+            return processor.example(moved, media, anyres=self._tiled(messages, media))
         images = self.question(processor, messages, media)
-        answer = _plain_answer(processor, messages)
+        answer = _plain_answer(processor, messages, len(media))
         loss_mask = [False] * len(images) + [True] * len(answer)
         return Prompt(images.tokens + answer, images.media, loss_mask)
 
     def question(self, processor: Processor, messages: Messages, media: Sequence[object]) -> Prompt:
         """A sample up to its last answer."""
         if self.template == "chat":
-            return processor.prompt(messages[:-1], media, anyres=self._tiled(messages))
+            return processor.prompt(messages[:-1], media, anyres=self._tiled(messages, media))
         rest = iter(media)
-        slots = _slots(messages)
-        sources = [next(rest) if slot.source is None else slot.source for slot in slots]
+        slots = formats.placeholders(messages, len(media))
+        sources = [next(rest) if slot.source is None else slot.source for slot, _ in slots]
         return processor.raw(IMAGE * len(sources), sources)
 
     def count(
@@ -73,35 +72,25 @@ class SampleFormat:
         images_first: bool = False,
     ) -> tuple[int, int]:
         """Tokens and images (with video frames; tiles are one) of `example`, without decoding."""
-        tiled = self._tiled(messages)
-        moved = move_images_first(messages) if images_first else messages
+        tiled = self._tiled(messages, media)
+        moved = move_images_first(messages, len(media)) if images_first else messages
         estimate = processor.estimate(moved, media, anyres=tiled, add_generation_prompt=False)
         tokens = sum(part.tokens for part in estimate.parts[1:])
         images = sum(len(part.times) or 1 for part in estimate.parts[1:])
         if self.template == "chat":
             return estimate.total, images
-        return tokens + len(_plain_answer(processor, messages)), images
+        return tokens + len(_plain_answer(processor, messages, len(media))), images
 
-    def _tiled(self, messages: Messages) -> bool | None:
-        return self.anyres and len(_slots(messages)) == 1
-
-
-def _slots(messages: Messages) -> list[MediaPlaceholder]:
-    pieces = [part for turn in parse(messages, FrameSampling()) for part in turn.parts]
-    return [
-        piece
-        for part in pieces
-        for piece in ([part] if isinstance(part, MediaPlaceholder) else part)
-        if isinstance(piece, MediaPlaceholder)
-    ]
+    def _tiled(self, messages: Messages, media: Sequence[object]) -> bool | None:
+        return self.anyres and len(formats.placeholders(messages, len(media))) == 1
 
 
-def _plain_answer(processor: Processor, messages: Messages) -> list[int]:
+def _plain_answer(processor: Processor, messages: Messages, media: int) -> list[int]:
     """The tokens of a plain sample's answer. Raises DataError for more than one question."""
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles != ["user", "assistant"]:
         raise DataError("template plain takes one question and its answer, without more turns")
-    (answer,) = parse(messages[-1:], FrameSampling())
+    answer = formats.turns_of(messages, media)[-1]
     texts = [
         piece
         for part in answer.parts
@@ -112,20 +101,24 @@ def _plain_answer(processor: Processor, messages: Messages) -> list[int]:
     return processor.tokenizer.encode("".join(texts) + "\n", special=False)
 
 
-def move_images_first(messages: Messages) -> Messages:
+def move_images_first(messages: Messages, media: int) -> Messages:
     """All images before the text of the first question; `[image 1]`, ... take their places.
 
     The published mixture has such samples ("in-the-front"; its marks are not published). Unchanged
     are samples with fewer than two images, with all images first, with images in answers, or with
-    views, whose names say where they belong.
+    views, whose names say where they belong. media: as of `formats.placeholders`.
     """
+    whole = [part for message in messages for part in _pieces(message["content"], True)]
+    by_parts = sum(part.get("type") in formats.MEDIA_TYPES for part in whole)
+    literal = by_parts == len(formats.placeholders(messages, media)) > 0
     moved: list[Mapping[str, Any]] = []
     changed: list[dict[str, Any]] = []
     image_after_text = text_before = False
     for message in messages:
         parts: list[Mapping[str, Any]] = []
-        for part in _pieces(message["content"]):
-            image = part.get("type") in MEDIA_TYPES or part == {"type": "text", "text": IMAGE}
+        for part in _pieces(message["content"], literal):
+            tag = part == {"type": "text", "text": IMAGE} and not literal
+            image = part.get("type") in formats.MEDIA_TYPES or tag
             if part.get("type") == "views" or (image and message["role"] != "user"):
                 return messages
             if image:
@@ -145,10 +138,10 @@ def move_images_first(messages: Messages) -> Messages:
     return changed
 
 
-def _pieces(content: Any) -> Iterator[Mapping[str, Any]]:
-    """The parts of a message, each `<image>` in a text a part of its own."""
+def _pieces(content: Any, literal: bool) -> Iterator[Mapping[str, Any]]:
+    """The parts of a message; unless it is `literal`, each `<image>` in a text is one."""
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        if part.get("type") != "text":
+        if part.get("type") != "text" or literal:
             yield part
             continue
         for number, text in enumerate(part["text"].split(IMAGE)):
