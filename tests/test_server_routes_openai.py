@@ -256,6 +256,18 @@ def test_a_raw_prompt_has_no_template(client: openai.OpenAI, bot: Chatbot) -> No
     assert chunk.usage.completion_tokens == 32
 
 
+def test_every_raw_prompt_has_the_structured_output(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="tiny",
+        prompt=["Hello", "Bye", "Hi"],
+        n=2,
+        temperature=1.5,
+        extra_body={"structured_outputs": {"choice": ["red", "blue"]}},
+    )
+    assert len(reply.choices) == 6
+    assert {choice.text for choice in reply.choices} <= {"red", "blue"}
+
+
 def test_logprobs_of_a_raw_prompt(client: openai.OpenAI) -> None:
     reply = client.completions.create(model="tiny", prompt="Hello", logprobs=2, max_tokens=5)
     found = reply.choices[0].logprobs

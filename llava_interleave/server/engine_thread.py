@@ -220,7 +220,7 @@ def _constraint_failure(job: GenerationJob, item: AnswerDelta | Exception) -> Op
     """Why an answer that has ended does not follow its response_format."""
     if isinstance(item, Exception) or item.answer is None or not job.constraints:
         return None
-    matcher = job.constraints[item.index]
+    matcher = job.constraints[item.index - job.index]
     if not isinstance(matcher, GrammarMatcher) or not matcher.failure:
         return None
     return OptionError(f"the answer cannot follow response_format any further: {matcher.failure}")

@@ -46,7 +46,7 @@ IGNORED_IN_MESSAGES: dict[str, type] = {
     "cache_control": dict,
 }
 """Fields that clients copy from responses, or that are hints for another server's cache."""
-IGNORED_IN_PARTS = ("cache_control", "uuid", "id", "logprobs")
+IGNORED_IN_PARTS = ("cache_control", "uuid", "id")
 
 
 def _object(
@@ -90,7 +90,12 @@ PARTS = [
 INPUT_PARTS = [
     *PARTS,
     _part_schema("input_text", {"text": TEXT}),
-    _part_schema("output_text", {"text": TEXT}, annotations={"type": "array", "maxItems": 0}),
+    _part_schema(
+        "output_text",
+        {"text": TEXT},
+        annotations={"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]},
+        logprobs={"type": ["array", "null"]},
+    ),
     _part_schema("input_image", {"image_url": FILE_OR_URL}, detail=DETAIL),
     _part_schema("input_image", {"file_id": TEXT}, detail=DETAIL),
     _part_schema("input_file", {"file_id": TEXT}),
@@ -220,8 +225,9 @@ def _clean_part(part: Any) -> Any:
     part = {name: value for name, value in part.items() if value is not None}
     for name in IGNORED_IN_PARTS:
         part.pop(name, None)
-    if not part.get("annotations", True):
-        del part["annotations"]
+    for name in ("annotations", "logprobs"):  # of an answer's text
+        if isinstance(part.get(name), list) and (name == "logprobs" or not part[name]):
+            del part[name]
     kind = part.get("type")
     if kind in ("image", "image_url") and part.get("modalities") in ("image", "multi-images"):
         del part["modalities"]  # SGLang's

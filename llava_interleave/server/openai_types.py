@@ -1052,7 +1052,7 @@ def stream_responses(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {
         200: {
             "model": whole,
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": {"type": ["string", "object"]}}},
             "description": "The answers; with `stream` server-sent events, errors as an `error` "
             "event.",
         }
