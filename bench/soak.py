@@ -46,6 +46,14 @@ from serve import BIN, START, free_port
 from llava_interleave.testing import tiny_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.helpers.hostile_files import (
+    gif,
+    gif_extension,
+    key_frames,
+    png_chunks,
+    scans,
+    with_segments,
+)
 from tests.helpers.requests import (
     BLUE,
     GREEN,
@@ -58,16 +66,7 @@ from tests.helpers.requests import (
     sent,
     user,
 )
-from tests.test_server_attack_files import (
-    FILES,
-    gif,
-    gif_extension,
-    key_frames,
-    png_chunks,
-    scans,
-    video_part,
-    with_segments,
-)
+from tests.test_server_attack_files import FILES, video_part
 from tests.test_server_attack_files import image_part as file_part
 
 CHAT = "/v1/chat/completions"

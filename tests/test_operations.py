@@ -4,20 +4,32 @@ flags.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from fastapi import FastAPI
 from typer.main import get_command
+from typer.testing import CliRunner
 
-from llava_interleave.chat import load
-from llava_interleave.cli import app
+from llava_interleave import chat
+from llava_interleave.chat import load, loading
+from llava_interleave.cli import app, demo, serve
+from llava_interleave.server import run
+from llava_interleave.server.app import create_app
 from llava_interleave.server.metrics import Metrics
+from llava_interleave.server.run import Server
+from llava_interleave.server.settings import Settings
+from tests.helpers.server import listening
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 COMPOSE = DEPLOY / "compose"
@@ -116,3 +128,50 @@ def test_the_image_copies_what_exists_and_runs_unprivileged() -> None:
     assert re.search(r"^USER llava$", text, re.MULTILINE)
     assert "HEALTHCHECK" in text
     assert ".git" in (DEPLOY.parent / ".dockerignore").read_text().split()
+
+
+def serve_commands() -> list[str]:
+    """Every `llava serve` of the guide."""
+    guide = (DEPLOY.parent / "docs" / "serving.md").read_text("utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    lines = [line.partition("  #")[0] for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("llava serve")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", serve_commands())
+def test_the_guides_commands_start_a_server(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the built-in model in place of the published ones, and up to where it would listen."""
+    started: list[Server] = []
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text(f"{'k' * 20} alice\n")
+    Path("keys").chmod(0o600)
+    monkeypatch.setattr(Server, "run", lambda server: started.append(server))
+    monkeypatch.setattr(run, "check_port", lambda _: None)
+    monkeypatch.setattr(loading, "locate", lambda *_, **__: loading.BUILTIN)
+    monkeypatch.setattr(chat, "locate", lambda *_, **__: loading.BUILTIN)
+
+    @contextlib.contextmanager
+    def deployed(*_: object) -> Iterator[FastAPI]:
+        yield create_app(load(), Settings())
+
+    monkeypatch.setattr(serve, "_deployed", deployed)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert len(started) == 1 and started[0].service.name
+    gc.unfreeze()
+
+
+@pytest.mark.slow
+def test_the_guides_client_gets_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (DEPLOY.parent / "docs" / "serving.md").read_text("utf-8")
+    (program,) = re.findall(r"^```python\n(import openai.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    demo.copy_files(Path("demo"))
+    with listening(loading.BUILTIN, shutdown_timeout=0.1) as server:
+        code = program.replace("http://127.0.0.1:8000", server.address)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "image_tokens" in done.stdout
