@@ -722,6 +722,20 @@ def test_export_share_and_import(
     (tmp_path / "chats.json").write_text(json.dumps(broken))
     page.set_input_files("#import-file", tmp_path / "chats.json")
     expect(page.locator("#error")).to_have_text("a chat in this file is damaged")
+    del node["parent"]
+    node |= {"attribution": 5, "usage": "much", "times": 1, "onload": "alert(1)"}
+    node["parts"][0] |= {"times": "now", "label": {"a": 1}}
+    key = next(part["key"] for part in node["parts"] if "key" in part)
+    broken["files"][key] = broken["files"][key][:-24] + "AAAAAAAA" + broken["files"][key][-16:]
+    (tmp_path / "chats.json").write_text(json.dumps(broken))
+    page.set_input_files("#import-file", tmp_path / "chats.json")
+    expect(page.locator("#error")).to_be_hidden()
+    expect(page.locator("#messages .tile")).to_have_count(2)  # what is wrong is left out
+    stored = page.evaluate(
+        """async (key) => [...new Uint8Array(await (await (await import("./store.js")).file(key)).arrayBuffer())]""",
+        key,
+    )
+    assert bytes(stored) in [path.read_bytes() for path in files]  # and nothing is replaced
 
 
 def test_settings_of_a_chat_are_sent(page: Page) -> None:

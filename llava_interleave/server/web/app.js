@@ -27,16 +27,18 @@ const toggleMenu = (open) => {
   $(open ? "hide" : "menu").focus();
 };
 
+const control = (event) => event.ctrlKey || event.metaKey;
+
 /** Keys with what they do: [keys shown, words, whether an event is it, action].
  * @type {[string, string, (event: any) => boolean, () => any][]} */
 const SHORTCUTS = [
   ["Enter", "Send (Shift+Enter: a new line)", () => false, () => {}],
-  ["Ctrl+Shift+O", "New chat", (event) => event.ctrlKey && event.shiftKey && event.code === "KeyO", newChat],
-  ["Ctrl+K", "Search the chats", (event) => event.ctrlKey && event.code === "KeyK", () => (toggleMenu(true), $("search").focus())],
-  ["Ctrl+U", "Add files", (event) => event.ctrlKey && event.code === "KeyU", () => $("pick-files").click()],
-  ["Ctrl+,", "Settings of this chat", (event) => event.ctrlKey && event.key === ",", () => $("open-settings").click()],
-  ["Ctrl+Shift+E", "Edit your last message", (event) => event.ctrlKey && event.shiftKey && event.code === "KeyE", () => last("user") && edit(last("user"))],
-  ["Ctrl+Shift+C", "Copy the last answer", (event) => event.ctrlKey && event.shiftKey && event.code === "KeyC", () => last("assistant") && copy(textOf(last("assistant")))],
+  ["Ctrl+Shift+O", "New chat", (event) => control(event) && event.shiftKey && event.code === "KeyO", newChat],
+  ["Ctrl+K", "Search the chats", (event) => control(event) && event.code === "KeyK", () => (toggleMenu(true), $("search").focus())],
+  ["Ctrl+U", "Add files", (event) => control(event) && event.code === "KeyU", () => $("pick-files").click()],
+  ["Ctrl+,", "Settings of this chat", (event) => control(event) && event.key === ",", () => $("open-settings").click()],
+  ["Ctrl+Shift+E", "Edit your last message", (event) => control(event) && event.shiftKey && event.code === "KeyE", () => last("user") && edit(last("user"))],
+  ["Ctrl+Shift+C", "Copy the last answer", (event) => control(event) && event.shiftKey && event.code === "KeyC", () => last("assistant") && copy(textOf(last("assistant")))],
   ["Escape", "Stop the answer, leave editing, close a dialog", () => false, () => {}],
   ["/", "Write", (event) => event.key === "/" && !typing(event), () => $("text").focus()],
   ["?", "This sheet", (event) => event.key === "?" && !typing(event), () => $("shortcuts").showModal()],

@@ -85,15 +85,15 @@ export async function importChats(text) {
   if (data?.format !== FORMAT || data.version !== 1 || !Array.isArray(data.chats) || typeof data.files !== "object") {
     throw new Error("this file is not an export of this page");
   }
-  data.chats.forEach(check);
+  const chats = data.chats.map(checked);
   const blobs = Object.entries(data.files).map(([key, url]) => {
     if (!/^data:(image|video)\/[\w.+-]+;base64,/.test(url)) throw new Error("a file in this export is not an image or a video");
     const [head, body] = url.split(",", 2);
     return /** @type {[string, Blob]} */ ([key, new Blob([Uint8Array.from(atob(body), (c) => c.charCodeAt(0))], { type: head.slice(5, -7) })]);
   });
-  await store.importAll(data.chats, blobs);
-  toast(`Imported ${plural(data.chats.length, "chat")}.`);
-  return data.chats;
+  await store.importAll(chats, blobs);
+  toast(`Imported ${plural(chats.length, "chat")}.`);
+  return chats;
 }
 
 function parsed(text) {
@@ -115,18 +115,37 @@ function fromPage(text) {
   return data && { ...data, files };
 }
 
-/** Throws unless this is a chat whose messages form a tree. */
-function check(chat) {
-  const nodes = typeof chat?.id === "string" && typeof chat.title === "string" && chat.nodes && typeof chat.nodes === "object" ? Object.entries(chat.nodes) : null;
-  const valid = nodes?.every(([id, node]) => {
+const isText = (value) => typeof value === "string";
+const isNumber = (value) => Number.isFinite(value);
+const areNumbers = (value) => Array.isArray(value) && value.every(isNumber);
+const hasNumbers = (value) => value && typeof value === "object" && Object.values(value).every((one) => one === null || isNumber(one) || hasNumbers(one));
+const PART = { type: isText, text: isText, key: isText, name: isText, label: isText, frames: isNumber, start: isNumber, end: isNumber, times: areNumbers };
+const MESSAGE = { id: isText, parent: isText, role: isText, made: isNumber, finish: isText, error: isText, model: isText, stopped: (value) => value === true, usage: hasNumbers, timings: hasNumbers };
+const SETTINGS = { system: isText, temperature: isNumber, max_tokens: isNumber, seed: isNumber };
+
+/** The fields of a stranger's object that are what this page writes. */
+const known = (value, fields) => Object.fromEntries(Object.entries(value ?? {}).filter(([name, one]) => fields[name]?.(one)));
+
+/** A chat of an export with nothing in it that this page does not know. Throws unless its messages form a tree. */
+function checked(chat) {
+  const fault = new Error("a chat in this file is damaged");
+  if (!isText(chat?.id) || !isText(chat.title) || !chat.nodes || typeof chat.nodes !== "object") throw fault;
+  const nodes = {};
+  for (const [id, node] of Object.entries(chat.nodes)) {
+    const parts = Array.isArray(node?.parts) ? node.parts.map((part) => known(part, PART)) : [];
+    const complete = parts.every((part) => (part.type === "text" ? isText(part.text) : ["image", "video"].includes(part.type) && isText(part.key)));
+    if (node?.id !== id || !["user", "assistant"].includes(node.role) || !parts.length || !complete) throw fault;
+    for (const part of parts) if (part.key) part.name ??= part.type;
+    nodes[id] = { parent: null, made: 0, ...known(node, MESSAGE), parts, changed: node.changed ?? node.made ?? 0 };
+  }
+  for (const node of Object.values(nodes)) {
     const seen = new Set();
-    for (let at = node; at; at = chat.nodes[at.parent]) {
-      if (seen.has(at.id)) return false;
+    for (let at = node; at; at = nodes[at.parent]) {
+      if (seen.has(at.id)) throw fault;
       seen.add(at.id);
     }
-    const parts = node.id === id && ["user", "assistant"].includes(node.role) && Array.isArray(node.parts) ? node.parts : [];
-    node.changed ??= node.made ?? 0; // exports before messages had it
-    return parts.length > 0 && parts.every((part) => (part.type === "text" ? typeof part.text === "string" : ["image", "video"].includes(part.type) && typeof part.key === "string"));
-  });
-  if (!valid || (chat.leaf && !chat.nodes[chat.leaf])) throw new Error("a chat in this file is damaged");
+  }
+  if (chat.leaf && !nodes[chat.leaf]) throw fault;
+  const { id, title, leaf = null, changed = 0 } = chat;
+  return { id, title, leaf, changed, nodes, pinned: chat.pinned === true, settings: known(chat.settings, SETTINGS), ...(isText(chat.model) ? { model: chat.model } : {}) };
 }

@@ -140,7 +140,9 @@ export const collect = () =>
 /** Add chats and files of an export, all or none. Chats that exist are joined with them. */
 export const importAll = (chats, files) =>
   transaction("readwrite", async (table) => {
-    for (const [key, blob] of files) table("files").put(blob, key);
+    for (const [key, blob] of files) {
+      if (!(await result(table("files").getKey(key)))) table("files").put(blob, key); // never replaces what a chat has
+    }
     for (const chat of chats) await result(table("chats").put(merge(await result(table("chats").get(chat.id)), chat)));
     tell("chat", "");
   });
