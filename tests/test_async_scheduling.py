@@ -106,7 +106,7 @@ def test_an_answer_that_ended_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_later_request_joins_the_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt is read beside answers whose next tokens are known by then: each is computed
+    """A prompt is prefilled while answers decode whose next tokens are known by then: each is computed
     once.
     """
     log, e = Log(monkeypatch), engine(kv_block_size=16)
@@ -198,7 +198,7 @@ def test_decoding_continues_where_a_step_ahead_cannot_be_captured(
 
 
 def kinds(chance: random.Random) -> SamplingParams:
-    """Mostly those that go ahead, some of which end by a token nobody can know before."""
+    """Mostly those that go ahead, some of which end by a token that is not known before."""
     new = chance.choice([1, 2, 5, 20, 60, 60])
     stops = tuple(chance.sample(range(VOCAB), 2)) if chance.random() < 0.5 else ()
     others: list[dict[str, Any]] = [

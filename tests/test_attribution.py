@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 class Written:
-    """Causal attention written out with a mask: nobody but itself sees a key that is `hidden`.
+    """Causal attention written out with a mask: no other token sees a key that is `hidden`.
     Keeps all probabilities.
     """
 

@@ -223,7 +223,7 @@ def test_shards_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links and devices are nobody's file, names lead nowhere, a member that is too large is its
+    """Links and devices are no files, names lead nowhere, a member that is too large is its
     sample's error alone.
     """
     path = tmp_path / "in.tar"

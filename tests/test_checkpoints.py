@@ -353,7 +353,7 @@ def test_saved_is_loaded(tmp_path: Path, layout: CheckpointLayout) -> None:
 
 
 def test_save_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up in the middle leaves neither the folder nor a trace beside it."""
+    """A disk that fills up in the middle leaves neither the folder nor a trace next to it."""
     model = load(tiny_checkpoint(tmp_path / "a"))
 
     def full(*_: object) -> None:

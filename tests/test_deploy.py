@@ -77,7 +77,7 @@ JOB = record(
 
 @pytest.fixture(params=["batch", "serve"])
 def resources(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """A job, and what it needs beside."""
+    """A job and its dependencies."""
     return list(yaml.safe_load_all((DEPLOY / f"{request.param}.yaml").read_text("utf-8")))
 
 

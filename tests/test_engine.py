@@ -433,7 +433,7 @@ class Costly(Slow):
 
 
 def waits(patience: float) -> tuple[list[float], float]:
-    """Seconds between the tokens of an answer beside which others are asked for; and until all have
+    """Seconds between the tokens of an answer while other requests arrive; and until all have
     their first token.
     """
     clock, new = Clock(), replace(GREEDY, max_new_tokens=80)

@@ -167,7 +167,7 @@ def test_batch_answers_like_asking(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_shards_and_tables_answer_like_asking(tiny: Path, tmp_path: Path) -> None:
-    """An image within a shard or a Parquet file is the image in a file beside it."""
+    """An image within a shard or a Parquet file is the image in a file next to it."""
     save_image(tmp_path / "a.png", "red")
     save_image(tmp_path / "b.png", "blue")
     data = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
@@ -344,8 +344,8 @@ def test_a_server_answers_the_questions(url: str, tmp_path: Path) -> None:
         (body["model"], body["temperature"], body["max_tokens"]) == ("their-model", 0, 1024)
         for body in Server.bodies
     )
-    nobody = llava("eval", WORLD, "-n", 1, "--url", "http://127.0.0.1:9/v1", "-m", "x")
-    assert (nobody.code, nobody.err.count("\n")) == (2, 1)
+    refused = llava("eval", WORLD, "-n", 1, "--url", "http://127.0.0.1:9/v1", "-m", "x")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(

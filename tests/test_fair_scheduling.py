@@ -114,7 +114,7 @@ def test_a_single_answer_keeps_half_its_speed_next_to_sixteen() -> None:
 
 
 def test_where_a_step_takes_as_long_for_many_all_answers_are_in_it() -> None:
-    """As on a GPU: to leave some out would help nobody."""
+    """As on a GPU: to leave some out would help no one."""
     s = decoding({"many": 16, "one": 1})
     timed(s, lambda _: 3.0, 2 * MEASURED_EVERY)
     lengths = [len(r.generated) for r in s.running]

@@ -260,7 +260,7 @@ CROPS = {
 @pytest.mark.parametrize("shape", list(CROPS))
 @torch.inference_mode()
 def test_a_tower_is_what_its_layers_make_one_by_one(shape: str) -> None:
-    """Nearer to float32 than they are, and the same for a crop beside any others, with any number
+    """Nearer to float32 than they are, and the same for a crop in any batch, with any number
     of threads.
     """
     c = CROPS[shape]
@@ -307,7 +307,7 @@ def test_where_it_is_possible() -> None:
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 def test_answers_are_the_same_in_any_batch(kv: str, tmp_path: Path) -> None:
     """To the last bit of their log-probabilities: alone, with draft tokens, batched with other answers, and
-    beside prompts under way.
+    next to prompts that are prefilled.
     """
     shape = tiny_config(text={"num_heads": 2, "num_kv_heads": 2, "head_dim": 32})
     model = checkpoints.load(

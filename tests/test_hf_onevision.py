@@ -34,7 +34,7 @@ FLAGS: dict[str, Any] = {
     "return_tensors": "pt",
 }
 ONE, TWO, TALL = random_image(58, 44), random_image(93, 82, 1), random_image(6, 182, 2)
-FILM, OTHER = ([random_image(40, 30, seed + k) for k in range(3)] for seed in (0, 3))
+CLIP, OTHER = ([random_image(40, 30, seed + k) for k in range(3)] for seed in (0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ class Oracle(LlavaOnevisionProcessor):  # type: ignore[misc]
         return object
 
     def _process_videos(self, videos: Any, **_: Any) -> Any:
-        films = videos if isinstance(videos[0], list) else [videos]
-        images = [self.image_processor(film, return_tensors="pt") for film in films]
+        clips = videos if isinstance(videos[0], list) else [videos]
+        images = [self.image_processor(clip, return_tensors="pt") for clip in clips]
         pixels = torch.stack([one["pixel_values"][:, 0] for one in images])  # the squashed image
         made = {"pixel_values_videos": pixels}
-        return made, [self.replace_video_token(made, k) for k in range(len(films))]
+        return made, [self.replace_video_token(made, k) for k in range(len(clips))]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,9 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     "a strip": [user(TALL, "What?")],
     "two images": [user("First", ONE, "second", TWO, "?")],
     "two turns": [user(ONE, "What?"), ANSWER, user(TWO, "And?")],
-    "two videos": [user(FILM, "What moves?", OTHER)],
-    "a video before an image": [user(FILM, "What?", ONE), ANSWER, user("So?")],
-    "media in two turns": [user(ONE, FILM, "?"), ANSWER, user(OTHER, "and", TWO)],
+    "two videos": [user(CLIP, "What moves?", OTHER)],
+    "a video before an image": [user(CLIP, "What?", ONE), ANSWER, user("So?")],
+    "media in two turns": [user(ONE, CLIP, "?"), ANSWER, user(OTHER, "and", TWO)],
 }
 
 
@@ -159,14 +159,14 @@ def test_media_apart_from_the_messages_keep_their_order(folder: Path) -> None:
     """The first of `media` is the first part, though the template puts images before videos."""
     processor = Processor.from_folder(folder)
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "image"}]}]
-    apart = processor.prompt(chat, [FILM, ONE, TWO], preset="hf")
-    inside = processor.prompt([user(FILM, ONE, TWO)], preset="hf")
+    apart = processor.prompt(chat, [CLIP, ONE, TWO], preset="hf")
+    inside = processor.prompt([user(CLIP, ONE, TWO)], preset="hf")
     assert apart.tokens == inside.tokens
     assert [m.key for m in apart.media] == [m.key for m in inside.media]
     assert [m.name for m in apart.media] == ["image 1", "image 2", "video 3"]
     # A `<image>` in text and a part of either kind: the source decides.
     unknown = [{"role": "user", "content": "<image>\n<image>\nWhat?"}]
-    prompt = processor.prompt(unknown, [FILM, ONE], preset="hf")
+    prompt = processor.prompt(unknown, [CLIP, ONE], preset="hf")
     assert [m.name for m in prompt.media] == ["video 1", "image 2"]
     assert prompt.tokens[prompt.media[0].start] == processor.config.video_token_id
 
@@ -174,14 +174,14 @@ def test_media_apart_from_the_messages_keep_their_order(folder: Path) -> None:
 @pytest.mark.parametrize("preset", ["interleave", "hf", "official"])
 def test_a_spelled_video_token_is_text(folder: Path, preset: str) -> None:
     processor = Processor.from_folder(folder)
-    prompt = processor.prompt([user("What is <video>?", FILM)], preset=preset)
+    prompt = processor.prompt([user("What is <video>?", CLIP)], preset=preset)
     video = processor.config.video_token_id
     assert prompt.tokens.count(video) == prompt.media[0].layout.length
     assert "<video>?" in processor.tokenizer.decode(prompt.tokens)
-    raw = processor.raw("<video>Who is <image>?", [FILM, ONE])
+    raw = processor.raw("<video>Who is <image>?", [CLIP, ONE])
     assert [m.name for m in raw.media] == ["video 1", "image 2"]
     with pytest.raises(PromptError, match="2 `<image>` but 1"):
-        processor.raw("<video>Who is <image>?", [FILM])
+        processor.raw("<video>Who is <image>?", [CLIP])
 
 
 def test_flat_lists_are_tiled(ours: Any, theirs: Any) -> None:
@@ -210,7 +210,7 @@ def test_a_batch_of_all_kinds(ours: Any, theirs: Any, folder: Path) -> None:
     arguments: dict[str, Any] = {
         "images": [[], [ONE, TWO], [TALL], []],
         "text": texts,
-        "videos": [FILM, OTHER],
+        "videos": [CLIP, OTHER],
         "return_tensors": "pt",
         "padding": True,
         "padding_side": "left",
@@ -279,17 +279,17 @@ def test_mistakes(ours: Any) -> None:
     model, processor = ours
     with pytest.raises(PromptError, match="1 <image> but 2 images"):
         processor(images=[ONE, TWO], text="<image>", return_tensors="pt")
-    films: list[Sequence[object]] = [FILM, FILM[:2]]
+    clips: list[Sequence[object]] = [CLIP, CLIP[:2]]
     with pytest.raises(PromptError, match=r"videos of \[2, 3\] frames"):
-        processor(text="<video><video>", videos=films, return_tensors="pt")
+        processor(text="<video><video>", videos=clips, return_tensors="pt")
     with pytest.raises(PromptError, match="more videos"):
-        processor(text="<video>", videos=films, return_tensors="pt")
+        processor(text="<video>", videos=clips, return_tensors="pt")
     with pytest.raises(PromptError, match="<video>, not its media"):
-        processor(text="<video><video>", videos=[FILM], return_tensors="pt")
+        processor(text="<video><video>", videos=[CLIP], return_tensors="pt")
     inputs = processor(images=ONE, text="<image>", return_tensors="pt")
     with pytest.raises(PromptError, match="image tokens"):
         model.generate(**inputs | {"input_ids": inputs["input_ids"][:, 1:], "attention_mask": None})
     with pytest.raises(PromptError, match="image_sizes"):
         model.generate(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
     with pytest.raises(Unsupported, match="num_frames"):
-        processor(text="<video>", videos=[FILM], num_frames=3)
+        processor(text="<video>", videos=[CLIP], num_frames=3)

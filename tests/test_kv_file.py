@@ -354,7 +354,7 @@ def test_adapters_are_told_apart_by_their_numbers(
     assert len(talk.messages) == 4
     begun(bot_of(tiny), images).save(
         tmp_path / "talk.json", kv=True
-    )  # and of the network alone, beside adapters
+    )  # and of the network alone, with adapters loaded
     assert again.resume(tmp_path / "talk.json").ask("More?", **HOW).usage.cached > 0
 
 

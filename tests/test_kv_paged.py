@@ -273,7 +273,7 @@ def test_a_snapshot_goes_from_contiguous_to_paged_and_back(kv_precision: str) ->
 
 
 def test_deterministic_answers_from_blocks() -> None:
-    """To the last bit, beside others, from a cache and with little room."""
+    """To the last bit: batched, from a cache and with little memory."""
     how = replace(GREEDY, logprobs=3)
 
     def told(asked: Sequence[int], **options: Any) -> list[list[Any]]:

@@ -197,9 +197,9 @@ def test_merged_equals_unmerged(folder: Path, lora: LoraConfig) -> None:
     network, adapters = carrying(folder, adapter)
     alone = logits(network, asked)
     with adapters.whole("a"):
-        beside = logits(network, asked)
-    assert (beside - logits(merged(folder, adapter), asked)).abs().max() < 1e-4
-    assert (beside - alone).abs().max() > 0.1
+        unmerged = logits(network, asked)
+    assert (unmerged - logits(merged(folder, adapter), asked)).abs().max() < 1e-4
+    assert (unmerged - alone).abs().max() > 0.1
     assert torch.equal(alone, logits(checkpoints.load(folder), asked))
     with pytest.raises(
         OptionError, match="LoraLinear: an adapter is merged into float weights only"
@@ -452,7 +452,7 @@ def test_peft_loads_ours(
     assert (ours - their_logits(loaded, asked)).abs().max() < 1e-4
     assert (ours - their_logits(theirs(), asked)).abs().max() > 0.1
     targets = [name for name, module in loaded.named_modules() if hasattr(module, "lora_A")]
-    assert len(targets) == len(adapter.parts)  # and beside nothing else
+    assert len(targets) == len(adapter.parts)  # and at nothing else
     config = loaded.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (
         lora.rank,

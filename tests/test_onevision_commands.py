@@ -43,9 +43,9 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("media")
     random_image(58, 44).save(made / "one.png")
     random_image(93, 82, 1).save(made / "two.png")
-    (made / "film").mkdir()
+    (made / "frames").mkdir()
     for number in range(3):
-        random_image(40, 30, number).save(made / "film" / f"frame_{number:04}.png")
+        random_image(40, 30, number).save(made / "frames" / f"frame_{number:04}.png")
     return made
 
 
@@ -53,7 +53,7 @@ def attached(media: Path, *names: str) -> tuple[object, ...]:
     return tuple(word for name in names for word in ("-a", media / name))
 
 
-CASES = {"one": ("one.png",), "two": ("one.png", "two.png"), "film": ("film", "one.png")}
+CASES = {"one": ("one.png",), "two": ("one.png", "two.png"), "frames": ("frames", "one.png")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,7 +79,7 @@ def test_ask_estimate_and_other_forms_of_the_checkpoint(
 
 def test_chat_goes_on_after_a_video(folder: Path, media: Path) -> None:
     lines = (
-        f"/attach {media / 'film'}\nWhat moves?\n/attach {media / 'one.png'}\nAnd this?\n/quit\n"
+        f"/attach {media / 'frames'}\nWhat moves?\n/attach {media / 'one.png'}\nAnd this?\n/quit\n"
     )
     done = llava("chat", "-m", folder, "--max-new-tokens", 3, stdin=lines.encode())
     assert (done.code, done.err.count("error")) == (0, 0), done.err
@@ -111,7 +111,7 @@ def test_caches_hold_a_tiled_image(folder: Path) -> None:
     """By image: another question about it, and the same image in int8 KV, encode nothing anew."""
     for kv in ("auto", "int8"):
         bot = load(folder, device="cpu", kv_precision=kv)
-        image, film = random_image(58, 44), [random_image(40, 30, k) for k in range(3)]
+        image, clip = random_image(58, 44), [random_image(40, 30, k) for k in range(3)]
         first = bot.ask("What is it?", [image], max_new_tokens=4, ignore_eos=True)
         encoded = bot.engine.load().crops_encoded
         assert encoded == 1 + 2 * 2
@@ -121,7 +121,7 @@ def test_caches_hold_a_tiled_image(folder: Path) -> None:
         assert other.usage.cached < 100
         assert bot.engine.load().crops_encoded == encoded
         # Frames of a video are cached each; a longer video has another end.
-        bot.ask("What moves?", [film], max_new_tokens=4)
+        bot.ask("What moves?", [clip], max_new_tokens=4)
         assert bot.engine.load().crops_encoded == encoded + 3
         bot.engine.check()
 
@@ -154,8 +154,8 @@ def test_an_image_larger_than_a_step(folder: Path) -> None:
 def test_a_long_video_is_as_in_one_forward_pass(folder: Path) -> None:
     """Its frames stay bytes, and are encoded and pooled four at a time."""
     model, processor = load_network(folder), Processor.from_folder(folder)
-    film = [random_image(40, 30, number) for number in range(70)]
-    content = [{"type": "video", "video": film, "frames": 70}, {"type": "text", "text": "What?"}]
+    clip = [random_image(40, 30, number) for number in range(70)]
+    content = [{"type": "video", "video": clip, "frames": 70}, {"type": "text", "text": "What?"}]
     prompt = processor.prompt([{"role": "user", "content": content}])
     (media,) = prompt.media
     assert media.crops.dtype == torch.uint8

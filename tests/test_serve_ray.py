@@ -184,7 +184,7 @@ def measured(http: Any, name: str) -> Counter[str]:
 
 
 def test_the_command(nodes: Any, folder: Path) -> None:
-    """Killed and started again, it has no replicas beside those it had; told to stop, it takes them
+    """Killed and started again, it has the replicas that it had and no more; stopped, it takes them
     with it.
     """
     port = str(free())
@@ -218,7 +218,7 @@ def test_the_command(nodes: Any, folder: Path) -> None:
 
 
 def free() -> int:
-    """A port that nobody listens on."""
+    """A port without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(folder: Path) -> Path:
-    """An adapter as training leaves it, beside linears of tower, projector and decoder."""
+    """An adapter as training leaves it, at linears of tower, projector and decoder."""
     made = attach(checkpoints.load(folder), WHOLE, 1)
     for part in made.parts.values():
         part.b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))

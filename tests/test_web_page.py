@@ -129,8 +129,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("film") / "v.mp4"
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "v.mp4"
     write_video([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(16)], path)
     return path
 
@@ -378,13 +378,13 @@ def test_images_are_prefilled_as_they_are_dropped(page: Page, files: list[Path])
     assert cached > 27
 
 
-def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, film: Path) -> None:
+def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, video: Path) -> None:
     """The very ones that the server looks at, by their times and by what is in them."""
-    attach(page, film)
+    attach(page, video)
     expect(page.locator(".chip .frames")).to_have_text("16 frames")
     page.locator(".chip .tile").click()
     page.get_by_label("Number of frames").fill("3")
-    clip = Loader().video(film.read_bytes(), FrameSampling(frames=3))
+    clip = Loader().video(video.read_bytes(), FrameSampling(frames=3))
     shown = page.locator("#stage .frame")
     expect(shown).to_have_count(3)
     expect(shown.locator("canvas").nth(2)).to_have_attribute("title", f"{clip.times[2]:.2f} s")
@@ -814,11 +814,11 @@ def test_answers_become_markdown_and_never_html(page: Page, rich: bool) -> None:
 
 
 def test_which_image_an_answer_used(
-    browser: Browser, folder: Path, files: list[Path], film: Path
+    browser: Browser, folder: Path, files: list[Path], video: Path
 ) -> None:
     """Shares and maps are the library's, in words; hidden at the next press of the button."""
     with serve(folder, max_tokens=12) as address, opened(browser, address) as page:
-        attach(page, [*files[:2], film])
+        attach(page, [*files[:2], video])
         expect(page.locator(".chip .frames")).to_have_text("16 frames")
         page.locator(".chip .tile").nth(2).click()
         page.get_by_label("Number of frames").fill("3")
@@ -834,7 +834,7 @@ def test_which_image_an_answer_used(
         rows = page.locator(".attribution li")
         expect(rows).to_have_count(3)
         expect(button).to_have_attribute("aria-expanded", "true")
-        images = attributed(folder, body_of(sent.value), [*files[:2], film])
+        images = attributed(folder, body_of(sent.value), [*files[:2], video])
         assert page.locator(".attribution .share").all_inner_texts() == [
             f"{round(100 * image.share) if image.change > 0 else 0} %" for image in images
         ]

@@ -189,11 +189,11 @@ def find(
     )
     if html is not None:
         lazy_bot = lazy.ready(options)
-        pictures = [
+        thumbnails = [
             (hit, _thumbnail(lazy_bot.processor.loader, Path(str(hit.source)))) for hit in shown
         ]
         reports.write(
-            html, "find.html", title=question, hits=pictures, yes=yes, count=len(hits),
+            html, "find.html", title=question, hits=thumbnails, yes=yes, count=len(hits),
             expected=expected,
         )  # fmt: skip
         terminal.wrote(html)

@@ -181,16 +181,16 @@ class AutoProcessor(Light):
         nested = _is_nested(images)
         anyres = True if onevision and not nested else None
         every = FrameSampling(frames=limits.video_frames + 1)  # more is refused
-        films = iter(_videos(videos))
+        clips = iter(_videos(videos))
         prompts = []
         for one, own in zip(texts, per_text, strict=True):
             rest = iter(own)
             marks = re.findall(f"{IMAGE}|{VIDEO}" if videos is not None else IMAGE, one)
-            media = [next(rest if mark == IMAGE else films, None) for mark in marks]
+            media = [next(rest if mark == IMAGE else clips, None) for mark in marks]
             if None in media or next(rest, None) is not None:
                 raise PromptError(f"the text has {len(marks)} {IMAGE} and {VIDEO}, not its media")
             prompts.append(self.inner.raw(one, media, anyres=anyres, frames=every))
-        if next(films, None) is not None:
+        if next(clips, None) is not None:
             raise PromptError(f"there are more videos than {VIDEO} in the text")
         rows = [prompt.tokens for prompt in prompts]
         longest = max(map(len, rows))

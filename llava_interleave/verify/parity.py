@@ -192,9 +192,9 @@ def conversations(videos: bool = False) -> dict[str, list[dict[str, Any]]]:
         turn("assistant", "A picture."),
         turn("user", "And this one?", b),
     ]
-    film = {"type": "video", "video": [b, c]}
+    clip = {"type": "video", "video": [b, c]}
     moving = [turn("user", "What moves, and what is this?", a)]
-    moving[0]["content"].insert(0, film)
+    moving[0]["content"].insert(0, clip)
     return {
         "text only": [turn("user", "What is the capital of France?")],
         "one image": [turn("user", "What is in the picture?", a)],

@@ -59,7 +59,7 @@ def test_kernels(
 
 
 def spread(lengths: list[int], *kept: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Rows of sequences in blocks of a pool, in no order; a block that nobody has fills the table
+    """Rows of sequences in blocks of a pool, in no order; a block that no sequence has fills the table
     up.
     """
     counts = [-(-length // BLOCK) for length in lengths]

@@ -31,7 +31,7 @@ CARD, BF16 = torch.device("cuda", 0), torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A card that has everything, and nobody who looks at numbers."""
+    """A GPU that supports everything; values are not checked."""
     monkeypatch.setattr("llava_interleave.engine.kv_paged.choose", lambda *_: "varlen_attn")
     monkeypatch.setattr("llava_interleave.model.attention.choose", lambda *_: "varlen_attn")
     monkeypatch.setattr(torch, "equal", lambda *_: True)
