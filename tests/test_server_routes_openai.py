@@ -166,8 +166,8 @@ def test_logprobs_of_a_response(client: openai.OpenAI, bot: Chatbot) -> None:
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "send the message itself"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "no tools"),
         (
-            {"input": user({"type": "input_file", "filename": "a.pdf", "file_data": "x"})},
-            "no file_data, filename",
+            {"input": user({"type": "input_file", "filename": "a.pdf", "file_url": "x"})},
+            "this one has file_url, filename",
         ),
         ({"input": "x", "messages": WHAT}, "messages"),
     ],
@@ -201,6 +201,7 @@ def test_an_upload_in_a_response(client: openai.OpenAI, bot: Chatbot) -> None:
     parts: list[Any] = [
         {"type": "input_image", "file_id": file.id, "detail": "auto"},
         {"type": "input_file", "file_id": file.id},
+        {"type": "input_file", "filename": "red.png", "file_data": RED},
     ]
     for part in parts:
         content: Any = [part, {"type": "input_text", "text": "What is this?"}]

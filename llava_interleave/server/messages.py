@@ -69,7 +69,7 @@ def _url(**optional: Any) -> dict[str, Any]:
 
 
 TEXT = {"type": "string"}
-DETAIL = {"enum": ["auto", "low", "high", None]}
+DETAIL = {"enum": ["auto", "low", "high", "original", None]}
 VIEW = _object({"image": TEXT}, {"name": {"type": ["string", "null"]}})
 VIEWS = [
     {"type": "object", "additionalProperties": TEXT, "minProperties": 1},
@@ -86,6 +86,14 @@ PARTS = [
     *(_part_schema("video", {source: TEXT}, **FRAME_SAMPLING) for source in ("url", "path")),
     _part_schema("views", {"views": {"anyOf": VIEWS}}),
     _part_schema("file", {"file": _object({"file_id": TEXT})}),
+    _part_schema(
+        "file",
+        {
+            "file": _object(
+                {"file_data": {"type": "string", "pattern": "^data:"}}, {"filename": TEXT}
+            )
+        },
+    ),
 ]
 INPUT_PARTS = [
     *PARTS,
@@ -236,12 +244,7 @@ def _clean_part(part: Any) -> Any:
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
     if kind == "input_file":
-        if set(part) != {"type", "file_id"}:
-            raise PromptError(
-                "an input_file part has the file_id of an image or a video that was uploaded to "
-                f"/v1/files, and no {', '.join(sorted(set(part) - {'type', 'file_id'})) or 'less'}"
-            )
-        return {"type": "file", "file": {"file_id": part["file_id"]}}
+        return {"type": "file", "file": {name: part[name] for name in part if name != "type"}}
     if kind == "input_image":
         url = part.pop("image_url", None) or part.pop("file_id", None)
         part |= {"type": "image_url", "image_url": url}
@@ -252,6 +255,12 @@ def _clean_part(part: Any) -> Any:
     for name in ("image_url", "video_url"):
         if isinstance(part.get(name), dict):
             part[name] = {key: value for key, value in part[name].items() if value is not None}
+            if part[name].get("detail") == "original":
+                part[name]["detail"] = "high"
+            if isinstance(url := part[name].get("url"), str):
+                part[name]["url"] = url.strip()
+        elif isinstance(part.get(name), str):
+            part[name] = part[name].strip()
     return part
 
 
@@ -265,16 +274,25 @@ def has_media(turns: list[dict[str, Any]]) -> bool:
     )
 
 
+FILE_DATA = {"file_data", "filename"}
+
+
 def _resolve_part(part: Any, upload: Callable[[str], bytes]) -> Any:
     """A part with uploads in the place of their ids; the chat template validates it."""
     if not isinstance(part, dict):
         return part
     if part.get("type") == "file":
         file = part.get("file")
-        if set(part) != {"type", "file"} or not isinstance(file, dict) or set(file) != {"file_id"}:
+        file = {k: v for k, v in file.items() if v is not None} if isinstance(file, dict) else {}
+        data = file.get("file_data")
+        if isinstance(data, str) and data.startswith("data:") and set(file) <= FILE_DATA:
+            kind = "video" if data.startswith("data:video/") else "image"
+            return {"type": kind, "url": data}
+        if set(part) != {"type", "file"} or set(file) != {"file_id"}:
             raise PromptError(
-                "a file part is {'type': 'file', 'file': {'file_id': 'file-...'}}; "
-                "upload the file to /v1/files first"
+                "a file is an image or a video: {'type': 'file', 'file': {'file_id': 'file-...'}}, "
+                "uploaded to /v1/files first, or with file_data as a data: URL; this one has "
+                f"{', '.join(sorted(file))[:100] or 'neither'}"
             )
         data = upload(str(file["file_id"]))
         kind = "video" if is_video(data) else "image"

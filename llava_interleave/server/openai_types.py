@@ -117,6 +117,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class TextFormat(Strict):
@@ -217,13 +218,30 @@ class NeutralFields(ModelRequest):
     stop_token_ids: _neutral([], hint="use stop") = None  # type: ignore[valid-type]
     min_tokens: _neutral(0, hint="use logit_bias against the end token") = None  # type: ignore[valid-type]
     use_beam_search: _neutral(False, hint=NO_BEAM) = None  # type: ignore[valid-type]
+    detokenize: _neutral(True, hint=AS_IT_IS) = None  # type: ignore[valid-type]
+    return_token_ids: _neutral(False, hint="use logprobs") = None  # type: ignore[valid-type]
+    prompt_logprobs: _neutral(0, hint="the prompt has no log-probabilities") = None  # type: ignore[valid-type]
+    truncate_prompt_tokens: _neutral(-1, hint="shorten the prompt") = None  # type: ignore[valid-type]
+    bad_words: _neutral([], hint="use logit_bias") = None  # type: ignore[valid-type]
+    allowed_token_ids: _neutral([], hint="use structured_outputs") = None  # type: ignore[valid-type]
+    cache_salt: _neutral("", hint="each API key has caches of its own") = None  # type: ignore[valid-type]
+    vllm_xargs: _neutral({}, hint="there are no plugins") = None  # type: ignore[valid-type]
+    no_stop_trim: _neutral(False, hint=AS_IT_IS) = None  # type: ignore[valid-type]
+    prompt_cache_retention: _neutral(  # type: ignore[valid-type]
+        "in_memory", "in-memory", hint="the prefix cache is in memory"
+    ) = None
+    rid: Annotated[str, Field(max_length=1024)] | None = None
     best_of: _neutral(1, hint=NO_BEAM) = None  # type: ignore[valid-type]
     length_penalty: _neutral(1, 1.0, hint=NO_BEAM) = None  # type: ignore[valid-type]
     priority: _neutral(0, hint="API keys share the server evenly") = None  # type: ignore[valid-type]
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object")
+GUIDED = (
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object", "regex",
+    "ebnf",
+)  # fmt: skip
+"""Fields of vLLM, and two of SGLang."""
 RESPONSE_FORMATS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "json": lambda schema: {
         "type": "json_schema",
@@ -273,6 +291,10 @@ class GenerationRequest(NeutralFields):
         if not isinstance(data, dict):
             return data
         data = {name: value for name, value in data.items() if value is not None}
+        form = data.get("response_format")
+        if isinstance(form, dict) and form.get("type") == "json_object" and "schema" in form:
+            schema = {"name": "json_object", "schema": form["schema"]}  # llama.cpp's form
+            data["response_format"] = {"type": "json_schema", "json_schema": schema}
         nested = data.pop("structured_outputs", None)
         given = nested if isinstance(nested, dict) else {}
         given |= {k.removeprefix("guided_"): data.pop(k) for k in list(data) if k in GUIDED}
@@ -351,6 +373,9 @@ class ChatRequest(PromptRequest, GenerationRequest):
     parallel_tool_calls: bool | None = None
     reasoning_effort: _neutral("none", hint=NO_REASONING) = None  # type: ignore[valid-type]
     include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    documents: _neutral([], hint="put them into the messages") = None  # type: ignore[valid-type]
+    chat_template: _neutral("", hint="the operator chooses it with --preset") = None  # type: ignore[valid-type]
     verbosity: _neutral("medium", hint="ask for it in the prompt") = None  # type: ignore[valid-type]
     chat_template_kwargs: _neutral(  # type: ignore[valid-type]
         {},

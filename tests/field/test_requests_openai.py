@@ -66,6 +66,10 @@ SAME_MESSAGES: dict[str, list[dict[str, Any]]] = {
         {"type": "input_image", "image_url": RED, "detail": "auto"},
         {"type": "input_text", "text": TEXT["text"]},
     ),
+    "white space around a URL": user(image_part(f" {RED}\n"), TEXT),
+    "a file with its data": user(
+        {"type": "file", "file": {"filename": "red.png", "file_data": RED}}, TEXT
+    ),
     "a string among parts": user(IMAGE, TEXT["text"]),
     "annotations": user(IMAGE, TEXT | {"annotations": []}),
 }
@@ -139,6 +143,14 @@ NEUTRAL: dict[str, Any] = {
     "guided_json": None,
     "response_format": {"type": "text"},
     "logit_bias": {},
+    "detokenize": True,
+    "return_token_ids": False,
+    "vllm_xargs": {},
+    "documents": [],
+    "separate_reasoning": True,
+    "rid": "r-1",
+    "no_stop_trim": False,
+    "prompt_cache_retention": "in_memory",
 }
 
 
@@ -164,6 +176,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "min_tokens": (5, "logit_bias"),
     "use_beam_search": (True, "use n"),
     "best_of": (3, "use n"),
+    "truncate_prompt_tokens": (10, "shorten the prompt"),
+    "bad_words": (["x"], "logit_bias"),
+    "allowed_token_ids": ([1], "structured_outputs"),
+    "chat_template": ("x", "--preset"),
+    "cache_salt": ("x", "caches of its own"),
+    "prompt_logprobs": (1, "no log-probabilities"),
 }
 
 
@@ -254,6 +272,10 @@ def test_messages_that_ask_for_something_else_are_refused(client: TestClient, na
 STRUCTURED: dict[str, dict[str, Any]] = {
     "guided_choice": {"guided_choice": ["yes", "no"]},
     "guided_regex": {"guided_regex": "yes|no", "guided_decoding_backend": "auto"},
+    "regex of SGLang": {"regex": "yes|no"},
+    "a schema of llama.cpp": {
+        "response_format": {"type": "json_object", "schema": {"enum": ["yes", "no"]}}
+    },
     "guided_json": {"guided_json": {"enum": ["yes", "no"]}},
     "guided_json as a text": {"guided_json": '{"enum": ["yes", "no"]}'},
     "structured_outputs": {"structured_outputs": {"choice": ["yes", "no"], "json": None}},
