@@ -896,7 +896,7 @@ def test_the_first_look(page: Page) -> None:
     expect(page.locator(".example")).to_have_count(4)
     assert page.locator(".example img").evaluate_all("all => all.every(i => i.naturalWidth > 0)")
     page.fill("#text", "kept")
-    page.locator(".example", has_text="Look from all sides").click()
+    page.locator(".example", has_text="See all sides").click()
     finished(page)
     captions = page.locator("#messages .tile .caption").all_inner_texts()
     assert captions == ["front", "right", "back", "left"]

@@ -11,7 +11,7 @@ const EXAMPLES = [
   { title: "Find it", question: "In which image is there a yellow star?", files: ["album-1.png", "album-2.png", "album-3.png"] },
   { title: "Compare", question: "Compare the pictures: what changed?", files: ["before.png", "after.png"] },
   { title: "Watch a video", question: "Tell me what happens to the yellow triangle.", files: ["clip.mp4"] },
-  { title: "Look from all sides", question: "From the front, which object is hidden?", files: ["front.png", "right.png", "back.png", "left.png"], views: true },
+  { title: "See all sides", question: "From the front, which object is hidden?", files: ["front.png", "right.png", "back.png", "left.png"], views: true },
 ];
 
 /** What a model can do, in words. */
