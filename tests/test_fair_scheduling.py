@@ -151,6 +151,44 @@ def test_memory_is_taken_from_the_client_that_had_most() -> None:
     assert one.finish_reason == "length"
 
 
+def test_a_client_without_an_answer_does_not_wait_for_the_memory_of_many() -> None:
+    """Sixteen endless answers held all memory, and another client's question waited for one of
+    them to end. The last answer of a client is never preempted for it.
+    """
+    s = scheduler(total=400, tokens=400, running=16)
+    for i in range(8):
+        s.add(request(40, new=60, first=1000 * i, client="many"))
+    for _ in range(5):
+        step(s)
+    assert len(s.running) > 1
+    s.add(one := request(150, new=5, first=9000, client="one"))
+    for _ in range(10):
+        step(s)
+    assert one.finish_reason == "length"
+    for i in range(20):
+        s.add(request(300, new=5, first=20_000 + 1000 * i, client="one"))
+    step(s)
+    assert Counter(r.client for r in s.running)["many"] >= 1
+
+
+def test_a_client_without_an_answer_does_not_wait_for_a_place() -> None:
+    s = scheduler(tokens=400, total=10_000, running=4)
+    for i in range(8):
+        s.add(request(5, new=300, first=1000 * i, client="many"))
+    step(s)
+    s.add(one := request(5, new=3, first=9000, client="one"))
+    for _ in range(6):
+        step(s)
+    assert one.finish_reason == "length"
+
+
+def test_a_long_prompt_does_not_delay_its_answer() -> None:
+    s = decoding({"many": 16})
+    s.add(one := request(1500, new=20, first=50_000, client="one"))
+    timed(s, lambda n: 2.0 + n, 30)
+    assert one.num_generated >= 18
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("invariant", [False, True])
 def test_answers_are_those_without_clients(seed: int, invariant: bool) -> None:

@@ -174,7 +174,8 @@ class Scheduler:
     tokens again, and no request of its client starts until another one has ended.
 
     Clients are served fairly by virtual token counters: prompts of the client that has had least
-    come first, and the request of the client that has had most is preempted. Where more answers in
+    come first, and the request of the client that has had most is preempted, also for a client that
+    has none running. Where more answers in
     a step take more time, a client with few answers does not wait for all answers of the others:
     they take turns.
 
@@ -209,10 +210,13 @@ class Scheduler:
         self.preempted_clients: set[str] = set()  # since a request ended
         self.step_times = StepTimeModel()
         self.virtual_tokens = VirtualTokenCounters()
+        self.decoded_tokens = VirtualTokenCounters()  # a long prompt does not delay its answer
         self._steps = 0
+        self._starved: str | None = None  # the client whose request the last step had no room for
 
     def add(self, request: Request) -> None:
-        self.virtual_tokens.enter(request.client)
+        for counters in (self.virtual_tokens, self.decoded_tokens):
+            counters.enter(request.client)
         self._queue(request).append(request)
 
     def _queue(self, request: Request) -> WaitingQueue:
@@ -232,7 +236,11 @@ class Scheduler:
             for request in [request for request in running if request.prefill_only]:
                 self._retire(request)
                 self.waiting_prefills.appendleft(request)
-        for request in self._decodes():
+        self._make_room()
+        decoding, limit = self._decodes()
+        for request in decoding:
+            if len(output.scheduled) == limit:
+                break
             if (kv := request.kv) is None:  # preempted for one before it
                 continue
             start, stop = kv.length, len(request.tokens)
@@ -240,6 +248,7 @@ class Scheduler:
                 output.scheduled.append(ScheduledRequest(request, kv, start, stop, True))
                 request.last_decode = self._steps
                 self._charge(request, DECODE_COST)
+                self.decoded_tokens.charge(request.client, 1 / request.weight)
         self._draft(output)
         output.decode_tokens = sum(one.stop - one.start for one in output.scheduled)
         budget = self.max_num_batched_tokens - output.decode_tokens
@@ -255,26 +264,41 @@ class Scheduler:
         output.scheduled.sort(key=lambda one: one.request.adapter)
         return output
 
-    def _decodes(self) -> list[Request]:
-        """The running requests that decode in this step."""
+    def _make_room(self) -> None:
+        """Preempt a request where a client that has none running found no room.
+
+        It is one of the client that had most, among those that have several running.
+        """
+        client, self._starved = self._starved, None
+        running = Counter(request.client for request in self.running)
+        if client is None or running[client] or client not in self.waiting.by_client:
+            return
+        tokens = self.virtual_tokens
+        several = [one for one, count in running.items() if count > 1]
+        most = max(several, key=tokens.__getitem__, default=client)
+        if tokens[most] > tokens[client]:
+            self._preempt(next(one for one in reversed(self.running) if one.client == most))
+
+    def _decodes(self) -> tuple[list[Request], int]:
+        """The running requests that could decode in this step, and how many of them will."""
         decoding = [request for request in self.running if _decodes(request)]
         sizes = Counter(request.client for request in decoding)
         if len(sizes) < 2:
-            return decoding
+            return decoding, len(decoding)
         fewest = min(sizes.values())
         limit = self.step_times.max_decodes(len(sizes), fewest, len(decoding))
         limit += self._steps % PROBED_EVERY == 0
         if self._steps % MEASURED_EVERY == 0:
             limit = fewest
         if limit >= len(decoding):
-            return decoding
+            return decoding, len(decoding)
         turns: Counter[str] = Counter()
         ranks: dict[int, float] = {}
         for request in sorted(decoding, key=lambda one: (one.last_decode, one.num_generated)):
-            turn = turns[request.client] * DECODE_COST / request.weight
-            ranks[request.id] = self.virtual_tokens[request.client] + turn
+            turn = turns[request.client] / request.weight
+            ranks[request.id] = self.decoded_tokens[request.client] + turn
             turns[request.client] += 1
-        return sorted(decoding, key=lambda request: ranks[request.id])[:limit]
+        return sorted(decoding, key=lambda request: ranks[request.id]), limit
 
     def _schedule_prompts(self, output: SchedulerOutput, budget: int, max_crops: int) -> None:
         """Prompt tokens, those of the client that has had least first."""
@@ -402,6 +426,7 @@ class Scheduler:
         for request in list(islice(waiting.by_client[client], self.max_num_seqs)):
             full = len(self.running) >= self.max_num_seqs
             if not budget or full or (request.prefill_only and self.running):
+                self._starved = client if full else None
                 return budget, False
             if client in self.preempted_clients and self.running:
                 return budget, True
@@ -416,6 +441,7 @@ class Scheduler:
             source = match.source if copied else None
             kv = self._allocate(request, source, copied)
             if kv is None:
+                self._starved = client
                 return budget, False
             copied = kv.length
             waiting.remove(request)
@@ -567,7 +593,8 @@ class Scheduler:
         else:
             self._retire(request)
         self.preempted_clients.clear()
-        self.virtual_tokens.leave(request.client)
+        for counters in (self.virtual_tokens, self.decoded_tokens):
+            counters.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top, allowed = pick or (None, None, (), 0.0)
         usage, timings = request.usage, request.timings(now)
