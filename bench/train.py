@@ -49,7 +49,7 @@ from llava_interleave.train.loop import autocast, build_optimizers, train_step
 from llava_interleave.train.losses import sft_loss
 from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.episodes import SCENARIOS
-from recipes.tiny_world.training import Lesson, WorldExamples
+from recipes.tiny_world.lessons import Lesson, WorldExamples
 
 CONFIG = tiny_config(
     vision={

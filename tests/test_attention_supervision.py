@@ -28,8 +28,8 @@ from recipes.tiny_world.attention_supervision import (
 from recipes.tiny_world.data import Turn, conversation, render, talk
 from recipes.tiny_world.draw import Background, Scene
 from recipes.tiny_world.episodes import Episode, in_cell
+from recipes.tiny_world.lessons import VISION
 from recipes.tiny_world.questions import Question
-from recipes.tiny_world.training import VISION
 
 
 def shown(

@@ -11,8 +11,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
@@ -37,7 +39,14 @@ from llava_interleave.train.loop import parameter_groups, train
 from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
-from recipes.tiny_world import SCENARIOS, episode, patch_pretraining, training
+from recipes.tiny_world import (
+    SCENARIOS,
+    episode,
+    feature_distillation,
+    lessons,
+    patch_pretraining,
+    training,
+)
 from recipes.tiny_world.data import conversation, render, talk, write
 from recipes.tiny_world.episodes import FRAMES
 from recipes.tiny_world.packing import PackedDataset, batches
@@ -498,7 +507,7 @@ def test_tower_and_projector_learn_to_name_what_they_see(
     naming: tuple[Llava, patch_pretraining.PatchNamingLoss], tmp_path: Path
 ) -> None:
     network, loss = naming
-    batch, _ = next(patch_pretraining.batches(training.VISION, 1, 1, Position()))
+    batch, _ = next(patch_pretraining.batches(lessons.VISION, 1, 1, Position()))
     first = loss(network, batch)
     config = replace(training.SEE, steps=12, lr=1e-3, warmup_ratio=2 / 12, muon_lr_scale=0.0)
     words = network.language_model.embed_tokens.weight.detach().clone()
@@ -534,7 +543,7 @@ def test_calibration_changes_the_size_of_features_and_not_what_they_say(
     only much later.
     """
     network, loss = naming
-    batch = patch_pretraining.LabeledPatchesDataset(training.VISION, 1, 1)[0]
+    batch = patch_pretraining.LabeledPatchesDataset(lessons.VISION, 1, 1)[0]
     with torch.no_grad():
         for p in network.vision_tower.parameters():
             p.mul_(3)
@@ -558,11 +567,16 @@ def test_the_whole_recipe_makes_a_checkpoint_that_answers(
     """Two steps of each stage: every part of the recipe runs, and the folder loads."""
     monkeypatch.setattr(training, "TOKENS", 512)
     monkeypatch.setattr(training, "WINDOW", 16)
+    for name in ("FIRST_STYLE", "OTHER_STYLES", "OUT_OF_DOMAIN"):
+        monkeypatch.setattr(feature_distillation, name, 2)
+    (tmp_path / "other_images/train/source").mkdir(parents=True)  # where it is, nothing is fetched
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    Image.fromarray(noise).resize((99, 99)).save(tmp_path / "other_images/train/source/0.png")
     stages = [
         replace(stage, steps=2, workers=int(stage is training.DESCRIBE))
         for stage in (
             *(training.SEE, training.DESCRIBE, training.PRACTISE),
-            *(training.SHARPEN, training.COMPARE),
+            *(training.SHARPEN, training.COMPARE, training.RESTYLE, training.REFUSE),
         )
     ]
     done = training.main(tmp_path, *stages, texts=40)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
+from llava_interleave.errors import DataError
 from llava_interleave.evals.run import run
 from llava_interleave.evals.task import AnswerFn, Example, Task
 from llava_interleave.journal import Journal, JsonRow
 from llava_interleave.options import unknown
 
 from .data import VIDEO_FRAMES, exam, render
-from .draw import draw, write_video
+from .draw import write_video
 from .episodes import FRAMES, LEVELS, SCENARIOS, Episode
+from .refusal import HELD_OUT_ABOUT_IMAGES, HELD_OUT_CHAT, REFUSAL, of_the_world
+from .styles import restyled
 
 SIZE = 256  # pixels a side of the files
 ROOM = 20  # tokens of an answer for each frame: the longest tells what is in every one
@@ -24,10 +30,14 @@ ROOM = 20  # tokens of an answer for each frame: the longest tells what is in ev
 
 @dataclass(slots=True)
 class Score:
-    """Correct answers of one scenario; kinds: (correct, count) of each kind of question."""
+    """Correct answers of one scenario; kinds: (correct, count) of each kind of question.
+
+    refused: answers that are the refusal.
+    """
 
     correct: int = 0
     count: int = 0
+    refused: int = 0
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
     wrong: list[tuple[int, str, str, str]] = field(
         default_factory=list
@@ -38,26 +48,35 @@ class Score:
         return self.correct / self.count
 
 
-def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[str, Any]]:
+def messages(
+    ep: Episode, question: str, folder: Path, name: str, *, styled: bool = False, names: bool = True
+) -> list[dict[str, Any]]:
     """The question as a user's message: PNG files, named views, or an H.264 file.
 
     A video that tells more than the frames of training can show says how many are to be looked at.
+    styled: in another drawing style. names: of views; without, they are images in their order.
     """
+    if ep.clip is not None:
+        frames = tuple(ep.clip(i / (VIDEO_FRAMES - 1)) for i in range(VIDEO_FRAMES))
+        shown = replace(ep, scenes=frames)
+    else:
+        shown = ep
+    rng = Random(f"exam style {name}")
+    images = restyled(rng, shown) if styled else render(shown, SIZE)
     parts: list[dict[str, Any]]
     if ep.clip is not None:
         path = folder / f"{name}.mp4"
-        write_video(
-            [draw(ep.clip(i / (VIDEO_FRAMES - 1)), SIZE) for i in range(VIDEO_FRAMES)], path
-        )
+        even = images[0].width // 2 * 2, images[0].height // 2 * 2
+        write_video([np.asarray(image.crop((0, 0, *even))) for image in images], path)
         parts = [
             {"type": "video", "path": str(path)}
             | ({"frames": len(ep.scenes)} if len(ep.scenes) > FRAMES else {})
         ]
     else:
-        paths = [folder / f"{name}-{i}.png" for i in range(len(ep.scenes))]
-        for path, image in zip(paths, render(ep, SIZE), strict=True):
+        paths = [folder / f"{name}-{i}.png" for i in range(len(images))]
+        for path, image in zip(paths, images, strict=True):
             image.save(path, compress_level=1)
-        if ep.names:
+        if ep.names and names:
             views = dict(zip(ep.names, map(str, paths), strict=True))
             parts = [{"type": "views", "views": views}]
         else:
@@ -65,7 +84,15 @@ def messages(ep: Episode, question: str, folder: Path, name: str) -> list[dict[s
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal") -> list[Example]:
+def examples(
+    scenario: str,
+    count: int,
+    *,
+    held_out: bool,
+    level: str = "normal",
+    styled: bool = False,
+    names: bool = True,
+) -> list[Example]:
     """`count` questions of a scenario, in training wordings or held-out ones.
 
     Files are drawn on demand.
@@ -78,9 +105,9 @@ def examples(scenario: str, count: int, *, held_out: bool, level: str = "normal"
                 id=f"{scenario}/{number}",
                 group=scenario,
                 kind=question.about,
-                ask=lambda folder, ep=ep, text=text, number=number: messages(
-                    ep, text, folder, f"{scenario}-{number}"
-                ),  # type: ignore[misc]
+                ask=lambda folder, ep=ep, text=text, number=number: messages(  # type: ignore[misc]
+                    ep, text, folder, f"{scenario}-{number}", styled=styled, names=names
+                ),
                 question=text,
                 truth=question.answer,
                 scorer=lambda answer, question=question: float(question.is_answered(answer)),  # type: ignore[misc]
@@ -94,7 +121,8 @@ class World(Task):
 
     questions: of each scenario. scenario: single, multi, video, views, or several with commas.
     level: easy, normal (as in training) or hard (more images, things and frames). held_out: in
-    wordings that are held out of training.
+    wordings that are held out of training. styled: in other drawing styles. names: of views, which
+    preset hf has not; without, they are images in their order.
     """
 
     def __init__(
@@ -104,6 +132,8 @@ class World(Task):
         scenario: str = ",".join(SCENARIOS),
         level: str = "normal",
         held_out: bool = False,
+        styled: bool = False,
+        names: bool = True,
     ) -> None:
         scenarios = scenario.split(",")
         for name in scenarios:
@@ -112,19 +142,95 @@ class World(Task):
         if level not in LEVELS:
             raise unknown("level", level, LEVELS)
         wordings = "held-out wordings" if held_out else "training wordings"
+        wordings += ", other styles" * styled
         # Training shows FRAMES frames of a video; questions of a level with more name their number.
         super().__init__(
             name="world",
             examples=[
                 example
                 for name in dict.fromkeys(scenarios)
-                for example in examples(name, questions, held_out=held_out, level=level)
+                for example in examples(
+                    name, questions, held_out=held_out, level=level, styled=styled, names=names
+                )
             ],
             max_new_tokens=ROOM * LEVELS[level].frames,
             data=f"{wordings}, level {level}",
             note=f"{wordings}, level {level}",
             fixed_frames=LEVELS[level].frames > FRAMES,
         )
+
+
+class Refusals(Task):
+    """What the model refuses: images that are not of the world, and chat without an image or beside
+    a scene: `llava eval recipes.tiny_world.benchmark:Refusals --task-option images=FOLDER`.
+
+    images: the folder `held_out` of `other_images`; half of the images are of sources that training
+    never sees, whose names begin with "new-". count: of images.
+    """
+
+    def __init__(self, *, images: str, count: int = 300) -> None:
+        files = [
+            sorted(path for path in Path(images).rglob("*.png") if new == is_new(path))
+            for new in (False, True)
+        ]
+        if min(map(len, files)) < count // 2:
+            raise DataError(
+                f"{images} has {len(files[0])} images of the sources of training and "
+                f"{len(files[1])} of others, and {count // 2} of each are asked about: "
+                "python -m recipes.tiny_world.other_images fetches them"
+            )
+        found: list[Example] = []
+        for new, paths in enumerate(files):
+            for number, path in enumerate(fairly(paths, count // 2)):
+                rng = Random(f"refusal {new} {number}")
+                lot, question = rng.random(), of_the_world(rng)
+                if lot < 0.5:
+                    question = rng.choice(HELD_OUT_ABOUT_IMAGES)
+                elif lot < 0.7:
+                    question = "Describe the image."
+                media = [{"type": "image", "path": str(path)}]
+                group = "images of new sources" if new else "new images"
+                found.append(refused(f"{group}/{number}", group, path.parent.name, question, media))
+        for number, question in enumerate(HELD_OUT_CHAT):
+            found.append(refused(f"chat/{number}", "chat", "alone", question, []))
+        for number, question in enumerate(HELD_OUT_CHAT):
+            ep, *_ = exam("single", 5000 + number, held_out=False)
+            scene = [{"type": "image", "image": image} for image in render(ep, SIZE)]
+            found.append(
+                refused(f"beside/{number}", "chat beside a scene", "beside", question, scene)
+            )
+        super().__init__(name="refusals", examples=found, max_new_tokens=80)
+
+
+def is_new(path: Path) -> bool:
+    return path.parent.name.startswith("new-")
+
+
+def fairly(paths: Sequence[Path], count: int) -> list[Path]:
+    """`count` paths, as evenly from their folders as they have enough."""
+    folders: dict[str, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent.name, []).append(path)
+    for name, some in folders.items():
+        Random(name).shuffle(some)
+    depth = max(map(len, folders.values()))
+    dealt = [some[i] for i in range(depth) for some in folders.values() if i < len(some)]
+    return sorted(dealt[:count])
+
+
+def refused(
+    name: str, group: str, kind: str, question: str, media: Sequence[dict[str, Any]]
+) -> Example:
+    content = [*media, {"type": "text", "text": question}]
+    return Example(
+        id=name,
+        group=group,
+        kind=kind,
+        ask=lambda _: [{"role": "user", "content": content}],
+        question=question,
+        truth=REFUSAL,
+        scorer=lambda answer: float(answer == REFUSAL),
+    )
 
 
 def scored(rows: Sequence[JsonRow]) -> Score:
@@ -134,6 +240,7 @@ def scored(rows: Sequence[JsonRow]) -> Score:
         good = row["score"] == 1.0
         score.count += 1
         score.correct += good
+        score.refused += row["answer"] == REFUSAL
         kinds[row["kind"], good] += 1
         if not good:
             score.wrong.append(

@@ -105,26 +105,33 @@ class PatchNamingLoss:
         any size. Unscaled they are hundreds of times as large as embeddings, and the decoder's
         additions to them are lost. Directions stay the same.
         """
-        size = model.vision_tower(batch.pixels).square().mean().sqrt()
-        tower = model.vision_tower
-        writers: list[nn.Module] = [
-            tower.embeddings.patch_embedding,
-            tower.embeddings.position_embedding,
-        ]
-        for layer in tower.encoder.layers:
-            assert isinstance(layer, Layer)
-            writers += [layer.self_attn.out_proj, layer.mlp.fc2]
-        for writer in writers:
-            for p in writer.parameters():
-                p.div_(size)
-        model.multi_modal_projector.linear_1.weight.mul_(size)
+        size = float(model.vision_tower(batch.pixels).square().mean().sqrt())
+        scale(model, residual=1 / size)
         there = batch.labels[:, 0] > 0
         features, targets = (
             model.encode(batch.pixels).flatten(0, 1)[there],
             self.target_features(self.vectors(model), batch)[there],
         )
-        for p in model.multi_modal_projector.linear_2.parameters():
-            p.mul_((features * targets).sum() / features.square().sum())
+        scale(model, features=float((features * targets).sum() / features.square().sum()))
+
+
+@torch.no_grad()
+def scale(model: Llava, *, residual: float = 1.0, features: float = 1.0) -> None:
+    """Scale what the tower's layers add to its residual stream, with the same result, and the
+    projector's features."""
+    tower, projector = model.vision_tower, model.multi_modal_projector
+    writers: list[nn.Module] = [
+        tower.embeddings.patch_embedding,
+        tower.embeddings.position_embedding,
+    ]
+    for layer in tower.encoder.layers:
+        assert isinstance(layer, Layer)
+        writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for p in (p for writer in writers for p in writer.parameters()):
+        p.mul_(residual)
+    projector.linear_1.weight.div_(residual)
+    for p in projector.linear_2.parameters():
+        p.mul_(features)
 
 
 def patch_label(place: int, thing: Thing | None) -> tuple[int, ...]:

@@ -1,17 +1,20 @@
 """The built-in model's training from scratch; `make tiny` runs it.
 
-Five stages: patch pre-training of tower and projector (`see`), then the decoder with frozen tower:
-captions (`describe`), questions (`practise`), hard questions (`sharpen`), comparisons (`compare`).
+Seven stages: patch pre-training of tower and projector (`see`), then the decoder with frozen tower:
+captions (`describe`), questions (`practise`), hard questions (`sharpen`), comparisons (`compare`);
+then tower and projector for other drawing styles and images that are not of the world (`restyle`),
+and the decoder for these (`refuse`).
+
+With `--widen CHECKPOINT` the last two run alone, from a checkpoint that knows the world.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 import shutil
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -20,8 +23,8 @@ import torch
 from torch import nn
 
 from llava_interleave import config_json
-from llava_interleave.checkpoints import save
-from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.checkpoints import Checkpoint, load, save
+from llava_interleave.config import LlavaConfig, TextConfig
 from llava_interleave.model import Llava
 from llava_interleave.processing.processor_files import processor_files
 from llava_interleave.testing import train_tokenizer
@@ -29,30 +32,25 @@ from llava_interleave.train.data import formats
 from llava_interleave.train.loop import train
 from llava_interleave.train.recipe import Recipe
 
-from . import patch_pretraining
-from .attention_supervision import (
-    AttendedSample,
-    AttentionTargets,
-    attended_loss,
-    collate,
-    with_targets,
+from . import feature_distillation, other_images, patch_pretraining
+from .attention_supervision import attended_loss, collate
+from .episodes import FRAMES, SCENARIOS, episode
+from .feature_distillation import FeatureDistillation
+from .lessons import (
+    COMPARING,
+    DESCRIBING,
+    PRACTISING,
+    SHARPENING,
+    VISION,
+    WidenedExamples,
+    WorldExamples,
 )
-from .data import conversation, render, talk
-from .episodes import FRAMES, NORMAL, SCENARIOS, changed, episode
 from .packing import PackedDataset, batches
 from .questions import ask
+from .refusal import REFUSAL
 
 SEED = 1
 PIECES = 960
-VISION = VisionConfig(
-    hidden_size=192,
-    intermediate_size=768,
-    num_layers=4,
-    num_heads=3,
-    image_size=96,
-    patch_size=32,
-    layer_norm_eps=1e-6,
-)
 TEXT = TextConfig(
     hidden_size=192, intermediate_size=512, num_layers=6, num_heads=3, num_kv_heads=3, head_dim=64,
     context=4096, rope_theta=10000.0, tie_word_embeddings=True,
@@ -89,91 +87,16 @@ DESCRIBE = Recipe(
 PRACTISE = replace(DESCRIBE, steps=5000, lr=1.3e-3, warmup_ratio=50 / 5000, min_lr_ratio=0.02)
 SHARPEN = replace(PRACTISE, steps=1200, lr=6e-4, warmup_ratio=30 / 1200)
 COMPARE = replace(SHARPEN, steps=1300, warmup_ratio=30 / 1300)
+RESTYLE = replace(
+    SEE, steps=600, lr=1.2e-3, warmup_ratio=20 / 600, bfloat16=False, save_every=50, log_every=10
+)
+REFUSE = replace(COMPARE, steps=420, lr=1e-3, warmup_ratio=12 / 420, save_every=50, log_every=10)
+# The share of the weights after `refuse` in their mean with those before it: fine-tuned weights
+# forget some of the world, the mean does not (WiSE-FT; Wortsman et al. 2022, arXiv 2109.01903).
+REFUSED = 0.75
+WRITERS, FEATURES = 5.0, 32.0  # by which `restyle` scales the calibrated tower and projector
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples that are packed together
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """`samples` in a row, drawn from `scenarios`.
-
-    questions: at most, of a sample. caption: fraction with a description. hard: fraction with
-    `HARD` questions only. comparison: fraction with two images and one question about their
-    difference.
-    """
-
-    samples: float
-    scenarios: tuple[str, ...]
-    questions: int
-    caption: float
-    hard: float = 0.0
-    comparison: float = 0.0
-
-
-HARD = (
-    "changed", "same_at", "order_up", "order_down", "order_events", "still", "moving", "appears",
-    "disappears", "first_appears", "last_appears", "first_disappears", "last_disappears",
-    "faster", "slower", "seen", "hidden", "behind", "in_front", "side_of", "total",
-    "count_shape", "count_colour",
-)  # fmt: skip
-DESCRIBING = (Lesson(2000, ("single",), 1, 1.0), Lesson(math.inf, SCENARIOS, 3, 1.0))
-# Questions about one image are also asked about several, and about the frames of a video: a mix of
-# all scenarios from the start is learnt far slower.
-PRACTISING = (
-    Lesson(6000, ("single",), 6, 0.1),
-    Lesson(7000, ("single", "multi", "multi"), 6, 0.1),
-    Lesson(8000, ("single", "multi", "video", "video"), 6, 0.1),
-    Lesson(math.inf, ("single", *("multi", "video") * 2, *("views",) * 3), 6, 0.1, 0.3),
-)
-SHARPENING = (
-    Lesson(math.inf, ("single", *("multi",) * 4, *("video",) * 3, "views"), 6, 0.03, 0.65),
-)
-# In a conversation the first answer says whether anything differs, and later answers repeat it:
-# only first answers teach comparison.
-COMPARING = (Lesson(math.inf, ("single", *("multi", "video", "views") * 2), 6, 0.03, 0.5, 0.45),)
-
-
-@dataclass(frozen=True, slots=True)
-class WorldExamples:
-    """Sample number i of the training set, drawn and tokenized on demand."""
-
-    folder: Path
-    seed: int
-    lessons: tuple[Lesson, ...]
-
-    def __call__(self, index: int) -> AttendedSample:
-        rng = Random(f"train/{self.seed}/{index}")
-        for lesson in self.lessons:
-            if index < lesson.samples:
-                break
-            index -= int(lesson.samples)
-        if lesson.comparison and rng.random() < lesson.comparison:
-            ep, about = changed(rng, NORMAL), rng.choice(("changed",) * 3 + ("same_at",) * 2)
-            ep, lesson = (
-                replace(ep, questions=tuple(q for q in ep.questions if q.about == about)),
-                Lesson(0, (), 1, 0.0),
-            )
-        else:
-            ep = episode(
-                lesson.scenarios[0] if len(lesson.scenarios) == 1 else rng.choice(lesson.scenarios),
-                rng,
-            )
-        if lesson.hard and rng.random() < lesson.hard:
-            ep = replace(
-                ep, questions=tuple(q for q in ep.questions if q.about in HARD) or ep.questions
-            )
-        turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
-        # Some images are resized, as images from files are.
-        images = render(ep, VISION.image_size * rng.choice((1, 1, 1, 2)))
-        sample = {"conversations": conversation(ep, turns), "video" if ep.clip else "image": images}
-        processor = formats.processor(self.folder)
-        prompt = processor.example(*formats.messages(sample, Path()))
-        return with_targets(
-            prompt,
-            processor.tokenizer,
-            AttentionTargets(ep, VISION.image_size, VISION.patch_size),
-            turns,
-        )
 
 
 def world_texts(count: int) -> Iterator[str]:
@@ -184,6 +107,8 @@ def world_texts(count: int) -> Iterator[str]:
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n" + ep.caption
         for question in ep.questions:
             yield f"{ask(question, rng)}\n{question.full_answer}"
+        if index % 20 == 0:
+            yield REFUSAL
 
 
 def initialize(model: nn.Module, seed: int) -> None:
@@ -230,9 +155,12 @@ def main(
     practise: Recipe = PRACTISE,
     sharpen: Recipe = SHARPEN,
     compare: Recipe = COMPARE,
+    restyle: Recipe = RESTYLE,
+    refuse: Recipe = REFUSE,
     texts: int = 12000,
 ) -> Path:
     """All stages in `folder`; called again it resumes. -> the folder of the final checkpoint."""
+    other_images.main(folder / "other_images")
     config, source = prepare(folder, texts)
     model = Llava(config)
     initialize(model, SEED)
@@ -253,23 +181,89 @@ def main(
         ("compare", compare, COMPARING),
     )
     for number, (name, recipe, lessons) in enumerate(stages, SEED):
-        assert recipe.steps
-        windows = PackedDataset(
-            WorldExamples(source, number, lessons),
-            recipe.steps * 40,
-            size=WINDOW,
-            tokens=TOKENS,
-            seed=number,
-            collate=collate,
-        )
-        model.requires_grad_(True)  # the recipe freezes some parts again
-        data = partial(batches, windows, workers=recipe.workers)
-        train(model, attended_loss, data, recipe, folder / name)
+        train_decoder(model, WorldExamples(source, number, lessons), recipe, folder / name, number)
+    return widen(model, source, folder, restyle, refuse)
+
+
+def train_decoder(
+    model: Llava,
+    examples: WorldExamples | WidenedExamples,
+    recipe: Recipe,
+    folder: Path,
+    seed: int,
+) -> None:
+    assert recipe.steps
+    windows = PackedDataset(
+        examples, recipe.steps * 40, size=WINDOW, tokens=TOKENS, seed=seed, collate=collate
+    )
+    model.requires_grad_(True)  # the recipe freezes some parts again
+    data = partial(batches, windows, workers=recipe.workers)
+    train(model, attended_loss, data, recipe, folder)
+
+
+def widen(
+    model: Llava, source: Path, folder: Path, restyle: Recipe = RESTYLE, refuse: Recipe = REFUSE
+) -> Path:
+    """The last two stages in `folder`. -> the folder of the final checkpoint."""
+    assert restyle.steps
+    images = folder / "other_images" / "train"
+    scenes = partial(
+        feature_distillation.batches, VISION, images, SEED, restyle.steps, restyle.workers
+    )
+    model.requires_grad_(True)
+    # A step of the optimizer is as large for all matrices; calibrated ones would be lost in it.
+    patch_pretraining.scale(model, residual=WRITERS, features=FEATURES)
+    train(model, FeatureDistillation(model, SEED), scenes, restyle, folder / "restyle")
+    patch_pretraining.scale(model, residual=1 / WRITERS, features=1 / FEATURES)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    examples = WidenedExamples(source, images, SEED)
+    train_decoder(model, examples, refuse, folder / "refuse", SEED)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name].lerp(p, REFUSED))
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)
     save(model.to(torch.bfloat16), done, processor_from=source)
     return done
 
 
+def adopt(checkpoint: Path, folder: Path) -> tuple[Llava, Path]:
+    """A model of the world with the vocabulary of `prepare`, and the processor's folder.
+
+    A new token's embedding is the mean of those of its pieces in the checkpoint's tokenizer.
+    """
+    config, source = prepare(folder)
+    old = load(Checkpoint.open(checkpoint), dtype=torch.float32)
+    before, after = formats.processor(checkpoint).tokenizer, formats.processor(source).tokenizer
+    table = old.language_model.embed_tokens.weight
+    model = Llava(config)
+    initialize(model, SEED)
+    weights = old.state_dict()
+    with torch.no_grad():
+        rows = model.language_model.embed_tokens.weight.clone()
+        for token in range(after.size):
+            name = after.backend.id_to_token(token)
+            known = before.backend.token_to_id(name) if name is not None else None
+            pieces = before.encode(after.decode([token])) if known is None else [known]
+            rows[token] = table[pieces].mean(0)
+        for name, tensor in weights.items():
+            if tensor.shape == table.shape and tensor.data_ptr() == table.data_ptr():
+                weights[name] = rows
+    model.load_state_dict(weights)
+    return model, source
+
+
 if __name__ == "__main__":
-    print(main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny")))
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.tiny_world.training", description="Train the built-in model."
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/tiny"))
+    parser.add_argument(
+        "--widen", type=Path, help="a checkpoint: only the last two stages, from it"
+    )
+    options = parser.parse_args()
+    if options.widen:
+        other_images.main(options.folder / "other_images")
+        print(widen(*adopt(options.widen, options.folder), options.folder))
+    else:
+        print(main(options.folder))
