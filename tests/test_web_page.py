@@ -21,7 +21,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 sync_api = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Locator, Page, Request, expect  # noqa: E402
+from playwright.sync_api import Browser, Locator, Page, Request, Route, expect  # noqa: E402
 
 from llava_interleave.chat import load  # noqa: E402
 from llava_interleave.engine import Engine  # noqa: E402
@@ -376,6 +376,22 @@ def test_images_are_prefilled_as_they_are_dropped(page: Page, files: list[Path])
     ask(page, "Which is red?")
     cached = int(re.search(r"(\d+) cached", answer(page).locator(".facts").inner_text())[1])
     assert cached > 27
+
+
+def test_uploads_wait_for_a_rate_limit(page: Page, files: list[Path]) -> None:
+    refused: list[str] = []
+
+    def limit(route: Route) -> None:
+        refused.append(route.request.url)
+        if len(refused) > 2:
+            route.continue_()
+        else:
+            route.fulfill(status=429, headers={"Retry-After": "1"}, json={"error": {}})
+
+    page.route("**/v1/files", limit)
+    attach(page, files[:2])
+    ask(page, "Which is red?")
+    assert len(refused) == 4
 
 
 def test_frames_of_a_video_are_shown_before_they_are_sent(page: Page, video: Path) -> None:

@@ -4,12 +4,14 @@ let key = sessionStorage.getItem("key") ?? "";
 /** @type {Map<string, Promise<string>>} */
 const uploads = new Map(); // hash of a file -> the server's id
 const UPLOADS_AT_A_TIME = 3;
+const TRIES = 30; // of an upload that a rate limit refuses
 
 export class ApiError extends Error {
   constructor(status, message, code = "") {
     super(message);
     this.status = status; // 0: no connection
     this.code = code;
+    this.retry = 0; // seconds after which the server would have it again
   }
 }
 
@@ -29,7 +31,9 @@ async function call(path, options = {}) {
   }
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    throw new ApiError(response.status, body?.error?.message ?? `the server answered ${response.status}`, body?.error?.code);
+    const error = new ApiError(response.status, body?.error?.message ?? `the server answered ${response.status}`, body?.error?.code);
+    error.retry = +(response.headers.get("Retry-After") ?? 0);
+    throw error;
   }
   return response;
 }
@@ -79,7 +83,14 @@ async function send(name, blob) {
   const form = new FormData();
   form.append("purpose", "vision");
   form.append("file", blob, name);
-  return (await (await call("v1/files", { method: "POST", body: form })).json()).id;
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return (await (await call("v1/files", { method: "POST", body: form })).json()).id;
+    } catch (error) {
+      if (!error.retry || tries === TRIES) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000 * error.retry));
+    }
+  }
 }
 
 /** Delete uploads of this page that are not among `hashes`, to make room; -> how many. */
