@@ -124,7 +124,7 @@ bench-peers: .venv/installed-dev build/peers/vllm $(foreach made,openvino-int8 o
 		"llama.cpp q8_0=$(LLAMACPP)q8_0 q8_0" "vllm $(FLOAT)=$(VLLM) $(FLOAT)" --out docs/bench/latest.json
 	$(BIN)/python bench/page.py docs/bench/latest.json docs/bench/index.html
 
-tiny: .venv/installed-dev
+tiny: .venv/installed
 	$(BIN)/python -m recipes.tiny_world.training runs/tiny
 
 $(BIN)/python$(EXE):

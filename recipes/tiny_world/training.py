@@ -1,11 +1,11 @@
 """The built-in model's training from scratch; `make tiny` runs it.
 
-Seven stages: patch pre-training of tower and projector (`see`), then the decoder with frozen tower:
-captions (`describe`), questions (`practise`), hard questions (`sharpen`), comparisons (`compare`);
-then tower and projector for other drawing styles and images that are not of the world (`restyle`),
-and the decoder for these (`refuse`).
+Five stages: patch pre-training of tower and projector (`see`), then the decoder with frozen tower:
+captions (`describe`), questions (`practise`), hard questions (`sharpen`), comparisons (`compare`).
 
-With `--widen CHECKPOINT` the last two run alone, from a checkpoint that knows the world.
+`--widen CHECKPOINT` adds two to a checkpoint that knows the world: tower and projector for other
+drawing styles and images that are not of the world (`restyle`), and the decoder for these
+(`refuse`).
 """
 
 from __future__ import annotations
@@ -155,12 +155,9 @@ def main(
     practise: Recipe = PRACTISE,
     sharpen: Recipe = SHARPEN,
     compare: Recipe = COMPARE,
-    restyle: Recipe = RESTYLE,
-    refuse: Recipe = REFUSE,
     texts: int = 12000,
 ) -> Path:
-    """All stages in `folder`; called again it resumes. -> the folder of the final checkpoint."""
-    other_images.main(folder / "other_images")
+    """The five stages in `folder`; called again it resumes. -> folder of the final checkpoint."""
     config, source = prepare(folder, texts)
     model = Llava(config)
     initialize(model, SEED)
@@ -182,7 +179,7 @@ def main(
     )
     for number, (name, recipe, lessons) in enumerate(stages, SEED):
         train_decoder(model, WorldExamples(source, number, lessons), recipe, folder / name, number)
-    return widen(model, source, folder, restyle, refuse)
+    return finish(model, source, folder)
 
 
 def train_decoder(
@@ -204,7 +201,7 @@ def train_decoder(
 def widen(
     model: Llava, source: Path, folder: Path, restyle: Recipe = RESTYLE, refuse: Recipe = REFUSE
 ) -> Path:
-    """The last two stages in `folder`. -> the folder of the final checkpoint."""
+    """`restyle` and `refuse` in `folder`. -> the folder of the final checkpoint."""
     assert restyle.steps
     images = folder / "other_images" / "train"
     scenes = partial(
@@ -221,6 +218,11 @@ def widen(
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(before[name].lerp(p, REFUSED))
+    return finish(model, source, folder)
+
+
+def finish(model: Llava, source: Path, folder: Path) -> Path:
+    """Save the final checkpoint, in bfloat16. -> its folder."""
     done = folder / "model"
     shutil.rmtree(done, ignore_errors=True)
     save(model.to(torch.bfloat16), done, processor_from=source)
@@ -258,9 +260,7 @@ if __name__ == "__main__":
         prog="python -m recipes.tiny_world.training", description="Train the built-in model."
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/tiny"))
-    parser.add_argument(
-        "--widen", type=Path, help="a checkpoint: only the last two stages, from it"
-    )
+    parser.add_argument("--widen", type=Path, help="a checkpoint: only restyle and refuse, from it")
     options = parser.parse_args()
     if options.widen:
         other_images.main(options.folder / "other_images")
