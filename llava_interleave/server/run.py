@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import typing
 import warnings
 from collections import Counter
@@ -210,9 +211,8 @@ class Server(uvicorn.Server):
         if self.started:
             print(f"serving {self.service.name} at {self.address}/v1", flush=True)
             print(f"the web UI is at {self.address}/", flush=True)
-        if self.keys is not None:
-            # Not everywhere: Windows has no SIGHUP, and signals belong to the main thread.
-            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):
+        if self.keys is not None and sys.platform != "win32":
+            with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(signal.SIGHUP, self.reload_keys)
 
