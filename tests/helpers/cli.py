@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import sys
 from dataclasses import dataclass
 
@@ -32,5 +33,9 @@ def llava(*words: object, stdin: bytes = b"") -> Done:
             code: object = 0
         except SystemExit as ended:
             code = ended.code
+    for name in ("", "llava_interleave.access"):  # of `llava serve`, to a stream that ends here
+        logger = logging.getLogger(name)
+        for handler in [one for one in logger.handlers if getattr(one, "stream", None) is err]:
+            logger.removeHandler(handler)
     written = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     return Done(code or 0, *written)
