@@ -286,7 +286,7 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
         CliRunner().invoke(app, [*words, "--attribution", str(out)]),
     )
     assert done.exit_code == 0, done.exception
-    assert how == ["--json"] or done.output == plain.output
+    assert how == ["--json"] or done.stdout == plain.stdout
     page = Page()
     page.feed(out.read_text("utf-8"))
     assert not {"script", "link", "b", "i"} & set(page.tags)

@@ -335,7 +335,8 @@ def test_every_field_of_openai_is_known_or_refused_by_name(client: TestClient) -
             {"messages": user({"type": "image_url", "image_url": {"url": RED, "detail": "vast"}})},
             "detail",
         ),
-        ({"messages": user({"type": "file", "file": {"file_data": RED}})}, "file_id"),
+        ({"messages": user({"type": "file", "file": {"file_data": "aGk="}})}, "file_id"),
+        ({"messages": user({"type": "file", "file": {"file_data": RED}, "end": 2})}, "end"),
         ({"messages": user(*["x"] * 600)}, "512"),
     ],
 )

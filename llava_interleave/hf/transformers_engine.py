@@ -249,6 +249,7 @@ class AutoProcessor(transformers.AutoProcessor):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers': the processor of a checkpoint folder or a Hugging Face name."""
         name = pretrained_model_name_or_path
         if _needs_torchvision(name, kwargs):
             return LightOnevisionProcessor.from_pretrained(name, *args, **kwargs)

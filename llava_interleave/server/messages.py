@@ -90,7 +90,8 @@ PARTS = [
         "file",
         {
             "file": _object(
-                {"file_data": {"type": "string", "pattern": "^data:"}}, {"filename": TEXT}
+                {"file_data": {"type": "string", "pattern": "^data:"}},
+                {"filename": {"type": ["string", "null"]}},
             )
         },
     ),
@@ -284,15 +285,16 @@ def _resolve_part(part: Any, upload: Callable[[str], bytes]) -> Any:
     if part.get("type") == "file":
         file = part.get("file")
         file = {k: v for k, v in file.items() if v is not None} if isinstance(file, dict) else {}
-        data = file.get("file_data")
-        if isinstance(data, str) and data.startswith("data:") and set(file) <= FILE_DATA:
+        data, whole = file.get("file_data"), set(part) == {"type", "file"}
+        whole &= isinstance(file.get("filename", ""), str)
+        if whole and isinstance(data, str) and data.startswith("data:") and set(file) <= FILE_DATA:
             kind = "video" if data.startswith("data:video/") else "image"
             return {"type": kind, "url": data}
-        if set(part) != {"type", "file"} or set(file) != {"file_id"}:
+        if not whole or set(file) != {"file_id"}:
             raise PromptError(
                 "a file is an image or a video: {'type': 'file', 'file': {'file_id': 'file-...'}}, "
                 "uploaded to /v1/files first, or with file_data as a data: URL; this one has "
-                f"{', '.join(sorted(file))[:100] or 'neither'}"
+                f"{', '.join(sorted({*file, *part} - {'type', 'file'}))[:100] or 'neither'}"
             )
         data = upload(str(file["file_id"]))
         kind = "video" if is_video(data) else "image"

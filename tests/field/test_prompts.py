@@ -113,7 +113,7 @@ def test_a_template_that_cannot_be_read(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="at most 1,000,000 characters"):
         Processor.from_folder(folder)
     (folder / "chat_template.jinja").write_text("{{ messages | length }}")
-    with pytest.raises(PromptError, match="writes 0 <image> for 1 images"):
+    with pytest.raises(PromptError, match="writes 0 <image> or <video> for 1 images"):
         Processor.from_folder(folder).prompt(TALK[:1], [RED], preset="hf")
 
 
