@@ -18,6 +18,8 @@ from llava_interleave.model import Llava
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 Told = list[tuple[object, ...]]
 HOW = SamplingParams(max_new_tokens=25, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=8)
 

@@ -24,6 +24,8 @@ from tests.helpers.batches import openai, shard
 from tests.helpers.benchmarks import BROKEN, WHOLE, bench, embedded, made, parquet, save_image
 from tests.helpers.cli import llava
 
+pytestmark = pytest.mark.slow
+
 WORLD = "recipes.tiny_world.benchmark:World"
 
 

@@ -20,6 +20,8 @@ from llava_interleave.cli import app
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.testing import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/tiny-llava"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 

@@ -48,6 +48,8 @@ from tests.helpers.engine import (
 )
 from tests.helpers.kv import config, rounded
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 LONG = prompt(text(0, 20), (0, 1), text(1, 60))

@@ -36,6 +36,8 @@ from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import run
 from llava_interleave.train.recipe import QUANTIZED, Recipe
 
+pytestmark = pytest.mark.slow
+
 BF16 = torch.bfloat16
 CLASSES = {"fp8": Float8Linear, "nf4": NF4Linear}
 

@@ -29,6 +29,8 @@ from tests.helpers.cli import llava
 from tests.helpers.images import random_image
 from tests.helpers.requests import data_url
 
+pytestmark = pytest.mark.slow
+
 ASK = ("--max-new-tokens", 6, "--json")
 
 

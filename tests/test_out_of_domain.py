@@ -24,6 +24,8 @@ from recipes.tiny_world.refusal import REFUSAL
 from recipes.tiny_world.styles import LARGE, Style, draw_styled, resized, restyled, scaled
 from recipes.tiny_world.training import adopt
 
+pytestmark = pytest.mark.slow
+
 
 def photo(seed: int, side: int = 120) -> Image.Image:
     """Something without shapes: smooth coloured noise."""

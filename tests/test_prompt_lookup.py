@@ -35,6 +35,8 @@ from tests.helpers.engine import (
     text,
 )
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)
 DRAWN = [
     SamplingParams(max_new_tokens=60, temperature=0.3, seed=1, ignore_eos=True),

@@ -22,6 +22,8 @@ from llava_interleave.errors import OptionError
 from llava_interleave.testing import tiny_checkpoint
 from tests.helpers.engine import MIXED, TOKEN, VOCAB, finish, network
 
+pytestmark = pytest.mark.slow
+
 
 def naive(tokens: Sequence[int]) -> bool:
     """Some span of up to 32 tokens, again and again, makes the last 256."""

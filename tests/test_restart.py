@@ -148,6 +148,7 @@ def test_an_inherited_socket_needs_keys_as_an_address_does(
                     inherited_socket(Settings())
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_line_before_the_model_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -20,6 +20,8 @@ from llava_interleave.server.app import create_app
 from llava_interleave.server.settings import Settings
 from tests.helpers.requests import BLUE, RED, WHAT, image_part, png, user
 
+pytestmark = pytest.mark.slow
+
 LOCAL = "http://127.0.0.1:8000"
 KEYS = ("a-first-key-of-the-suite", "a-second-key-of-the-suite")
 

@@ -25,6 +25,8 @@ from llava_interleave.testing import tiny_checkpoint
 from tests.helpers.requests import WHAT, png
 from tests.helpers.server import until
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 NAMES = ("a", "b", "c")
 

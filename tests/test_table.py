@@ -48,6 +48,7 @@ def test_a_table_of_the_demo(bot: Chatbot) -> None:
     assert all(row["side"].allowed < 0.5 for row in rows)
 
 
+@pytest.mark.slow
 def test_cells_do_not_depend_on_each_other(bot: Chatbot) -> None:
     """Each cell is that of a table of one image and one column; text is `ask`'s."""
     rows = list(bot.each([*IMAGES, *IMAGES], COLUMNS))  # more than one window

@@ -36,6 +36,8 @@ from recipes.tiny_world.episodes import (
 )
 from recipes.tiny_world.questions import HELD_OUT, WORDINGS, Question
 
+pytestmark = pytest.mark.slow
+
 every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 
 

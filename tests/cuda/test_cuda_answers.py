@@ -23,6 +23,8 @@ from llava_interleave.testing import random_tensor
 from recipes.tiny_world import SCENARIOS
 from recipes.tiny_world.data import exam, render
 
+pytestmark = pytest.mark.slow
+
 ERRORS = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 """How far features and logits may be from float32 on the CPU, as a share of their size: some
 roundings of the type.

@@ -18,6 +18,8 @@ from llava_interleave.quantization.linear_cuda import Int4PackedLinear
 from llava_interleave.quantization.precision import CUDA_ONLY
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
