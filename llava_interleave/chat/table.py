@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlavaError, MediaError, OptionError, Unsupported
+from ..errors import LlavaError, MediaError, OptionError
 from ..options import Options
 from ..prompt import Prompt
+from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
 from . import attachments
 from .columns import Column, Value
 from .detokenize import Answer, TokenLogprob
@@ -19,7 +20,6 @@ from .engine_driver import GenerationJob
 
 if TYPE_CHECKING:
     from ..processing import Tokenizer
-    from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
     from .chatbot import Chatbot
 
 IMAGES_IN_FLIGHT = 8
@@ -101,16 +101,7 @@ class TableRun:
             column: options.but({"logprobs": TOP} | ({} if _limited(column) else {"stop": "\n"}))
             for column in columns
         }
-        self.grammars: GrammarCompiler | None = None
-        if any(map(_limited, columns)):
-            try:
-                from ..structured_output.grammar import GrammarCompiler
-            except ImportError as error:
-                raise Unsupported(
-                    "typed columns need llguidance: pip install 'llava-interleave[serve]', or use "
-                    "text columns without choices"
-                ) from error
-            self.grammars = GrammarCompiler(bot.processor.tokenizer)
+        self.grammars = GrammarCompiler(bot.processor.tokenizer)
 
     def rows(self, images: Sequence[object]) -> Generator[Row]:
         """A row per image, in order; those of `IMAGES_IN_FLIGHT` images at a time."""
@@ -124,8 +115,7 @@ class TableRun:
                 for (_, source), row in zip(window, cells, strict=True):
                     yield Row(source, row)
         finally:
-            if self.grammars is not None:
-                self.grammars.close()
+            self.grammars.close()
 
     def _column(
         self,
@@ -161,7 +151,6 @@ class TableRun:
         matchers: list[GrammarMatcher] = []
         limits = column.response_format
         if limits is not None:
-            assert self.grammars is not None
             matchers = self.grammars.compile(limits, len(jobs))
             for job, matcher in zip(jobs, matchers, strict=True):
                 job.constraints = [matcher]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -213,16 +213,19 @@ def compute(
 
     digests = [_digest(path) for path in files]
     about = {**lazy.about, "options": dataclasses.asdict(options)}
-    with _journal(cells_file, about) as journal, terminal.progress_bar("answering") as progress:
+    journal: Journal | None = None
 
-        def key(index: int, column: Column) -> str:
-            return f"{digests[index]}:{_column_digest(column)}"
+    def key(index: int, column: Column) -> str:
+        return f"{digests[index]}:{_column_digest(column)}"
 
-        def known(index: int, column: Column) -> Cell | None:
-            name = key(index, column)
-            return Cell(**journal.row(name)["cell"]) if journal and name in journal.done else None
+    def known(index: int, column: Column) -> Cell | None:
+        name = key(index, column)
+        return Cell(**journal.row(name)["cell"]) if journal and name in journal.done else None
 
-        run = TableRun(lazy.ready(options), columns, options, known)
+    run = TableRun(lazy.ready(options), columns, options, known)  # refuses before a file is made
+    with contextlib.ExitStack() as stack, terminal.progress_bar("answering") as progress:
+        if cells_file is not None:
+            journal = stack.enter_context(Journal(cells_file, about))
         rows: list[Row] = []
         progress(0, len(files))
         for index, row in enumerate(run.rows(files)):
@@ -236,15 +239,6 @@ def compute(
                 )
             progress(index + 1, len(files))
     return rows
-
-
-@contextmanager
-def _journal(path: Path | None, about: dict[str, Any]) -> Iterator[Journal | None]:
-    if path is None:
-        yield None
-        return
-    with Journal(path, about) as journal:
-        yield journal
 
 
 def _files(words: Sequence[str]) -> list[Path]:
