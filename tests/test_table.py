@@ -283,6 +283,8 @@ def test_all_formats_have_the_same_rows(tmp_path: Path) -> None:
     [
         (["x.png", "-c", "n: ?", "-o", "t.txt"], "the table ends in"),
         (["x.png", "-c", "n", "-o", "t.csv"], "a column is"),
+        (["x.png", "-c", "file: ?", "-o", "t.csv"], "two columns file"),
+        (["x.png", "-c", "n: ?", "-c", "n_allowed: ?", "-o", "t.csv"], "two columns n_allowed"),
         (["http://localhost/a.png", "-c", "n: ?", "-o", "t.csv"], "reads files and folders"),
         (["*.nothing", "-c", "n: ?", "-o", "t.csv"], "no file matches"),
     ],

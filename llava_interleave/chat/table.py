@@ -217,6 +217,18 @@ def find_hits(rows: Sequence[Row], name: str) -> list[Hit]:
     return sorted(hits, key=lambda hit: -hit.probability)
 
 
+def check_names(columns: Sequence[Column]) -> None:
+    """Raise `OptionError` where two keys of `to_json` would be the same."""
+    kinds = ("", "_probability", "_allowed")
+    names = ["file", "error", *(column.name + kind for column in columns for kind in kinds)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise OptionError(
+            f"the table would have two columns {', '.join(twice)}: file, error and the names that "
+            "end in _probability and _allowed are made for each table; rename the column"
+        )
+
+
 def to_json(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
     """A row as a flat JSON object: `file`, then `NAME`, `NAME_probability` and `NAME_allowed` of
     each column, and `error`.

@@ -88,8 +88,10 @@ def table(
     new images and columns. Exit code 1 if an image failed.
     """
     from ..chat.columns import Column, read_columns
+    from ..chat.table import check_names
 
     columns = read_columns([Column.from_text(text) for text in column])
+    check_names(columns)
     if out.suffix not in SUFFIXES:
         raise OptionError(f"the table ends in {', '.join(SUFFIXES)}, not {out.name!r}")
     if out.suffix == ".parquet":
@@ -97,19 +99,8 @@ def table(
     cells = cells or out.with_name(out.name + ".cells")
     if out.exists() and not cells.exists():
         raise DataError(f"{out} already exists; delete it or choose another file")
-    options = Options(**given)
-    lazy = LazyModel(
-        ModelFlags(
-            model,
-            revision,
-            precision,
-            device,
-            options.adapter,
-            batch_invariant,
-            tuple(limit or ()),
-            generation_config="none",  # tables are greedy
-            encoder_cache_dir=encoder_cache_dir,
-        )
+    options, lazy = _model(
+        given, model, revision, precision, device, batch_invariant, limit, encoder_cache_dir
     )
     rows = compute(lazy, _files(images), columns, options, cells)
     _write(out, rows, columns)
@@ -157,19 +148,8 @@ def find(
     if not images:
         raise OptionError(f"there are no images next to the question {question!r}")
     columns = [Column("hit", question, bool)]
-    options = Options(**given)
-    lazy = LazyModel(
-        ModelFlags(
-            model,
-            revision,
-            precision,
-            device,
-            options.adapter,
-            batch_invariant,
-            tuple(limit or ()),
-            generation_config="none",  # tables are greedy
-            encoder_cache_dir=encoder_cache_dir,
-        )
+    options, lazy = _model(
+        given, model, revision, precision, device, batch_invariant, limit, encoder_cache_dir
     )
     rows = compute(lazy, _files(images), columns, options, cells)
     hits = find_hits(rows, "hit")
@@ -199,6 +179,32 @@ def find(
         terminal.wrote(html)
     if _report(rows, columns):
         raise typer.Exit(1)
+
+
+def _model(
+    given: dict[str, Any],
+    name: str | None,
+    revision: str | None,
+    precision: str,
+    device: str,
+    batch_invariant: bool,
+    limit: list[str] | None,
+    encoder_cache_dir: Path | None,
+) -> tuple[Options, LazyModel]:
+    """The options and the model of the flags; greedy, so without a generation_config."""
+    options = Options(**given)
+    model_flags = ModelFlags(
+        name,
+        revision,
+        precision,
+        device,
+        options.adapter,
+        batch_invariant,
+        tuple(limit or ()),
+        generation_config="none",
+        encoder_cache_dir=encoder_cache_dir,
+    )
+    return options, LazyModel(model_flags)
 
 
 def compute(

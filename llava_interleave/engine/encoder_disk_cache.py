@@ -70,13 +70,15 @@ class EncoderDiskCache:
     def put(self, key: tuple[bytes, int], features: Tensor) -> None:
         """Keep features, unless they are here already."""
         path = self._path(key)
+        if path.exists():
+            return
         numbers = features.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         rows, width = features.shape
         fields = MAGIC, rows, width, str(features.dtype).encode(), zlib.crc32(numbers)
         checked = HEADER.pack(*fields, 0)
         header = HEADER.pack(*fields, zlib.crc32(checked))
         size = len(header) + len(numbers)
-        if size > self.max_bytes or path.exists():
+        if size > self.max_bytes:
             return
         try:
             path.parent.mkdir(exist_ok=True)

@@ -78,7 +78,9 @@ class Sampler:
         logprobs = raw.log_softmax(-1)
         top = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        allowed = float((masked.logsumexp(-1) - raw.logsumexp(-1)).clamp(max=0.0))
+        allowed = 0.0
+        if self.constraint is not None:
+            allowed = float((masked.logsumexp(-1) - raw.logsumexp(-1)).clamp(max=0.0))
         return Pick(token, float(logprobs[token]), tuple(pairs), allowed)
 
     def scores(self, logits: Tensor) -> Tensor:
