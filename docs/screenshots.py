@@ -104,7 +104,7 @@ def ask(page: Page, text: str, files: Sequence[str] = ()) -> None:
 
 
 def photos(folder: Path) -> list[Path]:
-    """200 pictures of skies, in place of photos."""
+    """200 drawn skies, in place of photos."""
     rng = np.random.default_rng(0)
     paths = [folder / f"IMG_{i + 1:03}.jpg" for i in range(200)]
     for path in paths:

@@ -228,12 +228,12 @@ class LlavaForConditionalGeneration(Light):
             "pixel_values_videos": pixel_values_videos,
         }
         tokens = [row[keep != 0].tolist() for row, keep in zip(input_ids, real, strict=True)]
-        asked = [
+        repeated = [
             prompt
             for prompt in prompts(tokens, media, self.model.config)
             for _ in range(num_return_sequences)
         ]
-        seeds = [int(torch.randint(2**31, ())) if do_sample else None for _ in asked]
+        seeds = [int(torch.randint(2**31, ())) if do_sample else None for _ in repeated]
         if self._engine is None:
             tokenizer = self.tokenizer
             self._engine = Engine(
@@ -243,7 +243,7 @@ class LlavaForConditionalGeneration(Light):
                 kv_bytes=kv_memory(self.model),
             )
         requests = self._engine.generate(
-            asked, [SamplingParams(**shared, seed=seed) for seed in seeds]
+            repeated, [SamplingParams(**shared, seed=seed) for seed in seeds]
         )
         rows = [request.generated for request in requests]
         longest = max(map(len, rows))

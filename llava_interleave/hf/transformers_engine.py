@@ -357,19 +357,19 @@ def _plan(
     """The call as the engine runs it; None if it cannot."""
     sampling = _sampling(processors, generation)
     ends = _ends(criteria)
-    asked = _prompts(config, input_ids, model_kwargs)
-    if sampling is None or ends is None or asked is None:
+    unpadded = _prompts(config, input_ids, model_kwargs)
+    if sampling is None or ends is None or unpadded is None:
         return None
     max_length, eos = ends
     new = max_length - input_ids.shape[1]
     if new < 1 or max_length > config.text_config.max_position_embeddings:
         return None
-    padded = any(len(prompt) < input_ids.shape[1] for prompt in asked)
+    padded = any(len(prompt) < input_ids.shape[1] for prompt in unpadded)
     if padded and "repetition_penalty" in sampling:  # transformers penalizes the padding too
         return None
     pad = getattr(generation, "_pad_token_tensor", None)
     return Plan(
-        asked,
+        unpadded,
         sampling | {"max_new_tokens": new, "ignore_eos": True, "stop_ids": eos},
         0 if pad is None else int(pad),
     )

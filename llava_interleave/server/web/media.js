@@ -23,9 +23,9 @@ export function mediaKind(blob) {
   return null;
 }
 
-export const isFilm = (part, blob) => part.type === "video" && blob.type !== "image/gif";
+export const isVideoFile = (part, blob) => part.type === "video" && blob.type !== "image/gif";
 
-/** URL of a small picture of a file; null if it is gone or this browser cannot decode it. */
+/** URL of a thumbnail of a file; null if it is gone or this browser cannot decode it. */
 export function thumbUrl(part) {
   if (!urls.has(part.key)) urls.set(part.key, thumbnail(part).then((blob) => blob && URL.createObjectURL(blob), () => null));
   return /** @type {Promise<string | null>} */ (urls.get(part.key));
@@ -48,7 +48,7 @@ async function thumbnail(part) {
 }
 
 async function shrink(part, blob) {
-  if (!isFilm(part, blob)) {
+  if (!isVideoFile(part, blob)) {
     const bitmap = await createImageBitmap(blob);
     const canvas = draw(bitmap, bitmap.width, bitmap.height);
     bitmap.close();

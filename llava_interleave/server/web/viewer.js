@@ -3,7 +3,7 @@
 import { renderAttachments } from "./attachments.js";
 import { changed } from "./composer.js";
 import { $, button, make } from "./dom.js";
-import { isFilm, titleOf, videoFrames } from "./media.js";
+import { isVideoFile, titleOf, videoFrames } from "./media.js";
 import { model, state } from "./state.js";
 import * as store from "./store.js";
 
@@ -59,13 +59,13 @@ function pane(index) {
     }
     const url = URL.createObjectURL(blob);
     urls.push(url);
-    if (isFilm(item, blob)) film(box, item, index, url);
-    else picture(box, item, index, url, caption);
+    if (isVideoFile(item, blob)) showVideo(box, item, index, url);
+    else showImage(box, item, index, url, caption);
   });
   return box;
 }
 
-function picture(box, item, index, url, caption) {
+function showImage(box, item, index, url, caption) {
   const image = make("img", { src: url, alt: titleOf(item, index + 1), draggable: false });
   image.onload = () => (caption.textContent = `${index + 1} · ${image.naturalWidth} × ${image.naturalHeight}`);
   image.onerror = () => image.replaceWith(make("p", { textContent: `This browser cannot show ${item.name}; the server may read it all the same.` }));
@@ -76,7 +76,7 @@ function picture(box, item, index, url, caption) {
 }
 
 /** A video, and the frames that the model gets of it. */
-function film(box, item, index, url) {
+function showVideo(box, item, index, url) {
   const video = make("video", { src: url, controls: true, muted: true });
   const strip = make("div", { className: "strip", role: "group", ariaLabel: "Frames that are sent" });
   const draw = () => {

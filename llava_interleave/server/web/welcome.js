@@ -49,8 +49,8 @@ function example({ title, question, files, views }) {
     changed();
     await send();
   };
-  const pictures = files.map((name) => (name.endsWith("mp4") ? make("video", { src: `examples/${name}`, muted: true, preload: "metadata", tabIndex: -1 }) : make("img", { src: `examples/${name}`, alt: "" })));
-  const box = make("button", { type: "button", className: "example" }, make("span", { className: "strip", ariaHidden: "true" }, ...pictures), make("strong", { textContent: title }), make("span", { textContent: question }));
+  const previews = files.map((name) => (name.endsWith("mp4") ? make("video", { src: `examples/${name}`, muted: true, preload: "metadata", tabIndex: -1 }) : make("img", { src: `examples/${name}`, alt: "" })));
+  const box = make("button", { type: "button", className: "example" }, make("span", { className: "strip", ariaHidden: "true" }, ...previews), make("strong", { textContent: title }), make("span", { textContent: question }));
   box.onclick = async () => {
     box.disabled = true;
     await run().finally(() => (box.disabled = false));
