@@ -165,8 +165,8 @@ def pick_dtype(precision: str, source: Source, device: str) -> torch.dtype:
     """The dtype of activations.
 
     `auto` is float32 for a small network, and on a CPU for one stored in float32 or without fast
-    bfloat16; else bfloat16, or float16 on a GPU without it and on Apple's. A folder without tensors
-    (estimates) counts as stored in 16 bits, as the published checkpoints are.
+    bfloat16; else bfloat16, or float16 on a GPU without it and on Apple's before macOS 14. A folder
+    without tensors (estimates) counts as stored in 16 bits, as the published checkpoints are.
     """
     if precision != "auto":
         return named_dtype(precision)
@@ -177,7 +177,7 @@ def pick_dtype(precision: str, source: Source, device: str) -> torch.dtype:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if device == "mps":
-        return torch.float16
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     # in this order: the second check may compile the kernels
     if not kernels.multiplies_bfloat16() and kernels.unavailable_reason() is not None:
         return torch.float32

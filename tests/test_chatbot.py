@@ -508,11 +508,17 @@ def test_the_kv_cache_gets_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPa
     assert places.kv_memory(model, "int8") == (model, "int8")
 
 
-def test_apples_gpu_computes_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dtype_of_apples_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     assert pick_dtype("auto", folder, "mps") == torch.float32
     monkeypatch.setattr(places, "MAX_FLOAT32_PARAMETERS", 0)
-    assert pick_dtype("auto", folder, "mps") == torch.float16
+    for version, dtype in ((13, torch.float16), (14, torch.bfloat16)):
+        monkeypatch.setattr(
+            torch.backends.mps,
+            "is_macos_or_newer",
+            lambda major, minor, version=version: (version, 0) >= (major, minor),
+        )
+        assert pick_dtype("auto", folder, "mps") == dtype
     with pytest.raises(Unsupported, match="int4 is not supported on mps"):
         pick_precision("int4", folder, "mps")
     with pytest.raises(Unsupported, match="fp8 is not supported on mps: it needs a CUDA GPU"):

@@ -22,6 +22,7 @@ from llava_interleave.hf.model import LlavaForConditionalGeneration
 from llava_interleave.hf.pipelines import pipeline
 from llava_interleave.hf.processor import AutoProcessor
 from llava_interleave.model import Llava
+from llava_interleave.quantization.replace import quantized_precision
 from llava_interleave.testing import tiny_checkpoint
 
 
@@ -358,14 +359,79 @@ def test_capabilities_of_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
     with pytest.raises(OptionError, match="computes in 16 bits: pass torch_dtype"):
         of(folder, use_flash_attention_2=True)
-    with pytest.raises(Unsupported, match=r"LLM.int8\(\), is not offered; load_in_4bit is"):
-        of(folder, load_in_8bit=True)
-    with pytest.raises(
-        OptionError, match="quantization_config is not read: load_in_4bit=True is NF4"
-    ):
-        of(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(OptionError, match="contradict each other"):
+        of(folder, load_in_8bit=True, load_in_4bit=True)
     with pytest.raises(Unsupported, match="cuda:2 does not exist: this machine has 2"):
         model.to(2)
+
+
+def test_the_config_of_bitsandbytes_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    read = checkpoints.load
+
+    def load(folder: Path, **how: Any) -> Llava:
+        asked.append((how["precision"], how["device"], how["dtype"]))
+        return read(folder)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(checkpoints, "load", load)
+    of, config = LlavaForConditionalGeneration.from_pretrained, transformers.BitsAndBytesConfig
+    half, four = torch.float16, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    of(folder, quantization_config=config(load_in_8bit=True))
+    of(folder, quantization_config=four, torch_dtype=half)
+    of(folder, quantization_config={**four, "bnb_4bit_compute_dtype": "bfloat16"})
+    of(folder, load_in_8bit=True, device_map=0)
+    with pytest.warns(UserWarning, match="computed in torch.float16, the config's"):
+        of(
+            folder,
+            quantization_config={**four, "bnb_4bit_compute_dtype": half},
+            torch_dtype=torch.bfloat16,
+        )
+    assert asked == [
+        ("int8", "cuda", None),
+        ("nf4", "cuda", half),
+        ("nf4", "cuda", torch.bfloat16),
+        ("int8", "cuda:0", None),
+        ("nf4", "cuda", half),
+    ]
+    for wrong, says in (
+        (config(), "BitsAndBytesConfig with load_in_4bit or load_in_8bit"),
+        ({"quant_method": "gptq", "bits": 4}, "BitsAndBytesConfig with"),
+        ({**four, "llm_int8_skip_modules": ["lm_head"]}, "llm_int8_skip_modules"),
+    ):
+        with pytest.raises(OptionError, match=says):
+            of(folder, quantization_config=wrong)
+    with pytest.raises(OptionError, match="give quantization_config or load_in_4bit"):
+        of(folder, quantization_config=four, load_in_8bit=True)
+
+
+def test_a_pipeline_takes_the_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' does; on a machine without one the CPU, and what is named wins."""
+    taken: list[str] = []
+    read = checkpoints.load
+
+    def load(folder: Path, **how: Any) -> Llava:
+        taken.append(how["device"])
+        return read(folder)
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    pipeline("image-text-to-text", model=folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 40, 1 << 40))
+    pipeline("image-text-to-text", model=folder)
+    pipeline("image-text-to-text", model=folder, device=1)
+    pipeline("image-text-to-text", model=folder, device_map="cpu")
+    assert taken == ["cpu", "cuda", "cuda:1", "cpu"]
+
+
+def test_load_in_8bit_is_int8_also_on_a_cpu(folder: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(folder, load_in_8bit=True)
+    assert quantized_precision(model.model) == "int8"
 
 
 def test_quantized_weights_stay_where_they_are(folder: Path, tmp_path: Path) -> None:
@@ -386,7 +452,6 @@ def test_what_a_cpu_cannot_do_is_refused(folder: Path) -> None:
     load = LlavaForConditionalGeneration.from_pretrained
     for flags, says in (
         ({"load_in_4bit": True}, "bfloat16"),
-        ({"load_in_8bit": True}, "bfloat16"),
         ({"use_flash_attention_2": True}, "SDPA"),
         ({"attn_implementation": "flash_attention_2"}, "SDPA"),
         ({"attn_implementation": "eager"}, "SDPA"),

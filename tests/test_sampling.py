@@ -131,6 +131,15 @@ def test_draws_follow_the_distribution_and_never_take_what_is_cut() -> None:
     )
 
 
+def test_apples_gpu_leaves_sampling_to_the_cpu() -> None:
+    """It has no float64, in which probabilities are summed."""
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=3)
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    there, here = (Sampler(sampling, [1], 50, torch.device(d)) for d in ("mps", "cpu"))
+    assert there.device == here.device
+    assert [there.pick(logits) for _ in range(9)] == [here.pick(logits) for _ in range(9)]
+
+
 def test_the_largest_random_number_takes_the_last_possible_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -44,7 +44,7 @@ from llava_interleave.train.data.samples import (
     move_images_first,
 )
 from llava_interleave.train.data.validate import validate
-from llava_interleave.train.loop import train
+from llava_interleave.train.loop import in_bfloat16, train
 from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.data import write
@@ -184,6 +184,18 @@ def test_where_bfloat16_is_slow_it_is_float32(
         assert ("faster in float32 than in bfloat16" in done.output) == (name == "bfloat16")
         logs.append([row["loss"] for row in log(tmp_path / name) if "loss" in row])
     assert logs[0] == logs[1] and len(logs[0]) == 2
+
+
+def test_a_gpu_trains_in_bfloat16_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = [True]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has[0])
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    default = Recipe().bfloat16
+    assert in_bfloat16(cuda, default) and not in_bfloat16(cpu, default)
+    assert not in_bfloat16(cuda, False) and in_bfloat16(cpu, True)
+    has[0] = False
+    assert not in_bfloat16(cuda, default)
 
 
 def units(source: Path, folder: Path, form: SampleFormat) -> list[PackedSample]:

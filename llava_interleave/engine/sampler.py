@@ -59,11 +59,12 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
         self.prompt = [token for token in set(prompt) if token < vocab]
         self.counts: Counter[int] = Counter()  # of generated tokens
-        self.device = device
+        # Apple's GPU has no float64, in which probabilities are summed
+        self.device = torch.device("cpu") if device.type == "mps" else device
 
     def pick(self, logits: Tensor) -> Pick:
         """The next token by logits `[vocab]`, which are -inf for invalid tokens."""
-        raw = logits.float()
+        raw = logits.to(self.device, torch.float32)
         masked = raw
         if self.constraint is not None:
             masked = raw.masked_fill(~self.constraint.allowed().to(raw.device), -math.inf)

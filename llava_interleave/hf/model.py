@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ class LlavaForConditionalGeneration(Light):
         """The model of a checkpoint folder or a Hugging Face name; default dtype: the checkpoint's.
 
         Weights are always read straight to their device and dtype, as `low_cpu_mem_usage` wants.
-        `load_in_4bit` is bitsandbytes' NF4 in every linear layer but the output head.
-        FlashAttention 2 is exact attention: a GPU uses the fastest installed kernel anyway.
+        `load_in_4bit` is bitsandbytes' NF4 with plain scales in every linear layer but the output
+        head, on a CUDA GPU; `load_in_8bit` is this package's int8, on a GPU if there is one.
+        `quantization_config`: a `BitsAndBytesConfig`, or a dict of its values.
+        FlashAttention 2 is exact attention: a GPU uses a kernel of that kind anyway.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise OptionError(f"torch_dtype={torch_dtype} and dtype={dtype} contradict each other")
@@ -68,20 +71,27 @@ class LlavaForConditionalGeneration(Light):
                 "low_cpu_mem_usage=False: weights are always read straight to their device; "
                 "leave it out"
             )
+        target_dtype = dtype if dtype is not None else torch_dtype
+        if isinstance(target_dtype, str):
+            target_dtype = None if target_dtype == "auto" else named_dtype(target_dtype)
         if quantization_config is not None:
-            raise OptionError(
-                "quantization_config is not read: load_in_4bit=True is NF4 with plain scales, "
-                "computed in torch_dtype"
-            )
-        if (load_in_4bit or load_in_8bit) and not torch.cuda.is_available():
+            if load_in_4bit or load_in_8bit:
+                raise OptionError("give quantization_config or load_in_4bit and load_in_8bit")
+            load_in_4bit, load_in_8bit, compute_dtype = _bitsandbytes(quantization_config)
+            if compute_dtype is not None:
+                if target_dtype not in (None, compute_dtype):
+                    warnings.warn(
+                        f"everything is computed in {compute_dtype}, the config's "
+                        f"bnb_4bit_compute_dtype, and nothing in {target_dtype}",
+                        stacklevel=2,
+                    )
+                target_dtype = compute_dtype
+        if load_in_4bit and load_in_8bit:
+            raise OptionError("load_in_4bit and load_in_8bit contradict each other")
+        if load_in_4bit and not torch.cuda.is_available():
             raise Unsupported(
-                f"load_in_{4 if load_in_4bit else 8}bit needs a CUDA GPU, which is not here: "
-                "leave it out and pass torch_dtype=torch.bfloat16, half the memory of float32"
-            )
-        if load_in_8bit:
-            raise Unsupported(
-                "load_in_8bit, bitsandbytes' LLM.int8(), is not offered; load_in_4bit is, "
-                "and int8 in load()"
+                "load_in_4bit needs a CUDA GPU, which is not here: leave it out and pass "
+                "torch_dtype=torch.bfloat16, half the memory of float32, or pass load_in_8bit=True"
             )
         flash = use_flash_attention_2 or attn_implementation == "flash_attention_2"
         if flash:
@@ -95,11 +105,10 @@ class LlavaForConditionalGeneration(Light):
                 f"attn_implementation={attn_implementation!r} {NEEDS_TRANSFORMERS}; "
                 "without it attention is PyTorch's SDPA"
             )
-        target_dtype = dtype if dtype is not None else torch_dtype
-        if isinstance(target_dtype, str):
-            target_dtype = None if target_dtype == "auto" else named_dtype(target_dtype)
         checkpoint = checkpoints.Checkpoint.open(checkpoints.resolve(name, revision))
-        precision, default = ("nf4", "cuda") if load_in_4bit else (None, "cpu")
+        precision, default = None, "cpu"
+        if load_in_4bit or load_in_8bit:
+            precision, default = ("nf4", "cuda") if load_in_4bit else ("int8", "auto")
         device_map = default if device_map is None else device_map
         device = resolve_device(device_map, checkpoint, precision or "auto")
         model = checkpoints.load(checkpoint, dtype=target_dtype, device=device, precision=precision)
@@ -264,6 +273,40 @@ class LlavaForConditionalGeneration(Light):
         if eos is None:
             return sorted(self.tokenizer.eos_ids)
         return [eos] if isinstance(eos, int) else list(eos)
+
+
+BITSANDBYTES_IGNORED = frozenset(
+    (
+        *("quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_type"),
+        *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+        *("llm_int8_threshold", "llm_int8_has_fp16_weight"),
+    )
+)
+"""Values of a `BitsAndBytesConfig` about how it stores or rounds weights: NF4 with plain scales is
+at least as exact, and int8 has no outliers in 16 bits."""
+
+
+def _bitsandbytes(config: object) -> tuple[bool, bool, torch.dtype | None]:
+    """load_in_4bit, load_in_8bit and the dtype of the computation of a `BitsAndBytesConfig`.
+
+    That dtype is None where it is float32, bitsandbytes' default. Raises `OptionError` for another
+    config, or for values that would change which layers are quantized.
+    """
+    to_dict = getattr(config, "to_dict", None)
+    values = dict(config if isinstance(config, Mapping) else to_dict() if to_dict else {})
+    bits = {bits: bool(values.pop(f"load_in_{bits}bit", False)) for bits in (4, 8)}
+    method = str(values.get("quant_method", "bitsandbytes")).removeprefix("QuantizationMethod.")
+    if method.lower() not in ("bitsandbytes", "bits_and_bytes") or sum(bits.values()) != 1:
+        raise OptionError(
+            "quantization_config is a BitsAndBytesConfig with load_in_4bit or load_in_8bit, not "
+            f"{str(config)[:200]}"
+        )
+    dtype = values.pop("bnb_4bit_compute_dtype", None)
+    dtype = named_dtype(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    for name, value in values.items():
+        if value and name not in BITSANDBYTES_IGNORED:
+            raise OptionError(f"{name} of quantization_config {NEEDS_TRANSFORMERS}; leave it out")
+    return bits[4], bits[8], dtype if bits[4] and dtype != torch.float32 else None
 
 
 class LlavaOnevisionForConditionalGeneration(LlavaForConditionalGeneration):

@@ -15,7 +15,10 @@ from .processor import AutoProcessor, BatchFeature, Light, Messages, supported_a
 
 
 class pipeline(Light):  # noqa: N801  (transformers' name)
-    """`pipeline("image-text-to-text", model=...)`: answers chats, or texts with images."""
+    """`pipeline("image-text-to-text", model=...)`: answers chats, or texts with images.
+
+    Without a device it takes the GPU if there is one that the model fits, as transformers does.
+    """
 
     @supported_arguments
     def __init__(
@@ -45,7 +48,7 @@ class pipeline(Light):  # noqa: N801  (transformers' name)
                 model,
                 torch_dtype=torch_dtype,
                 dtype=dtype,
-                device_map=device_map if device is None else device,
+                device_map=next((d for d in (device, device_map) if d is not None), "auto"),
                 revision=revision,
             )
             self.processor = processor or AutoProcessor.from_pretrained(model, revision=revision)

@@ -35,9 +35,19 @@ def bf16_is_faster(device: torch.device) -> bool:
     return device.type != "cpu" or kernels.multiplies_bfloat16()
 
 
-def autocast(device: torch.device, bfloat16: bool) -> torch.autocast:
-    """Matrix products in bfloat16, if that is wanted and faster."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bf16_is_faster(device))
+def in_bfloat16(device: torch.device, bfloat16: bool | None) -> bool:
+    """Whether matrices are multiplied in bfloat16: where that is wanted and faster.
+
+    None: on a CUDA GPU that has it, whose float32 products take ten times as long.
+    """
+    if bfloat16 is None:
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return bfloat16 and bf16_is_faster(device)
+
+
+def autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
+    """Matrix products in bfloat16, as `in_bfloat16` says."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, bfloat16))
 
 
 B = TypeVar("B")

@@ -147,8 +147,10 @@ class Recipe:
     activation_checkpointing: bool = _setting(
         False, "Keep only the inputs of layers and recompute the rest: slower, in less memory."
     )
-    bfloat16: bool = _setting(
-        False, "Multiply matrices in bfloat16 where that is faster; weights stay float32."
+    bfloat16: bool | None = _setting(
+        None,
+        "Multiply matrices in bfloat16 where that is faster; weights stay float32. Default: on a "
+        "CUDA GPU that has bfloat16.",
     )
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
     workers: int = _setting(1, "Data loader processes; 0 loads samples in the training process.")

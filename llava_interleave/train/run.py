@@ -27,7 +27,7 @@ from . import checkpointing
 from .data.packing import PlannedPackedDataset, distributed_batches
 from .data.samples import SampleFormat, Samples
 from .fsdp import enable_activation_checkpointing, fsdp_loss, shard_fsdp
-from .loop import LossFunction, autocast, bf16_is_faster, freeze, train
+from .loop import LossFunction, autocast, freeze, in_bfloat16, train
 from .losses import dpo_loss, sft_loss
 from .prepare import check_precision, load_network, prepare_samples
 from .recipe import Recipe
@@ -91,7 +91,7 @@ def _train(
     training, held_out = ranks.run_on_rank0(lambda: prepare_samples(recipe, model, form, out, log))
     network, adapter, dtype = load_network(recipe, model, device)
     inside = shard_fsdp(network, ranks, device, wide=_in_float32(recipe, device))
-    bfloat16 = recipe.bfloat16 and bf16_is_faster(device)
+    bfloat16 = in_bfloat16(device, recipe.bfloat16)
     if recipe.bfloat16 and not bfloat16:
         log("this CPU is faster in float32 than in bfloat16, so matrices are multiplied in float32")
     if recipe.activation_checkpointing:
@@ -163,7 +163,7 @@ def _train(
 
 def _in_float32(recipe: Recipe, device: torch.device) -> bool:
     """Trained parameters are float32; a frozen network may keep the type it is stored in."""
-    return not (recipe.adapter and recipe.bfloat16 and bf16_is_faster(device))
+    return not (recipe.adapter and in_bfloat16(device, recipe.bfloat16))
 
 
 def _no_log(_: str) -> None:
