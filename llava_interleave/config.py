@@ -30,6 +30,84 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EfficientNetConfig:
+    """An EfficientNet-Lite tower: a convolutional network whose feature map becomes few features.
+
+    The defaults are Lite2's. hidden_size: channels of the last convolution. width, depth: the
+    coefficients that scale channels and repeats of the stages. Features of the map (a side for
+    every 32 pixels) are averaged over windows of `pool_size` x `pool_size`, `pool_stride` apart.
+
+    Source: efficientnet/lite/efficientnet_lite_builder.py of github.com/tensorflow/tpu.
+    """
+
+    hidden_size: int = 1280
+    image_size: int = 260
+    width: float = 1.1
+    depth: float = 1.2
+    pool_size: int = 5
+    pool_stride: int = 2
+
+    @property
+    def grid(self) -> int:
+        """Features per side: (9 - 5) // 2 + 1 = 3."""
+        return (-(-self.image_size // 32) - self.pool_size) // self.pool_stride + 1
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per feature, rounded down."""
+        return self.image_size // self.grid
+
+    @property
+    def blocks(self) -> tuple[InvertedBottleneck, ...]:
+        """All blocks. First and last stage are not repeated more often, and the stem, of 32
+        channels, and the head are not wider in larger networks."""
+        blocks, inputs = [], STEM
+        for number, (repeats, kernel, stride, expansion, channels) in enumerate(_STAGES):
+            outputs = max(8, int(channels * self.width + 4) // 8 * 8)
+            outputs += 8 * (outputs < 0.9 * channels * self.width)
+            if 0 < number < len(_STAGES) - 1:
+                repeats = math.ceil(repeats * self.depth)
+            for i in range(repeats):
+                step = stride if i == 0 else 1
+                blocks.append(InvertedBottleneck(inputs, outputs, kernel, step, expansion))
+                inputs = outputs
+        return tuple(blocks)
+
+    @property
+    def convolutions(self) -> tuple[tuple[int, int], ...]:
+        """(Weights, side of the feature map that they make) of each convolution, in order."""
+        side = -(-self.image_size // 2)
+        found = [(27 * STEM, side)]
+        for block in self.blocks:
+            inner = block.inputs * block.expansion
+            if block.expansion > 1:
+                found.append((block.inputs * inner, side))
+            side = -(-side // block.stride)
+            found += [(inner * block.kernel**2, side), (inner * block.outputs, side)]
+        return (*found, (self.blocks[-1].outputs * self.hidden_size, side))
+
+
+STEM = 32
+"""Channels of EfficientNet's first convolution."""
+_STAGES = (
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
+)  # fmt: skip
+"""Repeats, kernel, stride, expansion, channels. Source: Tan and Le 2019 (arXiv 1905.11946)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvertedBottleneck:
+    """A block of EfficientNet: channels in and out, side of its kernel, stride, expansion."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    expansion: int
+
+
+@dataclass(frozen=True, slots=True)
 class TextConfig:
     """The decoder, of Qwen2's or Llama's shape. The defaults are those of transformers'
     `Qwen2Config`, which the 7B file relies on.
@@ -101,7 +179,7 @@ def _is_text(value: object) -> bool:
 class LlavaConfig:
     """The whole network: tower, two-layer GELU projector, decoder."""
 
-    vision: VisionConfig
+    vision: VisionConfig | EfficientNetConfig
     text: TextConfig
     image_token_id: int = 151646
     arrangement: Arrangement = INTERLEAVE
@@ -109,6 +187,12 @@ class LlavaConfig:
     """The id of `<video>`, which OneVision has in transformers' form; elsewhere a video's
     placeholders are `<image>` too.
     """
+    projector_size: int | None = None
+    """Width between the projector's layers; None: as the decoder."""
+
+    @property
+    def projector_hidden_size(self) -> int:
+        return self.projector_size or self.text.hidden_size
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -142,10 +226,16 @@ class LlavaConfig:
     def num_parameters(self) -> int:
         """Parameters of the network; a tied output head counts once."""
         v, t = self.vision, self.text
-        width, inner = v.hidden_size, v.intermediate_size
-        tower = (3 * v.patch_size**2 + 1 + v.grid**2) * width
-        tower += v.num_layers * (4 * (width + 1) * width + 2 * inner * width + inner + 5 * width)
-        projector = (width + 1 + t.hidden_size + 1) * t.hidden_size
+        width, hidden = v.hidden_size, self.projector_hidden_size
+        if isinstance(v, EfficientNetConfig):
+            biases = STEM + width + sum(b.outputs for b in v.blocks)
+            biases += sum(b.inputs * b.expansion * (1 + (b.expansion > 1)) for b in v.blocks)
+            tower = biases + sum(weights for weights, _ in v.convolutions)
+        else:
+            inner = v.intermediate_size
+            layer = 4 * (width + 1) * width + 2 * inner * width + inner + 5 * width
+            tower = (3 * v.patch_size**2 + 1 + v.grid**2) * width + v.num_layers * layer
+        projector = (width + 1) * hidden + (hidden + 1) * t.hidden_size
         q, kv = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
         layer = t.hidden_size * (2 * q + 2 * kv + 3 * t.intermediate_size + 2)
         layer += (q + 2 * kv) * t.attention_bias

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import LlavaConfig, TextConfig, VisionConfig
+from .config import EfficientNetConfig, LlavaConfig, TextConfig, VisionConfig
 from .errors import CheckpointError, OptionError
 from .image_layout import INTERLEAVE, ONEVISION, Arrangement, Newline
 
@@ -89,21 +89,12 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
     }
     if text.head_dim * text.num_heads != text.hidden_size:
         decoder["head_dim"] = text.head_dim
-    tower = {
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": vision.hidden_size,
-        "image_size": vision.image_size,
-        "intermediate_size": vision.intermediate_size,
-        "layer_norm_eps": vision.layer_norm_eps,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": vision.num_heads,
-        "num_hidden_layers": vision.num_layers,
-        "patch_size": vision.patch_size,
-        "vision_use_head": False,
-    }
+    tower = _vision_dict(vision)
     if original:
         if not text.attention_bias:
             raise OptionError("the original layout has Qwen2 decoders only; use layout hub")
+        if isinstance(vision, EfficientNetConfig):
+            raise OptionError("the original layout has SigLIP towers only; use layout hub")
         own_tower = (
             {}
             if vision == VisionConfig()
@@ -144,7 +135,34 @@ def to_dict(config: LlavaConfig, *, original: bool = False) -> dict[str, Any]:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     }
+    if config.projector_size is not None:
+        hub["projector_hidden_size"] = config.projector_size
     return hub | _onevision_dict(config) if config.arrangement.newline else hub
+
+
+def _vision_dict(vision: VisionConfig | EfficientNetConfig) -> dict[str, Any]:
+    if isinstance(vision, EfficientNetConfig):
+        return {
+            "depth_coefficient": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "image_size": vision.image_size,
+            "model_type": _EFFICIENTNET,
+            "pool_size": vision.pool_size,
+            "pool_stride": vision.pool_stride,
+            "width_coefficient": vision.width,
+        }
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": vision.hidden_size,
+        "image_size": vision.image_size,
+        "intermediate_size": vision.intermediate_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": vision.num_heads,
+        "num_hidden_layers": vision.num_layers,
+        "patch_size": vision.patch_size,
+        "vision_use_head": False,
+    }
 
 
 def _arrangement_dict(config: LlavaConfig) -> dict[str, Any]:
@@ -193,6 +211,7 @@ _NEWLINES: dict[object, Newline] = {
 }
 """mm_newline_position of the original's configs."""
 _ONEVISION_TOKENS = (("image", 151646), ("video", 151647))
+_EFFICIENTNET = "efficientnet_lite"
 _SO400M = "siglip-so400m-patch14-384"
 _TOWER_DEFAULTS = VisionConfig(768, 3072, 12, 12, 224, 16)  # transformers' SiglipVisionConfig
 _LLAMA_DEFAULTS = TextConfig(  # transformers' LlamaConfig
@@ -307,7 +326,12 @@ def _hub(top: _Section) -> LlavaConfig:
             f"is {_brief(strategy)} (absent means 'default'); SigLIP has no class token: 'full'",
         )
     layer = top.integer("vision_feature_layer", -1 if onevision else -2, -1000, 1000)
-    vision = _vision(_Section("vision_config", top.remaining.pop("vision_config")), layer)
+    tower = _Section("vision_config", top.remaining.pop("vision_config"))
+    vision: VisionConfig | EfficientNetConfig
+    if not onevision and tower.remaining.get("model_type") == _EFFICIENTNET:
+        vision = _efficientnet(tower)
+    else:
+        vision = _vision(tower, layer)
     decoder = _Section("text_config", top.remaining.pop("text_config"))
     # transformers reads a text_config without a model_type as Llama. No checkpoint of this family
     # is one, and a Llama's tensors, which have no q, k and v biases, would be refused when they are
@@ -321,14 +345,18 @@ def _hub(top: _Section) -> LlavaConfig:
         aspect = top.remaining.pop("vision_aspect_ratio", "anyres_max_9")
         arrangement = replace(
             ONEVISION,
-            pinpoints=_pinpoints(top, vision, height_first=True),
+            pinpoints=_pinpoints(top, vision.image_size, height_first=True),
             max_tiles=_max_tiles(top, "vision_aspect_ratio", aspect),
         )
         top.only("use_image_newline_parameter", True)
         image, video = (_token(top, text, kind, n) for kind, n in _ONEVISION_TOKENS)
         config = LlavaConfig(vision, text, image, arrangement, video)
     else:
-        config = LlavaConfig(vision, text, _token(top, text, "image", None))
+        projector_size = None
+        if top.remaining.get("projector_hidden_size") is not None:
+            projector_size = top.integer("projector_hidden_size", None)
+        image = _token(top, text, "image", None)
+        config = LlavaConfig(vision, text, image, projector_size=projector_size)
     top.finish(_IGNORED_KEYS)
     return config
 
@@ -371,10 +399,10 @@ def _original(top: _Section) -> LlavaConfig:
     return config
 
 
-def _pinpoints(top: _Section, vision: VisionConfig, *, height_first: bool) -> Pinpoints:
+def _pinpoints(top: _Section, size: int, *, height_first: bool) -> Pinpoints:
     """image_grid_pinpoints as (columns, rows) of tiles: a list of pairs in pixels, or the original
     trainer's "(1x1),...,(6x6)", which is all grids between the two."""
-    value, size = top.remaining.pop("image_grid_pinpoints", None), vision.image_size
+    value = top.remaining.pop("image_grid_pinpoints", None)
     if value is None:
         return ONEVISION.pinpoints
     if isinstance(value, str) and (ends := re.fullmatch(_GRIDS, value)):
@@ -430,7 +458,7 @@ def _original_arrangement(top: _Section, vision: VisionConfig, text: TextConfig)
                 )
         pinpoints = INTERLEAVE.pinpoints
         if aspect == "anyres" and top.remaining.get("image_grid_pinpoints") is not None:
-            pinpoints = _pinpoints(top, vision, height_first=False)
+            pinpoints = _pinpoints(top, vision.image_size, height_first=False)
         if set(pinpoints) == set(INTERLEAVE.pinpoints):
             return INTERLEAVE
         return replace(INTERLEAVE, pinpoints=pinpoints)
@@ -446,7 +474,7 @@ def _original_arrangement(top: _Section, vision: VisionConfig, text: TextConfig)
     top.only("use_pos_skipping", False)
     return replace(
         ONEVISION,
-        pinpoints=_pinpoints(top, vision, height_first=False),
+        pinpoints=_pinpoints(top, vision.image_size, height_first=False),
         max_tiles=_max_tiles(top, "image_aspect_ratio", aspect),
         video_newline=newline,
         num_frames=64 if newline == "row" else 32,
@@ -471,6 +499,29 @@ def _token(top: _Section, text: TextConfig, kind: str, default: int | None) -> i
     if number >= text.vocab_size:
         raise top.wrong(name, f"is {number}, outside the vocabulary of {text.vocab_size}")
     return number
+
+
+def _efficientnet(s: _Section) -> EfficientNetConfig:
+    d = EfficientNetConfig()
+    s.only("model_type", _EFFICIENTNET)
+    vision = EfficientNetConfig(
+        hidden_size=s.integer("hidden_size", d.hidden_size),
+        image_size=s.integer("image_size", d.image_size, high=2**14),
+        width=s.positive("width_coefficient", d.width),
+        depth=s.positive("depth_coefficient", d.depth),
+        pool_size=s.integer("pool_size", d.pool_size),
+        pool_stride=s.integer("pool_stride", d.pool_stride),
+    )
+    if max(vision.width, vision.depth) > 10:
+        raise s.wrong("width_coefficient", "and depth_coefficient must be at most 10")
+    if vision.pool_size > -(-vision.image_size // 32):
+        raise s.wrong(
+            "pool_size",
+            f"is {vision.pool_size}, larger than the map of the {vision.image_size} "
+            "pixels of image_size",
+        )
+    s.finish(_IGNORED_KEYS)
+    return vision
 
 
 def _vision(s: _Section, feature_layer: int) -> VisionConfig:

@@ -12,9 +12,10 @@ from itertools import chain
 import torch
 from torch import nn
 
-from .config import LlavaConfig
+from .config import EfficientNetConfig, LlavaConfig, VisionConfig
 from .lora import LoraWeights
 from .model import Llava
+from .model.efficientnet import Conv
 
 if sys.platform != "win32":
     import resource
@@ -22,11 +23,14 @@ if sys.platform != "win32":
 
 def vision_flops(c: LlavaConfig) -> int:
     """Operations of tower and projector for a crop; a multiply-add is two."""
-    v, out, tokens = c.vision, c.text.hidden_size, c.vision.grid**2
+    v, hidden, tokens = c.vision, c.projector_hidden_size, c.vision.grid**2
+    projector = (v.hidden_size + c.text.hidden_size) * hidden
+    if isinstance(v, EfficientNetConfig):
+        return 2 * (tokens * projector + sum(n * side**2 for n, side in v.convolutions))
     layer = (
         4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size + 2 * tokens * v.hidden_size
     )
-    patches, projector = 3 * v.patch_size**2 * v.hidden_size, (v.hidden_size + out) * out
+    patches = 3 * v.patch_size**2 * v.hidden_size
     return 2 * tokens * (v.num_layers * layer + patches + projector)
 
 
@@ -57,7 +61,9 @@ def training_flops(model: Llava, lengths: Sequence[int], images: int, rows: int)
     """
     vision, text = model.config.vision, model.config.text
     patches = images * vision.grid**2
-    seen = 4 * patches * vision.grid**2 * vision.hidden_size * vision.num_layers
+    seen = 0
+    if isinstance(vision, VisionConfig):
+        seen = 4 * patches * vision.grid**2 * vision.hidden_size * vision.num_layers
     read = (
         2 * sum(n * n for n in lengths) * text.num_heads * text.head_dim * text.num_layers
     )  # half of them are in the future
@@ -70,9 +76,11 @@ def training_flops(model: Llava, lengths: Sequence[int], images: int, rows: int)
     ):
         flows |= any(p.requires_grad for p in part.parameters())
         total += attention * (1 + 2 * flows)
+        sides = [side for _, side in getattr(vision, "convolutions", ())]  # in order
         for module in part.modules():
             size, trained = _product(module)
-            total += 2 * units * size * (1 + flows + trained)
+            n = images * sides.pop(0) ** 2 if isinstance(module, Conv) else units
+            total += 2 * n * size * (1 + flows + trained)
     return total
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from ..config import LlavaConfig
+from ..config import LlavaConfig, VisionConfig
 
 CheckpointLayout = Literal[
     "hub", "original", "transformers-4.52", "transformers-5", "transformers-5.23"
@@ -87,8 +87,8 @@ def is_ignored(name: str, config: LlavaConfig) -> bool:
         return not config.arrangement.newline
     if name.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids")):
         return True
-    first = config.vision.num_layers
-    spare = (
-        f"{_TOWER}encoder.layers.{i}." for i in range(first, first + config.vision.spare_layers)
-    )
+    if not isinstance(vision := config.vision, VisionConfig):
+        return False
+    first = vision.num_layers
+    spare = (f"{_TOWER}encoder.layers.{i}." for i in range(first, first + vision.spare_layers))
     return name.startswith((f"{_TOWER}post_layernorm.", f"{_TOWER}head.", *spare))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import config_json
-from ..config import LlavaConfig
+from ..config import LlavaConfig, VisionConfig
 from ..config_json import METHOD, QUANTIZATION
 from ..errors import CheckpointError, OptionError
 from ..model import Llava
@@ -149,6 +149,8 @@ def _write_tensors(
         "vision_tower.post_layernorm.weight": lambda: torch.ones(width),
         "vision_tower.post_layernorm.bias": lambda: torch.zeros(width),
     }
+    if not isinstance(model.config.vision, VisionConfig):
+        norm = {}
     mine = tensor_shapes(model) | dict.fromkeys(norm, width)
     packed = {name: value.dtype for name, value in model.named_buffers()}
     names = {

@@ -16,7 +16,11 @@ def register(app: typer.Typer) -> None:
 
 def compose(
     tower: Annotated[
-        str, typer.Option(help="SigLIP: a folder or a Hugging Face name.", metavar="MODEL")
+        str,
+        typer.Option(
+            help="SigLIP: a folder or a Hugging Face name; or a .pth file of an EfficientNet-Lite.",
+            metavar="MODEL",
+        ),
     ],
     decoder: Annotated[
         str,
@@ -38,6 +42,14 @@ def compose(
         str | None,
         typer.Option(help="Folder of the tokenizer, where a .gguf file has an unsupported one."),
     ] = None,
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON list with the names of the tower's classes; the projector begins as its "
+            "classifier.",
+            metavar="FILE",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16.  [default: as the decoder]"),
@@ -58,6 +70,7 @@ def compose(
             out,
             tower_layers=tower_layers,
             tokenizer=tokenizer,
+            class_names=class_names,
             dtype=named_dtype(dtype) if dtype else None,
             seed=seed,
         )

@@ -1,4 +1,4 @@
-"""Compose a LLaVA checkpoint from a SigLIP tower and a language model, with a new projector."""
+"""Compose a LLaVA checkpoint from a vision tower and a language model, with a new projector."""
 
 from .compose import compose
 

@@ -14,14 +14,16 @@ from torch import Tensor
 from ..checkpoints import meta_network, tensor_shapes, write_checkpoint
 from ..checkpoints.hub import resolve
 from ..config import LlavaConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError
 from ..processing.processor_files import processor_files
 from ..processing.tokenizer import Tokenizer
+from .efficientnet import EfficientNetTower
 from .gguf_decoder import GgufDecoder
 from .parts import Decoder, SafetensorsDecoder, Tower
 
 PAD_VOCABULARY = 64
 """The vocabulary grows to a multiple of this, by at least 2, as in transformers' conversion."""
+_CLASSES = "multi_modal_projector.linear_1.bias"
 _EMBEDDING, _HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -32,20 +34,30 @@ def compose(
     *,
     tower_layers: int | None = None,
     tokenizer: str | Path | None = None,
+    class_names: str | Path | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> LlavaConfig:
     """Write a LLaVA checkpoint whose projector is not yet trained; -> its config.
 
-    tower: a SiglipModel or SiglipVisionModel. decoder: a Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5)
-    or a LlamaForCausalLM without biases (SmolLM2), or a GGUF file of one. All are folders or names
-    on the Hugging Face hub. tower_layers: how many layers are used; None: all but the last.
+    tower: a SiglipModel or SiglipVisionModel, or a .pth file of an EfficientNet-Lite. decoder: a
+    Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5) or a LlamaForCausalLM without biases (SmolLM2), or a
+    GGUF file of one. Other than these files, all are folders or names on the Hugging Face hub.
+    tower_layers: how many layers of SigLIP are used; None: all but the last.
     tokenizer: the folder of the decoder's tokenizer, for a GGUF whose own is not supported.
+    class_names: a JSON list with the names of an EfficientNet-Lite's classes; the projector then
+    begins as its classifier, followed by the embeddings of the names.
     dtype: None: the decoder's; bfloat16 for GGUF. seed: of the projector and of new embeddings.
 
     Raises `CheckpointError` for parts of another kind, and where the target is not empty.
     """
-    eyes = Tower.open(resolve(tower), tower_layers)
+    eyes: Tower | EfficientNetTower
+    if str(tower).endswith(".pth"):
+        if tower_layers is not None:
+            raise OptionError("tower_layers is for SigLIP: all of an EfficientNet is used")
+        eyes = EfficientNetTower(Path(tower).expanduser())
+    else:
+        eyes = Tower.open(resolve(tower), tower_layers)
     language: Decoder
     if str(decoder).endswith(".gguf"):
         language = GgufDecoder(Path(decoder).expanduser())
@@ -60,7 +72,18 @@ def compose(
             "they do not belong together"
         )
     size = -(-(old + 2) // PAD_VOCABULARY) * PAD_VOCABULARY
-    config = LlavaConfig(eyes.config, replace(text, vocab_size=size), words.image_id)
+    start: dict[str, Tensor] = {}
+    if class_names is not None:
+        if not isinstance(eyes, EfficientNetTower):
+            raise OptionError("class_names needs a tower with a classifier, an EfficientNet-Lite")
+        names = Path(class_names).expanduser()
+        start = eyes.projector(names, words, language.tensor(_EMBEDDING))
+    config = LlavaConfig(
+        eyes.config,
+        replace(text, vocab_size=size),
+        words.image_id,
+        projector_size=len(start[_CLASSES]) if start else None,
+    )
     expected = tensor_shapes(meta_network(config))
     _check(expected, eyes.shapes() | language.shapes(), old)
     random = torch.Generator().manual_seed(seed)
@@ -78,7 +101,7 @@ def compose(
             values = torch.cat([values.float(), new_rows[name == _HEAD]])
         return values
 
-    projector = init_projector(expected, random)
+    projector = start or init_projector(expected, random)
     with tempfile.TemporaryDirectory() as scratch:
         processor_files(scratch, config, words.backend, language.tokenizer_class)
         write_checkpoint(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ..config import LlavaConfig
+from ..config import EfficientNetConfig, LlavaConfig
 from ..image_layout import ImageTokenLayout
 from .attention import AttentionFn
+from .efficientnet import EfficientNet
 from .image_tokens import arrange_features
 from .qwen2 import Qwen2
 from .siglip import SigLIP
@@ -20,8 +21,8 @@ class Projector(nn.Module):
 
     def __init__(self, c: LlavaConfig) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(c.vision.hidden_size, c.text.hidden_size)
-        self.linear_2 = nn.Linear(c.text.hidden_size, c.text.hidden_size)
+        self.linear_1 = nn.Linear(c.vision.hidden_size, c.projector_hidden_size)
+        self.linear_2 = nn.Linear(c.projector_hidden_size, c.text.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(gelu(self.linear_1(x)))
@@ -34,7 +35,10 @@ class Llava(nn.Module):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = SigLIP(config.vision)
+        vision = config.vision
+        self.vision_tower: SigLIP | EfficientNet = (
+            EfficientNet(vision) if isinstance(vision, EfficientNetConfig) else SigLIP(vision)
+        )
         self.multi_modal_projector = Projector(config)
         self.image_newline = (
             nn.Parameter(torch.zeros(config.text.hidden_size))

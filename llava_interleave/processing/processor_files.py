@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..config import LlavaConfig
+from ..config import EfficientNetConfig, LlavaConfig
 from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, VIDEO
 
 SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
@@ -41,6 +41,10 @@ ONEVISION_TEMPLATE = (
 )
 
 
+EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127 / 255, 128 / 255
+"""MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py in github.com/tensorflow/tpu."""
+
+
 def processor_files(
     folder: str | Path,
     config: LlavaConfig,
@@ -59,6 +63,9 @@ def processor_files(
     assert ids[IMAGE] == config.image_token_id, (ids, config.image_token_id)
     onevision = config.arrangement.newline
     size = {"height": config.vision.image_size, "width": config.vision.image_size}
+    mean, std = (0.5, 0.5)
+    if isinstance(config.vision, EfficientNetConfig):
+        mean, std = EFFICIENTNET_MEAN, EFFICIENTNET_STD
     sides = config.arrangement.pinpoints
     pinpoints = [[rows * size["height"], columns * size["width"]] for columns, rows in sides]
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -94,9 +101,9 @@ def processor_files(
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
+            "image_mean": [mean] * 3,
             "image_processor_type": f"{'LlavaOnevision' if onevision else 'Siglip'}ImageProcessor",
-            "image_std": [0.5, 0.5, 0.5],
+            "image_std": [std] * 3,
             "processor_class": "LlavaProcessor",
             "resample": 3,
             "rescale_factor": 0.00392156862745098,

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from .. import kernels
-from ..config import VisionConfig
+from ..config import EfficientNetConfig, VisionConfig
 from ..lora import LoraLinear
 from ..model.qwen2 import Layer, Qwen2, rotary
 from ..model.siglip import Layer as TowerLayer
@@ -94,8 +95,8 @@ class FusedDecoder:
 class FusedTower:
     """The layers of `tower`, whose weights must stay at their addresses."""
 
-    def __init__(self, tower: SigLIP, c: VisionConfig) -> None:
-        assert can_fuse_tower(tower, c)
+    def __init__(self, tower: SigLIP, c: VisionConfig | EfficientNetConfig) -> None:
+        assert can_fuse_tower(tower, c) and isinstance(c, VisionConfig)
         self.tower, self.eps = tower, c.layer_norm_eps
         heads, d = c.num_heads, c.hidden_size // c.num_heads
         self.shape = torch.tensor(
@@ -124,10 +125,10 @@ class FusedTower:
         return (x.flatten(2).transpose(1, 2) + positions.weight).to(crop.dtype).contiguous()
 
 
-def can_fuse_tower(tower: nn.Module, c: VisionConfig) -> bool:
+def can_fuse_tower(tower: nn.Module, c: VisionConfig | EfficientNetConfig) -> TypeGuard[SigLIP]:
     """As `can_fuse_decoder`, for a tower."""
-    if not isinstance(tower, SigLIP):  # a `DataParallelTower`
-        return False
+    if not (isinstance(tower, SigLIP) and isinstance(c, VisionConfig)):
+        return False  # a `DataParallelTower`, or a network of convolutions
     sizes_fit = (
         c.hidden_size % kernels.PANEL
         == c.intermediate_size % kernels.PANEL

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed.process_group import ProcessGroup
 from ..model import Llava
+from ..model.siglip import SigLIP
 from .data.packing import Batch, DummyBatch, Pairs
 from .losses import Loss
 
@@ -41,7 +42,9 @@ class _Whole(nn.Module):
 
 def layers(network: Llava) -> list[nn.Module]:
     """The layers of tower and decoder: nearly all computation and activations."""
-    return [*network.vision_tower.encoder.layers, *network.language_model.layers]
+    tower = network.vision_tower
+    layers = tower.encoder.layers if isinstance(tower, SigLIP) else tower.blocks
+    return [*layers, *network.language_model.layers]
 
 
 def shard_fsdp(

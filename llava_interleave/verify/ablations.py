@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..chat import locate
 from ..checkpoints import Checkpoint
+from ..model.siglip import SigLIP
 from ..processing import Processor
 from .candidate import Candidate, load
 from .parity import conversations, kl_divergence, matching_prefix
@@ -109,8 +110,8 @@ def _run_all(
     yield from answers(network, "baseline")
     for setting, changes in PROMPTS.items():
         yield from answers(network, setting, **changes)
-    _drop_layer(network)
-    yield from answers(network, "layer before the last")
+    if _drop_layer(network):
+        yield from answers(network, "layer before the last")
     for setting in precisions:
         del network
         gc.collect()
@@ -118,10 +119,14 @@ def _run_all(
         yield from answers(network, setting)
 
 
-def _drop_layer(network: Candidate) -> None:
-    encoder = network.engine.model.vision_tower.encoder
-    encoder.layers = encoder.layers[:-1]
+def _drop_layer(network: Candidate) -> bool:
+    """Whether the tower has layers of one kind, of which the last is not used now."""
+    tower = network.engine.model.vision_tower
+    if not isinstance(tower, SigLIP):
+        return False
+    tower.encoder.layers = tower.encoder.layers[:-1]
     network.engine.clear()  # its cached features come from all layers
+    return True
 
 
 def _result(
