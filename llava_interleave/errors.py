@@ -49,6 +49,6 @@ class DataError(LlavaError):
 
 
 class RemoteError(LlavaError):
-    """A server that was asked for answers cannot be reached, or does not answer as it should."""
+    """A server or another process of a run cannot be reached, or does not answer as it should."""
 
     http_status = 502

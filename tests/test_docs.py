@@ -222,7 +222,10 @@ def test_names_exist(page: Path) -> None:
 TOP = {"bench", "docs", "examples", "recipes", "tests", "deploy", "plugins"}
 PARTS = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")} - {"__init__"}
 FILES = (".py", ".json", ".jsonl", ".toml", ".safetensors", ".html")
-FOREIGN_FLAGS = {"--nnodes", "--rdzv-endpoint", "--also", "--help", "--version"}
+FOREIGN_FLAGS = {
+    *("--nnodes", "--rdzv-endpoint", "--rdzv-conf", "--local-addr", "--max-restarts"),
+    *("--also", "--help", "--version"),
+}
 """Of torchrun and of bench/peers.py."""
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from llava_interleave import checkpoints, cli
 from llava_interleave.config import LoraConfig
-from llava_interleave.distributed.process_group import ProcessGroup
+from llava_interleave.distributed import process_group
+from llava_interleave.distributed.process_group import ProcessGroup, init_distributed
 from llava_interleave.errors import OptionError, Unsupported
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
@@ -34,7 +37,7 @@ from llava_interleave.train.data.packing import (
 from llava_interleave.train.loop import train
 from llava_interleave.train.losses import sft_loss
 from llava_interleave.train.recipe import DPOConfig, Recipe
-from llava_interleave.train.run import run
+from llava_interleave.train.run import check_shared, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,9 +135,18 @@ def together(place: Path) -> None:
     """What two processes do: every stage, the rest of what one began, and at last, by the command,
     what a signal to one ends.
     """
+    group, _ = init_distributed("cpu", torch.device, timedelta(seconds=8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group, "HEARTBEAT", 0.5)
+        waited = group.run_on_rank0(lambda: time.sleep(9) or "done", long=True)
+    (place / "waited").write_text(waited)
     for stage in STAGES:
         run(recipe.read(place / f"{stage}.toml"), place / stage / "two")
     run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one")
+    try:
+        check_shared(place / f"of-{os.environ['RANK']}", group)
+    except (OptionError, SystemExit) as error:
+        (place / f"apart-{os.environ['RANK']}").write_text(str(error))
     if os.environ["RANK"] == "1":
         loop.train_step = dying(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     sys.argv = [
@@ -228,6 +240,17 @@ def test_a_signal_to_one_rank_ends_all_and_one_rank_resumes_their_checkpoint(pla
     assert len(list((begun / "checkpoint-3").glob("*.safetensors"))) == 2
     run(recipe.read(place / "all.toml"), begun, log=lambda _: None)
     alike(place / "all" / "one", begun)
+
+
+def test_a_folder_that_is_not_shared_is_noticed(place: Path) -> None:
+    said = [(place / f"apart-{rank}").read_text() for rank in range(2)]
+    assert said[1] == "2"
+    assert "of-0 is not the folder of all processes: rank 1 (" in said[0]
+    assert not list(place.glob("of-?/.seen*"))
+
+
+def test_the_others_wait_for_rank_0_longer_than_for_a_collective(place: Path) -> None:
+    assert (place / "waited").read_text() == "done"
 
 
 def test_rank_0_alone_tells(place: Path) -> None:

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -446,6 +448,7 @@ RECIPE = Recipe(
     grad_accum_steps=2,
     save_every=3,
     log_every=1,
+    keep=1,
 )
 
 
@@ -619,6 +622,41 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(
     )
     assert equal(whole, go(folder, prompts, out))
     assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("what", ["a bit", "half a file", "a file", "the state", "the list"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    what: str, folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    out, kept, said = tmp_path / "out", replace(RECIPE, keep=2), list[str]()
+    whole = go(folder, prompts, out, kept)
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == [
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+    for number in (8, 6):
+        last = out / f"checkpoint-{number}"
+        (file,) = last.glob("*.safetensors")
+        if what == "a bit":
+            data = bytearray(file.read_bytes())
+            data[-5] ^= 1
+            file.write_bytes(data)
+        elif what == "half a file":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        elif what == "a file":
+            file.unlink()
+        else:
+            file = last / ("state.json" if what == "the state" else checkpointing.CHECKSUMS)
+            file.write_text("")
+        if number == 8:
+            assert equal(whole, go(folder, prompts, out, kept, log=said.append))
+            assert re.search(
+                r"checkpoint-8 is damaged \(.*(differs|missing).*now .*damaged-8", said[0]
+            )
+            assert (out / "damaged-8").exists()
+            shutil.rmtree(out / "checkpoint-8")
+    with pytest.raises(DataError, match=r"checkpoint-6 is damaged .* none before it: .* rm -r "):
+        go(folder, prompts, out, kept)
 
 
 def killed() -> None:

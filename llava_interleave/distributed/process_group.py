@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -14,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import LlavaError, OptionError
+from ..errors import LlavaError, OptionError, RemoteError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(days=30)
-"""How long a rank waits in a collective: rank 0 reads all samples first, or waits for a user.
-torchrun stops all ranks when one dies."""
+"""How long a rank waits in a collective, where rank 0 waits for a user. torchrun ends all when one
+dies. Training waits for minutes (`Recipe.timeout_minutes`)."""
+HEARTBEAT = 5.0
+"""Seconds between the heartbeats of a long `run_on_rank0`."""
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -85,21 +92,51 @@ class ProcessGroup:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def run_on_rank0(self, fn: Callable[[], T]) -> T:
+    def run_on_rank0(self, fn: Callable[[], T], *, long: bool = False) -> T:
         """Run `fn` on rank 0 and broadcast its result; a `LlavaError` raised there is raised on
-        every rank."""
+        every rank.
+
+        long: it may take longer than a collective waits. Rank 0 then sends heartbeats, so that the
+        others end when it ends, and not by their time-out."""
         if self.world_size == 1:
             return fn()
         result: Any = None
         if self.rank == 0:
-            try:
-                result = fn()
-            except LlavaError as error:
-                result = error
+            with self._heartbeats(long):
+                try:
+                    result = fn()
+                except LlavaError as error:
+                    result = error
+        while long and not self.all_reduce_max(int(self.rank == 0))[0]:
+            pass
         result = self.broadcast(result)
         if isinstance(result, LlavaError):
             self.raise_everywhere(result)
         return result
+
+    @contextmanager
+    def _heartbeats(self, enabled: bool) -> Iterator[None]:
+        """Meanwhile a thread answers the collectives of the other ranks with 0."""
+        done, failed = threading.Event(), []
+
+        def beat() -> None:
+            try:
+                while not done.wait(HEARTBEAT):
+                    self.all_reduce_max(0)
+            except RuntimeError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if enabled:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if enabled:
+                thread.join()
+        if failed:
+            raise failed[0]
 
     def raise_everywhere(self, error: LlavaError, cause: BaseException | None = None) -> NoReturn:
         """Raise an error that all ranks have: rank 0 reports it, the others exit silently with its
@@ -108,13 +145,16 @@ class ProcessGroup:
 
 
 def init_distributed(
-    device: str, get_device: Callable[[str], torch.device]
+    device: str,
+    get_device: Callable[[str], torch.device],
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> tuple[ProcessGroup, torch.device]:
     """Join the process group that torchrun started, until the program ends; -> the group, and this
     rank's device.
 
     device: `auto` is CUDA where it is available. get_device: turns a name into a device, or raises
-    where it is not available. Raises `OptionError` where several processes would share one GPU."""
+    where it is not available. timeout: of every collective. Raises `OptionError` where several
+    processes would share one GPU."""
     group = ProcessGroup(*rank_and_world_size())
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if group.world_size == 1:
@@ -130,11 +170,59 @@ def init_distributed(
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if not dist.is_initialized():
+        if link := _interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", link)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout
         )
         atexit.register(_leave)
     return group, own
+
+
+def _interface(host: str, port: int) -> str | None:
+    """The network interface by which this host reaches another.
+
+    gloo takes the one of the host's name, which on Debian is the loopback: hosts then wait for each
+    other until the time-out."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        try:
+            udp.connect((host, port))  # sends nothing
+            address = udp.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                try:
+                    found = fcntl.ioctl(udp.fileno(), 0x8915, request)  # SIOCGIFADDR
+                except OSError:  # it has no IPv4 address
+                    continue
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+        except OSError:  # IPv6, or no route: gloo says so
+            pass
+    return None
+
+
+@contextmanager
+def lost_connections() -> Iterator[None]:
+    """Errors of collectives, whose other side has ended or does not answer, as a `RemoteError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        if not dist.is_initialized() or not (
+            isinstance(error, dist.DistError) or any(word in text for word in words)
+        ):
+            raise
+        rank, world_size = rank_and_world_size()
+        raise RemoteError(
+            f"rank {rank} of {world_size} on {socket.gethostname()} lost another process "
+            f"({text.splitlines()[0]}): its own message says why; the same command goes on from "
+            "the last checkpoint"
+        ) from error
 
 
 def _leave() -> None:

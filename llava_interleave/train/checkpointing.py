@@ -1,17 +1,20 @@
 """Checkpoints of a run. They appear when complete; the last few and the best are kept.
 
 Trained parameters and optimizer state are safetensors files, each rank's shards apart;
-`torch.distributed.checkpoint` writes them, and reads them with any number of ranks.
+`torch.distributed.checkpoint` writes them, and reads them with any number of ranks. `SHA256SUMS`
+has the checksums of all files, as sha256sum writes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..distributed.process_group import ProcessGroup
-from ..errors import DataError
+from ..errors import CheckpointError, DataError
 from .data.packing import Position
 from .recipe import Recipe, changed_settings
 
@@ -35,6 +38,7 @@ OPTIMIZER = "optimizer."
 """Prefix of optimizer state; its names are `optimizer.PARAMETER.STATE`."""
 FILE_BYTES = 256 << 20
 """Bytes of a file, unless one tensor has more; twice as many are in memory while it is written."""
+CHECKSUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +71,18 @@ def save(
     for name, p in model.named_parameters():
         tensors |= {f"{OPTIMIZER}{name}.{key}": value for key, value in kept.get(id(p), {}).items()}
 
+    facts = {**asdict(state), "recipe": recipe.stored()}
+
     def begin() -> None:
         with _writing(done, ranks):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
+            (draft / "state.json").write_text(json.dumps(facts, indent=1))
 
     def finish() -> None:
-        facts = {**asdict(state), "recipe": recipe.stored()}
         with _writing(done, ranks):
-            (draft / "state.json").write_text(json.dumps(facts, indent=1))
+            lines = [f"{digest}  {name}\n" for name, digest in sorted(checksums.items())]
+            (draft / CHECKSUMS).write_text("".join(lines))
             draft.replace(done)
         best = None if state.best is None else named(folder, state.best[1])
         for old in list_checkpoints(folder)[: -recipe.keep]:
@@ -88,8 +95,52 @@ def save(
         _quietly(
             state_dict_saver.save, tensors, storage_writer=writer, no_dist=ranks.world_size == 1
         )
+    checksums = _checksums(draft, [path.name for path in sorted(draft.iterdir())], ranks)
     ranks.run_on_rank0(finish)
     return done
+
+
+def _checksums(
+    folder: Path,
+    names: Sequence[str],
+    ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
+) -> dict[str, str]:
+    """SHA-256 of files, "" of a missing one; the ranks share the work."""
+
+    def digest(name: str) -> str:
+        try:
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return ""
+
+    mine = {name: digest(name) for name in names[ranks.rank :: ranks.world_size]}
+    return {name: sum_ for part in ranks.all_gather_object(mine) for name, sum_ in part.items()}
+
+
+def damage(checkpoint: Path, ranks: ProcessGroup = ProcessGroup()) -> str:  # noqa: B008  frozen
+    """Which files of a checkpoint are not as they were written, or missing; "" if none is.
+
+    Of a checkpoint of a version that wrote no checksums, only the state is read.
+    """
+
+    def listed() -> dict[str, str]:
+        try:
+            json.loads((checkpoint / "state.json").read_text())
+            lines = (checkpoint / CHECKSUMS).read_text("utf-8", "replace").splitlines()
+        except FileNotFoundError as error:
+            return {} if Path(error.filename).name == CHECKSUMS else {"state.json": "?"}
+        except (OSError, ValueError):
+            return {"state.json": "?"}
+        names = {path.name: "" for path in checkpoint.iterdir() if path.name != CHECKSUMS}
+        return names | {
+            name: digest for digest, _, name in (line.partition("  ") for line in lines)
+        }
+
+    written = ranks.run_on_rank0(listed)
+    found = _checksums(checkpoint, list(written), ranks)
+    wrong = [name for name, digest in written.items() if found[name] != digest]
+    return ", ".join(f"{name} {'differs' if found[name] else 'is missing'}" for name in wrong)
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -143,13 +194,43 @@ def restore(
     optimizers: Sequence[torch.optim.Optimizer],
     recipe: Recipe,
     ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
+    log: Callable[[str], None] = print,
 ) -> State:
-    """Load the newest checkpoint in `folder`, if there is one.
+    """Load the newest checkpoint in `folder` that is not damaged, if there is one.
 
-    Raises DataError if it was saved with other settings that change the weights.
+    Damaged ones are renamed, `damaged-STEP`. Raises DataError if all are damaged, or if it was
+    saved with other settings that change the weights.
     """
-    if (last := ranks.run_on_rank0(lambda: next(reversed(list_checkpoints(folder)), None))) is None:
-        return State()
+    found = ranks.run_on_rank0(lambda: list_checkpoints(folder))
+    for last in reversed(found):
+        if wrong := damage(last, ranks):
+            aside = folder / f"damaged-{last.name[11:]}"
+            if last == found[0]:
+                ranks.raise_everywhere(
+                    DataError(
+                        f"{last} is damaged ({wrong}), and there is none before it: to begin anew, "
+                        f"rm -r {folder}"
+                    )
+                )
+            log(f"{last} is damaged ({wrong}): it is now {aside}, and the one before is used")
+            ranks.run_on_rank0(partial(_set_aside, last, aside))
+        else:
+            return _restore(last, model, optimizers, recipe, ranks)
+    return State()
+
+
+def _set_aside(checkpoint: Path, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.replace(aside)
+
+
+def _restore(
+    last: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    recipe: Recipe,
+    ranks: ProcessGroup,
+) -> State:
     facts = json.loads((last / "state.json").read_text())
     if changed := changed_settings(facts["recipe"], recipe):
         ranks.raise_everywhere(
@@ -182,7 +263,12 @@ def restore(
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load the trained parameters of a whole `model` from a checkpoint."""
+    """Load the trained parameters of a whole `model` from a checkpoint.
+
+    Raises CheckpointError where it is damaged.
+    """
+    if wrong := damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} is damaged: {wrong}")
     _read(checkpoint, _trained(model), alone=True)
 
 

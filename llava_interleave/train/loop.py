@@ -95,7 +95,7 @@ def train(
     steps = _checked_steps(recipe, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     optimizers = build_optimizers(model, recipe)
-    state = checkpointing.restore(folder, model, optimizers, recipe, ranks)
+    state = checkpointing.restore(folder, model, optimizers, recipe, ranks, log)
     if ranks.rank == 0:  # of the steps that are done again
         for name in ("log.jsonl", "answers.jsonl"):
             drop_lines_after(folder / name, state.step)

@@ -26,7 +26,7 @@ RESUMABLE_FIELDS = frozenset(
     (
         *("source", "media", "skip_errors", "device", "workers", "activation_checkpointing"),
         *("save_every", "save_minutes", "keep", "evaluate_every", "sample_generations"),
-        *("log_every", "tensorboard", "max_skipped_steps"),
+        *("log_every", "tensorboard", "max_skipped_steps", "timeout_minutes"),
     )
 )
 """A resumed run may have other values of these fields: they do not change the weights."""
@@ -157,7 +157,11 @@ class Recipe:
     save_every: int = _setting(200, "Steps between checkpoints.")
     save_minutes: float = _setting(0.0, "Minutes between checkpoints, in addition; 0 for none.")
     keep: int = _setting(
-        1, "How many of the last checkpoints are kept, in addition to the best by held-out loss."
+        2, "How many of the last checkpoints are kept, in addition to the best by held-out loss."
+    )
+    timeout_minutes: float = _setting(
+        10.0,
+        "Minutes that a process of a distributed run waits for the others before it ends.",
     )
     evaluate_every: int = _setting(
         0, "Steps between evaluations on held-out samples; 0 only before and after training."
@@ -183,7 +187,7 @@ class Recipe:
         check_types(self)
         for name in (
             *("grad_accum_steps", "tokens", "save_every", "keep", "log_every"),
-            *("max_grad_norm", "lr"),
+            *("max_grad_norm", "lr", "timeout_minutes"),
         ):
             if getattr(self, name) == 0:
                 raise OptionError(f"{name} must be above 0")

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ import torch
 from .. import checkpoints
 from ..checkpoints.adapters import write_adapter
 from ..checkpoints.load import get_device
-from ..distributed.process_group import ProcessGroup, init_distributed
+from ..distributed.process_group import ProcessGroup, init_distributed, lost_connections
 from ..errors import OptionError, Unsupported
 from ..flops import measured_flops
 from ..lora import LoraAdapter
@@ -56,9 +60,13 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
     if not recipe.steps and not recipe.epochs:
         raise OptionError("a run needs its length: steps, or epochs, passes over all samples")
     model = checkpoints.resolve(recipe.model)
-    ranks, device = init_distributed(recipe.device, get_device)
-    log = log if ranks.rank == 0 else _no_log
-    network, adapter, dtype = _train(recipe, model, out, ranks, device, log)
+    with lost_connections():
+        ranks, device = init_distributed(
+            recipe.device, get_device, timedelta(minutes=recipe.timeout_minutes)
+        )
+        log = log if ranks.rank == 0 else _no_log
+        check_shared(out, ranks)
+        network, adapter, dtype = _train(recipe, model, out, ranks, device, log)
     name = "adapter" if adapter else "model"
     if ranks.rank:
         return out / name
@@ -88,7 +96,9 @@ def _train(
     """The part that all ranks run. -> network, adapter, and the type of the stored weights."""
     form = SampleFormat(recipe.template, recipe.anyres, recipe.images_first_ratio)
     ranks.run_on_rank0(lambda: check_precision(recipe, model, device))
-    training, held_out = ranks.run_on_rank0(lambda: prepare_samples(recipe, model, form, out, log))
+    training, held_out = ranks.run_on_rank0(
+        lambda: prepare_samples(recipe, model, form, out, log), long=True
+    )
     network, adapter, dtype = load_network(recipe, model, device)
     inside = shard_fsdp(network, ranks, device, wide=_in_float32(recipe, device))
     bfloat16 = in_bfloat16(device, recipe.bfloat16)
@@ -159,6 +169,32 @@ def _train(
             peak_flops=ranks.all_reduce_sum(measured_flops(device, dtype_of_products))[0],
         )
     return network, adapter, dtype
+
+
+def check_shared(out: Path, ranks: ProcessGroup) -> None:
+    """Raises OptionError on all ranks where one of them does not see the files of rank 0 in `out`:
+    each writes its shards of the checkpoints there."""
+    if ranks.world_size == 1:
+        return
+    name = f".seen-by-all-{secrets.token_hex(8)}"
+
+    def write() -> str:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+        return name
+
+    path, patience = out / ranks.run_on_rank0(write), time.monotonic() + 5
+    while not path.exists() and time.monotonic() < patience:  # NFS keeps what it has seen
+        time.sleep(0.1)
+    seen = ranks.all_gather_object((socket.gethostname(), path.exists()))
+    ranks.run_on_rank0(lambda: (out / name).unlink())
+    if blind := [f"{rank} ({host})" for rank, (host, saw) in enumerate(seen) if not saw]:
+        ranks.raise_everywhere(
+            OptionError(
+                f"{out} is not the folder of all processes: rank {', '.join(blind)} does not see "
+                "the files of rank 0; take one on a file system that all hosts share"
+            )
+        )
 
 
 def _in_float32(recipe: Recipe, device: torch.device) -> bool:

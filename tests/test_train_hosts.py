@@ -1,0 +1,125 @@
+"""Two hosts, as network namespaces: the documented torchrun command, and a process that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.train import recipe
+from llava_interleave.train.run import run
+
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Namespaces node1 and node2. As on Debian, the name of node2 is a loopback address there."""
+    if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need Linux, root and iproute2")
+    names = [f"llava-{os.getpid()}-{number}" for number in (1, 2)]
+    node1 = "127.0.0.1 localhost\n10.231.0.1 node1\n"
+    files = [Path("/etc/netns", name, "hosts") for name in names]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces: {error.stderr}")
+        ends = [("peer1", "netns", names[0]), ("peer2", "netns", names[1])]
+        ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+        for number, (name, file) in enumerate(zip(names, files, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.231.0.{number}/24", "dev", f"peer{number}")
+            for link in ("lo", f"peer{number}"):
+                ip("-n", name, "link", "set", link, "up")
+            file.parent.mkdir(parents=True)
+            more = "10.231.0.2 node2\n" if number == 1 else "127.0.1.1 node2\n"
+            file.write_text(node1 + more)
+        yield names
+    finally:
+        for name, file in zip(names, files, strict=True):
+            listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+            for pid in listed.stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            shutil.rmtree(file.parent, ignore_errors=True)
+
+
+def worker(host: str) -> int:
+    """The training process on a host."""
+    listed = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout
+    (pid,) = (
+        int(pid)
+        for pid in listed.split()
+        if (words := Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))[3:4]
+        == [b"llava_interleave"]
+        and b"torch.distributed.run" not in words
+    )
+    return pid
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    path = out / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_killed_process_of_another_host_is_started_again_and_nothing_is_lost(
+    hosts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, out = tiny_checkpoint(tmp_path / "instructed" / "model"), tmp_path / "out"
+    rows = [
+        {"id": str(n), "messages": [{"role": "user", "content": "What?"},
+                                    {"role": "assistant", "content": f"Number {n}." * (1 + n % 3)}]}
+        for n in range(12)
+    ]  # fmt: skip
+    (tmp_path / "m4.json").write_text(json.dumps(rows))
+    (block,) = re.findall(r"^\$ (torchrun [^`]*--rdzv-id[^`]*)^```", PAGE.read_text(), re.M)
+    command = block.replace("\\\n", " ").replace("--nproc-per-node 8", "--nproc-per-node 1")
+    words = shlex.split(command)[1:]
+    words[words.index("-o") + 1] = str(out)
+    settings = {"steps": 40, "tokens": 60, "workers": 0, "save_every": 3, "log_every": 1}
+    more = [word for name in settings for word in (f"--{name.replace('_', '-')}", settings[name])]
+    more.append("--no-bfloat16")
+    python = [sys.executable, "-m", "torch.distributed.run"]
+    begun = []
+    for number, host in enumerate(hosts, 1):
+        named = ["unshare", "--uts", "sh", "-c", f'hostname node{number}; exec "$@"', "sh"]
+        whole = ["ip", "netns", "exec", host, *named, *python, *words, *map(str, more)]
+        with (tmp_path / f"node{number}").open("w") as file:
+            begun.append(subprocess.Popen(whole, stdout=file, stderr=subprocess.STDOUT))
+    patience = time.monotonic() + 120
+    while len(lines(out)) < 5 and time.monotonic() < patience:
+        time.sleep(0.02)
+    killed = worker(hosts[1])
+    os.kill(killed, signal.SIGKILL)
+    said = "".join((tmp_path / f"node{number}").read_text() for number in (1, 2))
+    assert [process.wait(timeout=120) for process in begun] == [0, 0], said
+    said = "".join((tmp_path / f"node{number}").read_text() for number in (1, 2))
+    assert "rank 0 of 2 on node1 lost another process" in said
+    changes = {**settings, "model": str(model), "source": tmp_path / "m4.json"}
+    one = recipe.read(recipe.find("interleave")).but(
+        {**changes, "grad_accum_steps": 16, "bfloat16": False}
+    )
+    run(one, tmp_path / "one", log=lambda _: None)
+    both = zip(lines(out), lines(tmp_path / "one"), strict=True)
+    for number, (mine, alone) in enumerate(both, 1):
+        assert mine["step"] == alone["step"] == number
+        assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-4)
