@@ -146,6 +146,9 @@ class Options(SamplingParams):
     adapter: str | None = setting(
         None, "LoRA adapter; on the command line its folder or Hugging Face name."
     )
+    cite: bool = setting(
+        False, "Cite the images that each sentence of the answer rests on (attribution)."
+    )
     preset: str = setting("interleave", "Prompt format: interleave, hf or official.")
     system: str | None = setting(
         DEFAULT_SYSTEM, "System prompt; 'default' is the preset's own, '' omits it."
@@ -183,6 +186,8 @@ class Options(SamplingParams):
         SamplingParams.__post_init__(self)  # super() fails in a dataclass with slots
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop takes non-empty strings, not {self.stop!r}")
+        if not isinstance(self.cite, bool):
+            raise OptionError(f"cite must be true or false, not {self.cite!r}")
         if type(self.n) is not int or not 1 <= self.n <= 128:
             raise OptionError(f"n is the number of answers, 1 to 128, not {self.n!r}")
 

@@ -15,13 +15,17 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llava_interleave.attribution.attribution import normalize, to_heatmap
+from llava_interleave.attribution.attribution import LeaveOut, normalize, to_heatmap
+from llava_interleave.attribution.citations import Citation, cite, mark
+from llava_interleave.attribution.forward import AttributionRun
 from llava_interleave.chat import Chatbot, load
 from llava_interleave.cli import app
+from llava_interleave.cli.demo import copy_files
 from llava_interleave.errors import DataError, OptionError, PromptError
 from llava_interleave.image_layout import ImageTokenLayout
-from llava_interleave.model import AttentionRecorder, Llava, arrange_features
-from llava_interleave.prompt import Prompt
+from llava_interleave.model import ContinuationAttention, Llava, arrange_features
+from llava_interleave.options import Options
+from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config
 
 SHAPES = {"as 0.5B": {}, "GQA": {"num_kv_heads": 2}, "one key-value head": {"num_kv_heads": 1}}
@@ -47,19 +51,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 class Written:
-    """Causal attention written out with a mask: no other token sees a key that is `hidden`.
-    Keeps all probabilities.
+    """Causal attention written out with a mask: no other token from `first` on sees a key that is
+    `hidden`. Keeps all probabilities.
     """
 
-    def __init__(self, hidden: Sequence[int] = ()) -> None:
-        self.hidden = hidden
+    def __init__(self, hidden: Sequence[int] = (), first: int = 0) -> None:
+        self.hidden, self.first = hidden, first
         self.kept: dict[int, Tensor] = {}  # layer -> [H, T, T]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         total, repeat = len(q), q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         seen = torch.ones(total, total, dtype=torch.bool).tril()
-        seen[:, list(self.hidden)] = False
+        seen[self.first :, list(self.hidden)] = False
         seen |= torch.eye(total, dtype=torch.bool)
         scores = q.transpose(0, 1) @ k.permute(1, 2, 0) / math.sqrt(q.shape[2])
         self.kept[layer] = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -68,13 +72,18 @@ class Written:
 
 @torch.inference_mode()
 def reference(
-    model: Llava, prompt: Prompt, answer: tuple[int, ...], vocab: int, hidden: Sequence[int] = ()
+    model: Llava,
+    prompt: Prompt,
+    answer: tuple[int, ...],
+    vocab: int,
+    hidden: Sequence[int] = (),
+    first: int = 0,
 ) -> tuple[Tensor, Written]:
     """Log-probability of each token of an answer after a prompt, read whole, and the attention that
     was paid.
     """
     spans = [(m.start, arrange_features(model.encode(m.pixels), m.layout)) for m in prompt.media]
-    attend = Written(hidden)
+    attend = Written(hidden, first)
     x = model.embed(torch.tensor([*prompt.tokens, *answer]), spans)
     logits = model.logits(model(x, torch.arange(len(x)), attend))[
         len(prompt) - 1 : -1, :vocab
@@ -88,7 +97,10 @@ def reference(
 def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups: int) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(11, heads, 8), torch.randn(11, groups, 8), torch.randn(11, groups, 8)
-    recorded, written = AttentionRecorder(11, 7, [2]), Written()
+    recorded, written = (
+        ContinuationAttention([11], [[]], None, q.device, layers=[2], record=4),
+        Written(),
+    )
     assert torch.allclose(recorded(2, q, k, v), written(2, q, k, v), atol=1e-6)
     recorded(1, q, k, v)
     assert set(recorded.recorded) == {2}
@@ -99,13 +111,19 @@ def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups:
     assert (kept.triu(8) == 0).all()
 
 
-def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("leave_out", [True, "exact"])
+def test_against_masks_and_the_engine(
+    bot: Chatbot, files: list[Path], leave_out: LeaveOut, cached: bool
+) -> None:
     """Changes, attention, maps and images of three images, from a network that is asked in the
-    plainest way.
+    plainest way; with and without what the engine has computed.
     """
     turn = bot.turn("First <image> then <image> and <image>?", files)
     answer = bot.chat(turn, max_new_tokens=7, logprobs=0, ignore_eos=True, temperature=50, seed=1)
-    told = bot.attribute(turn, answer, layers=[0, 2])
+    if not cached:
+        bot.engine.clear()
+    told = bot.attribute(turn, answer, layers=[0, 2], leave_out=leave_out)
     prompt, vocab = bot.prompt(turn), bot.processor.tokenizer.size
     assert answer.logprobs is not None
     assert told.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
@@ -125,6 +143,7 @@ def test_against_masks_and_the_engine(bot: Chatbot, files: list[Path]) -> None:
             answer.tokens,
             vocab,
             range(media.start, media.start + media.layout.length),
+            0 if leave_out == "exact" else max(m.start + m.layout.length for m in prompt.media),
         )
         assert look.change == pytest.approx(float((whole - without).sum()), abs=1e-4)
         assert look.token_changes == pytest.approx((whole - without).numpy(), abs=1e-4)
@@ -309,3 +328,140 @@ def test_the_command_refuses_what_has_no_page(tmp_path: Path, files: list[Path])
         assert isinstance(done.exception, OptionError)
         assert "--attribution" in str(done.exception)
     assert not (tmp_path / "out.html").exists()
+
+
+def test_without_the_last_image_both_ways_are_one(bot: Chatbot, files: list[Path]) -> None:
+    """All rows that could have taken something from it are computed again."""
+    for attached in (files[:1], files):
+        turn = bot.turn("Hm?", attached)
+        answer = bot.chat(turn, max_new_tokens=5, ignore_eos=True)
+        direct, exact = (bot.attribute(turn, answer, leave_out=how) for how in (True, "exact"))
+        changes = [one.images[-1].token_changes for one in (direct, exact)]
+        assert changes[0] == pytest.approx(changes[1], abs=1e-5)
+
+
+def test_citations_sum_to_the_attribution(bot: Chatbot, files: list[Path]) -> None:
+    text = "One cat. Two dogs, and 3.5 m.\nThe rest is sea"
+    turn = bot.turn("Hm?", files)
+    prompt, tokenizer = bot.prompt(turn), bot.processor.tokenizer
+    tokens = tokenizer.encode(text)
+    run = AttributionRun(bot.model, prompt, tokens, tokenizer.size)
+    found = cite(run, [tokenizer.token_bytes(token) for token in tokens], text)
+    assert [text[one.start : one.end] for one in found] == [one.text for one in found]
+    assert "".join(one.text for one in found) == text
+    assert [one.text.strip() for one in found] == [
+        "One cat.",
+        "Two dogs, and 3.5 m.",
+        "The rest is sea",
+    ]
+    sums = [sum(column) for column in zip(*(one.changes for one in found), strict=True)]
+    changes = [image.change for image in bot.attribute(turn, text).images]
+    assert sums == pytest.approx(changes, abs=1e-4)
+
+
+class Known:
+    """A run whose log-probabilities are known: by the number of the one visible image, if any."""
+
+    def __init__(self, whole: float, hidden: list[float], visible: list[float], none: float):
+        media = tiny_media(len(hidden))
+        self.prompt, self.whole, self.none = Prompt([], media), whole, none
+        self.by_hidden = {(one,): value for one, value in zip(media, hidden, strict=True)} | {
+            tuple(m for m in media if m is not one): value
+            for one, value in zip(media, visible, strict=True)
+        }
+
+    def logprobs(self) -> Tensor:
+        return torch.tensor([self.whole])
+
+    def without(self, media: Sequence[Media]) -> Tensor:
+        return torch.tensor([self.none])
+
+    def directly_without(self, hidden: Sequence[Sequence[Media]]) -> list[Tensor]:
+        return [torch.tensor([self.by_hidden.get(tuple(one), self.none)]) for one in hidden]
+
+
+def tiny_media(count: int) -> tuple[Media, ...]:
+    layout = ImageTokenLayout(2, 1)
+    return tuple(Media(torch.zeros(0), layout, bytes([i]), i * layout.length) for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "visible", "none", "images"),
+    [
+        ([-9.0, -1.0, -1.2], [], -9.0, (1,)),
+        ([-9.0, -4.9, -5.1], [], -9.0, (1, 3)),  # half of the largest
+        ([-1.9, -1.0, -1.0], [-1.9, -1.9, -1.9], -1.5, ()),  # no image is needed
+        ([-1.0, -1.1, -1.0], [-1.5, -1.2, -8.0], -9.0, (1, 2)),  # both tell it
+    ],
+)
+def test_which_images_are_cited(
+    hidden: list[float], visible: list[float], none: float, images: tuple[int, ...]
+) -> None:
+    run = Known(-1.0, hidden, visible or hidden, none)
+    (found,) = cite(run, [b"A cat."], "A cat.")  # type: ignore[arg-type]
+    assert (found.images, found.uncertain) == (images, False)
+    assert found.changes == pytest.approx([-1.0 - one for one in hidden], abs=1e-6)
+    (compares,) = cite(run, [b"Both."], "Both.")  # type: ignore[arg-type]
+    assert compares.uncertain
+
+
+def test_text_with_its_citations() -> None:
+    found = [
+        Citation("A star. ", 0, 8, (2,), (0.0, 2.0), False),
+        Citation("Hm.\n", 8, 12, (), (0.0, 0.0), False),
+        Citation("Both", 12, 16, (1, 2), (3.0, 2.0), True),
+    ]
+    assert mark("A star. Hm.\nBoth", found) == "A star. [2] Hm.\nBoth [1, 2]"
+    assert mark("A star. Hm.\nBoth", []) == "A star. Hm.\nBoth"
+
+
+def test_the_builtin_model_cites_the_described_image(tmp_path: Path) -> None:
+    """In any order of the images, and again from nothing cached; prompts without images too."""
+    copy_files(tmp_path)
+    builtin = load(device="cpu")
+    albums = [str(tmp_path / f"album-{number}.png") for number in (1, 2, 3)]
+    seen = set()
+    for order in ((0, 1, 2), (2, 0, 1)):
+        answer = builtin.ask("Describe the images.", [albums[i] for i in order], cite=True)
+        assert answer.citations is not None
+        builtin.engine.clear()
+        assert (
+            answer.cited
+            == builtin.ask("Describe the images.", [albums[i] for i in order], cite=True).cited
+        )
+        image = 0
+        for citation in answer.citations:
+            image += citation.text.startswith("image ")
+            if not citation.text.startswith("image "):
+                assert citation.images == (image,), (citation, image)
+                seen.add((order[image - 1], citation.text.strip(" .")))
+    assert len(seen) == 8
+    alone = builtin.ask("What is a star?", cite=True)
+    assert alone.citations and not any(one.images for one in alone.citations)
+
+
+def test_citations_are_refused_before_the_answer(bot: Chatbot, files: list[Path]) -> None:
+    with pytest.raises(OptionError, match="need every image token"):
+        bot.stream(bot.turn("Hm?", files), cite=True, image_token_ratio=0.5)
+    with pytest.raises(OptionError, match="cite must be true or false"):
+        bot.ask("Hm?", files, cite=1)
+    with pytest.raises(OptionError, match="cite"):
+        bot.each(files, {"a": "What?"}, cite=True)
+
+
+def test_what_the_engine_lends_stays(bot: Chatbot, files: list[Path]) -> None:
+    """Also where another question takes over the memory of the prompt, or the cache is cleared."""
+    bot.engine.clear()
+    prompt = bot.prompt(bot.turn("What is this? And what?", files))
+    bot.answer_prompts([prompt], Options(max_new_tokens=8, ignore_eos=True))
+    lent = bot.engine.cached_prompt(prompt)
+    assert lent.length == len(prompt)
+    before = [[part.clone() for part in lent.stored(layer)] for layer in range(3)]
+    assert bot.ask("What is this? And who?", files, max_new_tokens=2).usage.cached > 48
+    assert len(bot.engine._prefix_cache.idle) == 1  # it was taken over
+    bot.engine.clear()
+    for layer, parts in enumerate(before):
+        assert all(map(torch.equal, parts, lent.stored(layer)))
+    assert all(features is not None for features in lent.features)
+    assert bot.engine.cached_prompt(prompt).length == 0
+    assert bot.engine.cached_prompt(prompt).features == (None,) * 3

@@ -33,7 +33,8 @@ from starlette.websockets import WebSocketDisconnect
 from typer.testing import CliRunner
 
 from llava_interleave import cli
-from llava_interleave.attribution.attribution import AttributionRun, ImageAttribution
+from llava_interleave.attribution.attribution import ImageAttribution
+from llava_interleave.attribution.forward import AttributionRun
 from llava_interleave.chat import Answer, AnswerDelta, Chatbot, Options, load
 from llava_interleave.errors import LlavaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
@@ -720,14 +721,64 @@ def test_an_explanation_is_the_librarys_whole_or_streamed(
         assert found_later == told(oracle, answer.text, how is True, frames=2), index
 
 
+def test_citations_are_the_librarys_whole_or_streamed(client: TestClient, oracle: Chatbot) -> None:
+    """As annotations beside the same text; an answer to text alone needs no image."""
+    fields: dict[str, Any] = {"messages": LOOK, "temperature": 1.5, "seed": 3, "n": 2, "frames": 2}
+    answers = oracle.choices(
+        LOOK, temperature=1.5, seed=3, n=2, frames=2, max_new_tokens=4, cite=True
+    )
+    known = [
+        [
+            {
+                "type": "image_citation",
+                "start_index": one.start,
+                "end_index": one.end,
+                "images": list(one.images),
+                "changes": pytest.approx(list(one.changes), abs=1e-4),
+                "uncertain": one.uncertain,
+            }
+            for one in answer.citations or ()
+        ]
+        for answer in answers
+    ]
+    assert all(known)
+    whole = ask(client, cite=True, **fields).json()
+    assert [choice["message"]["annotations"] for choice in whole["choices"]] == known
+    chunks = events(ask(client, cite=True, **fields, stream=True).text)
+    found = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert [
+        "".join(one["delta"].get("content", "") for one in found if one["index"] == i)
+        for i in range(2)
+    ] == [answer.text for answer in answers]
+    cited = {
+        one["index"]: one["delta"]["annotations"] for one in found if "annotations" in one["delta"]
+    }
+    assert [cited[index] for index in range(2)] == known
+    assert "annotations" not in ask(client, **fields).json()["choices"][0]["message"]
+    text = ask(client, messages=[{"role": "user", "content": "Hello"}], cite=True).json()
+    (choice,) = text["choices"]
+    assert [one["images"] for one in choice["message"]["annotations"]] == [[]] * len(
+        choice["message"]["annotations"]
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"messages": [{"role": "user", "content": "Hello"}]}, "needs an image"),
         ({"max_tokens": 1025}, "1024"),
-        ({"messages": user(*[image_part(RED)] * 20, "Which?"), "max_tokens": 2}, "'attention'"),
+        (
+            {
+                "messages": user(*[image_part(RED)] * 32, "Which?"),
+                "max_tokens": 2,
+                "attribution": "exact",
+            },
+            "'attention'",
+        ),
         ({"n": 8, "max_tokens": 300, "attribution": "attention"}, "the limit is 5,000"),
         ({"attribution": "shares"}, "attribution"),
+        ({"attribution": False, "cite": True, "max_tokens": 1025}, "cite is limited to"),
+        ({"attribution": False, "cite": True, "n": 8, "max_tokens": 300}, "the limit is 5,000"),
     ],
 )
 def test_an_impossible_attribution_is_refused_before_the_answer(
@@ -1272,10 +1323,10 @@ def test_a_disconnect_cancels_the_attribution(
     """
     passes: list[Any] = []
     go, first = threading.Event(), threading.Event()
-    real = AttributionRun.logprobs
+    real = AttributionRun._forward
     monkeypatch.setattr(
         AttributionRun,
-        "logprobs",
+        "_forward",
         lambda *a: passes.append(first.set()) or (go.wait(60) and real(*a)),
     )
     asked = WHAT if path == CHAT else [*WHAT, {"role": "assistant", "content": "Red."}]
@@ -1297,9 +1348,9 @@ def test_an_attribution_over_its_time_limit_is_an_error(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, first = threading.Event(), threading.Event()
-    real = AttributionRun.logprobs
+    real = AttributionRun._forward
     monkeypatch.setattr(
-        AttributionRun, "logprobs", lambda *a: first.set() or (go.wait(60) and real(*a))
+        AttributionRun, "_forward", lambda *a: first.set() or (go.wait(60) and real(*a))
     )
     with listening(tiny, shutdown_timeout=0.1) as going, connect(going) as reading:
         reading.sendall(request(CHAT, chat_body(max_tokens=3, attribution=True)))

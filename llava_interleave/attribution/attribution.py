@@ -6,9 +6,9 @@ Computed by the model's own forward, next to the engine.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from ..errors import OptionError, PromptError
 from ..image_layout import ImageTokenLayout
-from ..model import AttentionFn, AttentionRecorder, Llava, PackedAttention
 from ..prompt import Media, Prompt
 from . import report
+from .forward import AttributionRun
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..processing.images import ImageSettings
 
-CROPS_PER_CALL, ROWS_PER_CALL = 8, 64
-"""Crops per call of the vision tower; rows whose logits are in memory at a time."""
+LeaveOut = bool | Literal["exact"]
+"""How images are left out: True hides an image from the tokens behind all images, which are
+computed again; "exact" from all tokens; False: none is left out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,7 @@ class ImageAttribution:
 
     name: its label, as `Chatbot.estimate` has it.
     change: by how many nats the answer's log-probability falls without it; None if not computed.
+        What later images took from it stays unless `leave_out` is "exact".
     token_changes: the same for each token of the answer, `[A]` float32, whose sum is `change`.
     share: its part of the sum of all decreases; 0 if the log-probability rises; None as `change`.
     attention: its share of the answer's attention to images.
@@ -71,95 +73,32 @@ class Attribution:
         report.write(path, self)
 
 
-class AttributionRun:
-    """Forward passes over a prompt with its answer; the images are encoded once.
-
-    The row before an answer's token predicts it, so the answer's last token is not an input and the
-    answer's rows are the last `len(answer)` ones.
-
-    check_cancelled: called before each pass; it may raise.
-    """
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        model: Llava,
-        prompt: Prompt,
-        answer: Sequence[int],
-        vocab: int,
-        check_cancelled: Callable[[], None] = lambda: None,
-    ) -> None:
-        check_cancelled()
-        weight = model.language_model.norm.weight
-        self.model, self.prompt, self.vocab = model, prompt, vocab
-        self.check_cancelled = check_cancelled
-        self.answer = torch.tensor(list(answer), device=weight.device)
-        spans = []
-        for media in prompt.media:
-            starts = range(0, media.layout.crops, CROPS_PER_CALL)
-            parts = (media.pixels_of(start, start + CROPS_PER_CALL) for start in starts)
-            features = torch.cat(
-                [model.encode(part.to(weight.device, weight.dtype)) for part in parts]
-            )
-            spans.append((media.start, model.arrange(features, media.layout)))
-        tokens = torch.tensor([*prompt.tokens, *answer[:-1]], device=weight.device)
-        self.x = model.embed(tokens, spans)
-        self.positions = torch.arange(len(self.x), device=weight.device)
-
-    def logprobs(self, attend: AttentionFn, x: Tensor, positions: Tensor) -> Tensor:
-        """Log-probability of each token of the answer `[A]` for inputs `x [T, D]`.
-
-        As in the engine, over the tokens that can be generated.
-        """
-        self.check_cancelled()
-        hidden = self.model.forward(x, positions, attend)[-len(self.answer) :]
-        logprobs = []
-        calls = zip(hidden.split(ROWS_PER_CALL), self.answer.split(ROWS_PER_CALL), strict=True)
-        for rows, tokens in calls:
-            logits = self.model.logits(rows)[:, : self.vocab].float()
-            for placeholder in self.model.config.placeholder_ids:
-                logits[:, placeholder : placeholder + 1] = -torch.inf
-            logprobs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
-        return torch.cat(logprobs)
-
-    def with_attention(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities `[A]`; the answer's attention `[A, T]`, mean over layers and heads."""
-        recorder = AttentionRecorder(len(self.x), len(self.x) - len(self.answer), layers)
-        logprobs = self.logprobs(recorder, self.x, self.positions)
-        return logprobs, torch.stack([recorder.recorded[layer] for layer in layers]).mean(0)
-
-    def without(self, *media: Media) -> Tensor:
-        """Log-probabilities `[A]` where nothing attends to these media; all positions stay.
-
-        Under causal attention that is the same as removing their rows.
-        """
-        rows = torch.ones(len(self.x), dtype=torch.bool, device=self.x.device)
-        for one in media:
-            rows[one.start : one.start + one.layout.length] = False
-        return self.logprobs(PackedAttention([int(rows.sum())]), self.x[rows], self.positions[rows])
-
-
-def count_tokens(prompt: Prompt, answer_tokens: int, leave_out: bool) -> int:
-    """Tokens of all forward passes of `attribute`: with all images, without any, without each."""
+def count_tokens(prompt: Prompt, answer_tokens: int, leave_out: LeaveOut) -> int:
+    """Tokens of all forward passes of `attribute` at most: with all images, without any, and what
+    is computed again without each."""
     lengths = [media.layout.length for media in prompt.media]
+    ends = [media.start + media.layout.length for media in prompt.media]
     whole = len(prompt) + answer_tokens
-    each = sum(whole - length for length in lengths) if leave_out else 0
+    each = 0
+    if leave_out == "exact":
+        each = sum(whole - end for end in ends)
+    elif leave_out:
+        each = len(ends) * (whole - max(ends))
     return 2 * whole - sum(lengths) + each
 
 
 @torch.inference_mode()
 def attribute(
-    run: AttributionRun, settings: ImageSettings, layers: Sequence[int], leave_out: bool
+    run: AttributionRun, settings: ImageSettings, layers: Sequence[int], leave_out: LeaveOut
 ) -> tuple[float, tuple[ImageAttribution, ...]]:
     """The answer's log-probability and each media's part in it.
 
-    Two forward passes, and with `leave_out` one more per media. The answer's tokens are weighted by
-    how much the images raise their log-probability: an end token, or the rest of a word, needs no
-    image.
+    The answer's tokens are weighted by how much the images raise their log-probability: an end
+    token, or the rest of a word, needs no image.
     """
     media = run.prompt.media
     logprobs, attention = run.with_attention(layers)
-    gains = normalize((logprobs - run.without(*media)).tolist())
+    gains = normalize((logprobs - run.without(media)).tolist())
     weighted = torch.tensor(gains, device=attention.device) @ attention
     weights = [weighted[m.start : m.start + m.layout.length] for m in media]
     masses = [float(part.sum()) for part in weights]
@@ -167,7 +106,12 @@ def attribute(
     per_token: list[Tensor] | list[None] = [None] * len(media)
     shares: list[float] | list[None] = [None] * len(media)
     if leave_out:
-        per_token = [logprobs - run.without(m) for m in media]
+        left_out = (
+            [run.without([m]) for m in media]
+            if leave_out == "exact"
+            else run.directly_without([[m] for m in media])
+        )
+        per_token = [logprobs - one for one in left_out]
         shares = normalize([float(one.sum()) for one in per_token])
     return logprob, tuple(
         ImageAttribution(
@@ -240,17 +184,22 @@ def check(prompt: Prompt, answer: Sequence[int], context: int) -> None:
         raise PromptError(
             f"attribution needs an image; the prompt has {len(prompt)} tokens of text and no image"
         )
-    if any(media.layout.share < 1 for media in prompt.media):
-        raise OptionError(
-            "attribution needs every image token: "
-            "ask and attribute without image_token_ratio and video_token_ratio"
-        )
+    check_layouts(prompt)
     if not answer:
         raise PromptError("the answer has no tokens, so there is nothing to attribute")
     if len(prompt) + len(answer) > context:
         raise PromptError(
             f"the prompt has {len(prompt)} tokens and the answer {len(answer)}, "
             f"but the context is {context}: shorten the answer"
+        )
+
+
+def check_layouts(prompt: Prompt) -> None:
+    """Raises `OptionError` for a prompt without some of its images' tokens."""
+    if any(media.layout.share < 1 for media in prompt.media):
+        raise OptionError(
+            "attribution and citations need every image token: "
+            "ask without image_token_ratio and video_token_ratio"
         )
 
 

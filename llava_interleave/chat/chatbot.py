@@ -13,12 +13,15 @@ from typing import Any
 from .. import checkpoints, generation_config
 from ..attribution.attribution import (
     Attribution,
-    AttributionRun,
+    LeaveOut,
     attribute,
     check,
+    check_layouts,
     last_question,
     resolve_layers,
 )
+from ..attribution.citations import cite, cite_text
+from ..attribution.forward import AttributionRun
 from ..distributed.replicated_engine import ReplicatedEngine
 from ..engine import Engine, Usage
 from ..engine.prefix_cache import CacheKey
@@ -131,7 +134,7 @@ class Chatbot:
         there is nothing else to do; requests that arrive meanwhile go first. Returns the tokens of
         the prompt, and those that were cached already.
         """
-        options = self.options(options, {**changes, "n": 1})
+        options = self.options(options, {**changes, "n": 1, "cite": False})
         job = GenerationJob(self.prompt(messages, options), options, prefill_only=True)
         return self.answer_jobs([job])[0].usage
 
@@ -231,15 +234,16 @@ class Chatbot:
         options: Options | None = None,
         *,
         layers: Sequence[int] | None = None,
-        leave_out: bool = True,
+        leave_out: LeaveOut = True,
         **changes: object,
     ) -> Attribution:
         """Attribute an answer to its images: leave-one-out changes and attention maps.
 
         The options must be those of the answer. answer: from `chat`, or a text, which has no token
-        that ends it. layers: of the decoder, from 0, for the attention maps. leave_out: one forward
-        pass per image without it; otherwise `change` and `share` are None, and there is one pass
-        with all images and one with none. Other threads can use the chatbot meanwhile.
+        that ends it. layers: of the decoder, from 0, for the attention maps. leave_out: hide each
+        image from the question and the answer ("exact": also from the images after it, which takes
+        a pass over them); False: `change` and `share` are None. What the engine has cached of the
+        prompt is not computed again. Other threads can use the chatbot meanwhile.
         """
         options = self.options(options, changes)
         prompt = self.prompt(messages, options)
@@ -254,8 +258,10 @@ class Chatbot:
         )
         check(prompt, tokens, text.context)
         layers = resolve_layers(layers, text.num_layers)
+        with self._lock:
+            cached = self.engine.cached_prompt(prompt, adapter=options.adapter)
         with self.engine.adapters.whole(options.adapter):
-            run = AttributionRun(self.model, prompt, tokens, tokenizer.size)
+            run = AttributionRun(self.model, prompt, tokens, tokenizer.size, cached=cached)
             result = attribute(run, self.processor.images, layers, leave_out)
         return Attribution(last_question(messages), str(answer), layers, *result)
 
@@ -343,6 +349,9 @@ class Chatbot:
         self, jobs: list[GenerationJob], progress: Callable[[int, int], None] | None = None
     ) -> Generator[AnswerDelta]:
         """Queue jobs now, so that errors are raised here, and return their deltas."""
+        for job in jobs:
+            if job.options.cite:
+                self._check_citable(job.prompt)
         deltas = self._deltas(jobs, progress)
         next(deltas)
         return deltas
@@ -373,11 +382,33 @@ class Chatbot:
                         item = job.items.popleft()
                         if isinstance(item, Exception):
                             raise item
+                        if item.answer is not None and job.options.cite:
+                            answer = self._cited(job, item.answer)
+                            item = dataclasses.replace(item, answer=answer)
                         yield item
         finally:
             with self._lock:
                 for job in jobs:
                     self._driver.abort(job)
+
+    def _check_citable(self, prompt: Prompt) -> None:
+        check_layouts(prompt)
+        if isinstance(self.engine, ReplicatedEngine):
+            raise Unsupported("citations are not supported under tensor parallelism")
+
+    def _cited(self, job: GenerationJob, answer: Answer) -> Answer:
+        """The answer with its citations. Other threads can use the chatbot meanwhile."""
+        tokenizer, adapter = self.processor.tokenizer, job.options.adapter
+        parts = [tokenizer.token_bytes(token) for token in answer.tokens]
+        if not job.prompt.media:
+            return dataclasses.replace(answer, citations=cite_text(parts, answer.text))
+        with self._lock:
+            cached = self.engine.cached_prompt(job.prompt, salt=job.salt, adapter=adapter)
+        with self.engine.adapters.whole(adapter):
+            run = AttributionRun(
+                self.model, job.prompt, answer.tokens, tokenizer.size, cached=cached
+            )
+            return dataclasses.replace(answer, citations=cite(run, parts, answer.text))
 
 
 def _report(jobs: list[GenerationJob], progress: Callable[[int, int], None]) -> None:

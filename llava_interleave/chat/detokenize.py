@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..attribution.citations import Citation, mark
 from ..engine import Event, Timings, Usage
 from ..options import Options
 from ..processing import TextStream, Tokenizer
@@ -32,6 +33,7 @@ class Answer:
     tokens: every generated id, including one that ended the answer.
     finish_reason: "stop" at the end of the turn or a stop string, "length" at max_new_tokens,
     "repetition" if it only repeated itself (`Options.stop_on_repetition`).
+    citations: of its sentences, with the option `cite`.
     """
 
     text: str
@@ -40,9 +42,15 @@ class Answer:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
+    citations: tuple[Citation, ...] | None = None
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def cited(self) -> str:
+        """Its text with the numbers of the cited images behind each sentence."""
+        return mark(self.text, self.citations or ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,10 +90,11 @@ class TableRun:
     def __init__(
         self, bot: Chatbot, columns: Sequence[Column], options: Options, known: Known | None = None
     ) -> None:
-        if options.temperature or options.n != 1 or options.logprobs is not None or options.stop:
+        unused = (options.temperature, options.n - 1, options.stop, options.cite)
+        if any(unused) or options.logprobs is not None:
             raise OptionError(
-                "a table's answers are greedy, one per cell: leave out temperature, n, logprobs "
-                "and stop"
+                "a table's answers are greedy, one per cell: leave out temperature, n, logprobs, "
+                "stop and cite"
             )
         self.bot, self.columns = bot, columns
         self.known = known

@@ -83,7 +83,7 @@ def ask(
     ).load()
     options = bot.options(changes=given)
     messages = bot.turn(question, sources)
-    if stream and options.n == 1 and not as_json:
+    if stream and options.n == 1 and not as_json and not options.cite:
         answers = [print_stream(bot, messages, options)]
     else:
         with terminal.spinner("answering"):
@@ -91,7 +91,7 @@ def ask(
         if as_json:
             terminal.print_json(to_json(bot, options, answers))
         else:
-            print(*answers, sep="\n")
+            print(*(answer.cited for answer in answers), sep="\n")
     if attribution is not None:
         with terminal.spinner("computing the attribution"):
             bot.attribute(messages, answers[0], options).save(attribution)

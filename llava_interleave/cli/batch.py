@@ -82,10 +82,10 @@ def batch(
             f"the answers are JSON lines, so the output must end in .jsonl, not {out.name!r}"
         )
     options = Options(**given)
-    if options.n != 1 or options.logprobs is not None:
+    if options.n != 1 or options.logprobs is not None or options.cite:
         raise OptionError(
-            "batch writes one answer per sample, without log-probabilities: "
-            "leave out -n and --logprobs"
+            "batch writes one answer per sample, without log-probabilities and citations: "
+            "leave out -n, --logprobs and --cite"
         )
     from ..batch import Source, ray_cluster, run
 

@@ -188,7 +188,10 @@ class Terminal:
         try:
             with terminal.spinner("encoding the prompt") as progress:
                 chunks = stream(progress=progress)
-                text = next((chunk.text for chunk in chunks if chunk.text), "")
+                if self.options.cite:  # the numbers are known at the end
+                    text = "".join(one.answer.cited for one in chunks if one.answer is not None)
+                else:
+                    text = next((chunk.text for chunk in chunks if chunk.text), "")
             print(text, end="", flush=True)
             for chunk in chunks:
                 print(chunk.text, end="", flush=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    Key = tuple[bytes, int]
+from ..prompt import Media
+from .request import encoder_inputs
+
+Key = tuple[bytes, int]
 
 
 class EncoderCache:
@@ -29,6 +31,13 @@ class EncoderCache:
     def __getitem__(self, key: Key) -> Tensor:
         self._features.move_to_end(key)
         return self._features[key]
+
+    def features(self, media: Media, salt: bytes) -> Tensor | None:
+        """All tokens of a media `[length, D]`; None if a part is not cached."""
+        keys = [one.key for one in encoder_inputs(media, salt)]
+        if not all(key in self._features for key in keys):
+            return None
+        return torch.cat([self._features[key] for key in keys])
 
     def put(self, key: Key, features: Tensor) -> None:
         assert key not in self._features

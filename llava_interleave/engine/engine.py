@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, OptionError, Unsupported
 from ..lora import Adapters
-from ..model import Llava
+from ..model import Llava, StoredKV
 from ..options import SamplingParams
 from ..prompt import Prompt
 from .block_allocator import BlockAllocator
@@ -27,6 +28,9 @@ from .request import Event, FinishReason, Request
 from .sampler import Pick, TokenConstraint
 from .scheduler import Scheduler, SchedulerOutput
 from .validate import check_prompt, check_sampling, resolve_max_new_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KV_PRECISIONS = ("auto", "int8")
 
@@ -44,6 +48,19 @@ class Load:
     kv_cached: int
     feature_bytes: int
     crops_encoded: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrompt:
+    """What an engine has computed of a prompt, for any thread: later steps do not change it.
+
+    length: tokens whose keys and values, with RoPE, are in `stored`: by layer `[length, Hkv, d]`.
+    features: of each media `[layout.length, D]`, or None where they are not cached.
+    """
+
+    length: int
+    stored: StoredKV
+    features: tuple[Tensor | None, ...]
 
 
 class Engine:
@@ -317,6 +334,16 @@ class Engine:
         a sequence computed under a salt, which only requests of equal salt may use.
         """
         return self._snapshots.save(key)
+
+    def cached_prompt(
+        self, prompt: Prompt, *, salt: bytes = b"", adapter: str | None = None
+    ) -> CachedPrompt:
+        """What is cached of a prompt under this salt and adapter; nothing is computed."""
+        decoder_adapter, encoder_adapter = self.adapters.keys(adapter)
+        key = self._media_ids.cache_key(prompt.tokens, prompt.media, salted(salt, decoder_adapter))
+        encoder_salt = salted(salt, encoder_adapter)
+        features = (self._encoder_cache.features(m, encoder_salt) for m in prompt.media)
+        return CachedPrompt(*self._snapshots.lend(key), tuple(features))
 
     def restore(self, snapshot: KVSnapshot) -> CacheKey:
         """Add a snapshot of this or another engine to the prefix cache; returns its cache key.

@@ -37,10 +37,11 @@ TENSOR_NAMES = ("keys", "values", "key_scales", "value_scales")
 class ContiguousKV:
     """KV cache of one sequence, a tensor per layer; in int8 also the scales `[Hkv, capacity]`."""
 
-    __slots__ = ("capacity", "key_scales", "keys", "value_scales", "values")
+    __slots__ = ("capacity", "key_scales", "keys", "lent", "value_scales", "values")
 
     def __init__(self, layers: int, empty: Tensor) -> None:
         self.capacity = 0
+        self.lent = 0  # tokens that others read; before they are overwritten the tensors are copied
         scales: list[Tensor] = []
         if empty.dtype == torch.int8:
             scales = [empty.new_empty((len(empty), 0), dtype=torch.float16)] * layers
@@ -59,7 +60,7 @@ class ContiguousKV:
                 shape[dim] = capacity
                 layers[index] = new = old.new_empty(shape)
                 new.narrow(dim, 0, length).copy_(old.narrow(dim, 0, length))
-        self.capacity = capacity
+        self.capacity, self.lent = capacity, 0
 
     def export_tensors(self, length: int) -> dict[str, Tensor]:
         """Views of the first `length` tokens of all tensors by name; int8 as uint8."""
@@ -159,7 +160,7 @@ class ContiguousKVCache:
         """Allocate the memory of `kv` up to its capacity."""
         if kv.contiguous is None:
             kv.contiguous = ContiguousKV(self.layers, self._empty)
-        if kv.contiguous.capacity != kv.capacity:
+        if kv.contiguous.capacity != kv.capacity or kv.contiguous.lent > kv.length:
             kv.contiguous.resize(kv.capacity, min(kv.length, kv.contiguous.capacity))
 
     def copy(self, source: SequenceKV, target: SequenceKV, length: int) -> None:
@@ -181,6 +182,12 @@ class ContiguousKVCache:
     def adopt(self, kv: SequenceKV, contiguous: ContiguousKV) -> None:
         """Make imported memory of all its tokens that of a sequence."""
         kv.contiguous = contiguous
+
+    def lend_tensors(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
+        """As `export_tensors`, and nobody changes them for as long as they are used."""
+        assert kv.contiguous is not None
+        kv.contiguous.lent = max(kv.contiguous.lent, length)
+        return kv.contiguous.export_tensors(length)
 
     def export_tensors(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
         """The first `length` tokens of a sequence, as `ContiguousKV.export_tensors`."""

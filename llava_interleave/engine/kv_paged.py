@@ -89,6 +89,8 @@ class PagedKVCache:
                 )
         return out.export_tensors(length)
 
+    lend_tensors = export_tensors  # a copy: nobody changes it
+
     def import_tensors(self, tensors: Mapping[str, Tensor], length: int) -> ContiguousKV:
         """As `ContiguousKVCache.import_tensors`."""
         return import_tensors(tensors, length, len(self.pool), self._empty)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DataError, OptionError
 from ..lora import Adapters, LoraLinear, LoraWeights
-from ..model import Llava
+from ..model import Llava, StoredKV
 from ..quantization.replace import quantized_precision
 from .kv_contiguous import ContiguousKVCache
 from .kv_paged import PagedKVCache
@@ -71,6 +71,22 @@ class KVSnapshots:
         }
         return KVSnapshot(metadata, self.kv_cache.export_tensors(kv, length))
 
+    def lend(self, key: CacheKey) -> tuple[int, StoredKV]:
+        """The length of the longest cached prefix of a sequence; its keys and values by layer, for
+        any thread."""
+        kv, length, _ = self.prefix_cache.find(key, len(key.ids))
+        if kv is None or not length:
+            return 0, _nothing_stored
+        tensors = self.kv_cache.lend_tensors(kv, length)
+        contiguous = self.kv_cache.import_tensors(tensors, length)
+        dtype = self.model.language_model.norm.weight.dtype
+
+        def stored(layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = contiguous.read(layer, length, dtype)
+            return keys.permute(2, 0, 1), values.transpose(0, 1)
+
+        return length, stored
+
     def restore(self, snapshot: KVSnapshot) -> CacheKey:
         """As `Engine.restore`."""
         metadata, config = snapshot.metadata, self.model.config
@@ -99,6 +115,10 @@ class KVSnapshots:
     def _adapters(self) -> list[str]:
         """Keys of all adapters; first "", no adapter."""
         return [self.adapters.keys(name)[0] for name in (None, *self.adapters.names)]
+
+
+def _nothing_stored(layer: int) -> tuple[Tensor, Tensor]:
+    raise LookupError(f"no keys and values of layer {layer} are cached")
 
 
 def provenance(model: Llava, kv_dtype: torch.dtype) -> dict[str, Any]:

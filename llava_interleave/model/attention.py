@@ -1,7 +1,7 @@
 """Attention is the caller's: the function that the network calls in each layer, and implementations
 of it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -74,23 +74,80 @@ class PackedAttention:
         return torch.cat(parts)[self.back]
 
 
-class AttentionRecorder:
-    """`PackedAttention` of one sequence that also records the attention probabilities of its rows
-    from `first` on, in `layers`.
+StoredKV = Callable[[int], tuple[Tensor, Tensor]]
+"""Keys and values of computed tokens by layer, `[S, Hkv, d]` each."""
 
-    They are computed separately; the result of the attention is unchanged.
-    recorded: by layer, the mean over heads, `[length - first, length]` float32.
+
+class ContinuationAttention:
+    """Several continuations of one sequence, each of which may see a part of it only: attribution.
+
+    lengths: rows of each in the flat batch, which are causal. seen: by continuation, the ranges of
+    stored tokens that all its rows see. stored: keys and values of the sequence's tokens; without
+    them there is one continuation, the whole sequence.
+    recorded: by layer of `layers`, attention probabilities of the first continuation's last
+    `record` rows, if it sees all: mean over heads, `[record, S + R]` float32. They are computed
+    separately; the result of the attention is unchanged.
     """
 
-    def __init__(self, length: int, first: int, layers: Collection[int]) -> None:
-        assert 0 <= first < length
-        self.attend, self.first, self.layers = PackedAttention([length]), first, frozenset(layers)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        seen: Sequence[Sequence[tuple[int, int]]],
+        stored: StoredKV | None,
+        device: torch.device,
+        *,
+        layers: Collection[int] = (),
+        record: int = 0,
+    ) -> None:
+        self.lengths, self.stored = list(lengths), stored
+        self.layers, self.record = frozenset(layers), record
         self.recorded: dict[int, Tensor] = {}
+        if stored is None:
+            self.whole = PackedAttention(self.lengths)
+        else:
+            self.stop = max((ranges[-1][1] for ranges in seen if ranges), default=0)
+            pairs = zip(self.lengths, seen, strict=True)
+            self.masks = [self._mask(rows, ranges, device) for rows, ranges in pairs]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.stored is None:
+            self._record(layer, q, k)
+            return self.whole(layer, q, k, v)
+        stop, longest = self.stop, max(self.lengths)
+        # one copy of what is stored for all continuations; each writes its own rows behind it
+        keys, values = (
+            torch.cat([old[:stop], new[:longest].to(old.dtype)]).transpose(0, 1).contiguous()
+            for old, new in zip(self.stored(layer), (k, v), strict=True)
+        )
+        outputs = []
+        parts = zip(self.masks, *(x.split(self.lengths) for x in (q, k, v)), strict=True)
+        for index, (mask, queries, own_keys, own_values) in enumerate(parts):
+            end = mask.shape[1]
+            keys[:, stop:end] = own_keys.transpose(0, 1)
+            values[:, stop:end] = own_values.transpose(0, 1)
+            if index == 0:
+                self._record(layer, queries, keys[:, :end].transpose(0, 1))
+            out = scaled_dot_product_attention(
+                queries.transpose(0, 1)[None],
+                keys[None, :, :end],
+                values[None, :, :end],
+                attn_mask=mask,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def _record(self, layer: int, q: Tensor, k: Tensor) -> None:
         if layer in self.layers:
-            self.recorded[layer] = probabilities(q[self.first :], k)
-        return self.attend(layer, q, k, v)
+            self.recorded[layer] = probabilities(q[len(q) - self.record :], k)
+
+    def _mask(self, rows: int, seen: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+        """What `rows` rows see of the stored tokens and of themselves `[rows, stop + rows]`."""
+        mask = torch.zeros(rows, self.stop + rows, dtype=torch.bool)
+        for start, stop in seen:
+            mask[:, start:stop] = True
+        mask[:, self.stop :] = torch.ones(rows, rows, dtype=torch.bool).tril()
+        return mask.to(device)
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:

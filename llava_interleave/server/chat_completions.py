@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
 
 from ..chat import AnswerDelta, TokenLogprob
 from .answer_stream import AnswerStream, finish_reason, sse_event, stop_reason
@@ -17,11 +19,13 @@ from .openai_types import (
     ChoiceAttribution,
     ChunkChoice,
     Delta,
+    ImageCitation,
     Logprobs,
     Message,
     PromptProgress,
     Usage,
 )
+from .service import PreparedRequest
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between two looks at the progress of a prompt."""
@@ -32,6 +36,10 @@ class ChatCompletionStream(AnswerStream):
 
     prefix = "chatcmpl-"
     attributions: list[ChoiceAttribution] | None = None
+
+    def __init__(self, prepared: PreparedRequest) -> None:
+        super().__init__(prepared)
+        self.citations: dict[int, list[ImageCitation]] = {}
 
     async def __aiter__(self) -> AsyncIterator[list[bytes]]:
         request = self.prepared.request
@@ -45,19 +53,35 @@ class ChatCompletionStream(AnswerStream):
                 yield chunks
         async for deltas in self.deltas():
             yield [self._delta_chunk(delta) for delta in deltas]
+        if request.cite:
+            citing = asyncio.ensure_future(self._cite())
+            async with contextlib.aclosing(self._wait(citing)) as silences:
+                async for _ in silences:
+                    yield []
+            self.citations = citing.result()
+            yield [
+                self._chunk([ChunkChoice(index=i, delta=Delta(annotations=annotations))])
+                for i, annotations in self.citations.items()
+            ]
         if mode := request.attribution:
             task = asyncio.ensure_future(self._attribute(mode))
-            try:
-                silence = self.service.settings.sse_keepalive
-                while not (await asyncio.wait((task,), timeout=silence))[0]:
+            async with contextlib.aclosing(self._wait(task)) as silences:
+                async for _ in silences:
                     yield []
-            finally:
-                task.cancel()
-                await asyncio.wait((task,))
             self.attributions = task.result()
             yield [self._chunk([], attributions=self.attributions)]
         if request.stream_options is not None and request.stream_options.include_usage:
             yield [self._chunk([], usage=self.usage())]
+
+    async def _wait(self, task: asyncio.Future[Any]) -> AsyncGenerator[None]:
+        """Wait for work, which is cancelled with the stream; an item after each silence."""
+        try:
+            silence = self.service.settings.sse_keepalive
+            while not (await asyncio.wait((task,), timeout=silence))[0]:
+                yield
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
 
     async def _progress(self) -> AsyncIterator[list[bytes]]:
         """Chunks with the progress of the prompt wherever it has changed, up to the first delta."""
@@ -104,13 +128,19 @@ class ChatCompletionStream(AnswerStream):
 
     async def _attribute(self, mode: AttributionMode) -> list[ChoiceAttribution]:
         (job,), attribute = self.prepared.jobs, self.service.attribute
-        adapter = job.options.adapter
-        return [
-            ChoiceAttribution(
-                index=i, **dict(await attribute(job.prompt, answer.tokens, mode, adapter))
-            )
+        found = []
+        for i, answer in sorted(self.answers.items()):
+            tokens, adapter = answer.tokens, job.options.adapter
+            one = await attribute(job.prompt, tokens, mode, adapter, job.salt)
+            found.append(ChoiceAttribution(index=i, **dict(one)))
+        return found
+
+    async def _cite(self) -> dict[int, list[ImageCitation]]:
+        (job,), cite = self.prepared.jobs, self.service.cite
+        return {
+            i: await cite(job.prompt, answer, job.options.adapter, job.salt)
             for i, answer in sorted(self.answers.items())
-        ]
+        }
 
     def _chunk(
         self,
@@ -144,7 +174,7 @@ class ChatCompletionStream(AnswerStream):
             choices=[
                 ChatChoice(
                     index=index,
-                    message=Message(content=answer.text),
+                    message=Message(content=answer.text, annotations=self.citations.get(index)),
                     logprobs=None if answer.logprobs is None else self._logprobs(answer.logprobs),
                     finish_reason=finish_reason(answer),
                     stop_reason=stop_reason(answer),

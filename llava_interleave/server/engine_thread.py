@@ -9,16 +9,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import TypeVar
 
 from ..chat import AnswerDelta, Chatbot
 from ..chat.engine_driver import EngineDriver, GenerationJob
-from ..engine import Load, Timings
+from ..engine import Engine, Load, Timings
 from ..errors import OptionError
 from ..structured_output.grammar import GrammarMatcher
 
 log = logging.getLogger("llava_interleave.server")
+T = TypeVar("T")
 MAX_FAULTS = 3
 """Consecutive failed steps after which the engine counts as failed."""
 MAX_PREFILL_DELAY = 0.2
@@ -131,6 +134,19 @@ class EngineThread:
     def abort(self, job: ServerJob) -> None:
         """Abort a job's running answers and free their memory, before the next step."""
         self._commands.put(lambda: self._driver.abort(job))
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """Call a function between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self.engine))
+            except Exception as error:  # noqa: BLE001  the caller's thread raises it
+                future.set_exception(error)
+
+        self._commands.put(run)
+        return future
 
     def fail(self, error: Exception) -> None:
         """End all jobs with this error."""

@@ -20,7 +20,7 @@ from .api_errors import ApiError, ErrorResponse
 from .messages import INPUT_SCHEMA, MESSAGES_SCHEMA, input_messages, resolve_messages
 from .settings import Settings
 
-AttributionMode = Literal[True, "attention"]
+AttributionMode = Literal[True, "exact", "attention"]
 """True: attention maps and leave-one-out changes. "attention": the maps alone, which is cheaper."""
 MAX_DEPTH = 24
 """Levels of nesting in a request; an image in a message has six."""
@@ -354,15 +354,16 @@ class GenerationRequest(NeutralFields):
 class ChatRequest(PromptRequest, GenerationRequest):
     """POST /v1/chat/completions.
 
-    Not OpenAI's: attribution (which image the answer used: true, or "attention" for the cheap
-    variant), vLLM's continue_final_message, llama.cpp's return_progress, and the neutral fields of
-    other servers.
+    Not OpenAI's: attribution (which image the answer used: true, "exact", or "attention" for the
+    cheap variant), cite (annotations with the images that each sentence rests on), vLLM's
+    continue_final_message, llama.cpp's return_progress, and the neutral fields of other servers.
     """
 
     n: Annotated[int, Field(ge=1)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    attribution: bool | Literal["attention"] = False
+    attribution: bool | Literal["exact", "attention"] = False
+    cite: bool = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     modalities: _neutral(["text"], hint="answers are text") = None  # type: ignore[valid-type]
@@ -716,12 +717,29 @@ def _optional() -> Any:
     return Field(None, exclude_if=lambda value: value is None)
 
 
+class ImageCitation(BaseModel):
+    """The images that a sentence of the answer rests on; none: it needs no image.
+
+    start_index, end_index: of the sentence in the text, in characters. images: numbers of images
+    and videos in the order of the messages, from 1. changes: by image, the nats of log-probability
+    that the sentence loses without it. uncertain: the sentence seems to count or compare.
+    """
+
+    type: Literal["image_citation"] = "image_citation"
+    start_index: int
+    end_index: int
+    images: list[int]
+    changes: list[float]
+    uncertain: bool
+
+
 class Message(BaseModel):
-    """The answer."""
+    """The answer; annotations only with `cite`."""
 
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
+    annotations: list[ImageCitation] | None = _optional()
 
 
 class Prefill(BaseModel):
@@ -1029,10 +1047,11 @@ class BatchList(BaseModel):
 
 
 class Delta(BaseModel):
-    """New text of an answer; the first delta has the role."""
+    """New text of an answer; the first delta has the role, one after the text the annotations."""
 
     role: Literal["assistant"] | None = _optional()
     content: str | None = _optional()
+    annotations: list[ImageCitation] | None = _optional()
 
 
 class ChunkChoice(BaseModel):

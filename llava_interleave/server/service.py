@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..chat import BUILTIN, Chatbot
+from ..attribution.forward import CachedPrompt
+from ..chat import BUILTIN, Answer, Chatbot
 from ..errors import OptionError, PromptError
 from ..options import Options
 from ..processing import Estimate, Loader, Processor
@@ -20,7 +21,7 @@ from ..prompt import Prompt
 from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
 from .access_log import current_record
 from .api_errors import ApiError, ClientDisconnected
-from .attribution import attribute_prompt, check_attribution_budget
+from .attribution import attribute_prompt, check_attribution_budget, cite_prompt
 from .engine_thread import EngineThread, ServerJob
 from .fairness import FairThreadPool, RateLimit, Shares
 from .messages import has_media
@@ -33,6 +34,7 @@ from .openai_types import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    ImageCitation,
     MediaRequest,
     ModelCard,
     ModelRequest,
@@ -248,12 +250,13 @@ class Service:
                 left = self.bot.model.config.text.context - max(map(len, prompts))
                 limit = min(self.bot.max_new_tokens, self.settings.max_tokens, left)
                 options = options.but({"max_new_tokens": max(1, limit)})
-            if isinstance(request, ChatRequest) and request.attribution:
+            if isinstance(request, ChatRequest) and (request.attribution or request.cite):
                 check_attribution_budget(
                     prompts[0],
                     options.n,
                     options.max_new_tokens or 1,
                     request.attribution,
+                    request.cite,
                     self.settings.max_attribution_tokens,
                 )
             jobs = [
@@ -385,17 +388,46 @@ class Service:
             prompt = self.bot.prompt(question, options)
             tokens = self.bot.processor.tokenizer.encode(answer["content"], special=False)
             budget = self.settings.max_attribution_tokens
-            check_attribution_budget(prompt, 1, len(tokens), mode, budget)
+            check_attribution_budget(prompt, 1, len(tokens), mode, False, budget)
             return prompt, tokens
 
         with self.admission_slot(1, key):
             prompt, tokens = await self._prepare(request, key, work)
-            return await self.attribute(prompt, tokens, mode, options.adapter)
+            return await self.attribute(prompt, tokens, mode, options.adapter, key.encode())
 
     async def attribute(
-        self, prompt: Prompt, answer: Sequence[int], mode: AttributionMode, adapter: str | None
+        self,
+        prompt: Prompt,
+        answer: Sequence[int],
+        mode: AttributionMode,
+        adapter: str | None,
+        salt: bytes,
     ) -> AttributionResponse:
-        """Attribution in its own thread.
+        """Attribution of an answer."""
+
+        def work(check: Callable[[], None], cached: CachedPrompt) -> AttributionResponse:
+            return attribute_prompt(self.bot, prompt, answer, mode, check, cached)
+
+        return await self._attribution(prompt, adapter, salt, work)
+
+    async def cite(
+        self, prompt: Prompt, answer: Answer, adapter: str | None, salt: bytes
+    ) -> list[ImageCitation]:
+        """The images that an answer's sentences rest on."""
+
+        def work(check: Callable[[], None], cached: CachedPrompt) -> list[ImageCitation]:
+            return cite_prompt(self.bot, prompt, answer, check, cached)
+
+        return await self._attribution(prompt, adapter, salt, work)
+
+    async def _attribution(
+        self,
+        prompt: Prompt,
+        adapter: str | None,
+        salt: bytes,
+        compute: Callable[[Callable[[], None], CachedPrompt], T],
+    ) -> T:
+        """Compute in the thread for attribution, with what the engine has cached of the prompt.
 
         Cancelling it ends the work before the next forward pass.
         """
@@ -407,9 +439,18 @@ class Service:
             if cancelled.is_set():
                 raise ClientDisconnected
 
-        def work() -> AttributionResponse:
+        def cached() -> CachedPrompt:
+            future = self.engine_thread.call(
+                lambda engine: engine.cached_prompt(prompt, salt=salt, adapter=adapter)
+            )
+            while True:  # the engine's thread may have ended
+                check_cancelled()
+                with contextlib.suppress(TimeoutError):
+                    return future.result(0.5)
+
+        def work() -> T:
             with self.bot.engine.adapters.whole(adapter):
-                return attribute_prompt(self.bot, prompt, answer, mode, check_cancelled)
+                return compute(check_cancelled, cached())
 
         try:
             result = await asyncio.wrap_future(self.attribution_pool.submit(work))
