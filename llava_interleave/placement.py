@@ -187,12 +187,13 @@ def pick_dtype(precision: str, source: Source, device: str) -> torch.dtype:
     return torch.float32 if FLOATS.get(stored) == torch.float32 else torch.bfloat16
 
 
-def kv_memory(model: Llava, precision: str = "auto") -> int:
-    """Bytes for the KV cache: on a CUDA GPU the memory that the largest step leaves; else two full
-    contexts, one to keep while the other runs, at most a quarter of the memory."""
+def kv_memory(model: Llava, precision: str = "auto", gpu_memory: float | None = None) -> int:
+    """Bytes for the KV cache: two full contexts, one to keep while the other runs; on a CPU at most
+    a quarter of the memory, on a CUDA GPU what the largest step leaves. gpu_memory: there as much
+    as the fraction of its memory allows."""
     weight = model.language_model.norm.weight
     if weight.is_cuda:
-        return profile_kv_bytes(model, kv_precision=precision)
+        return profile_kv_bytes(model, kv_precision=precision, gpu_memory=gpu_memory)
     text = model.config.text
     wanted = 2 * text.context * bytes_per_token(text, weight.dtype, int8=precision == "int8")
     memory = 16 << 30

@@ -13,7 +13,6 @@ import torch
 
 from llava_interleave.engine import Engine, Event, Request, SamplingParams
 from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, InFlightStep
-from tests.helpers.cuda_graphs import graphs_of
 from tests.helpers.engine import (
     EOS,
     GREEDY,
@@ -31,11 +30,12 @@ from tests.helpers.engine import (
     prompt,
     text,
 )
+from tests.helpers.gpu import simulated
 
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs_of(monkeypatch)
+    simulated(monkeypatch)
 
 
 def behind(monkeypatch: pytest.MonkeyPatch, e: Engine) -> Engine:
@@ -177,24 +177,6 @@ def test_a_step_ahead_that_fails_fails_alone() -> None:
     finish(e)
     assert answers(requests)[2:] == expected()[2:]
     assert answers(e.generate(MIXED, GREEDY)) == expected()
-
-
-def test_decoding_continues_where_a_step_ahead_cannot_be_captured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The second answer ends first: of one row is the first step that was launched ahead."""
-    capture = CudaGraphDecoder._capture
-
-    def some(self: CudaGraphDecoder, size: int) -> Any:
-        if size == 1:
-            raise RuntimeError("no room for another graph")
-        return capture(self, size)
-
-    monkeypatch.setattr(CudaGraphDecoder, "_capture", some)
-    log, e = Log(monkeypatch), engine(kv_block_size=16)
-    how = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (12, 3)]
-    assert answers(e.generate(MIXED[:2], how)) == [expected()[0], expected()[1][:3]]
-    assert log.count("ahead") == 2 and "no room for another graph" in e.attention
 
 
 def kinds(chance: random.Random) -> SamplingParams:

@@ -499,13 +499,13 @@ def test_auto_takes_the_gpu_that_the_network_fits(
 
 
 def test_the_kv_cache_gets_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        places, "profile_kv_bytes", lambda model, kv_precision: (model, kv_precision)
-    )
+    monkeypatch.setattr(places, "profile_kv_bytes", lambda model, **how: (model, *how.values()))
     model = SimpleNamespace(
         language_model=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
     )
-    assert places.kv_memory(model, "int8") == (model, "int8")
+    assert places.kv_memory(model, "int8", 0.9) == (model, "int8", 0.9)
+    with pytest.raises(OptionError, match=r"gpu_memory is a fraction of the memory.*not 1\.5"):
+        load(gpu_memory=1.5)
 
 
 def test_the_dtype_of_apples_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

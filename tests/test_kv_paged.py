@@ -4,13 +4,9 @@ are asked for what is meant.
 
 from __future__ import annotations
 
-import inspect
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,22 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from llava_interleave.config import LoraConfig
 from llava_interleave.engine import SamplingParams, kv_budget
 from llava_interleave.engine.block_allocator import BlockAllocator
-from llava_interleave.engine.cuda_graphs import CudaGraphDecoder, DecodeRow, capture_sizes
+from llava_interleave.engine.cuda_graphs import DecodeRow, capture_sizes
+from llava_interleave.engine.device_stream import DeviceStream
 from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
 from llava_interleave.engine.kv_paged import PagedKVCache
+from llava_interleave.engine.model_runner import ModelRunner
 from llava_interleave.engine.prefix_cache import CacheKey, PrefixCache, SequenceKV
 from llava_interleave.errors import OptionError
 from llava_interleave.lora import attach
-from llava_interleave.model import PackedAttention, varlen
-from tests.helpers.cuda_graphs import graphs_of
+from llava_interleave.model import PackedAttention
 from tests.helpers.engine import (
     MIXED,
     SAMPLED,
+    TOKEN,
     VOCAB,
     Counting,
     answers,
@@ -43,9 +40,11 @@ from tests.helpers.engine import (
     failing,
     finish,
     naive,
+    network,
     prompt,
     text,
 )
+from tests.helpers.gpu import SimulatedDevice, kernels_on_cpu, simulated
 from tests.helpers.kv import config, rounded
 
 pytestmark = pytest.mark.slow
@@ -87,14 +86,16 @@ def dealt(lengths: Sequence[int], memory: PagedKVCache) -> list[SequenceKV]:
     kv_heads=st.sampled_from([1, 2, 4]),
     block=st.sampled_from([1, 4, 16]),
     int8=st.booleans(),
+    kernels=st.booleans(),
 )
 def test_steps_equal_whole_sequences(
-    cuts: list[list[int]], kv_heads: int, block: int, int8: bool
+    cuts: list[list[int]], kv_heads: int, block: int, int8: bool, kernels: bool
 ) -> None:
     """Each sequence arrives in its own chunks, several sequences a step."""
     torch.manual_seed(0)
     lengths = [sum(cut) for cut in cuts]
     memory = pool(3 * 85, block, kv_heads=kv_heads, int8=int8)
+    memory.no_kernels = None if kernels else memory.no_kernels
     q = [torch.randn(n, 4, 8) for n in lengths]
     k, v = ([torch.randn(n, kv_heads, 8) for n in lengths] for _ in range(2))
     kept = rounded if int8 else torch.Tensor.clone
@@ -108,10 +109,20 @@ def test_steps_equal_whole_sequences(
             for i, cut in enumerate(cuts)
             if step < len(cut)
         ]
-        attend = memory.attend([Span(kvs[i], a, b) for i, a, b in parts])
+        parts.sort(key=lambda part: part[2] - part[1] != 1)
+        spans = [Span(kvs[i], a, b) for i, a, b in parts]
+        attend = memory.attend(memory.batch(spans, DeviceStream(CPU))[0])
         for layer in (0, 1):
             out = attend(layer, *(torch.cat([x[i][a:b] for i, a, b in parts]) for x in (q, k, v)))
             torch.testing.assert_close(out, torch.cat([whole[i][a:b] for i, a, b in parts]))
+
+
+@pytest.fixture(params=["sdpa", "Triton"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of paged engines: PyTorch's, or the functions of the Triton kernels by their formulas."""
+    if request.param == "Triton":
+        kernels_on_cpu(monkeypatch)
+    return str(request.param)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +131,12 @@ def test_steps_equal_whole_sequences(
     ids=str,
 )
 @pytest.mark.parametrize("block", [4, 32])
-def test_answers_are_those_of_the_naive_loop(block: int, options: dict[str, int]) -> None:
+def test_answers_are_those_of_the_naive_loop(
+    block: int, options: dict[str, int], attention: str
+) -> None:
     """With room, in pieces, with room for one or two at a time, and filled up to another number."""
     e = engine(kv_block_size=block, **options)
+    assert e.attention.startswith(attention)
     requests = [e.add(p, GREEDY) for p in MIXED]
     finish(e)
     assert answers(requests) == expected()
@@ -131,6 +145,7 @@ def test_answers_are_those_of_the_naive_loop(block: int, options: dict[str, int]
 
 
 @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 8}, {"logprobs": 2}], ids=str)
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("kv_precision", ["auto", "int8"])
 def test_answers_are_those_from_slabs(how: dict[str, Any], kv_precision: str) -> None:
     """Greedy and sampled, with draft tokens, with an int8 KV cache, and from prefixes."""
@@ -144,6 +159,7 @@ def test_answers_are_those_from_slabs(how: dict[str, Any], kv_precision: str) ->
     assert told[:2] == told[2:]
 
 
+@pytest.mark.usefixtures("attention")
 def test_answers_through_adapters_are_those_from_slabs() -> None:
     adapter = attach(Counting(), LoraConfig(rank=3, dropout=0.0, targets=("language_model.*",)), 1)
     for part in adapter.parts.values():
@@ -274,6 +290,7 @@ def test_a_snapshot_goes_from_contiguous_to_paged_and_back(kv_precision: str) ->
     assert told[0] == told[1] and told[0][0] == 100
 
 
+@pytest.mark.usefixtures("attention")
 def test_deterministic_answers_from_blocks() -> None:
     """To the last bit: batched, from a cache and with little memory."""
     how = replace(GREEDY, logprobs=3)
@@ -307,21 +324,18 @@ def test_the_sizes_that_steps_are_filled_up_to() -> None:
     assert capture_sizes(1) == [1]
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
-def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
+def test_a_step_that_is_filled_up_computes_the_same_numbers(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the same sequences step by step; a smaller step after a larger one finds nothing of
     it.
     """
-    model = Counting()
-    c = model.config.text
-    memories = [
-        PagedKVCache(
-            c, torch.float32, CPU, 40 * 8 * bytes_per_token(c, torch.float32), block_size=8
-        )
-        for _ in range(2)
-    ]
-    fixed = CudaGraphDecoder(model, memories[0], vocab=VOCAB, max_num_seqs=7)
+    kernels_on_cpu(monkeypatch)
+    runners = [engine(kv_block_size=8, max_num_seqs=7)._runner for _ in range(2)]
+    memories = [runner.kv_cache for runner in runners]
+    assert isinstance(memories[0], PagedKVCache) and isinstance(memories[1], PagedKVCache)
+    fixed, stream = runners[0].graphs, DeviceStream(CPU)
     lengths = [
         8 * n + 7 * (n % 2) + 1 for n in range(count)
     ]  # so that some begin a block, and some end one
@@ -329,241 +343,147 @@ def test_a_step_that_is_filled_up_computes_the_same_numbers(count: int) -> None:
         0, VOCAB, (count, 80), generator=torch.Generator().manual_seed(0)
     ).tolist()
     kvs = dealt([length + 3 for length in lengths], memories[0])
-    for memory in memories:
-        for row, kv, length in zip(random_tokens, kvs, lengths, strict=True):
-            model.forward(
-                model.embed(torch.tensor(row[:length])),
-                torch.arange(length),
-                memory.attend([Span(kv, 0, length)]),
+
+    def step(number: int, spans: Sequence[Span], tokens: list[int]) -> torch.Tensor:
+        batch, (ids,) = runners[number].kv_cache.batch(spans, stream, tokens)
+        hidden = runners[number].gpu_decoder(runners[number].model.embed(ids), batch)
+        return runners[number].model.logits(hidden)[:, :VOCAB]
+
+    with torch.inference_mode():
+        for number in range(2):
+            for row, kv, length in zip(random_tokens, kvs, lengths, strict=True):
+                step(number, [Span(kv, 0, length)], row[:length])
+        unused = memories[0].pool[:, :, -1].clone()
+        for turn in range(3):
+            here = range(count) if turn < 2 else range(1)
+            at = [lengths[i] + turn for i in here]
+            tokens = [random_tokens[i][n] for i, n in zip(here, at, strict=True)]
+            found = fixed(
+                [DecodeRow(kvs[i], n, t) for i, n, t in zip(here, at, tokens, strict=True)]
             )
-    scratch = memories[0].pool[:, :, -1].clone()
-    for turn in range(3):
-        here = range(count) if turn < 2 else range(1)
-        at = [lengths[i] + turn for i in here]
-        step = fixed(
-            [DecodeRow(kvs[i], n, random_tokens[i][n]) for i, n in zip(here, at, strict=True)]
-        )
-        tokens = torch.tensor([random_tokens[i][n] for i, n in zip(here, at, strict=True)])
-        attend = memories[1].attend([Span(kvs[i], n, n + 1) for i, n in zip(here, at, strict=True)])
-        right = model.logits(model.forward(model.embed(tokens), torch.tensor(at), attend))[
-            :, :VOCAB
-        ]
-        assert step.logits.shape == right.shape
-        torch.testing.assert_close(step.logits, right)
-        assert step.tokens(kvs[i] for i in here) == right.argmax(-1).tolist()
+            right = step(1, [Span(kvs[i], n, n + 1) for i, n in zip(here, at, strict=True)], tokens)
+            assert found.logits.shape == right.shape
+            torch.testing.assert_close(found.logits, right)
+            assert found.tokens(kvs[i] for i in here) == right.argmax(-1).tolist()
     torch.testing.assert_close(memories[0].pool[:, :, :-1], memories[1].pool[:, :, :-1])
-    filled_up = next(size for size in capture_sizes(7) if size >= count) > count
-    assert (
-        torch.equal(memories[0].pool[:, :, -1], scratch) != filled_up
-    )  # what fills up writes there, and there alone
+    assert torch.equal(memories[0].pool[:, :, -1], unused)  # what fills up is written nowhere
 
 
 def test_captured_steps_are_run_again_by_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = graphs_of(monkeypatch)
-    e = engine(kv_block_size=16)
+    """All sizes are captured before the first request, the largest first, and crops too."""
+    devices = simulated(monkeypatch)
+    e = engine(kv_block_size=16, max_num_seqs=8)
+    (device,) = devices
+    tower, decoder = device.graphs[:4], device.graphs[4:]
+    assert [len(graph.found) for graph in tower] == [8, 4, 2, 1]
+    assert [len(graph.found[1]) for graph in decoder] == [8, 4, 2, 1]
     assert answers(e.generate(MIXED, GREEDY)) == expected()
-    assert e.attention == "sdpa over a paged KV cache, 16 tokens per block; CUDA graphs"
-    assert (
-        len({graph.size for graph in graphs}) == len(graphs)
-        and sum(graph.replays for graph in graphs) >= 10
-    )
+    assert e.attention == "Triton over a paged KV cache, 16 tokens per block; CUDA graphs"
+    assert len(device.graphs) == 8 and sum(graph.replays for graph in decoder) >= 10
+    assert [graph.replays > 0 for graph in tower] == [False, True, True, True]
 
 
 def test_without_cuda_graphs_it_continues_and_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen capturing")
 
-    monkeypatch.setattr("llava_interleave.engine.cuda_graphs.unavailable_reason", lambda _: None)
-    monkeypatch.setattr(CudaGraphDecoder, "_capture", capture)
-    e = engine(kv_block_size=16)
+    simulated(monkeypatch)
+    monkeypatch.setattr(SimulatedDevice, "capture", capture)
+    e = engine(kv_block_size=16, max_num_seqs=8)
     assert answers(e.generate(MIXED, GREEDY)) == expected()
     assert e.attention.endswith(
         "no CUDA graphs (capturing a step of 8 failed: operation not permitted)"
     )
 
 
-def test_the_attention_backend_is_named() -> None:
+def test_the_attention_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine().attention == "matmul and sdpa over a contiguous KV cache"
-    assert (
-        engine(kv_block_size=16).attention
-        == "sdpa over a paged KV cache, 16 tokens per block; no CUDA graphs (no CUDA device)"
-    )
-    told = engine(kv_block_size=16, kv_precision="int8").attention
-    assert told.endswith("no CUDA graphs (the int8 KV cache is dequantized)")
+    paged = "over a paged KV cache, 16 tokens per block; no CUDA graphs"
+    told = engine(kv_block_size=16).attention
+    assert told == f"sdpa (no CUDA device) {paged} (SDPA runs sequence by sequence)"
+    kernels_on_cpu(monkeypatch)
+    assert engine(kv_block_size=16).attention == f"Triton {paged} (no CUDA device)"
     assert engine(kv_block_size=16, batch_invariant=True).attention.endswith(
         "no CUDA graphs (batch-invariant)"
     )
 
 
-def asked_for(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    seen: Tensor,
-    lengths: Tensor,
-    table: Tensor | None,
-    bounds: tuple[int, int],
-) -> Tensor:
-    """Causal attention as the documentation of the kernels has it, query by query."""
-    assert starts.dtype == seen.dtype == torch.int32 and (
-        table is None or table.dtype == torch.int32
-    )
-    assert int(starts.diff().max()) <= bounds[0] and int(lengths.max()) <= bounds[1]
-    out = torch.empty_like(q)
-    for n, (a, b) in enumerate(pairwise(starts.tolist())):
-        for i in range(a, b):
-            stop = int(lengths[n]) - (b - 1 - i)
-            rows = [int(seen[n]) + t for t in range(stop)]
-            if table is not None:
-                rows = [
-                    int(table[n, t // k.shape[1]]) * k.shape[1] + t % k.shape[1]
-                    for t in range(stop)
-                ]
-            keys, values = (
-                x.flatten(0, -3)[rows].repeat_interleave(q.shape[1] // x.shape[-2], 1)
-                for x in (k, v)
-            )
-            share = (torch.einsum("hd,thd->ht", q[i], keys) * q.shape[-1] ** -0.5).softmax(-1)
-            out[i] = torch.einsum("ht,thd->hd", share, values)
-    return out
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    """Have a kernel that computes on the CPU by the arguments it is given, under the real one's
-    signature.
-    """
-
-    def varlen(*args: Any, **options: Any) -> Tensor:
-        given = inspect.signature(varlen_attn).bind(*args, **options)
-        given.apply_defaults()
-        x = SimpleNamespace(**given.arguments)
-        assert x.window_size == (-1, 0) and x.scale is None and x.num_splits == 1
-        assert x.enable_gqa == (x.query.shape[1] != x.key.shape[-2]) and (x.seqused_k is None) == (
-            x.block_table is None
-        )
-        lengths = x.cu_seq_k.diff() if x.seqused_k is None else x.seqused_k
-        return asked_for(
-            x.query,
-            x.key,
-            x.value,
-            x.cu_seq_q,
-            x.cu_seq_k,
-            lengths,
-            x.block_table,
-            (x.max_q, x.max_k),
-        )
-
-    def flash(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        new: Tensor,
-        seen: Tensor,
-        most: int,
-        most_seen: int,
-        *,
-        causal: bool,
-        block_table: Any,
-    ) -> Tensor:
-        assert causal
-        return asked_for(q, k, v, new, seen, seen.diff(), block_table, (most, most_seen))
-
-    package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = flash  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    for module in ("model.attention", "engine.kv_paged"):
-        monkeypatch.setattr(f"llava_interleave.{module}.choose", lambda *_: kernel)
-
-
-@pytest.mark.parametrize("kernel", ["varlen_attn", "flash-attn"])
-@pytest.mark.parametrize("kv_precision", ["auto", "int8"])
-def test_kernels_are_given_what_their_documentation_asks_for(
-    kernel: str, kv_precision: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED[0]], ids=["greedy", "sampled"])
+def test_what_is_not_finite_ends_its_request_alone(
+    how: SamplingParams, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the pool, by what is unpacked of it, by steps of fixed shape and by whole forwards."""
-    right = answers(
-        engine(kv_precision=kv_precision).generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))
-    )
-    pretend(monkeypatch, kernel)
-    e = engine(
-        kv_block_size=16, kv_precision=kv_precision, max_num_batched_tokens=40, max_num_seqs=3
-    )
-    assert answers(e.generate(MIXED[:3], replace(GREEDY, max_new_tokens=4))) == right
-    assert e.attention.startswith(f"{kernel} over a paged KV cache, 16 tokens per block")
-    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    packed = PackedAttention([2, 6, 1])(0, q, k, v)
-    with torch.autocast(
-        "cpu", torch.bfloat16
-    ):  # as in training, where rotated queries are float32 and values are not
-        assert PackedAttention([2, 6, 1])(0, q, k, v.bfloat16()).dtype == torch.bfloat16
-    monkeypatch.undo()
-    torch.testing.assert_close(packed, PackedAttention([2, 6, 1])(0, q, k, v))
+    """As float16 may overflow; in a prompt's step and in a decode step."""
+    kernels_on_cpu(monkeypatch)
+    e, model = counted(kv_block_size=16, max_num_seqs=4)
+    requests = [e.add(p, how) for p in MIXED[:3]]
+    logits = model.logits
 
+    def overflowing(hidden: Tensor) -> Tensor:
+        out = logits(hidden)
+        if len(requests[1].generated) == at and len(out) >= 3:
+            out[1, 7] = torch.nan
+        return out
 
-def test_why_a_kernel_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, half = torch.device("cuda", 0), torch.bfloat16
-
-    def told(dtype: torch.dtype = half, width: int = 64) -> list[str | None]:
-        return [varlen.unavailable_reason(name, card, dtype, width) for name in varlen.KERNELS]
-
-    assert (
-        varlen.unavailable_reason("varlen_attn", CPU, half, 64) == "it needs CUDA"
-        and varlen.choose(CPU, half, 64) == "sdpa"
-    )
-    monkeypatch.setattr("torch.version.cuda", "13.0")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert told()[0] is None and told()[2] is None
-    assert "the package flash-attn cannot be imported" in (told()[1] or "")
-    assert told(torch.float32)[:2] == ["it computes in float16 or bfloat16, not in float32"] * 2
-    assert told(width=100)[0] == "it takes a head_dim that is a multiple of 8 up to 256, not 100"
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *_: None)
-    assert told() == [f"in PyTorch {torch.__version__} it takes no block table", None, None]
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
-    assert told()[0] == told()[1] == "it needs a GPU of compute capability 8.0, this one has 7.5"
+    monkeypatch.setattr(model, "logits", overflowing)
+    events = finish(e)
+    assert [r.finish_reason for r in requests] == ["length", "error", "length"]
+    assert len(requests[1].generated) == at
+    assert ["use bfloat16" in str(event.error) for event in events if event.error] == [True]
+    e.check()
 
 
 def test_the_room_that_a_step_leaves() -> None:
     gib = 1 << 30
-    assert kv_budget.kv_bytes_left(70 * gib, 80 * gib, 6 * gib, gib) == 59 * gib
-    assert kv_budget.kv_bytes_left(5 * gib, 80 * gib, gib) == 0
+    left = kv_budget.kv_bytes_left
+    assert left(70 * gib, 80 * gib, 7 * gib) == 59 * gib
+    assert left(5 * gib, 80 * gib, gib) == 0
+    assert left(70 * gib, 80 * gib, 7 * gib, 0.5, 10 * gib) == 23 * gib
 
 
 def test_room_is_measured_by_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 40 tokens and 3 crops is computed between the question how much there was and how
-    much it took.
+    much it took; graphs and its pool are counted.
     """
-    model, seen = Counting(), []
-    held, free = [1000, 51_000], [900_000, 1_000_000]
+    simulated(monkeypatch)
+    model = network()
+    steps: list[tuple[int, int]] = []
+    largest = ModelRunner.largest_step
 
-    def now(_: torch.device) -> int:
-        seen.append((model.rows, model.heads, sum(model.calls)))
-        return held[len(seen) - 1]
+    def step(runner: ModelRunner, tokens: int, rows: int) -> None:
+        steps.append((tokens, rows))
+        largest(runner, tokens, rows)
 
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(f"torch.cuda.{name}", now)
-    for name in ("reset_peak_memory_stats", "synchronize"):
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda _: None)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: tuple(free))
-    how: dict[str, Any] = {
-        "feature_bytes": 10_000,
-        "max_num_batched_tokens": 40,
-        "max_batched_images": 3,
-    }
-    assert (
-        kv_budget.profile_kv_bytes(model, **how, max_num_seqs=5)
-        == 900_000 - 50_000 - 10_000 - 50_000
-    )
-    assert seen == [(0, 0, 0), (40, 5, 3)]
-    seen.clear()
-    free[:] = 10**12, 10**12
-    assert kv_budget.profile_kv_bytes(model, **how, max_num_seqs=5) == 5 * 1000 * bytes_per_token(
-        model.config.text, torch.float32
-    )
+    monkeypatch.setattr(ModelRunner, "largest_step", step)
+    pool = 256 * TOKEN
+    weights = sum(p.nbytes for p in model.parameters())
+    graphs, peak, total = 30_000, 50_000, 1_000_000
+    free = [total - weights, total - weights - graphs - pool]
+    asked = {"memory_allocated": [1000], "max_memory_allocated": [1000 + peak]}
+
+    def room(**how: Any) -> int:
+        values = {name: iter(numbers) for name, numbers in asked.items()}
+        frees = iter(free)
+        for name, each in values.items():
+            monkeypatch.setattr(f"torch.cuda.{name}", lambda _, each=each: next(each))
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (next(frees), total))
+        return kv_budget.profile_kv_bytes(
+            model,
+            feature_bytes=10_000,
+            max_num_batched_tokens=40,
+            max_batched_images=3,
+            max_num_seqs=5,
+            **how,
+        )
+
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    assert room() == 2 * 1000 * TOKEN and steps == [(40, 5)]
+    everything = room(gpu_memory=1.0)
+    assert everything == total - weights - graphs - total // 20 - peak - 10_000
+    assert room(gpu_memory=0.5) == total // 2 - weights - graphs - peak - 10_000
+    free[1] = 0
+    assert room() == 0
 
 
 def test_a_step_without_memory_fails_its_requests_and_gives_all_back(

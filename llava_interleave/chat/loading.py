@@ -13,7 +13,7 @@ from ..distributed.loading import load_shard
 from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
 from ..engine import Engine, bytes_per_token
-from ..errors import CheckpointError, Unsupported
+from ..errors import CheckpointError, OptionError, Unsupported
 from ..generation_config import read as read_generation_config
 from ..options import DEFAULTS, Options
 from ..placement import kv_memory, pick_device, pick_precision, warn_if_slow
@@ -33,6 +33,7 @@ def load(
     limits: Limits = Limits(),  # noqa: B008  frozen
     kv_bytes: int | None = None,
     kv_precision: str = "auto",
+    gpu_memory: float | None = None,
     batch_invariant: bool = False,
     adapters: Mapping[str, str | os.PathLike[str]] = {},
     generation_config: str | os.PathLike[str] = "auto",
@@ -50,8 +51,9 @@ def load(
         "int8,tower=float". A folder of `llava quantize` is loaded as it is.
     device: cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if the model fits; see `Chatbot.info()`.
     limits: of the media. kv_bytes: of the KV cache; default: two full contexts, at most a quarter
-        of the memory, on a CUDA GPU what its largest step leaves. kv_precision: "int8" takes half
-        the memory of bfloat16; "auto" is the dtype of the computation.
+        of the memory, on a CUDA GPU at most what its largest step leaves. gpu_memory: instead what
+        fits into this fraction of a CUDA GPU's memory. kv_precision: "int8" takes half the memory
+        of bfloat16; "auto" is the dtype of the computation.
     batch_invariant: answers are equal to the last bit for any other load, on a CPU or a CUDA GPU;
         concurrent requests are slower.
     adapters: name and folder of each LoRA adapter for the option `adapter`.
@@ -64,6 +66,8 @@ def load(
     Under torchrun each process loads its shard of the model, on its own GPU if there are any
     (tensor parallelism). Rank 0 returns the chatbot; the other ranks follow it and end with it.
     """
+    if gpu_memory is not None and not 0 < gpu_memory <= 1:
+        raise OptionError(f"gpu_memory is a fraction of the memory, above 0 to 1, not {gpu_memory}")
     checkpoint = Checkpoint.open(locate(name_or_folder, revision))
     folder = checkpoint.folder
     defaults = read_generation_config(folder, generation_config)
@@ -83,7 +87,7 @@ def load(
         license_notice.show_once(str(name_or_folder), folder, checkpoint.values)
     tokenizer, kv = (
         processor.tokenizer,
-        kv_memory(model, kv_precision) if kv_bytes is None else kv_bytes,
+        kv_memory(model, kv_precision, gpu_memory) if kv_bytes is None else kv_bytes,
     )
     engine = (ReplicatedEngine if tp_group else Engine)(
         model,

@@ -52,6 +52,7 @@ def batch(
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
     kv_precision: flags.KvPrecision = "auto",
+    gpu_memory: flags.GpuMemory = 0.9,
     batch_invariant: flags.BatchInvariant = False,
     limit: flags.Limit = None,
     generation_config: flags.GenerationConfig = "auto",
@@ -99,6 +100,7 @@ def batch(
         tuple(limit or ()),
         generation_config,
         kv_precision=kv_precision,
+        gpu_memory=gpu_memory,
     )
     samples = Source(source, question)
     started = time.monotonic()

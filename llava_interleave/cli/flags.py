@@ -68,6 +68,15 @@ KvPrecision = Annotated[
     Literal["auto", "int8"],
     typer.Option(help="KV cache: auto, the dtype of the computation, or int8, half of bfloat16."),
 ]
+GpuMemory = Annotated[
+    float,
+    typer.Option(
+        min=0.01,
+        max=1.0,
+        help="The fraction of a CUDA GPU's memory to use, weights included; several models in "
+        "memory share it.",
+    ),
+]
 BatchInvariant = Annotated[
     bool,
     typer.Option(

@@ -39,6 +39,7 @@ class ModelFlags:
     generation_config: str = "auto"
     encoder_cache_dir: Path | None = None
     kv_precision: str = "auto"
+    gpu_memory: float | None = None
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -57,6 +58,7 @@ class ModelFlags:
                 batch_invariant=self.batch_invariant,
                 limits=flags.limits(self.limits),
                 kv_precision=self.kv_precision,
+                gpu_memory=self.gpu_memory,
                 adapters={self.adapter: self.adapter} if self.adapter else {},
                 generation_config=self.generation_config,
                 encoder_cache_dir=self.encoder_cache_dir,

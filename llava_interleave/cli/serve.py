@@ -44,6 +44,7 @@ def serve(
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
     kv_precision: flags.KvPrecision = "auto",
+    gpu_memory: flags.GpuMemory = 0.9,
     batch_invariant: flags.BatchInvariant = False,
     generation_config: flags.GenerationConfig = "auto",
     adapter: Annotated[
@@ -134,6 +135,7 @@ def serve(
                     absolute(generation_config) or "",
                     level,
                     kv_precision,
+                    gpu_memory,
                 )
                 app = cluster.enter_context(_deployed(spec, settings, ray, ray_cpus or 1, replicas))
             else:
@@ -146,6 +148,7 @@ def serve(
                         batch_invariant=batch_invariant,
                         generation_config=generation_config,
                         kv_precision=kv_precision,
+                        gpu_memory=gpu_memory / min(len(sources), settings.max_loaded_models),
                     )
                     for called, where in sources.items()
                 }

@@ -43,6 +43,10 @@ class ReplicatedEngine(Engine):
         group = tp_group.process_group
         smallest = -group.all_reduce_max(-self._prefix_cache.total)[0]
         self._prefix_cache.total = smallest  # the KV memory that every rank has
+        if (graphs := self._runner.graphs) is not None:  # captured on every rank, or on none
+            failed = graphs.unavailable is not None
+            if group.all_reduce_max(failed)[0] and not failed:
+                graphs.drop("capturing failed on another rank")
         if group.rank:
             self._replay()
         atexit.register(self.close)

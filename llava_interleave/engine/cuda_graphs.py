@@ -1,8 +1,8 @@
 """Decode steps of fixed shape, one new token per sequence, captured as CUDA graphs on a GPU.
 
 A batch is padded to the next capture size. The inputs of a step are one tensor, written by one
-copy: a row per sequence with its token, its position and its blocks. Padding rows write to the
-padding block. A step that is not captured runs kernel by kernel.
+copy: tokens, positions, slots, lengths and blocks. Padding rows have no tokens and write nothing. A
+step that is not captured runs kernel by kernel. So do images in numbers of crops.
 
 A step can be launched before the tokens of the previous one have been copied to the host
 (asynchronous scheduling): it reads them on the device.
@@ -10,17 +10,19 @@ A step can be launched before the tokens of the previous one have been copied to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model import Llava
-from .kv_paged import PagedKVCache
+from .device_stream import DeviceStream, Download
+from .kv_paged import PagedBatch, PagedKVCache
 from .prefix_cache import SequenceKV
-from .sampler import mask_invalid_tokens
+
+Outputs = tuple[Tensor, Tensor]
 
 
 class DecodeRow(NamedTuple):
@@ -39,116 +41,150 @@ class InFlightStep:
     """A launched step. rows: the row of each sequence.
 
     logits `[rows, vocab]` and their argmax `best [rows]` are on the device; the next launch
-    overwrites them. host_best: `best` on the host, once the event `copied` has happened.
+    overwrites them. download: `best` on its way to the host.
     """
 
     rows: Mapping[SequenceKV, int]
     logits: Tensor
     best: Tensor
-    host_best: Tensor
-    copied: torch.cuda.Event | None
+    download: Download
 
     def tokens(self, sequences: Iterable[SequenceKV]) -> list[int]:
         """The argmax of each sequence. Waits for this step, not for later ones."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        best = self.host_best.tolist()
+        best = self.download.wait().tolist()
         return [best[self.rows[kv]] for kv in sequences]
 
 
 class CudaGraphDecoder:
-    """Decode steps of at most `max_num_seqs` sequences; token ids are below `vocab`.
+    """Decode steps of at most `max_num_seqs` sequences.
 
-    unavailable: why steps are not captured, or None.
+    step: computes logits `[N, vocab]` and their argmax from the tokens `[N]` of a batch, without
+    reading a value on the host. context: positions of the longest sequence. unavailable: why steps
+    are not captured, or None.
     """
 
-    def __init__(self, model: Llava, cache: PagedKVCache, *, vocab: int, max_num_seqs: int) -> None:
-        self.model, self.cache, self.vocab = model, cache, vocab
+    def __init__(
+        self,
+        step: Callable[[Tensor, PagedBatch], Outputs],
+        cache: PagedKVCache,
+        stream: DeviceStream,
+        *,
+        context: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.step, self.cache, self.stream = step, cache, stream
         self.sizes = capture_sizes(max_num_seqs)
-        max_blocks = -(-model.config.text.context // cache.block_size)
-        width = max(1, min(cache.num_blocks, max_blocks))
-        shape, device = (max_num_seqs, 2 + width), cache.pool.device
-        self.inputs = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.unavailable = unavailable_reason(cache)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
+        self.width = max(1, min(cache.num_blocks, -(-context // cache.block_size)))
+        numbers, device = max_num_seqs * (4 + self.width), cache.pool.device
+        self.inputs = torch.zeros(numbers, dtype=torch.int32, device=device)
+        self.unavailable = stream.no_capture
+        self._graphs: dict[int, tuple[Callable[[], object], Outputs]] = {}
+
+    def capture(self) -> None:
+        """Capture all sizes, the largest first: the others find room in its memory."""
+        if self.unavailable is not None:
+            return
+        for size in reversed(self.sizes):
+            self.stream.upload(self._inputs((), size), self.inputs[: size * (4 + self.width)])
+            try:
+                self._graphs[size] = self.stream.capture(partial(self._step, size))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                self.drop(f"capturing a step of {size} failed: {reason}")
+                return
+
+    def drop(self, reason: str) -> None:
+        """Run all steps kernel by kernel from now on."""
+        self.unavailable = reason
+        self._graphs.clear()
 
     def __call__(
         self, rows: Sequence[DecodeRow], previous: InFlightStep | None = None
     ) -> InFlightStep:
         """Launch a step. previous: the last launched one, whose rows sample the tokens of these."""
         size = next(size for size in self.sizes if size >= len(rows))
-        self._write_inputs(rows, size)
+        self.stream.upload(self._inputs(rows, size), self.inputs[: size * (4 + self.width)])
         if previous is not None:
-            tokens = self.inputs[: len(rows), 0]
-            tokens.copy_(previous.best.index_select(0, tokens))
-        if self.unavailable is None and size not in self._graphs:
-            try:
-                self._graphs[size] = self._capture(size)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                self.unavailable = f"capturing a step of {size} failed: {reason}"
+            self.stream.launch(partial(self._take_tokens, len(rows), previous.best))
         if size in self._graphs:
-            graph, (logits, best) = self._graphs[size]
-            graph.replay()
+            replay, (logits, best) = self._graphs[size]
+            self.stream.launch(replay)
         else:
             logits, best = self._step(size)
         best = best[: len(rows)]
-        # Copied now, since the next step overwrites it; from a GPU to pinned memory, without
-        # waiting.
-        host_best = best.to("cpu", non_blocking=True, copy=True)
-        copied = torch.cuda.current_stream(best.device).record_event() if best.is_cuda else None
         row_of = {row.kv: number for number, row in enumerate(rows)}
-        return InFlightStep(row_of, logits[: len(rows)], best, host_best, copied)
+        # Copied now, since the next step overwrites it.
+        return InFlightStep(row_of, logits[: len(rows)], best, self.stream.download(best))
 
-    def _write_inputs(self, rows: Sequence[DecodeRow], size: int) -> None:
-        # New memory for each step: the copy of the previous one may not have finished.
-        shape, pinned = (size, self.inputs.shape[1]), self.inputs.is_cuda
-        inputs = torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
-        table = inputs.numpy()
-        table[:, 2:] = self.cache.num_blocks
-        for line, row in zip(table, rows, strict=False):
-            line[:2] = row.token, row.position
-            line[2 : 2 + len(row.kv.blocks)] = row.kv.blocks
-        self.inputs[:size].copy_(inputs, non_blocking=True)
+    def _inputs(self, rows: Sequence[DecodeRow], size: int) -> Tensor:
+        inputs, block = self.stream.host(size * (4 + self.width)), self.cache.block_size
+        numbers = inputs.numpy()
+        columns, table = numbers[: 4 * size].reshape(4, size), numbers[4 * size :]
+        columns[:] = [[0], [0], [-1], [0]]
+        lines = table.reshape(size, self.width)
+        lines[:] = self.cache.num_blocks
+        for number, (kv, position, token) in enumerate(rows):
+            slot = kv.blocks[position // block] * block + position % block
+            columns[:, number] = token, position, slot, position + 1
+            lines[number, : len(kv.blocks)] = kv.blocks
+        return inputs
 
-    def _step(self, size: int) -> tuple[Tensor, Tensor]:
-        tokens, positions = self.inputs[:size, :2].t().contiguous()
-        attend = self.cache.attend_decode(positions, self.inputs[:size, 2:].contiguous())
-        hidden = self.model.forward(self.model.embed(tokens), positions, attend)
-        placeholders = self.model.config.placeholder_ids
-        logits = mask_invalid_tokens(self.model.logits(hidden), self.vocab, placeholders)
-        return logits, logits.argmax(-1)
+    def _take_tokens(self, count: int, best: Tensor) -> None:
+        """Replace the rows of the previous step by the tokens that they sampled."""
+        tokens = self.inputs[:count]
+        tokens.copy_(best.index_select(0, tokens).clamp_min(0))
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-        device = self.inputs.device
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        # the second context restores the stream also after a capture that fails
-        with torch.cuda.device(device), torch.cuda.stream(current):
-            side.wait_stream(current)
-            with torch.cuda.stream(side):  # warm-up: libraries initialize on the first call
-                self._step(size)
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            other = next(iter(self._graphs.values()), None)
-            pool = None if other is None else other[0].pool()
-            # thread_local: other threads may use the GPU meanwhile
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                outputs = self._step(size)
-        return graph, outputs
+    def _step(self, size: int) -> Outputs:
+        columns = self.inputs[: 4 * size].view(4, size)
+        table = self.inputs[4 * size : size * (4 + self.width)].view(size, self.width)
+        tokens, positions, slots, lengths = columns
+        return self.step(tokens, PagedBatch(size, positions, slots, lengths, table))
+
+
+class CudaGraphTower:
+    """The vision encoder for 8, 4, 2 and 1 crops; other numbers are sums of these.
+
+    encode: crops `[N, 3, S, S]` -> features `[N, tokens, D]`. unavailable: as `CudaGraphDecoder`.
+    """
+
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], pixels: Tensor, stream: DeviceStream
+    ) -> None:
+        self.encode, self.pixels, self.stream = encode, pixels, stream
+        self.sizes = [size for size in (8, 4, 2, 1) if size <= len(pixels)]
+        self.unavailable = stream.no_capture
+        self._graphs: dict[int, tuple[Callable[[], object], Tensor]] = {}
+
+    def capture(self) -> None:
+        """Capture all sizes, the largest first."""
+        for size in self.sizes if self.unavailable is None else ():
+            try:
+                self._graphs[size] = self.stream.capture(partial(self._step, size))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                self.unavailable = f"capturing {size} crops failed: {reason}"
+                self._graphs.clear()
+                return
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Features of crops, in memory of their own."""
+        if not self._graphs:
+            return self.encode(pixels)
+        parts = []
+        while len(pixels):
+            size = next(size for size in self.sizes if size <= len(pixels))
+            replay, features = self._graphs[size]
+            self.pixels[:size].copy_(pixels[:size])
+            self.stream.launch(replay)
+            parts.append(features.clone())
+            pixels = pixels[size:]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _step(self, size: int) -> Tensor:
+        return self.encode(self.pixels[:size])
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
     """The batch sizes that steps are padded to, up to `max_num_seqs`."""
     sizes = (1, 2, 4, 8, *range(16, max_num_seqs + 16, 16))
     return sorted({min(size, max_num_seqs) for size in sizes})
-
-
-def unavailable_reason(cache: PagedKVCache) -> str | None:
-    """Why decode steps with this cache cannot be captured, or None."""
-    if not cache.pool.is_cuda:
-        return "no CUDA device"
-    if cache.kernel == "sdpa":
-        return "without a kernel for paged attention the shapes vary"
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "tensor parallelism"
-    return None

@@ -19,6 +19,7 @@ from ..prompt import Prompt
 from .block_allocator import BlockAllocator
 from .encoder_cache import EncoderCache
 from .encoder_disk_cache import EncoderDiskCache
+from .kv_budget import default_batched_tokens
 from .kv_paged import KV_BLOCK_SIZE, PagedKVCache
 from .kv_snapshot import KVSnapshot, KVSnapshots
 from .model_runner import ModelRunner
@@ -70,11 +71,12 @@ class Engine:
     kv_bytes: of the KV memory, running and cached. feature_bytes: of cached image features, in
         addition to those in use.
     max_num_batched_tokens: of a step, so that long prompts do not delay other answers for long.
+        Default: 4,096 on a CUDA GPU, 1,024 elsewhere.
     max_batched_images: crops per call of the vision encoder. max_num_seqs: running requests.
     kv_precision: "auto" is the dtype of the computation; "int8" takes half the memory of bfloat16.
     kv_block_size: tokens per block of a paged KV cache; 0: contiguous, allocated as needed.
-    Default:
-        256 on a GPU, 0 elsewhere. A paged cache is allocated at once: see `profile_kv_bytes`.
+        Default: 256 on a GPU, 0 elsewhere. A paged cache is allocated at once: see
+        `profile_kv_bytes`.
     batch_invariant: an answer and its log-probabilities are equal to the last bit for any other
         load, cache and preemption: each request is computed by calls of its own, whose shapes do
         not depend on others. On a GPU it relies on libraries that repeat themselves for equal
@@ -95,7 +97,7 @@ class Engine:
         vocab: int,
         kv_bytes: int,
         feature_bytes: int = 256 << 20,
-        max_num_batched_tokens: int = 1024,
+        max_num_batched_tokens: int | None = None,
         max_batched_images: int = 8,
         max_num_seqs: int = 64,
         kv_precision: str = "auto",
@@ -104,6 +106,10 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         text, device = model.config.text, model.lm_head.weight.device.type
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = max(
+                max_num_seqs, default_batched_tokens(model.lm_head.weight.device)
+            )
         if not 0 < vocab <= text.vocab_size:
             raise OptionError(
                 f"vocab must be between 1 and the model's {text.vocab_size}, not {vocab}"

@@ -1,29 +1,74 @@
 """Paged KV cache: blocks of one pool, as the attention kernels of GPUs read them.
 
 Same interface as `kv_contiguous`. `BlockAllocator` assigns the blocks. Sequences with a common
-prefix share its whole blocks, so that only a partly filled block is copied. In int8, the keys and
-values of a layer are dequantized for each step, since no kernel reads them: that takes the memory
-of one layer of the sequences in the step in the dtype of the computation.
+prefix share its whole blocks, so that only a partly filled block is copied. The Triton kernels read
+a pool of 16 bits or of int8. Without them PyTorch's SDPA computes one sequence after another, from
+a copy of its keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import TextConfig
 from ..errors import OptionError
+from ..kernels import triton as kt
 from ..model import AttentionFn
-from ..model.varlen import KERNELS, VarlenMetadata, choose
+from .device_stream import DeviceStream
 from .kv_contiguous import ContiguousKV, Span, bytes_per_token, import_tensors, quantize_kv
 from .prefix_cache import SequenceKV
 
 KV_BLOCK_SIZE = 256
-"""Tokens per block: FlashAttention 2, also inside PyTorch, needs multiples of 256."""
+"""Tokens per block. Sequences share whole blocks; a block table has a number for each."""
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Where the T tokens of N sequences of a step lie, int32 on the device.
+
+    The first `decodes` sequences have one token each. positions: `[T]`. slots: `[T]`, block *
+    block_size + place in it; negative: not written. seqlens_k: all tokens of each sequence `[N]`.
+    block_table: `[N, max_blocks]`. cu_seqlens_q: cumulative numbers of tokens of the others, `[N -
+    decodes + 1]`; max_seqlen_q: the most. spans: start and stop of each sequence, on the host, for
+    SDPA.
+    """
+
+    decodes: int
+    positions: Tensor
+    slots: Tensor
+    seqlens_k: Tensor
+    block_table: Tensor
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int = 1
+    spans: Sequence[Span] = ()
+
+    def attend(self, q: Tensor, kv: kt.LayerKV) -> Tensor:
+        """Attention of queries `[T, H, d]` over a layer that has all keys and values."""
+        n = self.decodes
+        parts = []
+        if n:
+            table, lengths = self.block_table[:n], self.seqlens_k[:n]
+            parts.append(kt.paged_decode(q[:n], kv, table, lengths))
+        if self.cu_seqlens_q is not None:
+            table, lengths = self.block_table[n:], self.seqlens_k[n:]
+            most = self.max_seqlen_q
+            parts.append(kt.paged_attention(q[n:], kv, table, self.cu_seqlens_q, lengths, most))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels do not compute on a device; None where they do."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    return kt.unavailable_reason(device, dtype)
 
 
 class PagedKVCache:
@@ -47,7 +92,7 @@ class PagedKVCache:
         self.dtype = torch.int8 if int8 else dtype  # of the storage
         self.block_size = block_size
         self.num_blocks = kv_bytes // (block_size * self.bytes_per_token)
-        self.kernel = choose(device, dtype, c.head_dim)
+        self.no_kernels = unavailable_reason(device, dtype)
         shape = (c.num_layers, 2, self.num_blocks + 1, block_size, c.num_kv_heads)
         try:  # zero-initialized: masked values are multiplied by 0, and 0 * NaN is NaN
             self.pool = torch.zeros((*shape, c.head_dim), dtype=self.dtype, device=device)
@@ -62,7 +107,8 @@ class PagedKVCache:
     @property
     def attention(self) -> str:
         """A description of the attention backend."""
-        return f"{self.kernel} over a paged KV cache, {self.block_size} tokens per block"
+        kernel = "Triton" if self.no_kernels is None else f"sdpa ({self.no_kernels})"
+        return f"{kernel} over a paged KV cache, {self.block_size} tokens per block"
 
     def prepare(self, kv: SequenceKV) -> None:
         """Nothing: the allocator has assigned the blocks."""
@@ -76,7 +122,7 @@ class PagedKVCache:
 
     def export_tensors(self, kv: SequenceKV, length: int) -> dict[str, Tensor]:
         """A copy of the first `length` tokens, as `ContiguousKV.export_tensors`."""
-        slots = self._slots([(kv, 0, length)])
+        slots = self._slots(kv, length)
         out = ContiguousKV(len(self.pool), self._empty)
         out.resize(length, 0)
         for layer in range(len(self.pool)):
@@ -97,7 +143,7 @@ class PagedKVCache:
 
     def adopt(self, kv: SequenceKV, contiguous: ContiguousKV) -> None:
         """Write imported memory of all its tokens to the blocks of a sequence."""
-        slots = self._slots([(kv, 0, contiguous.capacity)])
+        slots = self._slots(kv, contiguous.capacity)
         for layer in range(len(self.pool)):
             keys, values = contiguous.keys[layer], contiguous.values[layer]
             self._write(self.pool[layer], slots, keys.permute(2, 0, 1), values.transpose(0, 1))
@@ -105,41 +151,65 @@ class PagedKVCache:
                 scales = contiguous.key_scales[layer], contiguous.value_scales[layer]
                 self._write(self.scales[layer], slots, *(scale.t() for scale in scales))
 
-    def attend(self, spans: Sequence[Span]) -> AttentionFn:
-        """The attention of a step whose flat batch is these spans one after another."""
-        device = self.pool.device
-        new, lengths = [span.stop - span.start for span in spans], [span.stop for span in spans]
-        slots = self._slots([(span.kv, span.start, span.stop) for span in spans])
-        if self.scales is not None:
-            kv_slots = self._slots([(span.kv, 0, span.stop) for span in spans])
-            return _PagedAttention(self, slots, VarlenMetadata.of(new, lengths, device), kv_slots)
-        blocks = [span.kv.blocks[: -(-span.stop // self.block_size)] for span in spans]
-        rows = list(zip(*zip_longest(*blocks, fillvalue=self.num_blocks), strict=True))
-        table = torch.tensor(rows, dtype=torch.int32, device=device)
-        return _PagedAttention(self, slots, VarlenMetadata.of(new, lengths, device, table))
+    def layer(self, number: int) -> kt.LayerKV:
+        """The keys and values of a layer."""
+        scales = () if self.scales is None else self.scales[number]
+        return kt.LayerKV(*self.pool[number], *scales)
 
-    def attend_decode(self, positions: Tensor, table: Tensor) -> AttentionFn:
-        """`attend` for one new token per sequence, at `positions [N]`, in blocks `[N, max_blocks]`.
+    def batch(
+        self, spans: Sequence[Span], stream: DeviceStream, *extra: Sequence[int]
+    ) -> tuple[PagedBatch, list[Tensor]]:
+        """The tokens of a step, a sequence after another, and `extra` numbers on the device.
 
-        Both are int32 on the device. No value is read on the host, so that a step can be captured
-        and replayed with other values.
+        All numbers go there in one copy. Spans of one token must come first.
         """
-        size = self.block_size
-        at = (positions // size).long()
-        slots = table.gather(1, at[:, None])[:, 0].long() * size + positions % size
-        lengths = positions + 1
-        starts = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        count, max_blocks = table.shape
-        new = torch.arange(count + 1, dtype=torch.int32, device=table.device)
-        varlen = VarlenMetadata(new, starts, lengths, 1, max_blocks * size, table)
-        return _PagedAttention(self, slots, varlen)
+        counts = [span.stop - span.start for span in spans]
+        decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        assert 1 not in counts[decodes:]
+        lists: list[Sequence[int]] = [
+            [at for span in spans for at in range(span.start, span.stop)],
+            self._host_slots((span.kv, span.start, span.stop) for span in spans).tolist(),
+            [span.stop for span in spans],
+            [0, *accumulate(counts[decodes:])],
+            *extra,
+        ]
+        width = max(-(-span.stop // self.block_size) for span in spans)
+        sizes = [*map(len, lists), len(spans) * width]
+        host = stream.host(sum(sizes))
+        ends = list(accumulate(sizes, initial=0))
+        numbers = host.numpy()
+        for values, (start, stop) in zip(lists, pairwise(ends), strict=False):
+            numbers[start:stop] = values
+        table = numbers[ends[-2] :].reshape(len(spans), width)
+        table[:] = self.num_blocks
+        for line, span in zip(table, spans, strict=True):
+            used = span.kv.blocks[:width]
+            line[: len(used)] = used
+        positions, slots, lengths, starts, *rest = stream.upload(host).split(sizes)
+        others = starts if decodes < len(spans) else None
+        table_there = rest.pop().view(len(spans), width)
+        batch = PagedBatch(
+            decodes, positions, slots, lengths, table_there, others, max(counts), spans
+        )
+        return batch, rest
 
-    def _slots(self, spans: Iterable[tuple[SequenceKV, int, int]]) -> Tensor:
+    def attend(self, batch: PagedBatch) -> AttentionFn:
+        """The attention of a step."""
+        return _PagedAttention(self, batch)
+
+    def _host_slots(
+        self, spans: Iterable[tuple[SequenceKV, int, int]]
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Indices of tokens in the pool: of each sequence those from a first to a last."""
-        size = self.block_size
-        pairs = [(torch.tensor(kv.blocks), torch.arange(start, stop)) for kv, start, stop in spans]
-        slots = [blocks[at // size] * size + at % size for blocks, at in pairs]
-        return torch.cat(slots).to(self.pool.device)
+        size, parts = self.block_size, []
+        for kv, start, stop in spans:
+            at = np.arange(start, stop)
+            parts.append(np.asarray(kv.blocks)[at // size] * size + at % size)
+        return np.concatenate(parts)
+
+    def _slots(self, kv: SequenceKV, length: int) -> Tensor:
+        """Of the first tokens of a sequence, on the device."""
+        return torch.from_numpy(self._host_slots([(kv, 0, length)])).to(self.pool.device)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write the keys and values `[T, Hkv, d]` of tokens."""
@@ -149,12 +219,17 @@ class PagedKVCache:
             self._write(self.scales[layer], slots, key_scales, value_scales)
         self._write(self.pool[layer], slots, k, v)
 
-    def dequantize(self, layer: int, slots: Tensor) -> list[Tensor]:
-        """The int8 keys and values of tokens in the dtype of the computation."""
-        assert self.scales is not None
-        pools = zip(self.pool[layer], self.scales[layer], strict=True)
-        flat = ((part.flatten(0, 1)[slots], scales.flatten(0, 1)[slots]) for part, scales in pools)
-        return [(part * scales[..., None].float()).to(self._compute_dtype) for part, scales in flat]
+    def read(self, layer: int, slots: Tensor) -> list[Tensor]:
+        """A copy of the keys and values `[T, Hkv, d]` of tokens, in the dtype of the
+        computation."""
+        parts = [part.flatten(0, 1)[slots] for part in self.pool[layer]]
+        if self.scales is None:
+            return parts
+        scales = (part.flatten(0, 1)[slots][..., None].float() for part in self.scales[layer])
+        return [
+            (part * scale).to(self._compute_dtype)
+            for part, scale in zip(parts, scales, strict=True)
+        ]
 
     @staticmethod
     def _write(pools: Tensor, slots: Tensor, *rows: Tensor) -> None:
@@ -163,22 +238,30 @@ class PagedKVCache:
 
 
 class _PagedAttention:
-    """kv_slots: of all tokens of the sequences, where they have to be dequantized."""
-
-    def __init__(
-        self,
-        cache: PagedKVCache,
-        slots: Tensor,
-        varlen: VarlenMetadata,
-        kv_slots: Tensor | None = None,
-    ) -> None:
-        self.cache, self.slots, self.varlen, self.kv_slots = cache, slots, varlen, kv_slots
+    def __init__(self, cache: PagedKVCache, batch: PagedBatch) -> None:
+        self.cache, self.batch, self.slots = cache, batch, batch.slots.long()
+        self.counts = [span.stop - span.start for span in batch.spans]
+        self.kv_slots: list[Tensor] = []  # of all tokens of each sequence, for SDPA
+        if cache.no_kernels is not None:
+            self.kv_slots = [cache._slots(span.kv, span.stop) for span in batch.spans]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
-        cache.write(layer, self.slots, k, v)
-        if self.kv_slots is None:
-            keys, values = cache.pool[layer]
-        else:
-            keys, values = cache.dequantize(layer, self.kv_slots)
-        return KERNELS[cache.kernel](q, keys, values, self.varlen)
+        self.cache.write(layer, self.slots, k, v)
+        if not self.kv_slots:
+            return self.batch.attend(q, self.cache.layer(layer))
+        parts = zip(q.split(self.counts), self.kv_slots, strict=True)
+        return torch.cat([sdpa(part, *self.cache.read(layer, slots)) for part, slots in parts])
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of one sequence: queries `[T, H, d]`, the last of keys and values `[S, Hkv,
+    d]`."""
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    new, length, grouped = len(q), len(k), q.shape[1] != k.shape[1]
+    mask = None
+    if new not in (1, length):
+        mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+    out = scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=new == length > 1, enable_gqa=grouped
+    )
+    return out[0].transpose(0, 1)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import VisionConfig
 from ..lora import AdapterRouting
 from ..model import Llava
+from ..model.siglip import SigLIP
 from ..quantization.fused import FusedDecoder, FusedTower, can_fuse_decoder, can_fuse_tower
-from .cuda_graphs import CudaGraphDecoder, DecodeRow, InFlightStep
+from .cuda_graphs import CudaGraphDecoder, CudaGraphTower, DecodeRow, InFlightStep
+from .device_stream import stream_of
 from .encoder_cache import EncoderCache
 from .encoder_disk_cache import EncoderDiskCache
+from .gpu_layers import GpuDecoder, GpuTower
+from .gpu_sampler import GpuSampler, mark_not_finite
 from .kv_contiguous import ContiguousKVCache, Span, fused_sequence
-from .kv_paged import PagedKVCache
+from .kv_paged import PagedBatch, PagedKVCache
+from .prefix_cache import CacheKey, SequenceKV
 from .request import EncoderInput
 from .sampler import Pick, Sampler, mask_invalid_tokens
 from .scheduler import ScheduledRequest, SchedulerOutput
@@ -47,14 +55,21 @@ class ModelRunner:
         self.model, self.encoder_cache, self.adapter_routing = model, encoder_cache, adapter_routing
         self.dtype, self.device, self.clock = weight.dtype, weight.device, clock
         where = (model.config.text, self.dtype, self.device)
+        self.stream = stream_of(self.device)
         self.kv_cache: PagedKVCache | ContiguousKVCache
-        self.graphs: CudaGraphDecoder | None = None
         self.fused: FusedDecoder | None = None
+        self.gpu_decoder: GpuDecoder | None = None
+        self.gpu_sampler: GpuSampler | None = None
+        self.graphs: CudaGraphDecoder | None = None
+        self.tower_graphs: CudaGraphTower | None = None
         if kv_block_size:
-            paged = PagedKVCache(*where, kv_bytes, block_size=kv_block_size, int8=kv_int8)
-            self.kv_cache = paged
-            if not kv_int8 and not batch_invariant:
-                self.graphs = CudaGraphDecoder(model, paged, vocab=vocab, max_num_seqs=max_num_seqs)
+            self.kv_cache = PagedKVCache(*where, kv_bytes, block_size=kv_block_size, int8=kv_int8)
+            if self.device.type == "cuda" and self.kv_cache.no_kernels is not None:
+                warnings.warn(
+                    f"no Triton kernels ({self.kv_cache.no_kernels}): attention runs sequence by "
+                    "sequence, many times slower",
+                    stacklevel=2,
+                )
         else:
             self.kv_cache = ContiguousKVCache(*where, int8=kv_int8)
             if can_fuse_decoder(model.language_model):
@@ -66,20 +81,83 @@ class ModelRunner:
         self.batch_invariant = batch_invariant
         self.encoder_disk_cache: EncoderDiskCache | None = None
         self.crops_encoded, self.encode_seconds = 0, 0.0
+        self._encoding: tuple[Any, Any] | None = None  # events around this step's encoding
+        if isinstance(self.kv_cache, PagedKVCache) and self.kv_cache.no_kernels is None:
+            with self.stream.active(), torch.inference_mode():
+                self._prepare_gpu(self.kv_cache, max_num_seqs)
+
+    def _prepare_gpu(self, cache: PagedKVCache, max_num_seqs: int) -> None:
+        """Merge linears, compile kernels and capture graphs: no request waits for that."""
+        model, shape = self.model, self.model.config.vision
+        self.gpu_decoder = GpuDecoder(model.language_model, cache)
+        self.gpu_sampler = GpuSampler(self.stream, self.vocab)
+        if isinstance(model.vision_tower, SigLIP) and isinstance(shape, VisionConfig):
+            tower = GpuTower(model.vision_tower, shape)
+            crops, side = min(8, self.max_batched_images), shape.image_size
+            pixels = torch.zeros((crops, 3, side, side), dtype=self.dtype, device=self.device)
+            self.tower_graphs = CudaGraphTower(
+                lambda pixels: model.multi_modal_projector(tower(pixels)), pixels, self.stream
+            )
+            self.tower_graphs.capture()
+        if not self.batch_invariant:
+            self.graphs = CudaGraphDecoder(
+                self._decode_step,
+                cache,
+                self.stream,
+                context=model.config.text.context,
+                max_num_seqs=max_num_seqs,
+            )
+            self.graphs.capture()
+
+    def _decode_step(self, tokens: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
+        """Logits `[N, vocab]` and their argmax after one more token of each sequence."""
+        assert self.gpu_decoder is not None
+        hidden = self.gpu_decoder(self.model.embed(tokens), batch)
+        return self._best(self.model.logits(hidden))
+
+    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of valid tokens, and their argmax."""
+        logits = mask_invalid_tokens(logits, self.vocab, self.model.config.placeholder_ids)
+        largest, best = logits.max(-1)
+        return logits, mark_not_finite(best, largest)
 
     @property
     def attention(self) -> str:
         """A description of the attention backend and of CUDA graphs."""
         if isinstance(self.kv_cache, ContiguousKVCache):
             return self.kv_cache.attention
+        reason: str | None = "SDPA runs sequence by sequence"
+        if self.batch_invariant:
+            reason = "batch-invariant"
         if self.graphs is not None:
             reason = self.graphs.unavailable
-        else:
-            reason = (
-                "batch-invariant" if self.batch_invariant else "the int8 KV cache is dequantized"
-            )
         graphs = "CUDA graphs" if reason is None else f"no CUDA graphs ({reason})"
         return f"{self.kv_cache.attention}; {graphs}"
+
+    @torch.inference_mode()
+    def largest_step(self, tokens: int, num_logits: int) -> None:
+        """Compute a step with so many tokens of one prompt, and rows of logits that are sampled;
+        and the most images at a time."""
+        cache, side = self.kv_cache, self.model.config.vision.image_size
+        assert isinstance(cache, PagedKVCache)
+        with self.stream.active():
+            pixels = torch.zeros(
+                (self.max_batched_images, 3, side, side), dtype=self.dtype, device=self.device
+            )
+            features = self._encode_images(pixels, "").flatten(0, 1)[:tokens]
+            kv = SequenceKV(CacheKey.of([]), blocks=list(range(cache.num_blocks)))
+            rows = range(max(0, tokens - num_logits), tokens)
+            batch, (ids, outputs) = cache.batch(
+                [Span(kv, 0, tokens)], self.stream, [0] * tokens, rows
+            )
+            x = self.model.embed(ids, [(0, features)])
+            if self.gpu_decoder is not None:
+                hidden = self.gpu_decoder(x, batch)
+            else:
+                hidden = self.model.forward(x, batch.positions, cache.attend(batch))
+            logits = self.model.logits(hidden.index_select(0, outputs)).float()
+            logits.softmax(-1).sort(-1)
+            self.stream.synchronize()
 
     def recover(self, error: BaseException) -> None:
         """After a step that ran out of memory, free what it had allocated."""
@@ -90,9 +168,17 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> list[list[Pick]]:
         """Compute a step. For each request that samples: its accepted draft tokens and one more."""
-        if output.encoder_inputs:
-            self._encode(output)
-        scheduled = output.scheduled
+        with self.stream.active():
+            if output.encoder_inputs:
+                self._encode(output)
+            picks = self._run(output.scheduled)
+            if not picks:
+                self.stream.synchronize()
+            if self._encoding is not None:
+                self._count_encoding(output)
+        return picks
+
+    def _run(self, scheduled: list[ScheduledRequest]) -> list[list[Pick]]:
         for one in scheduled:
             self.kv_cache.prepare(one.kv)
             if one.source is not None:
@@ -113,7 +199,11 @@ class ModelRunner:
         if len(ready) == len(scheduled):
             self._in_flight = self._launch_next(scheduled, step)
         others = iter(self._compute([one for one in scheduled if one.kv not in step.rows]))
-        sampled = iter(self._pick(ready, step.logits, step.tokens(one.kv for one in ready)))
+        if all(one.request.argmax_only for one in ready):
+            best = step.tokens(one.kv for one in ready)
+            sampled = iter([[Pick(token)] for token in best])
+        else:
+            sampled = iter(self._pick(ready, step.logits))
         picks = ((one, sampled if one.kv in step.rows else others) for one in scheduled)
         return [next(source) for one, source in picks if one.sample]
 
@@ -137,71 +227,113 @@ class ModelRunner:
 
     def _compute(self, scheduled: list[ScheduledRequest]) -> list[list[Pick]]:
         """`run` without CUDA graphs, for requests whose KV memory is ready."""
-        hidden: dict[int, Tensor] = {}
+        hidden: dict[ScheduledRequest, Tensor] = {}
         fused = [one for one in scheduled if self._uses_fused(one)]
         plain = [one for one in scheduled if not self._uses_fused(one)]
-        batches = [fused, *([one] for one in plain)] if self.batch_invariant else [fused, plain]
+        batches = [fused, plain]
+        if self.batch_invariant:  # the fused layers of a CPU are by themselves
+            batches = [fused] if self.fused is not None else [[one] for one in fused]
+            batches += [[one] for one in plain]
         for batch in batches:
-            if any(one.start < one.stop for one in batch):
-                parts = self._forward(batch).split([one.num_logits for one in batch])
-                hidden |= zip(map(id, batch), parts, strict=True)
-        rows = [hidden[id(one)] for one in scheduled if one.sample]
+            if computed := [one for one in batch if one.start < one.stop]:
+                hidden |= self._forward(computed)
+        rows = [hidden[one] for one in scheduled if one.sample]
         if not rows:
             return []
-        apart = self.batch_invariant and self.fused is None
-        logits = torch.cat([self.model.logits(x) for x in (rows if apart else [torch.cat(rows)])])
+        each = self.batch_invariant and self.fused is None
+        logits = torch.cat([self.model.logits(x) for x in (rows if each else [torch.cat(rows)])])
         logits = mask_invalid_tokens(logits, self.vocab, self.model.config.placeholder_ids)
         return self._pick([one for one in scheduled if one.sample], logits)
 
     def _uses_fused(self, one: ScheduledRequest) -> bool:
-        """Whether the fused layers compute its tokens; does not depend on the rest of the step."""
-        return self.fused is not None and not one.request.adapter
+        """Whether fused layers compute its tokens; does not depend on the rest of the step."""
+        has_fused = self.fused is not None or self.gpu_decoder is not None
+        return has_fused and not one.request.adapter
 
-    def _forward(self, batch: list[ScheduledRequest]) -> Tensor:
+    def _forward(self, batch: list[ScheduledRequest]) -> dict[ScheduledRequest, Tensor]:
         """Hidden states `[num_logits, D]` of requests that all use the fused layers, or all not."""
-        tokens = [
-            token
-            for one in batch
-            for token in (*islice(one.request.tokens, one.start, one.stop), *one.draft_tokens)
-        ]
+        if isinstance(self.kv_cache, PagedKVCache):
+            return self._forward_paged(batch, self.kv_cache)
         positions = torch.tensor(
             [position for one in batch for position in range(one.start, one.stop)],
             device=self.device,
         )
-        x = self.model.embed(torch.tensor(tokens, device=self.device), self._feature_spans(batch))
-        computed = [one for one in batch if one.start < one.stop]
-        spans = [Span(one.kv, one.start, one.stop) for one in computed]
+        tokens = torch.tensor(_tokens(batch), device=self.device)
+        x = self.model.embed(tokens, self._feature_spans(batch))
+        spans = [Span(one.kv, one.start, one.stop) for one in batch]
         if self.fused is not None and self._uses_fused(batch[0]):
-            sequences = zip(spans, computed, strict=True)
-            return self.fused(
+            sequences = zip(spans, batch, strict=True)
+            outputs = self.fused(
                 x, positions, [fused_sequence(span, one.num_logits) for span, one in sequences]
             )
+            return dict(zip(batch, outputs.split([one.num_logits for one in batch]), strict=True))
         with self.adapter_routing.through(_adapter_spans(batch)):
             hidden = self.model.forward(x, positions, self.kv_cache.attend(spans))
-        parts = hidden.split([one.stop - one.start for one in computed])
-        pairs = zip(parts, computed, strict=True)
-        return torch.cat([part[len(part) - one.num_logits :] for part, one in pairs])
+        parts = hidden.split([one.stop - one.start for one in batch])
+        pairs = zip(parts, batch, strict=True)
+        return {one: part[len(part) - one.num_logits :] for part, one in pairs}
 
-    def _pick(
-        self, scheduled: list[ScheduledRequest], logits: Tensor, best: Sequence[int] = ()
-    ) -> list[list[Pick]]:
-        """Sample at each row of the logits, up to the first rejected draft token.
+    def _forward_paged(
+        self, batch: list[ScheduledRequest], cache: PagedKVCache
+    ) -> dict[ScheduledRequest, Tensor]:
+        """`_forward` over a paged KV cache. All numbers go to the device in one copy."""
+        batch = sorted(batch, key=lambda one: one.stop - one.start != 1)  # single tokens first
+        spans, rows, first = [], list[int](), 0
+        for one in batch:
+            spans.append(Span(one.kv, one.start, one.stop))
+            first += one.stop - one.start
+            rows += range(first - one.num_logits, first)
+        paged, (tokens, outputs) = cache.batch(spans, self.stream, _tokens(batch), rows)
+        x = self.model.embed(tokens, self._feature_spans(batch))
+        if self.gpu_decoder is not None and self._uses_fused(batch[0]):
+            hidden = self.gpu_decoder(x, paged)
+        else:
+            with self.adapter_routing.through(_adapter_spans(batch)):
+                hidden = self.model.forward(x, paged.positions, cache.attend(paged))
+        parts = hidden.index_select(0, outputs).split([one.num_logits for one in batch])
+        return dict(zip(batch, parts, strict=True))
 
-        best: the argmax of each row, if it is known.
-        """
-        if not best and any(one.request.argmax_only for one in scheduled):
-            best = logits.argmax(-1).tolist()
+    def _pick(self, scheduled: list[ScheduledRequest], logits: Tensor) -> list[list[Pick]]:
+        """Sample at each row of the logits, up to the first rejected draft token."""
+        picked = self._pick_at_once(scheduled, logits)
         picks: list[list[Pick]] = []
         start = 0
         for one in scheduled:
             picks.append([])
             for row, draft_token in enumerate((*one.draft_tokens, None), start):
-                greedy = one.request.argmax_only
-                pick = Pick(best[row]) if greedy else self._sampler(one).pick(logits[row])
+                pick = picked.get(row) or self._sampler(one).pick(logits[row])
                 picks[-1].append(pick)
                 if pick.token != draft_token:
                     break
             start += len(one.draft_tokens) + 1
+        return picks
+
+    def _pick_at_once(self, scheduled: list[ScheduledRequest], logits: Tensor) -> dict[int, Pick]:
+        """The picks of rows that need no host: argmaxes, and on a GPU samples of requests without
+        draft tokens. The host waits once."""
+        greedy, sampled, row = list[int](), dict[int, ScheduledRequest](), 0
+        for one in scheduled:
+            if one.request.argmax_only:
+                greedy += range(row, row + one.num_logits)
+            elif self.gpu_sampler is not None and one.request.drafter is None:
+                sampled[row] = one
+            row += one.num_logits
+        if self.gpu_sampler is None:
+            on_host = logits.argmax(-1).tolist() if greedy else ()
+            return {row: Pick(on_host[row]) for row in greedy}
+        largest, best = logits.max(-1)
+        best, finish = mark_not_finite(best, largest), None
+        if sampled:
+            rows = self.stream.upload_numbers(list(sampled))
+            requests = [one.request for one in sampled.values()]
+            samplers = [self._sampler(one) for one in sampled.values()]
+            tokens, finish = self.gpu_sampler(requests, samplers, logits.index_select(0, rows))
+            best = best.index_copy(0, rows, tokens)
+        found = self.stream.download(best).wait().tolist()
+        picks = {row: Pick(found[row]) for row in greedy}
+        if finish is not None:
+            mine = finish([found[row] for row in sampled])
+            picks |= zip(sampled, mine, strict=True)
         return picks
 
     def _sampler(self, one: ScheduledRequest) -> Sampler:
@@ -213,7 +345,7 @@ class ModelRunner:
 
     def _encode(self, output: SchedulerOutput) -> None:
         """Encode the step's images, crops of several requests together, into the cache."""
-        began = self.clock()
+        began = self.stream.event(self.clock)
         inputs = [one for one in output.encoder_inputs.values() if not self._from_disk(one)]
         inputs.sort(key=lambda one: one.adapter)
         max_crops = 0 if self.batch_invariant else self.max_batched_images
@@ -228,7 +360,10 @@ class ModelRunner:
                 crops += inputs[0].layout.crops
                 batch.append(inputs.pop(0))
             self.crops_encoded += crops
-            pixels = torch.cat([one.pixels for one in batch]).to(self.device, self.dtype)
+            images = [one.pixels for one in batch]
+            host = self.stream.host(crops, *images[0].shape[1:], dtype=images[0].dtype)
+            torch.cat(images, out=host)
+            pixels = self.stream.upload(host).to(self.dtype)
             parts = pixels.split(self.max_batched_images)
             with self.adapter_routing.through([(adapter, slice(None))] if adapter else ()):
                 features = torch.cat([self._encode_images(part, adapter) for part in parts])
@@ -239,9 +374,12 @@ class ModelRunner:
                 self.encoder_cache.put(one.key, arranged.clone() if len(batch) > 1 else arranged)
                 if self.encoder_disk_cache is not None and not one.private:
                     self.encoder_disk_cache.put(one.key, arranged)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that the clock includes the computation
-        seconds = self.clock() - began
+        self._encoding = began, self.stream.event(self.clock)
+
+    def _count_encoding(self, output: SchedulerOutput) -> None:
+        """Count the time that the device took for this step's images."""
+        assert self._encoding is not None
+        seconds, self._encoding = self.stream.seconds(*self._encoding), None
         self.encode_seconds += seconds
         for scheduled in output.scheduled:
             if scheduled.needs_encoder:
@@ -259,6 +397,8 @@ class ModelRunner:
 
     def _encode_images(self, pixels: Tensor, adapter: str) -> Tensor:
         """Crops `[N, 3, S, S]` -> projected features `[N, grid * grid, D]`."""
+        if self.tower_graphs is not None and not adapter:
+            return self.tower_graphs(pixels)
         if self.tower is None or adapter:
             return self.model.encode(pixels)
         features: Tensor = self.model.multi_modal_projector(self.tower(pixels))
@@ -275,6 +415,15 @@ class ModelRunner:
                 spans.append((offset + start - one.start, features))
             offset += one.stop - one.start
         return spans
+
+
+def _tokens(batch: list[ScheduledRequest]) -> list[int]:
+    """The tokens that requests compute in this step."""
+    return [
+        token
+        for one in batch
+        for token in (*islice(one.request.tokens, one.start, one.stop), *one.draft_tokens)
+    ]
 
 
 def _is_plain_decode(one: ScheduledRequest) -> bool:

@@ -17,6 +17,8 @@ from ..options import SamplingParams
 class Pick(NamedTuple):
     """A sampled token; log-probabilities as `SamplingParams.logprobs`, most probable first.
 
+    token: negative if the logits are not finite (on a GPU).
+
     allowed_logprob: of all tokens that the constraint allowed together; 0 without a constraint.
     """
 
@@ -83,6 +85,10 @@ class Sampler:
         if self.constraint is not None:
             allowed = float((masked.logsumexp(-1) - raw.logsumexp(-1)).clamp(max=0.0))
         return Pick(token, float(logprobs[token]), tuple(pairs), allowed)
+
+    def uniform(self) -> float:
+        """The next random number, from [0, 1)."""
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits `[vocab]`, float32, after bias, penalties, temperature and truncation (to

@@ -558,6 +558,9 @@ class Scheduler:
                 request.drafter.update(drafted, len(tokens) - 1)
                 request.drafted += drafted
             for number, pick in enumerate(tokens):
+                if pick.token < 0:
+                    events.append(self.end(request, "error", now, error=_not_finite()))
+                    break
                 kv.length += number > 0
                 request.accepted += number > 0
                 request.tokens.append(pick.token)
@@ -606,6 +609,12 @@ def _decodes(request: Request) -> bool:
     assert request.kv is not None
     last = len(request.tokens) - request.kv.length == 1
     return last and request.first_input == len(request.encoder_inputs) and not request.prefill_only
+
+
+def _not_finite() -> RuntimeError:
+    return RuntimeError(
+        "the network computed values that are not finite, as float16 may: use bfloat16 or float32"
+    )
 
 
 def _finish_reason(request: Request, token: int, eos_ids: frozenset[int]) -> FinishReason | None:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .varlen import KERNELS, VarlenMetadata, choose
-
 
 class AttentionFn(Protocol):
     """Attention of one layer over a flat batch: q `[T, H, d]`, k and v `[T, Hkv, d]` -> `[T, H,
@@ -27,12 +25,10 @@ class PackedAttention:
     """Causal attention within each of several packed sequences: training and one-off forwards.
 
     Sequences of similar length share a call, padded at the end: the causal mask hides the padding.
-    A varlen kernel of a GPU takes all sequences in one call.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.total = lengths, sum(lengths)
-        self.metadata: VarlenMetadata | None = None
         starts = [0, *accumulate(lengths)]
         groups: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -59,12 +55,6 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert q.shape[0] == self.total
-        kind = q.device.type
-        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else q.dtype
-        if (kernel := choose(q.device, dtype, q.shape[-1])) != "sdpa":
-            self.metadata = self.metadata or VarlenMetadata.of(self.lengths, self.lengths, q.device)
-            return KERNELS[kernel](q.to(dtype), k.to(dtype), v.to(dtype), self.metadata)
         if q.device != self.back.device:
             self.back, self.groups = (
                 self.back.to(q.device),

@@ -36,6 +36,7 @@ class ReplicaSpec:
     generation_config: str
     log_level: int
     kv_precision: str = "auto"
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 says why it is left out.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -24,6 +26,22 @@ def card() -> torch.device:
     if WHY_NOT:
         pytest.skip(WHY_NOT)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With TESTS_CUDA_ONLY=1 what a CPU can run is left out."""
+    if os.environ.get("TESTS_CUDA_ONLY") != "1":
+        return
+    params = {item: getattr(item, "callspec", None) for item in items}
+    here = [
+        item
+        for item in items
+        if item.path.parent.name == "cuda"
+        and "card" not in getattr(item, "fixturenames", ())
+        and not (params[item] and params[item].params.get("device") == "cuda")
+    ]
+    config.hook.pytest_deselected(items=here)
+    items[:] = [item for item in items if item not in here]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -165,16 +165,15 @@ def counted(tokens: int = 4000, **options: Any) -> tuple[Engine, Counting]:
 
 
 class Failing(Counting):
-    """Runs out of memory, or is interrupted, at a chosen forward."""
+    """Runs out of memory, or is interrupted, after a chosen forward: half of the step is done."""
 
     error: BaseException | None = None
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Any) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         if self.error is not None:
             error, self.error = self.error, None
-            super().forward(x, positions, attend)  # half of the step is done
             raise error
-        return super().forward(x, positions, attend)
+        return super().logits(hidden)
 
 
 def failing(tokens: int = 4000, **options: Any) -> tuple[Engine, Failing]:

@@ -56,6 +56,7 @@ class Replica:
             revision=model.revision,
             precision=model.precision,
             kv_precision=model.kv_precision,
+            gpu_memory=model.gpu_memory,
             device=model.device,
             batch_invariant=model.batch_invariant,
             adapters=dict(model.adapters),

@@ -1,0 +1,128 @@
+"""The decoder and the vision tower by few launches, for a GPU: the Triton kernels and one product
+each for q, k and v, and for gate and up.
+
+`model.qwen2` and `model.siglip` are the reference implementations; requests with an adapter are
+computed by them. The weights of merged linears are shared with theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+
+from ..config import VisionConfig
+from ..kernels import triton as kt
+from ..lora import LoraLinear
+from ..model.qwen2 import Layer, Qwen2
+from ..model.siglip import Layer as TowerLayer
+from ..model.siglip import SigLIP
+from .kv_paged import PagedBatch, PagedKVCache
+
+
+class GpuDecoder:
+    """The layers and the last norm of `decoder`, over a paged KV cache."""
+
+    def __init__(self, decoder: Qwen2, cache: PagedKVCache) -> None:
+        self.decoder, self.cache = decoder, cache
+        c = decoder.config
+        self.rope = kt.rope_table(c.context, c.head_dim, c.rope_theta, cache.pool.device)
+        self.layers = [
+            (layer, merge(_qkv(layer)), merge([layer.mlp.gate_proj, layer.mlp.up_proj]))
+            for layer in decoder.layers
+            if isinstance(layer, Layer)
+        ]
+
+    def __call__(self, x: Tensor, batch: PagedBatch) -> Tensor:
+        """Embeddings `[T, D]` of a step -> hidden states `[T, D]`."""
+        c, h = self.decoder.config, None
+        for number, (layer, qkv_proj, gate_up_proj) in enumerate(self.layers):
+            norm, kv = layer.input_layernorm, self.cache.layer(number)
+            y, h = kt.add_rms_norm(x, norm.weight, norm.eps, h)
+            q = kt.rotary_kv_write(
+                qkv_proj(y), batch.positions, batch.slots, self.rope, kv, c.num_heads
+            )
+            x = base(layer.self_attn.o_proj)(batch.attend(q, kv).flatten(1))
+            norm = layer.post_attention_layernorm
+            y, h = kt.add_rms_norm(x, norm.weight, norm.eps, h)
+            x = base(layer.mlp.down_proj)(kt.silu_mul(gate_up_proj(y)))
+        norm = self.decoder.norm
+        return kt.add_rms_norm(x, norm.weight, norm.eps, h)[0]
+
+
+class GpuTower:
+    """The vision tower: crops `[N, 3, S, S]` -> features `[N, grid * grid, D]`."""
+
+    def __init__(self, tower: SigLIP, c: VisionConfig) -> None:
+        self.tower, self.heads = tower, c.num_heads
+        self.layers = [
+            (layer, merge([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
+            for layer in tower.encoder.layers
+            if isinstance(layer, TowerLayer)
+        ]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        embedded = self.tower.embeddings(pixels)
+        x, h = embedded.flatten(0, 1), None
+        for layer, qkv_proj in self.layers:
+            norm = layer.layer_norm1
+            y, h = kt.add_layer_norm(x, norm.weight, norm.bias, norm.eps, h)
+            qkv = qkv_proj(y).view(*embedded.shape[:2], 3, self.heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = base(layer.self_attn.out_proj)(attended.flatten(0, 1))
+            norm = layer.layer_norm2
+            y, h = kt.add_layer_norm(x, norm.weight, norm.bias, norm.eps, h)
+            x = base(layer.mlp.fc2)(gelu(base(layer.mlp.fc1)(y), approximate="tanh"))
+        return (x + h).view_as(embedded)
+
+
+class MergedLinear(nn.Module):
+    """A linear whose outputs are those of several, one after another."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = torch.cat(tuple(one.weight for one in linears))
+        biases = [one.bias for one in linears if one.bias is not None]
+        assert len(biases) in (0, len(linears))
+        self.bias = torch.cat(tuple(biases)) if biases else None
+        start = 0
+        for one in linears:  # whose own weights are views from now on
+            rows = slice(start, start := start + one.out_features)
+            one.weight.data = self.weight[rows]
+            if self.bias is not None:
+                one.bias.data = self.bias[rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class ConcatLinear(nn.Module):
+    """Linears of other kinds: a product for each."""
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.linears = linears
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([one(x) for one in self.linears], -1)
+
+
+def merge(linears: Sequence[nn.Module]) -> nn.Module:
+    """One linear of several of the same inputs."""
+    linears = [base(one) for one in linears]
+    if all(isinstance(one, nn.Linear) for one in linears):
+        return MergedLinear([one for one in linears if isinstance(one, nn.Linear)])
+    return ConcatLinear(linears)
+
+
+def base(module: nn.Module) -> nn.Module:
+    """A linear without its adapters."""
+    return module.base if isinstance(module, LoraLinear) else module
+
+
+def _qkv(layer: Layer) -> list[nn.Module]:
+    attention = layer.self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
