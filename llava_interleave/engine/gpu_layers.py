@@ -82,6 +82,8 @@ class GpuTower:
 class MergedLinear(nn.Module):
     """A linear whose outputs are those of several, one after another."""
 
+    @torch.inference_mode(False)  # a parameter takes no data that was made in it
+    @torch.no_grad()
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.weight = torch.cat(tuple(one.weight for one in linears))
