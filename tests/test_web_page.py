@@ -23,7 +23,8 @@ pytest.importorskip("fastapi")
 sync_api = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Locator, Page, Request, Route, expect  # noqa: E402
 
-from llava_interleave.chat import load  # noqa: E402
+from llava_interleave.chat import BUILTIN, load  # noqa: E402
+from llava_interleave.cli.demo import copy_files  # noqa: E402
 from llava_interleave.engine import Engine  # noqa: E402
 from llava_interleave.processing import FrameSampling, Loader  # noqa: E402
 from llava_interleave.server.app import create_app  # noqa: E402
@@ -885,6 +886,47 @@ def test_which_image_an_answer_used(
         button.press("Enter")
         expect(page.locator(".attribution")).to_have_count(0)
         expect(button).to_have_attribute("aria-expanded", "false")
+
+
+def test_an_answer_cites_its_images(browser: Browser, tmp_path: Path) -> None:
+    """As a setting of the chat; a number enlarges its image, and the text that is copied has none."""
+    copy_files(tmp_path)
+    profile = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+    with (
+        serve(BUILTIN) as address,
+        opened(browser, address, **profile, reduced_motion="reduce") as page,
+    ):
+        albums = [tmp_path / f"album-{number}.png" for number in (1, 2)]
+        cited = load(BUILTIN).ask("Describe the images.", albums, cite=True).citations
+        images = [",".join(map(str, one.images)) for one in cited or () if one.images]
+        attach(page, albums)
+        page.click("#open-settings")
+        page.get_by_label("cite the images").check()
+        page.get_by_role("button", name="Save").click()
+        with page.expect_request("**/v1/chat/completions") as sent:
+            ask(page, "Describe the images.")
+        assert body_of(sent.value)["cite"] is True
+        numbers = page.locator("sup.citations")
+        expect(numbers).to_have_text(images)
+        check_state(page, "citations")
+        numbers.get_by_text("2").last.click()
+        expect(page.locator("#viewer")).to_be_visible()
+        expect(page.locator("#viewer")).to_contain_text("album-2.png")
+        page.keyboard.press("Escape")
+        page.reload()
+        expect(numbers).to_have_text(images)
+        found = page.evaluate(
+            r"""async () => {
+            const { marked, linkCitations } = await import("./citations.js");
+            const { markdown } = await import("./markdown.js");
+            const cite = (start_index, end_index) => ({ start_index, end_index, images: [2, 3], uncertain: true });
+            const box = document.createElement("div");
+            box.append(markdown(marked("\u{1F600} Yes. `a. b`", [cite(0, 7), cite(7, 10), cite(10, 13)])));
+            linkCitations(box, () => {});
+            return [box.textContent, marked("\uE0001\uE001", [])];
+        }"""
+        )
+        assert found == ["\U0001f600 Yes.23 a. b23", "1"]
 
 
 def attributed(folder: Path, request: dict[str, Any], sources: list[Path]) -> Any:

@@ -32,7 +32,7 @@ async function run(node, continued) {
   const release = await lock(node.id);
   const text = node.parts[0];
   running.set(node.id, job);
-  for (const field of ["error", "stopped", "finish", "attribution"]) delete node[field];
+  for (const field of ["error", "stopped", "finish", "attribution", "citations"]) delete node[field];
   node.model = chat.model ?? state.models[0]?.id;
   const save = () => {
     node.changed = Date.now();
@@ -52,10 +52,14 @@ async function run(node, continued) {
       async (body) => {
         phase("Preparing");
         let chunks = 0, began = 0;
-        for await (const chunk of api.stream({ ...body, ...settings, continue_final_message: continued }, job.controller.signal)) {
+        for await (const chunk of api.stream({ ...body, ...settings, cite: Boolean(settings.cite) && !continued, continue_final_message: continued }, job.controller.signal)) {
           if (chunk.prompt_progress) phase(progressWords(chunk.prompt_progress));
           const choice = chunk.choices?.[0];
-          if (choice?.finish_reason) node.finish = choice.finish_reason;
+          if (choice?.finish_reason) {
+            node.finish = choice.finish_reason;
+            if (settings.cite) phase("Citing images");
+          }
+          if (choice?.delta?.annotations) node.citations = choice.delta.annotations;
           if (chunk.usage) node.usage = chunk.usage;
           if (chunk.timings) node.timings = chunk.timings;
           if (!choice?.delta?.content) continue;

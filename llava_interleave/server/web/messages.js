@@ -2,6 +2,7 @@
 
 import { allMedia } from "./attachments.js";
 import { attributionOf } from "./attribution.js";
+import { linkCitations, marked } from "./citations.js";
 import { edit, isBusy, renderDraft } from "./composer.js";
 import { $, announce, button, make, plural, reconcile } from "./dom.js";
 import { generate, resume } from "./generate.js";
@@ -86,6 +87,7 @@ function message(node) {
   const content = make("div", { className: "content" });
   contentOf(node, content);
   linkNumbers(content);
+  linkCitations(content, (number) => openViewer(mediaOf(branch(state.chat, node.id)), number - 1));
   content.querySelectorAll("pre").forEach(addCopy);
   item.append(content);
   if (running.has(node.id)) {
@@ -106,7 +108,7 @@ function contentOf(node, content) {
       if (tiles.children.length < SHOWN || expanded.has(node.id)) tiles.append(tile(part, number, conversationMedia));
     } else {
       tiles = null;
-      content.append(node.role === "user" ? make("p", { textContent: part.text.trim() }) : markdown(part.text));
+      content.append(node.role === "user" ? make("p", { textContent: part.text.trim() }) : markdown(marked(part.text, node.citations)));
     }
   }
   const count = mediaOf([node]).length;

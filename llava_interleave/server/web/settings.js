@@ -21,6 +21,7 @@ function openSettings() {
   const form = $("settings-form").elements;
   const settings = state.chat.settings ?? {};
   for (const name of FIELDS) form[name].value = settings[name] ?? "";
+  form.cite.checked = settings.cite ?? false;
   form.max_tokens.max = model()?.limits.max_tokens ?? "";
   form.max_tokens.placeholder = model() ? `until it ends, at most ${model().limits.max_tokens}` : "";
   const usual = model()?.generation_config.temperature ?? 0;
@@ -44,6 +45,7 @@ function keep() {
     const { value, type } = form[name];
     if (value.trim() !== "") settings[name] = type === "number" ? +value : value;
   }
+  if (form.cite.checked) settings.cite = true;
   state.chat.settings = settings;
   if (form.default.checked) localStorage.setItem("settings", JSON.stringify(settings));
   applyTheme(form.theme.value);

@@ -119,9 +119,10 @@ const isText = (value) => typeof value === "string";
 const isNumber = (value) => Number.isFinite(value);
 const areNumbers = (value) => Array.isArray(value) && value.every(isNumber);
 const hasNumbers = (value) => value && typeof value === "object" && Object.values(value).every((one) => one === null || isNumber(one) || hasNumbers(one));
+const areCitations = (value) => Array.isArray(value) && value.every((one) => isNumber(one?.start_index) && isNumber(one.end_index) && areNumbers(one.images));
 const PART = { type: isText, text: isText, key: isText, name: isText, label: isText, frames: isNumber, start: isNumber, end: isNumber, times: areNumbers };
-const MESSAGE = { id: isText, parent: isText, role: isText, made: isNumber, finish: isText, error: isText, model: isText, stopped: (value) => value === true, usage: hasNumbers, timings: hasNumbers };
-const SETTINGS = { system: isText, temperature: isNumber, max_tokens: isNumber, seed: isNumber };
+const MESSAGE = { id: isText, parent: isText, role: isText, made: isNumber, finish: isText, error: isText, model: isText, stopped: (value) => value === true, usage: hasNumbers, timings: hasNumbers, citations: areCitations };
+const SETTINGS = { system: isText, temperature: isNumber, max_tokens: isNumber, seed: isNumber, cite: (value) => value === true };
 
 /** The fields of a stranger's object that are what this page writes. */
 const known = (value, fields) => Object.fromEntries(Object.entries(value ?? {}).filter(([name, one]) => fields[name]?.(one)));

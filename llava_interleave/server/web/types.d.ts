@@ -28,6 +28,7 @@ export interface Message {
   usage?: any;
   timings?: any;
   attribution?: any;
+  citations?: any[]; // annotations of the sentences
 }
 
 export interface Settings {
@@ -35,6 +36,7 @@ export interface Settings {
   temperature?: number;
   max_tokens?: number;
   seed?: number;
+  cite?: boolean;
 }
 
 /** A tree of messages; `leaf` selects the branch that is shown. */
