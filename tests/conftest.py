@@ -10,11 +10,18 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Before Triton is imported: its interpreter runs the kernels of a GPU in tests that use `interpreted`.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from llava_interleave import kernels
+from llava_interleave.kernels.triton import launch
 from llava_interleave.testing import tiny_checkpoint
 
 
@@ -34,6 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if item.get_closest_marker("slow") is None:
             item.add_marker("fast")
+
+
+launch.INTERPRETED = False
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's interpreter runs the kernels of a GPU; memory that they allocate holds NaN."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    torch.use_deterministic_algorithms(True)  # which also fills memory that is not initialized
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

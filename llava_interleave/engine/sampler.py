@@ -135,7 +135,7 @@ def truncate(scores: Tensor, minimum: Tensor) -> Tensor:
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:
     """Scores `[vocab]`, -inf outside the smallest set of tokens with a total probability of `top_p`
-    (Holtzman et al., 2020)."""
+    (Holtzman et al., 2020), and of those that are as probable as its last."""
     probabilities = scores.softmax(-1)
     # sorting a whole vocabulary takes as long as half a decode step
     for count in (64, 1024, 8192, len(scores)):
@@ -144,8 +144,7 @@ def nucleus(scores: Tensor, top_p: float) -> Tensor:
         if not inside[-1]:
             break
     inside[0] = True
-    ids = ids[inside]
-    return torch.full_like(scores, -math.inf).index_copy(0, ids, scores[ids])
+    return truncate(scores, scores[ids[inside][-1]])
 
 
 def sample(scores: Tensor, generator: torch.Generator) -> int:

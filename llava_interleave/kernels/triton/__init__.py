@@ -1,9 +1,11 @@
 """Triton kernels of a GPU: one function per kernel, each with its formula and shapes.
 
-On the meta device a call is only counted (`count_launches`). Importing this package needs no
-Triton."""
+A GPU and, under `TRITON_INTERPRET=1`, Triton's interpreter on a CPU run the kernels; on the meta
+device a call only records its launches (`record_launches`), and elsewhere `reference` computes the
+same by PyTorch's operators. Importing this package needs no Triton."""
 
-from .launch import count_launches
+from .checks import probe, unavailable_reason
+from .launch import record_launches
 from .ops import (
     LayerKV,
     PackedWeight,
@@ -29,14 +31,16 @@ __all__ = [
     "SamplingTensors",
     "add_layer_norm",
     "add_rms_norm",
-    "count_launches",
     "dequantize",
     "packed_linear",
     "paged_attention",
     "paged_decode",
+    "probe",
+    "record_launches",
     "rope_table",
     "rotary_kv_write",
     "sample",
     "silu_mul",
+    "unavailable_reason",
     "varlen_attention",
 ]

@@ -53,7 +53,7 @@ def rotary_kv_write(
         new = new[written]
         if scales is not None:
             new, scale = _quantize(new)
-            scales.flatten(0, 1)[at] = scale
+            scales.flatten(0, 1)[at] = scale.to(scales.dtype)
         pool.flatten(0, 1)[at] = new
     return rotate(q)
 
