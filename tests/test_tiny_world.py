@@ -429,7 +429,7 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
     compression.
     """
     path = write(tmp_path, 8, size=96)
-    samples = formats.read(path)
+    samples = list(formats.read(path))
     assert [s["sample_id"].split("-")[0] for s in samples] == list(SCENARIOS) * 2
     assert json.loads(path.read_text()) == samples
     for index, sample in enumerate(samples):

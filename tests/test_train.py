@@ -419,7 +419,8 @@ def test_weights_that_overflow_are_not_saved(
     recipe = replace(RECIPE, save_every=1, max_skipped_steps=9)
     with pytest.raises(DataError, match=r"weights are NaN or infinite after step 5.*not saved"):
         train(model, loss, data, recipe, tmp_path, log=lambda _: None)
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4"]
+    names = {path.name for path in tmp_path.glob("checkpoint*")}
+    assert names == {"checkpoint-3", "checkpoint-4"}
 
 
 @pytest.mark.parametrize(
@@ -455,9 +456,9 @@ def test_a_file_that_is_no_list_of_samples_is_refused(tmp_path: Path) -> None:
     for text in ('[{"a": 1},]', "{}", "[]", "[1]"):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(DataError):
-            formats.read(tmp_path / "a.json")
+            list(formats.read(tmp_path / "a.json"))
     with pytest.raises(DataError, match="cannot be read"):
-        formats.read(tmp_path / "none.json")
+        list(formats.read(tmp_path / "none.json"))
 
 
 def test_fine_tuning_a_checkpoint_learns_its_samples(folder: Path, tmp_path: Path) -> None:

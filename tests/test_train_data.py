@@ -3,8 +3,10 @@ trained on it.
 """
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +25,9 @@ from llava_interleave.processing import Processor
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import recipe
 from llava_interleave.train.data import datasets, formats
+from llava_interleave.train.data import validate as validating
+from llava_interleave.train.data.index import RowFile
+from llava_interleave.train.data.samples import epoch_order
 from llava_interleave.train.data.validate import KINDS, validate
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
@@ -366,7 +371,7 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(
         match=rf"^{len(wrong)} of {len(samples)} samples have errors: .*sample no turns.*; and \d+ more",
     ):
         told("refused")
-    assert not (tmp_path / "refused").exists()
+    assert [path.name for path in (tmp_path / "refused").iterdir()] == ["data"]
     said = told("skipped", skip_errors=True)
     left = [line for line in said if line.startswith("left out: ")]
     assert len(left) == len(wrong)
@@ -402,10 +407,10 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     assert [sample["id"] for sample in formats.read(path)] == [1, 2]
     path.write_text('{"id": 1}\n\n{"id": 2,}\n')
     with pytest.raises(DataError, match=r"line 3 of .*a\.jsonl is not JSON"):
-        formats.read(path)
+        list(formats.read(path))
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"deep\.json is not JSON"):
-        formats.read(tmp_path / "deep.json")
+        list(formats.read(tmp_path / "deep.json"))
 
 
 def test_the_help_imports_no_torch() -> None:
@@ -636,17 +641,131 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_a_split_is_of_every_class_and_the_same_again() -> None:
-    found = [
-        datasets.RawSample({}, Path(), f"{group}/{i}", group)
-        for group, count in (("a", 40), ("b", 10))
-        for i in range(count)
+    groups = {"a": range(40), "b": range(40, 50)}
+    held = datasets.held_out(groups, 0.2, 0)
+    assert held == datasets.held_out(groups, 0.2, 0)
+    assert [sum(number in members for number in held) for members in groups.values()] == [8, 2]
+    assert held != datasets.held_out(groups, 0.2, 1)
+    assert datasets.held_out(groups, 0, 0) == []
+
+
+def test_data_are_validated_once_and_known_again_by_content(model: Path, tmp_path: Path) -> None:
+    noise(1).save(tmp_path / "a.png")
+    for name in "bc":
+        (tmp_path / f"{name}.png").write_bytes((tmp_path / "a.png").read_bytes())
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
+    samples = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in "abc"]
+    source = write(tmp_path / "s.json", samples)
+    given = Recipe(model=str(model), source=source, steps=1, workers=0)
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    given = given.but({"model": str(folder)})
+
+    def go(changes: dict[str, Any] = {}) -> str:  # noqa: B006  not changed
+        said: list[str] = []
+        run(given.but(changes), tmp_path / "out", log=said.append)
+        return "\n".join(said)
+
+    first = go()
+    assert "reading 3 samples" in first
+    assert "2 samples have the same text and media as another one" in first
+    assert "3 samples, validated before" in go()
+    os.utime(tmp_path / "a.png")
+    assert "reading 3 samples" in go()  # and found to be the same
+    assert "3 samples, validated before" in go({"log_every": 2})
+    kept = tmp_path / "kept"
+    assert "reading 3 samples" in go({"data_cache": kept})
+    assert "validated before" in go({"data_cache": kept})
+    about = (tmp_path / "b.png").stat()
+    noise(2).save(tmp_path / "b.png")
+    os.utime(tmp_path / "b.png", ns=(about.st_atime_ns, about.st_mtime_ns))
+    with pytest.raises(
+        DataError, match=r"on other data \(3 samples there, 3 here, or as many with"
+    ):
+        go()
+    noise(1).save(tmp_path / "b.png")
+    go()
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DataError, match=r"from another .*: model\.safetensors differs"):
+        go()
+
+
+def test_processes_validate_as_threads_do(
+    model: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, with errors, duplicates and pairs among the samples."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    names = ["a.png", "b.png", "c.png"]
+    samples = [
+        {"id": n % 40, "image": names[n % len(names)], "messages": [USER, ANSWER]}
+        | ({"colour": 1, "label": True} if n % 50 == 7 else {})
+        for n in range(300)
     ]
-    kept, held = datasets.split(found, 0.2, 0)
-    assert (kept, held) == datasets.split(found, 0.2, 0)
-    assert sorted(row.name for row in kept + held) == sorted(row.name for row in found)
-    assert [sum(row.group == group for row in held) for group in "ab"] == [8, 2]
-    assert held != datasets.split(found, 0.2, 1)[1]
-    assert datasets.split(found, 0, 0)[1] == []
+    source, processor = write(media / "many.json", samples), formats.processor(model)
+    listed = datasets.rows(source)
+    one = list(validate(listed, processor))
+    monkeypatch.setattr(validating, "PROCESSES_FROM", 10)
+    file = RowFile.write(tmp_path / "rows", datasets.samples(source))
+    assert list(file) == listed
+    two = list(validate(file, processor))
+    assert [(a.row.name, a.faults, a.tokens, a.images, a.digest) for a in one] == [
+        (a.row.name, a.faults, a.tokens, a.images, a.digest) for a in two
+    ]
+    assert sum(a.error for a in one) == 6
+    assert {stat.path for a in two for stat in a.media} == {str(media / name) for name in names}
+
+
+def test_a_list_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [{"id": n, "text": "x" * (n % 50), "list": ["]", {}]} for n in range(200)]
+    for indent in (None, 2):
+        path = tmp_path / "some.json"
+        path.write_text(" " + json.dumps(samples, indent=indent) + "\n")
+        for size in (8, 37, 100_000):
+            monkeypatch.setattr(formats, "BLOCK", size)
+            assert list(formats.read(path)) == samples
+    for text in ('[{"a": 1}, {"b": ]', '[{"a": 1} {"b": 2}]', '[{"a": 1},]', '[{"a": 1}] 3', "[{"):
+        path.write_text(text)
+        monkeypatch.setattr(formats, "BLOCK", 8)
+        with pytest.raises(DataError, match="is not JSON"):
+            list(formats.read(path))
+    for text in ("[]", " [ ] ", "3", '{"a": 1}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="must be a list of samples, and not empty"):
+            list(formats.read(path))
+
+
+def test_weights_say_how_often_samples_are_in_an_epoch(tmp_path: Path) -> None:
+    for name, count in (("a", 10), ("b", 20)):
+        rows = [{"id": f"{name}{i}", "messages": [USER, ANSWER]} for i in range(count)]
+        write(tmp_path / f"{name}.json", rows)
+    (tmp_path / "m.yaml").write_text(
+        "datasets: [{json_path: a.json, weight: 2.5}, {json_path: b.json, weight: 0.25}]"
+    )
+    weights = np.array([row.weight for row in datasets.rows(tmp_path / "m.yaml")], "<f4")
+    orders = [epoch_order(weights, None, seed).tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        times = np.bincount(order, minlength=30)
+        assert sorted(times[:10]) == [2] * 5 + [3] * 5
+        assert sorted(times[10:]) == [0] * 15 + [1] * 5
+    (tmp_path / "m.yaml").write_text("datasets: [{json_path: a.json, weight: 0}]")
+    with pytest.raises(DataError, match="has the weight 0; it is how often a sample is shown"):
+        datasets.rows(tmp_path / "m.yaml")
+
+
+def test_blocks_stay_near_each_other() -> None:
+    """At most 16 blocks of a file that is read block by block are mixed."""
+    blocks = np.repeat(np.arange(-1, 100), 50)
+    order = epoch_order(np.ones(len(blocks), "<f4"), blocks, 3)
+    assert sorted(order) == list(range(len(blocks)))
+    shown = blocks[order]
+    for number in range(100):
+        at = np.flatnonzero(shown == number)
+        assert at.max() - at.min() < 17 * 50
+    apart = np.flatnonzero(shown == -1)
+    assert apart.max() - apart.min() > 3000
 
 
 def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: Path) -> None:

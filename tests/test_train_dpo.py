@@ -61,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def units(source: Path, folder: Path) -> list[PackedSample]:
-    checked = validate(datasets.rows(source), formats.processor(folder))
+    checked = list(validate(datasets.rows(source), formats.processor(folder)))
     assert not any(one.error for one in checked)
     return [
         PackedSample((a.row, b.row), (a.tokens or 0) + (b.tokens or 0), 0, a.images or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -141,15 +142,19 @@ def check(
     with terminal.spinner("starting"):
         from ..chat import locate
         from ..processing import Processor
-        from ..train.data.datasets import rows
-        from ..train.data.validate import KINDS, table, validate
+        from ..train.data.datasets import samples
+        from ..train.data.index import RowFile
+        from ..train.data.validate import KINDS, tally, validate
 
     processor = Processor.from_folder(locate(model, None, tensors=False)) if model else None
-    with terminal.progress_bar("reading") as progress:
-        checked = validate(
-            rows(source, media=media, seed=seed or 0), processor, tokens or 8192, progress
-        )
-    counts = table(checked)
+    counts: dict[str, dict[str, int]] = {}
+    with TemporaryDirectory() as folder, terminal.progress_bar("reading") as progress:
+        found = RowFile.write(Path(folder) / "rows", samples(source, media=media, seed=seed or 0))
+        checked = [
+            one
+            for one in validate(found, processor, tokens or 8192, progress)
+            if tally(counts, one) and one.faults
+        ]
     errors = sum(one.error for one in checked)
     if as_json:
         faults = [
@@ -164,7 +169,7 @@ def check(
             for fault in one.faults
         ]
         terminal.print_json(
-            {"samples": len(checked), "errors": errors, "data_sets": counts, "faults": faults}
+            {"samples": len(found), "errors": errors, "data_sets": counts, "faults": faults}
         )
     else:
         for one in checked:

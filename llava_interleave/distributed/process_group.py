@@ -182,8 +182,7 @@ def init_distributed(
 def _interface(host: str, port: int) -> str | None:
     """The network interface by which this host reaches another.
 
-    gloo takes the one of the host's name, which on Debian is the loopback: hosts then wait for each
-    other until the time-out."""
+    gloo takes the one of the host's name, which on Debian is the loopback."""
     if sys.platform == "win32":
         return None
     import fcntl

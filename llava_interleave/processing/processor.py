@@ -326,7 +326,7 @@ class Processor:
         options = replace(options, **changes)
         renderer = self._conversation(messages, media, options)
         rendered, requests = self._decided(renderer, options)
-        sizes = _each(self._measure, requests)
+        sizes = _each(self._measure, requests, lambda one: one.video or one.anyres)
         if self._has_times(options):
             rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
         lengths = [layout.length for layout, _ in sizes]
@@ -439,7 +439,7 @@ class Processor:
         if check_context:
             crops = [self._crop(request) for request in requests]
             self._check_context(len(rendered.tokens), requests, crops, options.max_new_tokens)
-        requests = _each(self._decide, requests)
+        requests = _each(self._decide, requests, lambda one: str(one.source)[:4] == "http")
         unknown = [one for one in requests if one.place.kind not in ("image", "video")]
         for one in unknown:
             one.place.kind = "video" if one.video else "image"
@@ -632,19 +632,24 @@ def _assign_sources(placeholders: list[MediaPlaceholder], media: Sequence[object
         place.source = source
 
 
-def _each(work: Callable[[_MediaRequest], T], requests: list[_MediaRequest]) -> list[T]:
-    """The results of `work`, by threads where several sources have to be read.
+def _each(
+    work: Callable[[_MediaRequest], T],
+    requests: list[_MediaRequest],
+    slow: Callable[[_MediaRequest], object] = lambda _: True,
+) -> list[T]:
+    """The results of `work`, by threads where several are slow: they read or download a source.
 
     PIL images stay in this thread: they load lazily, which is not thread-safe.
     """
-    if sum(not isinstance(request.source, Image.Image) for request in requests) < 2:
+    threaded = [
+        not isinstance(request.source, Image.Image) and bool(slow(request)) for request in requests
+    ]
+    if sum(threaded) < 2:
         return [work(request) for request in requests]
     with ThreadPoolExecutor(min(THREADS, len(requests))) as pool:
         try:
             later = {
-                i: pool.submit(work, request)
-                for i, request in enumerate(requests)
-                if not isinstance(request.source, Image.Image)
+                i: pool.submit(work, request) for i, request in enumerate(requests) if threaded[i]
             }
             return [
                 later[i].result() if i in later else work(request)

@@ -188,6 +188,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
+def stored_steps(folder: Path) -> int | None:
+    """The number of steps of the run in `folder`, if it has a checkpoint that can be read."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return int(json.loads((path / "state.json").read_text())["recipe"]["steps"])
+        except (OSError, ValueError):  # damaged
+            continue
+    return None
+
+
 def restore(
     folder: Path,
     model: nn.Module,

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from .. import checkpoints
@@ -16,108 +21,121 @@ from ..model import Llava
 from ..quantization import linear_cuda
 from ..quantization.precision import CUDA_ONLY
 from . import checkpointing
-from .data import datasets, formats
+from .data import datasets, formats, index
 from .data.datasets import RawSample
-from .data.samples import PackedSample, SampleFormat
-from .data.validate import ValidatedSample, validate
+from .data.index import Index, StoredSamples
+from .data.samples import SampleFormat
+from .data.validate import ValidatedSample, stats
 from .recipe import Recipe, changed_settings, read
 
-MAX_LISTED = 5
-"""How many faulty samples an error lists."""
 DATA = "samples.json"
 
 
 def prepare_samples(
     recipe: Recipe, model: Path, form: SampleFormat, out: Path, log: Callable[[str], None]
-) -> tuple[list[PackedSample], list[PackedSample]]:
+) -> tuple[StoredSamples, StoredSamples]:
     """Read and check all samples, and begin the run's folder. -> training and held-out samples.
 
     Raises DataError, OptionError.
     """
     assert recipe.source is not None
-    rows = datasets.rows(
-        recipe.source, media=recipe.media, question=recipe.question, seed=recipe.seed
+    source = recipe.source
+    rows = partial(
+        datasets.samples, source, media=recipe.media, question=recipe.question, seed=recipe.seed
     )
-    samples = _without_errors(rows, model, recipe, form, log)
-    ratio = (0.1 if recipe.source.is_dir() else 0.0) if recipe.held_out is None else recipe.held_out
-    _, rows_out = datasets.split([sample.rows[0] for sample in samples], ratio, recipe.seed)
-    names = {row.name for row in rows_out}
-    held_out = [sample for sample in samples if sample.rows[0].name in names]
-    training = [sample for sample in samples if sample.rows[0].name not in names]
+    seed = recipe.seed if source.suffix in (".yaml", ".yml") else None
+    about = {
+        "files": index.file_stats([*_source_files(source), *sorted(model.glob("*.json"))]),
+        "media": str(recipe.media),
+        "question": recipe.question,
+        "form": asdict(form),
+        "limits": [recipe.tokens, recipe.images, seed, bool(recipe.dpo)],
+    }
+    key = index.key(about)
+    stored = index.build(
+        recipe.data_cache / key if recipe.data_cache else out / "data",
+        key,
+        partial(_of_one_kind, rows, recipe),
+        formats.processor(model),
+        recipe.tokens,
+        form,
+        partial(_first_error, recipe=recipe),
+        log,
+    )
+    _report_errors(stored, recipe, log)
+    samples = stored.samples()
+    ratio = (0.1 if source.is_dir() else 0.0) if recipe.held_out is None else recipe.held_out
+    groups = samples.column("group")
+    members = {name: np.flatnonzero(groups == number).tolist()
+               for number, name in enumerate(stored.groups)} if ratio else {}  # fmt: skip
+    out_numbers = np.array(datasets.held_out(members, ratio, recipe.seed), "<i4")
+    held_out = StoredSamples(stored.folder, out_numbers)
+    training = StoredSamples(stored.folder, np.setdiff1d(samples.numbers, out_numbers))
     log(f"{len(training):,} samples to train on, {len(held_out):,} held out")
     if not training:
-        raise DataError(f"nothing of {recipe.source} is left to train on: hold out less")
+        raise DataError(f"nothing of {source} is left to train on: hold out less")
     if recipe.evaluate_every and not held_out:
         raise OptionError(
             "evaluate_every is for held-out samples, and there are none: give held_out, "
             "or leave it out"
         )
-    _check_resumed_run(recipe, [*training, *held_out], out)
+    _check_resumed_run(recipe, training, held_out, model, out)
     (out / "config.toml").write_text(recipe.toml(), "utf-8")
-    if held_out and recipe.source.is_dir():
+    if held_out and source.is_dir():
         lines = [json.dumps(_question(sample.rows[0])) + "\n" for sample in held_out]
         (out / "held-out.jsonl").write_text("".join(lines), "utf-8")
     return training, held_out
 
 
-def _without_errors(
-    rows: list[RawSample],
-    model: Path,
-    recipe: Recipe,
-    form: SampleFormat,
-    log: Callable[[str], None],
-) -> list[PackedSample]:
-    """The samples, or pairs, without errors; those left out are listed.
+def _source_files(source: Path) -> list[Path]:
+    """The files that samples are read from, apart from their media."""
+    if source.suffix in (".yaml", ".yml"):
+        return [source, *(source.parent / entry["json_path"] for entry in datasets.mixture(source))]
+    return [source]
 
-    Raises DataError where a sample has an error and none may be left out, or where all have errors.
-    """
-    if wrong := next((row for row in rows if bool(row.pair) != bool(recipe.dpo)), None):
-        raise DataError(
-            f"sample {wrong.pair} has a chosen and a rejected answer, and pairs are for dpo: "
-            "take the recipe dpo"
-            if wrong.pair
-            else f"sample {wrong.name} is not a pair of a chosen and a rejected answer, "
-            "and dpo learns from pairs only"
-        )
-    log(f"reading {len(rows):,} samples of {recipe.source}")
-    checked = validate(rows, formats.processor(model), recipe.tokens, form=form)
-    sides = 2 if recipe.dpo else 1
-    groups = list(zip(*(checked[side::sides] for side in range(sides)), strict=True))
-    errors = [error for group in groups if (error := _first_error(group, recipe))]
-    if errors and not recipe.skip_errors:
-        count = len(errors) - MAX_LISTED
+
+def _of_one_kind(read: Callable[[], Iterator[RawSample]], recipe: Recipe) -> Iterator[RawSample]:
+    """Raises DataError for a pair without dpo, and for another sample with it."""
+    for row in read():
+        pair = datasets.sides(row) is not None
+        if pair and not recipe.dpo:
+            raise DataError(
+                f"sample {row.name} has a chosen and a rejected answer, and pairs are for dpo: "
+                "take the recipe dpo"
+            )
+        if recipe.dpo and not pair:
+            raise DataError(
+                f"sample {row.name} is not a pair of a chosen and a rejected answer, "
+                "and dpo learns from pairs only"
+            )
+        yield row
+
+
+def _report_errors(stored: Index, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Errors and duplicates. Raises DataError where a sample has an error and none may be left out,
+    or where all have errors."""
+    if stored.errors and not recipe.skip_errors:
+        count = stored.errors - len(stored.faults)
         more = f"; and {count:,} more" if count > 0 else ""
         raise DataError(
-            f"{len(errors):,} of {len(groups):,} samples have errors: "
-            f"{'; '.join(errors[:MAX_LISTED])}{more}. `llava data check` lists all; "
+            f"{stored.errors:,} of {stored.count:,} samples have errors: "
+            f"{'; '.join(stored.faults)}{more}. `llava data check` lists all; "
             "with --skip-errors they are left out"
         )
-    for text in errors:
+    for text in stored.left_out() if stored.errors else ():
         log(f"left out: {text}")
-    if len(errors) == len(groups):
+    if stored.errors == stored.count:
         raise DataError(
-            f"all {len(groups):,} samples of {recipe.source} have errors: "
+            f"all {stored.count:,} samples of {recipe.source} have errors: "
             "nothing is left to train on"
         )
-    if errors:
-        log(f"{len(errors):,} of {len(groups):,} samples were left out")
-    if duplicates := sum(
-        fault.kind == "duplicate" and not fault.error for one in checked for fault in one.faults
-    ):
+    if stored.errors:
+        log(f"{stored.errors:,} of {stored.count:,} samples were left out")
+    if stored.duplicates:
         log(
-            f"{duplicates:,} samples have the same text and media as another one; "
+            f"{stored.duplicates:,} samples have the same text and media as another one; "
             "`llava data check` lists them"
         )
-    return [
-        PackedSample(
-            tuple(one.row for one in group),
-            sum(one.tokens or 0 for one in group),
-            sum(one.images_first_tokens or 0 for one in group),
-            group[0].images or 0,
-        )
-        for group in groups
-        if not _first_error(group, recipe)
-    ]
 
 
 def _first_error(group: Sequence[ValidatedSample], recipe: Recipe) -> str | None:
@@ -148,35 +166,66 @@ def _question(row: RawSample) -> dict[str, object]:
     return {"id": row.name, "question": question, "images": images, "truth": answer}
 
 
-def digest(samples: Sequence[PackedSample]) -> str:
-    """A hash of what samples say, 32 hex digits."""
-    state = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        for row in sample.rows:
-            text = json.dumps([row.name, row.sample], default=repr)
-            state.update(text.encode("utf-8", "backslashreplace"))
-    return state.hexdigest()
-
-
-def _check_resumed_run(recipe: Recipe, samples: Sequence[PackedSample], out: Path) -> None:
-    """Raises DataError where `out` has a run with other settings, or with other samples."""
-    now = {"samples": len(samples), "digest": digest(samples)}
+def _check_resumed_run(
+    recipe: Recipe, training: StoredSamples, held_out: StoredSamples, model: Path, out: Path
+) -> None:
+    """Raises DataError where `out` has a run with other settings, samples, media or base model."""
     path, config = out / DATA, out / "config.toml"
-    if path.exists() and checkpointing.list_checkpoints(out):
-        before = json.loads(path.read_text("utf-8"))
-        if before != now:
+    resumed = path.exists() and bool(checkpointing.list_checkpoints(out))
+    before = json.loads(path.read_text("utf-8")) if resumed else {}
+    count = len(training) + len(held_out)
+    now: dict[str, Any] = {
+        "samples": count,
+        "digest": training.digest() + held_out.digest(),
+        "model": _digests(model, before.get("model", {})),
+    }
+    if resumed:
+        if [before[key] for key in ("samples", "digest")] != [now["samples"], now["digest"]]:
             raise DataError(
                 f"{out} has a run on other data ({before['samples']:,} samples there, "
-                f"{now['samples']:,} here, or as many others); take another folder, or delete it"
+                f"{count:,} here, or as many with other texts or images); take another folder, or "
+                "delete it"
+            )
+        weights = before.get("model", {})
+        changed = [
+            name
+            for name, about in now["model"].items()
+            if name in weights and weights[name][-1] != about[-1]
+        ]
+        if changed:
+            raise DataError(
+                f"{out} has a run from another {model}: {', '.join(changed)} differs; take another "
+                "folder, or delete it"
             )
         stored = read(config).stored() if config.exists() else recipe.stored()
-        if changed := changed_settings(stored, recipe):
+        if settings := changed_settings(stored, recipe):
             raise DataError(
-                f"{out} has a run with other settings ({changed}); take another folder, "
+                f"{out} has a run with other settings ({settings}); take another folder, "
                 "or delete it"
             )
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(now) + "\n", "utf-8")
+
+
+def about(out: Path) -> dict[str, Any]:
+    """What a run's results depend on: hashes of its samples and of the weights it started from."""
+    facts = json.loads((out / DATA).read_text("utf-8"))
+    return facts | {"model": {name: about[-1] for name, about in facts["model"].items()}}
+
+
+def _digests(model: Path, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Size, times and SHA-256 of a model's weights; files that are as `known` are not read."""
+
+    def digest(path: Path) -> tuple[str, list[Any]]:
+        _, *about = next(stats(str(path)))
+        before = known.get(path.name, [])
+        if before[:-1] == about:
+            return path.name, before
+        with path.open("rb") as file:
+            return path.name, [*about, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(digest, sorted(model.glob("*.safetensors"))))
 
 
 def check_precision(recipe: Recipe, model: Path, device: torch.device) -> None:

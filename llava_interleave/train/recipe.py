@@ -27,6 +27,7 @@ RESUMABLE_FIELDS = frozenset(
         *("source", "media", "skip_errors", "device", "workers", "activation_checkpointing"),
         *("save_every", "save_minutes", "keep", "evaluate_every", "sample_generations"),
         *("log_every", "tensorboard", "max_skipped_steps", "timeout_minutes"),
+        "data_cache",
     )
 )
 """A resumed run may have other values of these fields: they do not change the weights."""
@@ -82,6 +83,11 @@ class Recipe:
     )
     media: Path | None = _setting(  # noqa: RUF009
         None, "Folder that relative paths of media start from; without it the file's own folder."
+    )
+    data_cache: Path | None = _setting(  # noqa: RUF009
+        None,
+        "Folder that keeps validated samples for other runs on the same data; without it the "
+        "run's own.",
     )
     question: str | None = _setting(None, "The question about each sample of an image folder.")
     held_out: float | None = _setting(
@@ -323,7 +329,7 @@ def read(path: Path) -> Recipe:
                 if not isinstance(values[name], dict):
                     raise OptionError(f"{name} must be a table, [{name}]")
                 values[name] = _record(table, values[name], f"{name}.")
-        for name in ("source", "media"):
+        for name in ("source", "media", "data_cache"):
             if isinstance(values.get(name), str):
                 values[name] = path.parent.absolute() / values[name]
         if isinstance(model := values.get("model"), str) and (path.parent / model).is_dir():

@@ -18,7 +18,7 @@ from .data.samples import PackedSample, SampleFormat, Samples
 from .fsdp import InsideFsdp
 from .loop import LossFunction, autocast
 from .losses import logprobs
-from .prepare import digest
+from .prepare import about
 from .recipe import Recipe
 
 
@@ -58,8 +58,11 @@ def reference_logprobs(
     They are kept in `reference.jsonl`; only missing ones are computed.
     """
     network.eval()
-    about = {"model": str(model), "digest": digest(pairs)}
-    with Journal(out / "reference.jsonl", about) if ranks.rank == 0 else nullcontext() as journal:
+    with (
+        Journal(out / "reference.jsonl", about(out))
+        if ranks.rank == 0
+        else nullcontext() as journal
+    ):
         rows = ranks.run_on_rank0(
             lambda: {name: journal.row(name) for name in journal.done} if journal else {}
         )

@@ -109,14 +109,18 @@ def _train(
     samples = Samples(training, model, recipe.seed, form)
     plan = PlannedPackedDataset(
         samples,
-        2**40 if recipe.steps else math.ceil(len(training) * (recipe.epochs or 0)),
+        2**40 if recipe.steps else math.ceil(samples.epoch * (recipe.epochs or 0)),
         size=min(WINDOW, len(training)),
         tokens=recipe.tokens,
         seed=recipe.seed,
         images=recipe.images,
     )
     if recipe.epochs:
-        recipe = recipe.but({"steps": plan.steps(recipe.grad_accum_steps)})
+        each = recipe.grad_accum_steps
+        steps = ranks.run_on_rank0(
+            lambda: checkpointing.stored_steps(out) or plan.steps(each), long=True
+        )
+        recipe = recipe.but({"steps": steps})
     freeze(network, recipe, log)
     if frozen := next(
         (name for name, p in network.named_parameters() if LOW in name and not p.requires_grad),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,7 +32,8 @@ class RawSample:
     """A sample as it is in its file.
 
     root: where relative paths start. name: for people. group: its data set. place: in a file.
-    pair: the name of the preference pair of which it is the chosen or the rejected side.
+    pair: the name of the preference pair of which it is the chosen or the rejected side. weight:
+    how often it is shown in an epoch. block: the number of the samples that are read together.
     """
 
     sample: Mapping[str, Any]
@@ -39,6 +42,8 @@ class RawSample:
     group: str
     place: str = ""
     pair: str = ""
+    weight: float = 1.0
+    block: int = -1
 
     def messages(self) -> tuple[list[dict[str, Any]], list[object]]:
         """Raises DataError naming the sample."""
@@ -48,66 +53,68 @@ class RawSample:
 def rows(
     source: Path, *, media: Path | None = None, question: str | None = None, seed: int = 0
 ) -> list[RawSample]:
-    """All samples of `source`: a .json or .jsonl file, a .yaml mixture of those, or a folder.
-
-    media: where relative paths start; without it at the file that has them. question: about the
-    images of a folder. seed: of the random draws of a mixture. A preference pair becomes two
-    samples, chosen and rejected. Raises DataError.
-    """
-    if source.is_dir():
-        if media:
-            raise OptionError(f"{source} is a folder and holds its images itself: leave out media")
-        return _folder(source, question)
-    if question:
-        raise OptionError(f"{source} is a file and asks its own questions: leave out question")
-    found = (
-        _mixture(source, media, seed)
-        if source.suffix in (".yaml", ".yml")
-        else _file(source, media)
-    )
+    """All samples of `source`, as `samples`, in memory; a repeated name gets its place, and a
+    preference pair becomes two samples, chosen and rejected. Raises DataError."""
+    found = list(samples(source, media=media, question=question, seed=seed))
     # M4-Instruct counts the samples of each of its data sets from 0 on.
     times = Counter(row.name for row in found)
     named = [
         replace(row, name=f"{row.name} ({row.place})") if times[row.name] > 1 else row
         for row in found
     ]
-    return [side for row in named for side in _sides(row)]
+    return [side for row in named for side in sides(row) or (row,)]
 
 
-def _sides(row: RawSample) -> list[RawSample]:
+def samples(
+    source: Path, *, media: Path | None = None, question: str | None = None, seed: int = 0
+) -> Iterator[RawSample]:
+    """The samples of `source`: a .json or .jsonl file, a .yaml mixture of those, or a folder.
+
+    media: where relative paths start; without it at the file that has them. question: about the
+    images of a folder. seed: of the random draws of a mixture. Raises DataError.
+    """
+    if source.is_dir():
+        if media:
+            raise OptionError(f"{source} is a folder and holds its images itself: leave out media")
+        return iter(_folder(source, question))
+    if question:
+        raise OptionError(f"{source} is a file and asks its own questions: leave out question")
+    if source.suffix in (".yaml", ".yml"):
+        return _mixture(source, media, seed)
+    return _file(source, media)
+
+
+def sides(row: RawSample) -> tuple[RawSample, RawSample] | None:
+    """The chosen and the rejected side of a preference pair; None for another sample."""
     if (pair := formats.sides(row.sample)) is None:
-        return [row]
-    names = (f"{row.name}, chosen", f"{row.name}, rejected")
-    return [
-        replace(row, sample=sample, name=name, pair=row.name)
-        for sample, name in zip(pair, names, strict=True)
-    ]
+        return None
+    chosen, rejected = pair
+    return (
+        replace(row, sample=chosen, name=f"{row.name}, chosen", pair=row.name),
+        replace(row, sample=rejected, name=f"{row.name}, rejected", pair=row.name),
+    )
 
 
-def split(
-    found: Sequence[RawSample], share: float, seed: int
-) -> tuple[list[RawSample], list[RawSample]]:
-    """Samples for training, and the held-out `share` (rounded) of every data set, by seed."""
-    groups: dict[str, list[RawSample]] = {}
-    for row in found:
-        groups.setdefault(row.group, []).append(row)
-    out = {
-        row.name for group, members in groups.items()
-        for row in Random(f"split/{seed}/{group}").sample(members, round(share * len(members)))
-    }  # fmt: skip
-    return [row for row in found if row.name not in out], [row for row in found if row.name in out]
+def held_out(groups: Mapping[str, Sequence[int]], share: float, seed: int) -> list[int]:
+    """The numbers of the held-out `share` (rounded) of every data set, by seed.
+
+    groups: numbers of the samples of each.
+    """
+    return sorted(
+        number
+        for group, members in groups.items()
+        for number in Random(f"split/{seed}/{group}").sample(members, round(share * len(members)))
+    )
 
 
-def _file(source: Path, media: Path | None) -> list[RawSample]:
+def _file(source: Path, media: Path | None) -> Iterator[RawSample]:
     if source.suffix not in (".json", ".jsonl"):
         raise DataError(
             f"{source} is not a .json, .jsonl or .yaml file and not a folder; docs/training.md has "
             "the forms"
         )
-    return [
-        _row(sample, media or source.parent, source, number)
-        for number, sample in enumerate(formats.read(source), 1)
-    ]
+    for number, sample in enumerate(formats.read(source), 1):
+        yield _row(sample, media or source.parent, source, number)
 
 
 def _row(sample: Mapping[str, Any], root: Path, source: Path, number: int) -> RawSample:
@@ -120,8 +127,9 @@ def _row(sample: Mapping[str, Any], root: Path, source: Path, number: int) -> Ra
     )
 
 
-def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
-    """`datasets:`, each `json_path` and `sampling_strategy`, as in LLaVA-NeXT's train.py."""
+def mixture(source: Path) -> list[dict[str, Any]]:
+    """The entries of a mixture, `datasets:`: each `json_path` and `sampling_strategy`, as in
+    LLaVA-NeXT's train.py, and `weight`, how often its samples are shown in an epoch."""
     try:
         text = yaml.safe_load(source.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -134,27 +142,39 @@ def _mixture(source: Path, media: Path | None, seed: int) -> list[RawSample]:
             f"{source} must have one key, `datasets`: a list of `json_path` with "
             "`sampling_strategy`"
         )
-    found: list[RawSample] = []
     for number, entry in enumerate(listed, 1):
         where = f"data set {number} of {source}"
         if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
             raise DataError(f"{where} has no `json_path`")
-        if other := entry.keys() - {"json_path", "sampling_strategy"}:
+        if other := entry.keys() - {"json_path", "sampling_strategy", "weight"}:
             raise DataError(
                 f"{where} has {', '.join(sorted(map(str, other)))}, which is not supported: "
                 "take it out"
             )
-        path = source.parent / entry["json_path"]
-        found += sampled(
-            _file(path, media), entry.get("sampling_strategy", "all"), where, f"{seed}/{number}"
-        )
-    return found
+        weight = entry.get("weight", 1.0)
+        if type(weight) not in (int, float) or not 0 < weight <= 1000:
+            raise DataError(
+                f"{where} has the weight {weight!r}; it is how often a sample is shown in an "
+                "epoch, a number above 0 and at most 1000"
+            )
+    return listed
 
 
-def sampled(found: list[RawSample], strategy: object, where: str, seed: str) -> list[RawSample]:
+def _mixture(source: Path, media: Path | None, seed: int) -> Iterator[RawSample]:
+    for number, entry in enumerate(mixture(source), 1):
+        where, path = f"data set {number} of {source}", source.parent / entry["json_path"]
+        strategy = entry.get("sampling_strategy", "all")
+        weight = float(entry.get("weight", 1.0))
+        for row in sampled(partial(_file, path, media), strategy, where, f"{seed}/{number}"):
+            yield row if weight == 1.0 else replace(row, weight=weight)
+
+
+def sampled(
+    read: Callable[[], Iterator[RawSample]], strategy: object, where: str, seed: str
+) -> Iterator[RawSample]:
     """The samples of a strategy: all, first:N, end:N or random:N; a percentage N is rounded up."""
     if strategy == "all":
-        return found
+        return read()
     fits = re.fullmatch(r"(first|end|random):([0-9]+)(%?)", str(strategy))
     # The original takes all for what it does not know, 30% without a way among them, and for end:0.
     if not fits or int(fits[2]) == 0:
@@ -162,10 +182,18 @@ def sampled(found: list[RawSample], strategy: object, where: str, seed: str) -> 
             f"{where} has the sampling_strategy {strategy!r}; there are all, first:N, end:N and "
             "random:N, where N is a number from 1 on or a percentage such as 30%"
         )
-    count = math.ceil(int(fits[2]) * len(found) / 100) if fits[3] else int(fits[2])
+    length = sum(1 for _ in read())
+    count = min(length, math.ceil(int(fits[2]) * length / 100) if fits[3] else int(fits[2]))
     if fits[1] == "random":
-        return Random(f"mixture/{seed}").sample(found, min(count, len(found)))
-    return found[:count] if fits[1] == "first" else found[-count:]
+        return _picked(read(), Random(f"mixture/{seed}").sample(range(length), count))
+    return islice(read(), count) if fits[1] == "first" else islice(read(), length - count, None)
+
+
+def _picked(found: Iterator[RawSample], numbers: list[int]) -> Iterator[RawSample]:
+    """The samples of the numbers, in their order; only these are in memory."""
+    wanted = set(numbers)
+    kept = {number: row for number, row in enumerate(found) if number in wanted}
+    return (kept[number] for number in numbers)
 
 
 def _folder(folder: Path, question: str | None) -> list[RawSample]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,9 @@ ANIMATED = (".gif", ".webp")
 """Suffixes of files that are images, unless a content part says video."""
 URL = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 TAG = re.compile(r"(<image>|<video>)")
+BLOCK = 1 << 20
+"""Characters of a JSON list that are read at once."""
+SEPARATOR = re.compile(r"\s*([,\]])\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +76,74 @@ class _NotASample(Exception):
     """Why a sample has no conversation."""
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The samples of a `.json` or `.jsonl` file. Raises DataError with the line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a `.json` or `.jsonl` file, a few in memory at a time.
+
+    Raises DataError with the line.
+    """
+    empty = True
+    for sample in _lines(path) if path.suffix == ".jsonl" else _list(path):
+        empty = False
+        if not isinstance(sample, dict):
+            raise DataError(
+                f"{path} must be a list of samples, each an object with `conversations` or "
+                "`messages`"
+            )
+        yield sample
+    if empty:
+        raise DataError(f"{path} must be a list of samples, and not empty")
+
+
+def _lines(path: Path) -> Iterator[Any]:
     line = 0
     try:
-        if path.suffix == ".jsonl":
-            samples: Any = []
-            for row in text.split("\n"):  # not splitlines: JSON's texts may hold other line ends
+        with path.open(
+            encoding="utf-8-sig", newline="\n"
+        ) as file:  # texts may have other line ends
+            for text in file:
                 line += 1
-                samples += [json.loads(row)] if row.strip() else []
-        else:
-            samples = json.loads(text)
+                if text.strip():
+                    yield json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
-        where = f"line {line} of {path}" if line else str(path)
-        raise DataError(f"{where} is not JSON: {error}") from error
-    if not isinstance(samples, list) or not samples:
-        raise DataError(f"{path} must be a list of samples, and not empty")
-    if not all(isinstance(sample, dict) for sample in samples):
-        raise DataError(
-            f"{path} must be a list of samples, each an object with `conversations` or `messages`"
-        )
-    return samples
+        raise DataError(f"line {line} of {path} is not JSON: {error}") from error
+
+
+def _list(path: Path) -> Iterator[Any]:
+    """The values of a JSON list, read in blocks."""
+    decoder = json.JSONDecoder()
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(BLOCK)
+            begin = re.match(r"\s*\[\s*", text)
+            while begin:
+                at = begin.end()
+                try:
+                    value, end = decoder.raw_decode(text, at)
+                    begin = SEPARATOR.match(text, end)
+                except json.JSONDecodeError:
+                    begin = None
+                if begin is None:
+                    more = file.read(max(BLOCK, len(text) - at))
+                    if not more:
+                        break
+                    text = text[at:] + more
+                    begin = re.match(r"\s*", text)
+                    continue
+                yield value
+                if begin[1] == "]":
+                    if (text[begin.end() :] + file.read()).strip():
+                        break
+                    return
+        if json.loads(path.read_text("utf-8-sig")) != []:
+            raise DataError(f"{path} must be a list of samples, and not empty")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
 
 
 def messages(

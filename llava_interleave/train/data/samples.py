@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...errors import DataError, LlavaError
@@ -159,7 +160,7 @@ class PackedSample:
     images_first_tokens: tokens with the images first.
     """
 
-    rows: tuple[RawSample, ...]
+    rows: Sequence[RawSample]
     tokens: int
     images_first_tokens: int
     images: int
@@ -169,7 +170,7 @@ class PackedSample:
         return self.rows[0].pair or self.rows[0].name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Samples:
     """Example i: sample number i, counted on through any number of epochs, each in its own order.
 
@@ -181,6 +182,12 @@ class Samples:
     seed: int
     form: SampleFormat = SampleFormat()
     references: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    orders: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def epoch(self) -> int:
+        """Examples of an epoch: the samples, each as often as its weight says."""
+        return len(self._order(0))
 
     def __call__(self, index: int) -> Prompt | Pair:
         return self.make(*self._drawn(index))
@@ -211,15 +218,53 @@ class Samples:
             raise DataError(f"sample {sample.name}: {error}") from error
 
     def _drawn(self, index: int) -> tuple[PackedSample, bool]:
-        epoch, number = divmod(index, len(self.packed))
+        epoch, number = divmod(index, self.epoch)
         ratio = self.form.images_first_ratio
         images_first = ratio > 0 and Random(f"front/{self.seed}/{index}").random() < ratio
-        return self.packed[_order(len(self.packed), self.seed + epoch)[number]], images_first
+        return self.packed[int(self._order(epoch)[number])], images_first
+
+    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
+        if epoch not in self.orders:
+            if len(self.orders) > 1:  # the window at the end of an epoch needs two
+                self.orders.pop(min(self.orders))
+            column = getattr(self.packed, "column", None)
+            weights = np.ones(len(self.packed), "<f4") if column is None else column("weight")
+            blocks = None if column is None else column("block")
+            self.orders[epoch] = epoch_order(weights, blocks, self.seed + epoch)
+        return self.orders[epoch]
 
 
-@lru_cache(2)
-def _order(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+BLOCKS = 16
+"""Blocks of samples that are read together whose samples are shuffled together."""
+
+
+def epoch_order(
+    weights: np.ndarray[Any, Any], blocks: np.ndarray[Any, Any] | None, seed: int
+) -> np.ndarray[Any, Any]:
+    """The numbers of an epoch's samples in a random order.
+
+    weights `[N]`: how often a sample is there; of the fractions of equal weights as many samples as
+    they make up, drawn at random. blocks `[N]`: samples of a block are read together, so that only
+    the samples of `BLOCKS` blocks are mixed; -1 for a sample that may be anywhere.
+    """
+    generator = np.random.default_rng(seed)
+    numbers = np.arange(len(weights), dtype="<i4")
+    if (weights != 1).any():
+        times = np.floor(weights).astype("<i4")
+        for weight in np.unique(weights):
+            alike = np.flatnonzero(weights == weight)
+            more = round(float(weight % 1) * len(alike))
+            times[generator.permutation(alike)[:more]] += 1
+        numbers = np.repeat(numbers, times)
+    if blocks is not None and (blocks >= 0).any():
+        held = blocks[numbers]
+        count = int(held.max()) + 1
+        windows = generator.permutation(count)[held] // BLOCKS
+        anywhere = held < 0
+        windows[anywhere] = generator.integers(-(-count // BLOCKS), size=int(anywhere.sum()))
+        return numbers[np.lexsort((generator.random(len(numbers)), windows))]
+    shuffled = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    return numbers[shuffled.numpy()]
 
 
 def _with_answer(processor: Processor, question: Prompt, answer: Mapping[str, Any]) -> Prompt:

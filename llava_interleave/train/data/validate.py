@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from stat import S_ISDIR
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -21,8 +25,35 @@ from .samples import SampleFormat
 
 KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate", "keys")
 CHUNK = 256
+PROCESSES_FROM = 4096
+"""Samples from which it pays to start processes, seconds each."""
+MAX_CACHED = 16384
+"""Media whose results are kept; the same media are mostly in samples near each other."""
 BLANK = Image.new("RGB", (1, 1))
 """Replaces a frame whose pixels were hashed."""
+
+
+class Stat(NamedTuple):
+    """A file as it was when it was read. size: in bytes; mtime, ctime: in nanoseconds."""
+
+    path: str
+    size: int
+    mtime: int
+    ctime: int
+
+
+def stats(path: str) -> Iterator[Stat]:
+    """Of a file; of a folder and all below it; of nothing a size of -1."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  a Path for each of many files takes longer
+    except (OSError, ValueError):
+        yield Stat(path, -1, 0, 0)
+        return
+    folder = S_ISDIR(found.st_mode)
+    yield Stat(path, 0 if folder else found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if folder:
+        for name in sorted(os.listdir(path)):  # noqa: PTH208
+            yield from stats(f"{path}/{name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +62,7 @@ class ValidatedSample:
 
     tokens: as a checkpoint counts them, None without a checkpoint or with errors. images: with
     video frames. images_first_tokens: tokens with the images first, where the format has that.
+    digest: of its text and pixels. media: its local files that were not seen before.
     """
 
     row: RawSample
@@ -38,6 +70,8 @@ class ValidatedSample:
     tokens: int | None = None
     images: int | None = None
     images_first_tokens: int | None = None
+    digest: bytes = b""
+    media: tuple[Stat, ...] = ()
 
     @property
     def error(self) -> bool:
@@ -50,21 +84,23 @@ def validate(
     tokens: int = 8192,
     progress: Callable[[int, int], None] | None = None,
     form: SampleFormat = SampleFormat(),  # noqa: B008  frozen
-) -> list[ValidatedSample]:
-    """Read every sample whole; a processor checks its length against `tokens` and the context.
+) -> Iterator[ValidatedSample]:
+    """Read every sample whole, in order; a processor checks its length against `tokens` and the
+    context.
 
-    progress: called with how many are done, and of how many.
+    Many are read by processes, one each core. progress: called with how many are done, and of how
+    many.
     """
-    read = _SampleReader(processor, tokens, form)
-    seen: dict[str, ValidatedSample] = {}
+    seen: dict[int, str] = {}
     reported: set[tuple[str, str]] = set()
-    done: list[ValidatedSample] = []
-    last = ""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(rows), CHUNK):
+    before: tuple[str, bytes] | None = None
+    with _chunks(rows, _SampleReader(processor, tokens, form)) as chunks:
+        done = 0
+        for chunk in chunks:
             if progress:
-                progress(first, len(rows))
-            for checked, key, ignored in pool.map(read, rows[first : first + CHUNK]):
+                progress(done, len(rows))
+            for checked, ignored in chunk:
+                done += 1
                 new = {name for name in ignored if (checked.row.group, name) not in reported}
                 if new:  # once for each data set
                     reported |= {(checked.row.group, name) for name in new}
@@ -75,42 +111,73 @@ def validate(
                         error=False,
                     )
                     checked = replace(checked, faults=(*checked.faults, remark))
-                if (
-                    done
-                    and checked.row.pair
-                    and (done[-1].row.pair, last) == (checked.row.pair, key)
-                ):
+                this = checked.row.pair, checked.digest
+                if checked.row.pair and before == this:
                     fault = DataIssue(
                         "duplicate",
                         f"pair {checked.row.pair} has one answer twice: there is no preference",
                     )
                     checked = replace(checked, faults=(*checked.faults, fault))
-                last = key
-                if not checked.error and (twin := seen.setdefault(key, checked)) is not checked:
-                    text = (
-                        f"sample {checked.row.name} has the same text and media as "
-                        f"sample {twin.row.name}"
-                    )
+                before = this
+                code = int.from_bytes(checked.digest[:8], "little")
+                name = checked.row.name
+                if not checked.error and (twin := seen.setdefault(code, name)) is not name:
+                    text = f"sample {name} has the same text and media as sample {twin}"
                     remark = DataIssue("duplicate", text, error=False)
                     checked = replace(checked, faults=(*checked.faults, remark))
-                done.append(checked)
+                yield checked
     if progress:
         progress(len(rows), len(rows))
-    return done
 
 
-def table(checked: Sequence[ValidatedSample]) -> dict[str, dict[str, int]]:
-    """By data set: numbers of samples, of samples with errors, and of samples with each fault."""
-    tables: dict[str, dict[str, int]] = {}
-    for one in checked:
-        counts = tables.setdefault(one.row.group, dict.fromkeys(("samples", "errors", *KINDS), 0))
-        for name in (
-            "samples",
-            *(["errors"] if one.error else []),
-            *{fault.kind for fault in one.faults},
-        ):
-            counts[name] += 1
-    return tables
+Chunk = list[tuple[ValidatedSample, set[str]]]
+
+
+@contextmanager
+def _chunks(rows: Sequence[RawSample], read: _SampleReader) -> Iterator[Iterator[Chunk]]:
+    """The validated samples in chunks, with their ignored keys; by threads or, of many, processes.
+
+    Parsing and counting tokens hold Python's lock, so threads are no faster than one.
+    """
+    firsts = range(0, len(rows), CHUNK)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if len(rows) < PROCESSES_FROM or cores == 1:
+        with ThreadPoolExecutor(cores) as pool:
+            yield (list(pool.map(read, rows[first : first + CHUNK])) for first in firsts)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(cores, _begin, (rows, read)) as processes:
+        yield processes.imap(_read_chunk, firsts)
+
+
+def _begin(rows: Sequence[RawSample], read: _SampleReader) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides
+    global _work
+    _work = rows, read
+
+
+_work: tuple[Sequence[RawSample], _SampleReader] | None = None
+"""What a process of `_chunks` works on."""
+
+
+def _read_chunk(first: int) -> Chunk:
+    assert _work
+    rows, read = _work
+    return [
+        (replace(one, row=replace(one.row, sample={})), ignored)
+        for one, ignored in map(read, rows[first : first + CHUNK])
+    ]
+
+
+def tally(counts: dict[str, dict[str, int]], one: ValidatedSample) -> bool:
+    """Count a sample by its data set: samples, samples with errors, samples with each fault."""
+    row = counts.setdefault(one.row.group, dict.fromkeys(("samples", "errors", *KINDS), 0))
+    kinds = {fault.kind for fault in one.faults}
+    for name in ("samples", *(["errors"] if one.error else []), *kinds):
+        row[name] += 1
+    return True
 
 
 class _SampleReader:
@@ -119,10 +186,10 @@ class _SampleReader:
     def __init__(self, processor: Processor | None, tokens: int, form: SampleFormat) -> None:
         self.processor, self.tokens, self.form = processor, tokens, form
         self.loader = processor.loader if processor else Loader()
-        self.cache: dict[tuple[object, ...] | None, str | LlavaError] = {}
+        self.cache: dict[tuple[object, ...], str | LlavaError] = {}
 
-    def __call__(self, row: RawSample) -> tuple[ValidatedSample, str, set[str]]:
-        """The sample, a hash of its text and media, and its ignored keys."""
+    def __call__(self, row: RawSample) -> tuple[ValidatedSample, set[str]]:
+        """The sample, and its ignored keys."""
         found = reading(row.sample, row.root, row.name)
         faults = list(found.faults)
         if row.pair and found.messages and not found.messages[-1].get("loss", True):
@@ -131,10 +198,10 @@ class _SampleReader:
             )
             faults.append(DataIssue("form", text))
         rest = iter(found.media)
-        shown = []
+        shown, files = [], list[Stat]()
         for slot in found.slots:
             source = next(rest) if slot.source is None else slot.source
-            seen = self._seen(slot.kind, source, slot.sampling)
+            seen = self._seen(slot.kind, source, slot.sampling, files)
             if isinstance(seen, LlavaError):
                 faults.append(DataIssue("media", f"sample {row.name}: {seen}"))
             else:
@@ -146,15 +213,22 @@ class _SampleReader:
             (turn["role"], turn.get("loss", True), _words(turn["content"]))
             for turn in found.messages
         ]
-        key = hashlib.blake2b(
+        digest = hashlib.blake2b(
             json.dumps([words, shown]).encode("utf-8", "backslashreplace"), digest_size=16
-        ).hexdigest()
-        return ValidatedSample(row, tuple(faults), *counts), key, found.ignored
+        ).digest()
+        size, images, images_first = (tuple(counts) + (None,) * 3)[:3]
+        about = ValidatedSample(
+            row, tuple(faults), size, images, images_first, digest, tuple(files)
+        )
+        return about, found.ignored
 
     def _seen(
-        self, kind: str | None, source: Any, sampling: FrameSampling | None
+        self, kind: str | None, source: Any, sampling: FrameSampling | None, files: list[Stat]
     ) -> str | LlavaError:
-        """A hash of the pixels that training would use, or the error of reading them."""
+        """A hash of the pixels that training would use, or the error of reading them.
+
+        files: gets the local files that were not in the cache.
+        """
         key = (
             (kind, str(source), sampling)
             if isinstance(source, str | os.PathLike) and str(source)[:5] != "data:"
@@ -162,6 +236,10 @@ class _SampleReader:
         )
         if key in self.cache:
             return self.cache[key]
+        parts = source if isinstance(source, list | tuple) else [source]
+        if isinstance(source, str | os.PathLike | list | tuple):
+            local = [os.fspath(one) for one in parts if isinstance(one, str | os.PathLike)]
+            files += [stat for path in local if path[:5] != "data:" for stat in stats(path)]
         state = hashlib.blake2b(digest_size=16)
 
         def take(image: Image.Image) -> Image.Image:
@@ -187,6 +265,8 @@ class _SampleReader:
         except OSError as error:  # a name that no file can have
             found = MediaError(f"{name_of(source)}: {error.strerror}")
         if key is not None:
+            if len(self.cache) >= MAX_CACHED:
+                self.cache.clear()
             self.cache[key] = found
         return found
 
