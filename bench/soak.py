@@ -3,17 +3,21 @@
     python bench/soak.py [-m FOLDER] [--minutes 30] [--out soak.json] [--quick]
 
 Two API keys. The good one's clients send old and new images, whole and streamed, n answers,
-structured output, attribution, uploads; a repeated request must get the same answer. The hostile
-one's send the corpus of the tests, files that hold up a decoder, grammars that do not compile, many
-endless answers, and below HTTP half a request, a slow one, none or garbage. For the first quarter
-of the time the good clients are alone. Then each attack is made once by itself, with a short
-request of the good key again and again beside it.
+structured output, attribution, uploads; a repeated request must get the same answer. Each waits
+--pause seconds after an answer, as people do: clients that never pause use the whole server, and
+an equal share for a second key doubles their latency by definition. The hostile key's clients, in
+a process of their own, send the corpus of the tests, files that hold up a decoder, grammars that
+do not compile, many endless answers, and below HTTP half a request, a slow one, none or garbage,
+without a pause. Limits, the rate limit too, are the defaults. For the first quarter of the time the
+good clients are alone. Then each attack is made once by itself, with a short request of the good
+key again and again beside it.
 
 Prints one JSON object; exit code 1 if a good request failed, a hostile one got anything but 4xx or
 503, or a request still runs at the end. --quick: a tiny network, one minute.
 
 latency      seconds of good requests alone and beside the hostile ones: median, 95th percentile;
-             `ratio` of the two 95th percentiles
+             `ratio` of the two 95th percentiles; `parts`: the 95th percentile of each phase, as the
+             server counts it, of requests that are not streamed
 attacks      seconds of each attack and its status, requests of the good key meanwhile, their median
              and longest; `none`: without an attack
 memory       resident MiB of the server at the start, after the warm-up (a sixth of the time) and at
@@ -25,7 +29,9 @@ statuses     of hostile requests; 0: the connection was closed without a respons
 
 import argparse
 import contextlib
+import functools
 import json
+import multiprocessing
 import random
 import socket
 import subprocess
@@ -35,6 +41,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,6 +80,7 @@ from tests.test_server_attack_files import image_part as file_part
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 GOOD_KEY, HOSTILE_KEY = "a-good-clients-own-key", "a-hostile-clients-key"
+METRICS_KEY = "the-key-of-who-reads-metrics"
 ENDLESS = {"n": 8, "max_tokens": 1500, "ignore_eos": True, "stop_on_repetition": False}
 SMALL = 2  # megabytes of a file in the mixed traffic; the attacks by themselves are larger
 
@@ -79,9 +88,8 @@ SMALL = 2  # megabytes of a file in the mixed traffic; the attacks by themselves
 class Soak:
     """One server's traffic; every thread counts what it saw."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.over = threading.Event()
+    def __init__(self, address: str, over: Event, pause: float = 0.0) -> None:
+        self.address, self.over, self.pause = address, over, pause
         self.lock = threading.Lock()
         self.good: Counter[str] = Counter()
         self.hostile: Counter[str] = Counter()
@@ -89,6 +97,7 @@ class Soak:
         self.answers: dict[str, Any] = {}
         self.attacked = False
         self.seconds: dict[bool, list[float]] = {False: [], True: []}
+        self.parts: dict[bool, list[dict[str, float]]] = {False: [], True: []}
 
     def client(self, key: str) -> httpx.Client:
         """One that leaves idle connections before the server does, which would look
@@ -120,6 +129,22 @@ class Soak:
                     work(self, client, chance)
                 except Exception as error:  # noqa: BLE001  it goes into the report, whatever it was
                     self.fail(f"{work.__name__}: {error!r}")
+                if work is good:
+                    time.sleep(self.pause)
+
+
+def attack(address: str, over: Event, results: "Queue[tuple[Counter[str], list[str]]]") -> None:
+    """The hostile key's clients, in a process of their own, until it is over."""
+    soak = Soak(address, over)
+    workers = [
+        threading.Thread(target=soak.repeat, args=(i, work))
+        for i, work in enumerate([hostile, rude, rude, attacker, attacker])
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    results.put((soak.hostile, soak.failures))
 
 
 def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
@@ -150,14 +175,16 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
         ),
         ("attribution", user(image_part(RED), "or", image_part(BLUE), "?"), {"attribution": True}),
         ("", user(image_part(new), "and", image_part(same), "?"), {"stop": ["."]}),
-        ("", user(image_part(upload(client, colour)), "What is this?"), {}),
+        ("", [], {}),
     ]
     name, messages, fields = chance.choice(samples)
+    messages = messages or user(image_part(upload(client, colour)), "What is this?")
     stream = chance.random() < 0.5
     body = {"model": "tiny", "messages": messages, "max_tokens": 12, "stream": stream, **fields}
     began, attacked = time.monotonic(), soak.attacked
     answer = client.post(CHAT, json=body)
-    soak.seconds[attacked].append(time.monotonic() - began)
+    seconds = time.monotonic() - began
+    soak.seconds[attacked].append(seconds)
     soak.count(soak.good, answer.status_code)
     if answer.status_code != 200:
         return soak.fail(f"{name}: {answer.status_code} {answer.text}")
@@ -166,6 +193,12 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
         if stream
         else [choice["message"]["content"] for choice in answer.json()["choices"]]
     )
+    if not stream:
+        phases = answer.json()["timings"]
+        prepare, queue, total = (phases[part] for part in ("prepare", "queue", "total"))
+        rest = seconds - prepare - total
+        parts = {"prepare": prepare, "queue": queue, "generate": total - queue, "rest": rest}
+        soak.parts[attacked].append(parts)
     if name and soak.answers.setdefault(name, texts) != texts:
         soak.fail(f"{name}: {texts} instead of {soak.answers[name]}")
     return None
@@ -205,19 +238,26 @@ def hostile(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
         soak.fail(f"hostile {name}: {status}")
 
 
+SLOW: dict[str, Callable[[], dict[str, Any]]] = {
+    "video": lambda: video_part(key_frames(20_000)),
+    "gif": lambda: file_part(gif(40, 2000)),
+    "scans": lambda: file_part(scans(50, 2000)),
+    "fill": lambda: file_part(with_segments(b"\xff", SMALL)),
+    "chunks": lambda: file_part(png_chunks(SMALL)),
+    "comment": lambda: file_part(gif_extension(b"\1x", megabytes=SMALL)),
+}
+
+
+@functools.cache
+def slow_file(kind: str) -> dict[str, Any]:
+    return SLOW[kind]()
+
+
 def attacker(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
     """Lawful in form, made to take time: files, grammars, answers without end."""
-    kind = chance.choice(["video", "gif", "scans", "fill", "chunks", "grammar", "regex", "endless"])
+    kind = chance.choice([*SLOW, "grammar", "regex", "endless"])
     fields: dict[str, Any] = {}
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "video": lambda: video_part(key_frames(20_000)),
-        "gif": lambda: file_part(gif(40, 2000)),
-        "scans": lambda: file_part(scans(50, 2000)),
-        "fill": lambda: file_part(with_segments(b"\xff", SMALL)),
-        "chunks": lambda: file_part(png_chunks(SMALL)),
-        "comment": lambda: file_part(gif_extension(b"\1x", megabytes=SMALL)),
-    }
-    content: Any = [parts[kind]()] if kind in parts else "?"
+    content: Any = [slow_file(kind)] if kind in SLOW else "?"
     if kind == "grammar":
         fields = {"response_format": wide_schema(chance.randrange(1500, 1900))}
     elif kind == "regex":
@@ -349,6 +389,14 @@ def latency(seconds: list[float]) -> dict[str, float]:
     return {"requests": len(seconds), "p50": round(float(median), 3), "p95": round(float(high), 3)}
 
 
+def phases(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The 95th percentile of each."""
+    return {
+        name: round(float(np.percentile([one[name] for one in parts], 95)), 3)
+        for name in (parts[0] if parts else ())
+    }
+
+
 def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
     """Each attack by itself, and the good key's short requests beside it."""
     bodies: dict[str, Callable[[], dict[str, Any]]] = {
@@ -370,11 +418,11 @@ def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
         made = json.dumps({"model": "tiny", **make()}).encode() if make else b""
         statuses: list[int] = []
 
-        def attack(made: bytes = made, statuses: list[int] = statuses) -> None:
+        def send(made: bytes = made, statuses: list[int] = statuses) -> None:
             with soak.client(HOSTILE_KEY) as client:
                 statuses.append(client.post(CHAT, content=made, headers=JSON).status_code)
 
-        threads = [threading.Thread(target=attack) for _ in range(3 if make else 0)]
+        threads = [threading.Thread(target=send) for _ in range(3 if make else 0)]
         began = time.monotonic()
         seconds: list[float] = []
         for thread in threads:
@@ -385,6 +433,7 @@ def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
                 body = {"model": "tiny", "messages": question, "max_tokens": 8}
                 answer = client.post(CHAT, json=body)
                 seconds.append(time.monotonic() - start)
+                time.sleep(soak.pause / 4)
                 if answer.status_code != 200:
                     soak.fail(f"beside {name}: {answer.status_code} {answer.text}")
         rows[name] = {
@@ -397,56 +446,59 @@ def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def soaked(folder: str | None, minutes: float, threads: int, scratch: Path) -> dict[str, Any]:
+def soaked(
+    folder: str | None,
+    minutes: float,
+    threads: int,
+    pause: float,
+    each_attack: bool,
+    scratch: Path,
+) -> dict[str, Any]:
     """Start a server, run all clients, and report."""
     port = free_port()
-    soak = Soak(f"http://127.0.0.1:{port}")
+    spawn = multiprocessing.get_context("spawn")
+    soak = Soak(f"http://127.0.0.1:{port}", spawn.Event(), pause)
+    results: Queue[tuple[Counter[str], list[str]]] = spawn.Queue()
+    attackers = spawn.Process(target=attack, args=(soak.address, soak.over, results))
     keys = scratch / "keys"
-    keys.write_text(f"{GOOD_KEY} good\n{HOSTILE_KEY} hostile\n")
+    keys.write_text(f"{GOOD_KEY} good\n{HOSTILE_KEY} hostile\n{METRICS_KEY} metrics\n")
     keys.chmod(0o600)
     model = ["-m", folder] if folder else []
     command = [str(BIN / "llava"), "serve", *model, "--port", str(port), "--name", "tiny"]
-    command += ["--api-keys", str(keys), "--requests-per-minute", "1000000"]
-    command += ["--request-timeout", "5", "--media-timeout", "10", "--log-level", "error"]
-    command += ["--access-log", "off"]
+    command += ["--api-keys", str(keys), "--request-timeout", "5", "--media-timeout", "10"]
+    command += ["--log-level", "error", "--access-log", "off"]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
         try:
-            with soak.client(GOOD_KEY) as client:
-                end = time.monotonic() + START
-                while time.monotonic() < end and process.poll() is None:
-                    with contextlib.suppress(httpx.TransportError):
-                        client.get("/health")
-                        break
-                    time.sleep(0.1)
-                calm, hard = [good] * threads, [hostile, rude, rude, attacker, attacker]
-                workers = [
-                    threading.Thread(target=soak.repeat, args=(i, work))
-                    for i, work in enumerate([*calm, *hard])
+            with soak.client(METRICS_KEY) as client:
+                wait_until_ready(process, client)
+                calm = [
+                    threading.Thread(target=soak.repeat, args=(i, good)) for i in range(threads)
                 ]
 
                 def attack_later() -> None:
                     if not soak.over.wait(60 * minutes / 4):
+                        attackers.start()
                         soak.attacked = True
-                        for worker in workers[threads:]:
-                            worker.start()
 
                 timer = threading.Thread(target=attack_later)
-                for worker in (*workers[:threads], timer):
+                for worker in (*calm, timer):
                     worker.start()
                 try:
                     report = watch(soak, process, client, 60 * minutes)
                 finally:
                     soak.over.set()
-                    timer.join()
-                    for worker in workers:
-                        if worker.ident is not None:
-                            worker.join()
+                    for worker in (timer, *calm):
+                        worker.join()
+                    if soak.attacked:
+                        soak.hostile, failures = results.get(timeout=300)
+                        soak.failures += failures
+                        attackers.join()
                 if process.poll() is None and not settled(client):
                     soak.fail(f"still running at the end: {gauges(client)}")
-                if process.poll() is None:
+                if process.poll() is None and each_attack:
                     report["attacks"] = attacks(soak)
                     if not settled(client):
                         soak.fail(f"still running after the attacks: {gauges(client)}")
@@ -454,19 +506,33 @@ def soaked(folder: str | None, minutes: float, threads: int, scratch: Path) -> d
             process.terminate()
         process.wait(60)
         log.seek(0)
-        errors = log.read().decode().count(" ERROR ")
-    alone, beside = (latency(soak.seconds[attacked]) for attacked in (False, True))
+        text = log.read().decode()
+    alone, beside = (
+        {**latency(soak.seconds[attacked]), "parts": phases(soak.parts[attacked])}
+        for attacked in (False, True)
+    )
     ratio = round(beside.get("p95", 0) / alone["p95"], 2) if alone.get("p95") else None
     return {
         "minutes": minutes,
+        "pause": pause,
         "good": dict(soak.good),
         "failures": soak.failures[:20],
         "failed": len(soak.failures),
-        "logged_errors": errors,
+        "logged_errors": text.count(" ERROR "),
+        "log": text[-2000:],
         "latency": {"alone": alone, "attacked": beside, "ratio": ratio},
         "statuses": dict(sorted(soak.hostile.items())),
         **report,
     }
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", client: httpx.Client) -> None:
+    end = time.monotonic() + START
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            client.get("/health")
+            return
+        time.sleep(0.1)
 
 
 def main() -> None:
@@ -476,13 +542,22 @@ def main() -> None:
     parser.add_argument("-m", "--model", help="a checkpoint folder; without it the built-in model")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=4, help="good clients")
+    parser.add_argument("--pause", type=float, default=0.6, help="seconds after each good answer")
+    parser.add_argument("--no-attacks", action="store_true", help="mixed traffic alone")
     parser.add_argument("--out", type=Path, help="write it here, too")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.quick:
             given.model, given.minutes = str(tiny_checkpoint(Path(scratch) / "tiny")), 1
-        report = soaked(given.model, given.minutes, given.threads, Path(scratch))
+        report = soaked(
+            given.model,
+            given.minutes,
+            given.threads,
+            given.pause,
+            not given.no_attacks,
+            Path(scratch),
+        )
     print(json.dumps(report, indent=1))
     if given.out:
         given.out.write_text(json.dumps(report) + "\n")

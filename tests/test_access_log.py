@@ -121,6 +121,13 @@ def test_a_client_that_leaves_is_logged(tiny: Path, lines: Any) -> None:
     assert line["prompt_tokens"] > 0
 
 
+def test_a_refused_request_is_logged_with_its_key(tiny: Path, key_file: Path, lines: Any) -> None:
+    with running(tiny, api_keys=key_file, requests_per_minute=1) as client:
+        assert [client.get("/v1/models").status_code for _ in range(2)] == [200, 429]
+    logged = [json.loads(line) for line in lines()]
+    assert [(line["key"], line["status"]) for line in logged] == [("alice", 200), ("alice", 429)]
+
+
 def test_wrong_keys_are_throttled_and_do_not_fill_the_log(
     tiny: Path, key_file: Path, lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

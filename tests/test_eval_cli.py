@@ -81,7 +81,10 @@ def test_options_of_a_task_are_shown_and_not_compared(tiny: Path, tmp_path: Path
         assert done.code == 0, done.err
         assert f"tiny: world, training wordings, level {level}" in done.out
         assert "95 % interval" in done.out
-        assert f"training wordings, level {level}" in (tmp_path / level / "world.html").read_text()
+        page = (tmp_path / level / "world.html").read_text()
+        assert f"training wordings, level {level}" in page
+        intervals = re.findall(r"[\d.]+% to [\d.]+%", done.out)
+        assert intervals and intervals == re.findall(r"[\d.]+% to [\d.]+%", page)
     other = llava("eval", "diff", tmp_path / "easy/world.jsonl", tmp_path / "hard/world.jsonl")
     assert (other.code, other.out) == (2, "")
     assert "'training wordings, level easy' and 'training wordings, level hard'" in other.err

@@ -220,8 +220,10 @@ def test_names_of_models(tmp_path: Path) -> None:
         _sources(["a="], None)
 
 
-@pytest.mark.parametrize("flag", [["--name", "x"], ["--revision", "r"], ["--adapter", "x=y"]])
+@pytest.mark.parametrize(
+    "flag", [["--name", "x"], ["--revision", "r"], ["--adapter", "x=y"], ["--ray", "auto"]]
+)
 def test_flags_of_a_single_model(folders: dict[str, Path], flag: list[str]) -> None:
     words = ["serve", "-m", f"a={folders['a']}", "-m", f"b={folders['b']}", *flag]
-    with pytest.raises(OptionError, match="single --model"):
+    with pytest.raises(OptionError, match=f"{flag[0]} .*single --model, not"):
         CliRunner().invoke(cli, words, catch_exceptions=False)

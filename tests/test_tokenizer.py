@@ -3,6 +3,7 @@ character.
 """
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from llava_interleave.chat import BUILTIN
 from llava_interleave.errors import CheckpointError, PromptError
 from llava_interleave.processing import TextStream, Tokenizer
 from llava_interleave.processing.processor_files import SPECIAL
@@ -172,6 +174,29 @@ def test_contradictions_are_refused_by_name(
     )
     with pytest.raises(CheckpointError, match=r"<x> is token 9 in tokenizer_config\.json but 384"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_a_long_text_is_tokenized_without_the_interpreters_lock() -> None:
+    """500,000 characters of no plain text held all other threads up for seconds."""
+    tokenizer, text = Tokenizer.from_folder(BUILTIN), "\U000e0061\u0301é" * 60_000
+    gaps: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not done.wait(0.001):
+            gaps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    encoding = tokenizer._encode(text)
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    assert encoding.ids == tokenizer.backend.encode(text, add_special_tokens=False).ids
+    assert max(gaps) < 0.7 * seconds
 
 
 @pytest.mark.parametrize(

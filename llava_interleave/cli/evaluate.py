@@ -19,7 +19,6 @@ from . import flags, remote, terminal
 from .local_model import LazyModel, ModelFlags, answer_all
 
 if TYPE_CHECKING:
-    from ..evals.stats import Mean
     from ..evals.task import AnswerFn, Task
     from ..journal import JsonRow
 
@@ -176,7 +175,7 @@ def evaluate(
         }
         if not as_json:
             title = f"{answerer.title}: {task.name}" + (f", {task.note}" if task.note else "")
-            terminal.table(title, *_table(task, means))
+            terminal.table(title, *report.mean_table(task, means))
             _remarks(task)
     if save_errors:
         save_errors.write_text("".join(json.dumps(row) + "\n" for row in errors), "utf-8")
@@ -230,24 +229,6 @@ def _answers(
 def _only(used: Collection[str], allowed: Collection[str], why: str) -> None:
     if others := sorted("--" + name.replace("_", "-") for name in used if name not in allowed):
         raise OptionError(f"{why}: leave out {', '.join(others)}")
-
-
-def _table(task: Task, means: Sequence[Mean]) -> tuple[list[str], list[list[str]]]:
-    """The means, next to the published ones."""
-    rows = []
-    for mean in means:
-        published = [
-            f"{figures[mean.name]:.1f}" if mean.name in figures else ""
-            for figures in task.paper.values()
-        ]
-        own = [
-            f"{mean.mean:.2%}",
-            f"{mean.low:.1%} to {mean.high:.1%}",
-            str(mean.examples),
-            str(mean.failed),
-        ]
-        rows.append([mean.name, *own, *published])
-    return ["", "mean", "95 % interval", "examples", "failed", *task.paper], rows
 
 
 def _remarks(task: Task) -> None:

@@ -90,8 +90,15 @@ def serve(
     if not isinstance(level := logging.getLevelName(log_level.upper()), int):
         raise typer.BadParameter(f"{log_level!r} is not one of debug, info, warning, error")
     sources = _sources(model or [], settings.name)
-    if len(sources) > 1 and (ray or adapters or revision or settings.name):
-        raise OptionError("--ray, --adapter, --revision and --name are for a single --model")
+    if len(sources) > 1:
+        of_one = {"--adapter": adapters, "--revision": revision, "--name": settings.name}
+        if used := ", ".join(flag for flag, value in of_one.items() if value):
+            raise OptionError(f"{used} is for a single --model, not for {len(sources)}")
+        if ray:
+            raise OptionError(
+                f"--ray serves a single --model, not {len(sources)}: start a server for each, with "
+                "a --port of its own"
+            )
     ((served_name, source), *_) = sources.items()
     if len(sources) == 1:
         settings = dataclasses.replace(settings, name=served_name)
@@ -106,12 +113,8 @@ def serve(
         with freeze_garbage_collector():
             with terminal.spinner("starting"):
                 try:
-                    from ..server.run import (
-                        Server,
-                        check_port,
-                        log_to_stderr,
-                        use_single_malloc_arena,
-                    )
+                    from ..server.process import tune_process
+                    from ..server.run import Server, check_port, log_to_stderr
                 except ModuleNotFoundError as error:
                     raise Unsupported(
                         f"{error.name} is missing: pip install 'llava-interleave[serve]'"
@@ -122,7 +125,7 @@ def serve(
             if settings.api_keys is not None:
                 ApiKeys.read(settings.api_keys)  # fail before the model is loaded
             check_port(settings)
-            use_single_malloc_arena()
+            tune_process()
             if ray:
                 folders = tuple((name, absolute(folder) or folder) for name, folder in adapters)
                 spec = ReplicaSpec(

@@ -25,11 +25,30 @@ def write(
     """Write the report; the file appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{task.name}: {about.get('model', '')}"
-    data = {"about": about, "task": task, "means": means, "examples": _examples(task, rows)}
+    data = {"about": about, "task": task, "examples": _examples(task, rows)}
+    data["mean_columns"], data["mean_rows"] = mean_table(task, means)
     rows_of_grid = sorted(task.grid.values(), key=len, reverse=True)
     data["places"] = list(dict.fromkeys(place for row in rows_of_grid for place in row))
     data["values"] = {mean.name: mean.mean for mean in means if mean.kind == "group"}
     reports.write(path, "evals.html", title=title, **data)
+
+
+def mean_table(task: Task, means: Sequence[Mean]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the means with their intervals, next to the published ones."""
+    rows = []
+    for mean in means:
+        published = [
+            f"{figures[mean.name]:.1f}" if mean.name in figures else ""
+            for figures in task.paper.values()
+        ]
+        own = [
+            f"{mean.mean:.2%}",
+            f"{mean.low:.1%} to {mean.high:.1%}",
+            str(mean.examples),
+            str(mean.failed),
+        ]
+        rows.append([mean.name, *own, *published])
+    return ["", "mean", "95 % interval", "examples", "failed", *task.paper], rows
 
 
 def _examples(

@@ -18,6 +18,8 @@ from ..errors import CheckpointError, PromptError
 
 IMAGE, VIDEO = "<image>", "<video>"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+LONG_TEXT = 20_000
+"""Characters of a text that is tokenized without the interpreter's lock: 500,000 take seconds."""
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -161,6 +163,8 @@ class Tokenizer:
 
     def _encode(self, text: str) -> Any:
         try:
+            if len(text) > LONG_TEXT:  # this call lets other threads run, `encode` does not
+                return self._backend.encode_batch([text], add_special_tokens=False)[0]
             return self._backend.encode(text, add_special_tokens=False)
         except TypeError as error:
             raise PromptError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from .completions import TextCompletionStream
 from .metrics import PROMETHEUS, Metrics
 from .middleware import GuardMiddleware
 from .models import ModelSpec, ServedModels
+from .process import trim_heap_regularly
 from .responses import ResponseStream
 from .service import Service
 from .settings import MB, Settings
@@ -102,12 +104,14 @@ def create_routes(service: Service | ServedModels, *, with_batches: bool = True)
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        trimming = asyncio.create_task(trim_heap_regularly())
         batches = service.batches = Batches(service) if with_batches else None
         if batches:
             batches.start()
         try:
             yield
         finally:
+            trimming.cancel()
             if batches:
                 await batches.close()
             service.close()

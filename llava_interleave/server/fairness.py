@@ -17,9 +17,9 @@ from .api_errors import ApiError
 
 T = TypeVar("T")
 NICENESS = 5
-"""Of pool threads and their children, on Linux: decoding media must not slow down the engine."""
-
-
+"""Of pool threads and their children, on Linux, above that of the process: decoding media must not
+slow down the engine.
+"""
 MAX_BUCKETS = 10_000
 """Keys or addresses that a rate limit knows at a time."""
 
@@ -174,4 +174,6 @@ class FairThreadPool:
 
 def _lower_priority() -> None:
     if sys.platform == "linux":  # there it is of this thread alone
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)

@@ -38,6 +38,9 @@ MAX_BODIES = 4
 """Request bodies of the largest size in memory at a time."""
 MAX_JSON_VALUES = 250_000
 """Values of a JSON body: a parsed value takes far more memory than its text."""
+REFUSAL_DELAY, MAX_DELAYED = 0.5, 32
+"""Seconds that a 429 waits, and how many may wait at a time: a client that sends again at once
+would otherwise keep the event loop busy with refusals."""
 MAX_FAILED_LOGINS = 120
 """Requests with a wrong API key, or none, of one address in a minute; more get 429."""
 
@@ -57,6 +60,7 @@ class GuardMiddleware:
         self.access_log, self.tracing = AccessLog(settings.access_log), tracing
         self.rate = RateLimit(settings.requests_per_minute)
         self.failed_logins = RateLimit(MAX_FAILED_LOGINS, "requests without a valid API key")
+        self.delayed = 0
         self.max_body = settings.max_body_mb * MB
         self.bodies = Shares(MAX_BODIES * self.max_body, self._one_client)
         self.open_requests = Shares(settings.max_connections, self._one_client)
@@ -94,7 +98,7 @@ class GuardMiddleware:
                 await Response(status_code=204)(scope, receive, send_in_time)
                 return None
             client = self.admit(scope, record)
-            key = state["key"] = record.key = client.name
+            key = state["key"] = client.name
             record.weight = client.weight
             if scope["path"] != HEALTH:
                 self._check_open_requests(key)
@@ -108,6 +112,8 @@ class GuardMiddleware:
         except Exception as error:  # noqa: BLE001  becomes a response, or ends one
             api_error = self.metrics.count_error(to_api_error(error))
             if not status:
+                if api_error.status == 429:
+                    await self._delay()
                 with contextlib.suppress(ClientDisconnected):
                     await error_response(api_error)(scope, receive, send_in_time)
         finally:
@@ -116,6 +122,14 @@ class GuardMiddleware:
             self.metrics.count_response(scope, status)
             record.body_bytes = body.size
             self._report(record, scope, status)
+
+    async def _delay(self) -> None:
+        if self.delayed < MAX_DELAYED:
+            self.delayed += 1
+            try:
+                await asyncio.sleep(REFUSAL_DELAY)
+            finally:
+                self.delayed -= 1
 
     def _report(self, record: RequestRecord, scope: Scope, status: int) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -160,6 +174,7 @@ class GuardMiddleware:
                 "invalid_api_key",
                 "this server needs an API key: send the header 'Authorization: Bearer <key>'",
             )
+        record.key = client.name
         self.rate.take(client.name, time.monotonic())
         return client
 

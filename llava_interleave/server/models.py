@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,6 +25,7 @@ from .openai_types import (
     PromptRequest,
     unknown_model,
 )
+from .process import trim_heap
 from .service import PreparedRequest, Service, SharedState
 from .settings import Settings
 
@@ -188,8 +188,7 @@ class ServedModels:
         await asyncio.to_thread(service.close_model)
         del service
         gc.collect()
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
 
     @contextlib.asynccontextmanager
     async def generation(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
@@ -36,20 +35,6 @@ KEEP_ALIVE = 5
 """Seconds that a connection may be idle between two requests."""
 FLUSH_TIMEOUT = 5
 """Seconds after `shutdown_timeout` for clients to read their last event."""
-M_ARENA_MAX = -8
-"""glibc's malloc.h: the maximum number of arenas."""
-
-
-def use_single_malloc_arena() -> bool:
-    """Let all threads share one malloc arena, and return whether the C library can.
-
-    Call it before threads start. glibc gives each thread an arena, and a thread does not use the
-    free memory of another's arena: memory grows with traffic. docs/decisions.md has the figures.
-    """
-    try:
-        return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
-    except (AttributeError, OSError, TypeError):  # another C library; Windows
-        return False
 
 
 def log_to_stderr(level: int) -> None:

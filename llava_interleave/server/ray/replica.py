@@ -18,7 +18,8 @@ from ..access_log import RequestRecord
 from ..api_keys import Client
 from ..app import create_routes
 from ..middleware import GuardMiddleware
-from ..run import log_to_stderr, use_single_malloc_arena
+from ..process import tune_process
+from ..run import log_to_stderr
 from ..service import Service
 from ..settings import ReplicaSpec, Settings
 from ..uploads import RequestScopedFiles, Stored
@@ -50,7 +51,7 @@ class Replica:
 
     def __init__(self, model: ReplicaSpec, settings: Settings) -> None:
         log_to_stderr(model.log_level)
-        use_single_malloc_arena()
+        tune_process()
         bot = chat.load(
             model.name,
             revision=model.revision,
