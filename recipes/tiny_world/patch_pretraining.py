@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from llava_interleave.config import VisionConfig
 from llava_interleave.model import Llava
-from llava_interleave.model.siglip import Layer
+from llava_interleave.model.siglip import Layer, SigLIP
 from llava_interleave.processing.tokenizer import Tokenizer
 from llava_interleave.train.data.packing import Position, prefetch
 from llava_interleave.train.losses import Loss
@@ -120,6 +120,7 @@ def scale(model: Llava, *, residual: float = 1.0, features: float = 1.0) -> None
     """Scale what the tower's layers add to its residual stream, with the same result, and the
     projector's features."""
     tower, projector = model.vision_tower, model.multi_modal_projector
+    assert isinstance(tower, SigLIP)
     writers: list[nn.Module] = [
         tower.embeddings.patch_embedding,
         tower.embeddings.position_embedding,
