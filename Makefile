@@ -11,10 +11,11 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo web test test-ray test-clients coverage check docs dist bench bench-peers tiny
+.PHONY: help demo kernels web test test-ray test-clients coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
+	@echo "make kernels  compile the CPU kernels again, after a change of their sources"
 	@echo "make web     the libraries of the web UI (needs Node.js 20); without them it shows plain Markdown"
 	@echo "make test    the test suite; ARGS=tests/test_image_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
@@ -29,6 +30,9 @@ help:
 
 demo: .venv/installed
 	$(BIN)/llava demo
+
+kernels:
+	$(PYTHON) llava_interleave/kernels/compilation.py
 
 web: web/node_modules/.package-lock.json
 	$(NPM) run check

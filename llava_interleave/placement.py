@@ -178,7 +178,6 @@ def pick_dtype(precision: str, source: Source, device: str) -> torch.dtype:
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if device == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    # in this order: the second check may compile the kernels
     if not kernels.multiplies_bfloat16() and kernels.unavailable_reason() is not None:
         return torch.float32
     if next(checkpoint.folder.glob("*.safetensors"), None) is None:

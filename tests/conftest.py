@@ -5,6 +5,7 @@ start servers, browsers or several processes, or compile C++.
 """
 
 import os
+from contextlib import suppress
 
 # Before PyTorch is imported: workers that each use every core slow each other down.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -30,15 +31,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if all(".py" in word for word in config.args) and len(config.args) < 4 else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A checkout that was never installed, as a git worktree, has no kernels yet: half a minute."""
+    if not hasattr(config, "workerinput"):
+        with suppress(kernels.compilation.CompileError):
+            list(kernels.compilation.compile_all())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without `slow` a test is `fast`; kernels of other instruction sets than this machine's are
-    compiled for the tests alone, and slow.
-    """
+    """Without `slow` a test is `fast`."""
     for item in items:
-        chosen = getattr(getattr(item, "callspec", None), "params", {}).get("instructions")
-        here = kernels.build.cpu_flags() if chosen and kernels.unavailable_reason() is None else ()
-        if chosen and INSTRUCTIONS[chosen] != here:
-            item.add_marker("slow")
         if item.get_closest_marker("slow") is None:
             item.add_marker("fast")
 
@@ -62,18 +64,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
-INSTRUCTIONS = {
-    "AVX2": kernels.build.AVX2,
-    "AVX-512 VNNI": kernels.build.AVX512,
-    "AVX-512 BF16": kernels.build.AVX512_BF16,
-}
-
-
-@pytest.fixture(params=INSTRUCTIONS)
+@pytest.fixture(params=kernels.compilation.flags())
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels compiled for one instruction set, whichever is this machine's best."""
-    flags = INSTRUCTIONS[request.param]
-    if len(kernels.build.cpu_flags()) < len(flags):
+    """The kernels of one instruction set, whichever is this machine's best."""
+    if request.param not in kernels.binding.supported_instructions():
         pytest.skip(f"this CPU has no {request.param}")
-    found = kernels.build.bind(kernels.build.compile_kernels(flags))
-    monkeypatch.setattr(kernels.build, "library", lambda: found)
+    found = kernels.binding.bind(kernels.binding.find_library(request.param))
+    monkeypatch.setattr(kernels.binding, "library", lambda: found)

@@ -5,7 +5,6 @@ that this machine has.
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +75,21 @@ def test_largest_numbers_do_not_overflow(bits: int) -> None:
         module.weight, module.scale = pack(torch.full((16, 256), 3.0 * sign), bits)
         x = torch.full((2, 256), 5.0)
         torch.testing.assert_close(module(x), module.plain(x), rtol=1e-6, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 100])
+def test_products_have_the_same_bits_with_every_instruction_set(
+    tokens: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = quantized(300, 70, bits, F32), torch.randn(tokens, 300)
+    found = []
+    for name in kernels.binding.supported_instructions():
+        functions = kernels.binding.bind(kernels.binding.find_library(name))
+        monkeypatch.setattr(kernels.binding, "library", lambda functions=functions: functions)
+        found.append(module(x))
+    assert all(torch.equal(y, found[0]) for y in found)
 
 
 @needs_kernels
@@ -225,11 +239,15 @@ def test_attention_in_8_bits(heads: int, kv_heads: int, d: int, capacity: int, a
 @needs_kernels
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("in_8_bits", [False, True])
-def test_attention_of_several_tokens_is_that_of_each_alone(in_8_bits: bool) -> None:
-    """To the last bit, which draft tokens need."""
+@pytest.mark.parametrize(("tokens", "at"), [(9, 70), (23, 250)])
+def test_attention_of_several_tokens_is_that_of_each_alone(
+    tokens: int, at: int, in_8_bits: bool
+) -> None:
+    """To the last bit, which draft tokens need; also across blocks of 256 keys."""
     torch.manual_seed(1)
-    made = memory_in_8_bits(2, 48, 90) if in_8_bits else (*memory(2, 48, 90), None)
-    q, k, v = (torch.randn(9, n, 48).to(BF16) for n in (6, 2, 2))
+    size = at + tokens + 11
+    made = memory_in_8_bits(2, 48, size) if in_8_bits else (*memory(2, 48, size), None)
+    q, k, v = (torch.randn(tokens, n, 48).to(BF16) for n in (6, 2, 2))
     copy = [
         tuple(map(Tensor.clone, one))
         if isinstance(one, tuple)
@@ -238,10 +256,10 @@ def test_attention_of_several_tokens_is_that_of_each_alone(in_8_bits: bool) -> N
         else one.clone()
         for one in made
     ]
-    together = kernels.attend(q, k, v, *made[:2], 70, made[2])
-    for token in range(9):
+    together = kernels.attend(q, k, v, *made[:2], at, made[2])
+    for token in range(tokens):
         alone = kernels.attend(
-            *(x[token : token + 1] for x in (q, k, v)), *copy[:2], 70 + token, copy[2]
+            *(x[token : token + 1] for x in (q, k, v)), *copy[:2], at + token, copy[2]
         )
         assert torch.equal(alone[0], together[token])
     assert torch.equal(copy[0], made[0]) and torch.equal(copy[1], made[1])
@@ -275,61 +293,98 @@ def test_the_engines_memory_uses_it_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(args[5]) or attend(*args))
     compiled = step()
     assert calls == [19]
-    monkeypatch.setattr(kernels.build, "library", lambda: "none for this test")
+    monkeypatch.setattr(kernels.binding, "library", lambda: "none for this test")
     torch.testing.assert_close(compiled, step(), rtol=2e-2, atol=2e-2)
     assert calls == [19]
 
 
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], str | None]:
-    """`why_not` as in a new process of a user who has compiled nothing."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def ask() -> str | None:
-        kernels.build.library.cache_clear()
-        try:
-            return kernels.unavailable_reason()
-        finally:
-            kernels.build.library.cache_clear()
-
-    return ask
+def reason() -> str:
+    """`unavailable_reason` of a new process."""
+    caches = kernels.binding.library, kernels.binding.supported_instructions
+    for function in caches:
+        function.cache_clear()
+    try:
+        return str(kernels.unavailable_reason())
+    finally:
+        for function in caches:
+            function.cache_clear()
 
 
-def test_without_a_compiler_pytorch_computes(
-    fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_kernels_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = quantized(64, 24, 4, F32), torch.randn(5, 64)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert "no C++ compiler" in str(fresh())
     monkeypatch.setattr(kernels, "linear", None)  # would raise
-    monkeypatch.setattr(kernels.build, "library", lambda: "no compiler")
+    monkeypatch.setattr(kernels.binding, "library", lambda: "none")
     assert torch.equal(module(x), module.plain(x))
 
 
-def test_reasons(
-    fresh: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as m:
+        m.setattr("platform.machine", lambda: "riscv64")
+        assert reason() == "they are not written for riscv64, only for x86_64"
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
     with monkeypatch.context() as m:
         m.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": False})
-        assert fresh() == "this CPU has neither AVX-512 VNNI nor AVX2"
-    with monkeypatch.context() as m:
-        m.setattr("platform.machine", lambda: "aarch64")
-        assert "x86-64 on Linux, and this is aarch64" in str(fresh())
-    (tmp_path / "llava-interleave").mkdir()
-    (tmp_path / "llava-interleave").chmod(0o777)
-    assert "other users can write to" in str(fresh())
+        assert reason() == "this CPU has neither AVX-512 VNNI nor AVX2"
+    capabilities = dict.fromkeys(kernels.binding.CAPABILITIES["avx512_bf16"], True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(kernels.compilation, "library_path", lambda name: tmp_path / name)
+    assert "csrc are not compiled: run python" in reason()
+    monkeypatch.setattr(kernels.compilation, "SOURCES", tmp_path / "csrc")
+    monkeypatch.setattr(kernels.compilation, "FOLDER", tmp_path)
+    assert "this installation has none" in reason()
+    (tmp_path / "avx512_bf16-1.so").write_text("no library")
+    assert "avx512_bf16-1.so cannot be loaded" in reason()
+
+
+def test_compilation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It names the compiler's error and leaves nothing half done; libraries of other sources go."""
+    compilation = kernels.compilation
+    monkeypatch.setattr(compilation, "FLAGS", {compilation.architecture(): {"all": ()}})
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    folder = tmp_path / "lib"
+    with pytest.raises(compilation.CompileError, match="compiler failed for all: no such flag"):
+        list(compilation.compile_all(folder))
+    assert not list(folder.iterdir())
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    (folder / f"all-0{compilation.SUFFIX}").touch()
+    made = list(compilation.compile_all(folder))
+    assert made == list(folder.iterdir()) == [compilation.library_path("all", folder)]
+    compiler.unlink()
+    assert list(compilation.compile_all(folder)) == made  # nothing to compile
+    with pytest.raises(compilation.CompileError, match=r"compiler into .*: No such file"):
+        list(compilation.compile_all(tmp_path / "another"))
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(compilation.CompileError, match="no C\\+\\+ compiler"):
+        compilation.find_compiler()
 
 
 @needs_kernels
-def test_a_failing_compiler_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(kernels.KernelsUnavailable, match=r"failed: .*nonsense"):
-        kernels.build.compile_kernels(("-mnonsense",), tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_own_threads_are_used_where_pytorch_exports_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = quantized(1024, 2048, 4, F32), torch.randn(40, 1024)
+    right = module(x)
+    monkeypatch.setattr(kernels.binding, "torch_parallel_for", lambda: None)
+    found = kernels.binding.bind(
+        kernels.binding.find_library(kernels.binding.supported_instructions()[0])
+    )
+    monkeypatch.setattr(kernels.binding, "library", lambda: found)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(module(x), right)
+    finally:
+        torch.set_num_threads(before)
 
 
 HARNESS = """
 #include "layers.cpp"
 #include <cstdlib>
+#include <sys/syscall.h>
+#include <unistd.h>
 static int32_t serial(int64_t begin, int64_t end, int64_t, Body body, void* context) {
   for (int64_t i = begin; i < end; i++) body(i, i + 1, context);
   return 0;
@@ -379,8 +434,11 @@ void encode(int64_t bits, int64_t tokens) {
   llava_encode(serial, 1, &shape, layers, 1e-6f, exactly<uint16_t>(tokens * 96), tokens);
 }
 int main() {
+#if defined(__AMX_TILE__)
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return 2;
+#endif
   for (int bits : {4, 8})
-    for (int64_t tokens : {1, 12, 13, 47}) {
+    for (int64_t tokens : {1, 7, 12, 13, 47}) {
       decode(bits, tokens, tokens, false), decode(bits, tokens, tokens, true), decode(bits, tokens, tokens / 2, true);
       encode(bits, tokens);
     }
@@ -408,14 +466,10 @@ int main() {
 
 @pytest.mark.slow
 @needs_kernels
-@pytest.mark.parametrize(
-    "flags",
-    [kernels.build.AVX2, kernels.build.AVX512, kernels.build.AVX512_BF16],
-    ids=["AVX2", "AVX-512", "BF16"],
-)
-def test_nothing_is_read_or_written_beyond_its_end(flags: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", kernels.compilation.flags())
+def test_nothing_is_read_or_written_beyond_its_end(name: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    if len(kernels.build.cpu_flags()) < len(flags):
+    if name not in kernels.binding.supported_instructions():
         pytest.skip("not on this CPU")
     (tmp_path / "harness.cpp").write_text(HARNESS)
     sanitise = [
@@ -428,9 +482,9 @@ def test_nothing_is_read_or_written_beyond_its_end(flags: tuple[str, ...], tmp_p
         "g++",
         "-std=c++17",
         "-O0",  # compiled in a quarter of the time of -O1, and no access is optimised away
-        *flags,
+        *kernels.compilation.flags()[name],
         *sanitise,
-        f"-I{kernels.build.SOURCES}",
+        f"-I{kernels.compilation.SOURCES}",
         "-o",
         "harness",
         "harness.cpp",

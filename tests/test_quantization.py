@@ -232,7 +232,7 @@ def test_with_and_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch)
     if kernels.unavailable_reason():
         pytest.skip(str(kernels.unavailable_reason()))
     compiled = logits(network)
-    monkeypatch.setattr(kernels.build, "library", lambda: "none for this test")
+    monkeypatch.setattr(kernels.binding, "library", lambda: "none for this test")
     assert (
         float((logits(network) - compiled).norm() / compiled.norm()) < 3e-3
     )  # a last bit can decide how an input is rounded

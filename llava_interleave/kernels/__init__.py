@@ -1,7 +1,7 @@
 """Compiled kernels for a CPU: quantized linears, attention, and all layers of a decoder or a tower
 in one call."""
 
-from .build import (
+from .binding import (
     GROUP,
     PANEL,
     SUBGROUP,

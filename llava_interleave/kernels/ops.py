@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import build
-from .build import GROUP, PANEL, group_bytes
+from . import binding
+from .binding import GROUP, PANEL, group_bytes
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: int) -> Tensor:
@@ -131,6 +131,6 @@ def encode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float) -> None:
 
 
 def _function(number: int) -> Callable[..., None]:
-    functions = build.library()
+    functions = binding.library()
     assert not isinstance(functions, str), functions
     return functions[number]

@@ -22,6 +22,13 @@ namespace {
 
 inline int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
 
+#if defined(__AMX_INT8__)
+constexpr int64_t MIN_TILE_ROWS = 8;             // tokens from which on tile registers are faster
+constexpr int64_t MAX_ROWS = MIN_TILE_ROWS - 1;  // tokens of a product in vector registers
+#else
+constexpr int64_t MAX_ROWS = TILE;
+#endif
+
 struct TileRange {
   int64_t first, last;
 };
@@ -53,8 +60,8 @@ struct Inputs {
 
   Inputs(int64_t tokens, int64_t groups)
       : groups(groups),
-        values(aligned_array<int8_t>(tokens * groups * GROUP)),
-        scales(aligned_array<float>(tokens * groups)),
+        values(aligned_array<int8_t>((tokens * groups + TILE) * GROUP)),  // whole tiles are read
+        scales(aligned_array<float>(tokens * groups + TILE)),
         sums(aligned_array<InputSums>(tokens * groups)) {
     resize(tokens);
   }
@@ -136,8 +143,8 @@ constexpr int64_t group_bytes(int64_t bits) {
 }
 
 #if defined(__AVX512VNNI__)
-// Yields the bytes q + 128 of a group, four quads at a time, in order.
-template <int BITS>
+// Yields the bytes q + ZERO of a group, four quads at a time, in order.
+template <int BITS, int ZERO = 128>
 struct Quads {
   const uint8_t* w;
   Bytes step, offset;
@@ -146,12 +153,13 @@ struct Quads {
   void load4(int first, Bytes (&quads)[4]) {
     if constexpr (BITS == 8) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) quads[i] = bytes(w + (first + i) * 4 * PANEL);
+      for (int i = 0; i < 4; i++)
+        quads[i] = sub8(bytes(w + (first + i) * 4 * PANEL), splat8(int8_t(128 - ZERO)));
     } else {
       if (first % (SUBGROUP / 4) == 0) {
         const Bytes both = broadcast_byte(bytes(w), 4 * first / SUBGROUP);
         step = even_bytes(low_nibbles(both)),
-        offset = sub8(splat8(-128), mul16(high_nibbles(both), step));
+        offset = sub8(splat8(int8_t(ZERO)), mul16(high_nibbles(both), step));
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 4;
@@ -169,6 +177,7 @@ struct Quads {
 // A panel of a weight.
 struct Panel {
   int64_t bits;
+  bool tiled = false;  // unpacked to signed bytes, for AMX
   const uint8_t* values;
   const uint16_t* scales;
 
@@ -177,14 +186,27 @@ struct Panel {
         values(w.values + number * groups * group_bytes(w.bits)),
         scales(w.scales + number * groups * PANEL) {}
 
+  // As it is read by some tiles; `buffer` is memory for 8 bits.
+  void prepare([[maybe_unused]] const Inputs& inputs, [[maybe_unused]] TileRange tiles,
+               [[maybe_unused]] uint8_t* buffer) {
+#if defined(__AMX_INT8__)
+    tiled = inputs.tokens >= MIN_TILE_ROWS;
+    if (tiled && bits == 4) return unpack<4, 0>(inputs.groups, buffer);
+    if (tiled) return unpack<8, 0>(inputs.groups, buffer);
+#endif
+#if defined(__AVX512VNNI__)  // elsewhere 4-bit products are faster
+    if (bits == 4 && tiles.last - tiles.first > 1) unpack<4, 128>(inputs.groups, buffer);
+#endif
+  }
+
 #if defined(__AVX512VNNI__)
-  static constexpr bool UNPACKED = true;
-  // For several tiles, 4-bit weights are unpacked to 8 bits once, into `out`.
+  // To 8 bits, q + ZERO.
+  template <int BITS, int ZERO>
   void unpack(int64_t groups, uint8_t* out) {
     const uint8_t* from = values;
     values = out, bits = 8;
-    for (int64_t g = 0; g < groups; g++, from += group_bytes(4), out += group_bytes(8)) {
-      Quads<4> quads(from);
+    for (int64_t g = 0; g < groups; g++, from += group_bytes(BITS), out += group_bytes(8)) {
+      Quads<BITS, ZERO> quads(from);
       for (int first = 0; first < QUADS; first += 4) {
         Bytes four[4];
         quads.load4(first, four);
@@ -192,11 +214,62 @@ struct Panel {
       }
     }
   }
-#else
-  static constexpr bool UNPACKED = false;  // 4-bit products are faster
-  void unpack(int64_t, uint8_t*) {}
 #endif
 };
+
+#if defined(__AMX_INT8__)
+// Product of a tile of `count` tokens with a tiled panel -> out [16][16], whose rows from `count`
+// on mean nothing. A group is two products of tiles, and its sums are added up while the next group
+// is multiplied.
+void product_of_tiles(const Panel& panel, const Inputs& inputs, int64_t first, int64_t count,
+                      float* out) {
+  constexpr int HALF = GROUP / 2;  // inputs in a tile register
+  const uint8_t* w = panel.values;
+  const uint16_t* scale = panel.scales;
+  const int8_t* x = &inputs.values[first * inputs.groups * GROUP];
+  const float* x_scale = &inputs.scales[first * inputs.groups];
+  alignas(64) int32_t sums[2][TILE * PANEL];
+  finish_stores();
+  Floats total[TILE];
+#pragma GCC unroll 16
+  for (int m = 0; m < TILE; m++) total[m] = splat(0);
+  const auto add_up = [&](const int32_t* sum) {
+    const Floats step = load_half(scale);
+#pragma GCC unroll 16
+    for (int m = 0; m < TILE; m++) {
+      const Ints row = _mm512_load_si512(sum + m * PANEL);
+      total[m] = fma(mul(to_floats(row), splat(x_scale[m])), step, total[m]);
+    }
+    scale += PANEL, x_scale += count;
+  };
+  for (int64_t g = 0; g < inputs.groups; g++) {
+    if (g % 2) {
+      _tile_zero(1);
+      _tile_loadd(4, x, GROUP);
+      _tile_loadd(6, w, 4 * PANEL);
+      _tile_dpbssd(1, 4, 6);
+      _tile_loadd(5, x + HALF, GROUP);
+      _tile_loadd(7, w + HALF * PANEL, 4 * PANEL);
+      _tile_dpbssd(1, 5, 7);
+      _tile_stored(1, sums[1], sizeof(int32_t) * PANEL);
+    } else {
+      _tile_zero(0);
+      _tile_loadd(2, x, GROUP);
+      _tile_loadd(6, w, 4 * PANEL);
+      _tile_dpbssd(0, 2, 6);
+      _tile_loadd(3, x + HALF, GROUP);
+      _tile_loadd(7, w + HALF * PANEL, 4 * PANEL);
+      _tile_dpbssd(0, 3, 7);
+      _tile_stored(0, sums[0], sizeof(int32_t) * PANEL);
+    }
+    if (g) add_up(sums[(g - 1) % 2]);
+    w += group_bytes(8), x += count * GROUP;
+  }
+  add_up(sums[(inputs.groups - 1) % 2]);
+#pragma GCC unroll 16
+  for (int m = 0; m < TILE; m++) store(out + m * PANEL, total[m]);
+}
+#endif
 
 #if defined(__AVX512VNNI__)
 // Product of a tile of M tokens with one panel -> out [M][16].
@@ -392,7 +465,7 @@ void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out
 }
 #endif
 
-template <int BITS, int M = TILE>
+template <int BITS, int M = MAX_ROWS>
 void product(int64_t count, const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
   if (count == M) return product<BITS, M>(panel, inputs, first, out);
   if constexpr (M > 1) product<BITS, M - 1>(count, panel, inputs, first, out);
@@ -400,6 +473,10 @@ void product(int64_t count, const Panel& panel, const Inputs& inputs, int64_t fi
 
 // The same for a tile of any size -> out [tokens of the tile][16].
 void product(const Panel& panel, const Inputs& inputs, int64_t tile, float* out) {
+#if defined(__AMX_INT8__)
+  if (panel.tiled)
+    return product_of_tiles(panel, inputs, inputs.first(tile), inputs.size(tile), out);
+#endif
   (panel.bits == 4 ? product<4> : product<8>)(inputs.size(tile), panel, inputs, inputs.first(tile),
                                               out);
 }
@@ -413,8 +490,7 @@ class UnpackBuffer {
   Panel panel(const Weight& w, int64_t number, const Inputs& inputs, TileRange tiles,
               int64_t half = 0) const {
     Panel found(w, number, inputs.groups);
-    if (Panel::UNPACKED && found.bits == 4 && tiles.last - tiles.first > 1)
-      found.unpack(inputs.groups, &buffer[half * groups * group_bytes(8)]);
+    found.prepare(inputs, tiles, &buffer[half * groups * group_bytes(8)]);
     return found;
   }
 
@@ -440,6 +516,7 @@ struct Linear {
   static void multiply_panels(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const Linear*>(context);
     const UnpackBuffer unpack_buffer(self.inputs.groups);
+    const TileRegisters registers;
     for (int64_t number = begin; number < end; number++) {
       const TileRange tiles = self.inputs.block(number / self.panels);
       const Panel panel =

@@ -1,11 +1,10 @@
 // All layers of a decoder or a vision tower in one call, and the C interface. It includes nothing
 // of PyTorch; the threads are PyTorch's own, passed in as its torch_parallel_for.
 
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <thread>
 #include <vector>
 
 #include "attention.h"
@@ -39,7 +38,7 @@ class ThreadTeam {
       }
       team.arrived += weight;
       for (int64_t turn = 0; team.arrived < team.size * phase; turn++)
-        turn < SPIN_LIMIT ? _mm_pause() : void(sched_yield());
+        turn < SPIN_LIMIT ? _mm_pause() : std::this_thread::yield();
     }
 
    private:
@@ -241,6 +240,7 @@ struct Decoder : Shape {
     ThreadTeam::Member member(self.team, end - begin);
     const int64_t groups =
         std::max({self.hidden.normed.groups, self.attention_inputs.groups, self.mlp_inputs.groups});
+    const TileRegisters registers;
     Workspace workspace(AttentionScratch(self.max_length, self.d, self.d), self.width, groups);
     const bool drops_rows = self.outputs < self.tokens;
     for (int64_t layer = 0; layer < self.layers; layer++)
@@ -386,6 +386,7 @@ struct Tower : Shape {
   static void run(int64_t begin, int64_t end, void* context) {
     auto& self = *static_cast<Tower*>(context);
     ThreadTeam::Member member(self.team, end - begin);
+    const TileRegisters registers;
     Workspace workspace(AttentionScratch(self.tokens, self.d, self.padded), self.width,
                         std::max(self.attention_inputs.groups, self.mlp_inputs.groups));
     for (int64_t layer = 0; layer < self.layers; layer++)
@@ -454,23 +455,46 @@ struct Tower : Shape {
   }
 };
 
+// Threads of `llava_parallel_for` for the calls of this thread.
+thread_local int64_t own_threads = 1;
+
 }  // namespace
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+EXPORT void llava_set_threads(int64_t count) { own_threads = count; }
+
+// As torch_parallel_for, on threads of this call: where PyTorch does not export its pool.
+EXPORT int32_t llava_parallel_for(int64_t begin, int64_t end, int64_t grain, Body body,
+                                  void* context) {
+  const int64_t size = std::max(grain, (end - begin + own_threads - 1) / own_threads);
+  std::vector<std::thread> threads;
+  for (; end - begin > size; begin += size)
+    threads.emplace_back(body, begin, begin + size, context);
+  if (begin < end) body(begin, end, context);
+  for (std::thread& thread : threads) thread.join();
+  return 0;
+}
 
 // y [tokens, out] = x [tokens, in] by the packed weight, plus the bias unless it is null; x, bias
 // and y are float32 or bfloat16.
-extern "C" void llava_linear(ParallelFor parallel_for, int32_t bits, int32_t bfloat16,
-                             const void* x, const uint8_t* weight, const uint16_t* scale,
-                             const void* bias, void* y, int64_t tokens, int64_t in, int64_t out) {
+EXPORT void llava_linear(ParallelFor parallel_for, int32_t bits, int32_t bfloat16, const void* x,
+                         const uint8_t* weight, const uint16_t* scale, const void* bias, void* y,
+                         int64_t tokens, int64_t in, int64_t out) {
   (bfloat16 ? linear<uint16_t> : linear<float>)(parallel_for, bits, x, weight, scale, bias, y,
                                                 tokens, in, out);
 }
 
 // Writes k and v of some tokens to the positions from `at` on of a KV cache; out = causal attention
 // of their queries. d is a multiple of 16. The KV cache is bfloat16 without scales, int8 with them.
-extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const uint16_t* k,
-                             const uint16_t* v, void* keys, void* values, uint16_t* key_scales,
-                             uint16_t* value_scales, uint16_t* out, int64_t tokens, int64_t heads,
-                             int64_t kv_heads, int64_t d, int64_t capacity, int64_t at) {
+EXPORT void llava_attend(ParallelFor parallel_for, const uint16_t* q, const uint16_t* k,
+                         const uint16_t* v, void* keys, void* values, uint16_t* key_scales,
+                         uint16_t* value_scales, uint16_t* out, int64_t tokens, int64_t heads,
+                         int64_t kv_heads, int64_t d, int64_t capacity, int64_t at) {
   (key_scales ? attend<int8_t> : attend<uint16_t>)(parallel_for, q, k, v, keys, values, key_scales,
                                                    value_scales, out, tokens, heads, kv_heads, d,
                                                    capacity, at);
@@ -479,10 +503,10 @@ extern "C" void llava_attend(ParallelFor parallel_for, const uint16_t* q, const 
 // All layers of a decoder over hidden states [tokens, width] in bfloat16, in place; the rows of the
 // outputs move to the front. Only q, k and v have biases, or none has; width and inner are
 // multiples of 16, d of 32.
-extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape,
-                             const LayerWeights* weights, float eps, const Sequence* sequences,
-                             int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
-                             uint16_t* hidden, int64_t tokens) {
+EXPORT void llava_decode(ParallelFor parallel_for, int64_t threads, const Shape* shape,
+                         const LayerWeights* weights, float eps, const Sequence* sequences,
+                         int64_t sequence_count, const uint16_t* cosines, const uint16_t* sines,
+                         uint16_t* hidden, int64_t tokens) {
   Decoder self(*shape, threads, weights, tokens, eps, sequences, sequence_count, cosines, sines,
                hidden);
   parallel_for(0, threads, 1, Decoder::run, &self);
@@ -491,9 +515,8 @@ extern "C" void llava_decode(ParallelFor parallel_for, int64_t threads, const Sh
 
 // All layers of a tower over the hidden states [tokens, width] of a crop in bfloat16, in place.
 // There are as many KV heads as heads; width and inner are multiples of 16, d of 2.
-extern "C" void llava_encode(ParallelFor parallel_for, int64_t threads, const Shape* shape,
-                             const TowerWeights* weights, float eps, uint16_t* hidden,
-                             int64_t tokens) {
+EXPORT void llava_encode(ParallelFor parallel_for, int64_t threads, const Shape* shape,
+                         const TowerWeights* weights, float eps, uint16_t* hidden, int64_t tokens) {
   Tower self(*shape, threads, weights, tokens, eps, hidden);
   parallel_for(0, threads, 1, Tower::run, &self);
   self.hidden.write(hidden);

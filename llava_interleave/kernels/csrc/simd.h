@@ -1,10 +1,12 @@
 // Vectors of sixteen lanes for x86 with AVX-512 VNNI (and BF16) or AVX2, as the compiler's flags
-// say; aligned memory; bfloat16.
+// say; tile registers of AMX; aligned memory; bfloat16.
 
 #pragma once
 
 #include <immintrin.h>
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -23,17 +25,22 @@ constexpr int64_t GROUP = 128, SUBGROUP = 32, PANEL = 16;
 constexpr int QUADS = GROUP / 4, SUBGROUPS = GROUP / SUBGROUP;
 constexpr int64_t MIN_PARALLEL_WORK =
     1 << 17;  // multiply-adds below which another thread is not worth waking
-constexpr int64_t L2_BYTES =
-    256 << 10;  // bytes of activations that stay in a core's L2 cache while weights stream by
 
 typedef int32_t __attribute__((__may_alias__)) Word;  // four 8-bit or two 16-bit numbers
 
-constexpr int64_t TILE = 12;  // tokens that share a pass over a panel
+// TILE: tokens that share a pass over a panel. MAX_QUERIES: queries that share a pass over the KV
+// cache. L2_BYTES: of activations that stay in a core's L2 cache while weights stream by.
+#if defined(__AMX_INT8__)
+constexpr int64_t TILE = 16, MAX_QUERIES = 32, L2_BYTES = 1 << 20;
+#elif defined(__AVX512VNNI__)
+constexpr int64_t TILE = 12, MAX_QUERIES = 12, L2_BYTES = 256 << 10;
+#else
+constexpr int64_t TILE = 12, MAX_QUERIES = 6, L2_BYTES = 256 << 10;
+#endif
 
 // Sixteen lanes, one per output of a panel.
 #if defined(__AVX512VNNI__)
-constexpr int64_t MAX_QUERIES = 12;  // queries that share a pass over the KV cache
-constexpr int ACCUMULATORS = 24;     // of attention, in registers
+constexpr int ACCUMULATORS = 24;  // of attention, in registers
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
@@ -104,7 +111,6 @@ inline __m256i to_bfloat16(Floats x) {
 #endif
 }
 #else
-constexpr int64_t MAX_QUERIES = 6;
 constexpr int ACCUMULATORS = 6;
 struct Floats {
   __m256 a, b;
@@ -218,6 +224,24 @@ inline void dot(Floats& sum, KVector b, const Lhs* a) { sum = fma(b, splat(*a), 
 inline void store_lhs(Lhs* p, Floats x) { store(p, widen_bfloat16(to_bfloat16(x))); }
 #endif
 
+// e ** x for x <= 0, relative error 2e-7 (series of e ** r up to r ** 6, |r| <= ln 2 / 2).
+inline Floats exponential(Floats x) {
+  x = maximum(splat(-87.0f), x);  // this order of operands keeps a NaN
+  const Floats n = round_even(mul(x, splat(1.44269504f)));
+  const Floats r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+  Floats y = splat(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, splat(c));
+  return mul_pow2(y, n);
+}
+
+// 1 / (1 + e ** -x)
+inline Floats sigmoid(Floats x) {
+  const Floats e = exponential(minimum(x, mul(x, splat(-1))));
+  return div(select_by_sign(x, splat(1), e), add(e, splat(1)));
+}
+
+inline int64_t round_up(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
+
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) {  // bfloat16
   uint32_t bits = uint32_t(x) << 16;
@@ -236,8 +260,38 @@ inline void store_scalar(uint16_t* p, float x) {  // bfloat16, to nearest, ties 
 inline void to_lhs(uint16_t* to, uint16_t x) { *to = x; }
 inline void to_lhs(float* to, uint16_t x) { *to = to_float(x); }
 
+// The tile registers of a thread while its object lives: eight of 16 rows of 64 bytes.
+class TileRegisters {
+ public:
+#if defined(__AMX_TILE__)
+  TileRegisters() {
+    struct alignas(64) {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } config = {};
+    config.palette = 1;
+    std::fill_n(config.row_bytes, 8, 64), std::fill_n(config.rows, 8, 16);
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+#else
+  TileRegisters() {}
+#endif
+  TileRegisters(const TileRegisters&) = delete;
+};
+
+// GCC does not know that loads of tiles read memory: no store may move behind them.
+inline void finish_stores() { asm volatile("" ::: "memory"); }
+
 struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
+  void operator()(void* p) const {
+#if defined(_WIN32)
+    _aligned_free(p);
+#else
+    std::free(p);
+#endif
+  }
 };
 template <class T>
 using AlignedArray = std::unique_ptr<T[], FreeDeleter>;
@@ -249,7 +303,11 @@ AlignedArray<T> aligned_array(int64_t count) {
   constexpr size_t line = 64, page = 2 << 20;
   const size_t size = count * sizeof(T), unit = size < 2 * page ? line : page,
                padded = std::max<size_t>(1, (size + unit - 1) / unit) * unit;
+#if defined(_WIN32)
+  void* p = _aligned_malloc(padded, unit);
+#else
   void* p = std::aligned_alloc(unit, padded);
+#endif
   if (!p) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
   if (unit == page) madvise(p, padded, MADV_HUGEPAGE);
