@@ -1,28 +1,33 @@
 """What this package does on a GPU, checked, measured, and next to transformers: one run, a table
 last.
 
-    python bench/gpu.py --small          # two minutes: small shapes, to see that everything runs
-    python bench/gpu.py [--minutes 9]    # the checks in the small shape, then 0.5B and 7B
-    python bench/gpu.py --device cpu --small
+    python bench/gpu.py --minutes 8              # on a GPU
+    TRITON_INTERPRET=1 python bench/gpu.py --device cpu --small    # that it works
 
-Needs torch and numpy (and PYTHONPATH=. where this package is not installed); transformers,
-bitsandbytes and flash-attn where they are there. No network and no files: weights are random and
-made on the device. Every group of measurements is a process of its own, so that one that fails,
-runs out of memory or never ends is a row with its reason, and the next one goes on; groups that
-time does not suffice for are named. Ceilings (memory by a copy, products of each number type) are
-measured in the same run, and figures are reported as shares of what they allow: bytes that must be
-read, or operations that must be done. The result goes to bench/results, group by group.
+Needs torch, triton and numpy (and PYTHONPATH=. where this package is not installed); pytest and
+transformers where they are there. No network and no files: weights are random and made on the
+device. In this order: ceilings of the machine; every kernel against float64, and replayed graphs
+against the same steps kernel by kernel; the GPU's half of tests/cuda; 0.5B in bfloat16; 7B in
+bfloat16, int4 and int8; transformers. What is wanted most comes first.
+
+A model is a process. Each step has a deadline: one that fails, ends its process or never ends is a
+row with its reason, and the process goes on with the next step. The result is written after every
+row. Ceilings (memory by a copy, products of random numbers) are measured in the same run, and
+figures are shares of what they allow: bytes that must be read, or operations that must be done.
+The engine is the one that users get.
 """
 
 import argparse
 import gc
 import json
+import os
 import platform
+import queue
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,16 +44,19 @@ from torch import Tensor, nn
 from llava_interleave import config_json
 from llava_interleave.checkpoints import meta_network
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
-from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
+from llava_interleave.engine import Engine, SamplingParams, bytes_per_token, kv_paged
 from llava_interleave.engine.kv_budget import profile_kv_bytes
 from llava_interleave.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.image_layout import ImageTokenLayout
-from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.kernels import GROUP, PANEL, SUBGROUP, group_bytes
+from llava_interleave.kernels.triton import checks
+from llava_interleave.model import Llava
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.quantization import linear_cuda
 from llava_interleave.quantization.linear_cpu import QuantizedLinearBase
 from llava_interleave.quantization.replace import pack_for_cuda, replace_linears
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SMALL = LlavaConfig(
     VisionConfig(128, 256, 2, 4, 56, 14),
@@ -57,49 +65,24 @@ SMALL = LlavaConfig(
 )
 CONFIGS = {"small": SMALL, **SHAPES}
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-THEIRS = {"sdpa": "sdpa", "flash": "flash_attention_2"}
-LONGEST = 150
-"""Seconds that a group may take."""
 TWICE = 2  # the better of so many; the first also sets things up
-
-
-@dataclass(frozen=True)
-class Work:
-    """How much is measured. decode: requests at a time, after `context` tokens each; requests: two
-    images each.
-    """
-
-    decode: tuple[int, ...]
-    context: int
-    tokens: int
-    prefill: int
-    crops: int
-    images: tuple[int, ...]
-    requests: int
-
-
-WORK = {
-    "whole": Work((1, 8, 64), 750, 64, 4096, 16, (1, 8, 16), 64),
-    "small": Work((1, 4), 40, 12, 128, 4, (1, 2), 6),
-}
 
 
 @dataclass
 class Row:
     """A figure. least: bytes, or operations of a number type, that `seconds` of it need at best.
-    note: why there is none.
+    note: why there is none, or details. table: the kernels of a profile.
     """
 
-    group: str
+    process: str
+    step: str
     name: str
     value: float | None = None
     unit: str = ""
     seconds: float | None = None
     least: dict[str, float] | None = None
     note: str = ""
-
-
-Say = Callable[[Row], None]
+    table: list[dict[str, Any]] | None = None
 
 
 # The network and its prompts.
@@ -127,6 +110,9 @@ def fill(name: str, tensor: Tensor) -> None:
     """Random numbers that keep activations near 1."""
     if tensor.dtype == torch.uint8:
         tensor.random_(0, 256)
+        if tensor.shape[-1] == group_bytes(4):  # of int4: sub_scale + 16 * zero_point, 7 or 8
+            rows = tensor[..., : PANEL * GROUP // SUBGROUP]
+            rows.bitwise_and_(31).add_(112)
     elif tensor.dtype == torch.float8_e4m3fn:
         for rows in tensor.split(1024):
             rows.copy_(torch.randn(rows.shape, device=rows.device) * 50)
@@ -171,17 +157,18 @@ class Took:
 
 
 class Ours:
-    """This package's engine."""
+    """This package's engine, as `load()` makes it."""
 
-    def __init__(self, network: Llava, kv_tokens: int) -> None:
+    def __init__(self, network: Llava) -> None:
         config, weight = network.config, network.language_model.norm.weight
-        self.per_token = bytes_per_token(config.text, weight.dtype)
+        on_cpu = weight.device.type == "cpu"
+        tokens = 4096 * bytes_per_token(config.text, weight.dtype)
         self.engine = Engine(
             network,
             eos_ids=(),
             vocab=config.text.vocab_size,
-            kv_bytes=kv_tokens * self.per_token,
-            max_num_batched_tokens=4096,
+            kv_bytes=tokens if on_cpu else profile_kv_bytes(network),
+            kv_block_size=256 if on_cpu else None,
         )
         self.asking, self.device = Asking(config), weight.device
 
@@ -214,16 +201,14 @@ class Ours:
 class Theirs:
     """transformers, with its batch padded on the left."""
 
-    def __init__(
-        self, config: LlavaConfig, dtype: torch.dtype, device: torch.device, attention: str
-    ) -> None:
+    def __init__(self, config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
         described = transformers.LlavaConfig.from_dict(config_json.to_dict(config))
         with torch.device(device):
             made = transformers.AutoModelForImageTextToText.from_config(
-                described, dtype=dtype, attn_implementation=THEIRS[attention]
+                described, dtype=dtype, attn_implementation="sdpa"
             )
         self.model = made.eval()
         self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id = (
@@ -267,22 +252,70 @@ class Theirs:
         )
 
 
-# The groups.
+# The steps.
 
 
-def ceilings(group: str, device: torch.device, _: Work, say: Say) -> None:
-    """Bytes a second that are read, and operations a second in products of each type."""
-    large = device.type == "cuda"
-    a = torch.empty(1 << (31 if large else 26), dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    seconds = best(lambda: b.copy_(a), device, 5)
-    say(Row(group, "memory, read and written", 2 * a.nbytes / seconds / 1e9, "GB/s"))
-    side = 8192 if large else 128  # PyTorch takes 5 s for 512 in float8 on a CPU
-    for kind, dtype in {**FLOATS, "int8": torch.int8, "float8": torch.float8_e4m3fn}.items():
-        with reported(group, f"products in {kind}", say):
-            x, y = (torch.ones(side, side, device=device).to(dtype) for _ in range(2))
-            seconds = best(partial(multiply, kind, x, y), device, 5)
-            say(Row(group, f"products in {kind}", 2 * side**3 / seconds / 1e12, "TOP/s"))
+class Session:
+    """A process: its device and model, and where its rows go."""
+
+    def __init__(self, process: str, device: torch.device, say: Callable[[Row], None]) -> None:
+        self.process, self.device, self._say, self.step = process, device, say, ""
+        self.shape = process.split()[-1]
+        self.small = self.shape == "small" or device.type == "cpu"
+        self.dtype = torch.bfloat16
+        self.precision = "bfloat16"
+        self._system: Ours | Theirs | None = None
+
+    def say(self, name: str, value: float | None = None, unit: str = "", **more: Any) -> None:
+        self._say(Row(self.process, self.step, name, value, unit, **more))
+
+    @property
+    def system(self) -> Any:
+        """The engine, or transformers; made at first use."""
+        if self._system is None:
+            began = time.perf_counter()
+            if self.process.startswith("transformers"):
+                self._system = Theirs(CONFIGS[self.shape], self.dtype, self.device)
+            else:
+                self._system = Ours(made(CONFIGS[self.shape], self.precision, self.device))
+                self.say("attention", note=self._system.engine.attention)
+            synchronize(self.device)
+            self.say("loaded in", time.perf_counter() - began, "s")
+        return self._system
+
+    def use(self, precision: str) -> None:
+        """Have another precision from now on."""
+        if precision != self.precision:
+            self._system, self.precision = None, precision
+            forget()
+
+    @property
+    def network(self) -> Llava:
+        network = self.system.engine.model
+        assert isinstance(network, Llava)
+        return network
+
+
+def memory(session: Session) -> None:
+    """Bytes a second that are read and written."""
+    a = torch.empty(1 << (26 if session.small else 31), dtype=torch.uint8, device=session.device)
+    b = torch.empty_like(a.random_(0, 256))
+    seconds = best(lambda: b.copy_(a), session.device, 5)
+    session.say("memory, read and written", 2 * a.nbytes / seconds / 1e9, "GB/s")
+
+
+def products(session: Session) -> None:
+    """Operations a second in products of each type, of random numbers."""
+    side = 64 if session.small else 8192  # PyTorch takes seconds for 512 in float8 on a CPU
+    kinds = {**FLOATS, "int8": torch.int8, "float8": torch.float8_e4m3fn}
+    for kind, dtype in kinds.items():
+        random = torch.randn(2, side, side, device=session.device)
+        x, y = (random * 30 if kind == "int8" else random).to(dtype)
+        try:
+            seconds = best(partial(multiply, kind, x, y), session.device, 5)
+            session.say(f"products in {kind}", 2 * side**3 / seconds / 1e12, "TOP/s")
+        except RuntimeError as error:
+            session.say(f"products in {kind}", note=str(error).splitlines()[0])
 
 
 def multiply(kind: str, x: Tensor, y: Tensor) -> Tensor:
@@ -292,122 +325,28 @@ def multiply(kind: str, x: Tensor, y: Tensor) -> Tensor:
     return torch._int_mm(x, y) if kind == "int8" else x @ y
 
 
-def checks(group: str, device: torch.device, _: Work, say: Say) -> None:
-    """Everything against what is slower and surer, in the small shape."""
-    torch.backends.cudnn.allow_tf32 = False
-    prompts = [Asking(SMALL)(images, 20 + images) for images in (0, 1, 2)]
-    truth = made(SMALL, "float32", torch.device("cpu"))
-    expected, sure = written(truth, prompts), features(truth)
-
-    def there(dtype: torch.dtype) -> Llava:
-        network = made(SMALL, "float32", torch.device("cpu"))
-        network.load_state_dict(truth.state_dict())
-        network.to(device, dtype)
-        network.tie()
-        return network
-
-    for name, dtype in FLOATS.items():
-        with reported(group, f"{name}: features and logits", say):
-            apart = [
-                float((a - b).norm() / b.norm())
-                for a, b in zip(features(there(dtype)), sure, strict=True)
-            ]
-            say(
-                Row(
-                    group,
-                    f"{name}: features and logits",
-                    max(apart),
-                    "of their size apart from float32 on the CPU",
-                )
-            )
-        with reported(group, f"{name}: greedy tokens", say):
-            found = written(there(dtype), prompts)
-            same = sum(
-                a == b
-                for x, y in zip(found, expected, strict=True)
-                for a, b in zip(x, y, strict=True)
-            )
-            say(
-                Row(
-                    group,
-                    f"{name}: greedy tokens",
-                    same,
-                    f"of {sum(map(len, expected))} as on the CPU, the weights random",
-                )
-            )
-    for precision in ("int8", "int4", "nf4", "fp8"):
-        with reported(group, f"{precision}: a linear", say):
-            linear_cuda.check_supported(precision, device)
-            for rows in (1, 7, 300):
-                far = product(made(SMALL, precision, device), rows)
-                say(
-                    Row(
-                        group,
-                        f"{precision}: a linear, {rows} rows",
-                        far,
-                        "of its size apart from its weights unpacked",
-                    )
-                )
-    if device.type == "cuda":
-        steps_agree(group, there(torch.bfloat16), prompts, say)
+def kernels(session: Session) -> None:
+    """Each kernel against its formula in float64, on new random numbers."""
+    for kind in ("bfloat16", "float16"):
+        for name, case in checks.cases(session.device, FLOATS[kind]).items():
+            try:
+                session.say(f"{name}, {kind}", checks.error(case), "of its norm off float64")
+            except Exception as error:  # noqa: BLE001  whatever Triton or the driver raise
+                reason = (str(error).splitlines() or [""])[0]
+                session.say(f"{name}, {kind}", note=f"{type(error).__name__}: {reason}")
 
 
-def steps_agree(group: str, network: Llava, prompts: list[Prompt], say: Say) -> None:
-    """Captured steps against the same steps launch by launch."""
-    with reported(group, "captured steps: greedy tokens", say):
-        ours = Ours(network, 4096)
-        found = [
-            request.generated
-            for request in ours.engine.generate(
-                prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
-            )
-        ]
-        captured = ours.engine._runner.graphs
-        assert captured
-        if captured.unavailable:
-            raise RuntimeError(captured.unavailable)
-        plain = Ours(network, 4096)
-        assert plain.engine._runner.graphs
-        plain.engine._runner.graphs.drop("for comparison")
-        sure = [
-            request.generated
-            for request in plain.engine.generate(
-                prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
-            )
-        ]
-        same = sum(
-            a == b for x, y in zip(found, sure, strict=True) for a, b in zip(x, y, strict=True)
-        )
-        say(
-            Row(
-                group,
-                "captured steps: greedy tokens",
-                same,
-                f"of {sum(map(len, sure))} as not captured",
-            )
-        )
-
-
-def written(network: Llava, prompts: list[Prompt]) -> list[list[int]]:
-    requests = Ours(network, 4096).engine.generate(
-        prompts, SamplingParams(max_new_tokens=16, ignore_eos=True)
-    )
-    return [request.generated for request in requests]
-
-
-@torch.inference_mode()
-def features(network: Llava) -> list[Tensor]:
-    weight, side = network.language_model.norm.weight, network.config.vision.image_size
-    random = torch.Generator().manual_seed(0)
-    seen = network.encode(
-        torch.randn(3, 3, side, side, generator=random).to(weight.device, weight.dtype)
-    )
-    tokens = torch.randint(0, 1000, (70,), generator=random).to(weight.device)
-    positions = torch.cat([torch.arange(40), torch.arange(30)]).to(weight.device)
-    hidden = network.forward(
-        network.embed(tokens, [(2, seen[1])]), positions, PackedAttention([40, 30])
-    )
-    return [seen.float().cpu(), network.logits(hidden).float().cpu()]
+def linears(session: Session) -> None:
+    """The products of quantized linears against those of their weights in float32."""
+    for precision in ("int8", "int4", "fp8"):
+        try:
+            linear_cuda.check_supported(precision, session.device)
+            network = made(SMALL, precision, session.device)
+            for rows in (1, 7, 64, 300):
+                off = product(network, rows)
+                session.say(f"{precision}, {rows} rows", off, "of its norm off its weights")
+        except Exception as error:  # noqa: BLE001  one precision is a row
+            session.say(precision, note=f"{type(error).__name__}: {error}")
 
 
 @torch.inference_mode()
@@ -427,185 +366,165 @@ def product(network: Llava, rows: int) -> float:
     return far
 
 
-def ours(group: str, device: torch.device, work: Work, say: Say) -> None:
-    shape, _, precision = group.split()
-    config, few = CONFIGS[shape], precision not in FLOATS
-    began = time.perf_counter()
-    if few:
-        linear_cuda.check_supported(precision, device)
-    network = made(config, precision, device)
-    synchronize(device)
-    say(Row(group, "made in", time.perf_counter() - began, "s"))
-    held = sum(
-        tensor.nbytes
-        for tensor in {id(t): t for t in (*network.parameters(), *network.buffers())}.values()
+def replays(session: Session) -> None:
+    """Replayed graphs against the same steps kernel by kernel: tokens, and logits to the bit."""
+    network = made(SMALL, "bfloat16", session.device)
+    prompts = [Asking(SMALL)(images, 20 + images) for images in (0, 1, 2)]
+    if session.device.type == "cpu":  # where Triton's interpreter takes a second a token
+        prompts = prompts[:2]
+    tokens = 16 if session.device.type == "cuda" else 2
+    how, found = SamplingParams(max_new_tokens=tokens, ignore_eos=True), []
+    for captured in (True, False):
+        engine = Ours(network).engine
+        graphs, tower = engine._runner.graphs, engine._runner.tower_graphs
+        assert graphs is not None and tower is not None, engine.attention
+        if captured and graphs.unavailable and session.device.type == "cuda":
+            raise RuntimeError(graphs.unavailable)
+        if not captured:
+            graphs.drop("for comparison")
+            tower._graphs.clear()
+        requests = engine.generate(prompts, how)
+        found.append([request.generated for request in requests])
+    pairs = [pair for a, b in zip(*found, strict=True) for pair in zip(a, b, strict=True)]
+    same = sum(a == b for a, b in pairs)
+    session.say("tokens of replays", same, f"of {len(pairs)} as kernel by kernel")
+
+
+def tests(session: Session) -> None:
+    """The GPU's half of tests/cuda."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/cuda"]
+    environment = {**os.environ, "TESTS_CUDA_ONLY": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    passed = re.search(r"(\d+) passed", lines[-1] if lines else "")
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    note = "; ".join([*failed, *lines[-2:]])[:3000]
+    session.say("passed", float(passed[1]) if passed else 0.0, "tests", note=note)
+
+
+def decode(count: int, context: int, session: Session) -> None:
+    """Tokens a second of answers after `context` tokens each."""
+    tokens = 128
+    if session.device.type == "cpu":
+        count, context, tokens = min(count, 2), 20 + context // 750, 4
+    system = session.system
+    took = max(
+        (
+            system.answer([system.asking(0, context) for _ in range(count)], tokens)
+            for _ in range(TWICE)
+        ),
+        key=lambda took: took.rate,
     )
-    say(Row(group, "weights", held / 2**30, "GiB"))
-    with reported(group, "peak memory, 2 images", say):
-        peak(group, network, config, say)
-    with reported(group, "KV cache, tokens that fit", say):
-        most = room(network, config, work)
-        say(Row(group, "KV cache, tokens that fit", most, "tokens"))
-    if not few:
-        with reported(group, "tower", say):
-            tower(group, network, work, say)
-    system = Ours(network, most)
-    measure(group, system, work, say, network, brief=few)
-    say(Row(group, "attention", note=system.engine.attention))
+    least = None
+    if isinstance(system, Ours):
+        per_token = bytes_per_token(session.network.config.text, session.dtype)
+        kept = count * (context + tokens / 2) * per_token
+        least = {"bytes": decoder_bytes(session.network) + kept}
+    seconds = count / took.rate if took.rate else None
+    name = f"{session.precision} decode, {count} at a time after {context}"
+    session.say(name, took.rate, "tokens/s", seconds=seconds, least=least)
 
 
-def theirs(group: str, device: torch.device, work: Work, say: Say) -> None:
-    shape, _, precision, attention = group.split()
-    measure(group, Theirs(CONFIGS[shape], FLOATS[precision], device, attention), work, say)
-
-
-def measure(
-    group: str,
-    system: Ours | Theirs,
-    work: Work,
-    say: Say,
-    network: Llava | None = None,
-    brief: bool = False,
-) -> None:
-    """The measurements of both systems. brief: no images."""
-    config, kind = system.asking.config, group.split()[2]
-    kind = kind if kind in FLOATS else {"fp8": "float8"}.get(kind, "bfloat16")
-    for count in work.decode:
-        name = f"decode, {count} at a time"
-        with reported(group, name, say):
-            took = max(
-                (
-                    system.answer(
-                        [system.asking(0, work.context) for _ in range(count)], work.tokens
-                    )
-                    for _ in range(TWICE)
-                ),
-                key=lambda took: took.rate,
-            )
-            least = None
-            if network is not None:
-                kept = (
-                    count
-                    * (work.context + work.tokens / 2)
-                    * bytes_per_token(config.text, network.language_model.norm.weight.dtype)
-                )
-                least = {"bytes": decoder_bytes(network) + kept}
-            say(
-                Row(
-                    group,
-                    name,
-                    took.rate,
-                    "tokens/s",
-                    count / took.rate if took.rate else None,
-                    least,
-                )
-            )
-    with reported(group, "prompt", say):
-        seconds = min(
-            system.answer([system.asking(0, work.prefill)], 1).first for _ in range(TWICE)
-        )
-        say(
-            Row(
-                group,
-                "prompt",
-                work.prefill / seconds,
-                "tokens/s",
-                seconds,
-                {kind: prefill_flops(config, work.prefill)},
-            )
-        )
-    if brief:
-        return
-    for images in work.images:
-        name = f"first token, {images} image{'s' * (images > 1)}"
-        with reported(group, name, say):
-            seconds = min(system.answer([system.asking(images, 30)], 1).first for _ in range(TWICE))
-            ops = images * vision_flops(config) + prefill_flops(
-                config, images * config.vision.grid**2 + 30
-            )
-            say(Row(group, name, seconds, "s", seconds, {kind: ops}))
-    together = work.requests
-    while together:  # as many at a time as there is memory for
-        name = f"{work.requests} requests of 2 images"
-        try:
-            parts = [work.requests // together, work.requests % together]
-            sizes = [together] * parts[0] + [parts[1]] * (parts[1] > 0)
-            prompts = [
-                [system.asking(2, 20 + number * 7 % 40) for number in range(size)] for size in sizes
-            ]
-            seconds = sum(system.answer(part, work.tokens).total for part in prompts)
-            say(
-                Row(
-                    group,
-                    name,
-                    work.requests * work.tokens / seconds,
-                    "tokens/s",
-                    note="" if together == work.requests else f"{together} at a time",
-                )
-            )
-            return
-        except torch.OutOfMemoryError:
-            together //= 2
-        forget()  # now that the error holds nothing any more
-
-
-def room(network: Llava, config: LlavaConfig, work: Work) -> int:
-    """Tokens of KV cache: as many as the largest measurement needs, or as fit in memory."""
-    wanted = work.requests * (2 * config.vision.grid**2 + 100 + work.tokens + 512)
-    wanted = max(
-        wanted,
-        *(count * (work.context + work.tokens + 512) for count in work.decode),
-        work.prefill + 512,
-    )
-    weight = network.language_model.norm.weight
-    if weight.is_cuda:
-        wanted = min(
-            wanted,
-            profile_kv_bytes(network, max_num_batched_tokens=4096)
-            // bytes_per_token(config.text, weight.dtype),
-        )
-    return wanted
-
-
-def peak(group: str, network: Llava, config: LlavaConfig, say: Say) -> None:
-    """Peak memory of two images and an answer, with a KV cache for them alone."""
-    if not network.language_model.norm.weight.is_cuda:
-        raise RuntimeError("peak memory is measured on GPUs only")
-    torch.cuda.reset_peak_memory_stats()
-    system = Ours(network, 2 * config.vision.grid**2 + 1024)
-    system.answer([system.asking(2, 30)], 8)
-    say(Row(group, "peak memory, 2 images", torch.cuda.max_memory_allocated() / 2**30, "GiB"))
+def first_token(images: int, session: Session) -> None:
+    system = session.system
+    config = system.asking.config
+    seconds = min(system.answer([system.asking(images, 30)], 1).first for _ in range(TWICE + 1))
+    tokens = images * config.vision.grid**2 + 30
+    ops = images * vision_flops(config) + prefill_flops(config, tokens)
+    name = f"first token, {images} image{'s' * (images > 1)}"
+    session.say(name, seconds, "s", seconds=seconds, least={"bfloat16": float(ops)})
 
 
 @torch.inference_mode()
-def tower(group: str, network: Llava, work: Work, say: Say) -> None:
-    weight, side = network.language_model.norm.weight, network.config.vision.image_size
-    pixels = torch.rand(work.crops, 3, side, side, device=weight.device, dtype=weight.dtype)
-    seconds = best(lambda: network.encode(pixels), weight.device, 4)
-    least = {group.split()[2]: float(work.crops * vision_flops(network.config))}
-    say(Row(group, "tower", work.crops / seconds, "images/s", seconds, least))
+def tower(session: Session) -> None:
+    runner, side = session.system.engine._runner, session.network.config.vision.image_size
+    for crops in (1, 8):
+        pixels = torch.rand(crops, 3, side, side, device=session.device, dtype=session.dtype)
+        seconds = best(partial(runner._encode_images, pixels, ""), session.device, 4)
+        least = {"bfloat16": float(crops * vision_flops(session.network.config))}
+        name = f"tower, {crops} at a time"
+        session.say(name, crops / seconds, "images/s", seconds=seconds, least=least)
+
+
+def profile(session: Session) -> None:
+    """The kernels of one replay of a decode step of one sequence."""
+    if session.device.type != "cuda":
+        session.say("kernels of a decode step", note="a profile needs a GPU")
+        return
+    from torch.profiler import ProfilerActivity
+
+    engine, asking = session.system.engine, session.system.asking
+    engine.clear()
+    engine.add(asking(0, 750), SamplingParams(max_new_tokens=64, ignore_eos=True))
+    for _ in range(8):
+        engine.step()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        engine.step()
+        synchronize(session.device)
+    while engine.busy:
+        engine.step()
+    table = [
+        {"kernel": event.key[:120], "count": event.count, "us": event.device_time_total}
+        for event in profiler.key_averages()
+    ]
+    table.sort(key=lambda row: -float(row["us"]))
+    launched = sum(int(row["count"]) for row in table)
+    session.say("kernels of a decode step", launched, "kernels and copies", table=table[:40])
+
+
+def with_precision(precision: str, step: Callable[[Session], None], session: Session) -> None:
+    session.use(precision)
+    step(session)
+
+
+Step = tuple[float, Callable[[Session], None]]
+"""Seconds that it may take, and what it does."""
+MODEL: dict[str, Step] = {
+    "decode 1": (60, partial(decode, 1, 750)),
+    "decode 8": (20, partial(decode, 8, 750)),
+    "decode 64": (30, partial(decode, 64, 750)),
+    "decode 1 after 8k": (20, partial(decode, 1, 8192)),
+    "first token, 1 image": (20, partial(first_token, 1)),
+    "first token, 2 images": (20, partial(first_token, 2)),
+    "tower": (20, tower),
+    "profile": (20, profile),
+}
+FEW = {
+    f"{bits} decode {count}": (60.0, partial(with_precision, bits, partial(decode, count, 750)))
+    for bits in ("int4", "int8")
+    for count in (1, 64)
+}
+THEIRS = {name: MODEL[name] for name in ("decode 1", "decode 64", "first token, 2 images")}
+CHECKS: dict[str, Step] = {
+    "kernels": (90, kernels),
+    "linears": (60, linears),
+    "replays": (60, replays),
+}
+
+
+def processes(small: bool) -> dict[str, dict[str, Step]]:
+    """What is run, the most wanted first: steps by process."""
+    ceilings: dict[str, Step] = {"memory": (20, memory), "products": (30, products)}
+    found: dict[str, dict[str, Step]] = {
+        "ceilings": ceilings,
+        "checks": CHECKS,
+        "tests/cuda": {"tests/cuda": (90, tests)},
+    }
+    if small:
+        steps = {name: step for name, step in MODEL.items() if "64" not in name}
+        return found | {
+            "ours small": steps | {"int4 decode 1": FEW["int4 decode 1"]},
+            "transformers small": {"decode 1": MODEL["decode 1"]},
+        }
+    return found | {
+        "ours 0.5b": MODEL,
+        "ours 7b": MODEL | FEW,
+        "transformers 0.5b": THEIRS,
+        "transformers 7b": THEIRS,
+    }
 
 
 # Running them.
-
-
-class reported:  # noqa: N801
-    """What fails within is a row with its reason."""
-
-    def __init__(self, group: str, name: str, say: Say) -> None:
-        self.group, self.name, self.say = group, name, say
-
-    def __enter__(self) -> None:
-        forget()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> bool:
-        if isinstance(error, Exception):
-            reason = str(error).strip().splitlines() or [""]
-            self.say(Row(self.group, self.name, note=f"{type(error).__name__}: {reason[0][:200]}"))
-            return True
-        return False
 
 
 def forget() -> None:
@@ -631,67 +550,81 @@ def best(call: Callable[[], object], device: torch.device, times: int) -> float:
     return min(found[1:])
 
 
-def groups(device: str, small: bool) -> list[str]:
-    """What is run, the most wanted first: the checks; small shapes, or 0.5B and 7B next to
-    transformers and then in fewer bits.
-    """
-    kind, few, attentions = "bfloat16", ["int4", "int8", "nf4", "fp8"], list(THEIRS)
-    if device == "cpu":
-        kind, few, attentions = "float32", ["int8"], ["sdpa"]
-    shapes = ["small"] if small else ["0.5b", "7b"]
-    whole = [
-        [f"{shape} ours {kind}", *(f"{shape} transformers {kind} {how}" for how in attentions)]
-        for shape in shapes
-    ]
-    return [
-        "ceilings",
-        "checks",
-        *chain(*whole),
-        *(f"{shape} ours {bits}" for bits in few for shape in reversed(shapes)),
-    ]
+def child(process: str, steps: Sequence[str], device: torch.device, small: bool) -> None:
+    """Some steps of a process, in this one: a line for each begin and each row."""
+    if device.type == "cpu":  # Triton's interpreter or the formulas compute there
+        kv_paged.unavailable_reason = lambda *_: None
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no row
 
+    def say(row: Row) -> None:
+        print(json.dumps(asdict(row)), file=out, flush=True)
 
-def run(group: str, device: torch.device, say: Say) -> None:
-    """One group, in this process."""
-    work = WORK["small" if group.startswith("small") or device.type == "cpu" else "whole"]
-    kinds = {"ceilings": ceilings, "checks": checks, "ours": ours, "transformers": theirs}
-    with reported(group, "all of it", say):
-        kinds[group.split()[min(1, group.count(" "))]](group, device, work, say)
-
-
-def started(group: str, device: str, seconds: float) -> Iterator[Row]:
-    """One group in a process of its own: its rows, and what ended it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "rows.jsonl"
-        out.touch()
-        command = [
-            sys.executable,
-            __file__,
-            "--device",
-            device,
-            "--group",
-            group,
-            "--out",
-            str(out),
-        ]
-        note = ""
+    session, known = Session(process, device, say), processes(small)[process]
+    for name in steps:
+        session.step = name
+        print(json.dumps({"begin": name}), file=out, flush=True)
         try:
-            done = subprocess.run(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=seconds,
-            )
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or [""])[-1][:300]
-                note = f"ended with {done.returncode}: {last}"
-        except subprocess.TimeoutExpired:
-            note = f"took longer than {seconds:.0f} s"
-        for line in out.read_text().splitlines():
-            yield Row(**json.loads(line))
-        if note:
-            yield Row(group, "all of it", note=note)
+            known[name][1](session)
+        except Exception as error:  # noqa: BLE001  a row with its reason
+            reason = (str(error).strip().splitlines() or [""])[0]
+            session.say(name, note=f"{type(error).__name__}: {reason[:300]}")
+            error.__traceback__ = None
+        forget()
+
+
+def run(process: str, device: str, small: bool, end: float) -> Iterator[Row]:
+    """The rows of a process. It is started again behind a step that hangs or ends it."""
+    steps = processes(small)[process]
+    left = list(steps)
+    while left and end - time.perf_counter() > 5:
+        command = [sys.executable, __file__, "--device", device, "--process", process]
+        command += [*(["--small"] if small else []), "--steps", *left]
+        running = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        errors: list[str] = []
+        assert running.stdout is not None and running.stderr is not None
+        threading.Thread(target=_read, args=(running.stdout, lines.put), daemon=True).start()
+        threading.Thread(target=_read, args=(running.stderr, errors.append), daemon=True).start()
+        step, deadline = "", time.perf_counter() + 60  # to import everything
+        while True:
+            seconds = min(deadline, end) - time.perf_counter()
+            try:
+                line = lines.get(timeout=max(0.01, seconds))
+            except queue.Empty:
+                running.kill()
+                late = "the minutes were over" if deadline > end else "it took too long"
+                yield Row(process, step, step or "start", note=late)
+                break
+            if line is None:
+                if running.wait():
+                    last = next((e for e in reversed(errors) if e and e.strip()), "")
+                    note = f"ended with {running.returncode}: {last.strip()[:300]}"
+                    yield Row(process, step, step or "start", note=note)
+                else:
+                    left = []
+                break
+            data = json.loads(line)
+            if "begin" in data:
+                step = data["begin"]
+                left.remove(step)
+                deadline = time.perf_counter() + steps[step][0] * (4 if device == "cpu" else 1)
+            else:
+                yield Row(**data)
+        running.kill()
+        running.wait()
+        if not step:
+            return
+    for step in left:
+        yield Row(process, step, step, note="left out: the minutes were over")
+
+
+def _read(stream: Any, put: Callable[[str | None], object]) -> None:
+    for line in stream:
+        put(line)
+    put(None)
 
 
 def about(device: str) -> dict[str, Any]:
@@ -725,7 +658,6 @@ def about(device: str) -> dict[str, Any]:
         "transformers",
         "triton",
         "bitsandbytes",
-        "flash-attn",
     ):
         try:
             found[name] = version(name)
@@ -741,7 +673,7 @@ def share(row: Row, rows: Sequence[Row]) -> float | None:
     ((kind, amount),) = row.least.items()
     name = "memory, read and written" if kind == "bytes" else f"products in {kind}"
     limit = next(
-        (r.value for r in rows if r.group == "ceilings" and r.name == name and r.value), None
+        (r.value for r in rows if r.process == "ceilings" and r.name == name and r.value), None
     )
     return (
         None
@@ -751,20 +683,15 @@ def share(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def relative(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times as fast as transformers, in the same shape, with the attention that was the
-    faster one there.
-    """
-    shape, *kind = row.group.split()
-    if not row.value or kind[:1] != ["ours"] or row.unit not in ("tokens/s", "s"):
+    """How many times as fast as transformers in the same shape."""
+    kind, _, shape = row.process.partition(" ")
+    if not row.value or kind != "ours" or row.least is None or row.unit not in ("tokens/s", "s"):
         return None
-    theirs = [
-        r.value
-        for r in rows
-        if r.group.startswith(f"{shape} transformers") and r.name == row.name and r.value
-    ]
-    if not theirs:
+    name, theirs = re.sub("int[48]", "bfloat16", row.name), f"transformers {shape}"
+    other = [r.value for r in rows if r.process == theirs and r.name == name and r.value]
+    if not other:
         return None
-    return row.value / max(theirs) if row.unit == "tokens/s" else min(theirs) / row.value
+    return row.value / other[0] if row.unit == "tokens/s" else other[0] / row.value
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -778,8 +705,13 @@ def table(rows: Sequence[Row]) -> str:
             if row.value >= 100
             else f"{row.value:.3g}"
         )
-        cells = [f"{row.group}: {row.name}", value, row.unit, "" if part is None else f"{part:.0%}"]
-        lines.append([*cells, "" if ratio is None else f"{ratio:.2f}", row.note])
+        cells = [
+            f"{row.process}: {row.name}",
+            value,
+            row.unit,
+            "" if part is None else f"{part:.0%}",
+        ]
+        lines.append([*cells, "" if ratio is None else f"{ratio:.2f}", row.note[:200]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = (False, True, False, True, True, False)
     aligned = (
@@ -796,55 +728,35 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes only")
     parser.add_argument(
-        "--minutes",
-        type=float,
-        default=9.0,
-        help="what has not begun by then is named and left out",
+        "--minutes", type=float, default=8.0, help="what is not done by then is left out"
     )
-    parser.add_argument("--only", nargs="*", metavar="GROUP", help="run these groups alone")
-    parser.add_argument("--group", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", metavar="PROCESS", help="run these processes alone")
+    parser.add_argument("--process", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument(
         "--out", type=Path, help="the result; without it bench/results/<device>.json"
     )
     given = parser.parse_args()
-    if given.group:
-        with given.out.open("a") as file:
-            run(
-                given.group,
-                torch.device(given.device),
-                lambda row: print(json.dumps(asdict(row)), file=file, flush=True),
-            )
+    if given.process:
+        child(given.process, given.steps, torch.device(given.device), given.small)
         return
     end, machine = time.perf_counter() + 60 * given.minutes, about(given.device)
     name = re.sub(r"\W+", "-", str(machine["device"])).strip("-").lower()
     out = given.out or RESULTS / f"{name}{'-small' if given.small else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    left = []
-    for group in given.only or groups(given.device, given.small):
-        seconds = end - time.perf_counter()
-        if seconds < min(20.0, 6 * given.minutes):
-            left.append(group)
-            continue
-        for row in started(group, given.device, min(seconds, LONGEST)):
+    for process in given.only or processes(given.small):
+        for row in run(process, given.device, given.small, end):
             rows.append(row)
-            print(
-                f"{row.group}: {row.name}: {'' if row.value is None else f'{row.value:.4g}'} "
-                f"{row.unit} {row.note}",
-                flush=True,
-            )
-        figures = [
-            asdict(row)
-            | {"of the ceiling": share(row, rows), "x transformers": relative(row, rows)}
-            for row in rows
-        ]
-        out.write_text(
-            json.dumps({"about": machine, "rows": figures, "left out": left}, indent=1) + "\n"
-        )
-    print(f"\n{json.dumps(machine, indent=1)}\n\n{table(rows)}")
-    if left:
-        print(f"\nleft out, for {given.minutes:g} minutes were over: {', '.join(left)}")
-    print(f"\n{out}")
+            value = "" if row.value is None else f"{row.value:.4g}"
+            print(f"{row.process}: {row.name}: {value} {row.unit} {row.note[:200]}", flush=True)
+            figures = [
+                asdict(row)
+                | {"of the ceiling": share(row, rows), "x transformers": relative(row, rows)}
+                for row in rows
+            ]
+            out.write_text(json.dumps({"about": machine, "rows": figures}, indent=1) + "\n")
+    print(f"\n{json.dumps(machine, indent=1)}\n\n{table(rows)}\n\n{out}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class GpuTower:
         ]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        embedded = self.tower.embeddings(pixels)
+        embedded = self.tower.embeddings(pixels).contiguous()
         x, h = embedded.flatten(0, 1), None
         for layer, qkv_proj in self.layers:
             norm = layer.layer_norm1

@@ -113,6 +113,7 @@ def computed(model: Llava) -> list[Tensor]:
 def test_numbers_are_within_the_types_error(device: str, precision: str) -> None:
     found = computed(network(device, getattr(torch, precision)))
     for ours, sure in zip(found, computed(network("cpu")), strict=True):
+        assert int((~ours.isfinite()).sum()) == 0
         assert float((ours - sure).norm() / sure.norm()) < ERRORS[precision]
 
 

@@ -1,0 +1,179 @@
+"""How many kernels a GPU's step launches, counted on the meta device: operators of PyTorch that
+compute, and the launches of the Triton kernels. docs/gpu.md has the numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava_interleave.checkpoints import meta_network
+from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.engine.encoder_cache import EncoderCache
+from llava_interleave.engine.kv_contiguous import bytes_per_token
+from llava_interleave.engine.kv_paged import PagedBatch
+from llava_interleave.engine.model_runner import ModelRunner
+from llava_interleave.kernels import triton as kt
+from llava_interleave.lora import AdapterRouting
+from llava_interleave.quantization.replace import pack_for_cuda, replace_linears
+from tests.helpers.gpu import kernels_on_cpu
+
+META, BF16 = torch.device("meta"), torch.bfloat16
+FREE = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "resolve_conj",
+    "resolve_neg",
+    "lift_fresh",
+}
+"""Operators that launch nothing, besides views."""
+
+
+def config(layers: int) -> LlavaConfig:
+    """The shape of 0.5B in small."""
+    return LlavaConfig(
+        VisionConfig(144, 256, layers, 2, 56, 14),
+        TextConfig(256, 512, layers, 4, 2, 64, 1024, 4096, 1e6, 1e-6, True, True),
+        image_token_id=1023,
+    )
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        copied = name == "contiguous" and not args[0].is_contiguous()
+        if copied or not (func.is_view or name in FREE):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class FlashAttention(TorchFunctionMode):
+    """SDPA is one launch: the meta device would compute it by matrices."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.counts["sdpa"] += 1
+            return torch.empty_like(args[0].transpose(1, 2)).transpose(1, 2)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """The launches in this context."""
+    counts: Counter[str] = Counter()
+    with (
+        torch.inference_mode(),
+        kt.record_launches() as ours,
+        FlashAttention(counts),
+        Operators(counts),
+    ):
+        yield counts
+    counts.update(launch.name for launch in ours)
+
+
+def runner(layers: int, precision: str, *, int8: bool = False) -> ModelRunner:
+    model = meta_network(config(layers))
+    if precision != "bfloat16":
+        replace_linears(model, precision)
+    model.to(BF16).requires_grad_(False).eval()
+    if precision in ("int4", "int8"):
+        pack_for_cuda(model)
+    text = model.config.text
+    return ModelRunner(
+        model,
+        EncoderCache(0),
+        AdapterRouting(),
+        vocab=1000,
+        max_batched_images=8,
+        max_num_seqs=8,
+        kv_bytes=40 * 256 * bytes_per_token(text, BF16, int8=int8),
+        kv_block_size=256,
+        kv_int8=int8,
+        batch_invariant=False,
+        clock=lambda: 0.0,
+    )
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=META)
+
+
+def decode(made: ModelRunner) -> None:
+    """One token of each of eight sequences."""
+    batch = PagedBatch(8, numbers(8), numbers(8), numbers(8), numbers(8, 16))
+    made._decode_step(numbers(8), batch)
+
+
+def mixed(made: ModelRunner) -> None:
+    """Three answers, and prompts of 300 and 20 tokens."""
+    assert made.gpu_decoder is not None
+    cu, most = numbers(3), 300
+    batch = PagedBatch(3, numbers(323), numbers(323), numbers(5), numbers(5, 16), cu, most)
+    made.gpu_decoder(made.model.embed(numbers(323)), batch)
+
+
+def prompts(made: ModelRunner) -> None:
+    assert made.gpu_decoder is not None
+    batch = PagedBatch(0, numbers(320), numbers(320), numbers(2), numbers(2, 16), numbers(3), 300)
+    made.gpu_decoder(made.model.embed(numbers(320)), batch)
+
+
+def images(made: ModelRunner) -> None:
+    assert made.tower_graphs is not None
+    made.tower_graphs.encode(made.tower_graphs.pixels[:2])
+
+
+def launches(
+    step: Callable[[ModelRunner], None], precision: str, *, int8: bool = False
+) -> tuple[float, float, Counter[str]]:
+    """Of a layer, and of the rest of a step."""
+    found = []
+    for layers in (2, 4):
+        made = runner(layers, precision, int8=int8)
+        with counted() as counts:
+            step(made)
+        found.append(counts)
+    few, many = (sum(counts.values()) for counts in found)
+    layer = (many - few) / 2
+    return layer, few - 2 * layer, found[1]
+
+
+BUDGET = {
+    (decode, "bfloat16"): (10, 10),
+    (mixed, "bfloat16"): (12, 4),
+    (prompts, "bfloat16"): (9, 4),
+    (images, "bfloat16"): (8, 8),
+}
+"""Launches of a layer, and of the rest, at most."""
+
+
+@pytest.mark.parametrize("case", BUDGET, ids=lambda case: f"{case[0].__name__} {case[1]}")
+def test_launches_of_a_step(
+    case: tuple[Callable[[ModelRunner], None], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels_on_cpu(monkeypatch)
+    layer, rest, counts = launches(*case)
+    assert layer <= BUDGET[case][0] and rest <= BUDGET[case][1], (layer, rest, counts)
+
+
+def test_an_int8_kv_cache_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels_on_cpu(monkeypatch)
+    assert launches(decode, "bfloat16")[:2] == launches(decode, "bfloat16", int8=True)[:2]
