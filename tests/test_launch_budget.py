@@ -118,21 +118,22 @@ def numbers(*shape: int) -> Tensor:
 
 def decode(made: ModelRunner) -> None:
     """One token of each of eight sequences."""
-    batch = PagedBatch(8, numbers(8), numbers(8), numbers(8), numbers(8, 16))
+    batch = PagedBatch(8, numbers(8), numbers(8), numbers(8, 16), numbers(8))
     made._decode_step(numbers(8), batch)
 
 
 def mixed(made: ModelRunner) -> None:
     """Three answers, and prompts of 300 and 20 tokens."""
     assert made.gpu_decoder is not None
-    cu, most = numbers(3), 300
-    batch = PagedBatch(3, numbers(323), numbers(323), numbers(5), numbers(5, 16), cu, most)
+    lengths, others, cu = numbers(3), numbers(2), numbers(3)
+    batch = PagedBatch(3, numbers(323), numbers(323), numbers(5, 16), lengths, others, cu, 300)
     made.gpu_decoder(made.model.embed(numbers(323)), batch)
 
 
 def prompts(made: ModelRunner) -> None:
     assert made.gpu_decoder is not None
-    batch = PagedBatch(0, numbers(320), numbers(320), numbers(2), numbers(2, 16), numbers(3), 300)
+    none, lengths, cu = numbers(0), numbers(2), numbers(3)
+    batch = PagedBatch(0, numbers(320), numbers(320), numbers(2, 16), none, lengths, cu, 300)
     made.gpu_decoder(made.model.embed(numbers(320)), batch)
 
 

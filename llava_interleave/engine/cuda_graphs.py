@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .device_stream import DeviceStream, Download
-from .kv_paged import PagedBatch, PagedKVCache
+from .kv_paged import ALIGNMENT, PagedBatch, PagedKVCache, table_width
 from .prefix_cache import SequenceKV
 
 Outputs = tuple[Tensor, Tensor]
@@ -74,8 +74,8 @@ class CudaGraphDecoder:
     ) -> None:
         self.step, self.cache, self.stream = step, cache, stream
         self.sizes = capture_sizes(max_num_seqs)
-        self.width = max(1, min(cache.num_blocks, -(-context // cache.block_size)))
-        numbers, device = max_num_seqs * (4 + self.width), cache.pool.device
+        self.width = table_width(min(cache.num_blocks, -(-context // cache.block_size)))
+        numbers, device = self._numbers(max_num_seqs), cache.pool.device
         self.inputs = torch.zeros(numbers, dtype=torch.int32, device=device)
         self.unavailable = stream.no_capture
         self._graphs: dict[int, tuple[Callable[[], object], Outputs]] = {}
@@ -85,7 +85,7 @@ class CudaGraphDecoder:
         if self.unavailable is not None:
             return
         for size in reversed(self.sizes):
-            self.stream.upload(self._inputs((), size), self.inputs[: size * (4 + self.width)])
+            self.stream.upload(self._inputs((), size), self.inputs[: self._numbers(size)])
             try:
                 self._graphs[size] = self.stream.capture(partial(self._step, size))
             except RuntimeError as error:
@@ -103,7 +103,7 @@ class CudaGraphDecoder:
     ) -> InFlightStep:
         """Launch a step. previous: the last launched one, whose rows sample the tokens of these."""
         size = next(size for size in self.sizes if size >= len(rows))
-        self.stream.upload(self._inputs(rows, size), self.inputs[: size * (4 + self.width)])
+        self.stream.upload(self._inputs(rows, size), self.inputs[: self._numbers(size)])
         if previous is not None:
             self.stream.launch(partial(self._take_tokens, len(rows), previous.best))
         if size in self._graphs:
@@ -116,10 +116,14 @@ class CudaGraphDecoder:
         # Copied now, since the next step overwrites it.
         return InFlightStep(row_of, logits[: len(rows)], best, self.stream.download(best))
 
+    def _numbers(self, size: int) -> int:
+        """Of the inputs: four columns, each a multiple of 16 bytes long, and the table."""
+        return 4 * _aligned(size) + size * self.width
+
     def _inputs(self, rows: Sequence[DecodeRow], size: int) -> Tensor:
-        inputs, block = self.stream.host(size * (4 + self.width)), self.cache.block_size
-        numbers = inputs.numpy()
-        columns, table = numbers[: 4 * size].reshape(4, size), numbers[4 * size :]
+        inputs, block = self.stream.host(self._numbers(size)), self.cache.block_size
+        numbers, length = inputs.numpy(), _aligned(size)
+        columns, table = numbers[: 4 * length].reshape(4, length), numbers[4 * length :]
         columns[:] = [[0], [0], [-1], [0]]
         lines = table.reshape(size, self.width)
         lines[:] = self.cache.num_blocks
@@ -135,10 +139,15 @@ class CudaGraphDecoder:
         tokens.copy_(best.index_select(0, tokens).clamp_min(0))
 
     def _step(self, size: int) -> Outputs:
-        columns = self.inputs[: 4 * size].view(4, size)
-        table = self.inputs[4 * size : size * (4 + self.width)].view(size, self.width)
+        length = _aligned(size)
+        columns = self.inputs[: 4 * length].view(4, length)[:, :size]
+        table = self.inputs[4 * length : self._numbers(size)].view(size, self.width)
         tokens, positions, slots, lengths = columns
-        return self.step(tokens, PagedBatch(size, positions, slots, lengths, table))
+        return self.step(tokens, PagedBatch(size, positions, slots, table, lengths))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class CudaGraphTower:

@@ -9,8 +9,8 @@ a copy of its keys and values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -30,38 +30,47 @@ KV_BLOCK_SIZE = 256
 """Tokens per block. Sequences share whole blocks; a block table has a number for each."""
 
 
+TABLE_MULTIPLE, ALIGNMENT = 16, 4
+"""Columns of a block table, and numbers before the next part of an upload: Triton compiles a kernel
+again for a stride of 1 or no multiple of 16, and for an address of no multiple of 16 bytes."""
+
+
 @dataclass(frozen=True)
 class PagedBatch:
     """Where the T tokens of N sequences of a step lie, int32 on the device.
 
     The first `decodes` sequences have one token each. positions: `[T]`. slots: `[T]`, block *
-    block_size + place in it; negative: not written. seqlens_k: all tokens of each sequence `[N]`.
-    block_table: `[N, max_blocks]`. cu_seqlens_q: cumulative numbers of tokens of the others, `[N -
-    decodes + 1]`; max_seqlen_q: the most. spans: start and stop of each sequence, on the host, for
-    SDPA.
+    block_size + place in it; negative: not written. block_table: `[N, max_blocks]`. seqlens_k: all
+    tokens of each of these first sequences. prefill_seqlens_k, cu_seqlens_q: all tokens of each of
+    the others, and cumulative numbers of their new ones `[N - decodes + 1]`; max_seqlen_q: the
+    most. spans: start and stop of each sequence, on the host, for SDPA.
     """
 
     decodes: int
     positions: Tensor
     slots: Tensor
-    seqlens_k: Tensor
     block_table: Tensor
+    seqlens_k: Tensor
+    prefill_seqlens_k: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int = 1
     spans: Sequence[Span] = ()
 
     def attend(self, q: Tensor, kv: kt.LayerKV) -> Tensor:
         """Attention of queries `[T, H, d]` over a layer that has all keys and values."""
-        n = self.decodes
-        parts = []
+        n, table, parts = self.decodes, self.block_table, []
         if n:
-            table, lengths = self.block_table[:n], self.seqlens_k[:n]
-            parts.append(kt.paged_decode(q[:n], kv, table, lengths))
-        if self.cu_seqlens_q is not None:
-            table, lengths = self.block_table[n:], self.seqlens_k[n:]
+            parts.append(kt.paged_decode(q[:n], kv, table[:n], self.seqlens_k))
+        if self.cu_seqlens_q is not None and self.prefill_seqlens_k is not None:
+            lengths, starts = self.prefill_seqlens_k, self.cu_seqlens_q
             most = self.max_seqlen_q
-            parts.append(kt.paged_attention(q[n:], kv, table, self.cu_seqlens_q, lengths, most))
+            parts.append(kt.paged_attention(q[n:], kv, table[n:], starts, lengths, most))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def table_width(blocks: int) -> int:
+    """Columns of a block table for sequences of so many blocks."""
+    return max(1, -(-blocks // TABLE_MULTIPLE)) * TABLE_MULTIPLE
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -166,32 +175,46 @@ class PagedKVCache:
         counts = [span.stop - span.start for span in spans]
         decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
         assert 1 not in counts[decodes:]
+        stops = [span.stop for span in spans]
         lists: list[Sequence[int]] = [
             [at for span in spans for at in range(span.start, span.stop)],
             self._host_slots((span.kv, span.start, span.stop) for span in spans).tolist(),
-            [span.stop for span in spans],
+            stops[:decodes],
+            stops[decodes:],
             [0, *accumulate(counts[decodes:])],
             *extra,
         ]
-        width = max(-(-span.stop // self.block_size) for span in spans)
+        width = table_width(max(-(-stop // self.block_size) for stop in stops))
         sizes = [*map(len, lists), len(spans) * width]
-        host = stream.host(sum(sizes))
-        ends = list(accumulate(sizes, initial=0))
-        numbers = host.numpy()
-        for values, (start, stop) in zip(lists, pairwise(ends), strict=False):
-            numbers[start:stop] = values
-        table = numbers[ends[-2] :].reshape(len(spans), width)
+        starts = list(accumulate((-(-n // ALIGNMENT) * ALIGNMENT for n in sizes), initial=0))
+        host = self._host(stream, starts, lists)
+        table = host.numpy()[starts[-2] :].reshape(len(spans), width)
         table[:] = self.num_blocks
         for line, span in zip(table, spans, strict=True):
             used = span.kv.blocks[:width]
             line[: len(used)] = used
-        positions, slots, lengths, starts, *rest = stream.upload(host).split(sizes)
-        others = starts if decodes < len(spans) else None
+        there = stream.upload(host)
+        parts = [there[start : start + n] for start, n in zip(starts, sizes, strict=False)]
+        positions, slots, lengths, others, cu_seqlens_q, *rest = parts
         table_there = rest.pop().view(len(spans), width)
-        batch = PagedBatch(
-            decodes, positions, slots, lengths, table_there, others, max(counts), spans
-        )
+        batch = PagedBatch(decodes, positions, slots, table_there, lengths, spans=spans)
+        if decodes < len(spans):
+            batch = replace(
+                batch,
+                prefill_seqlens_k=others,
+                cu_seqlens_q=cu_seqlens_q,
+                max_seqlen_q=max(counts),
+            )
         return batch, rest
+
+    @staticmethod
+    def _host(stream: DeviceStream, starts: list[int], lists: list[Sequence[int]]) -> Tensor:
+        """Memory of the host with numbers from these starts on, and room for more at the end."""
+        host = stream.host(starts[-1])
+        numbers = host.numpy()
+        for values, start in zip(lists, starts, strict=False):
+            numbers[start : start + len(values)] = values
+        return host
 
     def attend(self, batch: PagedBatch) -> AttentionFn:
         """The attention of a step."""

@@ -14,6 +14,8 @@ from ..config import VisionConfig
 from ..lora import AdapterRouting
 from ..model import Llava
 from ..model.siglip import SigLIP
+from ..options import SamplingParams
+from ..prompt import Prompt
 from ..quantization.fused import FusedDecoder, FusedTower, can_fuse_decoder, can_fuse_tower
 from .cuda_graphs import CudaGraphDecoder, CudaGraphTower, DecodeRow, InFlightStep
 from .device_stream import stream_of
@@ -24,7 +26,7 @@ from .gpu_sampler import GpuSampler, mark_not_finite
 from .kv_contiguous import ContiguousKVCache, Span, fused_sequence
 from .kv_paged import PagedBatch, PagedKVCache
 from .prefix_cache import CacheKey, SequenceKV
-from .request import EncoderInput
+from .request import EncoderInput, Request
 from .sampler import Pick, Sampler, mask_invalid_tokens
 from .scheduler import ScheduledRequest, SchedulerOutput
 
@@ -108,6 +110,27 @@ class ModelRunner:
                 max_num_seqs=max_num_seqs,
             )
             self.graphs.capture()
+        if self.stream.no_capture is None:
+            self._warm_up(cache)
+        failed = [g.unavailable for g in (self.graphs, self.tower_graphs) if g and g.unavailable]
+        if failed and self.device.type == "cuda":
+            warnings.warn(
+                f"no CUDA graphs ({failed[0]}): steps are launched one by one", stacklevel=2
+            )
+
+    def _warm_up(self, cache: PagedKVCache) -> None:
+        """Compile what graphs do not have: a step with a prompt, and sampling with penalties."""
+        kv = SequenceKV(CacheKey.of([]), blocks=[cache.num_blocks])  # the padding block
+        count = min(40, cache.block_size)
+        spans = [Span(kv, 0, 1), Span(kv, 0, count)]
+        batch, (tokens,) = cache.batch(spans, self.stream, [0] * (1 + count))
+        assert self.gpu_decoder is not None and self.gpu_sampler is not None
+        hidden = self.gpu_decoder(self.model.embed(tokens), batch)[:1]
+        how = SamplingParams(max_new_tokens=1, temperature=1.0, repetition_penalty=1.1, seed=0)
+        request = Request(0, Prompt([0]), how, CacheKey.of([0]), 1, 0.0, finish_reason="abort")
+        sampler = Sampler(how, [0], self.vocab, self.device)
+        self.gpu_sampler([request], [sampler], self._best(self.model.logits(hidden))[0])
+        self.stream.synchronize()
 
     def _decode_step(self, tokens: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
         """Logits `[N, vocab]` and their argmax after one more token of each sequence."""
