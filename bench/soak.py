@@ -16,8 +16,9 @@ Prints one JSON object; exit code 1 if a good request failed, a hostile one got 
 503, or a request still runs at the end. --quick: a tiny network, one minute.
 
 latency      seconds of good requests alone and beside the hostile ones: median, 95th percentile;
-             `ratio` of the two 95th percentiles; `parts`: the 95th percentile of each phase, as the
-             server counts it, of requests that are not streamed
+             `ratio` of the two 95th percentiles
+parts        the 95th percentile of each phase, as the server counts it, of requests that are not
+             streamed
 attacks      seconds of each attack and its status, requests of the good key meanwhile, their median
              and longest; `none`: without an attack
 memory       resident MiB of the server at the start, after the warm-up (a sixth of the time) and at
@@ -507,10 +508,7 @@ def soaked(
         process.wait(60)
         log.seek(0)
         text = log.read().decode()
-    alone, beside = (
-        {**latency(soak.seconds[attacked]), "parts": phases(soak.parts[attacked])}
-        for attacked in (False, True)
-    )
+    alone, beside = (latency(soak.seconds[attacked]) for attacked in (False, True))
     ratio = round(beside.get("p95", 0) / alone["p95"], 2) if alone.get("p95") else None
     return {
         "minutes": minutes,
@@ -521,6 +519,10 @@ def soaked(
         "logged_errors": text.count(" ERROR "),
         "log": text[-2000:],
         "latency": {"alone": alone, "attacked": beside, "ratio": ratio},
+        "parts": {
+            "alone": phases(soak.parts[False]),
+            "attacked": phases(soak.parts[True]),
+        },
         "statuses": dict(sorted(soak.hostile.items())),
         **report,
     }

@@ -33,6 +33,10 @@ MAX_DRAFTING_TOKENS = 16
 MIN_CHUNK_SIZE = 64
 """Prompt tokens per step next to running answers, however slow the model is."""
 
+PREFILL_STEPS, MIN_PREFILL_SECONDS = 10, 0.03
+"""Prompts delay answers by about so many decode steps at a time, or by a budget if that is less: a
+fast model's short answers would otherwise wait as long as those of a slow one."""
+
 DECODE_COST = 2
 """Prompt tokens that a generated token counts as between clients, as in the VTC paper."""
 
@@ -130,7 +134,10 @@ class StepTimeModel:
 
         At most `tokens` and `crops`; at least some, or none at all in this step.
         """
-        return (0, 0) if self.owed else self.chunk(budget, tokens, crops)
+        if self.owed:
+            return 0, 0
+        delay = max(MIN_PREFILL_SECONDS, PREFILL_STEPS * self.decode)
+        return self.chunk(min(budget, delay), tokens, crops)
 
     def chunk(self, budget: float, tokens: int, crops: int) -> tuple[int, int]:
         """Prompt tokens and crops that take about `budget` seconds; at most `tokens` and
