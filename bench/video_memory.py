@@ -1,4 +1,5 @@
-"""Peak memory of questions about a long video, above that of the loaded model.
+"""Peak memory of questions about a long video, above that of the loaded model, and seconds of its
+parts: reading (decoding and preparing frames), the tower, the prompt.
 
     python bench/make_checkpoint.py /tmp/onevision --shape onevision-0.5b [--layers 2]
     python bench/video_memory.py /tmp/onevision --frames 64 128 160 [--kv-precision int8]
@@ -12,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,7 @@ def status(name: str) -> int:
     raise KeyError(name)
 
 
-def measure(folder: str, video: str, frames: int, kv_precision: str) -> dict[str, int]:
+def measure(folder: str, video: str, frames: int, kv_precision: str) -> dict[str, float]:
     """Bytes of the loaded model, and the peak of one answer above it."""
     from llava_interleave import load
     from llava_interleave.processing import Limits
@@ -62,6 +64,9 @@ def measure(folder: str, video: str, frames: int, kv_precision: str) -> dict[str
             ],
         }
     ]
+    began = time.perf_counter()
+    bot.prompt(messages)
+    read = time.perf_counter() - began
     answer = bot.chat(messages, max_new_tokens=2)
     return {
         "frames": frames,
@@ -69,6 +74,9 @@ def measure(folder: str, video: str, frames: int, kv_precision: str) -> dict[str
         "loaded_mib": loaded >> 20,
         "peak_above_mib": status("VmHWM") - loaded >> 20,
         "kv_mib": answer.usage.prompt * bot.engine.bytes_per_token >> 20,
+        "read_s": round(read, 1),
+        "vision_s": round(answer.timings.vision, 1),
+        "prefill_s": round(answer.timings.prefill or 0, 1),
     }
 
 

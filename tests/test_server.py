@@ -1422,6 +1422,9 @@ def test_garbage_on_the_wire(server: Server) -> None:
         b"\x16\x03\x01\x02\x00\x01",
         b"GET /nowhere HTTP/9.9\r\n\r\n",
         b"G" * 200_000,
+        b"PRI * HTTP/2.0\r\nHost: 127.0.0.1\r\n\r\nSM\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        b"GET nothing HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
         request(CHAT, b"{", **{"Content-Length": "-1"}),
     ):
         with connect(server) as hostile, contextlib.suppress(ConnectionError):

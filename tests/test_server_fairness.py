@@ -278,6 +278,26 @@ def test_open_requests_of_one_key_leave_room(folder: Path, key_file: Path) -> No
             answered_in_time(guest)
 
 
+@pytest.mark.parametrize(("size", "answered"), [(1, False), (100, True)])
+def test_a_body_of_tiny_chunks_ends_the_connection(
+    server: Server, size: int, answered: bool
+) -> None:
+    """300,000 chunks of a byte held the event loop for ten seconds."""
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    chunk = f"{size:x}\r\n{' ' * size}\r\n".encode()
+    with (
+        socket.create_connection((host, port), 10) as sender,
+        contextlib.suppress(ConnectionError),
+    ):
+        sender.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {GUEST}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+            + chunk * 5000
+            + b"0\r\n\r\n"
+        )
+        assert sender.recv(65536).startswith(b"HTTP/1.1 400") == answered
+
+
 def test_two_lengths_of_one_body_end_the_connection(server: Server) -> None:
     host, port = server.servers[0].sockets[0].getsockname()[:2]
     with socket.create_connection((host, port), 10) as smuggler:

@@ -11,7 +11,7 @@ from typing import Annotated, Protocol, TypeVar
 from fastapi import FastAPI, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from .. import __version__
@@ -122,6 +122,7 @@ def create_routes(service: Service | ServedModels, *, with_batches: bool = True)
         title="LLaVA-Interleave",
         version=__version__,
         lifespan=lifespan,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -200,6 +201,11 @@ def _add_state_routes(app: FastAPI, service: Service | ServedModels) -> None:
         if error := service.unavailable():
             raise error
         return openai.Status(status="ready")
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema(request: Request) -> Response:
+        """The schema of the API; making it takes a second, for which no other request waits."""
+        return JSONResponse(await service.run_in_pool(request.state.key, app.openapi))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

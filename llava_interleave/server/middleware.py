@@ -256,7 +256,9 @@ def _normalized(scope: Scope) -> Scope:
     Clients leave out /v1, have it twice, or end a path with a slash, which a redirect would turn
     into another address behind a proxy.
     """
-    path = scope["path"].rstrip("/") or "/"
+    path = "/" + scope["path"].strip(
+        "/"
+    )  # `PRI * HTTP/2.0` and `OPTIONS *` have a path without one
     if path.startswith("/v1/v1/"):
         path = path.removeprefix("/v1")
     elif path.split("/")[1] in API:

@@ -29,6 +29,10 @@ if typing.TYPE_CHECKING:
 
 HEADER_TIMEOUT = 10.0
 """Seconds for a client to send the header of its next request."""
+READ_SIZE = 16_384
+"""Bytes read from a connection at a time by asyncio: they are parsed before another one's turn."""
+MIN_CHUNK, SMALL_CHUNKS = 16, 1000
+"""Fewest bytes for each chunk of a body on average, after so many."""
 LISTEN_FDS_START = 3
 """The first file descriptor that systemd passes (sd_listen_fds)."""
 KEEP_ALIVE = 5
@@ -66,9 +70,12 @@ class Protocol(H11Protocol):
     waiting: dict[Protocol, str]
     """Connections without a request, oldest first, with their addresses; of one server."""
     _timer: asyncio.TimerHandle | None = None
+    _bytes = _lines = 0  # of the body so far
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # asyncio's; uvloop's has none
+            transport.max_size = READ_SIZE
         self._wait()
         if len(self.connections) > self.max_connections:
             addresses = Counter(self.waiting.values())
@@ -79,12 +86,27 @@ class Protocol(H11Protocol):
             oldest.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        if self._has_tiny_chunks(data):
+            self.transport.close()
+            return
         super().data_received(data)
-        in_request = self.cycle is not None and not self.cycle.response_complete
-        if in_request:
+        if self._in_request:
             self._stop_waiting()
         elif self._timer is None:
             self._wait()
+
+    @property
+    def _in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _has_tiny_chunks(self, data: bytes) -> bool:
+        if self._in_request:
+            chunked, body = (b"transfer-encoding", b"chunked") in self.headers, data
+        else:
+            head, _, body = data.partition(b"\r\n\r\n")
+            chunked, self._bytes, self._lines = b"chunked" in head.lower(), 0, 0
+        self._bytes, self._lines = self._bytes + len(body), self._lines + body.count(b"\r\n")
+        return chunked and self._lines > SMALL_CHUNKS and self._bytes < MIN_CHUNK * self._lines
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
