@@ -13,12 +13,13 @@ import torch
 
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
-from llava_interleave.engine.gpu_layers import GpuTower
+from llava_interleave.engine.gpu_layers import GpuTower, merge
 from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.kernels import triton as kt
 from llava_interleave.model import Llava
 from llava_interleave.model.siglip import SigLIP
 from llava_interleave.prompt import Media, Prompt
+from llava_interleave.quantization.linear_cuda import Float8Linear
 from tests.helpers.gpu import kernels_on_cpu
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -99,3 +100,28 @@ def test_features_through_the_kernels() -> None:
     with torch.inference_mode():
         found = GpuTower(tower, CONFIG.vision)(pixels)
         torch.testing.assert_close(found, tower(pixels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "fp8", "fp8, not in sixteens"])
+def test_merged_linears_compute_what_each_does(kind: str, biased: bool) -> None:
+    """And each still computes the same, from its part of the common weight."""
+    outputs = (32, 16, 16) if kind != "fp8, not in sixteens" else (30, 16, 16)
+    each: list[torch.nn.Module] = []
+    for n in outputs:
+        plain = torch.nn.Linear(48, n, bias=biased).requires_grad_(False)
+        if kind == "float32":
+            each.append(plain)
+            continue
+        quantized = Float8Linear(48, n, bias=biased)
+        quantized.weight, quantized.scale = quantized.pack(plain.weight)
+        if quantized.bias is not None:
+            quantized.bias.data = plain.bias.data.bfloat16()
+        each.append(quantized)
+    x = torch.randn(5, 48, dtype=torch.float32 if kind == "float32" else torch.bfloat16)
+    with torch.inference_mode():
+        right = [one(x) for one in each]
+        merged = merge(each)
+        torch.testing.assert_close(merged(x), torch.cat(right, -1))
+        for one, expected in zip(each, right, strict=True):
+            torch.testing.assert_close(one(x), expected)

@@ -19,6 +19,7 @@ from ..lora import LoraLinear
 from ..model.qwen2 import Layer, Qwen2
 from ..model.siglip import Layer as TowerLayer
 from ..model.siglip import SigLIP
+from ..quantization.linear_cuda import FP8_MULTIPLE, Float8Linear
 from .kv_paged import PagedBatch, PagedKVCache
 
 
@@ -82,8 +83,6 @@ class GpuTower:
 class MergedLinear(nn.Module):
     """A linear whose outputs are those of several, one after another."""
 
-    @torch.inference_mode(False)  # a parameter takes no data that was made in it
-    @torch.no_grad()
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.weight = torch.cat(tuple(one.weight for one in linears))
@@ -112,12 +111,34 @@ class ConcatLinear(nn.Module):
         return torch.cat([one(x) for one in self.linears], -1)
 
 
+@torch.inference_mode(False)  # a parameter takes no data that was made in it
+@torch.no_grad()
 def merge(linears: Sequence[nn.Module]) -> nn.Module:
     """One linear of several of the same inputs."""
     linears = [base(one) for one in linears]
     if all(isinstance(one, nn.Linear) for one in linears):
         return MergedLinear([one for one in linears if isinstance(one, nn.Linear)])
+    if all(isinstance(one, Float8Linear) for one in linears):
+        return merge_float8([one for one in linears if isinstance(one, Float8Linear)])
     return ConcatLinear(linears)
+
+
+def merge_float8(linears: Sequence[Float8Linear]) -> nn.Module:
+    """As `merge`: inputs are rounded once. Their own weights become views."""
+    outputs = [one.out_features for one in linears]
+    if any(n % FP8_MULTIPLE for n in outputs):
+        return ConcatLinear(linears)
+    with torch.device("meta"):
+        size = linears[0].in_features, sum(outputs)
+        merged = Float8Linear(*size, bias=linears[0].bias is not None)
+    merged.weight = torch.cat([one.weight for one in linears])
+    merged.scale = torch.cat([one.scale for one in linears], 1)
+    if merged.bias is not None:
+        biases = tuple(one.bias for one in linears if one.bias is not None)
+        merged.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    for one, weight in zip(linears, merged.weight.split(outputs), strict=True):
+        one.weight = weight
+    return merged
 
 
 def base(module: nn.Module) -> nn.Module:
