@@ -6,6 +6,7 @@ from ..placement import kv_memory, named_dtype, pick_device
 from .chatbot import Chatbot
 from .conversation import Conversation
 from .detokenize import Answer, AnswerDelta, TokenLogprob
+from .live import LiveSession
 from .loading import BUILTIN, estimate, load, locate
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Chatbot",
     "Conversation",
     "ImageAttribution",
+    "LiveSession",
     "Options",
     "TokenLogprob",
     "estimate",

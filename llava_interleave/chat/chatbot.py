@@ -39,6 +39,7 @@ from .columns import Column, read_columns
 from .conversation import Conversation
 from .detokenize import Answer, AnswerDelta
 from .engine_driver import EngineDriver, GenerationJob
+from .live import LiveSession
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 Messages = Sequence[Mapping[str, Any]]
@@ -186,6 +187,20 @@ class Chatbot:
         """The images by the probability that the answer to a yes/no question about them is yes."""
         columns = {"hit": (question, bool)}
         return table.find_hits(list(self.each(images, columns, options, **changes)), "hit")
+
+    def live(
+        self,
+        keep: int = 32,
+        least: int = 16,
+        options: Options | None = None,
+        **changes: object,
+    ) -> LiveSession:
+        """A session that frames are appended to, with questions about the last ones at any time.
+
+        keep, least: most frames; when they are reached, the oldest go until `least` are left. The
+        options hold for frames and questions. Raises `OptionError` where `keep` do not fit.
+        """
+        return LiveSession(self, keep, least, self.options(options, changes))
 
     def options(
         self, options: Options | None = None, changes: Mapping[str, object] = {}

@@ -30,6 +30,7 @@ from . import (
     table,
     terminal,
     train,
+    watch,
 )
 
 app = typer.Typer(
@@ -74,6 +75,7 @@ for module in (
     models,
     batch,
     table,
+    watch,
     estimate,
     demo,
     evaluate,

@@ -5,7 +5,7 @@ Knows no networks, devices or HTTP servers.
 
 from .limits import Limits
 from .loader import Loader
-from .processor import DEFAULT, Estimate, EstimateItem, Processor, PromptOptions
+from .processor import DEFAULT, Estimate, EstimateItem, PreparedImage, Processor, PromptOptions
 from .tokenizer import TextStream, Tokenizer
 from .video import Clip, FrameSampling
 
@@ -17,6 +17,7 @@ __all__ = [
     "FrameSampling",
     "Limits",
     "Loader",
+    "PreparedImage",
     "Processor",
     "PromptOptions",
     "TextStream",

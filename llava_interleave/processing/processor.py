@@ -188,6 +188,25 @@ class _LoadedMedia:
     clip: Clip | None
 
 
+class PreparedImage:
+    """An image that is processed once for all prompts that lay it out alike."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+        self._loaded: dict[tuple[bool, bool, ImageTokenLayout], _LoadedMedia] = {}
+
+    def load(
+        self, request: _MediaRequest, crop: ImageTokenLayout, load: Callable[[], _LoadedMedia]
+    ) -> _LoadedMedia:
+        """`load()`, or its earlier result for an equal request."""
+        key = (request.anyres, request.pad, crop)
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            loaded = load()
+            self._loaded = {key: loaded}
+        return loaded
+
+
 class Processor:
     """Everything that turns messages into prompts for one checkpoint.
 
@@ -546,10 +565,16 @@ class Processor:
             clip = self.loader.video_times(request.source, self._sampling(request))
             return replace(self._crop(request), crops=len(clip.times)), clip
         if request.anyres:
-            return self._tiles(request, *self.loader.image_size(request.source)), None
+            source = request.source
+            image = source.image if isinstance(source, PreparedImage) else source
+            return self._tiles(request, *self.loader.image_size(image)), None
         return self._crop(request), None
 
     def _load(self, request: _MediaRequest, budget: PixelBudget) -> _LoadedMedia:
+        if isinstance(source := request.source, PreparedImage):
+            plain = replace(request, source=source.image)
+            loaded = source.load(request, self._crop(request), lambda: self._load(plain, budget))
+            return replace(loaded, label=_item(plain, loaded.layout, None).name)
         clip = None
         if request.video:
             pad = bool(request.options.pad)
@@ -642,7 +667,8 @@ def _each(
     PIL images stay in this thread: they load lazily, which is not thread-safe.
     """
     threaded = [
-        not isinstance(request.source, Image.Image) and bool(slow(request)) for request in requests
+        not isinstance(request.source, (Image.Image, PreparedImage)) and bool(slow(request))
+        for request in requests
     ]
     if sum(threaded) < 2:
         return [work(request) for request in requests]

@@ -245,7 +245,7 @@ def _clip(
     clip = Clip([], [], timeline.duration)
     for stamp, frame in _decode(source, stream, stamps, index, limits, deadline):
         limits.check_size(frame.width, frame.height)
-        clip.frames.append(each(_upright(frame)))
+        clip.frames.append(each(upright(frame)))
         clip.times.append(float((stamp - timeline.stamps[0]) * timeline.unit))
     return clip
 
@@ -529,7 +529,7 @@ def _header_bytes(head: bytes) -> int:
     return 0 if value == (1 << 7 * length) - 1 else at + length + value
 
 
-def _upright(frame: Any) -> Image.Image:
+def upright(frame: Any) -> Image.Image:
     """A frame as RGB, transparency on white, turned and mirrored by its display matrix."""
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
         rgba = Image.fromarray(frame.to_ndarray(format="rgba"))

@@ -26,6 +26,7 @@ from .batch_files import BatchFiles
 from .batches import ENDPOINTS, Batches
 from .chat_completions import ChatCompletionStream
 from .completions import TextCompletionStream
+from .live import LiveQuestion, LiveSessions
 from .metrics import PROMETHEUS, Metrics
 from .middleware import GuardMiddleware
 from .models import ModelSpec, ServedModels
@@ -41,6 +42,7 @@ API_ROUTES = (
     *ENDPOINTS,
     "/v1/batches",
     "/v1/files",
+    "/v1/live",
     "/v1/messages/attribution",
     "/v1/messages/count",
     "/v1/messages/prefill",
@@ -99,13 +101,17 @@ def add_guard(app: FastAPI, settings: Settings, keys: ApiKeys | None, metrics: M
 
 
 def create_routes(service: Service | ServedModels, *, with_batches: bool = True) -> FastAPI:
-    """The routes without authentication and limits: a middleware has to be added."""
+    """The routes without authentication and limits: a middleware has to be added.
+
+    with_batches: and with live sessions, which a replica of a cluster has not either.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         trimming = asyncio.create_task(trim_heap_regularly())
         batches = service.batches = Batches(service) if with_batches else None
+        service.live = LiveSessions(service) if with_batches else None
         if batches:
             batches.start()
         try:
@@ -137,6 +143,7 @@ def create_routes(service: Service | ServedModels, *, with_batches: bool = True)
     _add_message_routes(app, service)
     add_file_routes(app, service)
     _add_batch_routes(app, service)
+    _add_live_routes(app, service)
     return app
 
 
@@ -282,6 +289,41 @@ def _add_message_routes(app: FastAPI, service: Service | ServedModels) -> None:
     async def attribution(body: openai.AttributionRequest, request: Request) -> Response:
         """Which image an answer used: shares, leave-one-out changes, attention maps."""
         return respond_json(lambda: service.attribute_answer(body, request.state.key))
+
+
+def _add_live_routes(app: FastAPI, service: Service | ServedModels) -> None:
+    def sessions() -> LiveSessions:
+        if service.live is None:
+            raise ApiError(501, "unsupported", "a server with --ray has no live sessions")
+        return service.live
+
+    @app.post("/v1/live")
+    async def create(body: openai.LiveRequest, request: Request) -> openai.Live:
+        """A session that frames are appended to."""
+        return await sessions().create(body, request.state.key)
+
+    @app.post("/v1/live/{name}/frames")
+    async def see(
+        name: str, file: UploadFile, request: Request, at: Annotated[float | None, Form()] = None
+    ) -> openai.LiveFrames:
+        """Append a frame, an image, and prefill it at lowest priority. at: its time in seconds."""
+        data = await file.read()
+        return await sessions().see(name, request.state.key, data, at)
+
+    @app.post(
+        "/v1/live/{name}/chat/completions", responses=openai.stream_responses(openai.ChatCompletion)
+    )
+    async def ask(name: str, body: LiveQuestion, request: Request) -> Response:
+        """Chat completions whose first user message begins with the frames of now."""
+        key = request.state.key
+        question = sessions().question(name, key, body)
+        return respond(service, ChatCompletionStream, question, key)
+
+    @app.delete("/v1/live/{name}")
+    async def delete(name: str, request: Request) -> openai.LiveDeleted:
+        """End a session."""
+        sessions().delete(name, request.state.key)
+        return openai.LiveDeleted(id=name)
 
 
 def _batches(service: Shared) -> Batches:

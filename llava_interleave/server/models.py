@@ -31,6 +31,7 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from .batches import Batches
+    from .live import LiveSessions
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ class ServedModels:
         self.name = ", ".join(specs)
         self.created = int(time.time())
         self.batches: Batches | None = None  # of the event loop
+        self.live: LiveSessions | None = None  # of the event loop
         self.stopping = False
         self._loaded: dict[str, _Loaded] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}

@@ -742,11 +742,48 @@ class Message(BaseModel):
     annotations: list[ImageCitation] | None = _optional()
 
 
+class LiveRequest(ModelRequest):
+    """POST /v1/live. When `keep` frames are there, the oldest go until `least` are left.
+
+    frame_times: write the time of each frame before it.
+    """
+
+    keep: Annotated[int, Field(ge=2)] = 16
+    least: Annotated[int, Field(ge=1)] = 8
+    frame_times: bool | None = None
+
+
+class Live(BaseModel):
+    """A live session. expires_after: seconds without a request that end it."""
+
+    id: str
+    object: Literal["live"] = "live"
+    keep: int
+    least: int
+    expires_after: float
+
+
 class Prefill(BaseModel):
     """Tokens of a prompt that are in the prefix cache now, and those that were there before."""
 
     prompt_tokens: int
     cached_tokens: int
+
+
+class LiveFrames(BaseModel):
+    """The number of frames that questions see. prefill: None where a newer prefill of the API key
+    took its place; a question then computes what is missing."""
+
+    frames: int
+    prefill: Prefill | None
+
+
+class LiveDeleted(BaseModel):
+    """A live session that has ended."""
+
+    id: str
+    object: Literal["live"] = "live"
+    deleted: bool = True
 
 
 class ChatChoice(BaseModel):

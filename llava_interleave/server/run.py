@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import OptionError
 from .api_errors import log
 from .api_keys import ApiKeys
+from .live import LiveSessions
 from .settings import Settings
 from .uploads import Files
 
@@ -165,6 +166,7 @@ class Drainable(typing.Protocol):
 
     name: str
     files: Files
+    live: LiveSessions | None
 
     def drain(self) -> None:
         """Refuse new requests; running ones get `shutdown_timeout` seconds."""
@@ -232,6 +234,8 @@ class Server(uvicorn.Server):
             log.error("the API keys stay what they were: %s: %s", self.keys.path, error)
             return
         self.service.files.retain(self.keys.names)
+        if self.service.live is not None:
+            self.service.live.retain(self.keys.names)
         log.info("%d clients have API keys now", len(self.keys.names))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -47,6 +47,7 @@ from .uploads import Files
 
 if TYPE_CHECKING:
     from .batches import Batches
+    from .live import LiveSessions
 
 T = TypeVar("T")
 BATCH_WEIGHT = 0.01
@@ -135,8 +136,14 @@ class Service:
         if state is None:
             self.metrics.watch(lambda: self.engine_thread.load, lambda: self.num_active)
         self.batches: Batches | None = None  # of the event loop
+        self.live: LiveSessions | None = None  # of the event loop
         self.stopping = False
         self.shutdown_error: ApiError | None = None
+
+    @contextlib.asynccontextmanager
+    async def use(self, _: str | None) -> AsyncIterator[Service]:
+        """Itself, as one of several models."""
+        yield self
 
     def start(self) -> None:
         """Start the engine's thread."""

@@ -116,6 +116,8 @@ class Settings:
     )
     max_choices: int = _setting(8, "Answers to one request (n).")
     files_mb: int = _setting(256, "Megabytes of uploaded files in memory for each API key.")
+    live_sessions: int = _setting(4, "Live sessions (/v1/live) of each API key.")
+    live_seconds: float = _setting(300.0, "Seconds without a request that end a live session.")
     batch_dir: Path | None = _setting(  # noqa: RUF009  a field
         None,
         "Folder of batches (/v1/batches) and their files, which a later server goes on with. "

@@ -32,6 +32,7 @@ from ..api_errors import ApiError, error_body, log
 from ..api_keys import ApiKeys
 from ..app import add_error_handlers, add_file_routes, add_guard
 from ..batches import Batches
+from ..live import LiveSessions
 from ..metrics import PROMETHEUS, Metrics, merge_metrics
 from ..run import check_port
 from ..settings import MB, ReplicaSpec, Settings
@@ -76,6 +77,7 @@ class Gateway:
         self.files = Files(settings.files_mb * MB)
         self.metrics = Metrics()
         self.batches: Batches | None = None
+        self.live: LiveSessions | None = None
         self.stopping = False
         self.name: str = handle.broadcast("info").results(timeout_s=ACCEPT_TIMEOUT)[0].name
 
