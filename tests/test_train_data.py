@@ -846,7 +846,7 @@ def test_the_documentation_runs_and_its_forms_are_read(
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     files = re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(files) == 7
+    assert len(files) == 9
     for name, text in files:
         (tmp_path / name).write_text(text)
         for image in re.findall(r'"(\w+\.png)"', text):
@@ -857,7 +857,10 @@ def test_the_documentation_runs_and_its_forms_are_read(
         for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     ]
     assert len(folders) == 3
-    for source in [*(tmp_path / name for name, _ in files if not name.endswith(".toml")), *folders]:
+    for source in [
+        *(tmp_path / name for name, _ in files if name.endswith((".json", ".jsonl", ".yaml"))),
+        *folders,
+    ]:
         done = llava("data", "check", source)
         assert done.exit_code == 0, (source, done.output, done.exception)
     tree(

@@ -230,12 +230,14 @@ class _RunLog:
             accuracy=stats.accuracy,
             grad_norm=stats.grad_norm,
             learning_rate=stats.learning_rate,
+            **stats.extra,
             **({"skipped_steps": skipped} if skipped else {}),
             **rates,
         )
+        extra = "".join(f"{name} {value:.3g}  " for name, value in stats.extra.items())
         self.log(
             f"step {step:,} of {steps:,}  loss {stats.loss:.4f}  "
-            f"accuracy {stats.accuracy:.1%}  {_in_words(rates)}"
+            f"accuracy {stats.accuracy:.1%}  {extra}{_in_words(rates)}"
         )
 
     def _write(self, step: int, **values: Any) -> None:
@@ -336,7 +338,7 @@ class StepStats:
 
     loss, accuracy: means over what the loss counts (`count`). learning_rate: the peak one of all
     parameters. tokens, images, flops: the work that was done. skipped: loss or gradient norm were
-    not finite, and no weight changed.
+    not finite, and no weight changed. extra: further means, of this rank.
     """
 
     loss: float
@@ -348,6 +350,7 @@ class StepStats:
     images: int
     flops: float
     skipped: bool
+    extra: Mapping[str, float]
 
 
 def train_step(
@@ -404,6 +407,11 @@ def train_step(
         int(images),
         flops,
         skipped,
+        {
+            name: sum(part.extra[name] for part in parts)
+            / max(1, sum(part.count for part in parts))
+            for name in parts[0].extra
+        },
     )
 
 

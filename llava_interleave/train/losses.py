@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Loss:
     """A summed loss.
 
     count: what it is summed over (tokens or pairs). correct: how many of those are right. tokens,
-    images (crops), flops: the work that it took.
+    images (crops), flops: the work that it took. extra: further sums, for the log.
     """
 
     total: Tensor
@@ -34,6 +35,7 @@ class Loss:
     tokens: int = 0
     images: int = 0
     flops: float = 0.0
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) -> Loss:
@@ -88,15 +90,42 @@ def preference_loss(margin: Tensor, config: DPOConfig) -> Tensor:
 
 def logprobs(model: Llava, batch: Pairs) -> Tensor:
     """Log-probabilities `[P, 2]` of chosen and rejected answers; images are encoded once a pair."""
-    spans = _spans(model, batch.pixels, [(starts, layout) for *starts, layout in batch.media])
-    hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths)
+    media = [(starts, layout) for *starts, layout in batch.media]
+    values, samples = token_logprobs(model, batch, media)
+    return values.new_zeros(len(batch.lengths)).index_add(0, samples, values).view(-1, 2)
+
+
+class Packed(Protocol):
+    """Packed samples, as `Batch`."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def loss_mask(self) -> Tensor: ...
+    @property
+    def lengths(self) -> list[int]: ...
+    @property
+    def pixels(self) -> Tensor: ...
+
+
+def token_logprobs(
+    model: Llava,
+    batch: Packed,
+    media: Sequence[tuple[Sequence[int], ImageTokenLayout]],
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[L]` of the tokens with loss, float32, and the number of the sample of
+    each. media: (first placeholders, layout) of each, encoded once. temperature: divides logits."""
+    hidden, tokens = _hidden(model, batch.tokens, _spans(model, batch.pixels, media), batch.lengths)
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
     ends = torch.tensor(list(accumulate(batch.lengths)), device=hidden.device)
-    sums = hidden.new_zeros(len(ends), dtype=torch.float32)
-    for rows in where.split(CHUNK):
-        losses, _ = checkpoint(_chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False)
-        sums = sums.index_add(0, torch.searchsorted(ends, rows, right=True), -losses)
-    return sums.view(-1, 2)
+    values = [
+        -checkpoint(
+            _chunk, model, hidden[rows - 1], tokens[rows], temperature, use_reentrant=False
+        )[0]
+        for rows in where.split(CHUNK)
+    ]
+    return torch.cat(values), torch.searchsorted(ends, where, right=True)
 
 
 def _spans(
@@ -129,7 +158,9 @@ def _hidden(
     ), tokens
 
 
-def _chunk(model: Llava, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(
+    model: Llava, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row, and how many rows are right."""
-    logits = model.logits(hidden).float()
+    logits = model.logits(hidden).float() / temperature
     return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).sum()

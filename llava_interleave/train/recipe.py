@@ -34,6 +34,7 @@ RESUMABLE_FIELDS = frozenset(
 QUANTIZED = ("int8", "int4", "fp8", "nf4")
 """Precisions of frozen weights; listed here because a recipe is read without PyTorch."""
 LOSS_TYPES = ("sigmoid", "ipo", "ipo_sum")
+GRPO_LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
 
 def _setting(default: Any, sentence: str) -> Any:
@@ -69,6 +70,57 @@ class DPOConfig:
                 f"{self.loss_type} has no label smoothing, and label_smoothing is "
                 f"{self.label_smoothing}: leave out one of them"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOConfig:
+    """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300): learn from rewards
+    of sampled answers."""
+
+    rewards: tuple[str, ...] = _setting(
+        (), "Reward functions, module:name, each (prompt, answer, sample) -> number."
+    )
+    reward_weights: tuple[float, ...] = _setting((), "Weights of the rewards; by default 1 each.")
+    questions: int = _setting(8, "Questions of an optimizer step.")
+    group_size: int = _setting(8, "Answers to each question.")
+    max_new_tokens: int = _setting(64, "Maximum number of tokens of an answer.")
+    temperature: float = _setting(
+        1.0, "Sampling temperature; log-probabilities are those at this temperature."
+    )
+    clip_low: float = _setting(0.2, "The ratio of probabilities is clipped below 1 by this.")
+    clip_high: float = _setting(0.2, "The ratio is clipped above 1 by this; 0.28 in DAPO.")
+    beta: float = _setting(
+        0.0, "Strength of the KL penalty towards the model before training; 0 needs no copy of it."
+    )
+    loss_type: str = _setting(
+        "grpo",
+        "grpo: the mean over answers of the means of their tokens; dapo: the mean over all tokens; "
+        "dr_grpo: the sum over tokens by answers times max_new_tokens.",
+    )
+    scale_rewards: bool = _setting(
+        True, "Divide advantages by the standard deviation of the group's rewards."
+    )
+    dynamic_sampling: bool = _setting(
+        True, "Draw other questions for those whose answers all have one reward (DAPO)."
+    )
+    iterations: int = _setting(1, "Optimizer steps on the same answers.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.rewards:
+            raise OptionError("grpo needs rewards: functions, module:name")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise OptionError(
+                f"there are {len(self.rewards)} rewards and {len(self.reward_weights)} "
+                "reward_weights: give one for each, or none"
+            )
+        if self.group_size < 2:
+            raise OptionError("group_size must be at least 2: answers are compared with each other")
+        for name in ("questions", "max_new_tokens", "temperature", "iterations"):
+            if not getattr(self, name):
+                raise OptionError(f"{name} must be above 0")
+        if self.loss_type not in GRPO_LOSS_TYPES:
+            raise unknown("loss_type", self.loss_type, GRPO_LOSS_TYPES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +237,9 @@ class Recipe:
     dpo: DPOConfig | None = _setting(  # noqa: RUF009
         None, "Preference optimization from pairs of answers."
     )
+    grpo: GRPOConfig | None = _setting(  # noqa: RUF009
+        None, "Reinforcement learning from rewards of sampled answers, on one process."
+    )
     adapter: LoraConfig | None = _setting(  # noqa: RUF009
         None, "Train a LoRA adapter; the learning rate scales are those of its matrices."
     )
@@ -234,6 +289,16 @@ class Recipe:
             raise OptionError(
                 f"template plain shows whole images and one answer: leave out {other}"
             )
+        if self.grpo and (self.dpo or self.images_first_ratio or self.template == "plain"):
+            raise OptionError(
+                "grpo samples answers to the questions of chat samples: leave out dpo, "
+                "images_first_ratio and template plain"
+            )
+        if self.grpo and self.grad_accum_steps > self.grpo.questions:
+            raise OptionError(
+                f"{self.grpo.questions} questions cannot be {self.grad_accum_steps} batches: "
+                "raise grpo.questions, or lower grad_accum_steps"
+            )
         if self.dpo and self.images_first_ratio:
             raise OptionError(
                 "images_first_ratio is for SFT, and dpo learns from pairs: leave out one of them"
@@ -266,13 +331,16 @@ class Recipe:
     def but(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with other values; those of a table by `table.field`. Raises OptionError."""
         values: dict[str, Any] = {}
+        tables: dict[str, dict[str, Any]] = {}
         for name, value in changes.items():
             table, dot, field = name.partition(".")
             if dot:
-                before = values.get(table) or getattr(self, table) or TABLES[table]()
-                values[table] = dataclasses.replace(before, **{field: value})
+                tables.setdefault(table, {})[field] = value
             else:
                 values[name] = value
+        for table, own in tables.items():
+            before = values.get(table) or getattr(self, table)
+            values[table] = dataclasses.replace(before, **own) if before else TABLES[table](**own)
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
             if one in values and other not in values:  # it replaces the recipe's other one
                 values[other] = None
@@ -296,7 +364,11 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, type[DPOConfig] | type[LoraConfig]] = {"dpo": DPOConfig, "adapter": LoraConfig}
+TABLES: dict[str, type[DPOConfig] | type[GRPOConfig] | type[LoraConfig]] = {
+    "dpo": DPOConfig,
+    "grpo": GRPOConfig,
+    "adapter": LoraConfig,
+}
 
 
 def fields(record: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -380,6 +452,9 @@ def check_types(record: Any) -> None:
 def _fits(value: object, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        (one, _) = typing.get_args(hint)
+        return isinstance(value, tuple) and all(_fits(part, one) for part in value)
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint if hint in (int, bool) else isinstance(value, hint)
@@ -393,6 +468,8 @@ def _in_words(hint: Any) -> str:
         str: "a text",
         Path: "a path",
     }
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_in_words(typing.get_args(hint)[0])}"
     kinds = typing.get_args(hint) or (hint,)
     return " or ".join(words[kind] for kind in kinds if kind in words) or "a table"
 

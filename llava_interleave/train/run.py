@@ -28,9 +28,10 @@ from ..flops import measured_flops
 from ..lora import LoraAdapter
 from ..model import Llava
 from . import checkpointing
-from .data.packing import PlannedPackedDataset, distributed_batches
+from .data.packing import PlannedPackedDataset, Position, distributed_batches
 from .data.samples import SampleFormat, Samples
 from .fsdp import enable_activation_checkpointing, fsdp_loss, shard_fsdp
+from .grpo import Sampler, grpo_loss
 from .loop import LossFunction, autocast, freeze, in_bfloat16, train
 from .losses import dpo_loss, sft_loss
 from .prepare import check_precision, load_network, prepare_samples
@@ -116,9 +117,8 @@ def _train(
         images=recipe.images,
     )
     if recipe.epochs:
-        each = recipe.grad_accum_steps
         steps = ranks.run_on_rank0(
-            lambda: checkpointing.stored_steps(out) or plan.steps(each), long=True
+            lambda: checkpointing.stored_steps(out) or _steps(recipe, samples, plan), long=True
         )
         recipe = recipe.but({"steps": steps})
     freeze(network, recipe, log)
@@ -139,6 +139,21 @@ def _train(
         references = reference_logprobs(network, inside, recipe, pairs, model, out, ranks, log)
         plan.samples = samples = Samples(training, model, recipe.seed, form, references)
     loss = loss if ranks.world_size == 1 else fsdp_loss(loss, inside)
+    data: Callable[[Position], Iterator[tuple[Any, Position]]] = partial(
+        distributed_batches, plan, workers=recipe.workers, each=recipe.grad_accum_steps, ranks=ranks
+    )
+    sampler: Sampler | None = None
+    if recipe.grpo:
+        if ranks.world_size > 1:
+            ranks.raise_everywhere(
+                Unsupported("grpo samples answers in one process, not in several")
+            )
+        reference = None
+        if recipe.grpo.beta:
+            reference = load_network(recipe.but({"adapter": None}), model, device)[0]
+            reference.requires_grad_(False).to(device)
+        data = sampler = Sampler(network, samples, recipe, recipe.grpo, out, reference)
+        loss = partial(grpo_loss, recipe.grpo)
     count = recipe.sample_generations
     shown = held_out[:: max(1, len(held_out) // max(1, count))][:count]
     generations = GenerationLogger(
@@ -147,7 +162,11 @@ def _train(
 
     def evaluate_step(network: Llava, step: int) -> Mapping[str, float]:
         with autocast(device, recipe.bfloat16):
-            metrics = evaluate(network, loss, samples, held_out, recipe, ranks)
+            metrics = (
+                sampler.evaluate(held_out)
+                if sampler
+                else evaluate(network, loss, samples, held_out, recipe, ranks)
+            )
         with torch.no_grad():
             inside(generations, step, log)
         return metrics
@@ -157,13 +176,7 @@ def _train(
         train(
             network,
             loss,
-            partial(
-                distributed_batches,
-                plan,
-                workers=recipe.workers,
-                each=recipe.grad_accum_steps,
-                ranks=ranks,
-            ),
+            data,
             recipe,
             out,
             evaluate=evaluate_step if held_out else None,
@@ -173,6 +186,14 @@ def _train(
             peak_flops=ranks.all_reduce_sum(measured_flops(device, dtype_of_products))[0],
         )
     return network, adapter, dtype
+
+
+def _steps(recipe: Recipe, samples: Samples, plan: PlannedPackedDataset) -> int:
+    """The optimizer steps of `recipe.epochs`."""
+    if recipe.grpo is None:
+        return plan.steps(recipe.grad_accum_steps)
+    questions = samples.epoch * (recipe.epochs or 0)
+    return recipe.grpo.iterations * math.ceil(questions / recipe.grpo.questions)
 
 
 def check_shared(out: Path, ranks: ProcessGroup) -> None:

@@ -192,6 +192,10 @@ class Samples:
     def __call__(self, index: int) -> Prompt | Pair:
         return self.make(*self._drawn(index))
 
+    def sample(self, index: int) -> PackedSample:
+        """The sample of example i."""
+        return self._drawn(index)[0]
+
     def length(self, index: int) -> int:
         """Tokens of example i."""
         sample, images_first = self._drawn(index)

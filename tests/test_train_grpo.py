@@ -1,0 +1,249 @@
+"""GRPO is a plain re-implementation of its equations, and a run of it resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_interleave import checkpoints
+from llava_interleave.config import LoraConfig
+from llava_interleave.errors import DataError, OptionError
+from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.prompt import Prompt
+from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.train import grpo, loop
+from llava_interleave.train.data import datasets, formats
+from llava_interleave.train.grpo import Group, Question, Sampler, grpo_loss, pack_groups
+from llava_interleave.train.losses import token_logprobs
+from llava_interleave.train.recipe import GRPOConfig, Recipe
+from llava_interleave.train.run import run
+
+pytestmark = pytest.mark.slow
+HERE = "tests.test_train_grpo:"
+TEMPERATURE = 20.0
+"""Random weights are sure of their answers."""
+
+
+def vowels(prompt: str, answer: str, sample: Mapping[str, Any]) -> float:
+    """Something that random weights differ in, of all three arguments."""
+    return sum(answer.count(letter) for letter in "aeiou") + len(prompt) + len(sample["id"])
+
+
+def wrong(_: str, __: str, ___: Mapping[str, Any]) -> float:
+    return float("nan")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(8):
+        names = [f"{number}-{i}.png" for i in range(number % 3)]
+        for name in names:
+            Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
+        asked = "<image>\n" * len(names) + f"What is number {number}?"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "Noise."}]
+        rows.append({"id": f"s{number}", "image": names, "conversations": turns})
+    (place / "some.json").write_text(json.dumps(rows))
+    return place / "some.json"
+
+
+def plain_logprobs(model: Llava, prompt: Prompt, answer: Sequence[int]) -> Tensor:
+    """Log-probabilities of an answer's tokens, of one sequence alone."""
+    tokens = torch.tensor([*prompt.tokens, *answer])
+    spans = [
+        (media.start, model.arrange(model.encode(media.pixels), media.layout))
+        for media in prompt.media
+    ]
+    hidden = model(
+        model.embed(tokens, spans), torch.arange(len(tokens)), PackedAttention([len(tokens)])
+    )
+    first = len(prompt.tokens)
+    table = (model.logits(hidden)[first - 1 : -1].float() / TEMPERATURE).log_softmax(-1)
+    return table[torch.arange(len(answer)), tokens[first:]]
+
+
+def plain_loss(
+    policy: Llava, old: Llava | None, reference: Llava | None, groups: Sequence[Group],
+    config: GRPOConfig,
+) -> Tensor:  # fmt: skip
+    """Equation 3 of arXiv 2402.03300, answer by answer and token by token, divided as asked."""
+    answers, tokens, total = 0, 0, torch.zeros(())
+    for group in groups:
+        mean = sum(group.rewards) / len(group.rewards)
+        squares = [(reward - mean) ** 2 for reward in group.rewards]
+        deviation = (sum(squares) / (len(squares) - 1)) ** 0.5
+        for answer, reward in zip(group.answers, group.rewards, strict=True):
+            advantage = reward - mean
+            if config.scale_rewards:
+                advantage /= deviation + 1e-4
+            now = plain_logprobs(policy, group.question.prompt, answer)
+            with torch.no_grad():
+                before = plain_logprobs(old, group.question.prompt, answer) if old else now.detach()
+                if reference:
+                    first = plain_logprobs(reference, group.question.prompt, answer)
+            summed = torch.zeros(())
+            for t in range(len(answer)):
+                ratio = torch.exp(now[t] - before[t])
+                low, high = 1 - config.clip_low, 1 + config.clip_high
+                clipped = min(max(ratio, torch.tensor(low)), torch.tensor(high))
+                gain = torch.min(ratio * advantage, clipped * advantage)
+                if reference:
+                    quotient = torch.exp(first[t] - now[t])
+                    gain = gain - config.beta * (quotient - torch.log(quotient) - 1)
+                summed = summed - gain
+            answers, tokens = answers + 1, tokens + len(answer)
+            per = {"grpo": len(answer), "dapo": 1, "dr_grpo": config.max_new_tokens}
+            total = total + summed / per[config.loss_type]
+    return total / (tokens if config.loss_type == "dapo" else answers)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_loss_and_gradients_are_those_of_the_equations(
+    loss_type: str, apart: bool, folder: Path, source: Path
+) -> None:
+    """apart: another policy has sampled the answers (some ratios are clipped), with a KL penalty."""
+    config = GRPOConfig(
+        rewards=("a:b",), loss_type=loss_type, beta=0.3 if apart else 0.0, max_new_tokens=9,
+        temperature=TEMPERATURE, clip_low=0.01, clip_high=0.015, scale_rewards=loss_type != "dr_grpo",
+    )  # fmt: skip
+    random, processor, groups = Random(4), formats.processor(folder), []
+    for number, row in enumerate(datasets.rows(source)[:4]):
+        messages, media = row.messages()
+        prompt = processor.prompt(messages[:-1], media)
+        answers = [[random.randrange(200) for _ in range(random.randint(1, 9))] for _ in range(3)]
+        rewards = [random.random() for _ in range(3)]
+        groups.append(Group(number, Question(prompt, "", {}), answers, rewards))
+    policy, old, reference = (checkpoints.load(folder).requires_grad_(True) for _ in range(3))
+    if apart:
+        torch.manual_seed(1)
+        for model in (old, reference):
+            for p in model.parameters():
+                p.data += 0.02 * p.data.std() * torch.randn_like(p)
+    batch = pack_groups(groups, config)
+    if apart:
+        with torch.no_grad():
+            batch = replace(
+                batch,
+                old=token_logprobs(old, batch, batch.media, TEMPERATURE)[0],
+                reference=token_logprobs(reference, batch, batch.media, TEMPERATURE)[0],
+            )
+    part = grpo_loss(config, policy, batch)
+    (part.total / part.count).backward()
+    gradients = {
+        name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None
+    }
+    policy.zero_grad()
+    loss = plain_loss(policy, old if apart else None, reference if apart else None, groups, config)
+    loss.backward()
+    torch.testing.assert_close(part.total / part.count, loss, rtol=1e-4, atol=1e-6)
+    for name, p in policy.named_parameters():
+        assert p.grad is not None
+        worst = float((p.grad - gradients[name]).abs().max())
+        assert worst <= 1e-3 * float(p.grad.abs().max()) + 1e-7, name
+    clipped = part.extra["clipped"] / part.count
+    assert 0.05 < clipped < 0.95 if apart else clipped == 0
+
+
+def recipe(folder: Path, source: Path, **more: Any) -> Recipe:
+    config = GRPOConfig(
+        rewards=(HERE + "vowels",),
+        questions=2,
+        group_size=4,
+        max_new_tokens=6,
+        iterations=2,
+        temperature=TEMPERATURE,
+    )
+    given = {
+        "model": str(folder), "source": source, "steps": 6, "lr": 1e-3, "save_every": 3, "keep": 9,
+        "log_every": 1, "grpo": config, "warmup_ratio": 0.0, "grad_accum_steps": 2,
+    }  # fmt: skip
+    return Recipe(**{**given, **more})
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_is_killed_between_two_iterations_resumes_bit_for_bit(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(folder, source, adapter=LoraConfig(rank=4, dropout=0.0), held_out=0.25)
+    whole = run(given, tmp_path / "whole", log=lambda _: None)
+    step = loop.train_step
+
+    def deadly(*words: Any) -> loop.StepStats:
+        if words[5] == 4:
+            raise Killed
+        return step(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", deadly)
+        with pytest.raises(Killed):
+            run(given, tmp_path / "killed", log=lambda _: None)
+    resumed = run(given, tmp_path / "killed", log=lambda _: None)
+    file = "adapter_model.safetensors"
+    assert (whole / file).read_bytes() == (resumed / file).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").open()]
+    assert all(line["reward"] > 20 for line in lines if "loss" in line)
+    assert {*lines[0]["held_out"]} == {"loss", "reward"}
+
+
+def test_what_cannot_be_rewarded_is_refused(folder: Path, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"'tests\.test_train_grpo:none', which is not a function"
+    ):
+        grpo.load_rewards([HERE + "none"])
+    with pytest.raises(OptionError, match="group_size must be at least 2"):
+        GRPOConfig(rewards=("a:b",), group_size=1)
+    with pytest.raises(OptionError, match="2 questions cannot be 3 batches"):
+        recipe(folder, source, grad_accum_steps=3)
+    given = recipe(folder, source)
+    assert given.grpo
+    nan = given.but({"grpo.rewards": (HERE + "wrong",)})
+    with pytest.raises(DataError, match=r"the reward .*:wrong of .* is nan, not a number"):
+        run(nan, tmp_path / "nan", log=lambda _: None)
+
+
+def test_questions_whose_answers_have_one_reward_are_replaced(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every second question all answers are alike; without dynamic sampling they stay."""
+    given = recipe(folder, source, grad_accum_steps=1)
+    assert given.grpo
+
+    class Listed:
+        def sample(self, index: int) -> int:
+            return index
+
+    def sampler(config: GRPOConfig) -> Sampler:
+        made = Sampler(None, Listed(), given, config, Path())  # type: ignore[arg-type]
+        prompt = Prompt([1, 2])
+        monkeypatch.setattr(made, "question", lambda n: Question(prompt, str(n), {"id": ""}))
+        monkeypatch.setattr(
+            made, "answers", lambda asked, seeds: [
+                [([3], "a" * (int(q.text) % 2 * i)) for i, _ in enumerate(seeds)] for q in asked
+            ],
+        )  # fmt: skip
+        return made
+
+    config = replace(given.grpo, iterations=1)
+    (batch,), after = sampler(config)._sampled(0)
+    assert after == 4 and batch.rewards.view(2, 4)[:, -1].tolist() == [4.0, 4.0]
+    (batch,), after = sampler(replace(config, dynamic_sampling=False))._sampled(0)
+    assert after == 2 and batch.advantages.view(2, 4)[0].tolist() == [0.0] * 4
