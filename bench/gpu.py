@@ -391,15 +391,25 @@ def replays(session: Session) -> None:
 
 
 def tests(session: Session) -> None:
-    """The GPU's half of tests/cuda."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/cuda"]
+    """The GPU's half of tests/cuda; what has not ended after 80 s is left out."""
+    command = [sys.executable, "-m", "pytest", "-v", "-n0", "--tb=line", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TESTS_CUDA_ONLY": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    passed = re.search(r"(\d+) passed", lines[-1] if lines else "")
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    note = "; ".join([*failed, *lines[-2:]])[:3000]
-    session.say("passed", float(passed[1]) if passed else 0.0, "tests", note=note)
+    running = subprocess.Popen(
+        [*command, "tests/cuda"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    late = threading.Timer(80, running.kill)
+    late.start()
+    assert running.stdout is not None
+    lines = running.stdout.read().strip().splitlines()
+    late.cancel()
+    failed = [line for line in lines if " FAILED " in line or " ERROR " in line]
+    note = "; ".join([*failed, *lines[-3:]])[:3000]
+    session.say("passed", sum(" PASSED " in line for line in lines), "tests", note=note)
 
 
 def decode(count: int, context: int, session: Session) -> None:
@@ -480,7 +490,7 @@ def with_precision(precision: str, step: Callable[[Session], None], session: Ses
 Step = tuple[float, Callable[[Session], None]]
 """Seconds that it may take, and what it does."""
 MODEL: dict[str, Step] = {
-    "decode 1": (60, partial(decode, 1, 750)),
+    "decode 1": (100, partial(decode, 1, 750)),
     "decode 8": (20, partial(decode, 8, 750)),
     "decode 64": (30, partial(decode, 64, 750)),
     "decode 1 after 8k": (20, partial(decode, 1, 8192)),
@@ -490,7 +500,7 @@ MODEL: dict[str, Step] = {
     "profile": (20, profile),
 }
 FEW = {
-    f"{bits} decode {count}": (60.0, partial(with_precision, bits, partial(decode, count, 750)))
+    f"{bits} decode {count}": (80.0, partial(with_precision, bits, partial(decode, count, 750)))
     for bits in ("int4", "int8")
     for count in (1, 64)
 }

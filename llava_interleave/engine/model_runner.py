@@ -191,6 +191,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> list[list[Pick]]:
         """Compute a step. For each request that samples: its accepted draft tokens and one more."""
+        self._encoding = None
         with self.stream.active():
             if output.encoder_inputs:
                 self._encode(output)
