@@ -48,7 +48,7 @@ from llava_interleave.engine import Engine, SamplingParams, bytes_per_token, kv_
 from llava_interleave.engine.kv_budget import profile_kv_bytes
 from llava_interleave.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.image_layout import ImageTokenLayout
-from llava_interleave.kernels import GROUP, PANEL, SUBGROUP, group_bytes
+from llava_interleave.kernels import GROUP, PANEL, SUBGROUP, group_bytes, triton
 from llava_interleave.kernels.triton import checks
 from llava_interleave.model import Llava
 from llava_interleave.prompt import Media, Prompt
@@ -101,7 +101,7 @@ def made(config: LlavaConfig, precision: str, device: torch.device) -> Llava:
         network.tie()
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):
         fill(name, tensor)
-    if precision not in FLOATS and linear_cuda.unavailable_reason(device, dtype) is None:
+    if precision not in FLOATS and triton.unavailable_reason(device, dtype) is None:
         pack_for_cuda(network)
     return network
 

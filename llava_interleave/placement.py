@@ -16,6 +16,7 @@ from .checkpoints.safetensors_file import FLOATS
 from .engine import bytes_per_token
 from .engine.kv_budget import profile_kv_bytes
 from .errors import OptionError
+from .kernels import triton
 from .model import Llava
 from .quantization import linear_cuda
 from .quantization.precision import (
@@ -101,7 +102,7 @@ def warn_if_slow(precision: str | None, dtype: torch.dtype, device: str) -> None
     if precision is None or precision in CUDA_ONLY:
         return
     if reason := _kernel_unavailable(torch.device(device), dtype):
-        kernel = "compiled kernels" if on_cpu else "4-bit product"
+        kernel = "compiled kernels" if on_cpu else "Triton kernels"
         warnings.warn(
             f"no {kernel} for {precision} ({reason}): "
             "it is many times slower than bfloat16 on this machine",
@@ -113,7 +114,7 @@ def _kernel_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why int8 and int4 linears have no kernel on a device; None where they have one."""
     if device.type == "cpu":
         return kernels.unavailable_reason()
-    return linear_cuda.unavailable_reason(device, dtype)
+    return triton.unavailable_reason(device, dtype)
 
 
 def linear_backend(model: Llava) -> str:
@@ -125,7 +126,7 @@ def linear_backend(model: Llava) -> str:
         return "bitsandbytes" if precision == "nf4" else "PyTorch's scaled product"
     if reason := _kernel_unavailable(weight.device, weight.dtype):
         return f"PyTorch, which dequantizes the weights at every call: {reason}"
-    return "compiled kernels" if weight.is_cpu else "PyTorch's 4-bit product"
+    return "compiled kernels" if weight.is_cpu else "Triton kernels"
 
 
 def pick_device(name: str, source: Source | None = None, precision: str = "auto") -> str:
@@ -150,7 +151,7 @@ def too_large(source: Source, precision: str) -> str | None:
     checkpoint = Checkpoint.open(source)
     config, (dtype, quantized) = checkpoint.config, pick_precision(precision, checkpoint, "cuda")
     kv = min(MIN_KV_TOKENS, config.text.context) * bytes_per_token(config.text, dtype)
-    need = weight_bytes(config, dtype, quantized, "cuda") + kv + MIN_FREE_BYTES
+    need = weight_bytes(config, dtype, quantized) + kv + MIN_FREE_BYTES
     free, _ = torch.cuda.mem_get_info()
     if need <= free:
         return None

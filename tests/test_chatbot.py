@@ -478,8 +478,7 @@ def test_auto_takes_the_gpu_that_the_network_fits(
     config, dtype = checkpoints.Checkpoint.open(folder).config, torch.bfloat16
     kv = 4096 * 2 * 2 * 256 * 2  # tokens, layers, K and V, width, bytes
     need = {
-        few: checkpoints.weight_bytes(config, dtype, few, "cuda") + kv + (1 << 30)
-        for few in (None, "int4")
+        few: checkpoints.weight_bytes(config, dtype, few) + kv + (1 << 30) for few in (None, "int4")
     }
     assert need["int4"] < need[None]
     free[0] = need[None]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llava_interleave import checkpoints
+from llava_interleave import checkpoints, kernels
 from llava_interleave.chat import load
 from llava_interleave.checkpoints.adapters import read_adapter
 from llava_interleave.config import LoraConfig
@@ -24,12 +24,11 @@ from llava_interleave.quantization import linear_cuda
 from llava_interleave.quantization.linear_cpu import QuantizedLinear, QuantizedLinearBase
 from llava_interleave.quantization.linear_cuda import (
     Float8Linear,
-    Int4PackedLinear,
     NF4Linear,
+    TritonLinear,
     float8,
-    unpack_tiles,
 )
-from llava_interleave.quantization.packing import pack, unpack, unpack_int4
+from llava_interleave.quantization.packing import pack
 from llava_interleave.quantization.precision import CUDA_ONLY, RECIPES
 from llava_interleave.quantization.replace import quantized_precision
 from llava_interleave.testing import tiny_checkpoint
@@ -42,158 +41,45 @@ BF16 = torch.bfloat16
 CLASSES = {"fp8": Float8Linear, "nf4": NF4Linear}
 
 
-def places() -> list[tuple[int, int, int, int, int]]:
-    """Lane and word of a tile of 8 outputs and 128 inputs, half of a byte in the word, and which
-    output and input it is of.
-    Source: matrix_to_m16n8k16_Bint4_layout and convert_i4x8_to_bf16x2x4 of PyTorch's int4mm.cu.
-    """
-    found = []
-    for lane in range(32):
-        for word in range(4):
-            v = [
-                word * 16 + lane % 4 + offset for offset in (0, 4, 8, 12)
-            ]  # bytes of two neighbours, the first in the high half
-            order = [2 * byte for byte in v] + [2 * byte + 1 for byte in v]
-            found += [(lane, word, half, lane // 4, k) for half, k in enumerate(order)]
-    return found
-
-
-def packed(pairs: Tensor, inner: int) -> Tensor:
-    """`_convert_weight_to_int4pack` on a card."""
-    assert pairs.dtype == torch.uint8 and inner == 8
-    q = (
-        torch.stack([pairs >> 4, pairs & 15], -1)
-        .flatten(1)
-        .long()
-        .unflatten(1, (-1, 128))
-        .unflatten(0, (-1, 8))
-    )
-    words = torch.zeros(q.shape[0], q.shape[2], 32, 4, dtype=torch.int64)
-    for lane, word, half, n, k in places():
-        words[:, :, lane, word] |= q[:, n, :, k] << 4 * half
-    return torch.where(words < 2**31, words, words - 2**32).int()
-
-
-def numbers(tiles: Tensor) -> Tensor:
-    q = torch.zeros(tiles.shape[0], 8, tiles.shape[1], 128, dtype=torch.uint8)
-    for lane, word, half, n, k in places():
-        q[:, n, :, k] = (tiles[:, :, lane, word] >> 4 * half & 15).to(torch.uint8)
-    return q.flatten(2).flatten(0, 1)
-
-
-def product(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
-    """`_weight_int4pack_mm` on a card, with what it asks of its arguments."""
-    assert x.dtype == scale.dtype == BF16 and tiles.dtype == torch.int32 and group in (32, 128)
-    assert x.dim() == 2 and x.is_contiguous() and tiles.is_contiguous() and scale.is_contiguous()
-    assert tiles.shape[1:] == (x.shape[1] // 128, 32, 4) and scale.shape == (
-        x.shape[1] // group,
-        len(tiles) * 8,
-        2,
-    )
-    factor, more = (part.t().float().repeat_interleave(group, 1) for part in scale.unbind(-1))
-    w = ((numbers(tiles).float() - 8) * factor + more).to(BF16)
-    return (x.float() @ w.float().t()).to(BF16)
-
-
-def on_cpu(x: Tensor, tiles: Tensor, group: int, scale: Tensor) -> Tensor:
-    """The same product by PyTorch's operator for a CPU, which has its own order of weights."""
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers(tiles).int(), 1)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group, scale)
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the operators of a card were here."""
-    monkeypatch.setattr(linear_cuda, "_pack", packed)
-    monkeypatch.setattr(linear_cuda, "_product", product)
-
-
-def made(
-    features: int, out: int, bits: int, *, bias: bool = True, exact: bool = False
-) -> QuantizedLinear:
+def made(features: int, out: int, bits: int) -> QuantizedLinear:
     torch.manual_seed(0)
-    module = QuantizedLinear(features, out, bits, bias=bias)
+    module = QuantizedLinear(features, out, bits, bias=True)
     module.weight, module.scale = pack(torch.randn(out, features) / 8, bits)
-    if exact:  # numbers that bfloat16 holds, and sums that need few bits
-        module.scale = torch.full_like(module.scale, 2.0**-7)
-        if bits == 4:
-            module.weight[..., :64] = torch.where(
-                module.weight[..., :64] & 1 == 0, 2 + 16 * 7, 4 + 16 * 8
-            )
-    if module.bias is not None:
-        module.bias.data = torch.randn(out).to(BF16)
+    assert module.bias is not None
+    module.bias.data = torch.randn(out).to(BF16)
     return module
 
 
-SHAPES = [(128, 16), (200, 33), (64, 8), (4304 // 16, 40)]
-
-
-@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("features", "out"), SHAPES)
+@pytest.mark.parametrize(("features", "out"), [(128, 16), (200, 33), (64, 8), (269, 40)])
 def test_weights_packed_for_a_gpu_equal_those_of_the_cpu(
     bits: int, features: int, out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And take as much memory."""
     monkeypatch.setattr(linear_cuda, "PACK_ROWS", 16)  # several blocks of outputs
-    exact = made(features, out, bits, exact=True)
-    assert torch.equal(Int4PackedLinear(exact).dequantize(), exact.dequantize())
     module = made(features, out, bits)
-    tiled = Int4PackedLinear(module)
-    q, factor, beside = (
-        unpack(module.weight, bits).float(),
-        module.scale.transpose(1, 2).flatten(0, 1).float(),
-        128,
-    )
-    if bits == 4:
-        _, step, zero_point = unpack_int4(module.weight)
-        q, factor, beside = (
-            q - zero_point.repeat_interleave(32, 1),
-            factor.repeat_interleave(4, 1) * step,
-            32,
-        )
-    else:
-        q -= 128
-    right = (
-        (q.unflatten(1, (-1, beside)) * factor[..., None].to(BF16).float())
-        .flatten(1)
-        .to(BF16)
-        .float()
-    )
-    assert torch.equal(tiled.dequantize(), right[:out, :features])
-    assert torch.equal(unpack_tiles(tiled.weight), numbers(tiled.weight))
-    shape = torch.ops.aten._convert_weight_to_int4pack(
-        torch.empty(len(q), tiled.weight.shape[1] * 64, dtype=torch.uint8, device="meta"), 8
-    )
-    assert tiled.weight.shape == shape.shape
-    assert sum(value.nbytes for value in tiled.buffers()) == linear_cuda.packed_bytes(module)
-
-
-@pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("operator", [product, on_cpu])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("features", "out"), SHAPES)
-def test_products(
-    bits: int, features: int, out: int, operator: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of few rows by the operator and of many by unpacking: exact where bfloat16 holds everything,
-    else within its rounding.
-    """
-    monkeypatch.setattr(linear_cuda, "_product", operator)
-    monkeypatch.setattr(linear_cuda, "PACK_ROWS", 16)
-    exact, module = made(features, out, bits, bias=False, exact=True), made(features, out, bits)
-    for rows in (1, 5, linear_cuda.MAX_TINYGEMM_ROWS, linear_cuda.MAX_TINYGEMM_ROWS + 1):
-        x = torch.zeros(rows, features, dtype=BF16)
-        x[torch.arange(rows), torch.arange(rows) * 7 % features] = 1
-        assert torch.equal(
-            Int4PackedLinear(exact)(x).float(), linear(x.float(), exact.dequantize())
-        )
-        x = torch.randn(rows, features).to(BF16)
-        right = linear(
-            x.float(), module.dequantize(), None if module.bias is None else module.bias.float()
-        )
-        assert float((Int4PackedLinear(module)(x).float() - right).norm() / right.norm()) < 0.006
+    packed = TritonLinear.repack(module)
+    assert torch.equal(packed.dequantize(), module.dequantize())
+    nbytes = (sum(value.nbytes for value in one.buffers()) for one in (packed, module))
+    assert next(nbytes) == next(nbytes)
     x = torch.randn(2, 3, features).to(BF16)
-    assert Int4PackedLinear(module)(x).shape == (2, 3, out)
+    assert module.bias is not None
+    right = linear(x.float(), module.dequantize(), module.bias.float()).to(BF16)
+    assert torch.equal(packed(x), right)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merged_linears_share_their_weights(bits: int) -> None:
+    parts = [TritonLinear.repack(made(200, out, bits)) for out in (32, 16, 33)]
+    x = torch.randn(3, 200).to(BF16)
+    right = torch.cat([part(x) for part in parts], 1)
+    merged = TritonLinear.merge(parts)
+    assert merged is not None and torch.equal(merged(x), right)
+    assert torch.equal(torch.cat([part(x) for part in parts], 1), right)
+    stores = {value.untyped_storage().data_ptr() for part in parts for value in part.state_dict().values()}  # fmt: skip
+    assert stores == {v.untyped_storage().data_ptr() for v in merged.state_dict().values()}
+    assert TritonLinear.merge(parts[::-1]) is None  # 33 outputs do not end a panel
+    assert TritonLinear.merge([parts[0], TritonLinear.repack(made(200, 16, 12 - bits))]) is None
 
 
 def test_elsewhere_the_weight_is_unpacked() -> None:
@@ -211,10 +97,9 @@ def test_elsewhere_the_weight_is_unpacked() -> None:
     assert shapes.shape == right.shape
 
 
-@pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("kind", ["tiled", "fp8"])
+@pytest.mark.parametrize("kind", ["packed", "fp8"])
 def test_gradients_go_through(kind: str) -> None:
-    module: QuantizedLinearBase = Int4PackedLinear(made(64, 24, 4))
+    module: QuantizedLinearBase = TritonLinear.repack(made(64, 24, 4))
     if kind == "fp8":
         module = float8_linear(64, 24)
     x = torch.randn(5, 64, dtype=BF16, requires_grad=True)
@@ -347,7 +232,6 @@ def logits(network: Llava) -> Tensor:
         return network.logits(network(x, torch.arange(40), PackedAttention([40]))).float()
 
 
-@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_a_network_is_put_in_order_as_it_is_loaded(
     precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -359,16 +243,16 @@ def test_a_network_is_put_in_order_as_it_is_loaded(
                 module, "product", lambda x, m=module: linear(x, m.dequantize().to(x.dtype), m.bias)
             )
     right = logits(network)
-    monkeypatch.setattr(linear_cuda, "unavailable_reason", lambda *_: None)
-    tiled = checkpoints.load(folder, precision=precision)
-    assert {type(m) for m in tiled.modules() if isinstance(m, QuantizedLinearBase)} == {
-        Int4PackedLinear
-    } and quantized_precision(tiled) == precision
-    assert float((logits(tiled) - right).norm() / right.norm()) < 0.02
-    counted = checkpoints.weight_bytes(tiled.config, BF16, precision, "cuda")
-    assert counted == sum(value.nbytes for value in (*tiled.parameters(), *tiled.buffers()))
+    monkeypatch.setattr(kernels.triton, "unavailable_reason", lambda *_: None)
+    packed = checkpoints.load(folder, precision=precision)
+    assert {type(m) for m in packed.modules() if isinstance(m, QuantizedLinearBase)} == {
+        TritonLinear
+    } and quantized_precision(packed) == precision
+    assert float((logits(packed) - right).norm() / right.norm()) < 0.02
+    counted = checkpoints.weight_bytes(packed.config, BF16, precision)
+    assert counted == sum(value.nbytes for value in (*packed.parameters(), *packed.buffers()))
     with pytest.raises(OptionError, match=f"{precision} weights on a GPU are not written"):
-        checkpoints.save(tiled, tmp_path / "out", processor_from=folder)
+        checkpoints.save(packed, tmp_path / "out", processor_from=folder)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
@@ -554,18 +438,8 @@ def test_what_devices_have(monkeypatch: pytest.MonkeyPatch) -> None:
         match=r"Old Card has compute capability 7.5, and 8.9 is needed; use int8 or int4",
     ):
         linear_cuda.check_supported("fp8", cuda)
-    assert (
-        linear_cuda.unavailable_reason(cuda, BF16)
-        == "Old Card has compute capability 7.5, and 8.0 is needed"
-    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     linear_cuda.check_supported("fp8", cuda)
-    assert linear_cuda.unavailable_reason(cuda, BF16) is None
-    assert (
-        linear_cuda.unavailable_reason(cuda, torch.float32)
-        == "it takes bfloat16, and this network computes in float32"
-    )
-    assert "GPU of NVIDIA" in str(linear_cuda.unavailable_reason(cpu, BF16))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(Unsupported, match="pip install bitsandbytes, or use int4"):
         linear_cuda.check_supported("nf4", cuda)

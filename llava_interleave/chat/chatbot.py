@@ -238,7 +238,7 @@ class Chatbot:
             number_bytes=weight.dtype.itemsize,
         )
         held = checkpoints.weight_bytes(
-            self.processor.config, weight.dtype, quantized_precision(self.model), str(weight.device)
+            self.processor.config, weight.dtype, quantized_precision(self.model)
         )
         return dataclasses.replace(counted, weight_bytes=held)
 

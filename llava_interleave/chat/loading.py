@@ -135,7 +135,7 @@ def estimate(
     return dataclasses.replace(
         counted,
         kv_bytes=counted.total * token,
-        weight_bytes=checkpoints.weight_bytes(processor.config, dtype, bits, place),
+        weight_bytes=checkpoints.weight_bytes(processor.config, dtype, bits),
     )
 
 

@@ -13,13 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import LlavaConfig
 from ..errors import CheckpointError, OptionError, Unsupported
-from ..kernels import PANEL
+from ..kernels import PANEL, triton
 from ..model import Llava
 from ..quantization import linear_cuda
 from ..quantization.linear_cpu import QuantizedLinear
 from ..quantization.linear_cuda import Float8Linear, NF4Linear
 from ..quantization.packing import pack
-from ..quantization.precision import CUDA_ONLY
 from ..quantization.replace import pack_for_cuda, replace_linears
 from .checkpoint import Checkpoint
 from .layouts import is_ignored, network_name
@@ -89,7 +88,7 @@ def load(
     if isinstance(model.lm_head, nn.Linear):
         model.tie()
     state.clear()  # repacking frees each weight as it goes
-    if (stored_precision or precision) and linear_cuda.unavailable_reason(place, dtype) is None:
+    if (stored_precision or precision) and triton.unavailable_reason(place, dtype) is None:
         pack_for_cuda(model)
     assert {value.device.type for value in model.state_dict().values()} == {place.type}
     return model.requires_grad_(False).eval()
@@ -148,23 +147,12 @@ def tensor_shapes(model: Llava) -> dict[str, tuple[int, ...]]:
     }
 
 
-def weight_bytes(
-    config: LlavaConfig, dtype: torch.dtype, precision: str | None = None, device: str = "cpu"
-) -> int:
-    """Bytes of a network's weights on `device`, floats in `dtype`, linears in `precision`."""
+def weight_bytes(config: LlavaConfig, dtype: torch.dtype, precision: str | None = None) -> int:
+    """Bytes of a network's weights, floats in `dtype`, linears in `precision`."""
     if precision is None:
         return config.num_parameters * dtype.itemsize
     model = meta_network(config, precision)
     quantized = sum(value.nbytes for value in model.buffers())
-    if (
-        precision not in CUDA_ONLY
-        and linear_cuda.unavailable_reason(torch.device(device), dtype) is None
-    ):
-        quantized = sum(
-            linear_cuda.packed_bytes(module)
-            for module in model.modules()
-            if isinstance(module, QuantizedLinear)
-        )
     return quantized + sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 

@@ -8,9 +8,9 @@ from .. import checkpoints
 from ..checkpoints import Checkpoint
 from ..checkpoints.load import get_device
 from ..errors import Unsupported
+from ..kernels import triton
 from ..model import Llava
 from ..placement import pick_precision
-from ..quantization import linear_cuda
 from ..quantization.precision import CUDA_ONLY
 from ..quantization.replace import pack_for_cuda
 from .process_group import init_distributed
@@ -49,6 +49,6 @@ def load_shard(
         checkpoint, dtype=None if len(stored) == 1 and not bits else dtype, precision=bits
     )
     tp_group = shard_model(network, group, own, dtype)
-    if bits and linear_cuda.unavailable_reason(own, dtype) is None:
+    if bits and triton.unavailable_reason(own, dtype) is None:
         pack_for_cuda(network)
     return network, tp_group

@@ -19,7 +19,7 @@ from ..lora import LoraLinear
 from ..model.qwen2 import Layer, Qwen2
 from ..model.siglip import Layer as TowerLayer
 from ..model.siglip import SigLIP
-from ..quantization.linear_cuda import FP8_MULTIPLE, Float8Linear
+from ..quantization.linear_cuda import FP8_MULTIPLE, Float8Linear, TritonLinear
 from .kv_paged import PagedBatch, PagedKVCache
 
 
@@ -120,7 +120,9 @@ def merge(linears: Sequence[nn.Module]) -> nn.Module:
         return MergedLinear([one for one in linears if isinstance(one, nn.Linear)])
     if all(isinstance(one, Float8Linear) for one in linears):
         return merge_float8([one for one in linears if isinstance(one, Float8Linear)])
-    return ConcatLinear(linears)
+    packed = [one for one in linears if isinstance(one, TritonLinear)]
+    merged = TritonLinear.merge(packed) if len(packed) == len(linears) else None
+    return ConcatLinear(linears) if merged is None else merged
 
 
 def merge_float8(linears: Sequence[Float8Linear]) -> nn.Module:

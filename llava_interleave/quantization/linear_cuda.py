@@ -1,14 +1,14 @@
-"""Quantized linears on a CUDA GPU: int4 and int8 by PyTorch's 4-bit product, fp8 by its scaled one,
+"""Quantized linears on a CUDA GPU: int4 and int8 by a Triton product, fp8 by PyTorch's scaled one,
 NF4 by bitsandbytes.
 
-int4 and int8 are the integers of a `QuantizedLinear`, repacked once they are on the GPU.
-Activations are not rounded to 8 bits there, as no integer product on a GPU has groups. fp8 and NF4
-are quantized from floats while loading, and not stored. Where `unavailable_reason` returns a
-reason, a `QuantizedLinear` stays and dequantizes at every call."""
+int4 and int8 are the integers and scales of a `QuantizedLinear`, repacked once they are on the GPU.
+Activations are not rounded to 8 bits there. fp8 and NF4 are quantized from floats while loading,
+and not stored. Where `kernels.triton.unavailable_reason` returns a reason, a `QuantizedLinear`
+stays and dequantizes at every call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -18,123 +18,103 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import Unsupported
-from ..kernels import GROUP, PANEL, SUBGROUP
+from ..kernels import PANEL
+from ..kernels.triton import PackedWeight, dequantize, packed_linear
 from .linear_cpu import QuantizedLinear, QuantizedLinearBase
 from .packing import unpack, unpack_int4
 from .precision import CUDA_ONLY
 
-MAX_TINYGEMM_ROWS = 128
-"""Rows up to which the 4-bit product is used. It reads the weight again for every 16 rows;
-dequantizing moves some 15 bytes per weight and then multiplies at the full rate. Estimated from
-published figures, not measured here."""
 PACK_ROWS = 4096
-"""Outputs that are repacked or dequantized at once, so that no second copy of a large weight
-exists."""
-TILE_OUTPUTS, TILE_INPUTS = 8, 128
-"""Size of a tile of the 4-bit product."""
+"""Outputs that are repacked at once."""
 FP8_MULTIPLE, FP8_MAX = 16, 448.0
 """Sizes of an fp8 product are multiples of this; the largest e4m3 number."""
 NF4_BLOCK = 64
 """NF4 weights that share a scale."""
 
-_pack, _product = torch.ops.aten._convert_weight_to_int4pack, torch.ops.aten._weight_int4pack_mm
 
+class TritonLinear(QuantizedLinearBase):
+    """An int8 or int4 linear by the Triton product: the integers and scales of a
+    `QuantizedLinear`, in another order. Inputs are float16 or bfloat16.
 
-class Int4PackedLinear(QuantizedLinearBase):
-    """A `QuantizedLinear` repacked for PyTorch's 4-bit product (tinygemm), scales rounded to
-    bfloat16; inputs in bfloat16.
+    weight, scale, sub_scale: words, scales and sub_scales of `kernels.triton.PackedWeight`."""
 
-    That product has weights factor * (q_uint4 - 8) + offset, in groups of 32 or 128 inputs. An int8
-    weight is two of them, for inputs that are given twice: q + 128 = 16 * upper + lower.
-    weight: int32 `[out / 8, K / 128, 32, 4]`, K the inputs padded to a multiple of 128, with 8 bits
-    twice as many. scale: bfloat16 `[K / group, out, 2]`, factor and offset. Source:
-    matrix_to_m16n8k16_Bint4_layout in PyTorch's int4mm.cu."""
+    sub_scale: Tensor | None
 
-    def __init__(self, linear: QuantizedLinear) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.kind)
-        self.bits, self.bias = linear.bits, linear.bias
-        self.group = SUBGROUP if linear.bits == 4 else GROUP
-        self.padded_inputs = linear.in_features + -linear.in_features % TILE_INPUTS
-        parts = zip(
-            linear.weight.split(PACK_ROWS // PANEL),
-            linear.scale.split(PACK_ROWS // PANEL),
-            strict=True,
-        )
-        weight, scale = zip(
-            *(self._repack(w, s.transpose(1, 2).flatten(0, 1)) for w, s in parts), strict=True
-        )
-        self.register_buffer("weight", torch.cat(weight))
-        self.register_buffer("scale", torch.cat(scale, 1))
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None) -> None:
+        kind = "int8" if packed.sub_scales is None else "int4"
+        super().__init__(packed.in_features, packed.out_features, kind)
+        self.register_buffer("weight", packed.words)
+        self.register_buffer("scale", packed.scales)
+        self.register_buffer("sub_scale", packed.sub_scales)
+        self.bias = bias
         self.eval()
 
-    def _repack(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and scale of some panels, whose scales are `[out, groups]`."""
-        if self.bits == 4:
-            # sub_scale * (q - zero_point) = sub_scale * (q - 8) + sub_scale * (8 - zero_point)
-            q, sub_scale, zero_point = unpack_int4(weight)
-            factor = (scale.float().repeat_interleave(GROUP // SUBGROUP, 1) * sub_scale).bfloat16()
-            offset = factor * (8 - zero_point.bfloat16())
-        else:  # 16 * (upper - 8) + (lower - 8) + 8
-            stored, scale = unpack(weight, 8), scale.bfloat16()
-            q, factor = torch.cat([stored >> 4, stored & 15], 1), torch.cat([16 * scale, scale], 1)
-            offset = torch.cat([torch.zeros_like(scale), 8 * scale], 1)
-        tiles = _pack(q[:, ::2] << 4 | q[:, 1::2], 8)
-        assert torch.equal(unpack_tiles(tiles), q), (
-            "this PyTorch packs the weights of its 4-bit product in another order"
+    @classmethod
+    def repack(cls, linear: QuantizedLinear) -> TritonLinear:
+        """The same weight, some outputs at a time: unpacked it is several times as large."""
+        repack = _repack_int4 if linear.bits == 4 else _repack_int8
+        parts = [repack(weight) for weight in linear.weight.split(PACK_ROWS // PANEL)]
+        words, sub_scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        own = sub_scales if linear.bits == 4 else None
+        packed = PackedWeight(words, linear.scale, own, linear.out_features, linear.in_features)
+        return cls(packed, linear.bias)
+
+    @classmethod
+    def merge(cls, linears: Sequence[TritonLinear]) -> TritonLinear | None:
+        """One linear with the outputs of all, whose weights become views of its own.
+
+        None where bits, inputs or biases differ, or outputs do not fill panels of 16."""
+        alike = {(one.kind, one.in_features, one.bias is None) for one in linears}
+        if len(alike) > 1 or any(one.out_features % PANEL for one in linears[:-1]):
+            return None
+
+        def joined(name: str) -> Any:
+            parts = [getattr(one, name) for one in linears]
+            if parts[0] is None:
+                return None
+            whole = torch.cat(parts)
+            for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                part.data = view
+            return whole
+
+        outputs = sum(one.out_features for one in linears)
+        inputs, bias = linears[0].in_features, joined("bias")
+        return cls(
+            PackedWeight(joined("weight"), joined("scale"), joined("sub_scale"), outputs, inputs),
+            None if bias is None else nn.Parameter(bias, requires_grad=False),
         )
-        return tiles, torch.stack([factor, offset], -1).transpose(0, 1).contiguous()
+
+    @property
+    def packed(self) -> PackedWeight:
+        sizes = self.out_features, self.in_features
+        return PackedWeight(self.weight, self.scale, self.sub_scale, *sizes)
 
     def product(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        multiply = self._tinygemm if len(rows) <= MAX_TINYGEMM_ROWS else self._dequantized
-        y = multiply(rows)[:, : self.out_features]
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
-
-    def _tinygemm(self, rows: Tensor) -> Tensor:
-        rows = pad_inputs(rows, TILE_INPUTS)
-        return _product(
-            rows.contiguous() if self.bits == 4 else torch.cat([rows, rows], 1),
-            self.weight,
-            self.group,
-            self.scale,
-        )
-
-    def _dequantized(self, rows: Tensor) -> Tensor:
-        return torch.cat([rows @ block.t() for block in self._blocks()], 1)
+        y = packed_linear(x.reshape(-1, self.in_features), self.packed, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def dequantize(self) -> Tensor:
-        """The weight of `_dequantized`: the product of an integer and a scale, rounded to
-        bfloat16."""
-        return torch.cat(list(self._blocks()))[: self.out_features].float()
-
-    def _blocks(self) -> Iterator[Tensor]:
-        """The weight `[out, in]` in bfloat16, some outputs at a time."""
-        groups = self.padded_inputs // self.group
-        for tiles, scale in zip(
-            self.weight.split(PACK_ROWS // TILE_OUTPUTS),
-            self.scale[-groups:].split(PACK_ROWS, 1),
-            strict=True,
-        ):
-            q = unpack_tiles(tiles)
-            factor, offset = scale.transpose(0, 1)[..., None].unbind(2)
-            if self.bits == 8:
-                upper, lower = q[:, : self.padded_inputs], q[:, self.padded_inputs :]
-                signed = (upper << 4 | lower).bfloat16().sub_(128)
-                w = signed.unflatten(1, (-1, GROUP)) * factor
-            else:
-                signed = q.bfloat16().sub_(8)
-                w = torch.addcmul(offset, signed.unflatten(1, (-1, SUBGROUP)), factor)
-            yield w.flatten(1)[:, : self.in_features]
+        return dequantize(self.packed, torch.float32)
 
 
-def unpack_tiles(tiles: Tensor) -> Tensor:
-    """The integers `[out, K]` of 4 bits, uint8, of a weight packed for PyTorch's 4-bit product."""
-    # A lane of 32 has one output in 8, and 2 neighboring inputs in 8; its 4 words are of 32 inputs
-    # each. The bytes of a word are [first or second neighbor][which 16 inputs], and their halves
-    # are which 8 of these.
-    halves = torch.stack([tiles.view(torch.uint8) & 15, tiles.view(torch.uint8) >> 4], -1)
-    lanes = halves.unflatten(3, (4, 2, 2)).unflatten(2, (TILE_OUTPUTS, 4))
-    return lanes.permute(0, 2, 1, 4, 6, 7, 3, 5).flatten(2).flatten(0, 1)
+def _repack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Words of some panels of a packed weight; no sub_scales."""
+    q = unpack(weight, 8).view(-1, PANEL, weight.shape[1], 4, 32).transpose(1, 2)
+    return _words(q.transpose(3, 4)), weight.new_empty(0)
+
+
+def _repack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Words and sub_scales of some panels of a packed weight."""
+    q, sub_scale, zero_point = unpack_int4(weight)
+    pairs = q.view(-1, PANEL, weight.shape[1], 4, 16, 2).transpose(1, 2).movedim(3, 5)
+    sub_scales = (sub_scale | zero_point << 4).view(-1, PANEL, weight.shape[1], 4).transpose(1, 2)
+    low, high = pairs[..., 0::2], pairs[..., 1::2]  # subgroups 0 and 2, 1 and 3
+    return _words((low | high << 4).flatten(4)), _words(sub_scales)
+
+
+def _words(x: Tensor) -> Tensor:
+    """Four bytes of the last dimension as an int32, the first lowest."""
+    return x.contiguous().view(torch.int32).squeeze(-1)
 
 
 def pad_inputs(x: Tensor, multiple: int) -> Tensor:
@@ -236,26 +216,6 @@ def _code(device: torch.device) -> Tensor:
 
 def _bitsandbytes() -> Any:
     return import_module("bitsandbytes")
-
-
-def packed_bytes(linear: QuantizedLinear) -> int:
-    """Bytes of weight and scale of the `Int4PackedLinear` made of a linear."""
-    outputs = linear.out_features + -linear.out_features % PANEL
-    inputs = linear.in_features + -linear.in_features % TILE_INPUTS
-    scales = inputs // SUBGROUP if linear.bits == 4 else 2 * (inputs // GROUP)
-    return outputs * (inputs * linear.bits // 8 + 4 * scales)
-
-
-def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where a network on `device` that computes in `dtype` can use the 4-bit product, else the
-    reason."""
-    if device.type != "cuda" or torch.version.hip:
-        return "it needs a CUDA GPU of NVIDIA"
-    if dtype != torch.bfloat16:
-        return (
-            f"it takes bfloat16, and this network computes in {str(dtype).removeprefix('torch.')}"
-        )
-    return _too_old(device, (8, 0))
 
 
 def check_supported(precision: str, device: torch.device) -> None:

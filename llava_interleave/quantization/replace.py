@@ -8,7 +8,7 @@ from torch import nn
 
 from ..model.llava import Llava
 from .linear_cpu import QuantizedLinear, QuantizedLinearBase
-from .linear_cuda import Float8Linear, Int4PackedLinear, NF4Linear
+from .linear_cuda import Float8Linear, NF4Linear, TritonLinear
 from .precision import COMPONENTS, CUDA_ONLY, KINDS, bits_per_linear, component_of, format_precision
 
 
@@ -39,12 +39,12 @@ def replace_linears(network: Llava, precision: str) -> set[str]:
 
 
 def pack_for_cuda(network: Llava) -> None:
-    """Replace every `QuantizedLinear` of a network on a GPU by an `Int4PackedLinear`, one at a
+    """Replace every `QuantizedLinear` of a network on a GPU by a `TritonLinear`, one at a
     time."""
     linears = [(n, m) for n, m in network.named_modules() if isinstance(m, QuantizedLinear)]
     while linears:
         name, linear = linears.pop()
-        network.set_submodule(name, Int4PackedLinear(linear))
+        network.set_submodule(name, TritonLinear.repack(linear))
 
 
 def quantized_precision(network: Llava) -> str | None:
