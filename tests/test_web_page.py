@@ -459,6 +459,38 @@ def test_photos_from_the_camera(page: Page) -> None:
     assert page.evaluate("document.getElementById('camera-view').srcObject.active") is False
 
 
+@pytest.mark.parametrize(("width", "height", "scheme"), [(390, 844, "dark"), (1280, 800, "light")])
+def test_live_questions_about_the_camera(
+    browser: Browser, address: str, width: int, height: int, scheme: Any
+) -> None:
+    """Frames are sent while it is watched; the session ends with the dialog."""
+    profile = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
+    with opened(browser, address, **profile, reduced_motion="reduce") as page:
+        page.click("#open-camera")
+        page.wait_for_function("() => document.getElementById('camera-view').videoWidth > 0")
+        page.click("#camera-live")
+        expect(page.locator("#live-frames")).to_contain_text("the last 2 frames")
+        expect(page.locator("#live-question")).to_be_focused()
+        with page.expect_request("**/v1/live/*/chat/completions") as sent:
+            page.keyboard.type("What is it?")
+            page.keyboard.press("Enter")
+        assert body_of(sent.value)["messages"] == [{"role": "user", "content": "What is it?"}]
+        page.wait_for_function(
+            "() => !['', '…'].includes(document.getElementById('live-answer').textContent)"
+        )
+        check_state(page, "live")
+        with page.expect_response(
+            lambda response: response.request.method == "DELETE" and "/v1/live/" in response.url
+        ) as ended:
+            page.click("#camera-live")
+        assert ended.value.status == 200
+        expect(page.locator("#live")).to_be_hidden()
+        page.click("#camera-live")
+        expect(page.locator("#live-frames")).to_contain_text("the last 1 frame")
+        with page.expect_request(lambda request: request.method == "DELETE"):
+            page.get_by_role("button", name="Done").click()
+
+
 # --- never lose work ---------------------------------------------------------------------------
 
 

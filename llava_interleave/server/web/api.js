@@ -51,6 +51,17 @@ export const prefill = (body, signal) => posted("v1/messages/prefill", body, sig
 /** Which image the answer that ends the messages used. */
 export const attribution = (body, signal) => posted("v1/messages/attribution", body, signal);
 
+/** Live sessions: frames are appended, and questions see the last ones. */
+export const startLive = (model) => posted("v1/live", { model });
+export async function seeFrame(id, blob, at) {
+  const form = new FormData();
+  form.append("file", blob, "frame.jpg");
+  form.append("at", String(at));
+  return (await call(`v1/live/${id}/frames`, { method: "POST", body: form })).json();
+}
+export const askLive = (id, body, signal) => stream(body, signal, `v1/live/${id}/chat/completions`);
+export const endLive = (id) => call(`v1/live/${id}`, { method: "DELETE" });
+
 const queue = [];
 let sending = 0;
 
@@ -107,8 +118,8 @@ export async function makeRoom(hashes) {
 export const forgetUploads = () => uploads.clear();
 
 /** The chunks of a streamed answer. */
-export async function* stream(body, signal) {
-  const response = await post("v1/chat/completions", { ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }, signal);
+export async function* stream(body, signal, path = "v1/chat/completions") {
+  const response = await post(path, { ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }, signal);
   const reader = /** @type {ReadableStream} */ (response.body).pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
