@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo kernels web test test-ray test-clients coverage check docs dist bench bench-peers tiny
+.PHONY: help demo kernels web test test-ray test-clients bench-trl coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
@@ -26,6 +26,7 @@ help:
 	@echo "make dist    the source archive and the wheel with kernels (manylinux), into dist"
 	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
+	@echo "make bench-trl  preference losses next to TRL's functions, installed apart (2 GB)"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
@@ -60,6 +61,14 @@ build/clients/node/installed: Makefile
 	mkdir -p build/clients/node
 	if command -v npm; then npm install --silent --prefix build/clients/node $(AI_SDK); fi
 	@touch $@
+
+build/trl/installed: Makefile
+	$(PYTHON) -m venv build/trl
+	build/trl/bin/pip install --quiet -e . trl==1.16.0
+	@touch $@
+
+bench-trl: build/trl/installed
+	build/trl/bin/python -P bench/trl_losses.py
 
 test-clients: .venv/installed-dev $(foreach name,litellm instructor pydantic-ai autogen node,build/clients/$(name)/installed)
 	$(BIN)/python -m pytest tests/test_real_clients.py

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid
+from torch.nn.functional import log_softmax, logsigmoid, sigmoid
 from typer.testing import CliRunner
 
 from llava_interleave import checkpoints
@@ -91,7 +91,14 @@ def padded(model: Llava, prompts: list[Prompt]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("smoothing", "loss_type"),
-    [(0.0, "sigmoid"), (0.2, "sigmoid"), (0.0, "ipo"), (0.0, "ipo_sum")],
+    [
+        (0.0, "sigmoid"),
+        (0.2, "sigmoid"),
+        (0.0, "ipo"),
+        (0.0, "ipo_sum"),
+        (0.1, "simpo"),
+        (0.0, "orpo"),
+    ],
 )
 def test_loss_and_gradients_are_those_of_plain_padded_sequences(
     smoothing: float, loss_type: str, folder: Path, source: Path
@@ -105,11 +112,19 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
         padded(model, [getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected")
     )
     gained = torch.stack([chosen - reference[:, 0], rejected - reference[:, 1]])
-    if loss_type == "ipo":  # means over the tokens of each answer
+    if loss_type in ("simpo", "orpo"):
+        gained = torch.stack([chosen, rejected])
+    if loss_type in ("ipo", "simpo", "orpo"):  # means over the tokens of each answer
         sides = ([p.chosen for p in pairs], [p.rejected for p in pairs])
         gained = gained / torch.tensor([[sum(p.loss_mask or []) for p in side] for side in sides])
     h = gained[0] - gained[1]
-    if loss_type != "sigmoid":
+    if loss_type == "orpo":
+        odds = gained.double().exp() / (1 - gained.double().exp())
+        want = (-gained[0] - beta * torch.log(sigmoid(torch.log(odds[0] / odds[1])))).sum().float()
+    elif loss_type == "simpo":
+        rewards = beta * h - 0.7
+        want = -((1 - smoothing) * logsigmoid(rewards) + smoothing * logsigmoid(-rewards)).sum()
+    elif loss_type != "sigmoid":
         want = ((h - 1 / (2 * beta)) ** 2).sum()
     else:
         want = -(logsigmoid(beta * h) * (1 - smoothing) + logsigmoid(-beta * h) * smoothing).sum()
@@ -123,7 +138,9 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
         ]
     )
     found = dpo_loss(
-        DPOConfig(beta=beta, label_smoothing=smoothing, loss_type=loss_type), model, batch
+        DPOConfig(beta=beta, label_smoothing=smoothing, loss_type=loss_type, gamma=0.7),
+        model,
+        batch,
     )
     found.total.backward()
     torch.testing.assert_close(found.total, want, rtol=1e-4, atol=1e-4)

@@ -57,35 +57,53 @@ def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) 
 
 
 def dpo_loss(config: DPOConfig, model: Llava, batch: Pairs) -> Loss:
-    """The DPO or IPO loss of pairs; correct are those whose chosen answer gained more."""
-    gained = logprobs(model, batch) - batch.reference.to(model.lm_head.weight.device)
-    if config.loss_type == "ipo":
+    """The preference loss of pairs; correct are those whose chosen answer gained more, or without a
+    reference model is more likely."""
+    values = logprobs(model, batch)
+    if config.reference:
+        values = values - batch.reference.to(values.device)
+    if config.loss_type in MEANS:
         tokens = [int(mask.sum()) for mask in batch.loss_mask.split(batch.lengths)]
-        gained = gained / torch.tensor(tokens, device=gained.device).view(-1, 2)
-    margin = gained[:, 0] - gained[:, 1]
-    losses = preference_loss(margin, config)
+        values = values / torch.tensor(tokens, device=values.device).view(-1, 2)
+    losses = preference_loss(values[:, 0], values[:, 1], config)
     return Loss(
         losses.sum(),
-        len(margin),
-        int((margin > 0).sum()),
+        len(losses),
+        int((values[:, 0] > values[:, 1]).sum()),
         len(batch.tokens),
         len(batch.pixels),
         training_flops(model, batch.lengths, len(batch.pixels), int(batch.loss_mask.sum())),
     )
 
 
-def preference_loss(margin: Tensor, config: DPOConfig) -> Tensor:
-    """The loss of each pair. margin: how much more the log-probability of the chosen answer gained
-    over the reference model than that of the rejected one.
+MEANS = ("ipo", "simpo", "orpo")
+"""Losses of the mean log-probability of an answer's tokens; the others take their sum."""
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, config: DPOConfig) -> Tensor:
+    """The loss of each pair `[P]`. chosen, rejected: log-probabilities of the answers, with a
+    reference model the gain over it.
 
     DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; label smoothing mixes in the loss of
     the swapped pair. IPO: Azar et al. 2023 (arXiv 2310.12036), equation 17; its authors, and TRL,
-    train it on means over tokens (huggingface.co/blog/pref-tuning).
+    train it on means over tokens (huggingface.co/blog/pref-tuning). SimPO: Meng et al. 2024 (arXiv
+    2405.14734), equation 6. ORPO: Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7, with the
+    SFT loss of the chosen answer.
     """
-    beta, smoothing = config.beta, config.label_smoothing
-    if config.loss_type != "sigmoid":
+    beta, smoothing, margin = config.beta, config.label_smoothing, chosen - rejected
+    if config.loss_type == "orpo":
+        return -chosen + beta * odds_ratio_loss(chosen, rejected)
+    if config.loss_type.startswith("ipo"):
         return (margin - 1 / (2 * beta)).square()
+    if config.loss_type == "simpo":
+        margin = margin - config.gamma / beta
     return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """ORPO's equation 7, of mean log-probabilities: -log sigmoid of the log of the odds ratio."""
+    odds = [value - torch.log(-torch.expm1(value.clamp(max=-1e-7))) for value in (chosen, rejected)]
+    return -logsigmoid(odds[0] - odds[1])
 
 
 def logprobs(model: Llava, batch: Pairs) -> Tensor:

@@ -33,7 +33,7 @@ RESUMABLE_FIELDS = frozenset(
 """A resumed run may have other values of these fields: they do not change the weights."""
 QUANTIZED = ("int8", "int4", "fp8", "nf4")
 """Precisions of frozen weights; listed here because a recipe is read without PyTorch."""
-LOSS_TYPES = ("sigmoid", "ipo", "ipo_sum")
+LOSS_TYPES = ("sigmoid", "ipo", "ipo_sum", "simpo", "orpo")
 GRPO_LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
 
@@ -46,7 +46,9 @@ class DPOConfig:
     """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290): learn from pairs."""
 
     beta: float = _setting(
-        0.1, "Strength of the KL penalty towards the reference model, the one training starts from."
+        0.1,
+        "Strength of the KL penalty towards the reference model, the one training starts from; of "
+        "SimPO (2.0 in its paper) the scale of rewards, of ORPO the weight of the odds ratio.",
     )
     label_smoothing: float = _setting(
         0.0, "Assumed fraction of pairs whose labels are swapped, below 0.5."
@@ -54,8 +56,10 @@ class DPOConfig:
     loss_type: str = _setting(
         "sigmoid",
         "sigmoid (DPO); ipo, the squared loss of IPO (Azar et al. 2023) on mean log-probabilities "
-        "of tokens, as its authors train; or ipo_sum, on their sums.",
+        "of tokens, as its authors train; ipo_sum, on their sums; simpo (Meng et al. 2024) and "
+        "orpo (Hong et al. 2024), on means and without a reference model.",
     )
+    gamma: float = _setting(0.5, "SimPO's target margin between the rewards of both answers.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -65,11 +69,16 @@ class DPOConfig:
             raise OptionError(f"label_smoothing must be below 0.5, and is {self.label_smoothing}")
         if self.loss_type not in LOSS_TYPES:
             raise unknown("loss_type", self.loss_type, LOSS_TYPES)
-        if self.loss_type != "sigmoid" and self.label_smoothing:
+        if self.loss_type not in ("sigmoid", "simpo") and self.label_smoothing:
             raise OptionError(
                 f"{self.loss_type} has no label smoothing, and label_smoothing is "
                 f"{self.label_smoothing}: leave out one of them"
             )
+
+    @property
+    def reference(self) -> bool:
+        """Whether log-probabilities under the model before training are needed."""
+        return self.loss_type not in ("simpo", "orpo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,7 +136,11 @@ def _train(
     if recipe.dpo:
         loss = partial(dpo_loss, recipe.dpo)
         pairs = [*training, *held_out]
-        references = reference_logprobs(network, inside, recipe, pairs, model, out, ranks, log)
+        references = (
+            {}
+            if not recipe.dpo.reference
+            else reference_logprobs(network, inside, recipe, pairs, model, out, ranks, log)
+        )
         plan.samples = samples = Samples(training, model, recipe.seed, form, references)
     loss = loss if ranks.world_size == 1 else fsdp_loss(loss, inside)
     data: Callable[[Position], Iterator[tuple[Any, Position]]] = partial(
