@@ -294,6 +294,7 @@ def test_logprobs_of_a_raw_prompt(client: openai.OpenAI) -> None:
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ""}, "no tokens"),
         ({"prompt": [10**6]}, "token ids must be between"),
+        ({"prompt": "word " * 3000}, "maximum context length is exceeded: the prompt has"),
         ({"frames": 3}, "frames"),
         ({"max_tokens": 25}, "limit is 24"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -135,7 +135,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, control tokens in it become control tokens."""
-        return self.encode_with_starts(text)[0] if special else list(self._encode(text).ids)
+        if not special:
+            return list(self._encode(text).ids)
+        pieces = self._pieces(text, {})
+        return [token for _, ids, _ in pieces for token in ids]
 
     def encode_with_starts(
         self, text: str, literals: Mapping[str, str] = MappingProxyType({})
@@ -147,19 +150,28 @@ class Tokenizer:
         """
         ids: list[int] = []
         starts: list[int] = []
+        for at, tokens, encoding in self._pieces(text, literals):
+            ids += tokens
+            offsets = ((0, 0),) if encoding is None else encoding.offsets
+            starts += [at + start for start, _ in offsets]
+        return ids, starts
+
+    def _pieces(
+        self, text: str, literals: Mapping[str, str]
+    ) -> Iterator[tuple[int, Sequence[int], Any]]:
+        """(character index, token ids, encoding) of the texts between control tokens, and of these,
+        which have no encoding.
+        """
         at = 0
         for piece in self._at_special.split(text):
             if (control := self._special.get(piece.strip())) is not None:
-                ids.append(control)
-                starts.append(at)
+                yield at, (control,), None
             elif piece:
                 for mark, spelling in literals.items():
                     piece = piece.replace(mark, spelling)
                 encoding = self._encode(piece)
-                ids += encoding.ids
-                starts += [at + start for start, _ in encoding.offsets]
+                yield at, encoding.ids, encoding
             at += len(piece)
-        return ids, starts
 
     def _encode(self, text: str) -> Any:
         try:

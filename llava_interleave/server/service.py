@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..attribution.forward import CachedPrompt
 from ..chat import BUILTIN, Answer, Chatbot
-from ..errors import OptionError, PromptError
+from ..errors import ContextError, OptionError, PromptError
 from ..options import Options
 from ..processing import Estimate, Loader, Processor
 from ..prompt import Prompt
@@ -324,6 +324,11 @@ class Service:
         ]
         if any(tokenizer.image_id in prompt.tokens for prompt in made):
             raise PromptError(f"the prompt has <image>: {NO_IMAGES}")
+        context = self.bot.model.config.text.context
+        if (longest := max(map(len, made))) >= context:  # here, and not in the engine's thread
+            raise ContextError(
+                f"the prompt has {longest:,} tokens, but the context is {context:,} with the answer"
+            )
         return made
 
     async def _matchers(self, request: GenerationRequest, n: int, key: str) -> list[GrammarMatcher]:
