@@ -31,6 +31,10 @@ from .sampler import Pick, Sampler, mask_invalid_tokens
 from .scheduler import ScheduledRequest, SchedulerOutput
 
 
+SMALL_PARAMETERS = 100_000_000
+"""A network of at most so many is fast on any path, and runs in float32, which no kernel has."""
+
+
 class ModelRunner:
     """A model on one device with its KV memory.
 
@@ -66,7 +70,8 @@ class ModelRunner:
         self.tower_graphs: CudaGraphTower | None = None
         if kv_block_size:
             self.kv_cache = PagedKVCache(*where, kv_bytes, block_size=kv_block_size, int8=kv_int8)
-            if self.device.type == "cuda" and self.kv_cache.no_kernels is not None:
+            large = model.config.num_parameters > SMALL_PARAMETERS
+            if large and self.device.type == "cuda" and self.kv_cache.no_kernels is not None:
                 warnings.warn(
                     f"no Triton kernels ({self.kv_cache.no_kernels}): attention runs sequence by "
                     "sequence, many times slower",
