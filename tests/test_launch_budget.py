@@ -164,7 +164,11 @@ BUDGET = {
     (decode, "bfloat16"): (10, 8),
     (mixed, "bfloat16"): (12, 2),
     (prompts, "bfloat16"): (9, 2),
+    (decode, "int4"): (14, 9),
+    (decode, "int8"): (14, 9),
     (decode, "fp8"): (43, 8),
+    (prompts, "int4"): (13, 2),
+    (images, "int8"): (12, 9),
     (images, "bfloat16"): (8, 7),
 }
 """Launches of a layer, and of the rest, at most."""

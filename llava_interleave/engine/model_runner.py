@@ -30,7 +30,6 @@ from .request import EncoderInput, Request
 from .sampler import Pick, Sampler, mask_invalid_tokens
 from .scheduler import ScheduledRequest, SchedulerOutput
 
-
 SMALL_PARAMETERS = 100_000_000
 """A network of at most so many is fast on any path, and runs in float32, which no kernel has."""
 
