@@ -26,6 +26,7 @@ memory       resident MiB of the server at the start, after the warm-up (a sixth
 slope        MiB per minute after the warm-up, by least squares; `caches`: growth of its bounded
              caches of image features and prefixes
 statuses     of hostile requests; 0: the connection was closed without a response
+log          the end of the server's log
 """
 
 import argparse

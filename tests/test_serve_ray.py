@@ -241,7 +241,7 @@ def test_user_errors(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             pass
     for words, told in (
         (["--ray-cpus", "2"], "name it with --ray"),
-        (["--ray", "auto", "--ray-replicas", "3:2"], "the fewest and the most as in 2:8"),
+        (["--ray", "auto", "--ray-replicas", "3:2"], "minimum and maximum as in 2:8"),
         (["--ray", "auto", "--device", "cuda:1"], "--device cuda:1 cannot be kept"),
         (["--ray", "auto", "--host", "0.0.0.0"], "--api-keys"),
         (["--ray", "ray://head:10001"], "run the command on a node"),
@@ -484,7 +484,7 @@ def test_a_disconnect_ends_a_stream(one: Any) -> None:
             sum(measured(one, "llava_num_requests_active").values()) == 1
         )  # it goes on, while this was read
     until(lambda: not sum(measured(one, "llava_num_requests_active").values()))
-    assert sum(measured(one, "llava_aborted_total").values()) >= 1
+    assert sum(measured(one, "llava_aborted_requests_total").values()) >= 1
 
 
 def test_popular_images_spread_over_replicas(server: Server) -> None:
