@@ -52,18 +52,27 @@ class Parquet:
         """A row, or some columns of it. Neighbours are read once. Raises `DataError` for damaged
         pages.
         """
-        group, wanted = (
-            bisect_right(self._starts, index) - 1,
-            None if columns is None else tuple(columns),
-        )
+        (group, row), wanted = self.place(index), None if columns is None else tuple(columns)
         if self._loaded is None or self._loaded[:2] != (group, wanted):
-            try:
-                self._loaded = group, wanted, self._file.read_row_group(group, columns=columns)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"rows {self._starts[group]} and on of {self.path} cannot be read: {error}"
-                ) from error
-        return self._loaded[2].slice(index - self._starts[group], 1).to_pylist()[0]
+            self._loaded = group, wanted, self.read_group(group, columns)
+        return self._loaded[2].slice(row, 1).to_pylist()[0]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The row group of a row, and its number there."""
+        group = bisect_right(self._starts, index) - 1
+        return group, index - self._starts[group]
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> Any:
+        """A row group, or some columns of it, as pyarrow's table.
+
+        Raises `DataError` for damaged pages.
+        """
+        try:
+            return self._file.read_row_group(group, columns=columns)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"rows {self._starts[group]} and on of {self.path} cannot be read: {error}"
+            ) from error
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """All rows in order. Raises `DataError` where a column is missing."""

@@ -9,14 +9,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from typer.testing import CliRunner, Result
 
 from llava_interleave.cli import app
@@ -715,6 +718,69 @@ def test_processes_validate_as_threads_do(
     ]
     assert sum(a.error for a in one) == 6
     assert {stat.path for a in two for stat in a.media} == {str(media / name) for name in names}
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar", "two tars"])
+def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: Path) -> None:
+    """Equal texts, pixels and tokens; a run trains on them."""
+    samples: list[dict[str, Any]] = []
+    for number in range(7):
+        images = [f"{number}.{i}.png" for i in range(1 + number % 3)]
+        for name in images:
+            noise(len(samples) * 10 + len(name)).save(tmp_path / name)
+        asked = {"from": "human", "value": "<image>" * len(images) + "What?"}
+        turns = [asked, {"from": "gpt", "value": f"Number {number}."}]
+        samples.append({"id": str(number), "image": images, "conversations": turns})
+    listed = list(
+        validate(datasets.rows(write(tmp_path / "s.json", samples)), formats.processor(model))
+    )
+    if form == "parquet":
+        source = tmp_path / "s.parquet"
+        rows = [
+            {**sample, "image": None}
+            | {"images": [{"bytes": (tmp_path / name).read_bytes(), "path": name}
+                          for name in sample["image"]]}
+            for sample in samples
+        ]  # fmt: skip
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=3)
+    else:
+        source = tmp_path / ("s-*.tar" if form == "two tars" else "s.tar")
+        shares = [samples[:4], samples[4:]] if form == "two tars" else [samples]
+        for place, share in enumerate(shares):
+            with tarfile.open(tmp_path / source.name.replace("*", str(place)), "w") as tar:
+                for sample in share:
+                    (tmp_path / f"{sample['id']}.json").write_text(json.dumps(sample))
+                    for name in (f"{sample['id']}.json", *sample["image"]):
+                        tar.add(tmp_path / name, name)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    found = list(validate(datasets.rows(source), formats.processor(model)))
+    assert [(a.row.name, a.faults, a.tokens, a.images, a.digest) for a in found] == [
+        (a.row.name, a.faults, a.tokens, a.images, a.digest) for a in listed
+    ]
+    given = Recipe(model=str(model), source=source, epochs=2, workers=0, tokens=400)
+    said: list[str] = []
+    run(given, tmp_path / "out", log=said.append)
+    assert "7 samples to train on, 0 held out" in said
+
+
+def test_captions_in_a_tar_and_what_it_lacks(tmp_path: Path) -> None:
+    noise(1).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("Noise.\n")
+    (tmp_path / "b.json").write_text('{"image": "b.png", "conversations": []}')
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            tar.add(tmp_path / name, name)
+    (row,) = datasets.rows(tmp_path / "s.tar")
+    messages, media = row.messages()
+    assert messages[1]["content"] == "Noise."
+    assert media == [(tmp_path / "a.jpg").read_bytes()]
+    with tarfile.open(tmp_path / "s.tar", "a") as tar:
+        tar.add(tmp_path / "b.json", "b.json")
+    with pytest.raises(DataError, match=r"s\.tar/b has no file \.png, which its image names"):
+        datasets.rows(tmp_path / "s.tar")
+    with pytest.raises(DataError, match="there is no file"):
+        datasets.rows(tmp_path / "none-*.tar")
 
 
 def test_a_list_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from ..train import recipe
 from . import flags, terminal
 
 SOURCE = (
-    "Samples: .json or .jsonl, a .yaml mixture of those, or a folder of images; "
-    "see docs/training.md."
+    "Samples: .json, .jsonl, .parquet or .tar (with * several), a .yaml mixture of those, or a "
+    "folder of images; see docs/training.md."
 )
 Media = Annotated[
     Path | None,

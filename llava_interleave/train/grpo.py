@@ -33,7 +33,7 @@ Reward = Callable[[str, str, Mapping[str, Any]], float]
 """(prompt: the last question, answer, sample: as in its file) -> reward."""
 EPSILON = 1e-4
 """Added to the standard deviation of rewards, as TRL does."""
-MAX_DRAWS = 4
+MAX_DRAWS = 16
 """Times as many questions as a step needs that dynamic sampling looks at before it ends the run."""
 STORED = "rollouts"
 """Folder of answers that are trained on several times: a run that is resumed between needs them."""
@@ -272,7 +272,9 @@ class Sampler:
                     f"different rewards, and a step needs {config.questions}: take others, a "
                     "higher temperature, or dynamic_sampling false"
                 )
-            wanted = range(number, number + config.questions - len(groups))
+            # Several at once: the engine takes little longer for them than for one.
+            more = max(config.questions - len(groups), config.questions // 2)
+            wanted = range(number, number + more)
             questions = [self.question(self.samples.sample(i)) for i in wanted]
             seeds = [
                 Random(f"{self.recipe.seed}/{number}/{i}").getrandbits(31)
@@ -282,7 +284,8 @@ class Sampler:
                 wanted, questions, self.answers(questions, seeds), strict=True
             ):
                 rewards = [self.reward(question, text) for _, text in sampled]
-                if not config.dynamic_sampling or max(rewards) > min(rewards):
+                enough = len(groups) == config.questions
+                if not enough and (not config.dynamic_sampling or max(rewards) > min(rewards)):
                     groups.append(Group(at, question, [tokens for tokens, _ in sampled], rewards))
             number = wanted.stop
         batches = [pack_groups(groups[i::each], config) for i in range(each)]

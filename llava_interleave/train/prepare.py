@@ -45,7 +45,7 @@ def prepare_samples(
     )
     seed = recipe.seed if source.suffix in (".yaml", ".yml") else None
     about = {
-        "files": index.file_stats([*_source_files(source), *sorted(model.glob("*.json"))]),
+        "files": index.file_stats([*datasets.files(source), *sorted(model.glob("*.json"))]),
         "media": str(recipe.media),
         "question": recipe.question,
         "form": asdict(form),
@@ -85,13 +85,6 @@ def prepare_samples(
         lines = [json.dumps(_question(sample.rows[0])) + "\n" for sample in held_out]
         (out / "held-out.jsonl").write_text("".join(lines), "utf-8")
     return training, held_out
-
-
-def _source_files(source: Path) -> list[Path]:
-    """The files that samples are read from, apart from their media."""
-    if source.suffix in (".yaml", ".yml"):
-        return [source, *(source.parent / entry["json_path"] for entry in datasets.mixture(source))]
-    return [source]
 
 
 def _of_one_kind(read: Callable[[], Iterator[RawSample]], recipe: Recipe) -> Iterator[RawSample]:

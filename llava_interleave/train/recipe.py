@@ -140,7 +140,9 @@ class Recipe:
         None, "The checkpoint to start from: a folder or a Hugging Face name."
     )
     source: Path | None = _setting(  # noqa: RUF009
-        None, "Samples: .json or .jsonl, a .yaml mixture of those, or a folder of images."
+        None,
+        "Samples: .json, .jsonl, .parquet or .tar (with * several), a .yaml mixture of those, or a "
+        "folder of images.",
     )
     media: Path | None = _setting(  # noqa: RUF009
         None, "Folder that relative paths of media start from; without it the file's own folder."

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ...errors import DataError, OptionError
-from . import formats
+from . import formats, shards
 
 QUESTION = ("What is in the picture?", "What is in the pictures?")
 """Asked about one image of a folder, and about several."""
@@ -68,7 +68,8 @@ def rows(
 def samples(
     source: Path, *, media: Path | None = None, question: str | None = None, seed: int = 0
 ) -> Iterator[RawSample]:
-    """The samples of `source`: a .json or .jsonl file, a .yaml mixture of those, or a folder.
+    """The samples of `source`: a .json, .jsonl, .parquet or .tar file, or a pattern of names with
+    `*`, a .yaml mixture of those, or a folder.
 
     media: where relative paths start; without it at the file that has them. question: about the
     images of a folder. seed: of the random draws of a mixture. Raises DataError.
@@ -108,13 +109,36 @@ def held_out(groups: Mapping[str, Sequence[int]], share: float, seed: int) -> li
 
 
 def _file(source: Path, media: Path | None) -> Iterator[RawSample]:
+    if "*" in source.name:
+        for path in files(source):
+            yield from _file(path, media)
+        return
+    if source.suffix in shards.SUFFIXES:
+        for number, (sample, block) in enumerate(shards.rows(source), 1):
+            yield replace(_row(sample, media or source.parent, source, number), block=block)
+        return
     if source.suffix not in (".json", ".jsonl"):
         raise DataError(
-            f"{source} is not a .json, .jsonl or .yaml file and not a folder; docs/training.md has "
-            "the forms"
+            f"{source} is not a .json, .jsonl, .parquet, .tar or .yaml file and not a folder; "
+            "docs/training.md has the forms"
         )
     for number, sample in enumerate(formats.read(source), 1):
         yield _row(sample, media or source.parent, source, number)
+
+
+def files(source: Path) -> list[Path]:
+    """The files that a source is read from, of a pattern in its name all that fit.
+
+    Raises DataError.
+    """
+    if source.suffix in (".yaml", ".yml"):
+        below = [files(source.parent / entry["json_path"]) for entry in mixture(source)]
+        return [source, *(path for some in below for path in some)]
+    if "*" not in source.name:
+        return [source]
+    if not (found := sorted(source.parent.glob(source.name))):
+        raise DataError(f"there is no file {source}")
+    return found
 
 
 def _row(sample: Mapping[str, Any], root: Path, source: Path, number: int) -> RawSample:

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import DataError, LlavaError
 from ...processing import FrameSampling, Processor
 from ...processing.chat_template import MediaPlaceholder, Turn, parse
-from . import keys
+from . import keys, shards
 
 MEDIA_TYPES = ("image", "image_url", "video", "video_url")
 
@@ -529,7 +529,10 @@ def _is_source(item: object) -> bool:
 
 
 def rooted(item: Any, root: Path) -> Any:
-    """A source whose relative path starts from `root`; of Parquet's {bytes, path} what is there."""
+    """A source whose relative path starts from `root`; of a place in a file its bytes, of Parquet's
+    {bytes, path} what is there."""
+    if isinstance(item, Mapping) and shards.FILE in item:
+        return shards.fetch(item)
     if isinstance(item, Mapping) and {"bytes", "path"} & item.keys():
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if isinstance(item, list | tuple):

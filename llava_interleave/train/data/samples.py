@@ -20,6 +20,7 @@ from ...prompt import Prompt
 from . import formats
 from .datasets import RawSample
 from .packing import Pair
+from .shards import BLOCKS
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -238,10 +239,6 @@ class Samples:
         return self.orders[epoch]
 
 
-BLOCKS = 16
-"""Blocks of samples that are read together whose samples are shuffled together."""
-
-
 def epoch_order(
     weights: np.ndarray[Any, Any], blocks: np.ndarray[Any, Any] | None, seed: int
 ) -> np.ndarray[Any, Any]:
@@ -261,10 +258,10 @@ def epoch_order(
             times[generator.permutation(alike)[:more]] += 1
         numbers = np.repeat(numbers, times)
     if blocks is not None and (blocks >= 0).any():
-        held = blocks[numbers]
-        count = int(held.max()) + 1
+        held, anywhere = blocks[numbers], blocks[numbers] < 0
+        names, held = np.unique(held, return_inverse=True)
+        count = len(names)
         windows = generator.permutation(count)[held] // BLOCKS
-        anywhere = held < 0
         windows[anywhere] = generator.integers(-(-count // BLOCKS), size=int(anywhere.sum()))
         return numbers[np.lexsort((generator.random(len(numbers)), windows))]
     shuffled = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
