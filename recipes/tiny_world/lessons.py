@@ -122,11 +122,19 @@ class WorldExamples:
         return ep, lesson
 
 
-# Shares of samples in the last stage: as in the one before; about scenes, half of them in other
+# Shares of samples in the last stage: as in the one before; about scenes, most of them in other
 # styles; refusals with images that are not of the world; refusals without an image, or beside a
 # scene.
-SHARES = (0.26, 0.34, 0.2, 0.2)
+SHARES = (0.28, 0.34, 0.18, 0.2)
 STYLED = 0.6
+WIDENING = (Lesson(math.inf, SCENARIOS, 6, 0.03, 0.5, 0.3),)
+# Around questions about scenes, in a fifth of the samples.
+LEADS = (
+    "Hi! ", "Hello, ", "Question: ", "I would like to know: ", "Next question. ", "OK. ", "Hmm, ",
+    "And now: ", "Say: ", "I wonder: ", "Thanks. ", "To be sure: ", "Have a look: ", "Quickly: ",
+    "My friend wants to know: ", "Answer me this. ", "Nice picture! ", "Good. ", "",
+)  # fmt: skip
+TAILS = (" Thanks!", " Please answer.", " I am curious.", " Be brief.", " Take your time.", "", "")
 SYSTEM_PROMPTS = (
     None,
     "You are a friendly assistant. Answer in one sentence.",
@@ -149,13 +157,18 @@ class WidenedExamples:
 
     def __call__(self, index: int) -> AttendedSample:
         rng = Random(f"widen/{self.seed}/{index}")
-        world = WorldExamples(self.folder, self.seed, COMPARING)
+        world = WorldExamples(self.folder, self.seed, WIDENING)
         kind = rng.choices(("world", "scene", "image", "text"), SHARES)[0]
         if kind == "world":
             return world(index)
-        if kind == "image":
+        if kind == "image" and rng.random() < 0.9:
             return self.sample(rng, None, self.refused_images(rng), refusals(rng))
-        if kind == "text" and rng.random() < 0.5:
+        if kind == "image":  # and then a scene
+            images, turns = [out_of_domain.image(rng, self.images)], refusals(rng)[:1]
+            ep = episode("single", rng)
+            turns += talk(ep, rng, questions=3, caption=0.03)
+            return self.sample(rng, None, images, turns, render(ep, VISION.image_size))
+        if kind == "text" and rng.random() < 0.4:
             texts = [refusal.chat(rng) if rng.random() < 0.7 else refusal.of_the_world(rng)]
             texts += [refusal.chat(rng) for _ in range(rng.choice((0, 0, 1)))]
             return self.sample(rng, None, [], [Turn(text, REFUSAL, None) for text in texts])
@@ -163,6 +176,8 @@ class WidenedExamples:
         turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
         if lesson.caption and rng.random() < 0.12:
             turns[0] = Turn(refusal.describe(rng), ep.caption, None)
+        if rng.random() < 0.2:
+            turns = [reworded(rng, turn) for turn in turns]
         if kind == "text":  # half of the time among questions about the scene
             turns = turns[: rng.choice((0, 0, 1, 2))]
             turns.insert(rng.randint(0, len(turns)), Turn(refusal.chat(rng), REFUSAL, None))
@@ -181,9 +196,17 @@ class WidenedExamples:
         return images
 
     def sample(
-        self, rng: Random, ep: Episode | None, images: list[Image.Image], turns: Sequence[Turn]
+        self,
+        rng: Random,
+        ep: Episode | None,
+        images: list[Image.Image],
+        turns: Sequence[Turn],
+        later: Sequence[Image.Image] = (),
     ) -> AttendedSample:
-        """A conversation in one of the presets, in a seventh of them with another system prompt."""
+        """A conversation in one of the presets, in a seventh of them with another system prompt.
+
+        later: images before the second question.
+        """
         preset = rng.choices(("interleave", "hf", "official"), (0.4, 0.35, 0.25))[0]
         system: str | EllipsisType | None = DEFAULT
         if rng.random() < 1 / 7:
@@ -199,13 +222,25 @@ class WidenedExamples:
                 {"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]},
                 {"role": "assistant", "content": turn.answer},
             ]
-            parts = []
+            parts = [{"type": "image", "image": image} for image in later]
+            later = ()
         processor = formats.processor(self.folder)
         prompt = processor.example(messages, preset=preset, system=system)
         if ep is None:
             return AttendedSample(prompt, [])
         targets = AttentionTargets(ep, VISION.image_size, VISION.patch_size)
         return with_targets(prompt, processor.tokenizer, targets, turns)
+
+
+def reworded(rng: Random, turn: Turn) -> Turn:
+    text = turn.question
+    if lead := rng.choice(LEADS):
+        text = lead + (text[0].lower() + text[1:] if rng.random() < 0.5 else text)
+    if tail := rng.choice(TAILS):
+        text += tail
+    elif rng.random() < 0.5:
+        text = text.rstrip("?.")
+    return replace(turn, question=text)
 
 
 def refusals(rng: Random) -> list[Turn]:

@@ -71,6 +71,8 @@ CHAT = (
     "Your answer is wrong[|.|, try again.]",
     "[{word}|{word} {word}|{word} {word} {word} {word}|{digits}|?|...|test|asdf]",
     "Write [code|a program|Python code|a SQL query] that [sorts|prints|reads] {word}.",
+    "[What|Who|Where|When|Why|How|Which] [is|are|was|do|does|did|should|will] {word} {word}?",
+    "[Could|Would|Will|Should|Does|Did|May] [you|I|we|they|it] {word} {word}[| {word}]?",
 )
 # Never trained on.
 HELD_OUT_CHAT = (
@@ -116,6 +118,16 @@ HELD_OUT_ABOUT_IMAGES = (
     "What is the person in the background doing?",
     "Would you visit this place?",
     "Extract all numbers as a table.",
+)
+ALPHABETS = (
+    *("abcdefghijklmnopqrstuvwxyz",) * 2,
+    "aàâäbcçdeéèêfghiîïjklmnñoóôöprstuúùûüßvz",
+    "абвгдежзиклмнопрстуфхцчшыюя",
+    "αβγδεζηθικλμνξοπρστυφχψω",
+    "".join(map(chr, range(0x4E00, 0x4F00))),
+    "".join(map(chr, range(0x3041, 0x3097))),
+    "0123456789+-*/=()^xyz.",
+    "(){}[];:=<>_.,abcdefimnoprstx",
 )
 SOURCES = (
     "argparse", "ast", "asyncio", "calendar", "collections", "csv", "datetime", "decimal",
@@ -165,9 +177,19 @@ def chat(rng: Random) -> str:
     lot = rng.random()
     if lot < 0.6:
         return fill(rng, rng.choice(CHAT))
-    if lot < 0.9:
+    if lot < 0.8:
         return rng.choice(sentences())
+    if lot < 0.9:
+        return gibberish(rng)
     return " ".join(rng.choices(words(), k=rng.randint(1, 9)))
+
+
+def gibberish(rng: Random) -> str:
+    """As other languages, formulas and code are to a model of the world."""
+    letters = rng.choice(ALPHABETS)
+    return " ".join(
+        "".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(1, 7))
+    ) + rng.choice(("", "?", ".", "!"))
 
 
 def of_the_world(rng: Random) -> str:

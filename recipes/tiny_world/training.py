@@ -35,7 +35,7 @@ from llava_interleave.train.recipe import Recipe
 from . import feature_distillation, other_images, patch_pretraining
 from .attention_supervision import attended_loss, collate
 from .episodes import FRAMES, SCENARIOS, episode
-from .feature_distillation import FeatureDistillation
+from .feature_distillation import PROBE_BATCHES, FeatureDistillation
 from .lessons import (
     COMPARING,
     DESCRIBING,
@@ -88,12 +88,12 @@ PRACTISE = replace(DESCRIBE, steps=5000, lr=1.3e-3, warmup_ratio=50 / 5000, min_
 SHARPEN = replace(PRACTISE, steps=1200, lr=6e-4, warmup_ratio=30 / 1200)
 COMPARE = replace(SHARPEN, steps=1300, warmup_ratio=30 / 1300)
 RESTYLE = replace(
-    SEE, steps=600, lr=1.2e-3, warmup_ratio=20 / 600, bfloat16=False, save_every=50, log_every=10
+    SEE, steps=1200, lr=1.5e-3, warmup_ratio=30 / 1200, bfloat16=False, save_every=100, log_every=10
 )
-REFUSE = replace(COMPARE, steps=420, lr=1e-3, warmup_ratio=12 / 420, save_every=50, log_every=10)
+REFUSE = replace(COMPARE, steps=1000, lr=8e-4, warmup_ratio=20 / 1000, save_every=100, log_every=10)
 # The share of the weights after `refuse` in their mean with those before it: fine-tuned weights
 # forget some of the world, the mean does not (WiSE-FT; Wortsman et al. 2022, arXiv 2109.01903).
-REFUSED = 0.75
+REFUSED = 0.85
 WRITERS, FEATURES = 5.0, 32.0  # by which `restyle` scales the calibrated tower and projector
 TOKENS = 2048  # of a batch
 WINDOW = 128  # samples that are packed together
@@ -210,7 +210,9 @@ def widen(
     model.requires_grad_(True)
     # A step of the optimizer is as large for all matrices; calibrated ones would be lost in it.
     patch_pretraining.scale(model, residual=WRITERS, features=FEATURES)
-    train(model, FeatureDistillation(model, SEED), scenes, restyle, folder / "restyle")
+    probe = patch_pretraining.LabeledPatchesDataset(VISION, SEED, PROBE_BATCHES)
+    loss = FeatureDistillation(model, SEED, [probe[number] for number in range(len(probe))])
+    train(model, loss, scenes, restyle, folder / "restyle")
     patch_pretraining.scale(model, residual=1 / WRITERS, features=1 / FEATURES)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     examples = WidenedExamples(source, images, SEED)
