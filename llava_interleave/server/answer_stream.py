@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -206,12 +206,23 @@ def respond(
 
     async def work(_: Scope, __: Receive, send: Send) -> None:
         async with service.generation(request, key) as prepared:
-            await _send_events(kind(prepared), send)
+            await send_events(kind(prepared), send)
 
     return CancelOnDisconnect(work)
 
 
-async def _send_events(stream: AnswerStream, send: Send) -> None:
+class EventStream(Protocol):
+    """What `send_events` sends."""
+
+    @property
+    def service(self) -> Service | ServedModels: ...
+    @property
+    def end(self) -> bytes: ...
+    def __aiter__(self) -> AsyncIterator[list[bytes]]: ...
+    def error(self, error: ApiError) -> bytes: ...
+
+
+async def send_events(stream: EventStream, send: Send) -> None:
     """Server-sent events. The status is sent first, so an error after it is an event as well."""
     await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
 

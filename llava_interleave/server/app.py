@@ -19,7 +19,7 @@ from ..chat import Chatbot
 from ..errors import Unsupported
 from ..processing import Estimate
 from . import openai_types as openai
-from .answer_stream import respond, respond_json
+from .answer_stream import CancelOnDisconnect, respond, respond_json, send_events
 from .api_errors import ApiError, error_response, to_api_error
 from .api_keys import ApiKeys
 from .batch_files import BatchFiles
@@ -34,6 +34,7 @@ from .process import trim_heap_regularly
 from .responses import ResponseStream
 from .service import Service
 from .settings import MB, Settings
+from .tables import TableStream, find
 from .uploads import Files
 from .web_files import WEB_FILES, WEB_HEADERS
 
@@ -42,6 +43,8 @@ API_ROUTES = (
     *ENDPOINTS,
     "/v1/batches",
     "/v1/files",
+    "/v1/images/find",
+    "/v1/images/table",
     "/v1/live",
     "/v1/messages/attribution",
     "/v1/messages/count",
@@ -144,6 +147,7 @@ def create_routes(service: Service | ServedModels, *, with_batches: bool = True)
     add_file_routes(app, service)
     _add_batch_routes(app, service)
     _add_live_routes(app, service)
+    _add_table_routes(app, service)
     return app
 
 
@@ -324,6 +328,21 @@ def _add_live_routes(app: FastAPI, service: Service | ServedModels) -> None:
         """End a session."""
         sessions().delete(name, request.state.key)
         return openai.LiveDeleted(id=name)
+
+
+def _add_table_routes(app: FastAPI, service: Service | ServedModels) -> None:
+    @app.post("/v1/images/table", responses=openai.stream_responses(openai.TableResult))
+    async def table(body: openai.TableRequest, request: Request) -> Response:
+        """Ask the same questions about each image alone; with `stream` rows as events."""
+        stream = TableStream(service, body, request.state.key)
+        if not body.stream:
+            return respond_json(stream.whole)
+        return CancelOnDisconnect(lambda _, __, send: send_events(stream, send))
+
+    @app.post("/v1/images/find", responses={200: {"model": openai.FindResult}})
+    async def found(body: openai.FindRequest, request: Request) -> Response:
+        """Rank images by the probability that the answer to a yes/no question is yes."""
+        return respond_json(lambda: find(service, body, request.state.key))
 
 
 def _batches(service: Shared) -> Batches:

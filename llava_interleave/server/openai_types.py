@@ -763,6 +763,80 @@ class Live(BaseModel):
     expires_after: float
 
 
+class TableColumn(Strict):
+    """A question about each image. choices: the only answers of a text column."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    question: Annotated[str, Field(min_length=1, max_length=10_000)]
+    type: Literal["text", "int", "float", "bool"] = "text"
+    choices: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=256)
+    ] = []
+
+    @model_validator(mode="after")
+    def _choices_are_texts(self) -> TableColumn:
+        if self.choices and self.type != "text":
+            raise ValueError(f"choices are texts, but the type is {self.type}")
+        return self
+
+
+class ImagesRequest(ModelRequest):
+    """A request about each of several images: ids of uploads, data URLs or URLs."""
+
+    images: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+class TableRequest(ImagesRequest):
+    """POST /v1/images/table."""
+
+    columns: Annotated[list[TableColumn], Field(min_length=1)]
+    stream: bool = False
+
+
+class FindRequest(ImagesRequest):
+    """POST /v1/images/find: a yes/no question."""
+
+    question: Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class TableCell(BaseModel):
+    """An answer. probability: of the value among the allowed ones; allowed: the share of the
+    model's probability on allowed values. value: None with an error."""
+
+    value: str | int | float | bool | None
+    probability: float
+    allowed: float
+    error: str | None = _optional()
+
+
+class TableRow(BaseModel):
+    """The cells of image number `index`, from 0, by column."""
+
+    index: int
+    cells: dict[str, TableCell]
+
+
+class TableResult(BaseModel):
+    """A row for each image, in order."""
+
+    rows: list[TableRow]
+
+
+class ImageHit(BaseModel):
+    """An image by its index, and the probability of yes."""
+
+    index: int
+    probability: float
+    allowed: float
+
+
+class FindResult(BaseModel):
+    """The most probable yes first. errors: of images by index, which are no hits."""
+
+    hits: list[ImageHit]
+    errors: dict[int, str]
+
+
 class Prefill(BaseModel):
     """Tokens of a prompt that are in the prefix cache now, and those that were there before."""
 

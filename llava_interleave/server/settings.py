@@ -116,6 +116,7 @@ class Settings:
     )
     max_choices: int = _setting(8, "Answers to one request (n).")
     files_mb: int = _setting(256, "Megabytes of uploaded files in memory for each API key.")
+    max_table_cells: int = _setting(4096, "Cells of a table (/v1/images/table): images x columns.")
     live_sessions: int = _setting(4, "Live sessions (/v1/live) of each API key.")
     live_seconds: float = _setting(300.0, "Seconds without a request that end a live session.")
     batch_dir: Path | None = _setting(  # noqa: RUF009  a field
