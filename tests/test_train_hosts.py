@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import recipe
@@ -123,3 +124,32 @@ def test_a_killed_process_of_another_host_is_started_again_and_nothing_is_lost(
     for number, (mine, alone) in enumerate(both, 1):
         assert mine["step"] == alone["step"] == number
         assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_the_slurm_script_starts_torchrun_on_every_host(tmp_path: Path) -> None:
+    """With SLURM's commands as they answer on the first of two hosts."""
+    for name, text in (
+        ("scontrol", '[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"'),
+        ("srun", 'printf "%s\\n" "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = PAGE.parents[1] / "deploy" / "train.slurm"
+    known = {"SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "77"}
+    done = subprocess.run(
+        ["bash", script, "m4.json", "-o", "a folder"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_GPUS_ON_NODE": "8", **known},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    command = words[words.index("torchrun") :]
+    documented = shlex.split(
+        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id 77 "
+        "--rdzv-endpoint node3:29400 -m llava_interleave train m4.json -o 'a folder'"
+    )
+    assert command == documented
+    torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    assert all(word in torchrun for word in command[1 : command.index("-m")] if word[:2] == "--")
