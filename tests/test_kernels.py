@@ -320,11 +320,16 @@ def test_without_kernels_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> No
 def test_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as m:
         m.setattr("platform.machine", lambda: "riscv64")
-        assert reason() == "they are not written for riscv64, only for x86_64"
+        assert reason() == "they are not written for riscv64, only for x86_64 and aarch64"
     monkeypatch.setattr("platform.machine", lambda: "AMD64")
     with monkeypatch.context() as m:
         m.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": False})
-        assert reason() == "this CPU has neither AVX-512 VNNI nor AVX2"
+        assert reason() == "this CPU has none of amx, avx512_bf16, avx512_vnni, avx2"
+    with monkeypatch.context() as m:
+        m.setattr("platform.machine", lambda: "arm64")
+        m.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True, "dot": True})
+        m.setattr(kernels.binding, "find_library", lambda name: tmp_path / name)
+        assert "neon_dotprod cannot be loaded" in reason()
     capabilities = dict.fromkeys(kernels.binding.CAPABILITIES["avx512_bf16"], True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(kernels.compilation, "library_path", lambda name: tmp_path / name)
@@ -378,6 +383,35 @@ def test_own_threads_are_used_where_pytorch_exports_none(monkeypatch: pytest.Mon
             assert torch.equal(module(x), right)
     finally:
         torch.set_num_threads(before)
+
+
+OUTPUTS = Path(__file__).parent / "helpers" / "kernel_outputs.cpp"
+
+
+def outputs_of(compiler: str, flags: tuple[str, ...], folder: Path, *run: str) -> str:
+    """Hashes of what the kernels compute on odd shapes."""
+    command = [compiler, "-std=c++17", "-O1", "-static", *flags, f"-I{kernels.compilation.SOURCES}"]
+    subprocess.run([*command, "-o", "outputs", str(OUTPUTS)], cwd=folder, check=True)
+    done = subprocess.run([*run, "./outputs"], cwd=folder, check=True, capture_output=True)
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+@needs_kernels
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))),
+    reason="needs g++-aarch64-linux-gnu and qemu-user",
+)
+def test_neon_computes_the_bits_of_avx2(tmp_path: Path) -> None:
+    """Cross-compiled and emulated: products, decoder and tower, int4 and int8, both KV caches."""
+    if "avx2" not in kernels.binding.supported_instructions():
+        pytest.skip("this is no x86-64 machine")
+    flags = kernels.compilation.FLAGS
+    arm = outputs_of(
+        "aarch64-linux-gnu-g++", flags["aarch64"]["neon_dotprod"], tmp_path, "qemu-aarch64"
+    )
+    assert arm.count("\n") == 434
+    assert arm == outputs_of("g++", flags["x86_64"]["avx2"], tmp_path)
 
 
 HARNESS = """

@@ -29,6 +29,7 @@ CAPABILITIES = {
     "avx512_bf16": (*_AVX512, "avx512_bf16"),
     "avx512_vnni": _AVX512,
     "avx2": _AVX2,
+    "neon_dotprod": ("neon", "dot"),
 }
 """Instruction set -> its names in `torch.cpu.get_capabilities`."""
 
@@ -90,7 +91,7 @@ def supported_instructions() -> tuple[str, ...]:
         and (name != "amx" or _allows_tiles())
     ]
     if not found:
-        raise KernelsUnavailable("this CPU has neither AVX-512 VNNI nor AVX2")
+        raise KernelsUnavailable(f"this CPU has none of {', '.join(compilation.flags())}")
     return tuple(found)
 
 

@@ -32,7 +32,8 @@ FLAGS = {
         "avx512_bf16": _AVX512_BF16,
         "avx512_vnni": _AVX512,
         "avx2": _AVX2,
-    }
+    },
+    "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",)},
 }
 """Architecture -> instruction set, best first -> the compiler's flags."""
 

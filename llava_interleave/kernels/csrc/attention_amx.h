@@ -155,7 +155,7 @@ void multiply_keys(const uint16_t* q, const S* keys, int64_t stride, int64_t d, 
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 2 * PAIRS; j++)  // the next block
-        _mm_prefetch(reinterpret_cast<const char*>(row + j * stride + BLOCK), _MM_HINT_T0);
+        prefetch(row + j * stride + BLOCK);
       if (last) {
         store(scores + i, add(k < K_TILE ? splat(0) : load(scores + i), add(e, o)));
       } else {
@@ -182,7 +182,7 @@ void multiply_values(const uint16_t* weights, const S* values, int64_t stride, i
         if (k + i == count) break;
         const Floats a = splat(to_float(weights[k + i]));
         const S* row = values + (k + i) * stride;
-        _mm_prefetch(reinterpret_cast<const char*>(row + 4096 / sizeof(S)), _MM_HINT_T0);
+        prefetch(row + 4096 / sizeof(S));
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
           parts[i][n] = fma(load_masked(row + n * PANEL, PANEL), a, parts[i][n]);

@@ -28,9 +28,8 @@ void gemm_panels(const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, i
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) some[n] = load_k(b + n * PANEL, other + n * PANEL, have);
     for (size_t line = 0; line < N * PANEL * sizeof(S); line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(b + prefetch_distance) + line, _MM_HINT_T0);
-      if (K_STEP == 2)
-        _mm_prefetch(reinterpret_cast<const char*>(other + prefetch_distance) + line, _MM_HINT_T0);
+      prefetch(reinterpret_cast<const char*>(b + prefetch_distance) + line);
+      if (K_STEP == 2) prefetch(reinterpret_cast<const char*>(other + prefetch_distance) + line);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {

@@ -33,16 +33,19 @@ struct TileRange {
   int64_t first, last;
 };
 
-#if defined(__AVX512VNNI__)
-using InputSums = int32_t;  // -128 * sum of x: corrects products with q + 128
-inline InputSums input_sums(__m128i parts) {
-  parts = _mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0x4e));
-  return -128 * _mm_cvtsi128_si32(_mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0xb1)));
-}
+#if defined(DOT_PRODUCTS)
+using InputSums = int32_t;  // -ZERO * sum of x: corrects products with q + ZERO
 #else
 struct InputSums {
   int16_t parts[SUBGROUPS];
 };
+#endif
+#if defined(__AVX512VNNI__)
+inline InputSums input_sums(__m128i parts) {
+  parts = _mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0x4e));
+  return -ZERO * _mm_cvtsi128_si32(_mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0xb1)));
+}
+#elif defined(__AVX2__)
 inline InputSums input_sums(__m128i parts) {
   InputSums sums;
   _mm_storel_epi64(reinterpret_cast<__m128i*>(sums.parts), _mm_packs_epi32(parts, parts));
@@ -85,6 +88,25 @@ struct Inputs {
 };
 
 // Quantizes a group of 128 to 8 bits: value = round(x * 127 / max_abs), scale = max_abs / 127.
+#if defined(__aarch64__)
+inline void quantize_group(const float* x, int8_t* value, float* scale, InputSums* sums) {
+  int32x4_t max_abs = vdupq_n_s32(0);  // compared as integers: a NaN is the largest
+  for (int64_t i = 0; i < GROUP; i += 4)
+    max_abs = vmaxq_s32(max_abs, vreinterpretq_s32_f32(vabsq_f32(vld1q_f32(x + i))));
+  const int32_t bits = vmaxvq_s32(max_abs);
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  const float factor = largest == 0 ? 0.0f : 127.0f / largest;
+  for (int64_t i = 0; i < GROUP; i += 8) {
+    const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), factor))),
+                    high = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), factor)));
+    vst1_s8(value + i, vqmovn_s16(vcombine_s16(low, high)));
+  }
+  static_assert(ZERO == 0);
+  *sums = 0;
+  *scale = largest / 127.0f;
+}
+#else
 inline void quantize_group(const float* x, int8_t* value, float* scale, InputSums* sums) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256i max_abs = _mm256_setzero_si256();  // compared as integers: a NaN is the largest
@@ -115,6 +137,7 @@ inline void quantize_group(const float* x, int8_t* value, float* scale, InputSum
   *sums = input_sums(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
   *scale = largest / 127.0f;
 }
+#endif
 
 template <class T>
 void Inputs::quantize_row(int64_t token, const T* row, int64_t in) {
@@ -142,9 +165,9 @@ constexpr int64_t group_bytes(int64_t bits) {
   return PANEL * GROUP * bits / 8 + (bits == 4 ? SUB_SCALE_BYTES : 0);
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(DOT_PRODUCTS)
 // Yields the bytes q + ZERO of a group, four quads at a time, in order.
-template <int BITS, int ZERO = 128>
+template <int BITS, int ZERO = ::ZERO>
 struct Quads {
   const uint8_t* w;
   Bytes step, offset;
@@ -194,12 +217,12 @@ struct Panel {
     if (tiled && bits == 4) return unpack<4, 0>(inputs.groups, buffer);
     if (tiled) return unpack<8, 0>(inputs.groups, buffer);
 #endif
-#if defined(__AVX512VNNI__)  // elsewhere 4-bit products are faster
+#if defined(DOT_PRODUCTS)  // elsewhere 4-bit products are faster
     if (bits == 4 && tiles.last - tiles.first > 1) unpack<4, 128>(inputs.groups, buffer);
 #endif
   }
 
-#if defined(__AVX512VNNI__)
+#if defined(DOT_PRODUCTS)
   // To 8 bits, q + ZERO.
   template <int BITS, int ZERO>
   void unpack(int64_t groups, uint8_t* out) {
@@ -271,11 +294,12 @@ void product_of_tiles(const Panel& panel, const Inputs& inputs, int64_t first, i
 }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(DOT_PRODUCTS)
 // Product of a tile of M tokens with one panel -> out [M][16].
 template <int BITS, int M>
 void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
-  constexpr int CHAINS = M < 4 ? 4 : 1;  // independent sums, to hide the latency of the dot product
+  constexpr int CHAINS =
+      ZERO && M < 4 ? 4 : 1;  // independent sums, to hide the latency of the dot product
   const uint8_t* w = panel.values;
   const uint16_t* scale = panel.scales;
   const int8_t* x = &inputs.values[first * inputs.groups * GROUP];

@@ -25,10 +25,8 @@ struct KVHead {
     for (int64_t last = place + count; place < last; place++, key += stride, value += stride) {
       // the hardware prefetcher does not follow rows so far apart
       for (int64_t i = 0; i < d; i += 32) {
-        _mm_prefetch(reinterpret_cast<const char*>(key + PREFETCH_TOKENS * stride + i),
-                     _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(value + PREFETCH_TOKENS * stride + i),
-                     _MM_HINT_T0);
+        prefetch(key + PREFETCH_TOKENS * stride + i);
+        prefetch(value + PREFETCH_TOKENS * stride + i);
       }
       if constexpr (SCALED) {
         const float by_key = scale(key, &key_scales[first_scale + place]);
@@ -47,7 +45,7 @@ struct KVHead {
   float scale(const uint16_t* x, uint16_t* to) const {
     float largest = 0;
     for (int64_t i = 0; i < d; i++) largest = std::max(largest, std::abs(to_float(x[i])));
-    *to = _cvtss_sh(largest / 127, _MM_FROUND_TO_NEAREST_INT);
+    *to = to_half(largest / 127);
     return half_to_float(*to);
   }
 

@@ -38,7 +38,7 @@ class ThreadTeam {
       }
       team.arrived += weight;
       for (int64_t turn = 0; team.arrived < team.size * phase; turn++)
-        turn < SPIN_LIMIT ? _mm_pause() : std::this_thread::yield();
+        turn < SPIN_LIMIT ? spin_pause() : std::this_thread::yield();
     }
 
    private:
