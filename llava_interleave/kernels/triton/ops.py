@@ -307,7 +307,7 @@ def packed_linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Ten
     block_m = min(max(16, _power(rows)), 64)
     block_n = 32 if out < 64 * multiprocessors(x) else 64
     # of 4 groups at least; independent of the rows, since splits change the rounding
-    splits = min(-(-2 * multiprocessors(x) // -(-out // block_n)), max(groups // 4, 1))
+    splits = max(1, min(2 * multiprocessors(x) // -(-out // block_n), groups // 4))
     per_split = -(-groups // splits)
     splits = -(-groups // per_split)
     y = x.new_empty(rows, out)
@@ -317,7 +317,7 @@ def packed_linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Ten
         (-(-out // block_n), -(-rows // block_m), splits),
         *(x, w.words, w.scales, w.sub_scales, bias if splits == 1 else None, sums),
         *(rows, w.in_features, out, groups, per_split, x.stride(0)),
-        num_warps=4,
+        num_warps=4 if block_m < 64 else 8,
         num_stages=4 if block_m < 64 else 2,
         BITS=8 if w.sub_scales is None else 4,
         BLOCK_M=block_m,
