@@ -728,6 +728,28 @@ def test_the_last_few_and_the_best_are_kept(
     ] == list(losses.values())
 
 
+def test_a_run_stops_after_evaluations_without_a_gain(
+    folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """And stays so when it is called again."""
+    losses = {0: 3.0, 2: 1.0, 4: 1.1, 6: 1.0, 8: 0.5}
+    config = Recipe(steps=8, evaluate_every=2, early_stopping=2, log_every=1, save_every=100)
+    seen: list[int] = []
+    said: list[str] = []
+
+    def evaluate(_: Llava, step: int) -> dict[str, float]:
+        seen.append(step)
+        return {"loss": losses[step]}
+
+    for _ in range(2):
+        go(folder, prompts, tmp_path / "out", config, evaluate=evaluate, log=said.append)
+        assert said[-1] == "stopped after step 6: no evaluation after step 2 was better"
+    assert seen == [0, 2, 4, 6]
+    assert checkpointing.list_checkpoints(tmp_path / "out")[-1].name == "checkpoint-6"
+    with pytest.raises(OptionError, match="early_stopping counts evaluations"):
+        Recipe(early_stopping=1)
+
+
 def test_checkpoints_come_by_time_too(
     folder: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,7 @@ def train(
         model.train()
         if state.step == 0:
             state = evaluated(state)
-        while state.step < steps:
+        while state.step < steps and not _stops_early(state, recipe):
             last, best_before = state.step + 1 == steps, state.best
             share = recipe.grad_accum_steps // ranks.world_size
             with meter:
@@ -166,8 +166,8 @@ def train(
                         "give more, or fewer steps"
                     )
                 )
-            improved = state.best != best_before
-            if due or last or number or improved or state.step % recipe.save_every == 0:
+            improved, early = state.best != best_before, _stops_early(state, recipe)
+            if due or last or number or improved or early or state.step % recipe.save_every == 0:
                 if ranks.all_reduce_max(not _weights_are_finite(model))[0]:
                     ranks.raise_everywhere(
                         DataError(
@@ -183,7 +183,18 @@ def train(
                         f"{path}; the same call goes on from there"
                     )
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        if state.step < steps and state.best:
+            log(
+                f"stopped after step {state.step:,}: no evaluation after step "
+                f"{state.best[1]:,} was better"
+            )
     return model.eval()
+
+
+def _stops_early(state: State, recipe: Recipe) -> bool:
+    """Whether as many evaluations as `early_stopping` came after the best one."""
+    waited = 0 if state.best is None else state.step - state.best[1]
+    return 0 < recipe.early_stopping * recipe.evaluate_every <= waited
 
 
 def _checked_steps(recipe: Recipe, ranks: ProcessGroup) -> int:

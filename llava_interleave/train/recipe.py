@@ -27,7 +27,7 @@ RESUMABLE_FIELDS = frozenset(
         *("source", "media", "skip_errors", "device", "workers", "activation_checkpointing"),
         *("save_every", "save_minutes", "keep", "evaluate_every", "sample_generations"),
         *("log_every", "tensorboard", "max_skipped_steps", "timeout_minutes"),
-        "data_cache",
+        *("data_cache", "early_stopping"),
     )
 )
 """A resumed run may have other values of these fields: they do not change the weights."""
@@ -235,6 +235,9 @@ class Recipe:
     evaluate_every: int = _setting(
         0, "Steps between evaluations on held-out samples; 0 only before and after training."
     )
+    early_stopping: int = _setting(
+        0, "End the run after so many evaluations in a row without a lower loss; 0 for never."
+    )
     sample_generations: int = _setting(
         4, "How many held-out questions are answered at each evaluation."
     )
@@ -277,6 +280,8 @@ class Recipe:
                 raise OptionError(f"{name} must be at most {most}, and is {getattr(self, name)}")
         if self.steps == 0 or self.epochs == 0:
             raise OptionError("steps and epochs must be above 0")
+        if self.early_stopping and not self.evaluate_every:
+            raise OptionError("early_stopping counts evaluations: give evaluate_every too")
         if self.steps and self.epochs:
             raise OptionError(
                 f"steps ({self.steps}) and epochs ({self.epochs}) exclude each other: "
