@@ -330,6 +330,11 @@ def test_sessions_are_bounded(client: TestClient) -> None:
     large = send(client, names[0], 1, size=(800, 600))
     assert (large.status_code, large.json()["error"]["code"]) == (413, "live_full")
     assert send(client, names[0], 1).json()["frames"] == 2
+    for at in ("nan", "inf", "-1", "1e300", "now"):
+        refused_time = client.post(
+            f"/v1/live/{names[0]}/frames", files={"file": ("a.png", jpeg(1))}, data={"at": at}
+        )
+        assert refused_time.status_code == 400, at
     broken = client.post(f"/v1/live/{names[0]}/frames", files={"file": ("a.png", b"no image")})
     assert broken.status_code == 400
     assert client.post(f"/v1/live/{names[0]}/frames", json={}).status_code in (400, 415)
@@ -345,6 +350,30 @@ def test_sessions_are_bounded(client: TestClient) -> None:
     gone = send(client, names[0], 3)
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "live_not_found")
     assert client.post("/v1/live", json={"keep": 4, "least": 2}).status_code == 200
+
+
+def test_a_session_may_end_while_a_frame_is_prefilled(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the web UI does when it stops."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    service.live._by_key.clear()
+    name = client.post("/v1/live", json={"keep": 4, "least": 2}).json()["id"]
+    decoding, go = threading.Event(), threading.Event()
+    image = service.bot.processor.loader.image
+    monkeypatch.setattr(
+        service.bot.processor.loader,
+        "image",
+        lambda *data: decoding.set() or (go.wait(20) and image(*data)),
+    )
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(send, client, name, 0)
+        assert decoding.wait(20)
+        assert client.delete(f"/v1/live/{name}").status_code == 200
+        service.live._expire()
+        go.set()
+        assert seen.result().json()["frames"] == 1
+    assert send(client, name, 1).status_code == 404
 
 
 def test_a_key_does_not_see_sessions_of_others(folder: Path, tmp_path: Path) -> None:

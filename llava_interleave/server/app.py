@@ -308,7 +308,10 @@ def _add_live_routes(app: FastAPI, service: Service | ServedModels) -> None:
 
     @app.post("/v1/live/{name}/frames")
     async def see(
-        name: str, file: UploadFile, request: Request, at: Annotated[float | None, Form()] = None
+        name: str,
+        file: UploadFile,
+        request: Request,
+        at: Annotated[float | None, Form(ge=0, le=1e9, allow_inf_nan=False)] = None,
     ) -> openai.LiveFrames:
         """Append a frame, an image, and prefill it at lowest priority. at: its time in seconds."""
         data = await file.read()

@@ -99,7 +99,7 @@ class LiveSessions:
                 image = await service.media_pool.run(key, lambda: loader.image(data))
             frames = window.appended(image, at)
             session.bytes = sum(_bytes(one.image.image) for one in frames)
-            used = sum(one.bytes for one in self._by_key[key].values())
+            used = sum(one.bytes for one in self._by_key.get(key, {}).values())
             if used > self.settings.files_mb * MB:
                 session.bytes = sum(_bytes(one.image.image) for one in window.frames)
                 raise ApiError(
