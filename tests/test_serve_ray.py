@@ -242,7 +242,7 @@ def test_user_errors(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, told in (
         (["--ray-cpus", "2"], "name it with --ray"),
         (["--ray", "auto", "--ray-replicas", "3:2"], "minimum and maximum as in 2:8"),
-        (["--ray", "auto", "--device", "cuda:1"], "--device cuda:1 cannot be kept"),
+        (["--ray", "auto", "--device", "cuda:1"], "use --device cuda instead of cuda:1"),
         (["--ray", "auto", "--host", "0.0.0.0"], "--api-keys"),
         (["--ray", "ray://head:10001"], "run the command on a node"),
     ):
