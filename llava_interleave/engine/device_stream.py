@@ -52,9 +52,10 @@ class DeviceStream:
 
     def upload(self, host: Tensor, target: Tensor | None = None) -> Tensor:
         """Copy memory of `host()` to the device, to `target` or to new memory."""
+        behind = self.device.type == "cuda"
         if target is None:
-            return host.to(self.device, non_blocking=True)
-        return target.copy_(host, non_blocking=True)
+            return host.to(self.device, non_blocking=behind)
+        return target.copy_(host, non_blocking=behind)
 
     def upload_numbers(self, numbers: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
         """A tensor of numbers on the device."""

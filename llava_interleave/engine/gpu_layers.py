@@ -40,7 +40,7 @@ class GpuDecoder:
         """Embeddings `[T, D]` of a step -> hidden states `[T, D]`."""
         c, h = self.decoder.config, None
         for number, (layer, qkv_proj, gate_up_proj) in enumerate(self.layers):
-            norm, kv = layer.input_layernorm, self.cache.layer(number)
+            norm, kv = layer.input_layernorm, self.cache.layers[number]
             y, h = kt.add_rms_norm(x, norm.weight, norm.eps, h)
             q = kt.rotary_kv_write(
                 qkv_proj(y), batch.positions, batch.slots, self.rope, kv, c.num_heads

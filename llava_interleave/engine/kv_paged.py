@@ -28,8 +28,6 @@ from .prefix_cache import SequenceKV
 
 KV_BLOCK_SIZE = 256
 """Tokens per block. Sequences share whole blocks; a block table has a number for each."""
-
-
 TABLE_MULTIPLE, ALIGNMENT = 16, 4
 """Columns of a block table, and numbers before the next part of an upload: Triton compiles a kernel
 again for a stride of 1 or no multiple of 16, and for an address of no multiple of 16 bytes."""
@@ -84,7 +82,9 @@ class PagedKVCache:
     """The KV memory of all sequences of a model on one device: `kv_bytes` of blocks, one padding
     block.
 
-    dtype: of the computation. Raises `OptionError` if the device has not enough memory.
+    dtype: of the computation. layers: keys and values of each, views of the pool. no_kernels: why
+    the Triton kernels do not compute, or None. Raises `OptionError` if the device has not enough
+    memory.
     """
 
     def __init__(
@@ -110,6 +110,9 @@ class PagedKVCache:
             raise OptionError(
                 f"{kv_bytes:,} bytes of KV cache do not fit on {device}: {error}"
             ) from None
+        scales = [()] * c.num_layers if self.scales is None else self.scales
+        layers = zip(self.pool, scales, strict=True)
+        self.layers = [kt.LayerKV(*pool, *own) for pool, own in layers]
         self._compute_dtype = dtype
         self._empty = torch.empty((c.num_kv_heads, c.head_dim, 0), dtype=self.dtype, device=device)
 
@@ -159,11 +162,6 @@ class PagedKVCache:
             if self.scales is not None:
                 scales = contiguous.key_scales[layer], contiguous.value_scales[layer]
                 self._write(self.scales[layer], slots, *(scale.t() for scale in scales))
-
-    def layer(self, number: int) -> kt.LayerKV:
-        """The keys and values of a layer."""
-        scales = () if self.scales is None else self.scales[number]
-        return kt.LayerKV(*self.pool[number], *scales)
 
     def batch(
         self, spans: Sequence[Span], stream: DeviceStream, *extra: Sequence[int]
@@ -271,7 +269,7 @@ class _PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.write(layer, self.slots, k, v)
         if not self.kv_slots:
-            return self.batch.attend(q, self.cache.layer(layer))
+            return self.batch.attend(q, self.cache.layers[layer])
         parts = zip(q.split(self.counts), self.kv_slots, strict=True)
         return torch.cat([sdpa(part, *self.cache.read(layer, slots)) for part, slots in parts])
 

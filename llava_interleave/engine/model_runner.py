@@ -133,7 +133,8 @@ class ModelRunner:
         how = SamplingParams(max_new_tokens=1, temperature=1.0, repetition_penalty=1.1, seed=0)
         request = Request(0, Prompt([0]), how, CacheKey.of([0]), 1, 0.0, finish_reason="abort")
         sampler = Sampler(how, [0], self.vocab, self.device)
-        self.gpu_sampler([request], [sampler], self._best(self.model.logits(hidden))[0])
+        logits, _ = self._best(self.model.logits(hidden))
+        self.gpu_sampler([request], [sampler], logits.contiguous())
         self.stream.synchronize()
 
     def _decode_step(self, tokens: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ FILES = (
     *sorted((PACKAGE / "distributed").glob("*.py")),
     *(PACKAGE / "quantization" / name for name in ("linear_cuda.py", "replace.py", "packing.py")),
     *(PACKAGE / name for name in ("placement.py", "lora.py", "checkpoints/load.py")),
-    *(PACKAGE / "train" / name for name in ("fsdp.py", "loop.py", "losses.py", "references.py")),
+    *(PACKAGE / "train" / name for name in ("fsdp.py", "loop.py")),
 )
 """What a GPU runs, for inference and training."""
 STUBS = ("torch/nn/functional.pyi", "torch/_C/_VariableFunctions.pyi", "torch/_C/__init__.pyi")
