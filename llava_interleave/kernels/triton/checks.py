@@ -230,7 +230,7 @@ class Random:
         )
 
     def linear(self, rows: int, inputs: int, outputs: int, bits: int) -> Case:
-        x, bias, weight = self.floats(rows, inputs), self.floats(outputs), None
+        x, bias = self.floats(rows, inputs), self.floats(outputs)
         weight = self.weight(inputs, outputs, bits)
         return lambda to: ops.packed_linear(to(x), to(weight), to(bias))
 
