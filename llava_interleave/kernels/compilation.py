@@ -26,7 +26,7 @@ SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16")
-FLAGS = {
+FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
         "avx512_bf16": _AVX512_BF16,
