@@ -995,6 +995,7 @@ def test_the_first_look(page: Page) -> None:
     builtin = {"data": [{**one, "builtin": True} for one in models]}
     page.route("**/v1/models", lambda route: route.fulfill(json=builtin))
     page.reload()
+    expect(page.locator("#toy")).to_contain_text("llava serve -m photos")
     expect(page.locator("#toy")).to_contain_text("llava serve -m llava-hf/")
 
 

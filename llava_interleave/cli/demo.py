@@ -92,6 +92,8 @@ def demo(
                 f"{milliseconds(last)} instead of {milliseconds(first)}"
             )
     print(f"\n{sum(right)} of {len(right)} right; the files are in {folder}")
+    if model is None:
+        print("this model knows drawn scenes only; one for photos: llava pull photos")
 
 
 def copy_files(folder: Path) -> None:

