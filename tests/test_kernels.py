@@ -341,6 +341,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "avx512_bf16-1.so cannot be loaded" in reason()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="its compiler is a shell script")
 def test_compilation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It names the compiler's error and leaves nothing half done; libraries of other sources go."""
     compilation = kernels.compilation
