@@ -14,8 +14,10 @@ from llava_interleave import load
 from llava_interleave.chat import BUILTIN, Chatbot
 from llava_interleave.checkpoints import save
 from recipes.tiny_world import SCENARIOS, episode
-from recipes.tiny_world.benchmark import evaluate
+from recipes.tiny_world.benchmark import World, evaluate
 from recipes.tiny_world.data import exam, render
+from recipes.tiny_world.out_of_domain import MADE_UP
+from recipes.tiny_world.refusal import HELD_OUT_ABOUT_IMAGES, HELD_OUT_CHAT, REFUSAL
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,47 @@ def test_accuracy_on_its_world(bot: Chatbot, scenario: str, held_out: bool) -> N
     """
     score = evaluate(lambda asked: answer(bot, asked), scenario, 50, held_out=held_out)
     assert score.accuracy >= FLOOR[scenario], score.wrong
+
+
+@pytest.mark.parametrize(
+    ("preset", "styled"), [("official", False), ("hf", False), ("interleave", True)]
+)
+def test_accuracy_in_every_preset_and_style(
+    bot: Chatbot, tmp_path: Path, preset: str, styled: bool
+) -> None:
+    """A part of what the model's card has; hardly any of it is refused."""
+    task = World(questions=12, styled=styled, names=preset != "hf")
+    asked = [example.ask(tmp_path) for example in task.examples]
+    texts = [a.text for a in bot.batch(asked, max_new_tokens=80, preset=preset)]
+    right = [e.scorer(text) for e, text in zip(task.examples, texts, strict=True)]
+    assert sum(right) >= 0.75 * len(right), [
+        (e.question, e.truth, text)
+        for e, text, score in zip(task.examples, texts, right, strict=True)
+        if not score
+    ]
+    assert texts.count(REFUSAL) <= 2
+
+
+def test_all_else_gets_one_sentence(bot: Chatbot) -> None:
+    """Images that training makes up, from other seeds, and chat in wordings that it never had."""
+    rng = Random("refused")
+    asked: list[list[dict[str, Any]]] = []
+    for number, question in enumerate((*HELD_OUT_CHAT, *HELD_OUT_ABOUT_IMAGES, "How many things?")):
+        parts: list[dict[str, Any]] = []
+        if question not in HELD_OUT_CHAT:
+            parts = [{"type": "image", "image": MADE_UP[number % len(MADE_UP)](rng)}]
+        asked.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+    texts = answer(bot, asked)
+    others = [(a[0]["content"][-1], t) for a, t in zip(asked, texts, strict=True) if t != REFUSAL]
+    assert len(others) <= 2, others
+
+
+def test_one_other_image_among_scenes_is_refused(bot: Chatbot) -> None:
+    rng = Random("among")
+    shown = render(episode("multi", Random(12)), 96)
+    texts = [bot.ask("How many images are there?", [*shown, make(rng)]).text for make in MADE_UP]
+    assert texts.count(REFUSAL) >= len(texts) - 1, texts
+    assert REFUSAL not in bot.ask("How many images are there?", shown).text
 
 
 def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> None:

@@ -930,7 +930,7 @@ def test_an_answer_cites_its_images(browser: Browser, tmp_path: Path) -> None:
     ):
         albums = [tmp_path / f"album-{number}.png" for number in (1, 2)]
         cited = load(BUILTIN).ask("Describe the images.", albums, cite=True).citations
-        images = [",".join(map(str, one.images)) for one in cited or () if one.images]
+        images = ["".join(map(str, one.images)) for one in cited or () if one.images]
         attach(page, albums)
         page.click("#open-settings")
         page.get_by_label("cite the images").check()

@@ -125,7 +125,7 @@ class WorldExamples:
 # Shares of samples in the last stage: as in the one before; about scenes, most of them in other
 # styles; refusals with images that are not of the world; refusals without an image, or beside a
 # scene.
-SHARES = (0.28, 0.34, 0.18, 0.2)
+SHARES = (0.36, 0.34, 0.14, 0.16)
 STYLED = 0.6
 WIDENING = (Lesson(math.inf, SCENARIOS, 6, 0.03, 0.5, 0.3),)
 # Around questions about scenes, in a fifth of the samples.
