@@ -550,8 +550,8 @@ def test_a_mixture_takes_what_the_original_takes(tmp_path: Path) -> None:
         ),
         ("datasets:\n  - json_path: a.json", r"a\.json cannot be read"),
         (
-            "datasets:\n  - json_path: a.parquet",
-            r"a\.parquet is not a \.json, \.jsonl or \.yaml file and not a folder",
+            "datasets:\n  - json_path: a.csv",
+            r"a\.csv is not a \.json, \.jsonl, \.parquet, \.tar or \.yaml file and not a folder",
         ),
         ("datasets: [", "cannot be read as YAML"),
         ("datasets: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
