@@ -141,7 +141,7 @@ def test_the_openapi_document_holds(server: Server) -> None:
     read is not in its form.
     """
     words = [
-        "--max-examples=10",
+        "--max-examples=4",
         "--seed=1",
         "--generation-deterministic",
         "--warnings=off",
