@@ -10,7 +10,7 @@ a process of their own, send the corpus of the tests, files that hold up a decod
 do not compile, many endless answers, and below HTTP half a request, a slow one, none or garbage,
 without a pause. Limits, the rate limit too, are the defaults. For the first quarter of the time the
 good clients are alone. Then each attack is made once by itself, with a short request of the good
-key again and again beside it.
+key again and again during it.
 
 Prints one JSON object; exit code 1 if a good request failed, a hostile one got anything but 4xx or
 503, or a request still runs at the end. --quick: a tiny network, one minute.

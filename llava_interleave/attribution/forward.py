@@ -21,7 +21,7 @@ PASS_TOKENS = 1024
 class CachedPrompt(Protocol):
     """What an engine has computed of a prompt (`engine.CachedPrompt`).
 
-    length: tokens whose keys and values are in `stored`. features: of each media `[length, D]`, or
+    length: tokens whose KV cache is in `stored`. features: of each media `[length, D]`, or
     None where they are not cached.
     """
 
@@ -44,8 +44,8 @@ class AttributionRun:
     """Forward passes over a prompt with its answer.
 
     The row before an answer's token predicts it, so the answer's last token is not an input and the
-    answer's rows are the last `len(answer)` ones. Up to the end of the last image, keys and values
-    are computed once, or taken from `cached`.
+    answer's rows are the last `len(answer)` ones. The KV cache up to the end of the last
+    image is computed once, or taken from `cached`.
 
     check_cancelled: called before each pass; it may raise.
     """
@@ -99,7 +99,7 @@ class AttributionRun:
         Under causal attention that is the same as removing their rows. All rows behind the first of
         them are computed again.
         """
-        self.logprobs()  # which stores keys and values
+        self.logprobs()  # which fills the KV cache
         first = min(one.start for one in media)
         hidden = torch.zeros_like(self.is_media)
         for one in media:
@@ -118,7 +118,7 @@ class AttributionRun:
         Only these rows are computed again: what other media or texts took from a hidden one stays.
         For the last media it is `without`.
         """
-        self.logprobs()  # which stores keys and values
+        self.logprobs()  # which fills the KV cache
         rows = torch.arange(self.suffix, len(self.tokens))
         passes = [ForwardPass(rows, visible_ranges(self.suffix, media)) for media in hidden]
         count = max(1, PASS_TOKENS // len(rows))
@@ -130,8 +130,8 @@ class AttributionRun:
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Log-probabilities `[A]` of each pass; the attention of the first one in `layers`.
 
-        As in the engine, over the tokens that can be generated. A pass over everything stores its
-        keys and values.
+        As in the engine, over the tokens that can be generated. A pass over everything fills the
+        KV cache.
         """
         self.check_cancelled()
         count = len(self.answer)

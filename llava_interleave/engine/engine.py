@@ -55,7 +55,7 @@ class Load:
 class CachedPrompt:
     """What an engine has computed of a prompt, for any thread: later steps do not change it.
 
-    length: tokens whose keys and values, with RoPE, are in `stored`: by layer `[length, Hkv, d]`.
+    length: tokens whose KV cache, with RoPE, is in `stored`: by layer `[length, Hkv, d]`.
     features: of each media `[layout.length, D]`, or None where they are not cached.
     """
 

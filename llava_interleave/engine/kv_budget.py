@@ -1,5 +1,5 @@
-"""Memory of the KV cache on a GPU: the free memory after the largest step, which is run once beside
-the CUDA graphs."""
+"""Memory of the KV cache on a GPU: the free memory after the largest step, which is run once next
+to the CUDA graphs."""
 
 from __future__ import annotations
 

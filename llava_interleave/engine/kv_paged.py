@@ -3,7 +3,7 @@
 Same interface as `kv_contiguous`. `BlockAllocator` assigns the blocks. Sequences with a common
 prefix share its whole blocks, so that only a partly filled block is copied. The Triton kernels read
 a pool of 16 bits or of int8. Without them PyTorch's SDPA computes one sequence after another, from
-a copy of its keys and values.
+a copy of its KV cache.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class KVSnapshots:
         return KVSnapshot(metadata, self.kv_cache.export_tensors(kv, length))
 
     def lend(self, key: CacheKey) -> tuple[int, StoredKV]:
-        """The length of the longest cached prefix of a sequence; its keys and values by layer, for
-        any thread."""
+        """The length of the longest cached prefix of a sequence; its KV cache by layer, for any
+        thread."""
         kv, length, _ = self.prefix_cache.find(key, len(key.ids))
         if kv is None or not length:
             return 0, _nothing_stored
@@ -118,7 +118,7 @@ class KVSnapshots:
 
 
 def _nothing_stored(layer: int) -> tuple[Tensor, Tensor]:
-    raise LookupError(f"no keys and values of layer {layer} are cached")
+    raise LookupError(f"layer {layer} has no KV cache")
 
 
 def provenance(model: Llava, kv_dtype: torch.dtype) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class ContinuationAttention:
     """Several continuations of one sequence, each of which may see a part of it only: attribution.
 
     lengths: rows of each in the flat batch, which are causal. seen: by continuation, the ranges of
-    stored tokens that all its rows see. stored: keys and values of the sequence's tokens; without
+    stored tokens that all its rows see. stored: the sequence's KV cache; without
     them there is one continuation, the whole sequence.
     recorded: by layer of `layers`, attention probabilities of the first continuation's last
     `record` rows, if it sees all: mean over heads, `[record, S + R]` float32. They are computed

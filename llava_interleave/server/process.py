@@ -10,7 +10,7 @@ M_ARENA_MAX = -8
 """glibc's malloc.h: the maximum number of arenas."""
 SWITCH_INTERVAL = 0.00005
 """Seconds for which a thread may keep the interpreter's lock from the others. The engine gives it
-up around each operator, and with Python's 5 ms waits that long for each beside a busy thread."""
+up around each operator, and with Python's 5 ms waits that long for each next to a busy thread."""
 TRIM_SECONDS = 10.0
 """Seconds between two times that free memory goes back to the system."""
 

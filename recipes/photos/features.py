@@ -208,7 +208,7 @@ def exchange(
     """Features `[tokens, D]` in which the class of `tokens` (a mask) is another one.
 
     They move along the difference of the classifier's rows until the target's logit leads by a
-    random gap, as the likeliest class of a photo does; features stay within ReLU6's range.
+    random gap, as the most probable class of a photo does; features stay within ReLU6's range.
     """
     features = features.float().clone()
     for index in tokens.nonzero()[:, 0].tolist():

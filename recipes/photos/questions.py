@@ -29,8 +29,8 @@ BLANK = Image.new("RGB", (8, 8))
 class Seen:
     """A feature map and what is said about it.
 
-    words: the likeliest everyday words, the first is the main thing. name: a more exact name, or
-    "". confidence: 2 sure, 1 likely, 0 not sure. animal: None where it is not known.
+    words: the most probable everyday words, the first is the main thing. name: a more exact name,
+    or "". confidence: 2 sure, 1 likely, 0 not sure. animal: None where it is not known.
     """
 
     features: Tensor

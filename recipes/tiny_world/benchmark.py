@@ -161,8 +161,8 @@ class World(Task):
 
 
 class Refusals(Task):
-    """What the model refuses: images that are not of the world, and chat without an image or beside
-    a scene: `llava eval recipes.tiny_world.benchmark:Refusals --task-option images=FOLDER`.
+    """What the model refuses: images that are not of the world, and chat without an image or
+    next to a scene: `llava eval recipes.tiny_world.benchmark:Refusals --task-option images=FOLDER`.
 
     images: the folder `held_out` of `other_images`; half of the images are of sources that training
     never sees, whose names begin with "new-". count: of images.
@@ -197,7 +197,7 @@ class Refusals(Task):
             ep, *_ = exam("single", 5000 + number, held_out=False)
             scene = [{"type": "image", "image": image} for image in render(ep, SIZE)]
             found.append(
-                refused(f"beside/{number}", "chat beside a scene", "beside", question, scene)
+                refused(f"beside/{number}", "chat next to a scene", "beside", question, scene)
             )
         super().__init__(name="refusals", examples=found, max_new_tokens=80)
 

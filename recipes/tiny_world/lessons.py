@@ -123,7 +123,7 @@ class WorldExamples:
 
 
 # Shares of samples in the last stage: as in the one before; about scenes, most of them in other
-# styles; refusals with images that are not of the world; refusals without an image, or beside a
+# styles; refusals with images that are not of the world; refusals without an image, or next to a
 # scene.
 SHARES = (0.36, 0.34, 0.14, 0.16)
 STYLED = 0.6

@@ -5,6 +5,18 @@ import triton.language as tl
 
 
 @triton.jit
+def _add(x, residual, h, row, at, inside, stride_x, stride_r, D: tl.constexpr):
+    """x + residual for a row, float32, rounded as h stores it; x alone without a residual."""
+    wide = tl.load(x + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        wide += tl.load(residual + row * stride_r + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = wide.to(h.dtype.element_ty)
+        tl.store(h + row * D + at, rounded, mask=inside)
+        wide = rounded.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def add_rms_norm(
     x, residual, weight, y, h, stride_x, stride_r, eps, D: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -12,12 +24,7 @@ def add_rms_norm(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
-    wide = tl.load(x + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        wide += tl.load(residual + row * stride_r + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = wide.to(h.dtype.element_ty)
-        tl.store(h + row * D + at, rounded, mask=inside)
-        wide = rounded.to(tl.float32)
+    wide = _add(x, residual, h, row, at, inside, stride_x, stride_r, D)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
     y_row = wide * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * D + at, y_row, mask=inside)
@@ -31,12 +38,7 @@ def add_layer_norm(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
-    wide = tl.load(x + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        wide += tl.load(residual + row * stride_r + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = wide.to(h.dtype.element_ty)
-        tl.store(h + row * D + at, rounded, mask=inside)
-        wide = rounded.to(tl.float32)
+    wide = _add(x, residual, h, row, at, inside, stride_x, stride_r, D)
     centered = tl.where(inside, wide - tl.sum(wide, 0) / D, 0.0)
     scale = tl.rsqrt(tl.sum(centered * centered, 0) / D + eps)
     y_row = centered * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
