@@ -955,7 +955,7 @@ def test_an_answer_cites_its_images(browser: Browser, tmp_path: Path) -> None:
             const box = document.createElement("div");
             box.append(markdown(marked("\u{1F600} Yes. `a. b`", [cite(0, 7), cite(7, 10), cite(10, 13)])));
             linkCitations(box, () => {});
-            return [box.textContent, marked("\uE0001\uE001", [])];
+            return [box.textContent.trim(), marked("\uE0001\uE001", [])];
         }"""
         )
         assert found == ["\U0001f600 Yes.23 a. b23", "1"]
