@@ -55,7 +55,6 @@ IN_FLOATS = [f"{name} {kind}" for kind in FLOATS for name in ("llava", "transfor
 SYSTEMS, BRIEF = ["llava int4 kv8", "llava int4", "llava int8", *IN_FLOATS], IN_FLOATS[2:]
 QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
 SIZE = (1024, 768)  # pixels of an image
-FRAMES = 32  # of a video
 SHORT, LONG = 32, 64  # tokens of an answer, and of each of several at once
 
 Figures = dict[str, tuple[float, float | None]]
@@ -190,26 +189,40 @@ def conversation(system: System, machine: Machine, new_images: ImageFiles) -> Fi
     }
 
 
-def many_images(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
-    timing = system.answer([user(new_images(8), QUESTIONS[0])], tokens=SHORT)
-    return first_token(timing, machine, 8) | decode(timing, machine, system.about, "8 images")
+def many_images(
+    system: System, machine: Machine, new_images: ImageFiles, count: int = 8
+) -> Figures:
+    timing = system.answer([user(new_images(count), QUESTIONS[0])], tokens=SHORT)
+    after = f"{count} images"
+    return first_token(timing, machine, count) | decode(timing, machine, system.about, after)
 
 
-def video(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
-    """A video of 32 frames; none for a checkpoint without `<video>`."""
+def album(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
+    """32 images."""
+    found = many_images(system, machine, new_images, 32)
+    return found | {"peak memory after 32 images, MiB": (system.peak() / 2**20, None)}
+
+
+def video(system: System, machine: Machine, new_images: ImageFiles, frames: int = 32) -> Figures:
+    """A video; none for a checkpoint without `<video>`."""
     if machine.config.video_token_id is None:
         return {}
-    path = new_images.folder / f"{new_images.turn}.mp4"
-    write_video(path, FRAMES, offset=new_images.turn)
-    part = {"type": "video", "path": str(path)}
+    path = new_images.folder / f"{new_images.turn}-{frames}.mp4"
+    write_video(path, frames, offset=new_images.turn)
+    part = {"type": "video", "path": str(path), "frames": frames}
     turn = {"role": "user", "content": [part, {"type": "text", "text": QUESTIONS[0]}]}
     timing = system.answer([turn], tokens=SHORT)
-    share = machine.min_seconds(FRAMES, timing["prompt"]) / timing["first"]
+    share = machine.min_seconds(frames, timing["prompt"]) / timing["first"]
+    name = f"video of {frames} frames"
     return {
-        f"first token, video of {FRAMES} frames, s": (timing["first"], share),
-        **decode(timing, machine, system.about, f"video of {FRAMES} frames"),
-        "peak memory after the video, MiB": (system.peak() / 2**20, None),
+        f"first token, {name}, s": (timing["first"], share),
+        **decode(timing, machine, system.about, name),
+        f"peak memory after a {name}, MiB": (system.peak() / 2**20, None),
     }
+
+
+def long_video(system: System, machine: Machine, new_images: ImageFiles) -> Figures:
+    return video(system, machine, new_images, 64)
 
 
 def many_requests(system: System, _: Machine, new_images: ImageFiles) -> Figures:
@@ -259,6 +272,8 @@ WORK: dict[str, Work] = {
     "images": many_images,
     "video": video,
     "requests": many_requests,
+    "album": album,
+    "long-video": long_video,
 }
 
 
@@ -375,7 +390,7 @@ def main() -> None:
         help="systems that answer about one image only",
     )
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=COMMAND")
-    parser.add_argument("--work", nargs="*", default=list(WORK), choices=list(WORK))
+    parser.add_argument("--work", nargs="*", default=list(WORK)[:5], choices=list(WORK))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     end = time.perf_counter() + 60 * args.minutes

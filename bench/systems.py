@@ -3,8 +3,8 @@
     python bench/systems.py llava FOLDER int4 [kv8]
     python bench/systems.py transformers FOLDER bfloat16
     python bench/systems.py openvino EXPORTED int4
-    python bench/systems.py llamacpp CONVERTED q4_0
-    python bench/systems.py vllm FOLDER bfloat16
+    python bench/systems.py llamacpp CONVERTED q4_0 [CONTEXT]
+    python bench/systems.py vllm FOLDER bfloat16 [CONTEXT] [eager]
 
 The first output line comes after loading and has the bytes read per token: `weights`, and `kv` for
 each token before it. In: {"chats": [messages, ...], "tokens": N}; one batch, N tokens each. Out:
@@ -182,13 +182,14 @@ class LlamaCpp:
     read one after another, their answers written together.
     """
 
-    SEQUENCES, CONTEXT = 8, 8192  # tokens of all sequences
+    SEQUENCES = 8
 
-    def __init__(self, folder: str, _: str) -> None:
+    def __init__(self, folder: str, _: str, context: str = "8192") -> None:
         import llama_cpp as llama
         from llama_cpp import mtmd_cpp as mtmd
 
         self.llama, self.mtmd = llama, mtmd
+        self.max_tokens = int(context)  # of all sequences
         if sys.platform == "linux":
             threads = len(os.sched_getaffinity(0))
         else:
@@ -199,8 +200,8 @@ class LlamaCpp:
         settings = llama.llama_context_default_params()
         settings.n_seq_max, settings.n_ctx, settings.n_batch = (
             self.SEQUENCES,
-            self.CONTEXT,
-            self.CONTEXT,
+            self.max_tokens,
+            self.max_tokens,
         )
         settings.kv_unified = True  # one may have them all
         settings.n_threads = settings.n_threads_batch = threads
@@ -209,7 +210,7 @@ class LlamaCpp:
         vision.n_threads, vision.use_gpu = threads, False
         self.tower = mtmd.mtmd_init_from_file(f"{folder}/tower.gguf".encode(), self.model, vision)
         self.size = json.loads((Path(folder) / "preprocessor_config.json").read_text())["size"]
-        self.batch = llama.llama_batch_init(self.CONTEXT, 0, 1)
+        self.batch = llama.llama_batch_init(self.max_tokens, 0, 1)
         self.held: list[list[Any]] = [[] for _ in range(self.SEQUENCES)]
         """By sequence a key for each of its tokens: the token's id, or the digest of the image
         that it is part of.
@@ -331,7 +332,7 @@ class LlamaCpp:
                     mtmd.mtmd_get_output_embd(self.tower),
                     len(held),
                     sequence,
-                    self.CONTEXT,
+                    self.max_tokens,
                 )
                 after, none = (
                     ctypes.byref(ctypes.c_int32()),
@@ -375,17 +376,28 @@ class LlamaCpp:
 
 class Vllm:
     """vLLM's CPU build with a checkpoint's folder, in this process, as several would share the
-    cores: its continuous batching, which finds prefixes again in whole blocks.
+    cores: its continuous batching, which finds prefixes again in whole blocks. eager: without
+    torch.compile. The largest image and video are not tried at the start, which takes minutes.
     """
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, context: str = "8192", eager: str = "") -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}  # GB
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
         import vllm
         from safetensors import safe_open
 
-        shape = {"max_model_len": 8192, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 8}}
-        llm = vllm.LLM(folder, dtype=dtype, enable_prefix_caching=True, **shape)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        video = {"video": 1} if "video_token_index" in config else {}
+        llm = vllm.LLM(
+            folder,
+            dtype=dtype,
+            enable_prefix_caching=True,
+            enforce_eager=eager == "eager",
+            max_model_len=int(context),
+            max_num_seqs=8,
+            limit_mm_per_prompt={"image": 8, **video},
+            skip_mm_profiling=True,
+        )
         self.engine, self.settings, self.asked = llm.llm_engine, vllm.SamplingParams, count()
         files = [safe_open(path, "pt") for path in Path(folder).glob("*.safetensors")]
         sizes = {
@@ -414,8 +426,11 @@ class Vllm:
         settings, ids = self.settings(temperature=0, max_tokens=tokens, ignore_eos=True), []
         for chat, number in zip(chats, self.asked, strict=False):
             images = [Image.open(path).convert("RGB") for path in paths(chat)]
+            videos = [frames(path) for path in paths(chat, "video")]
+            media = {"image": images} if images else {"video": videos}
             ids.append(str(number))
-            given = {"prompt": spelt(chat, "<image>"), "multi_modal_data": {"image": images}}
+            tag = "<image>" if images else "<video>"
+            given = {"prompt": spelt(chat, tag), "multi_modal_data": media}
             self.engine.add_request(ids[-1], given, settings)
         while self.engine.has_unfinished_requests():
             latest = next((one for one in self.engine.step() if one.request_id == ids[0]), latest)
@@ -432,21 +447,31 @@ class Vllm:
 
 
 def spelt(chat: list[dict[str, Any]], tag: str) -> str:
-    """A chat as the checkpoint's template lays it out, with tags where images are; {} in a tag is
-    the image's number.
+    """A chat as the checkpoint's template lays it out, with tags where media are; {} in a tag is
+    the number of the image or video.
     """
     text, images = "", count()
     for turn in chat:
         tags = "".join(
-            tag.format(next(images)) for part in turn["content"] if part["type"] == "image"
+            tag.format(next(images)) for part in turn["content"] if part["type"] != "text"
         )
         words = "".join(f"\n{part['text']}" for part in turn["content"] if part["type"] == "text")
         text += f"<|im_start|>{turn['role']}\n{tags}{words}<|im_end|>\n"
     return f"{text}<|im_start|>assistant\n"
 
 
-def paths(chat: list[dict[str, Any]]) -> list[str]:
-    return [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
+def paths(chat: list[dict[str, Any]], kind: str = "image") -> list[str]:
+    return [part["path"] for turn in chat for part in turn["content"] if part["type"] == kind]
+
+
+def frames(path: str) -> Any:
+    """All frames of a video, (frames, height, width, 3)."""
+    import cv2
+    import numpy as np
+
+    video = cv2.VideoCapture(path)
+    read = iter(lambda: video.read()[1], None)
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in read])
 
 
 SYSTEMS = {

@@ -437,7 +437,8 @@ def _original_arrangement(top: _Section, vision: VisionConfig, text: TextConfig)
     """OneVision's or LLaVA-Video's where image_aspect_ratio is anyres_max_N, else Interleave's.
 
     Interleave's own config says anyres and spatial_unpad, but its code writes no newlines. A
-    decoder with GQA (Qwen2) is of the later code, which does.
+    decoder with GQA (Qwen2) is of the later code, which does: with one, whatever asks for newlines
+    or pooled frames is refused.
     """
     aspect, position = (
         top.remaining.get("image_aspect_ratio"),
@@ -445,16 +446,19 @@ def _original_arrangement(top: _Section, vision: VisionConfig, text: TextConfig)
     )
     if not (isinstance(aspect, str) and aspect.startswith("anyres_max_")):
         later = text.num_kv_heads != text.num_heads
-        stride = top.remaining.get("mm_spatial_pool_stride")
-        for key, value, wrong in (
-            ("mm_newline_position", position, later or position in ("grid", "frame")),
-            ("mm_spatial_pool_stride", stride, later),
+        merge = top.remaining.get("mm_patch_merge_type")
+        for key, wrong in (
+            ("mm_newline_position", later or position in ("grid", "frame")),
+            ("mm_spatial_pool_stride", later),
+            ("mm_spatial_pool_mode", later),
+            ("mm_patch_merge_type", later and merge != "flat"),
         ):
-            if value and wrong:
+            if wrong and (value := top.remaining.get(key)):
                 raise top.wrong(
                     key,
                     f"is {_brief(value)}, of LLaVA-OneVision or LLaVA-Video, but "
-                    f"image_aspect_ratio is {_brief(aspect)}; supported with 'anyres_max_N'",
+                    f"image_aspect_ratio is {_brief(aspect)}; supported with 'anyres_max_N', or "
+                    "without newlines and pooling: mm_patch_merge_type 'flat' and no such key",
                 )
         pinpoints = INTERLEAVE.pinpoints
         if aspect == "anyres" and top.remaining.get("image_grid_pinpoints") is not None:

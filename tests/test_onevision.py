@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,7 @@ from llava_interleave.config_json import from_dict
 from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.image_layout import INTERLEAVE, ONEVISION, ImageTokenLayout, anyres
 from llava_interleave.model import Llava, PackedAttention, arrange_features
-from llava_interleave.processing import Processor
+from llava_interleave.processing import FrameSampling, Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
 from tests.helpers.images import random_image
@@ -212,6 +213,14 @@ def test_estimate_counts_what_the_prompt_has(folder: Path) -> None:
     processor = Processor.from_folder(folder)
     for messages, _ in PROMPTS.values():
         assert processor.estimate(messages).total == len(processor.prompt(messages))
+    long = user([random_image(40, 30, seed) for seed in range(250)], "word " * 800)
+    counted = processor.estimate(long, frames=FrameSampling(frames=250))
+    assert counted.left < 0
+    assert str(counted).endswith("fit in the rest of the context; ask for fewer frames")
+    (fit,) = re.findall(r"at most (\d+) frames", counted.excess)
+    for frames, fits in ((int(fit), True), (int(fit) + 1, False)):
+        counted = processor.estimate(long, frames=FrameSampling(frames=frames))
+        assert (counted.left >= 0, counted.excess == "") == (fits, fits)
 
 
 def test_the_number_of_images_decides(folder: Path) -> None:
@@ -361,6 +370,9 @@ ORIGINAL = {
     "max_position_embeddings": 32768, "hidden_act": "silu", "use_sliding_window": False,
     "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0",
 }  # fmt: skip
+FLAT = {key: value for key, value in ORIGINAL.items() if not key.startswith("mm_spatial")} | {
+    "mm_newline_position": None, "mm_patch_merge_type": "flat",
+}  # fmt: skip
 VIDEO = ORIGINAL | {
     "mm_newline_position": "grid", "mm_spatial_pool_stride": 2, "add_faster_video": False,
     "faster_token_stride": 10, "add_time_instruction": True, "force_sample": True,
@@ -382,6 +394,8 @@ def test_published_configs_are_told_apart() -> None:
         "image_aspect_ratio": "anyres",
         "image_grid_pinpoints": [[384, 768]],
         "mm_newline_position": None,
+        "mm_spatial_pool_mode": None,
+        "mm_patch_merge_type": "flat",
     }
     assert from_dict(ORIGINAL | plain).arrangement == replace(INTERLEAVE, pinpoints=((1, 2),))
     four = [[384 * a, 384 * b] for a, b in product(range(1, 5), range(1, 5))]
@@ -415,6 +429,10 @@ def test_published_configs_are_told_apart() -> None:
             2,
         ),
         (ORIGINAL, "image_aspect_ratio", "anyres_max_"),
+        # A mid-stage checkpoint: plain anyres, whose newlines no key but this one says.
+        (FLAT | {"image_aspect_ratio": "anyres"}, "mm_patch_merge_type", "spatial_unpad"),
+        (FLAT | {"image_aspect_ratio": None}, "mm_patch_merge_type", "spatial_unpad"),
+        (FLAT | {"image_aspect_ratio": "pad"}, "mm_spatial_pool_mode", "bilinear"),
     ],
 )
 def test_other_networks_are_refused_by_name(

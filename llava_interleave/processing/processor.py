@@ -110,6 +110,7 @@ class Estimate:
     kv_bytes: the KV cache of the prompt.
     feature_bytes: features of its images.
     weight_bytes: the network; 0 if not counted.
+    excess: what is wrong with a prompt that is too long, and the way out; empty if it fits.
     """
 
     parts: tuple[EstimateItem, ...]
@@ -119,6 +120,7 @@ class Estimate:
     kv_bytes: int
     feature_bytes: int
     weight_bytes: int = 0
+    excess: str = ""
 
     def __str__(self) -> str:
         rows = [(part.name, f"{part.tokens:,}") for part in self.parts]
@@ -130,7 +132,8 @@ class Estimate:
         rows += [("KV cache", _size(self.kv_bytes)), ("image features", _size(self.feature_bytes))]
         rows += [("weights", _size(self.weight_bytes))] * bool(self.weight_bytes)
         width, number = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{name:<{width}}  {value:>{number}}" for name, value in rows)
+        lines = [f"{name:<{width}}  {value:>{number}}" for name, value in rows]
+        return "\n".join([*lines, *[self.excess] * bool(self.excess)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +366,7 @@ class Processor:
             decoder.context - total,
             2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * number_bytes * total,
             decoder.hidden_size * number_bytes * sum(lengths),
+            excess=self._excess(text, requests, [layout for layout, _ in sizes], 0),
         )
 
     def _conversation(
@@ -608,16 +612,27 @@ class Processor:
         text: tokens of the rendered text, one placeholder for each of the requests.
         reserve: tokens of the answer.
         """
+        if excess := self._excess(text - len(requests), requests, layouts, reserve):
+            raise ContextError(excess)
+
+    def _excess(
+        self,
+        text: int,
+        requests: list[_MediaRequest],
+        layouts: list[ImageTokenLayout],
+        reserve: int,
+    ) -> str:
+        """What `_check_context` says, or nothing; `text` without placeholders."""
         context = self.config.text.context
         lengths = [layout.length for layout in layouts]
-        text -= len(requests)
         total = text + sum(lengths)
         if total + reserve <= context:
-            return
+            return ""
         crops = [self._crop(request).length for request in requests]
-        videos = sum(n for request, n in zip(requests, lengths, strict=True) if request.video)
-        frames = [n for request, n in zip(requests, crops, strict=True) if request.video]
-        fit = (context - reserve - (total - videos)) // sum(frames) if frames else 0
+        videos = [one for one, request in zip(layouts, requests, strict=True) if request.video]
+        frames = [replace(one, crops=2).length - replace(one, crops=1).length for one in videos]
+        reducible = sum(n * one.crops for n, one in zip(frames, videos, strict=True))
+        fit = (context - reserve - (total - reducible)) // sum(frames) if frames else 0
         images = (context - reserve - text) // max(crops, default=1)
         if frames and fit > 0:
             way = (
@@ -633,7 +648,7 @@ class Processor:
             )
         else:
             way = "shorten the text" + " or ask for fewer new tokens" * (reserve > 0)
-        raise ContextError(
+        return (
             f"the prompt has {total:,} tokens ({text:,} of text, {total - text:,} of images)"
             + (f", and {reserve:,} are to be generated" if reserve else "")
             + f", but the context is {context:,}: {way}"
