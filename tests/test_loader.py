@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import socket
 import struct
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_interleave import data_url
 from llava_interleave.errors import LlavaError, MediaError, MediaRefused, OptionError
@@ -83,6 +84,8 @@ def test_hostile_files_are_refused_in_our_words(name: str, tmp_path: Path) -> No
     ):
         with pytest.raises(MediaError) as caught:
             Loader().image(source)
+        with pytest.raises(MediaError, match=re.escape(str(caught.value))):
+            Loader().fingerprint(source)
         assert "0x" not in str(
             caught.value
         )  # Pillow's message shows the address of an object (CVE-2026-22778)
@@ -97,6 +100,23 @@ def test_damaged_files_never_raise_anything_else(kind: str, data: st.DataObject)
         blob[at] = data.draw(st.integers(0, 255))
     with suppress(MediaError):
         assert Loader().image(bytes(blob)).mode == "RGB"
+    with suppress(MediaError):
+        Loader().fingerprint(bytes(blob))
+
+
+def test_a_whole_file_is_fingerprinted_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.effect_noise((64, 64), 50)
+    files = [saved(image), saved(image, "JPEG"), saved(image, "JPEG", progressive=True)]
+    found = [Loader().fingerprint(file) for file in files]
+    assert len({*found}) == 3
+    assert Loader().fingerprint(image) != Loader().fingerprint(image.rotate(90))
+    flipped = bytearray(files[0])
+    flipped[-40] ^= 1  # of the compressed pixels
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert [Loader().fingerprint(file) for file in files] == found
+    for partial in (bytes(flipped), files[1][:-2], saved(image, "BMP")):
+        with pytest.raises(MediaError):  # it would have been decoded
+            Loader().fingerprint(partial)
 
 
 def test_data_after_an_image_is_ignored() -> None:

@@ -6,6 +6,7 @@ Its messages are the package's own, never a library's.
 from __future__ import annotations
 
 import binascii
+import hashlib
 import os
 import re
 import stat
@@ -37,7 +38,7 @@ from .formats import (
 )
 from .images import from_array, orientation, to_rgb
 from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget
-from .segments import check_scans, check_segments
+from .segments import check_scans, check_segments, is_whole
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 
 FRAME_FOLDER_FPS = 2
@@ -85,6 +86,26 @@ class Loader:
             turned = image.format != "TIFF" and orientation(image) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
 
+    def fingerprint(self, source: object) -> bytes:
+        """A hash of an image file's bytes, or of the pixels of an image in memory, 16 bytes.
+
+        Raises MediaError as `image` does, but a file that is seen to be whole is not decoded.
+        """
+        state = hashlib.blake2b(digest_size=16)
+        if isinstance(source, Image.Image) or hasattr(source, "shape"):
+            image = self.image(source)
+            state.update(repr(image.size).encode() + image.tobytes())
+            return state.digest()
+        with _naming(source):
+            with self._open(source, self.limits.image_bytes) as file:
+                data = file.read()
+            with _guarding("the image is damaged or cut short"), self._image(data) as image:
+                if not is_whole(data, image.format or ""):
+                    image.load()
+                    to_rgb(image)
+        state.update(data)
+        return state.digest()
+
     def video(
         self,
         source: object,
@@ -119,7 +140,7 @@ class Loader:
             if isinstance(source, str | os.PathLike):
                 path = file_path(source)
                 name = os.fspath(path) if path else urlsplit(str(source)).path
-                if str(source)[:5].lower() != "data:":
+                if path or str(source)[:5].lower() != "data:":
                     if name.lower().endswith(VIDEO_SUFFIXES):
                         return True, source
                     if name.lower().endswith(IMAGE_SUFFIXES) and not animations:
@@ -427,6 +448,8 @@ def _scheme(text: str) -> str:
 
 def file_path(source: str | os.PathLike[str]) -> Path | None:
     """The path of a source that is a path or a file:// URL; None for other URLs."""
+    if isinstance(source, Path):
+        return source
     if not isinstance(source, str):
         return Path(source)
     scheme = _scheme(source)

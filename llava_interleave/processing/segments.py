@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from typing import BinaryIO
 
 from ..errors import MediaError
@@ -27,6 +28,8 @@ MANY_SCANS = 20
 MAX_SCANNED_PIXELS = 1_000_000_000
 """Scans of a JPEG, times its pixels."""
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+OTHER_CODING = re.compile(rb"\xff[\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
+"""The start of a JPEG frame that is not in baseline, extended or progressive Huffman coding."""
 
 
 def check_segments(file: BinaryIO, kind: str) -> None:
@@ -49,6 +52,25 @@ def check_scans(file: BinaryIO, width: int, height: int) -> None:
     file.seek(position)
     if scans > MANY_SCANS and scans * width * height > MAX_SCANNED_PIXELS:
         raise MediaError(f"the JPEG has {scans} scans of {width} x {height} pixels")
+
+
+def is_whole(data: bytes, kind: str) -> bool:
+    """Whether an image's file is seen to be whole without decoding it: a JPEG in Huffman coding
+    that ends with its end marker, a PNG with right checksums up to its end.
+
+    Another file may be whole, too.
+    """
+    if kind == "JPEG":
+        return data.rstrip(b"\0").endswith(b"\xff\xd9") and not OTHER_CODING.search(data)
+    at = 8
+    while kind == "PNG" and at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at = end + 4
+    return False
 
 
 def jpeg_scans(file: BinaryIO) -> int:

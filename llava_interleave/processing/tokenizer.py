@@ -18,6 +18,8 @@ from ..errors import CheckpointError, PromptError
 
 IMAGE, VIDEO = "<image>", "<video>"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SHORT_TEXT, MAX_SHORT_TEXTS = 64, 1024
+"""Characters of a text whose tokens are kept, and how many such texts: roles, the system prompt."""
 LONG_TEXT = 20_000
 """Characters of a text that is tokenized without the interpreter's lock: 500,000 take seconds."""
 SPLIT = (
@@ -66,6 +68,7 @@ class Tokenizer:
         self._at_special = re.compile(
             "(" + "|".join(_pattern(t) for t in _longest_first(added.values())) + ")"
         )
+        self._short: dict[str, tuple[int, ...]] = {}
         self._bytes = {char: byte for byte, char in enumerate(_alphabet())}
         self.size: int = 1 + max(
             backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id, self.video_id})
@@ -136,7 +139,12 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, control tokens in it become control tokens."""
         if not special:
-            return list(self._encode(text).ids)
+            if (known := self._short.get(text)) is not None:
+                return list(known)
+            ids = self._encode(text).ids
+            if len(text) <= SHORT_TEXT and len(self._short) < MAX_SHORT_TEXTS:
+                self._short[text] = tuple(ids)
+            return list(ids)
         pieces = self._pieces(text, {})
         return [token for _, ids, _ in pieces for token in ids]
 

@@ -55,7 +55,8 @@ def test_the_tag_is_text_where_parts_place_the_media(
         )
         assert written.count("<image>") == 2 + (count == 2)
         assert "It is <image>, a tag." in written
-        counted = SampleFormat().count(processor, messages, media, images_first=images_first)
+        shown = move_images_first(messages, len(media)) if images_first else messages
+        counted = SampleFormat().count(processor, shown, media)
         assert counted == (len(prompt), count)
     moved = move_images_first(messages, len(media))
     assert (moved is messages) == (count < 2)

@@ -28,7 +28,7 @@ from .datasets import RawSample, sides
 from .samples import PackedSample, SampleFormat
 from .validate import Stat, ValidatedSample, stats, validate
 
-VERSION = 1
+VERSION = 2
 """Of the files and of the rules of validation."""
 ROW = np.dtype(
     [
@@ -288,7 +288,7 @@ def _validated(
         (draft / "errors.jsonl").open("w", encoding="utf-8") as wrong,
     ):
         group: list[ValidatedSample] = []
-        for one in validate(file, processor, tokens, progress, form):
+        for one in validate(file, processor, tokens, progress, form, decode=False):
             for stat in one.media:
                 if (code := _hash(stat[0])) not in seen:
                     seen.add(code)

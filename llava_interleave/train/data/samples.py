@@ -66,17 +66,11 @@ class SampleFormat:
         return processor.raw(IMAGE * len(sources), sources)
 
     def count(
-        self,
-        processor: Processor,
-        messages: Messages,
-        media: Sequence[object],
-        *,
-        images_first: bool = False,
+        self, processor: Processor, messages: Messages, media: Sequence[object]
     ) -> tuple[int, int]:
         """Tokens and images (with video frames; tiles are one) of `example`, without decoding."""
         tiled = self._tiled(messages, media)
-        moved = move_images_first(messages, len(media)) if images_first else messages
-        estimate = processor.estimate(moved, media, anyres=tiled, add_generation_prompt=False)
+        estimate = processor.estimate(messages, media, anyres=tiled, add_generation_prompt=False)
         tokens = sum(part.tokens for part in estimate.parts[1:])
         images = sum(len(part.times) or 1 for part in estimate.parts[1:])
         if self.template == "chat":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from stat import S_ISDIR
 from typing import Any, NamedTuple
 
@@ -21,14 +22,14 @@ from ...processing import FrameSampling, Loader, Processor
 from ...processing.loader import name_of
 from .datasets import RawSample
 from .formats import DataIssue, Reading, reading
-from .samples import SampleFormat
+from .samples import SampleFormat, move_images_first
 
 KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate", "keys")
 CHUNK = 256
 PROCESSES_FROM = 4096
 """Samples from which it pays to start processes, seconds each."""
-MAX_CACHED = 16384
-"""Media whose results are kept; the same media are mostly in samples near each other."""
+MAX_CACHED = 1 << 20
+"""Media whose results a process keeps, about 200 bytes each."""
 BLANK = Image.new("RGB", (1, 1))
 """Replaces a frame whose pixels were hashed."""
 
@@ -84,17 +85,20 @@ def validate(
     tokens: int = 8192,
     progress: Callable[[int, int], None] | None = None,
     form: SampleFormat = SampleFormat(),  # noqa: B008  frozen
+    *,
+    decode: bool = True,
 ) -> Iterator[ValidatedSample]:
     """Read every sample whole, in order; a processor checks its length against `tokens` and the
     context.
 
     Many are read by processes, one each core. progress: called with how many are done, and of how
-    many.
+    many. decode: all images; without, those whose files are not seen to be whole, and digests are
+    of the files.
     """
     seen: dict[int, str] = {}
     reported: set[tuple[str, str]] = set()
     before: tuple[str, bytes] | None = None
-    with _chunks(rows, _SampleReader(processor, tokens, form)) as chunks:
+    with _chunks(rows, _SampleReader(processor, tokens, form, decode)) as chunks:
         done = 0
         for chunk in chunks:
             if progress:
@@ -183,10 +187,12 @@ def tally(counts: dict[str, dict[str, int]], one: ValidatedSample) -> bool:
 class _SampleReader:
     """Reads one sample; results of files are cached."""
 
-    def __init__(self, processor: Processor | None, tokens: int, form: SampleFormat) -> None:
-        self.processor, self.tokens, self.form = processor, tokens, form
+    def __init__(
+        self, processor: Processor | None, tokens: int, form: SampleFormat, decode: bool
+    ) -> None:
+        self.processor, self.tokens, self.form, self.decode = processor, tokens, form, decode
         self.loader = processor.loader if processor else Loader()
-        self.cache: dict[tuple[object, ...], str | LlavaError] = {}
+        self.cache: dict[int, str | LlavaError] = {}
 
     def __call__(self, row: RawSample) -> tuple[ValidatedSample, set[str]]:
         """The sample, and its ignored keys."""
@@ -225,12 +231,12 @@ class _SampleReader:
     def _seen(
         self, kind: str | None, source: Any, sampling: FrameSampling | None, files: list[Stat]
     ) -> str | LlavaError:
-        """A hash of the pixels that training would use, or the error of reading them.
+        """A hash of the pixels that training would use or of the file, or the error of reading it.
 
         files: gets the local files that were not in the cache.
         """
         key = (
-            (kind, str(source), sampling)
+            hash((kind, str(source), sampling))
             if isinstance(source, str | os.PathLike) and str(source)[:5] != "data:"
             else None
         )
@@ -257,8 +263,10 @@ class _SampleReader:
                 ):
                     chosen = replace(chosen, frames=self.processor.num_frames)
                 self.loader.video(source, chosen, each=take)
-            else:
+            elif self.decode:
                 take(self.loader.image(source))
+            else:
+                state.update(self.loader.fingerprint(source))
             found = state.hexdigest()
         except LlavaError as error:
             found = error
@@ -277,12 +285,12 @@ class _SampleReader:
 
         What is wrong with them is added to `faults`.
         """
-        layouts = (False, True) if self.form.images_first_ratio else (False,)
+        count = partial(self.form.count, processor, media=found.media)
         try:
-            sizes = [
-                self.form.count(processor, found.messages, found.media, images_first=images_first)
-                for images_first in layouts
-            ]
+            sizes = [count(found.messages)]
+            if self.form.images_first_ratio:
+                moved = move_images_first(found.messages, len(found.media))
+                sizes.append(sizes[0] if moved is found.messages else count(moved))
         except LlavaError as error:
             faults.append(DataIssue("form", f"sample {name}: {error}"))
             return []
