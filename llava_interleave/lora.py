@@ -56,7 +56,9 @@ class LoraWeights(nn.Module):
         self.register_buffer("gain", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = dropout(x.to(self.a.dtype), self.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
+            x = x.to(self.a.dtype)
+        x = dropout(x, self.dropout, self.training)
         return linear(linear(x, self.a) * self.scale, self.b)  # scaled where it is narrow
 
     @torch.no_grad()
@@ -131,6 +133,8 @@ class LoraLinear(nn.Module):
             part = self.low[key]
             if isinstance(part, ReplacedLinear):
                 y[rows] = part(x[rows]).to(y.dtype)
+            elif part.gain is None and rows == slice(None):
+                y = (y + part(x)).to(y.dtype)  # autograd copies both for every slice
             elif part.gain is None:
                 y[rows].add_(part(x[rows]))
             else:

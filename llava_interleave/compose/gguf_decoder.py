@@ -131,7 +131,9 @@ class GgufDecoder:
             if kind in (_NORMAL, _CONTROL, _USER_DEFINED)
         }
         backend = Backend(BPE(vocab=vocab, merges=[m for m in merges if set(m) <= vocab.keys()]))
-        self._pre_tokenizer(backend, self._field("tokenizer.ggml.pre", "default"))
+        # Files of Qwen1.5 from before llama.cpp wrote the split have none.
+        default = "qwen2" if self.architecture == "qwen2" else "default"
+        self._pre_tokenizer(backend, self._field("tokenizer.ggml.pre", default))
         backend.decoder = decoders.ByteLevel()
         for token, kind in zip(tokens, kinds, strict=True):
             if kind in (_CONTROL, _USER_DEFINED):

@@ -180,5 +180,7 @@ def _chunk(
     model: Llava, hidden: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row, and how many rows are right."""
-    logits = model.logits(hidden).float() / temperature
+    logits = model.logits(hidden).float()
+    if temperature != 1:
+        logits = logits / temperature
     return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).sum()
