@@ -2,9 +2,9 @@
 
 python bench/make_gguf.py FOLDER OUT q4_0
 
-OUT/decoder.gguf is quantized by llama.cpp itself, q4_0 or q8_0, its output head as llama.cpp
-chooses; OUT/tower.gguf is the tower with the projector, in bfloat16. The folder is one of
-bench/make_checkpoint.py.
+OUT/decoder.gguf is q4_0 or q8_0: matrices by the gguf package, tensor by tensor, so that 7B needs
+8 GB; the output head by llama.cpp, as it chooses. OUT/tower.gguf is the tower with the projector,
+in bfloat16. The folder is one of bench/make_checkpoint.py.
 """
 
 import json
@@ -19,8 +19,11 @@ import llama_cpp
 import numpy as np
 from gguf.utility import SafetensorsLocal
 
-TYPES = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
-FLOAT, STORED = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16
+Kind = gguf.GGMLQuantizationType
+TYPES = {
+    "q4_0": (Kind.Q4_0, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0),
+    "q8_0": (Kind.Q8_0, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0),
+}
 
 Tensors = Iterator[tuple[str, np.ndarray]]
 
@@ -36,16 +39,23 @@ def tensors(folder: Path) -> Tensors:
             yield spelt, gguf.dequantize(raw, gguf.GGMLQuantizationType[tensor.dtype])
 
 
-def add(writer: gguf.GGUFWriter, found: Tensors, names: gguf.TensorNameMap) -> None:
-    """Those that `names` knows: matrices in bfloat16; biases, norms, positions and patches in
-    float32, as llama.cpp has them.
+def add(
+    writer: gguf.GGUFWriter,
+    found: Tensors,
+    names: gguf.TensorNameMap,
+    matrix: Kind = Kind.BF16,
+    head: str = "",
+) -> None:
+    """Those that `names` knows: matrices as `matrix`, of these `head` in bfloat16; biases, norms,
+    positions and patches in float32, as llama.cpp has them.
     """
     for name, values in found:
         spelt = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if (
             spelt and "post_ln" not in spelt
         ):  # the norm after the last layer; features are taken before it
-            kind = STORED if values.ndim == 2 and "position" not in name else FLOAT
+            kind = matrix if values.ndim == 2 and "position" not in name else Kind.F32
+            kind = Kind.BF16 if spelt == head else kind
             writer.add_tensor(spelt, gguf.quantize(values, kind), raw_dtype=kind)
 
 
@@ -77,8 +87,8 @@ def vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def decoder(folder: Path, out: Path, c: dict[str, Any], kind: int) -> None:
-    whole = out.with_suffix(".bfloat16")
+def decoder(folder: Path, out: Path, c: dict[str, Any], kind: str) -> None:
+    (matrix, file_type), whole = TYPES[kind], out.with_suffix(".part")
     writer = gguf.GGUFWriter(whole, "qwen2")
     writer.add_context_length(c["max_position_embeddings"])
     writer.add_embedding_length(c["hidden_size"])
@@ -94,10 +104,12 @@ def decoder(folder: Path, out: Path, c: dict[str, Any], kind: int) -> None:
         writer,
         tensors(folder),
         gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c["num_hidden_layers"]),
+        matrix,
+        "token_embd.weight" if c["tie_word_embeddings"] else "output.weight",
     )
     finish(writer)
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = kind
+    settings.ftype = file_type
     assert llama_cpp.llama_model_quantize(str(whole).encode(), str(out).encode(), settings) == 0
     whole.unlink()
 
@@ -130,7 +142,7 @@ def tower(folder: Path, out: Path, c: dict[str, Any], width: int) -> None:
 
 
 def main() -> None:
-    folder, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), TYPES[sys.argv[3]]
+    folder, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     config = json.loads((folder / "config.json").read_text())
     part = out.with_name(f"{out.name}.part")
     part.mkdir(parents=True, exist_ok=True)

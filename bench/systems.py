@@ -469,9 +469,10 @@ def frames(path: str) -> Any:
     import cv2
     import numpy as np
 
-    video = cv2.VideoCapture(path)
-    read = iter(lambda: video.read()[1], None)
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in read])
+    video, found = cv2.VideoCapture(path), []
+    while (frame := video.read()[1]) is not None:
+        found.append(frame[..., ::-1])  # BGR
+    return np.stack(found)
 
 
 SYSTEMS = {

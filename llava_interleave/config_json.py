@@ -182,10 +182,16 @@ def _arrangement_dict(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
+def has_hub_form(config: LlavaConfig) -> bool:
+    """Whether transformers' form can say the arrangement; it cannot say LLaVA-Video's."""
+    a = config.arrangement
+    return not a.newline or (a.video_newline == "end" and not a.frame_times)
+
+
 def _onevision_dict(config: LlavaConfig) -> dict[str, Any]:
     """What transformers' form says of OneVision. Raises `CheckpointError` for LLaVA-Video."""
     a, size = config.arrangement, config.vision.image_size
-    if a.video_newline != "end" or a.frame_times:
+    if not has_hub_form(config):
         raise CheckpointError(
             "LLaVA-Video ends rows of video frames with a newline, which transformers' form cannot "
             "say; write the layout original"

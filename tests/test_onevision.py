@@ -33,6 +33,7 @@ from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.processing import FrameSampling, Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
+from tests.helpers.cli import llava
 from tests.helpers.images import random_image
 
 SIZE = 35
@@ -292,7 +293,9 @@ def test_llava_video_pools_and_ends_rows(tmp_path: Path) -> None:
     bot = load(folder, device="cpu")
     assert bot.ask("?", [[random_image(40, 30)] * 2], max_new_tokens=3).usage.generated == 3
     with pytest.raises(CheckpointError, match="layout original"):
-        save(load_network(folder), tmp_path / "hub", processor_from=folder)
+        save(load_network(folder), tmp_path / "hub", processor_from=folder, layout="hub")
+    save(load_network(folder), tmp_path / "again", processor_from=folder)
+    assert load_network(tmp_path / "again").config == load_network(folder).config
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -481,6 +484,40 @@ def test_verify_compares_with_transformers(folder: Path) -> None:
     cases = verify(folder, tokens=8)
     assert all(case.passed for case in cases), [case for case in cases if not case.passed]
     assert all(case.has("pixels") for case in cases if case.name != "text only")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onevision", "video"])
+def test_files_of_lmms_lab(tmp_path: Path, kind: str) -> None:
+    """Without chat template, processor files and placeholders: verified, and converted with them.
+    LLaVA-Video's images and texts are verified as OneVision's."""
+    from llava_interleave.verify import verify
+
+    config = replace(tiny_onevision_config(), video_token_id=None)
+    if kind == "video":
+        arrangement = replace(ONEVISION, video_newline="row", num_frames=64, frame_times=True)
+        config = replace(config, arrangement=arrangement)
+    folder = tiny_checkpoint(tmp_path / "bare", config, layout="original")
+    for name in ("chat_template.json", "processor_config.json"):
+        (folder / name).unlink()
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "")):
+        words = json.loads((folder / name).read_text())
+        words.pop("added_tokens_decoder", None)
+        if key:
+            words[key] = [token for token in words[key] if token["content"] != "<image>"]
+        (folder / name).write_text(json.dumps(words))
+    cases = verify(folder, tokens=4)
+    assert all(case.passed for case in cases), [case.name for case in cases if not case.passed]
+    target = tmp_path / "converted"
+    assert llava("convert", folder, target).code == 0
+    assert Checkpoint.open(target).config.arrangement == config.arrangement
+    if kind == "onevision":
+        from llava_interleave import hf
+
+        assert all(case.passed for case in verify(target, tokens=4))
+        processor = hf.AutoProcessor.from_pretrained(target)
+        assert "<video>" in processor.apply_chat_template(user(FRAMES[1], "What?"))
+        transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(target)
 
 
 def test_verify_shows_published_answers(folder: Path) -> None:

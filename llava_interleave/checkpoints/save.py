@@ -46,13 +46,14 @@ def save(
     *,
     processor_from: str | Path | None,
     dtype: torch.dtype | None = None,
-    layout: CheckpointLayout = "hub",
+    layout: CheckpointLayout | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a network as a checkpoint folder, with tokenizer, processor and generation files copied
     from `processor_from`.
 
-    dtype: float32, bfloat16 or float16; None takes the embedding's own. A tied head is stored once.
+    dtype: float32, bfloat16 or float16; None takes the embedding's own. layout: None is hub, and
+    original for LLaVA-Video, which transformers' form cannot say. A tied head is stored once.
     A quantized network is written in a packed form that only `load` reads. The folder must not
     exist or be empty. It appears when it is complete; a failure leaves nothing.
     """
@@ -92,11 +93,13 @@ def write_checkpoint(
     *,
     processor_from: str | Path | None,
     dtype: torch.dtype,
-    layout: CheckpointLayout = "hub",
+    layout: CheckpointLayout | None = None,
     max_shard_bytes: int = 5_000_000_000,
     precision: str | None = None,
 ) -> None:
     """As `save`, for tensors on demand: `tensor(name)` is called for one after another."""
+    if layout is None:
+        layout = "hub" if config_json.has_hub_form(config) else "original"
     if layout not in LAYOUTS:
         raise OptionError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
     if dtype not in DTYPES:

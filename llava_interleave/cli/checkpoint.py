@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +33,12 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as stored]")
     ] = None,
-    layout: Annotated[Layout, typer.Option(help="Naming scheme of the tensors.")] = "hub",
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="Naming scheme of the tensors.  [default: hub; original for LLaVA-Video]"
+        ),
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -48,13 +54,20 @@ def convert(
         from ..chat import named_dtype
         from ..checkpoints import load, read_adapter, resolve, save
         from ..lora import merge
+        from ..processing.processor_files import files_for_transformers
 
         folder = resolve(source, revision)
         target_dtype = named_dtype(dtype) if dtype else None
         network = load(folder, dtype=target_dtype)
         if adapter:
             merge(network, read_adapter(resolve(adapter), network, dtype=torch.float32))
-        save(network, target, processor_from=folder, dtype=target_dtype, layout=layout)
+        completed = (
+            nullcontext(folder)
+            if layout == "original"
+            else files_for_transformers(folder, network.config)
+        )
+        with completed as files:
+            save(network, target, processor_from=files, dtype=target_dtype, layout=layout)
     print(target)
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Backend
 
 from ..config import EfficientNetConfig, LlavaConfig
-from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, VIDEO
+from ..config_json import has_hub_form, read_json
+from .tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE, VIDEO, Tokenizer
 
 SPECIAL = (END_OF_TEXT, IM_START, IM_END, IMAGE)
 # Source: chat_template.json of llava-hf/llava-interleave-qwen-0.5b-hf.
@@ -48,7 +54,7 @@ EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127 / 255, 128 / 255
 def processor_files(
     folder: str | Path,
     config: LlavaConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Backend,
     tokenizer_class: str = "Qwen2Tokenizer",
 ) -> None:
     """Write a checkpoint's files of tokenizer, image processor, chat template and generation.
@@ -129,3 +135,31 @@ def processor_files(
     }
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def files_for_transformers(
+    folder: Path, config: LlavaConfig, template: str | None = None
+) -> Iterator[Path]:
+    """`folder`, or for one of lmms-lab a temporary copy of its files of text, pixels and generation
+    with what transformers wants besides: placeholders in the tokenizer, a chat template (default:
+    the published conversion's), processor_config.json.
+    """
+    if (folder / "processor_config.json").is_file() or not has_hub_form(config):
+        yield folder
+        return
+    video = config.image_token_id + 1 if config.arrangement.newline else None
+    tokenizer = Tokenizer.from_folder(folder, config.image_token_id, video)
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Path(scratch)
+        processor_files(new, replace(config, video_token_id=video), tokenizer.backend)
+        made, own = (read_json(path / "preprocessor_config.json") for path in (new, folder))
+        kept = {key: own[key] for key in ("image_mean", "image_std", "size") if key in own}
+        (new / "preprocessor_config.json").write_text(json.dumps(made | kept), "utf-8")
+        if template is not None:
+            text = json.dumps({"chat_template": template})
+            (new / "chat_template.json").write_text(text, "utf-8")
+        for name in ("generation_config.json", "chat_template.jinja", "chat_template.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, new / name)
+        yield new

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoints
+from ..config_json import has_hub_form
 from ..errors import Unsupported
 from ..model import Llava
 from ..processing import Processor
+from ..processing.processor_files import files_for_transformers
 from ..quantization.linear_cpu import QuantizedLinear
 from ..quantization.packing import fake_quantize_activations
 from .candidate import LayerOutputs, record_layers
@@ -96,7 +98,7 @@ def load(
     """
     transformers = library(adapter)
     with tempfile.TemporaryDirectory() as scratch:
-        readable = _readable(folder, Path(scratch) / "hub")
+        readable = _readable(folder, Path(scratch) / "hub", processor)
         onevision = processor.config.arrangement.newline
         kind = f"Llava{'Onevision' * onevision}ForConditionalGeneration"
         model = getattr(transformers, kind).from_pretrained(readable, dtype=torch.float32).eval()
@@ -190,16 +192,25 @@ class OnevisionProcessor:
         return {**ids, **features}
 
 
-def _readable(folder: Path, new: Path) -> Path:
+def _readable(folder: Path, new: Path, processor: Processor) -> Path:
     """A folder that transformers reads: this one, or a copy for the original layout and for
-    quantized weights.
+    quantized weights. LLaVA-Video, whose videos transformers does not have, is written as
+    OneVision, whose images and texts are the same.
     """
-    if checkpoints.Checkpoint.open(folder).precision:
-        _dequantize(checkpoints.load(folder, dtype=torch.float32), new, folder)
-    elif "mm_projector_type" in checkpoints.read_json(folder / "config.json"):
-        checkpoints.save(checkpoints.load(folder, dtype=torch.float32), new, processor_from=folder)
-    else:
+    original = "mm_projector_type" in checkpoints.read_json(folder / "config.json")
+    quantized = checkpoints.Checkpoint.open(folder).precision
+    if not original and not quantized:
         return folder
+    network = checkpoints.load(folder, dtype=torch.float32)
+    if not has_hub_form(network.config):
+        images = replace(network.config.arrangement, video_newline="end", frame_times=False)
+        network.config = replace(network.config, arrangement=images)
+    template = processor.template.source
+    with files_for_transformers(folder, network.config, template) as files:
+        if quantized:
+            _dequantize(network, new, files)
+        else:
+            checkpoints.save(network, new, processor_from=files)
     return new
 
 
