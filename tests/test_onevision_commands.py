@@ -128,6 +128,28 @@ def test_caches_hold_a_tiled_image(folder: Path) -> None:
         bot.engine.check()
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_equal_tiles_are_encoded_once(folder: Path, precision: str) -> None:
+    """A screenshot with one changed tile: that tile and the whole image. An image of one tile: once
+    for both crops. Answers are as without a cache."""
+
+    def fresh() -> Any:
+        return load(folder, device="cpu", precision=precision)
+
+    first = random_image(70, 70)  # 2 x 2 tiles without padding
+    second = first.copy()
+    second.paste((200, 30, 30), (40, 40, 60, 60))
+    bot, counts = fresh(), []
+    for image in (first, second, random_image(35, 35)):
+        before = bot.engine.load().crops_encoded
+        answer = bot.ask("What is it?", [image], max_new_tokens=6, ignore_eos=True)
+        counts.append(bot.engine.load().crops_encoded - before)
+        alone = fresh().ask("What is it?", [image], max_new_tokens=6, ignore_eos=True)
+        assert answer.tokens == alone.tokens
+        bot.engine.check()
+    assert counts == [5, 2, 1]
+
+
 def test_an_image_larger_than_a_step(folder: Path) -> None:
     """A tiled image of more crops and tokens than a step has is one encoder input."""
     model, processor = load_network(folder), Processor.from_folder(folder)

@@ -14,7 +14,8 @@ Key = tuple[bytes, int]
 
 
 class EncoderCache:
-    """Features `[tokens, D]` by `EncoderInput.key`, evicted in LRU order above `max_bytes`.
+    """Features `[tokens, D]` by `EncoderInput.key`, and of single tiles, evicted in LRU order above
+    `max_bytes`.
 
     Held features are never evicted, and may exceed the limit.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from itertools import groupby, islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..prompt import Prompt
 from ..quantization.fused import FusedDecoder, FusedTower, can_fuse_decoder, can_fuse_tower
 from .cuda_graphs import CudaGraphDecoder, CudaGraphTower, DecodeRow, InFlightStep
 from .device_stream import stream_of
-from .encoder_cache import EncoderCache
+from .encoder_cache import EncoderCache, Key
 from .encoder_disk_cache import EncoderDiskCache
 from .gpu_layers import GpuDecoder, GpuTower
 from .gpu_sampler import GpuSampler, mark_not_finite
@@ -388,15 +389,7 @@ class ModelRunner:
             ):
                 crops += inputs[0].layout.crops
                 batch.append(inputs.pop(0))
-            self.crops_encoded += crops
-            images = [one.pixels for one in batch]
-            host = self.stream.host(crops, *images[0].shape[1:], dtype=images[0].dtype)
-            torch.cat(images, out=host)
-            pixels = self.stream.upload(host).to(self.dtype)
-            parts = pixels.split(self.max_batched_images)
-            with self.adapter_routing.through([(adapter, slice(None))] if adapter else ()):
-                features = torch.cat([self._encode_images(part, adapter) for part in parts])
-            rows = features.split([one.layout.crops for one in batch])
+            rows = self._crop_features(batch, adapter).split([one.layout.crops for one in batch])
             for one, crop_features in zip(batch, rows, strict=True):
                 arranged = self.model.arrange(crop_features, one.layout)
                 # a view would keep the features of the whole batch in memory
@@ -404,6 +397,49 @@ class ModelRunner:
                 if self.encoder_disk_cache is not None and not one.private:
                     self.encoder_disk_cache.put(one.key, arranged)
         self._encoding = began, self.stream.event(self.clock)
+
+    def _crop_features(self, batch: list[EncoderInput], adapter: str) -> Tensor:
+        """Projected features of all crops of the inputs `[crops, grid * grid, D]`.
+
+        Equal tiles of anyres images are encoded once and stay in the cache: of a screenshot of
+        which one tile has changed, that tile and the whole image are new.
+        """
+        crops: list[Tensor] = []
+        keys: list[Key | None] = []
+        for one in batch:
+            pixels = one.pixels
+            crops += pixels
+            tiled = one.layout.tiles is not None and not self.batch_invariant
+            keys += _tile_keys(one, pixels) if tiled else [None] * len(pixels)
+        first: dict[Key | None, int] = {}
+        encoded: dict[int, int] = {}  # crop -> its place among those that are encoded
+        for index, key in enumerate(keys):
+            if key is None or (key not in first and key not in self.encoder_cache):
+                encoded[index] = len(encoded)
+                if key is not None:
+                    first[key] = index
+        kept = [None if k is None or k in first else self.encoder_cache[k] for k in keys]
+        self.crops_encoded += len(encoded)
+        new: Sequence[Tensor] = ()
+        if encoded:
+            host = self.stream.host(len(encoded), *crops[0].shape, dtype=crops[0].dtype)
+            torch.stack([crops[index] for index in encoded], out=host)
+            pixels = self.stream.upload(host).to(self.dtype)
+            parts = pixels.split(self.max_batched_images)
+            with self.adapter_routing.through([(adapter, slice(None))] if adapter else ()):
+                made = torch.cat([self._encode_images(part, adapter) for part in parts])
+            if len(encoded) == len(crops) and not first:
+                return made
+            new = made.unbind()
+        for key, index in first.items():
+            assert key is not None
+            self.encoder_cache.put(key, new[encoded[index]].clone())
+        return torch.stack(
+            [
+                new[encoded[first.get(key, index)]] if features is None else features
+                for index, (key, features) in enumerate(zip(keys, kept, strict=True))
+            ]
+        )
 
     def _count_encoding(self, output: SchedulerOutput) -> None:
         """Count the time that the device took for this step's images."""
@@ -470,3 +506,10 @@ def _adapter_spans(batch: list[ScheduledRequest]) -> list[tuple[str, slice]]:
         if adapter and start < stop:
             spans.append((adapter, slice(start, stop)))
     return spans
+
+
+def _tile_keys(one: EncoderInput, pixels: Tensor) -> list[Key]:
+    """Keys of single crops by their pixels, within the salt of the input's key."""
+    salt = one.key[0][: -len(one.media.key)]
+    crops = (crop.contiguous().flatten().view(torch.uint8).numpy() for crop in pixels)
+    return [(salt + sha256(crop).digest(), -2) for crop in crops]
