@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from .errors import OptionError
 from .image_layout import INTERLEAVE, Arrangement, ImageTokenLayout, max_tokens_per_image
@@ -150,6 +151,31 @@ class LoraConfig:
         default=False,
         metadata={"help": "Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)."},
     )
+    dora: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train the magnitude of each output (DoRA, Liu et al. 2024, arXiv "
+            "2402.09353)."
+        },
+    )
+    rank_pattern: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Other ranks by name pattern, such as vision_tower.*=8; the first that matches "
+            "counts; several times."
+        },
+    )
+    alpha_pattern: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Other alphas, in the same form, such as vision_tower.*=32."},
+    )
+    modules_to_save: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Name patterns of modules that are trained whole, next to the matrices, and "
+            "stored with them, such as multi_modal_projector; several times."
+        },
+    )
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
@@ -160,15 +186,60 @@ class LoraConfig:
             raise OptionError(f"an adapter's alpha is a number above 0, not {self.alpha!r}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise OptionError(f"dropout is a fraction from 0 to below 1, not {self.dropout!r}")
-        targets = self.targets
-        if not (isinstance(targets, tuple) and targets and all(map(_is_text, targets))):
-            raise OptionError(f"targets must be a list of texts, not {targets!r}")
-        if type(self.rslora) is not bool:
-            raise OptionError(f"rslora must be true or false, not {self.rslora!r}")
+        for name in ("targets", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            values = getattr(self, name)
+            needed = values or name != "targets"
+            if not (isinstance(values, tuple) and needed and all(map(_is_text, values))):
+                raise OptionError(f"{name} must be a list of texts, not {values!r}")
+        for name in ("rslora", "dora"):
+            if type(getattr(self, name)) is not bool:
+                raise OptionError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in _by_pattern(name, getattr(self, name)):
+                one = {"rank_pattern": "rank", "alpha_pattern": "alpha"}[name]
+                number = int(value) if one == "rank" and value.is_integer() else value
+                try:
+                    replace(self, rank_pattern=(), alpha_pattern=(), **{one: number})
+                except OptionError as error:
+                    raise OptionError(f"{name} {pattern}: {error}") from None
 
     def scale(self, rank: int) -> float:
         """The factor on a product of this rank."""
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def rank_of(self, linear: str) -> int:
+        """The rank of a linear's matrices, by its name."""
+        return int(_first(_by_pattern("rank_pattern", self.rank_pattern), linear, self.rank))
+
+    def alpha_of(self, linear: str) -> float:
+        """The alpha of a linear's matrices, by its name."""
+        return _first(_by_pattern("alpha_pattern", self.alpha_pattern), linear, self.alpha)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The name patterns of linears: those of `targets`, `rank_pattern`, `alpha_pattern`."""
+        return (
+            *self.targets,
+            *(text.rpartition("=")[0] for text in (*self.rank_pattern, *self.alpha_pattern)),
+        )
+
+
+def _by_pattern(name: str, texts: tuple[str, ...]) -> list[tuple[str, float]]:
+    """The patterns and numbers of PATTERN=NUMBER. Raises OptionError."""
+    found = []
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            found.append((pattern, float(number)))
+        except ValueError:
+            found.append(("", 0.0))
+        if not found[-1][0]:
+            raise OptionError(f"{name} takes PATTERN=NUMBER, such as vision_tower.*=8: {text!r}")
+    return found
+
+
+def _first(patterns: list[tuple[str, float]], name: str, default: float) -> float:
+    return next((value for pattern, value in patterns if fnmatchcase(name, pattern)), default)
 
 
 def _is_text(value: object) -> bool:

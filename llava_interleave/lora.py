@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class LoraWeights(nn.Module):
     """x `[..., in]` -> scale * B A x `[..., out]`, in the type of A `[rank, in]` and B `[out,
     rank]`.
 
-    gain: with DoRA (Liu et al. 2024, arXiv 2402.09353) the factor `[out]` on the adapted product,
-    magnitude / |W + scale * B A| per output; None: LoRA.
+    magnitude: of DoRA (Liu et al. 2024, arXiv 2402.09353), `[out]`; None: LoRA. gain: then the
+    factor `[out]` on the adapted product, magnitude / |W + scale * B A| per output.
     """
 
     magnitude: Tensor | None
@@ -52,14 +53,46 @@ class LoraWeights(nn.Module):
         self.a, self.b = nn.Parameter(a, requires_grad=train), nn.Parameter(b, requires_grad=train)
         self.alpha = lora.alpha if alpha is None else alpha
         self.scale, self.dropout = replace(lora, alpha=self.alpha).scale(len(a)), lora.dropout
-        self.register_buffer("magnitude", magnitude)
-        self.register_buffer("gain", None)
+        if train and magnitude is not None:
+            self.magnitude = nn.Parameter(magnitude)
+        else:
+            self.register_buffer("magnitude", magnitude)
+        self.register_buffer("gain", None, persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        if self.a.requires_grad:  # it changes
+            self.gain = None
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.low(self.dropped(x))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The inputs after dropout."""
         if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
             x = x.to(self.a.dtype)
-        x = dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
+
+    def low(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.a) * self.scale, self.b)  # scaled where it is narrow
+
+    def dora(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """DoRA's outputs, of the inputs x and the outputs y of the linear `base`.
+
+        In training the norm |W + scale * B A| is a constant (section 4.3 of the paper), and where
+        inputs are dropped, only what the adapter changes is computed from the rest, as PEFT does.
+        """
+        gain = self.gain
+        if gain is None:
+            assert self.magnitude is not None
+            gain = (self.magnitude / self.norm(base)).to(self.a.dtype)
+            if not self.training and not torch.is_grad_enabled():
+                self.gain = gain  # the same for every token
+        bias = 0 if base.bias is None else base.bias
+        x = self.dropped(x)
+        if self.training and self.dropout:
+            return y + (gain - 1) * (base(x) - bias) + gain * self.low(x)
+        return gain * (y - bias + self.low(x)) + bias
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -67,14 +100,24 @@ class LoraWeights(nn.Module):
         return self.b.float() @ self.a.float() * self.scale
 
     @torch.no_grad()
+    def norm(self, base: nn.Module) -> Tensor:
+        """|W + scale * B A| `[out]` for the linear `base`, float32."""
+        with torch.autocast(self.a.device.type, enabled=False):
+            return (_weight(base) + self.product()).norm(dim=1)
+
+    @torch.no_grad()
     def set_gain(self, base: nn.Module) -> None:
         """Compute the DoRA gain for the linear `base`; without a magnitude there is none."""
         if self.magnitude is not None:
-            dequantize = getattr(base, "dequantize", None)  # of a quantized linear
-            weight = base.weight if dequantize is None else dequantize()
-            assert isinstance(weight, Tensor)
-            norm = (weight.float() + self.product()).norm(dim=1)
-            self.gain = (self.magnitude.float() / norm).to(self.a.dtype)
+            self.gain = (self.magnitude.float() / self.norm(base)).to(self.a.dtype)
+
+
+def _weight(base: nn.Module) -> Tensor:
+    """The weight of a linear, of a quantized one what it stands for, float32."""
+    dequantize = getattr(base, "dequantize", None)
+    weight = base.weight if dequantize is None else dequantize()
+    assert isinstance(weight, Tensor)
+    return weight.detach().float()
 
 
 class ReplacedLinear(nn.Module):
@@ -133,13 +176,12 @@ class LoraLinear(nn.Module):
             part = self.low[key]
             if isinstance(part, ReplacedLinear):
                 y[rows] = part(x[rows]).to(y.dtype)
-            elif part.gain is None and rows == slice(None):
+            elif part.magnitude is not None:
+                y[rows] = part.dora(self.base, x[rows], y[rows]).to(y.dtype)
+            elif rows == slice(None):
                 y = (y + part(x)).to(y.dtype)  # autograd copies both for every slice
-            elif part.gain is None:
-                y[rows].add_(part(x[rows]))
             else:
-                bias = 0 if self.base.bias is None else self.base.bias
-                y[rows] = (part.gain * (y[rows] - bias + part(x[rows])) + bias).to(y.dtype)
+                y[rows].add_(part(x[rows]))
         return y
 
 
@@ -159,30 +201,77 @@ def linears(network: Llava) -> dict[str, nn.Module]:
 def attach(network: Llava, lora: LoraConfig, seed: int = 0) -> LoraAdapter:
     """Add a new adapter, float32, to the linears that `lora` targets, for training.
 
-    All rows go through it, and only its matrices are trained. A is uniform within 1 / sqrt(in) and
-    B is 0: it changes nothing at first. The weights may be quantized (QLoRA, Dettmers et al. 2023,
-    arXiv 2305.14314). Raises `OptionError` for a pattern that matches no linear.
+    All rows go through it, and only its matrices (of DoRA with magnitudes) and the modules of
+    `modules_to_save` are trained. A is uniform within 1 / sqrt(in) and B is 0: it changes nothing
+    at first. The weights may be quantized (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); those of
+    `modules_to_save` become floats. Raises `OptionError` for a pattern that matches nothing, and
+    for a linear that is to have matrices and to be trained whole.
     """
+    network.requires_grad_(False)
     modules = linears(network)
-    for pattern in lora.targets or ("",):
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            kinds = ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in modules))
-            raise OptionError(f"no linear matches {pattern!r}; there are {kinds}")
+    targets = [n for n in modules if any(fnmatchcase(n, pattern) for pattern in lora.targets)]
+    for pattern in lora.patterns:
+        among = list(modules) if pattern in lora.targets else targets
+        if not any(fnmatchcase(name, pattern) for name in among):
+            raise OptionError(f"no linear matches {pattern!r}; there are {_kinds(among)}")
+    replaced = _train_whole(network, lora.modules_to_save)
+    if both := next((name for name in targets if name in replaced), None):
+        raise OptionError(
+            f"adapter.targets and adapter.modules_to_save both have {both}: leave it out of one"
+        )
     device = network.language_model.norm.weight.device
     random = torch.Generator().manual_seed(seed)
     parts = {}
-    for name, module in modules.items():
-        if any(fnmatchcase(name, pattern) for pattern in lora.targets):
-            inputs, outputs = module.in_features, module.out_features
-            assert isinstance(inputs, int) and isinstance(outputs, int)
-            a = (torch.rand(lora.rank, inputs, generator=random) * 2 - 1) / math.sqrt(inputs)
-            parts[name] = LoraWeights(
-                a.to(device), torch.zeros(outputs, lora.rank, device=device), lora, train=True
-            )
-    adapter = LoraAdapter(lora, parts)
-    network.requires_grad_(False)
-    install(network, adapter, "own", AdapterRouting([("own", slice(None))]))
-    return adapter
+    for name in targets:
+        module, rank = modules[name], lora.rank_of(name)
+        inputs, outputs = module.in_features, module.out_features
+        assert isinstance(inputs, int) and isinstance(outputs, int)
+        a = (torch.rand(rank, inputs, generator=random) * 2 - 1) / math.sqrt(inputs)
+        parts[name] = LoraWeights(
+            a.to(device),
+            torch.zeros(outputs, rank, device=device),
+            lora,
+            alpha=lora.alpha_of(name),
+            magnitude=_weight(module).norm(dim=1) if lora.dora else None,
+            train=True,
+        )
+    install(network, LoraAdapter(lora, parts), "own", AdapterRouting([("own", slice(None))]))
+    return LoraAdapter(lora, parts, replaced)
+
+
+def _kinds(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+
+
+def _train_whole(network: Llava, patterns: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Train the modules that match, float32. -> their parameters, by module and name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for pattern in patterns:
+        names = [name for name, _ in network.named_modules() if name and fnmatchcase(name, pattern)]
+        if not names:
+            kinds = _kinds(name for name, _ in network.named_modules() if name)
+            raise OptionError(f"no module matches {pattern!r}; there are {kinds}")
+        if any(name in _TIED for name in names):
+            _untie(network)
+        inside = [
+            (f"{name}.{inner}".strip("."), module)
+            for name in names
+            for inner, module in network.get_submodule(name).named_modules()
+        ]
+        for name, module in dict(inside).items():
+            if hasattr(module, "dequantize"):  # quantized
+                bias = module.bias is not None
+                whole = nn.Linear(*_weight(module).shape[::-1], bias=bias)
+                tensors = {"weight": _weight(module)} | ({"bias": module.bias} if bias else {})
+                whole.load_state_dict(tensors)
+                network.set_submodule(name, module := whole.to(_weight(module).device))
+            for key, parameter in module.named_parameters(recurse=False):
+                parameter.data = parameter.data.float()
+                found.setdefault(name, {})[key] = parameter.requires_grad_(True)
+    return found
+
+
+_TIED = ("lm_head", "language_model.embed_tokens")
 
 
 def install(network: Llava, adapter: LoraAdapter, key: str, route: AdapterRouting) -> None:
@@ -220,7 +309,7 @@ def merge(network: Llava, adapter: LoraAdapter) -> None:
         part.set_gain(module)
         weight = module.weight.float() + part.product()
         module.weight.copy_(weight if part.gain is None else part.gain.float()[:, None] * weight)
-    if {"lm_head", "language_model.embed_tokens"} & adapter.replaced.keys():
+    if set(_TIED) & adapter.replaced.keys():
         _untie(network)
     for name, tensors in adapter.replaced.items():
         for key, tensor in tensors.items():
@@ -234,8 +323,9 @@ def _untie(network: Llava) -> None:
         text = replace(text, tie_word_embeddings=False)
         network.config = replace(network.config, text=text)
         network.language_model.config = text
-        weight = network.lm_head.weight.detach().clone()
-        network.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(network.lm_head, nn.Linear):  # a quantized one has a copy already
+            weight = network.lm_head.weight.detach().clone()
+            network.lm_head.weight = nn.Parameter(weight, requires_grad=False)
 
 
 class Adapters:

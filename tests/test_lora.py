@@ -545,6 +545,127 @@ def test_whole_modules_that_are_no_linears_are_merged(
     assert torch.equal(logits(again, asked), logits(together, asked))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(4, 8.0, 0.0, ("language_model.*",), dora=True),
+        LoraConfig(4, 8.0, 0.3, ("*.q_proj", "*.fc?", "*.down_proj"), dora=True, rslora=True),
+        LoraConfig(
+            4, 8.0, 0.3, ("language_model.*", "*.fc1"),
+            rank_pattern=("*.fc1=2", "*.gate_proj=7"), alpha_pattern=("*.fc1=3.5",),
+            modules_to_save=("multi_modal_projector",),
+        ),
+        LoraConfig(
+            3, 6.0, 0.0, ("language_model.layers.*",), dora=True, rank_pattern=("*.mlp.*=2",),
+            modules_to_save=("vision_tower", "multi_modal_projector.*", "*norm", "lm_head"),
+        ),
+    ],
+    ids=["dora", "dora, dropout", "ranks, projector", "dora, ranks, tower, norms, head"],
+)  # fmt: skip
+def test_training_is_that_of_peft(
+    folder: Path, tmp_path: Path, theirs: Callable[[], Any], lora: LoraConfig
+) -> None:
+    """The losses and adapters of five steps, from the same matrices, with the same dropout; what
+    ours writes then PEFT reads.
+    """
+    peft = pytest.importorskip("peft")
+    network, asked = checkpoints.load(folder), prompt(0, 50, image=1)
+    write_adapter(tmp_path / "begin", attach(network, lora, 3))
+    other = peft.PeftModel.from_pretrained(theirs(), tmp_path / "begin", is_trainable=True)
+    network = checkpoints.load(folder)
+    adapter = attach(network, lora, 3)
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == sum(
+        p.numel() for p in other.parameters() if p.requires_grad
+    )
+
+    def ours() -> Tensor:
+        features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
+        x = network.embed(torch.tensor(asked.tokens), features)
+        return network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))
+
+    def of_peft() -> Tensor:
+        found = other(input_ids=torch.tensor([asked.tokens]), pixel_values=asked.media[0].pixels)
+        assert isinstance(found.logits, Tensor)
+        return found.logits[0]
+
+    losses = []
+    for model, forward in ((network, ours), (other, of_peft)):
+        model.train()
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for step in range(5):
+            torch.manual_seed(step)
+            loss = torch.nn.functional.cross_entropy(
+                forward()[40 + GRID**2 : -1], torch.tensor(asked.tokens[41 + GRID**2 :])
+            )
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+        model.eval()
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-4)
+    assert losses[4] < losses[0]
+    write_adapter(tmp_path / "ours", adapter)
+    other.save_pretrained(tmp_path / "theirs")
+    found, expected = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=3e-4, msg=name)
+    with torch.no_grad():
+        alone = ours()
+    loaded = peft.PeftModel.from_pretrained(theirs(), tmp_path / "ours")
+    assert (their_logits(loaded, asked) - alone).abs().max() < 1e-4
+    again = merged(folder, read_adapter(tmp_path / "ours", checkpoints.load(folder)))
+    assert (logits(again, asked) - alone).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"modules_to_save": ("*.v_proj",)}, "both have vision_tower.* leave it out of one"),
+        ({"modules_to_save": ("projector",)}, "no module matches 'projector'; there are vision"),
+        ({"rank_pattern": ("*.fc1=2",), "targets": ("*_proj",)}, "no linear matches .*fc1'; there"),
+        ({"rank_pattern": ("*.fc1",)}, r"rank_pattern takes PATTERN=NUMBER, .* '\*\.fc1'"),
+        ({"rank_pattern": ("*.fc1=2.5",)}, "rank_pattern .*fc1: the rank of an adapter is a whole"),
+        ({"alpha_pattern": ("*.fc1=-1",)}, "alpha_pattern .*fc1: an adapter's alpha is a number"),
+        ({"dora": 1}, "dora must be true or false, not 1"),
+    ],
+    ids=str,
+)
+def test_contradictory_settings_are_refused(folder: Path, lora: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        attach(checkpoints.load(folder), LoraConfig(**{"targets": ("*",), **lora}))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_modules_to_save_of_quantized_weights_are_floats(
+    folder: Path, tmp_path: Path, precision: str
+) -> None:
+    network, asked = checkpoints.load(folder, precision=precision), prompt(0, 30, image=1)
+    projector = network.multi_modal_projector
+    expected = {
+        f"{name}.{key}": value.clone()
+        for name, module in projector.named_modules()
+        if hasattr(module, "in_features")
+        for key, value in {
+            "weight": getattr(module, "dequantize", lambda m=module: m.weight)(),
+            "bias": module.bias,
+        }.items()
+    }
+    lora = LoraConfig(4, modules_to_save=("multi_modal_projector", "lm_head"), dora=True)
+    adapter = attach(network, lora)
+    found = dict(network.multi_modal_projector.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    write_adapter(tmp_path / "a", adapter)
+    other = checkpoints.load(folder)
+    merge(other, read_adapter(tmp_path / "a", other))
+    assert torch.equal(other.lm_head.weight, network.lm_head.weight)
+    assert engine(network).generate([asked], GREEDY)[0].generated
+
+
 def test_dora_over_quantized_weights_is_dora_over_what_they_stand_for(folder: Path) -> None:
     network, lora = checkpoints.load(folder, precision="int8"), LoraConfig(4, 8.0, 0.0)
     name = "language_model.layers.0.mlp.up_proj"

@@ -3,6 +3,7 @@ pairs of every form are read.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,11 +25,12 @@ from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import checkpointing, loop, references, run
 from llava_interleave.train.data import datasets, formats
+from llava_interleave.train.data.datasets import RawSample
 from llava_interleave.train.data.packing import Pair, collate_pairs
 from llava_interleave.train.data.samples import PackedSample, SampleFormat, Samples
 from llava_interleave.train.data.validate import validate
-from llava_interleave.train.losses import dpo_loss, logprobs
-from llava_interleave.train.recipe import DPOConfig, Recipe
+from llava_interleave.train.losses import dpo_loss, kto_loss, logprobs
+from llava_interleave.train.recipe import DPOConfig, KTOConfig, Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +154,107 @@ def test_loss_and_gradients_are_those_of_plain_padded_sequences(
         torch.testing.assert_close(
             fast[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def kto_rows(source: Path) -> list[dict[str, Any]]:
+    """The chosen answers of pairs, every other one labelled undesirable, in three forms."""
+    rows = []
+    for number, row in enumerate(json.loads(source.read_text())):
+        names, question, answer = row["image"], row["prompt"], row["chosen"]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        about = {"id": row["id"], "image": names}
+        rows.append(
+            [
+                {**about, "prompt": question, "completion": answer, "label": number % 2 == 0},
+                {**about, "messages": turns, "label": number % 2 == 0},
+                {
+                    **about,
+                    "conversations": [
+                        {"from": "human", "value": question},
+                        {"from": "gpt", "value": answer},
+                    ],
+                    "kto_tag": number % 2 == 0,
+                },
+            ][number % 3]
+        )
+    return rows
+
+
+def test_ktos_loss_and_gradients_are_those_of_plain_padded_sequences(
+    folder: Path, source: Path
+) -> None:
+    """As TRL's KTOTrainer computes it, with the KL divergence of the batch."""
+    config = KTOConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    rows = [
+        RawSample(row, source.parent, row["id"], "kto", str(number))
+        for number, row in enumerate(kto_rows(source))
+    ]
+    sides = [side for row in datasets.mismatched(rows) for side in datasets.sides(row) or ()]
+    checked = list(validate(sides, formats.processor(folder)))
+    packed = [PackedSample((a.row, b.row), 0, 0, 0) for a, b in zip(checked[::2], checked[1::2])]  # noqa: B905
+    made = Samples(packed, folder, 0)
+    pairs = [pair for unit in packed if isinstance(pair := made.make(unit), Pair)]
+    labels = [pair.desirable for pair in pairs]
+    assert labels == [True, False] * 3
+    answers = [row["chosen"] for row in json.loads(source.read_text())]
+    tokenizer = formats.processor(folder).tokenizer
+    for number, pair in enumerate(pairs):
+        own, other = (
+            tokenizer.decode([t for t, m in zip(p.tokens, p.loss_mask or [], strict=True) if m])
+            for p in (pair.chosen, pair.rejected)
+        )
+        assert own.strip().startswith(answers[number].strip())
+        assert other.strip().startswith(answers[number - 1 if number else 1].strip())
+    reference = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1)) * 2
+    model = checkpoints.load(folder).requires_grad_(True)
+    own, other = (
+        padded(model, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected")
+    )
+    reference = torch.stack([own, other], 1).detach() + reference - torch.tensor([0.0, 3.0])
+    gained = own - reference[:, 0]
+    kl = (other - reference[:, 1]).mean().clamp(min=0).detach()
+    assert kl > 1
+    losses = [
+        1.5 * (1 - sigmoid(0.3 * (g - kl))) if label else 0.7 * (1 - sigmoid(0.3 * (kl - g)))
+        for g, label in zip(gained, labels, strict=True)
+    ]
+    want = torch.stack(losses).sum()
+    want.backward()
+    slow = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    batch = collate_pairs(
+        [
+            replace(p, reference=(float(a), float(b)))
+            for p, (a, b) in zip(pairs, reference.tolist(), strict=True)
+        ]
+    )
+    found = kto_loss(config, model, batch)
+    found.total.backward()
+    torch.testing.assert_close(found.total, want, rtol=1e-4, atol=1e-4)
+    assert found.extra["kl"] == pytest.approx(6 * float(kl), rel=1e-4)
+    assert found.correct == sum(
+        bool(g > kl) == label for g, label in zip(gained, labels, strict=True)
+    )
+    largest = max(float(gradient.abs().max()) for gradient in slow.values())
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, slow[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
+
+
+def test_samples_without_a_label_and_one_alone_are_refused(source: Path) -> None:
+    def row(**sample: Any) -> RawSample:
+        return RawSample(sample, source.parent, "a", "kto", "1")
+
+    whole = {"prompt": "What?", "completion": "x"}
+    for label in ({}, {"label": 1}, {"label": "yes"}):
+        with pytest.raises(DataError, match="sample a has no answer with a `label`, true or false"):
+            list(datasets.mismatched([row(**whole, **label)]))
+    with pytest.raises(DataError, match="kto needs two samples at least, and a is alone"):
+        list(datasets.mismatched([row(**whole, label=True)]))
+    pair = row(prompt="What?", chosen="x", rejected="y")
+    found = [one.sample for one in datasets.mismatched([pair])]
+    assert [one["kto_label"] for one in found] == [True, False]
+    assert [one["rejected_messages"][0]["content"] for one in found] == ["y", "x"]
 
 
 def test_images_go_through_the_tower_once_a_pair(folder: Path, source: Path) -> None:
@@ -288,10 +391,14 @@ def test_invalid_pairs_are_refused_by_name(folder: Path, source: Path, tmp_path:
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.parametrize("kto", [False, True])
 def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_computed_once(
-    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kto: bool, folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of the reference, then in the middle of training."""
+    if kto:
+        (source.parent / "kto.json").write_text(json.dumps(kto_rows(source)))
+        source = source.parent / "kto.json"
     recipe = Recipe(
         model=str(folder),
         source=source,
@@ -301,7 +408,8 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
         workers=0,
         save_every=2,
         log_every=1,
-        dpo=DPOConfig(),
+        dpo=None if kto else DPOConfig(),
+        kto=KTOConfig() if kto else None,
         held_out=0.2,
     )
 
@@ -346,9 +454,10 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
         json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     ]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # nothing is preferred yet: log 2
+    # Nothing is preferred yet: log 2, of KTO 1 - sigmoid(0).
+    assert losses[0] == pytest.approx(0.5 if kto else 0.6931, abs=1e-3)
     assert losses[-1] < losses[0]
-    assert [line for line in lines if "loss" in line][-1]["accuracy"] == 1
+    assert [line for line in lines if "loss" in line][-1]["accuracy"] >= (0.5 if kto else 1)
 
 
 def test_the_reference_is_the_model_before_training(

@@ -53,7 +53,13 @@ STAGES: dict[str, dict[str, Any]] = {
     "adapter": {
         "bfloat16": True,
         "activation_checkpointing": True,
-        "adapter": LoraConfig(rank=4, dropout=0.2),
+        "adapter": LoraConfig(
+            rank=4,
+            dropout=0.2,
+            dora=True,
+            rank_pattern=("*.v_proj=2",),
+            modules_to_save=("multi_modal_projector",),
+        ),
     },
     "dpo": {"dpo": DPOConfig()},
 }

@@ -135,6 +135,10 @@ def test_every_value_that_can_be_set_is_stored_and_read(tmp_path: Path) -> None:
         ("[dpo]\nloss_type = 'ipo_mean'", "unknown loss_type 'ipo_mean'; did you mean"),
         ("[dpo]\nlabel_smoothing = 0.5", "label_smoothing must be below 0.5"),
         ("[dpo]\nbeta = 0", "beta must be above 0"),
+        ("[dpo]\n[kto]", "dpo and kto are two ways to learn preferences"),
+        ("[kto]\nundesirable_weight = 0", "undesirable_weight must be above 0"),
+        ("template = 'plain'\n[kto]", "leave out kto"),
+        ("[kto]\n[grpo]\nrewards = ['a:b']", "leave out dpo, kto, images_first_ratio"),
         ("steps = ", "cannot be read as TOML"),
     ],
 )

@@ -932,13 +932,19 @@ def test_answers_of_steps_that_are_done_again_are_there_once(
     assert [json.loads(line)["step"] for line in answers] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("lora", [{}, {"dora": True, "rank_pattern": ("*.v_proj=2",),
+                                       "modules_to_save": ("multi_modal_projector",)}])  # fmt: skip
 def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
-    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: dict[str, Any],
+    folder: Path,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With dropout, which a resumed run must repeat."""
     given = Recipe(
         model=str(folder), source=source, steps=6, lr=0.01, tokens=400, workers=0, save_every=2,
-        adapter=LoraConfig(rank=4, dropout=0.3, targets=("language_model.*_proj",)),
+        adapter=LoraConfig(rank=4, dropout=0.3, targets=("language_model.*_proj",), **lora),
     )  # fmt: skip
     said: list[str] = []
     whole = run.run(given, tmp_path / "whole", log=said.append)
@@ -949,13 +955,17 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
         name for name in linears(network) if name.startswith("language_model.")
     }
     assert all(part.b.abs().max() > 0 for part in adapter.parts.values())
-    count = sum(part.a.numel() + part.b.numel() for part in adapter.parts.values())
+    count = sum(t.numel() for part in adapter.parts.values() for t in part.state_dict().values())
     base = sum(
         p.numel() for name, p in network.named_parameters() if name.startswith("language_model.")
     )
     assert any(re.fullmatch(rf"decoder +{count:,} +{base:,}  0.01", line) for line in said), said
     stored = saved(tmp_path / "whole" / "checkpoint-6")
-    assert sum(tensor.numel() for tensor in stored.values()) == count
+    whole_modules = [t for of in adapter.replaced.values() for t in of.values()]
+    assert bool(whole_modules) == bool(lora)
+    assert sum(tensor.numel() for tensor in stored.values()) == count + sum(
+        tensor.numel() for tensor in whole_modules
+    )
     step = loop.train_step
 
     def deadly(*words: Any) -> loop.StepStats:
@@ -969,10 +979,15 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
             run.run(given, tmp_path / "killed", log=quiet)
     resumed = read_adapter(run.run(given, tmp_path / "killed", log=quiet), network)
     for name, part in adapter.parts.items():
-        assert torch.equal(part.a, resumed.parts[name].a), name
-        assert torch.equal(part.b, resumed.parts[name].b), name
+        for key, value in part.state_dict().items():
+            assert torch.equal(value, resumed.parts[name].state_dict()[key]), name
+    for name, of in adapter.replaced.items():
+        assert all(torch.equal(of[key], resumed.replaced[name][key]) for key in of), name
     with pytest.raises(OptionError, match=r"has vision_tower\.\S+, whose learning rate scale is 0"):
         run.run(given.but({"adapter.targets": ("vision_tower.*",)}), tmp_path / "tower", log=quiet)
+    frozen = given.but({"adapter.modules_to_save": ("vision_tower",)})
+    with pytest.raises(OptionError, match=r"modules_to_save has vision_tower.* rate scale is 0"):
+        run.run(frozen, tmp_path / "tower", log=quiet)
 
 
 @pytest.fixture(scope="module")

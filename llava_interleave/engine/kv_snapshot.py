@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, OptionError
-from ..lora import Adapters, LoraLinear, LoraWeights
+from ..lora import Adapters, LoraLinear
 from ..model import Llava, StoredKV
 from ..quantization.replace import quantized_precision
 from .kv_contiguous import ContiguousKVCache
@@ -207,9 +207,10 @@ def adapter_hash(model: Llava, key: str) -> str:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear) and key in module.low:
             weights = module.low[key]
-            assert isinstance(weights, LoraWeights)
-            header = repr((name, weights.scale, tuple(weights.a.shape))).encode()
-            state.update(header + _bytes([weights.a.flatten(), weights.b.flatten()]))
+            tensors = weights.state_dict()
+            shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+            state.update(repr((name, getattr(weights, "scale", 1.0), shapes)).encode())
+            state.update(_bytes([tensor.flatten() for tensor in tensors.values()]))
     return state.hexdigest()
 
 

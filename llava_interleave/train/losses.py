@@ -16,7 +16,7 @@ from ..flops import training_flops
 from ..image_layout import ImageTokenLayout
 from ..model import Llava, PackedAttention
 from .data.packing import Batch, Pairs, positions
-from .recipe import DPOConfig
+from .recipe import DPOConfig, KTOConfig
 
 CHUNK = 2048  # tokens whose logits exist at once
 
@@ -43,7 +43,7 @@ def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) 
 
     attend: replaces `PackedAttention(batch.lengths)`.
     """
-    spans = _spans(model, batch.pixels, [((start,), layout) for start, layout in batch.media])
+    spans = _spans(model, batch.pixels, _single(batch))
     hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths, attend)
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
     total, correct = hidden.new_zeros((), dtype=torch.float32), 0
@@ -74,6 +74,50 @@ def dpo_loss(config: DPOConfig, model: Llava, batch: Pairs) -> Loss:
         len(batch.pixels),
         training_flops(model, batch.lengths, len(batch.pixels), int(batch.loss_mask.sum())),
     )
+
+
+def kto_loss(config: KTOConfig, model: Llava, batch: Pairs) -> Loss:
+    """KTO's loss of labelled answers; correct are those whose log-probability has moved in their
+    direction, further than the KL divergence."""
+    others = batch.side(1)
+    with torch.no_grad():
+        values, samples = token_logprobs(model, others, _single(others))
+        other = values.new_zeros(len(others.lengths)).index_add(0, samples, values)
+    own = batch.side(0)
+    values, samples = token_logprobs(model, own, _single(own))
+    chosen = values.new_zeros(len(own.lengths)).index_add(0, samples, values)
+    reference = batch.reference.to(values.device)
+    gained, apart = chosen - reference[:, 0], other - reference[:, 1]
+    desirable = batch.desirable.to(values.device)
+    losses, kl = kahneman_tversky_loss(gained, apart, desirable, config)
+    return Loss(
+        losses.sum(),
+        len(losses),
+        int(((gained > kl) == desirable).sum()),
+        len(batch.tokens),
+        len(batch.pixels),
+        training_flops(model, own.lengths, len(own.pixels), int(own.loss_mask.sum())),
+        {"kl": float(kl) * len(losses)},
+    )
+
+
+def _single(batch: Batch) -> list[tuple[tuple[int], ImageTokenLayout]]:
+    return [((start,), layout) for start, layout in batch.media]
+
+
+def kahneman_tversky_loss(
+    gained: Tensor, mismatched: Tensor, desirable: Tensor, config: KTOConfig
+) -> tuple[Tensor, Tensor]:
+    """The loss of each answer `[P]`, and the estimate of the KL divergence.
+
+    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8 and the estimate of z_0 after it. gained:
+    log-probabilities of answers less those under the reference model; mismatched: the same of other
+    samples' answers to the same questions. desirable: `[P]`.
+    """
+    kl = mismatched.detach().mean().clamp(min=0)
+    value = torch.sigmoid(config.beta * torch.where(desirable, gained - kl, kl - gained))
+    weight = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
+    return weight * (1 - value), kl
 
 
 MEANS = ("ipo", "simpo", "orpo")

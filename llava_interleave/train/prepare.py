@@ -49,7 +49,7 @@ def prepare_samples(
         "media": str(recipe.media),
         "question": recipe.question,
         "form": asdict(form),
-        "limits": [recipe.tokens, recipe.images, seed, bool(recipe.dpo)],
+        "limits": [recipe.tokens, recipe.images, seed, bool(recipe.dpo), bool(recipe.kto)],
     }
     key = index.key(about)
     stored = index.build(
@@ -89,6 +89,9 @@ def prepare_samples(
 
 def _of_one_kind(read: Callable[[], Iterator[RawSample]], recipe: Recipe) -> Iterator[RawSample]:
     """Raises DataError for a pair without dpo, and for another sample with it."""
+    if recipe.kto:
+        yield from datasets.mismatched(read())
+        return
     for row in read():
         pair = datasets.sides(row) is not None
         if pair and not recipe.dpo:

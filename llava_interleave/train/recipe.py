@@ -82,6 +82,28 @@ class DPOConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KTOConfig:
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): learn from answers
+    that are labelled desirable or not."""
+
+    beta: float = _setting(
+        0.1, "Strength of the KL penalty towards the reference model, the one training starts from."
+    )
+    desirable_weight: float = _setting(1.0, "Weight of the losses of desirable answers.")
+    undesirable_weight: float = _setting(
+        1.0,
+        "Weight of the losses of undesirable answers; the paper wants weight times number of one "
+        "kind to be 1 to 4/3 of the other's.",
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if not getattr(self, name):
+                raise OptionError(f"{name} must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GRPOConfig:
     """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300): learn from rewards
     of sampled answers."""
@@ -251,6 +273,9 @@ class Recipe:
     dpo: DPOConfig | None = _setting(  # noqa: RUF009
         None, "Preference optimization from pairs of answers."
     )
+    kto: KTOConfig | None = _setting(  # noqa: RUF009
+        None, "Preference optimization from single answers with labels."
+    )
     grpo: GRPOConfig | None = _setting(  # noqa: RUF009
         None, "Reinforcement learning from rewards of sampled answers, on one process."
     )
@@ -299,15 +324,21 @@ class Recipe:
                 "tower_lr_scale, projector_lr_scale and decoder_lr_scale are all 0: "
                 "nothing is left to train"
             )
-        if self.template == "plain" and (self.images_first_ratio or self.dpo or self.anyres):
-            names = ("images_first_ratio", "dpo", "anyres")
+        if self.dpo and self.kto:
+            raise OptionError(
+                "dpo and kto are two ways to learn preferences: leave out one of them"
+            )
+        if self.template == "plain" and (
+            self.images_first_ratio or self.preferences or self.anyres
+        ):
+            names = ("images_first_ratio", "dpo", "kto", "anyres")
             other = next(name for name in names if getattr(self, name))
             raise OptionError(
                 f"template plain shows whole images and one answer: leave out {other}"
             )
-        if self.grpo and (self.dpo or self.images_first_ratio or self.template == "plain"):
+        if self.grpo and (self.preferences or self.images_first_ratio or self.template == "plain"):
             raise OptionError(
-                "grpo samples answers to the questions of chat samples: leave out dpo, "
+                "grpo samples answers to the questions of chat samples: leave out dpo, kto, "
                 "images_first_ratio and template plain"
             )
         if self.grpo and self.grad_accum_steps > self.grpo.questions:
@@ -315,10 +346,16 @@ class Recipe:
                 f"{self.grpo.questions} questions cannot be {self.grad_accum_steps} batches: "
                 "raise grpo.questions, or lower grad_accum_steps"
             )
-        if self.dpo and self.images_first_ratio:
+        if self.preferences and self.images_first_ratio:
             raise OptionError(
-                "images_first_ratio is for SFT, and dpo learns from pairs: leave out one of them"
+                "images_first_ratio is for SFT, and dpo and kto learn preferences: leave out one "
+                "of them"
             )
+
+    @property
+    def preferences(self) -> DPOConfig | KTOConfig | None:
+        """How preferences are learnt, if they are."""
+        return self.dpo or self.kto
 
     @property
     def warmup_steps(self) -> int:
@@ -380,8 +417,9 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, type[DPOConfig] | type[GRPOConfig] | type[LoraConfig]] = {
+TABLES: dict[str, type[DPOConfig] | type[KTOConfig] | type[GRPOConfig] | type[LoraConfig]] = {
     "dpo": DPOConfig,
+    "kto": KTOConfig,
     "grpo": GRPOConfig,
     "adapter": LoraConfig,
 }
@@ -445,7 +483,7 @@ def _record(record: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 def changed_settings(stored: Mapping[str, Any], recipe: Recipe) -> str:
     """The settings that change weights and differ from stored ones; "" if there are none."""
     stored, wanted = (
-        json.loads(json.dumps(Recipe().stored() | dict(values)))
+        json.loads(json.dumps(Recipe().stored() | _with_defaults(values)))
         for values in (stored, recipe.stored())
     )
     return ", ".join(
@@ -453,6 +491,16 @@ def changed_settings(stored: Mapping[str, Any], recipe: Recipe) -> str:
         for name in sorted((stored.keys() | wanted.keys()) - RESUMABLE_FIELDS)
         if stored.get(name) != wanted.get(name)
     )
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the defaults of their tables, whose keys an older version may not have had."""
+    tables = {
+        name: {field.name: field.default for field in dataclasses.fields(table)}
+        for name, table in TABLES.items()
+        if name in values
+    }
+    return {**values, **{name: own | values[name] for name, own in tables.items()}}
 
 
 def check_types(record: Any) -> None:

@@ -33,7 +33,7 @@ from .data.samples import SampleFormat, Samples
 from .fsdp import enable_activation_checkpointing, fsdp_loss, shard_fsdp
 from .grpo import Sampler, grpo_loss
 from .loop import LossFunction, autocast, freeze, in_bfloat16, train
-from .losses import dpo_loss, sft_loss
+from .losses import dpo_loss, kto_loss, sft_loss
 from .prepare import check_precision, load_network, prepare_samples
 from .recipe import Recipe
 from .references import evaluate, reference_logprobs
@@ -122,23 +122,36 @@ def _train(
         )
         recipe = recipe.but({"steps": steps})
     freeze(network, recipe, log)
+    whole = (
+        {f"{name}.{key}" for name, of in adapter.replaced.items() for key in of}
+        if adapter
+        else set()
+    )
     if frozen := next(
-        (name for name, p in network.named_parameters() if LOW in name and not p.requires_grad),
+        (
+            name
+            for name, p in network.named_parameters()
+            if (LOW in name or name in whole) and not p.requires_grad
+        ),
         None,
     ):
+        table = "modules_to_save" if frozen in whole else "targets"
         ranks.raise_everywhere(
             OptionError(
-                f"adapter.targets has {frozen.split(LOW)[0]}, whose learning rate scale is 0: "
+                f"adapter.{table} has {frozen.split(LOW)[0]}, whose learning rate scale is 0: "
                 "raise that, or leave it out"
             )
         )
     loss: LossFunction[Llava, Any] = sft_loss
-    if recipe.dpo:
-        loss = partial(dpo_loss, recipe.dpo)
+    if recipe.dpo or recipe.kto:
+        if recipe.dpo:
+            loss = partial(dpo_loss, recipe.dpo)
+        elif recipe.kto:
+            loss = partial(kto_loss, recipe.kto)
         pairs = [*training, *held_out]
         references = (
             {}
-            if not recipe.dpo.reference
+            if recipe.dpo and not recipe.dpo.reference
             else reference_logprobs(network, inside, recipe, pairs, model, out, ranks, log)
         )
         plan.samples = samples = Samples(training, model, recipe.seed, form, references)

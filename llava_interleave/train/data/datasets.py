@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -94,6 +94,45 @@ def sides(row: RawSample) -> tuple[RawSample, RawSample] | None:
         replace(row, sample=chosen, name=f"{row.name}, chosen", pair=row.name),
         replace(row, sample=rejected, name=f"{row.name}, rejected", pair=row.name),
     )
+
+
+KTO_LABEL = "kto_label"
+
+
+def mismatched(rows: Iterable[RawSample]) -> Iterator[RawSample]:
+    """Samples of KTO as pairs, of which `kto_label` says whether the answer is desirable.
+
+    The other answer of a pair is that of the sample before (of the first, of the second), to the
+    same question: its log-probabilities estimate the KL divergence from the reference model.
+    Raises DataError for a sample without a label, and for one alone.
+    """
+    waiting: tuple[RawSample, Any] | None = None
+    before: Any = None
+    for row in rows:
+        found = formats.labelled(row.sample)
+        if not found:
+            raise DataError(
+                f"sample {row.name} has no answer with a `label`, true or false, and kto learns "
+                "from those"
+            )
+        for number, (sample, label) in enumerate(found):
+            answer = sample["messages"][-1]
+            kind = (", chosen", ", rejected")[number] if len(found) == 2 else ""
+            this = replace(row, sample=sample | {KTO_LABEL: label}, name=row.name + kind)
+            if waiting:
+                yield _with_other(waiting[0], answer)
+                waiting = None
+            if before is None:
+                waiting = this, answer
+            else:
+                yield _with_other(this, before)
+            before = answer
+    if waiting:
+        raise DataError(f"kto needs two samples at least, and {waiting[0].name} is alone")
+
+
+def _with_other(row: RawSample, answer: Any) -> RawSample:
+    return replace(row, sample={**row.sample, "rejected_messages": [answer]})
 
 
 def held_out(groups: Mapping[str, Sequence[int]], share: float, seed: int) -> list[int]:

@@ -30,6 +30,7 @@ ROLES = {
 }
 CONVERSATIONS = ("conversations", "messages")
 PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
+LABELS = ("label", "kto_tag")
 FORMS: tuple[tuple[str, ...], ...] = (
     CONVERSATIONS,
     ("prompt", "completion"),
@@ -483,6 +484,27 @@ def sides(sample: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | 
         turns = after if whole and repeated else [*before, *after]
         both.append({**rest, "messages": [_with_role(turn) for turn in turns]})
     return both[0], both[1]
+
+
+def labelled(sample: Mapping[str, Any]) -> list[tuple[dict[str, Any], bool]]:
+    """The conversations of a sample for KTO, each with whether its last answer is desirable.
+
+    One with `label` (TRL, ms-swift) or `kto_tag` (LLaMA-Factory), true or false; of a preference
+    pair both; of another sample none.
+    """
+    if pair := sides(sample):
+        return [(pair[0], True), (pair[1], False)]
+    label = first(sample, *LABELS)
+    rest = {key: value for key, value in sample.items() if key not in LABELS}
+    try:
+        form, turns = _conversation(rest)
+    except _NotASample:
+        return []
+    if type(label) is not bool:
+        return []
+    dropped = {*form, "history", "system"}
+    rest = {key: value for key, value in rest.items() if key not in dropped}
+    return [({**rest, "messages": [_with_role(turn) for turn in turns]}, label)]
 
 
 def _with_role(turn: Any) -> Any:

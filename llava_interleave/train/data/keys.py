@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MEDIA = ("image", "images", "image_path", "video", "videos")
-META = ("id", "sample_id", "metadata", "system")
+META = ("id", "sample_id", "metadata", "system", "kto_label")
 READ = (
     *META,
     *MEDIA,
@@ -33,8 +33,8 @@ REFUSED: Mapping[str, str] = {
     "audio": "there is no audio encoder: leave the sample out",
     "audios": "there is no audio encoder: leave the sample out",
     "system_prompt": "name it `system`",
-    "kto_tag": "KTO is not supported: give pairs (`chosen`, `rejected`) to the recipe dpo",
-    "label": "KTO is not supported: give pairs (`chosen`, `rejected`) to the recipe dpo",
+    "kto_tag": "it is for the recipe kto",
+    "label": f"it is for the recipe kto: {OUT} for others",
     "loss": "leave the sample out, or put `loss` into its messages",
     "train": "leave the sample out, or put `train` into its messages",
     "weight": "samples have no weights: repeat it in a mixture instead",

@@ -6,9 +6,10 @@ import atexit
 import os
 import signal
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from multiprocessing import resource_tracker
 from random import Random
 from typing import Any, Protocol
@@ -54,12 +55,14 @@ def positions(lengths: Sequence[int]) -> Tensor:
 class Pair:
     """A preference pair: one conversation with two last answers, which alone carry loss.
 
-    reference: log-probabilities of both answers under the reference model.
+    reference: log-probabilities of both answers under the reference model. desirable: of KTO, where
+    `rejected` is another sample's answer, whether `chosen` is.
     """
 
     chosen: Prompt
     rejected: Prompt
     reference: tuple[float, float]
+    desirable: bool = True
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -70,7 +73,7 @@ class Pairs:
     """Several pairs, packed: chosen, rejected, chosen, rejected ... Images are there once a pair.
 
     As `Batch`; media: (first placeholder in chosen, first placeholder in rejected, layout).
-    reference: `[P, 2]`, log-probabilities under the reference model.
+    reference: `[P, 2]`, log-probabilities under the reference model. desirable: `[P]`, of KTO.
     """
 
     tokens: Tensor
@@ -79,6 +82,20 @@ class Pairs:
     pixels: Tensor
     media: list[tuple[int, int, ImageTokenLayout]]
     reference: Tensor
+    desirable: Tensor
+
+    def side(self, number: int) -> Batch:
+        """The chosen (0) or the other (1) answers, with their images."""
+        ends = list(accumulate(self.lengths))
+        media = []
+        for *starts, layout in self.media:
+            sample = bisect_right(ends, starts[number])
+            media.append((starts[number] - sum(self.lengths[1 - number : sample : 2]), layout))
+        tokens, loss_mask = (
+            torch.cat(whole.split(self.lengths)[number::2])
+            for whole in (self.tokens, self.loss_mask)
+        )
+        return Batch(tokens, loss_mask, self.lengths[number::2], self.pixels, media)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +128,7 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
         torch.cat(pixels) if pixels else whole.pixels,
         media,
         torch.tensor([pair.reference for pair in pairs]),
+        torch.tensor([pair.desirable for pair in pairs]),
     )
 
 

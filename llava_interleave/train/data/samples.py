@@ -18,7 +18,7 @@ from ...processing.chat_template import MediaPlaceholder
 from ...processing.tokenizer import IMAGE
 from ...prompt import Prompt
 from . import formats
-from .datasets import RawSample
+from .datasets import KTO_LABEL, RawSample
 from .packing import Pair
 from .shards import BLOCKS
 
@@ -212,7 +212,9 @@ class Samples:
                 _with_answer(processor, question, answer)
                 for answer in (messages[-1], sample.rows[1].messages()[0][-1])
             )
-            return Pair(chosen, rejected, self.references.get(sample.name, (0.0, 0.0)))
+            reference = self.references.get(sample.name, (0.0, 0.0))
+            label = sample.rows[0].sample.get(KTO_LABEL, True)
+            return Pair(chosen, rejected, reference, label)
         except LlavaError as error:
             raise DataError(f"sample {sample.name}: {error}") from error
 

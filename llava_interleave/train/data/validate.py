@@ -20,7 +20,7 @@ from PIL import Image
 from ...errors import LlavaError, MediaError
 from ...processing import FrameSampling, Loader, Processor
 from ...processing.loader import name_of
-from .datasets import RawSample
+from .datasets import KTO_LABEL, RawSample
 from .formats import DataIssue, Reading, reading
 from .samples import SampleFormat, move_images_first
 
@@ -116,7 +116,8 @@ def validate(
                     )
                     checked = replace(checked, faults=(*checked.faults, remark))
                 this = checked.row.pair, checked.digest
-                if checked.row.pair and before == this:
+                kto = KTO_LABEL in checked.row.sample
+                if checked.row.pair and before == this and not kto:
                     fault = DataIssue(
                         "duplicate",
                         f"pair {checked.row.pair} has one answer twice: there is no preference",
@@ -219,8 +220,9 @@ class _SampleReader:
             (turn["role"], turn.get("loss", True), _words(turn["content"]))
             for turn in found.messages
         ]
+        label = [row.sample[KTO_LABEL]] if KTO_LABEL in row.sample else []
         digest = hashlib.blake2b(
-            json.dumps([words, shown]).encode("utf-8", "backslashreplace"), digest_size=16
+            json.dumps([words, shown, *label]).encode("utf-8", "backslashreplace"), digest_size=16
         ).digest()
         size, images, images_first = (tuple(counts) + (None,) * 3)[:3]
         about = ValidatedSample(
