@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo kernels web test test-ray test-clients bench-trl coverage check docs dist bench bench-peers tiny
+.PHONY: help demo kernels web test test-ray test-clients test-trackers bench-trl coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
@@ -26,7 +26,8 @@ help:
 	@echo "make dist    the source archive and the wheel with kernels (manylinux), into dist"
 	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
-	@echo "make bench-trl  preference losses next to TRL's functions, installed apart (2 GB)"
+	@echo "make bench-trl  losses and whole runs next to TRL's functions and trainers, installed apart (2 GB)"
+	@echo "make test-trackers  the test of W&B, MLflow and trackio, offline, installed apart"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
@@ -64,11 +65,20 @@ build/clients/node/installed: Makefile
 
 build/trl/installed: Makefile
 	$(PYTHON) -m venv build/trl
-	build/trl/bin/pip install --quiet -e . trl==1.16.0
+	build/trl/bin/pip install --quiet -c constraints.txt -e . peft trl==1.16.0
 	@touch $@
 
 bench-trl: build/trl/installed
 	build/trl/bin/python -P bench/trl_losses.py
+	build/trl/bin/python -P bench/trl_trainers.py
+
+build/trackers/installed: Makefile
+	$(PYTHON) -m venv build/trackers
+	build/trackers/bin/pip install --quiet -c constraints.txt -e '.[wandb,mlflow,trackio,gpu]' pytest pytest-timeout pytest-xdist
+	@touch $@
+
+test-trackers: build/trackers/installed
+	build/trackers/bin/python -m pytest -n0 tests/test_train_benchmarks.py
 
 test-clients: .venv/installed-dev $(foreach name,litellm instructor pydantic-ai autogen node,build/clients/$(name)/installed)
 	$(BIN)/python -m pytest tests/test_real_clients.py

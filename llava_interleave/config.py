@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from .errors import OptionError
 from .image_layout import INTERLEAVE, Arrangement, ImageTokenLayout, max_tokens_per_image
@@ -196,10 +197,11 @@ class LoraConfig:
                 raise OptionError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern, value in _by_pattern(name, getattr(self, name)):
-                one = {"rank_pattern": "rank", "alpha_pattern": "alpha"}[name]
-                number = int(value) if one == "rank" and value.is_integer() else value
+                one: dict[str, Any] = {"alpha": value}
+                if name == "rank_pattern":
+                    one = {"rank": int(value) if value.is_integer() else value}
                 try:
-                    replace(self, rank_pattern=(), alpha_pattern=(), **{one: number})
+                    replace(self, rank_pattern=(), alpha_pattern=(), **one)
                 except OptionError as error:
                     raise OptionError(f"{name} {pattern}: {error}") from None
 

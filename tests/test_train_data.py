@@ -912,7 +912,7 @@ def test_the_documentation_runs_and_its_forms_are_read(
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     files = re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(files) == 9
+    assert len(files) == 13
     for name, text in files:
         (tmp_path / name).write_text(text)
         for image in re.findall(r'"(\w+\.png)"', text):

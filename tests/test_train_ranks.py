@@ -36,8 +36,9 @@ from llava_interleave.train.data.packing import (
 )
 from llava_interleave.train.loop import train
 from llava_interleave.train.losses import sft_loss
-from llava_interleave.train.recipe import DPOConfig, Recipe
+from llava_interleave.train.recipe import DPOConfig, KTOConfig, Recipe
 from llava_interleave.train.run import check_shared, run
+from tests.helpers.numbers_task import NUMBERS
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,7 +46,14 @@ pytestmark = [
 ]  # three processes begin, on however busy a machine
 LR = 1e-4
 STAGES: dict[str, dict[str, Any]] = {
-    "all": {"tower_lr_scale": 0.2, "held_out": 0.2, "evaluate_every": 2, "sample_generations": 2},
+    "all": {
+        "tower_lr_scale": 0.2,
+        "held_out": 0.2,
+        "evaluate_every": 2,
+        "sample_generations": 2,
+        "ema_decay": 0.5,
+        "evaluate": (NUMBERS,),
+    },
     "decoder": {
         "projector_lr_scale": 0.0,
         "epochs": 1.3,
@@ -62,6 +70,7 @@ STAGES: dict[str, dict[str, Any]] = {
         ),
     },
     "dpo": {"dpo": DPOConfig()},
+    "kto": {"kto": KTOConfig()},
 }
 
 
@@ -112,7 +121,7 @@ def prepare(place: Path) -> None:
     (place / "samples.json").write_text(json.dumps(samples))
     (place / "pairs.json").write_text(json.dumps(pairs))
     for stage, more in STAGES.items():
-        source = place / ("pairs.json" if stage == "dpo" else "samples.json")
+        source = place / ("pairs.json" if stage in ("dpo", "kto") else "samples.json")
         settings = {
             "lr": LR,
             "tokens": 250,
@@ -147,7 +156,8 @@ def together(place: Path) -> None:
         waited = group.run_on_rank0(lambda: time.sleep(9) or "done", long=True)
     (place / "waited").write_text(waited)
     for stage in STAGES:
-        run(recipe.read(place / f"{stage}.toml"), place / stage / "two")
+        given = recipe.read(place / f"{stage}.toml").but({"cpu_offload": stage == "decoder"})
+        run(given, place / stage / "two")
     run(recipe.read(place / "adapter.toml"), place / "adapter" / "begun by one")
     try:
         check_shared(place / f"of-{os.environ['RANK']}", group)
@@ -184,7 +194,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(place),
     ]
     done = subprocess.run(
-        launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        launch,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "said").write_text(done.stdout)
@@ -261,10 +274,11 @@ def test_the_others_wait_for_rank_0_longer_than_for_a_collective(place: Path) ->
 
 def test_rank_0_alone_tells(place: Path) -> None:
     said = (place / "said").read_text()
-    assert said.count("step 1 of 4  loss") == 4  # three stages and the command; one has other steps
+    assert said.count("step 1 of 4  loss") == 5  # four stages and the command; one has other steps
     assert said.count("step 4 held out") == 1
     assert said.count("stopped by SIGTERM after step 3") == 1
     assert said.count("computing the reference of 14 pairs") == 1
+    assert said.count("computing the reference of 28 pairs") == 1  # KTO has both answers of each
 
 
 class Numbers:

@@ -1024,7 +1024,9 @@ def test_held_out_samples_are_measured_and_answered(finished: tuple[Path, list[s
 
 def test_the_best_measurement_is_a_checkpoint_of_its_own(finished: tuple[Path, list[str]]) -> None:
     out, said = finished
-    assert said[-1] == f"the held-out loss was lowest after step 2, 1.0000: {out / 'best'}"
+    assert said[-1] == (
+        f"the best evaluation was after step 2, held-out loss 1.0000: {out / 'best'}"
+    )
     assert not torch.equal(
         state(out / "best")["language_model.norm.weight"],
         state(out / "model")["language_model.norm.weight"],
@@ -1130,7 +1132,7 @@ def test_of_a_quantized_checkpoint_adapters_alone_are_trained(
 def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
     folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = Recipe(model=str(folder), source=source, steps=1, workers=0, tensorboard=True)
+    given = Recipe(model=str(folder), source=source, steps=1, workers=0, trackers=("tensorboard",))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Unsupported, match=r"pip install 'llava-interleave\[tensorboard\]'"):
         run.run(given, tmp_path / "out", log=quiet)

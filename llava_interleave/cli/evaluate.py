@@ -27,7 +27,7 @@ PUBLISHED = (
     "ai2d", "blink", "docvqa", "muirbench", "mvbench", "nextqa",
     "nlvr2", "pope", "qbench", "raven", "scanqa", "vqav2",
 )  # fmt: skip
-TASKS = (*INTERLEAVE, *PUBLISHED, "haystack")
+TASKS = (*INTERLEAVE, *PUBLISHED, "haystack", "world")
 REDUCTION = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
 OPTIONS = ("preset", "max_new_tokens", "anyres", "frames", *REDUCTION, "adapter")
 
@@ -129,10 +129,21 @@ def evaluate(
         compare(tasks[1:], as_json)
         return
     _check_flags(used, ctx.params)
-    loaded = [
-        _task(name, data, as_published, questions, task_options or (), rules)
-        for name in dict.fromkeys(tasks)
-    ]
+    from ..evals import tasks as by_name
+
+    loaded = []
+    for name in dict.fromkeys(tasks):
+        with terminal.spinner(f"reading {name}"):
+            loaded.append(
+                by_name.load(
+                    name,
+                    data,
+                    questions=questions,
+                    options=task_options or (),
+                    as_published=as_published and name in INTERLEAVE,
+                    rules=rules,
+                )
+            )
     fixed = [task.name for task in loaded if task.fixed_frames]
     if fixed and "frames" in overrides:
         raise OptionError(
@@ -191,9 +202,9 @@ def _check_flags(used: Collection[str], params: Mapping[str, Any]) -> None:
     for name in params["tasks"]:
         if name not in TASKS and not _is_custom(name):
             raise unknown("task", name, TASKS)
-    own = [name for name in params["tasks"] if _is_custom(name) or name == "haystack"]
+    own = [n for n in params["tasks"] if _is_custom(n) or n in ("haystack", "world")]
     if params["task_options"] and not own:
-        raise OptionError("--task-option is for haystack and module:Task")
+        raise OptionError("--task-option is for haystack, world and module:Task")
     if params["as_published"] and not set(params["tasks"]) & set(INTERLEAVE):
         raise OptionError(f"--as-published is for {', '.join(INTERLEAVE)}")
     if params["rules"] not in (None, "lmms-eval"):
@@ -247,43 +258,6 @@ def _remarks(task: Task) -> None:
 def _is_custom(name: str) -> bool:
     """Whether a task's name is an import path, `module:Task`."""
     return ":" in name
-
-
-def _task(
-    name: str,
-    data: Path,
-    as_published: bool,
-    questions: int | None,
-    task_options: Sequence[str],
-    rules: str | None = None,
-) -> Task:
-    """A task; of each data set only the first `questions` conversations if that is given."""
-    from ..evals import custom, haystack, interleave, lmms_eval, published
-
-    with terminal.spinner(f"reading {name}"):
-        if _is_custom(name):
-            task = custom.load(name, task_options)
-        elif name == "haystack":
-            task = custom.build(name, haystack.Haystack, task_options)
-        elif name in INTERLEAVE:
-            task = interleave.load(name, data, as_published=as_published)
-        else:
-            task = published.load(name, data)
-        if rules:
-            task = lmms_eval.rescored(task)
-    if not task.examples:
-        raise DataError(f"all samples of {name} are broken; --check says why")
-    if questions is None:
-        return task
-    counts: dict[str, int] = {}
-    chosen: dict[str, Any] = {}
-    for example in task.examples:
-        if example.follows in chosen or (
-            not example.follows and counts.get(example.group, 0) < questions
-        ):
-            chosen[example.id] = example
-            counts[example.group] = counts.get(example.group, 0) + (not example.follows)
-    return task.but(examples=list(chosen.values()))
 
 
 class _Remote:

@@ -142,14 +142,15 @@ def check(
     with terminal.spinner("starting"):
         from ..chat import locate
         from ..processing import Processor
-        from ..train.data.datasets import samples
+        from ..train.data.datasets import samples, unlabelled
         from ..train.data.index import RowFile
         from ..train.data.validate import KINDS, tally, validate
 
     processor = Processor.from_folder(locate(model, None, tensors=False)) if model else None
     counts: dict[str, dict[str, int]] = {}
     with TemporaryDirectory() as folder, terminal.progress_bar("reading") as progress:
-        found = RowFile.write(Path(folder) / "rows", samples(source, media=media, seed=seed or 0))
+        rows = map(unlabelled, samples(source, media=media, seed=seed or 0))
+        found = RowFile.write(Path(folder) / "rows", rows)
         checked = [
             one
             for one in validate(found, processor, tokens or 8192, progress)

@@ -32,10 +32,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..distributed.process_group import ProcessGroup
 from ..errors import CheckpointError, DataError
 from .data.packing import Position
+from .ema import WeightAverage
 from .recipe import Recipe, changed_settings
 
 OPTIMIZER = "optimizer."
 """Prefix of optimizer state; its names are `optimizer.PARAMETER.STATE`."""
+AVERAGE = "ema."
+"""Prefix of averaged weights."""
 FILE_BYTES = 256 << 20
 """Bytes of a file, unless one tensor has more; twice as many are in memory while it is written."""
 CHECKSUMS = "SHA256SUMS"
@@ -43,7 +46,8 @@ CHECKSUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Progress of a run: steps, data position, (held-out loss, step) of the best evaluation."""
+    """Progress of a run: steps, data position, (value, step) of the best evaluation: the held-out
+    loss, or the negative score of a benchmark."""
 
     step: int = 0
     position: Position = Position()  # noqa: RUF009  frozen
@@ -57,8 +61,10 @@ def save(
     state: State,
     recipe: Recipe,
     ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
+    average: WeightAverage | None = None,
 ) -> Path:
-    """Write trained parameters, optimizers and state; then remove old checkpoints. -> its folder.
+    """Write trained parameters, their average, optimizers and state; then remove old checkpoints.
+    -> its folder.
 
     The folder gets its name when it is complete, so that a kill at any moment leaves the checkpoint
     before. Raises DataError where it cannot be written.
@@ -66,10 +72,14 @@ def save(
     draft, done = folder / "checkpoint.new", named(folder, state.step)
     if ranks.run_on_rank0(done.exists):
         return done
-    tensors = _trained(model)
+    tensors = _trained(model) | _averaged(average)
     kept = {id(p): of for optimizer in optimizers for p, of in optimizer.state.items()}
     for name, p in model.named_parameters():
-        tensors |= {f"{OPTIMIZER}{name}.{key}": value for key, value in kept.get(id(p), {}).items()}
+        tensors |= {
+            f"{OPTIMIZER}{name}.{key}": torch.as_tensor(value)
+            for key, value in kept.get(id(p), {}).items()
+            if not key.startswith("qmap")  # constants of bitsandbytes, which all share
+        }
 
     facts = {**asdict(state), "recipe": recipe.stored()}
 
@@ -205,6 +215,7 @@ def restore(
     recipe: Recipe,
     ranks: ProcessGroup = ProcessGroup(),  # noqa: B008  frozen
     log: Callable[[str], None] = print,
+    average: WeightAverage | None = None,
 ) -> State:
     """Load the newest checkpoint in `folder` that is not damaged, if there is one.
 
@@ -225,7 +236,7 @@ def restore(
             log(f"{last} is damaged ({wrong}): it is now {aside}, and the one before is used")
             ranks.run_on_rank0(partial(_set_aside, last, aside))
         else:
-            return _restore(last, model, optimizers, recipe, ranks)
+            return _restore(last, model, optimizers, recipe, ranks, average)
     return State()
 
 
@@ -240,6 +251,7 @@ def _restore(
     optimizers: Sequence[torch.optim.Optimizer],
     recipe: Recipe,
     ranks: ProcessGroup,
+    average: WeightAverage | None,
 ) -> State:
     facts = json.loads((last / "state.json").read_text())
     if changed := changed_settings(facts["recipe"], recipe):
@@ -249,14 +261,16 @@ def _restore(
                 "or delete it"
             )
         )
-    parameters, tensors = dict(model.named_parameters()), _trained(model)
+    parameters = dict(model.named_parameters())
+    tensors = _trained(model) | _averaged(average)
     for key, stored in (
         HuggingFaceStorageReader(str(last)).read_metadata().state_dict_metadata.items()
     ):
         if key.startswith(OPTIMIZER) and isinstance(stored, TensorStorageMetadata):
             p = parameters[key.removeprefix(OPTIMIZER).rpartition(".")[0]]
-            alone = torch.zeros(stored.size, dtype=stored.properties.dtype, device=p.device)
-            tensors[key] = torch.zeros_like(p) if stored.size == p.shape else alone
+            dtype = stored.properties.dtype
+            alone = torch.zeros(stored.size, dtype=dtype, device=p.device)
+            tensors[key] = torch.zeros_like(p, dtype=dtype) if stored.size == p.shape else alone
     _read(last, tensors, alone=ranks.world_size == 1)
     kept: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -264,26 +278,53 @@ def _restore(
             name, _, field = key.removeprefix(OPTIMIZER).rpartition(".")
             kept.setdefault(id(parameters[name]), {})[field] = value
     for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) in kept):
-            optimizer.state[p] = kept[id(p)]
+        for g, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                if id(p) in kept:
+                    _set_state(optimizer, group, (g, i), kept[id(p)])
     best = facts.get("best")
     return State(
         facts["step"], Position(**facts["position"]), None if best is None else (best[0], best[1])
     )
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load the trained parameters of a whole `model` from a checkpoint.
+def _set_state(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    place: tuple[int, int],
+    values: dict[str, Tensor],
+) -> None:
+    p = group["params"][place[1]]
+    if init := getattr(optimizer, "init_state", None):  # of bitsandbytes; it may be paged
+        init(group, p, *place)
+        for key, value in values.items():
+            if isinstance(optimizer.state[p].get(key), Tensor):
+                optimizer.state[p][key].copy_(value)
+            else:
+                optimizer.state[p][key] = value.item()
+    else:
+        optimizer.state[p] = values
+
+
+def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) -> None:
+    """Load the trained parameters of a whole `model`, or their average, from a checkpoint.
 
     Raises CheckpointError where it is damaged.
     """
     if wrong := damage(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged: {wrong}")
-    _read(checkpoint, _trained(model), alone=True)
+    prefix = AVERAGE if averaged else ""
+    tensors = {f"{prefix}{name}": tensor for name, tensor in _trained(model).items()}
+    _read(checkpoint, tensors, alone=True)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _averaged(average: WeightAverage | None) -> dict[str, Tensor]:
+    found = {} if average is None else average.tensors
+    return {f"{AVERAGE}{name}": tensor for name, tensor in found.items()}
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from ..distributed.process_group import ProcessGroup
@@ -48,9 +48,16 @@ def layers(network: Llava) -> list[nn.Module]:
 
 
 def shard_fsdp(
-    network: Llava, ranks: ProcessGroup, device: torch.device, *, wide: bool
+    network: Llava,
+    ranks: ProcessGroup,
+    device: torch.device,
+    *,
+    wide: bool,
+    cpu_offload: bool = False,
 ) -> InsideFsdp:
     """Move a network to the device, or shard it over the devices of all ranks; `wide`: in float32.
+
+    cpu_offload: shards stay in the CPU's memory.
 
     -> the function to compute inside; outside of it parameters are shards.
     """
@@ -59,9 +66,10 @@ def shard_fsdp(
         _widen(network, wide)
         return lambda fn, *args: fn(network, *args)
     whole, mesh = _Whole(network), init_device_mesh(device.type, (ranks.world_size,))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     for part in (*layers(network), whole):  # one by one: never all in full size
         _widen(part, wide)
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, offload_policy=policy)
     sharded = [module for module in whole.modules() if isinstance(module, FSDPModule)]
     for module in sharded:  # the loop divides by the global count
         module.set_gradient_divide_factor(1.0)

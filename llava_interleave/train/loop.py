@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from ..flops import peak_memory
 from . import checkpointing
 from .checkpointing import State
 from .data.packing import Position
+from .ema import WeightAverage
 from .losses import Loss
 from .recipe import Recipe
 
@@ -48,6 +50,42 @@ def in_bfloat16(device: torch.device, bfloat16: bool | None) -> bool:
 def autocast(device: torch.device, bfloat16: bool | None) -> torch.autocast:
     """Matrix products in bfloat16, as `in_bfloat16` says."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, bfloat16))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that computes; shards of parameters may be in the CPU's memory."""
+    p = next(model.parameters())
+    return torch.device(p.device_mesh.device_type) if isinstance(p, DTensor) else p.device
+
+
+@contextmanager
+def profiled(
+    steps: int, folder: Path, rank: int, log: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """A function to call after each step; `steps` of them, after the first two, are profiled.
+
+    The folder gets a trace for Perfetto or chrome://tracing, and a table of operators by time.
+    """
+    if not steps:
+        yield lambda: None
+        return
+    cuda = torch.cuda.is_available()
+
+    def write(profile: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
+        by = f"self_{'cuda' if cuda else 'cpu'}_time_total"
+        table = profile.key_averages().table(sort_by=by, row_limit=30)
+        (folder / f"summary-{rank}.txt").write_text(table, "utf-8")
+        log(f"profile: {folder}")
+
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(
+        activities=[activities.CPU, *([activities.CUDA] if cuda else [])],
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+    ) as profile:
+        yield profile.step
 
 
 B = TypeVar("B")
@@ -81,7 +119,8 @@ def train(
     with the recipe's learning rate scales; a scale of 0 freezes them.
 
     data: batches from a position on, each with the position after it. evaluate: given the step, ->
-    metrics on held-out samples, `loss` among them; the checkpoint of the lowest is kept.
+    metrics on held-out samples and of benchmarks; the checkpoint of the best by `recipe.best_by`
+    is kept.
     log_metrics: called with every line of log.jsonl. ranks: each calls this with its shards of the
     model and its share of every step's batches; rank 0 writes, and `evaluate` returns the same on
     all. peak_flops: operations a second; with it the log has the MFU.
@@ -95,7 +134,8 @@ def train(
     steps = _checked_steps(recipe, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     optimizers = build_optimizers(model, recipe)
-    state = checkpointing.restore(folder, model, optimizers, recipe, ranks, log)
+    average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+    state = checkpointing.restore(folder, model, optimizers, recipe, ranks, log, average)
     if ranks.rank == 0:  # of the steps that are done again
         for name in ("log.jsonl", "answers.jsonl"):
             drop_lines_after(folder / name, state.step)
@@ -106,21 +146,25 @@ def train(
         _naming_errors(folder, lambda: state.step),
         open_jsonl(folder / "log.jsonl") if ranks.rank == 0 else nullcontext() as file,
         _catch_signals() as caught,
+        ExitStack() as stack,
     ):
         run_log = _RunLog(file, log_metrics, log)
+        profiled_step = stack.enter_context(
+            profiled(recipe.profile_steps, folder / "profile", ranks.rank, log)
+        )
 
         def evaluated(state: State) -> State:
             """The state after an evaluation, which may be the best."""
             if evaluate is None:
                 return state
             model.eval()
-            metrics = evaluate(model, state.step)
+            with average.applied(model) if average and recipe.use_ema else nullcontext():
+                metrics = evaluate(model, state.step)
             model.train()
             run_log.evaluated(state.step, metrics)
             best = math.inf if state.best is None else state.best[0]
-            if metrics["loss"] < best:
-                return replace(state, best=(metrics["loss"], state.step))
-            return state
+            value = metrics.get(recipe.best_by, math.inf) * (1 if recipe.best_by == "loss" else -1)
+            return replace(state, best=(value, state.step)) if value < best else state
 
         model.train()
         if state.step == 0:
@@ -142,6 +186,8 @@ def train(
                         ranks,
                     )
                     meter.add(stats)
+                    if average and not stats.skipped:
+                        average.update(model)
                     skipped = skipped + 1 if stats.skipped else 0
                     if skipped > recipe.max_skipped_steps:
                         ranks.raise_everywhere(_not_finite(stats, state.step, skipped))
@@ -149,13 +195,14 @@ def train(
                 state = replace(state, step=state.step + 1, position=taken[-1][1])
                 if state.step % recipe.log_every == 0 or last:
                     rates = meter.rates(peak_flops)
-                    device = next(model.parameters()).device
+                    device = device_of(model)
                     if memory := ranks.all_reduce_max(peak_memory(device))[0]:
                         rates["memory_gib"] = memory / 2**30
                     run_log.trained(state.step, steps, stats, skipped, rates)
                 every = recipe.evaluate_every
                 if last or (every and state.step % every == 0):
                     state = evaluated(state)
+            profiled_step()
             elapsed = time.monotonic() - last_save
             timely = recipe.save_minutes and elapsed >= 60 * recipe.save_minutes
             due, number = ranks.all_reduce_max(bool(timely), caught[0] if caught else 0)
@@ -175,7 +222,7 @@ def train(
                             "saved: lower the learning rate, or look at the data"
                         )
                     )
-                path = checkpointing.save(folder, model, optimizers, state, recipe, ranks)
+                path = checkpointing.save(folder, model, optimizers, state, recipe, ranks, average)
                 last_save = time.monotonic()
                 if number and state.step < steps:
                     log(
@@ -214,6 +261,13 @@ def _checked_steps(recipe: Recipe, ranks: ProcessGroup) -> int:
             Unsupported(
                 f"Muon needs whole matrices, and {ranks.world_size} processes have shards: "
                 "take muon_lr_scale 0, or one process"
+            )
+        )
+    if recipe.optimizer != "adamw" and ranks.world_size > 1:
+        ranks.raise_everywhere(
+            Unsupported(
+                f"optimizer {recipe.optimizer} needs whole tensors, and {ranks.world_size} "
+                "processes have shards: take adamw, whose state is sharded, or one process"
             )
         )
     return recipe.steps
@@ -386,7 +440,7 @@ def train_step(
     for index, batch in enumerate(batches):
         seed = number * recipe.grad_accum_steps + index * ranks.world_size + ranks.rank
         torch.manual_seed(seed)
-        with autocast(next(model.parameters()).device, recipe.bfloat16):
+        with autocast(device_of(model), recipe.bfloat16):
             part = loss(model, batch)
         part.total.backward()
         parts.append(part)
@@ -506,12 +560,31 @@ def _catch_signals() -> Iterator[list[signal.Signals]]:
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW and, if it has any parameter, Muon; a learning rate scale of 0 freezes a parameter."""
     for_adamw, for_muon = parameter_groups(model, recipe)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(for_adamw, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
-    ]
+    optimizers = [_adamw(for_adamw, recipe, device_of(model))]
     if for_muon:  # the size of its step is AdamW's (Liu et al. 2025, arXiv 2502.16982)
         optimizers.append(torch.optim.Muon(for_muon, lr=recipe.lr, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def _adamw(
+    groups: list[dict[str, Any]], recipe: Recipe, device: torch.device
+) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
+    if recipe.optimizer.startswith("paged") and device.type != "cuda":
+        raise Unsupported(
+            f"optimizer {recipe.optimizer} pages the memory of a CUDA GPU, and the device is "
+            f"{device.type}: take adamw8bit"
+        )
+    try:
+        optim = import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise Unsupported(
+            f"optimizer {recipe.optimizer} needs bitsandbytes: pip install 'llava-interleave[gpu]'"
+        ) from error
+    kind = optim.PagedAdamW8bit if recipe.optimizer.startswith("paged") else optim.AdamW8bit
+    found: torch.optim.Optimizer = kind(groups, lr=recipe.lr, betas=(0.9, recipe.beta2))
+    return found
 
 
 PARTS = (

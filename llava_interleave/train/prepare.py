@@ -74,10 +74,15 @@ def prepare_samples(
     log(f"{len(training):,} samples to train on, {len(held_out):,} held out")
     if not training:
         raise DataError(f"nothing of {source} is left to train on: hold out less")
-    if recipe.evaluate_every and not held_out:
+    if recipe.evaluate_every and not held_out and not recipe.evaluate:
         raise OptionError(
-            "evaluate_every is for held-out samples, and there are none: give held_out, "
-            "or leave it out"
+            "evaluate_every is for held-out samples and benchmarks, and there are none: give "
+            "held_out or evaluate, or leave it out"
+        )
+    if recipe.early_stopping and recipe.best_by == "loss" and not held_out:
+        raise OptionError(
+            "early_stopping goes by the held-out loss, and no samples are held out: give held_out, "
+            "or best_by one of evaluate"
         )
     _check_resumed_run(recipe, training, held_out, model, out)
     (out / "config.toml").write_text(recipe.toml(), "utf-8")

@@ -26,13 +26,16 @@ RESUMABLE_FIELDS = frozenset(
     (
         *("source", "media", "skip_errors", "device", "workers", "activation_checkpointing"),
         *("save_every", "save_minutes", "keep", "evaluate_every", "sample_generations"),
-        *("log_every", "tensorboard", "max_skipped_steps", "timeout_minutes"),
-        *("data_cache", "early_stopping"),
+        *("log_every", "trackers", "tracker_project", "max_skipped_steps", "timeout_minutes"),
+        *("data_cache", "early_stopping", "evaluate", "evaluate_questions", "evaluate_data"),
+        *("profile_steps", "cpu_offload"),
     )
 )
 """A resumed run may have other values of these fields: they do not change the weights."""
 QUANTIZED = ("int8", "int4", "fp8", "nf4")
 """Precisions of frozen weights; listed here because a recipe is read without PyTorch."""
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LOSS_TYPES = ("sigmoid", "ipo", "ipo_sum", "simpo", "orpo")
 GRPO_LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
@@ -225,6 +228,20 @@ class Recipe:
         "0 trains them with AdamW.",
     )
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    optimizer: str = _setting(
+        "adamw",
+        "adamw; adamw8bit, whose state has 8 bits (bitsandbytes, Dettmers et al. 2021, arXiv "
+        "2110.02861); or paged_adamw8bit, whose state moves to the CPU's memory where that of a "
+        "CUDA GPU is full.",
+    )
+    ema_decay: float = _setting(
+        0.0, "Decay of an exponential moving average of the trained weights; 0 keeps none."
+    )
+    use_ema: bool = _setting(
+        True,
+        "Evaluate and write the averaged weights, if there are any; false only keeps them in the "
+        "checkpoints.",
+    )
     max_skipped_steps: int = _setting(
         0,
         "A step with a NaN or infinite loss or gradient is skipped; more than so many in a row end "
@@ -243,6 +260,11 @@ class Recipe:
         "Multiply matrices in bfloat16 where that is faster; weights stay float32. Default: on a "
         "CUDA GPU that has bfloat16.",
     )
+    cpu_offload: bool = _setting(
+        False,
+        "Keep parameters, gradients and optimizer state of several processes in the CPU's memory; "
+        "layers go to the GPU while they are computed.",
+    )
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
     workers: int = _setting(1, "Data loader processes; 0 loads samples in the training process.")
     save_every: int = _setting(200, "Steps between checkpoints.")
@@ -258,7 +280,23 @@ class Recipe:
         0, "Steps between evaluations on held-out samples; 0 only before and after training."
     )
     early_stopping: int = _setting(
-        0, "End the run after so many evaluations in a row without a lower loss; 0 for never."
+        0, "End the run after so many evaluations in a row without a better one; 0 for never."
+    )
+    best_by: str = _setting(
+        "loss",
+        "What the best checkpoint and early_stopping go by: loss, the held-out one, or one of "
+        "evaluate, the higher the better.",
+    )
+    evaluate: tuple[str, ...] = _setting(
+        (),
+        "Benchmarks of every evaluation: tasks of `llava eval`, such as docvqa, world (the tiny "
+        "world's) or module:Task; several times.",
+    )
+    evaluate_questions: int = _setting(
+        0, "Only the first questions of each of their data sets; 0 for all."
+    )
+    evaluate_data: Path | None = _setting(  # noqa: RUF009
+        None, "Folder of their data sets; without it `data`."
     )
     sample_generations: int = _setting(
         4, "How many held-out questions are answered at each evaluation."
@@ -269,7 +307,15 @@ class Recipe:
         "Precision of the frozen weights under an adapter (QLoRA): int8 or int4, on a GPU also fp8 "
         "or nf4; without it as they are stored.",
     )
-    tensorboard: bool = _setting(False, "Also write the log for TensorBoard.")
+    trackers: tuple[str, ...] = _setting(
+        (), "Also send the log to tensorboard, wandb, mlflow or trackio; several times."
+    )
+    tracker_project: str = _setting(
+        "llava-interleave", "Project (of MLflow: experiment) of the trackers."
+    )
+    profile_steps: int = _setting(
+        0, "Profile so many steps, after the first two of this start, into the folder profile."
+    )
     dpo: DPOConfig | None = _setting(  # noqa: RUF009
         None, "Preference optimization from pairs of answers."
     )
@@ -300,6 +346,7 @@ class Recipe:
             ("min_lr_ratio", 1.0),
             ("images_first_ratio", 1.0),
             ("beta2", 0.9999),
+            ("ema_decay", 0.999999),
         ):
             if (getattr(self, name) or 0) > most:
                 raise OptionError(f"{name} must be at most {most}, and is {getattr(self, name)}")
@@ -307,6 +354,22 @@ class Recipe:
             raise OptionError("steps and epochs must be above 0")
         if self.early_stopping and not self.evaluate_every:
             raise OptionError("early_stopping counts evaluations: give evaluate_every too")
+        if self.best_by not in ("loss", *self.evaluate):
+            raise unknown("best_by", self.best_by, ("loss", *self.evaluate))
+        if self.evaluate_questions and not self.evaluate:
+            raise OptionError("evaluate_questions is for benchmarks: give evaluate too")
+        if not self.use_ema and not self.ema_decay:
+            raise OptionError("use_ema is for averaged weights: give ema_decay, or leave it out")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer != "adamw" and self.muon_lr_scale:
+            raise OptionError(
+                f"optimizer {self.optimizer} and muon_lr_scale exclude each other: Muon is for "
+                "matrices next to adamw"
+            )
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise unknown("tracker", tracker, TRACKERS)
         if self.steps and self.epochs:
             raise OptionError(
                 f"steps ({self.steps}) and epochs ({self.epochs}) exclude each other: "
@@ -455,7 +518,7 @@ def read(path: Path) -> Recipe:
                 if not isinstance(values[name], dict):
                     raise OptionError(f"{name} must be a table, [{name}]")
                 values[name] = _record(table, values[name], f"{name}.")
-        for name in ("source", "media", "data_cache"):
+        for name in ("source", "media", "data_cache", "evaluate_data"):
             if isinstance(values.get(name), str):
                 values[name] = path.parent.absolute() / values[name]
         if isinstance(model := values.get("model"), str) and (path.parent / model).is_dir():

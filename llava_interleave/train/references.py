@@ -16,7 +16,7 @@ from ..model import Llava
 from .data.packing import Batch, DummyBatch, Pairs, join, pack
 from .data.samples import PackedSample, SampleFormat, Samples
 from .fsdp import InsideFsdp
-from .loop import LossFunction, autocast
+from .loop import LossFunction, autocast, device_of
 from .losses import logprobs
 from .prepare import about
 from .recipe import Recipe
@@ -72,7 +72,7 @@ def reference_logprobs(
         samples = Samples(missing, model, recipe.seed, SampleFormat(recipe.template, recipe.anyres))
         for group, batch, dummy in _batches(missing, samples, recipe, ranks):
             assert isinstance(batch, Pairs)
-            with autocast(network.lm_head.weight.device, recipe.bfloat16):
+            with autocast(device_of(network), recipe.bfloat16):
                 values = inside(logprobs, batch).tolist()
             mine = [
                 {"id": pair.name, "chosen": chosen, "rejected": rejected}

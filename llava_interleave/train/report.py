@@ -36,7 +36,7 @@ def write(folder: Path, page: Path) -> None:
     # Of a step that was done again, the last line counts.
     train = {line["step"]: line for line in lines if line.get("loss") is not None}
     held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
-    losses = {step: m["loss"] for step, m in held_out.items() if m["loss"] is not None}
+    losses = {step: m["loss"] for step, m in held_out.items() if m.get("loss") is not None}
     best = min(losses, key=losses.__getitem__, default=None)
     reports.write(
         page,
@@ -65,7 +65,9 @@ def write(folder: Path, page: Path) -> None:
 def _curves(
     train: Mapping[int, Mapping[str, float]], held_out: Mapping[int, Mapping[str, float]]
 ) -> Iterator[dict[str, Any]]:
-    for title, name in CURVES:
+    known = {name for _, name in CURVES}
+    own = {name for metrics in held_out.values() for name in metrics if "/" not in name} - known
+    for title, name in (*CURVES, *((name, name) for name in sorted(own))):
         points = sorted(
             (step, line[name]) for step, line in train.items() if line.get(name) is not None
         )

@@ -11,7 +11,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..flops import measured_flops
 from ..lora import LoraAdapter
 from ..model import Llava
 from . import checkpointing
+from .benchmarks import Benchmarks
 from .data.packing import PlannedPackedDataset, Position, distributed_batches
 from .data.samples import SampleFormat, Samples
 from .fsdp import enable_activation_checkpointing, fsdp_loss, shard_fsdp
@@ -38,6 +38,7 @@ from .prepare import check_precision, load_network, prepare_samples
 from .recipe import Recipe
 from .references import evaluate, reference_logprobs
 from .sample_generations import GenerationLogger
+from .trackers import track
 
 WINDOW = 128
 """Samples that are packed together."""
@@ -75,7 +76,10 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
         network, adapter, _ = load_network(recipe, model, device)
         freeze(network, recipe, _no_log)
         shard_fsdp(network, ProcessGroup(), torch.device("cpu"), wide=_in_float32(recipe, device))
-        checkpointing.load_weights(checkpointing.list_checkpoints(out)[-1], network)
+    averaged = bool(recipe.ema_decay) and recipe.use_ema
+    if ranks.world_size > 1 or averaged:
+        last = checkpointing.list_checkpoints(out)[-1]
+        checkpointing.load_weights(last, network, averaged=averaged)
 
     def write(folder: Path) -> None:
         if adapter:
@@ -83,7 +87,7 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
         else:
             checkpoints.save(network, folder, processor_from=model, dtype=dtype)
 
-    return _write(network, out, name, write, log)
+    return _write(network, out, name, write, log, recipe, averaged=averaged)
 
 
 def _train(
@@ -96,12 +100,23 @@ def _train(
 ) -> tuple[Llava, LoraAdapter | None, torch.dtype]:
     """The part that all ranks run. -> network, adapter, and the type of the stored weights."""
     form = SampleFormat(recipe.template, recipe.anyres, recipe.images_first_ratio)
+    if recipe.cpu_offload and ranks.world_size == 1:
+        raise OptionError(
+            "cpu_offload is for the shards of several processes (torchrun), and this is one: "
+            "leave it out"
+        )
     ranks.run_on_rank0(lambda: check_precision(recipe, model, device))
     training, held_out = ranks.run_on_rank0(
         lambda: prepare_samples(recipe, model, form, out, log), long=True
     )
     network, adapter, dtype = load_network(recipe, model, device)
-    inside = shard_fsdp(network, ranks, device, wide=_in_float32(recipe, device))
+    inside = shard_fsdp(
+        network,
+        ranks,
+        device,
+        wide=_in_float32(recipe, device),
+        cpu_offload=recipe.cpu_offload,
+    )
     bfloat16 = in_bfloat16(device, recipe.bfloat16)
     if recipe.bfloat16 and not bfloat16:
         log("this CPU is faster in float32 than in bfloat16, so matrices are multiplied in float32")
@@ -177,26 +192,28 @@ def _train(
         [sample.rows[0] for sample in shown], model, form, out if ranks.rank == 0 else None
     )
 
+    benchmarks = Benchmarks(recipe, model, out, ranks)
+
     def evaluate_step(network: Llava, step: int) -> Mapping[str, float]:
+        metrics: dict[str, float] = {}
         with autocast(device, recipe.bfloat16):
-            metrics = (
-                sampler.evaluate(held_out)
-                if sampler
-                else evaluate(network, loss, samples, held_out, recipe, ranks)
-            )
+            if sampler and held_out:
+                metrics = sampler.evaluate(held_out)
+            elif held_out:
+                metrics = evaluate(network, loss, samples, held_out, recipe, ranks)
         with torch.no_grad():
             inside(generations, step, log)
-        return metrics
+            return metrics | (inside(benchmarks, step) if benchmarks.tasks else {})
 
     dtype_of_products = torch.bfloat16 if bfloat16 else torch.float32
-    with _tensorboard(out, recipe.tensorboard and ranks.rank == 0) as log_metrics:
+    with track(recipe, out, enabled=ranks.rank == 0) as log_metrics:
         train(
             network,
             loss,
             data,
             recipe,
             out,
-            evaluate=evaluate_step if held_out else None,
+            evaluate=evaluate_step if held_out or recipe.evaluate else None,
             log_metrics=log_metrics,
             log=log,
             ranks=ranks,
@@ -248,39 +265,15 @@ def _no_log(_: str) -> None:
     pass
 
 
-@contextmanager
-def _tensorboard(out: Path, enabled: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that writes lines of the log for TensorBoard, in `out`, if it is enabled.
-
-    Raises Unsupported where TensorBoard is not installed.
-    """
-    if not enabled:
-        yield lambda _: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise Unsupported(
-            "tensorboard is not installed: pip install 'llava-interleave[tensorboard]', "
-            "or leave it out"
-        ) from error
-
-    def write(line: Mapping[str, Any]) -> None:
-        values = {f"held_out/{name}": value for name, value in line.get("held_out", {}).items()}
-        values |= {
-            f"train/{name}": value
-            for name, value in line.items()
-            if name not in ("step", "held_out")
-        }
-        for name, value in values.items():
-            writer.add_scalar(name, value, line["step"])
-
-    with SummaryWriter(str(out / "tensorboard")) as writer:
-        yield write
-
-
 def _write(
-    network: Llava, out: Path, name: str, write: Callable[[Path], None], log: Callable[[str], None]
+    network: Llava,
+    out: Path,
+    name: str,
+    write: Callable[[Path], None],
+    log: Callable[[str], None],
+    recipe: Recipe,
+    *,
+    averaged: bool,
 ) -> Path:
     """Write the trained model and, if an earlier evaluation was better, `best`. -> its folder."""
     done = out / name
@@ -290,11 +283,13 @@ def _write(
     best = json.loads((last / "state.json").read_text())["best"]
     if best is None or best[1] == int(last.name[11:]):
         return done
+    by = "held-out loss" if recipe.best_by == "loss" else recipe.best_by
+    value = f"{by} {best[0] if recipe.best_by == 'loss' else -best[0]:.4f}"
     if best[1] == 0:
-        log(f"no evaluation was better than before training, a held-out loss of {best[0]:.4f}")
+        log(f"no evaluation was better than before training: {value}")
         return done
     if not (out / "best").exists():
-        checkpointing.load_weights(checkpointing.named(out, best[1]), network)
+        checkpointing.load_weights(checkpointing.named(out, best[1]), network, averaged=averaged)
         write(out / "best")
-    log(f"the held-out loss was lowest after step {best[1]:,}, {best[0]:.4f}: {out / 'best'}")
+    log(f"the best evaluation was after step {best[1]:,}, {value}: {out / 'best'}")
     return done

@@ -59,25 +59,34 @@ class GenerationLogger:
         """Answer all questions, greedily."""
         if not self.prompts:
             return
-        tokenizer, config = self.processor.tokenizer, model.config.text
-        limits = [min(MAX_NEW_TOKENS, config.context - len(prompt)) for prompt in self.prompts]
-        tokens = sum(len(prompt) + n for prompt, n in zip(self.prompts, limits, strict=True))
-        engine = Engine(
-            model,
-            eos_ids=tokenizer.eos_ids,
-            vocab=tokenizer.size,
-            kv_bytes=tokens * bytes_per_token(config, model.language_model.norm.weight.dtype),
-            feature_bytes=0,
-            kv_block_size=0,
-        )
-        params = [SamplingParams(max_new_tokens=n) for n in limits]
-        requests = engine.generate(self.prompts, params)
-        answers = [tokenizer.decode(request.generated).strip() for request in requests]
+        answers = generate(model, self.processor, self.prompts, MAX_NEW_TOKENS)
         if self.out:
             with open_jsonl(self.out / "answers.jsonl") as file:
                 file.write(json.dumps({"step": step, "answers": answers}) + "\n")
         for name, answer in zip(self.names, answers, strict=True):
             log(f"step {step:,} {name}: {answer}")
+
+
+def generate(
+    model: Llava, processor: Processor, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[str]:
+    """The greedy answers of a model in training."""
+    if not prompts:
+        return []
+    tokenizer, config = processor.tokenizer, model.config.text
+    limits = [max(1, min(max_new_tokens, config.context - len(prompt))) for prompt in prompts]
+    tokens = sum(len(prompt) + n for prompt, n in zip(prompts, limits, strict=True))
+    engine = Engine(
+        model,
+        eos_ids=tokenizer.eos_ids,
+        vocab=tokenizer.size,
+        kv_bytes=tokens * bytes_per_token(config, model.language_model.norm.weight.dtype),
+        feature_bytes=0,
+        kv_block_size=0,
+    )
+    params = [SamplingParams(max_new_tokens=n) for n in limits]
+    requests = engine.generate(prompts, params)
+    return [tokenizer.decode(request.generated).strip() for request in requests]
 
 
 def _text(content: object) -> str:

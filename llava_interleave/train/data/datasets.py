@@ -131,6 +131,14 @@ def mismatched(rows: Iterable[RawSample]) -> Iterator[RawSample]:
         raise DataError(f"kto needs two samples at least, and {waiting[0].name} is alone")
 
 
+def unlabelled(row: RawSample) -> RawSample:
+    """A labelled sample of KTO as one of fine-tuning; another as it is."""
+    if any(type(row.sample.get(key)) is bool for key in formats.LABELS):
+        found = formats.labelled(row.sample)
+        return replace(row, sample=found[0][0]) if len(found) == 1 else row
+    return row
+
+
 def _with_other(row: RawSample, answer: Any) -> RawSample:
     return replace(row, sample={**row.sample, "rejected_messages": [answer]})
 
