@@ -208,7 +208,8 @@ def memory_in_8_bits(
     [(1, 1, 16, 2, 0), (4, 2, 80, 40, 15), (8, 8, 128, 100, 98), (6, 1, 64, 777, 700)],
 )
 def test_attention_in_8_bits(heads: int, kv_heads: int, d: int, capacity: int, at: int) -> None:
-    """What is written is `eight_bits` to the bit; what is read are those numbers."""
+    """What is written is `quantize_kv` to the bit; what is read are those numbers, and queries are
+    rounded to 8 bits."""
     torch.manual_seed(1)
     keys, values, scales = memory_in_8_bits(kv_heads, d, capacity)
     q, k, v = (torch.randn(2, n, d).to(BF16) * 2 for n in (heads, kv_heads, kv_heads))
@@ -229,11 +230,28 @@ def test_attention_in_8_bits(heads: int, kv_heads: int, d: int, capacity: int, a
             (keys.double() * scales[0][:, None])[..., :stop],
             (values.double() * scales[1][..., None])[:, :stop],
         )
-        scores = q[token].double().view(kv_heads, -1, d) @ wide[0] * d**-0.5
+        size = q[token].double().abs().amax(-1, keepdim=True) / 127
+        rounded = (q[token].double() / size).round() * size
+        scores = rounded.view(kv_heads, -1, d) @ wide[0] * d**-0.5
         right_seen = (scores.softmax(-1) @ wide[1]).view(heads, d)
         torch.testing.assert_close(
             out[token].double(), right_seen, rtol=5e-3, atol=2**-9 * float(wide[1].abs().max())
         )
+
+
+@needs_kernels
+@pytest.mark.parametrize(("tokens", "d", "at"), [(1, 16, 0), (3, 80, 255), (41, 64, 500)])
+def test_attention_in_8_bits_has_the_same_bits_with_every_instruction_set(
+    tokens: int, d: int, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *kv, scales = memory_in_8_bits(2, d, at + tokens)
+    q, k, v = (torch.randn(tokens, n, d).to(BF16) for n in (14, 2, 2))
+    found = []
+    for name in kernels.binding.supported_instructions():
+        functions = kernels.binding.bind(kernels.binding.find_library(name))
+        monkeypatch.setattr(kernels.binding, "library", lambda functions=functions: functions)
+        found.append(kernels.attend(q, k, v, *kv, at, scales))
+    assert all(torch.equal(out, found[0]) for out in found)
 
 
 @needs_kernels
@@ -391,7 +409,8 @@ OUTPUTS = Path(__file__).parent / "helpers" / "kernel_outputs.cpp"
 
 def outputs_of(compiler: str, flags: tuple[str, ...], folder: Path, *run: str) -> str:
     """Hashes of what the kernels compute on odd shapes."""
-    command = [compiler, "-std=c++17", "-O1", "-static", *flags, f"-I{kernels.compilation.SOURCES}"]
+    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-static", *flags]
+    command.append(f"-I{kernels.compilation.SOURCES}")
     subprocess.run([*command, "-o", "outputs", str(OUTPUTS)], cwd=folder, check=True)
     done = subprocess.run([*run, "./outputs"], cwd=folder, check=True, capture_output=True)
     return done.stdout.decode()

@@ -2,6 +2,10 @@
 
 #pragma once
 
+#include <cmath>
+#include <limits>
+
+#include "attention_int8.h"
 #include "gemm.h"
 #include "kv_cache.h"
 #include "simd.h"
@@ -12,6 +16,103 @@
 #endif
 
 namespace {
+
+// A thread's memory for a tile of queries.
+struct AttentionScratch {
+  AttentionProducts<int8_t> int8;
+  AttentionProducts<uint16_t> bfloat16;
+  AlignedArray<float> scores;       // [ROWS][BLOCK]
+  AlignedArray<float> block_sums;   // [ROWS][16], of attention weights
+  AlignedArray<float> out, totals;  // [MAX_QUERIES][width], [MAX_QUERIES][16]
+
+  AttentionScratch(int64_t d, int64_t width)
+      : int8(d, width),
+        bfloat16(d, width),
+        scores(aligned_array<float>(ROWS * BLOCK)),
+        block_sums(aligned_array<float>(ROWS * PANEL)),
+        out(aligned_array<float>(MAX_QUERIES * width)),
+        totals(aligned_array<float>(MAX_QUERIES * PANEL)) {}
+
+  template <class S>
+  AttentionProducts<S>& products() {
+    if constexpr (sizeof(S) == 1)
+      return int8;
+    else
+      return bfloat16;
+  }
+};
+
+// Attention of up to MAX_QUERIES queries, each over its first `lengths` tokens, which grow; block
+// of keys after block with a running maximum (FlashAttention-2, arXiv 2307.08691). Blocks begin at
+// multiples of BLOCK: what a query computes does not depend on the others.
+template <class S>
+void attend_tile(const KVHead<S>& head, int64_t rows, const int64_t* lengths,
+                 AttentionScratch& scratch) {
+  constexpr float INFINITE = std::numeric_limits<float>::infinity();
+  [[maybe_unused]] const typename AttentionProducts<S>::Mode mode;
+  auto& products = scratch.products<S>();
+  const int64_t width = head.width;
+  const float factor = float(1.4426950408889634 / std::sqrt(double(head.d)));
+  float maxima[MAX_QUERIES];
+  std::fill_n(maxima, rows, -INFINITE);
+  std::fill_n(scratch.out.get(), rows * width, 0.0f);
+  std::fill_n(scratch.totals.get(), rows * PANEL, 0.0f);
+  for (int64_t begin = 0; begin < lengths[rows - 1]; begin += BLOCK) {
+    products.load_block(head, begin, lengths[rows - 1], rows);
+    for (int64_t first = 0; first < rows; first += ROWS) {
+      const int64_t some = std::min(ROWS, rows - first);
+      if (lengths[first + some - 1] <= begin) continue;
+      products.multiply_keys(first, some, scratch.scores.get());
+      // what earlier blocks have added up and what this one does is multiplied by 2 ** that
+      float decays[ROWS + PANEL], gains[ROWS + PANEL] = {};
+      for (int64_t m = 0; m < some; m++) {
+        const int64_t visible = std::max<int64_t>(0, std::min(BLOCK, lengths[first + m] - begin));
+        float* scores = &scratch.scores[m * BLOCK];
+        const float of_query = products.factor(first + m) * factor,
+                    scale = of_query == 0 ? 1 : of_query;
+        Floats highest = splat(-INFINITE);
+        for (int64_t t = 0; t < visible; t += PANEL) {
+          store(scores + t, products.score(scores, t));
+          if (t + PANEL > visible) std::fill(scores + visible, scores + t + PANEL, -INFINITE);
+          highest = maximum(highest, load(scores + t));
+        }
+        const float maximum_here = visible ? largest(highest) * scale : -INFINITE,
+                    next = std::max(maxima[first + m], maximum_here);
+        const Floats below = splat(-maximum_here);
+        Floats sum = splat(0);
+        products.store_weights(m, visible, [&](int64_t t) {
+          const Floats p = exp2_short(fma(load(scores + t), splat(scale), below));
+          sum = add(sum, p);
+          return p;
+        });
+        store(&scratch.block_sums[m * PANEL], sum);
+        decays[m] = maxima[first + m] - next, gains[m] = maximum_here - next;
+        maxima[first + m] = next;
+      }
+      for (int64_t m = 0; m < some; m += PANEL) {
+        store(decays + m, exp2_short(load(decays + m)));
+        store(gains + m, exp2_short(load(gains + m)));
+      }
+      products.multiply_values(some);
+      for (int64_t m = 0; m < some; m++) {
+        if (lengths[first + m] <= begin) continue;
+        const Floats decay = splat(decays[m]), gain = splat(gains[m]);
+        const auto accumulate = [&](float* to, Floats x) {
+          store(to, fma(load(to), decay, mul(x, gain)));
+        };
+        accumulate(&scratch.totals[(first + m) * PANEL], load(&scratch.block_sums[m * PANEL]));
+        for (int64_t i = 0; i < width; i += PANEL)
+          accumulate(&scratch.out[(first + m) * width + i], products.sum(m, i));
+      }
+    }
+  }
+  for (int64_t m = 0; m < rows; m++) {
+    float total = 0;
+    for (int64_t i = 0; i < PANEL; i++) total += scratch.totals[m * PANEL + i];
+    for (int64_t i = m * width; i < (m + 1) * width; i += PANEL)
+      store(&scratch.out[i], mul(load(&scratch.out[i]), splat(1 / total)));
+  }
+}
 
 // A thread's memory for a layer.
 struct Workspace {
@@ -38,8 +139,7 @@ struct Queries {
     int64_t lengths[MAX_QUERIES];
     for (int64_t m = 0; m < rows; m++) {
       const int64_t token = (first + m) / group, h = (first + m) % group;
-      const uint16_t* from = q + token * stride + h * head.d;
-      for (int64_t i = 0; i < head.d; i++) to_lhs(&scratch.q[m * scratch.q_stride + i], from[i]);
+      scratch.products<S>().load_query(m, q + token * stride + h * head.d);
       lengths[m] = visible + (causal ? token : 0);
     }
     attend_tile(head, rows, lengths, scratch);
@@ -59,7 +159,7 @@ struct Attention {
 
   static void run(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const Attention*>(context);
-    AttentionScratch scratch(self.at + self.tokens, self.d, self.d);
+    AttentionScratch scratch(self.d, self.d);
     const TileRegisters registers;
     for (int64_t head = begin; head < end; head++) self.attend_head(head, scratch);
   }

@@ -1,9 +1,6 @@
-// Attention of some queries by vector registers.
+// Products of attention over a bfloat16 KV cache by vector registers, with float32 sums.
 
 #pragma once
-
-#include <cmath>
-#include <limits>
 
 #include "kv_cache.h"
 
@@ -12,10 +9,10 @@ namespace {
 // c[m][0..16 N) = sum over k of a[m][k] * b[k][0..16 N), K_STEP k at a time and in order for every
 // M and N: batch-invariant. b has `depth` rows, a has columns up to a multiple of K_STEP; b has
 // `have` columns where N is 1. Memory is prefetched `prefetch_distance` before its use.
-template <int M, int N, class S>
-void gemm_panels(const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth,
+template <int M, int N>
+void gemm_panels(const Lhs* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, int64_t depth,
                  int64_t have, int64_t prefetch_distance, float* c, int64_t c_stride) {
-  static const S zeros[N * PANEL] = {};
+  static const uint16_t zeros[N * PANEL] = {};
   Floats sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) {
@@ -23,11 +20,11 @@ void gemm_panels(const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, i
     for (int n = 0; n < N; n++) sum[m][n] = splat(0);
   }
   for (int64_t k = 0; k < depth; k += K_STEP, a += K_STEP, b += K_STEP * b_stride) {
-    const S* other = k + 1 < depth ? b + b_stride : zeros;
+    const uint16_t* other = k + 1 < depth ? b + b_stride : zeros;
     KVector some[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) some[n] = load_k(b + n * PANEL, other + n * PANEL, have);
-    for (size_t line = 0; line < N * PANEL * sizeof(S); line += 64) {
+    for (size_t line = 0; line < N * PANEL * sizeof(uint16_t); line += 64) {
       prefetch(reinterpret_cast<const char*>(b + prefetch_distance) + line);
       if (K_STEP == 2) prefetch(reinterpret_cast<const char*>(other + prefetch_distance) + line);
     }
@@ -44,19 +41,12 @@ void gemm_panels(const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, i
   }
 }
 
-// Panels of columns per pass that fit the registers with so many rows.
-constexpr int panels_per_pass(int rows) {
-  int n = 1;
-  while (2 * n * rows <= ACCUMULATORS && n < 8) n *= 2;
-  return n;
-}
-
 // The same for any number of columns, widest panels first. Rows of c are padded to whole panels.
-template <int M, int N, class S>
-void gemm_columns(const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth,
-                  int64_t columns, bool down, float* c, int64_t c_stride) {
+template <int M, int N>
+void gemm_columns(const Lhs* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                  int64_t depth, int64_t columns, bool down, float* c, int64_t c_stride) {
   const int64_t prefetch_distance =
-      down ? 4096 / sizeof(S) : N * PANEL;  // next come further rows, or the next columns
+      down ? 4096 / sizeof(uint16_t) : N * PANEL;  // next come further rows, or the next columns
   int64_t i = 0;
   for (; i + N * PANEL <= columns; i += N * PANEL) {
     gemm_panels<M, N>(a, a_stride, b + i, b_stride, depth, PANEL, prefetch_distance, c + i,
@@ -71,9 +61,8 @@ void gemm_columns(const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, 
 }
 
 // The same for one row of a and long rows of b: eight rows at a time, each from end to end.
-template <class S>
-void gemv_rows(const Lhs* a, const S* b, int64_t b_stride, int64_t depth, int64_t columns,
-               float* c) {
+inline void gemv_rows(const Lhs* a, const uint16_t* b, int64_t b_stride, int64_t depth,
+                      int64_t columns, float* c) {
   for (int64_t k = 0; k < depth; k += 8, a += 8, b += 8 * b_stride) {
     const int64_t some = std::min<int64_t>(8, depth - k);
     for (int64_t i = 0; i < columns; i += PANEL) {
@@ -86,77 +75,54 @@ void gemv_rows(const Lhs* a, const S* b, int64_t b_stride, int64_t depth, int64_
   }
 }
 
-template <class S, int M = MAX_QUERIES>
-void gemm(int64_t rows, const Lhs* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth,
-          int64_t columns, bool down, float* c, int64_t c_stride) {
+template <int M = ROWS>
+void gemm(int64_t rows, const Lhs* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+          int64_t depth, int64_t columns, bool down, float* c, int64_t c_stride) {
   if (rows == 1 && !down) return gemv_rows(a, b, b_stride, depth, columns, c);
   if (rows == M)
     return gemm_columns<M, panels_per_pass(M)>(a, a_stride, b, b_stride, depth, columns, down, c,
                                                c_stride);
   if constexpr (M > 1)
-    gemm<S, M - 1>(rows, a, a_stride, b, b_stride, depth, columns, down, c, c_stride);
+    gemm<M - 1>(rows, a, a_stride, b, b_stride, depth, columns, down, c, c_stride);
 }
 
-// Memory for a tile of queries: q [rows][q_stride], scores [rows][round_up(max_length)], out
-// [rows][width].
-struct AttentionScratch {
-  int64_t q_stride;
-  AlignedArray<float> scores, out;
-  AlignedArray<Lhs> q;
-  AttentionScratch(int64_t max_length, int64_t d, int64_t width)
-      : q_stride(d),
-        scores(aligned_array<float>(MAX_QUERIES * round_up(max_length))),
-        out(aligned_array<float>(MAX_QUERIES * width)),
-        q(aligned_array<Lhs>(MAX_QUERIES * d)) {}
+template <>
+struct AttentionProducts<uint16_t> {
+  struct Mode {};  // of denormals: as it is
+  int64_t d, width, capacity = 0, count = 0;
+  const uint16_t *keys = nullptr, *values = nullptr;  // of the block
+  AlignedArray<Lhs> q, weights;                       // [MAX_QUERIES][d], [ROWS][BLOCK]
+  AlignedArray<float> sums;                           // [ROWS][width]
+
+  AttentionProducts(int64_t d, int64_t width)
+      : d(d),
+        width(width),
+        q(aligned_array<Lhs>(MAX_QUERIES * d)),
+        weights(aligned_array<Lhs>(ROWS * BLOCK)),
+        sums(aligned_array<float>(ROWS * width)) {}
+
+  void load_query(int64_t m, const uint16_t* from) {
+    for (int64_t i = 0; i < d; i++) to_lhs(&q[m * d + i], from[i]);
+  }
+  void load_block(const KVHead<uint16_t>& head, int64_t begin, int64_t length, int64_t) {
+    keys = head.keys + begin, values = head.values + begin * width;
+    capacity = head.capacity, count = std::min(BLOCK, length - begin);
+  }
+  void multiply_keys(int64_t first, int64_t rows, float* scores) const {
+    gemm(rows, &q[first * d], d, keys, capacity, d, count, false, scores, BLOCK);
+  }
+  Floats score(const float* scores, int64_t t) const { return load(scores + t); }
+  float factor(int64_t) const { return 1; }
+  template <class F>
+  void store_weights(int64_t m, int64_t visible, F&& p) {
+    Lhs* row = &weights[m * BLOCK];
+    for (int64_t t = 0; t < visible; t += PANEL) store_lhs(row + t, p(t));
+    std::fill(row + visible, row + round_up(count), 0);
+  }
+  void multiply_values(int64_t rows) {
+    gemm(rows, weights.get(), BLOCK, values, width, count, width, true, sums.get(), width);
+  }
+  Floats sum(int64_t m, int64_t i) const { return load(&sums[m * width + i]); }
 };
-
-// Scores become e ** ((score - maximum) / sqrt(d)), as operands for `gemm` in the same memory, 0
-// beyond the length; -> their sum.
-template <class S>
-float softmax(const KVHead<S>& head, float* scores, int64_t length, int64_t padded) {
-  if constexpr (KVHead<S>::SCALED) {
-    for (int64_t t = 0; t < length; t += PANEL)
-      store(scores + t, mul(load(scores + t), head.scales(head.key_scales, t, length)));
-  }
-  for (int64_t t = length; t < round_up(length); t++)
-    scores[t] = -std::numeric_limits<float>::infinity();
-  const Floats root = splat(1 / std::sqrt(float(head.d)));
-  Floats largest = load(scores), sum = splat(0);
-  for (int64_t t = PANEL; t < length; t += PANEL) largest = maximum(largest, load(scores + t));
-  float parts[PANEL], total = 0;
-  store(parts, largest);
-  const Floats below = splat(-*std::max_element(parts, parts + PANEL));
-  const auto weights = reinterpret_cast<Lhs*>(scores);
-  for (int64_t t = 0; t < length; t += PANEL) {
-    Floats p = exponential(mul(add(load(scores + t), below), root));
-    sum = add(sum, p);
-    if constexpr (KVHead<S>::SCALED) p = mul(p, head.scales(head.value_scales, t, length));
-    store_lhs(weights + t, p);
-  }
-  std::memset(weights + length, 0, (padded - length) * sizeof(Lhs));
-  store(parts, sum);
-  for (float part : parts) total += part;
-  return total;
-}
-
-// Attention of up to MAX_QUERIES queries, each over its first `lengths` tokens.
-template <class S>
-void attend_tile(const KVHead<S>& head, int64_t rows, const int64_t* lengths,
-                 AttentionScratch& scratch) {
-  const int64_t max_length = *std::max_element(lengths, lengths + rows),
-                padded = round_up(max_length), d = head.d, width = head.width;
-  float *scores = scratch.scores.get(), *out = scratch.out.get();
-  const auto weights = reinterpret_cast<Lhs*>(scores);
-  float inverse_sums[MAX_QUERIES];
-  gemm(rows, scratch.q.get(), d, head.keys, head.capacity, d, max_length, false, scores, padded);
-  for (int64_t m = 0; m < rows; m++)
-    inverse_sums[m] = 1 / softmax(head, scores + m * padded, lengths[m], padded);
-  gemm(rows, weights, padded * sizeof(float) / sizeof(Lhs), head.values, width, max_length, width,
-       true, out, width);
-  for (int64_t m = 0; m < rows; m++) {
-    for (float* x = out + m * width; x < out + (m + 1) * width; x += PANEL)
-      store(x, mul(load(x), splat(inverse_sums[m])));
-  }
-}
 
 }  // namespace

@@ -22,13 +22,6 @@ namespace {
 
 inline int64_t groups_of(int64_t in) { return (in + GROUP - 1) / GROUP; }
 
-#if defined(__AMX_INT8__)
-constexpr int64_t MIN_TILE_ROWS = 8;             // tokens from which on tile registers are faster
-constexpr int64_t MAX_ROWS = MIN_TILE_ROWS - 1;  // tokens of a product in vector registers
-#else
-constexpr int64_t MAX_ROWS = TILE;
-#endif
-
 struct TileRange {
   int64_t first, last;
 };

@@ -9,8 +9,7 @@
 namespace {
 
 // KV cache of a head: keys [d][capacity] and values [capacity][width], of which the first d count;
-// bfloat16, or int8 with a float16 scale per token. Both products are bfloat16 with float32 sums,
-// in the order of the keys: a query's result is bit-identical in any batch.
+// bfloat16, or int8 with a float16 scale per token.
 template <class S>
 struct KVHead {
   S *keys, *values;
@@ -61,5 +60,9 @@ struct KVHead {
     return load_half(some);
   }
 };
+
+// Products of some queries with a block of a KV cache, and a thread's memory for them.
+template <class S>
+struct AttentionProducts;
 
 }  // namespace

@@ -180,7 +180,7 @@ struct Decoder : Shape {
   std::vector<Sequence> sequences;
   const uint16_t *cosines, *sines;  // [tokens][d]
   std::vector<int64_t> tasks;       // attention tasks before each sequence
-  int64_t max_length = 0, outputs = 0;
+  int64_t outputs = 0;
   ThreadTeam team;
   HiddenStates hidden;
   Inputs attention_inputs, mlp_inputs;
@@ -204,10 +204,7 @@ struct Decoder : Shape {
         qkv(aligned_array<uint16_t>(tokens * stride())),
         attention_out(aligned_array<float>(tokens * heads * d)),
         mlp_hidden(aligned_array<float>(tokens * inner)) {
-    for (const Sequence& s : this->sequences) {
-      max_length = std::max(max_length, s.at + s.count);
-      outputs += s.outputs;
-    }
+    for (const Sequence& s : this->sequences) outputs += s.outputs;
     count_tasks();
   }
 
@@ -241,7 +238,7 @@ struct Decoder : Shape {
     const int64_t groups =
         std::max({self.hidden.normed.groups, self.attention_inputs.groups, self.mlp_inputs.groups});
     const TileRegisters registers;
-    Workspace workspace(AttentionScratch(self.max_length, self.d, self.d), self.width, groups);
+    Workspace workspace(AttentionScratch(self.d, self.d), self.width, groups);
     const bool drops_rows = self.outputs < self.tokens;
     for (int64_t layer = 0; layer < self.layers; layer++)
       self.run_layer(member, layer, drops_rows && layer + 1 == self.layers, workspace);
@@ -387,7 +384,7 @@ struct Tower : Shape {
     auto& self = *static_cast<Tower*>(context);
     ThreadTeam::Member member(self.team, end - begin);
     const TileRegisters registers;
-    Workspace workspace(AttentionScratch(self.tokens, self.d, self.padded), self.width,
+    Workspace workspace(AttentionScratch(self.d, self.padded), self.width,
                         std::max(self.attention_inputs.groups, self.mlp_inputs.groups));
     for (int64_t layer = 0; layer < self.layers; layer++)
       self.run_layer(member, self.weights[layer], workspace);

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace {
 
@@ -28,16 +29,24 @@ constexpr int64_t MIN_PARALLEL_WORK =
 typedef int32_t __attribute__((__may_alias__)) Word;  // four 8-bit or two 16-bit numbers
 
 // TILE: tokens that share a pass over a panel. MAX_QUERIES: queries that share a pass over the KV
-// cache. L2_BYTES: of activations that stay in a core's L2 cache while weights stream by.
+// cache, ROWS of them at a time; BLOCK: its tokens that they multiply with before the next.
+// L2_BYTES: of activations that stay in a core's L2 cache while weights stream by.
 // DOT_PRODUCTS: the instruction set has dot products of 8-bit numbers.
 #if defined(__AMX_INT8__)
-constexpr int64_t TILE = 16, MAX_QUERIES = 32, L2_BYTES = 1 << 20;
+constexpr int64_t TILE = 16, ROWS = 32, MAX_QUERIES = 256, L2_BYTES = 1 << 20;
 #elif defined(__AVX512VNNI__)
-constexpr int64_t TILE = 12, MAX_QUERIES = 12, L2_BYTES = 256 << 10;
+constexpr int64_t TILE = 12, ROWS = 12, MAX_QUERIES = 96, L2_BYTES = 256 << 10;
 #elif defined(__aarch64__)
-constexpr int64_t TILE = 4, MAX_QUERIES = 6, L2_BYTES = 256 << 10;
+constexpr int64_t TILE = 4, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
 #else
-constexpr int64_t TILE = 12, MAX_QUERIES = 6, L2_BYTES = 256 << 10;
+constexpr int64_t TILE = 12, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
+#endif
+constexpr int64_t BLOCK = 256;
+#if defined(__AMX_INT8__)
+constexpr int64_t MIN_TILE_ROWS = 8;             // rows from which on tile registers are faster
+constexpr int64_t MAX_ROWS = MIN_TILE_ROWS - 1;  // of a product in vector registers
+#else
+constexpr int64_t MAX_ROWS = TILE;
 #endif
 #if defined(__AVX512VNNI__) || defined(__aarch64__)
 #define DOT_PRODUCTS
@@ -63,10 +72,26 @@ inline Floats exponential(Floats x) {
   return mul_pow2(y, n);
 }
 
+// 2 ** x for x <= 0, relative error 3e-6 (minimax on [0, 1)), at least 2 ** -126.
+inline Floats exp2_short(Floats x) {
+  x = maximum(splat(-126), x);  // this order of operands keeps a NaN
+  const Floats r = fraction(x);
+  Floats y = splat(0.0135341676f);
+  for (float c : {0.0520114639f, 0.241442753f, 0.693003836f, 1.00000259f}) y = fma(y, r, splat(c));
+  return mul_pow2_floor(y, x);
+}
+
 // 1 / (1 + e ** -x)
 inline Floats sigmoid(Floats x) {
   const Floats e = exponential(minimum(x, mul(x, splat(-1))));
   return div(select_by_sign(x, splat(1), e), add(e, splat(1)));
+}
+
+// Panels of columns of a product whose sums fit the registers with so many rows.
+constexpr int panels_per_pass(int rows) {
+  int n = 1;
+  while (2 * n * rows <= ACCUMULATORS && n < 8) n *= 2;
+  return n;
 }
 
 inline int64_t round_up(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }

@@ -76,8 +76,51 @@ inline void dot(Ints& sum, Bytes w, const int8_t* quad) {
   for (int i = 0; i < 4; i++) sum.v[i] = vdotq_s32(sum.v[i], vreinterpretq_s8_u8(w.v[i]), x);
 }
 
+inline void dot_positive(Ints& sum, Bytes b, const int8_t* quad) { dot(sum, b, quad); }
+inline Ints load(const int32_t* p) {
+  return each<Ints>([&](int i) { return vld1q_s32(p + 4 * i); });
+}
+inline void store(int32_t* p, Ints n) {
+  for (int i = 0; i < 4; i++) vst1q_s32(p + 4 * i, n.v[i]);
+}
+inline void store(int8_t* p, Ints n) {
+  vst1q_s8(p, vcombine_s8(vmovn_s16(vcombine_s16(vmovn_s32(n.v[0]), vmovn_s32(n.v[1]))),
+                          vmovn_s16(vcombine_s16(vmovn_s32(n.v[2]), vmovn_s32(n.v[3])))));
+}
+// The upper and the lower 7 bits of 64 numbers.
+inline void store_planes(int8_t* high, int8_t* low, const Ints (&n)[4]) {
+  for (int j = 0; j < 4; j++) {
+    store(high + 16 * j, each<Ints>([&](int i) { return vshrq_n_s32(n[j].v[i], 7); }));
+    store(low + 16 * j, each<Ints>([&](int i) { return vandq_s32(n[j].v[i], vdupq_n_s32(127)); }));
+  }
+}
+inline Ints join_planes(Ints high, Ints low) {
+  return each<Ints>([&](int i) { return vaddq_s32(vshlq_n_s32(high.v[i], 7), low.v[i]); });
+}
+constexpr int WIDE = 1;  // panels that `interleave` makes at once
+inline void restore_order(Ints (&)[WIDE]) {}
+inline void restore_order(Bytes (&)[WIDE]) {}
+// Four rows of WIDE panels as columns of four, each + zero.
+inline void interleave(const int8_t* row, int64_t stride, int8_t zero, Bytes (&out)[WIDE]) {
+  const auto bytes = [&](int i) { return vaddq_s8(vld1q_s8(row + i * stride), vdupq_n_s8(zero)); };
+  const int16x8x2_t low = {{vreinterpretq_s16_s8(vzip1q_s8(bytes(0), bytes(1))),
+                            vreinterpretq_s16_s8(vzip2q_s8(bytes(0), bytes(1)))}},
+                    high = {{vreinterpretq_s16_s8(vzip1q_s8(bytes(2), bytes(3))),
+                             vreinterpretq_s16_s8(vzip2q_s8(bytes(2), bytes(3)))}};
+  out[0] = each<Bytes>([&](int i) {
+    const int16x8_t a = low.val[i / 2], b = high.val[i / 2];
+    return vreinterpretq_u8_s16(i % 2 ? vzip2q_s16(a, b) : vzip1q_s16(a, b));
+  });
+}
+
 inline Floats splat(float x) {
   return each<Floats>([&](int) { return vdupq_n_f32(x); });
+}
+inline Ints to_ints(Floats x) {
+  return each<Ints>([&](int i) { return vcvtnq_s32_f32(x.v[i]); });
+}
+inline float largest(Floats x) {
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
 }
 inline Floats to_floats(Ints n) {
   return each<Floats>([&](int i) { return vcvtq_f32_s32(n.v[i]); });
@@ -132,20 +175,15 @@ inline Floats mul_pow2(Floats x, Floats n) {  // n is above -127
     return vmulq_f32(x.v[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   });
 }
+inline Floats floor(Floats x) {
+  return each<Floats>([&](int i) { return vrndmq_f32(x.v[i]); });
+}
+inline Floats fraction(Floats x) { return add(x, mul(floor(x), splat(-1))); }
+inline Floats mul_pow2_floor(Floats x, Floats n) { return mul_pow2(x, floor(n)); }
 inline Floats load_masked(const uint16_t* p, int64_t have) {
   uint16_t some[16] = {};
   return load(
       have < 16 ? static_cast<const uint16_t*>(std::memcpy(some, p, have * sizeof(uint16_t))) : p);
-}
-inline Floats load_masked(const int8_t* p, int64_t have) {
-  int8_t some[16] = {};
-  if (have < 16) p = static_cast<const int8_t*>(std::memcpy(some, p, have));
-  const int8x16_t b = vld1q_s8(p);
-  const int16x8_t low = vmovl_s8(vget_low_s8(b)), high = vmovl_s8(vget_high_s8(b));
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
-           vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
-           vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
 }
 inline uint16x4_t to_bfloat16(float32x4_t x) {
   const uint32x4_t bits = vreinterpretq_u32_f32(x),
@@ -180,8 +218,7 @@ inline void spin_pause() { asm volatile("yield"); }
 constexpr int64_t K_STEP = 1;
 using Lhs = float;
 using KVector = Floats;
-template <class S>
-KVector load_k(const S* row, const S*, int64_t have) {
+inline KVector load_k(const uint16_t* row, const uint16_t*, int64_t have) {
   return load_masked(row, have);
 }
 inline void dot(Floats& sum, KVector b, const Lhs* a) { sum = fma(b, splat(*a), sum); }

@@ -37,8 +37,52 @@ inline void dot(Ints& sum, Bytes w,
       : "+v"(sum)
       : "v"(w), "m"(*reinterpret_cast<const Word*>(quad)));
 }
+inline void dot_positive(Ints& sum, Bytes b, const int8_t* quad) {
+  sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(*reinterpret_cast<const Word*>(quad)), b);
+}
+inline Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, Ints n) { _mm512_storeu_si512(p, n); }
+inline void store(int8_t* p, Ints n) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(n));
+}
+// The upper and the lower 7 bits of 64 numbers.
+inline void store_planes(int8_t* high, int8_t* low, const Ints (&n)[4]) {
+  const __m512i a = _mm512_packs_epi32(n[0], n[1]), b = _mm512_packs_epi32(n[2], n[3]),
+                mask = _mm512_set1_epi16(127),
+                order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto save = [&](int8_t* p, __m512i x, __m512i y) {
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(x, y)));
+  };
+  save(high, _mm512_srli_epi16(a, 7), _mm512_srli_epi16(b, 7));
+  save(low, _mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+}
+constexpr int WIDE = 4;  // panels that `interleave` makes at once
+inline void restore_order(__m512i (&x)[WIDE]) {
+  const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44),
+                b = _mm512_shuffle_i32x4(x[2], x[3], 0x44),
+                c = _mm512_shuffle_i32x4(x[0], x[1], 0xee),
+                d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88), x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88), x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+// Four rows of WIDE panels as columns of four, each + zero. In order after `restore_order`, which
+// does the same to sums of products with them.
+inline void interleave(const int8_t* row, int64_t stride, int8_t zero, Bytes (&out)[WIDE]) {
+  const auto bytes = [&](int i) { return add(_mm512_loadu_si512(row + i * stride), splat8(zero)); };
+  const __m512i a = bytes(0), b = bytes(1), c = bytes(2), d = bytes(3);
+  const __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b),
+                other_low = _mm512_unpacklo_epi8(c, d), other_high = _mm512_unpackhi_epi8(c, d);
+  out[0] = _mm512_unpacklo_epi16(low, other_low), out[1] = _mm512_unpackhi_epi16(low, other_low);
+  out[2] = _mm512_unpacklo_epi16(high, other_high),
+  out[3] = _mm512_unpackhi_epi16(high, other_high);
+}
+inline Ints join_planes(Ints high, Ints low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
+}
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats to_floats(Ints n) { return _mm512_cvtepi32_ps(n); }
+inline Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
+inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 inline Floats load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -63,11 +107,12 @@ inline Floats round_even(Floats x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline Floats mul_pow2(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // x * 2 ** n
+inline Floats fraction(Floats x) {  // _mm512_reduce_ps rounds down what is close to 1
+  return _mm512_sub_ps(x, _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+}
+inline Floats mul_pow2_floor(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline Floats load_masked(const uint16_t* p, int64_t have) {
   return widen_bfloat16(_mm256_maskz_loadu_epi16((1u << have) - 1, p));
-}
-inline Floats load_masked(const int8_t* p, int64_t have) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((1u << have) - 1, p)));
 }
 inline __m256i to_bfloat16(Floats x) {
 #if defined(__AVX512BF16__)
@@ -82,10 +127,87 @@ inline __m256i to_bfloat16(Floats x) {
 #endif
 }
 #else
+constexpr int ZERO = 0;
 constexpr int ACCUMULATORS = 6;
+struct Bytes {
+  __m256i a, b;
+};
+struct Ints {
+  __m256i a, b;
+};
 struct Floats {
   __m256 a, b;
 };
+inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store256(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline Bytes bytes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
+inline Ints splat32(int32_t n) { return {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
+inline Ints load(const int32_t* p) { return {load256(p), load256(p + 8)}; }
+inline void store(int32_t* p, Ints n) { store256(p, n.a), store256(p + 8, n.b); }
+inline __m256i add_pairs(__m256i sum, __m256i products) {  // of 16 bits
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+// The sum of two products of unsigned and signed bytes can overflow 16 bits, so signs move to x.
+inline void dot(Ints& sum, Bytes w, const int8_t* quad) {
+  const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(quad));
+  sum.a = add_pairs(sum.a, _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)));
+  sum.b = add_pairs(sum.b, _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)));
+}
+inline void dot_positive(Ints& sum, Bytes b, const int8_t* quad) {
+  const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(quad));
+  sum.a = add_pairs(sum.a, _mm256_maddubs_epi16(x, b.a));
+  sum.b = add_pairs(sum.b, _mm256_maddubs_epi16(x, b.b));
+}
+inline void store(int8_t* p, Ints n) {
+  const auto narrow = [](__m256i x) {
+    return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  };
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(narrow(n.a), narrow(n.b)));
+}
+// The upper and the lower 7 bits of 64 numbers.
+inline void store_planes(int8_t* high, int8_t* low, const Ints (&n)[4]) {
+  const __m256i mask = _mm256_set1_epi16(127), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const auto save = [&](int8_t* p, __m256i x, __m256i y) {
+    store256(p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(x, y), order));
+  };
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i a = _mm256_packs_epi32(n[i].a, n[i].b),
+                  b = _mm256_packs_epi32(n[i + 1].a, n[i + 1].b);
+    save(high + 16 * i, _mm256_srli_epi16(a, 7), _mm256_srli_epi16(b, 7));
+    save(low + 16 * i, _mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+  }
+}
+constexpr int WIDE = 2;  // panels that `interleave` makes at once
+template <class V>
+inline void restore_order(V (&x)[WIDE]) {
+  const auto halves = [](__m256i a, __m256i b, auto which) {
+    return _mm256_permute2x128_si256(a, b, decltype(which)::value);
+  };
+  const std::integral_constant<int, 0x20> lower;
+  const std::integral_constant<int, 0x31> upper;
+  const V a = x[0], b = x[1];
+  x[0] = {halves(a.a, a.b, lower), halves(b.a, b.b, lower)};
+  x[1] = {halves(a.a, a.b, upper), halves(b.a, b.b, upper)};
+}
+// Four rows of WIDE panels as columns of four, each + zero. In order after `restore_order`, which
+// does the same to sums of products with them.
+inline void interleave(const int8_t* row, int64_t stride, int8_t zero, Bytes (&out)[WIDE]) {
+  const auto bytes = [&](int i) {
+    return _mm256_add_epi8(load256(row + i * stride), _mm256_set1_epi8(zero));
+  };
+  const __m256i a = bytes(0), b = bytes(1), c = bytes(2), d = bytes(3);
+  const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b),
+                other_low = _mm256_unpacklo_epi8(c, d), other_high = _mm256_unpackhi_epi8(c, d);
+  out[0] = {_mm256_unpacklo_epi16(low, other_low), _mm256_unpackhi_epi16(low, other_low)};
+  out[1] = {_mm256_unpacklo_epi16(high, other_high), _mm256_unpackhi_epi16(high, other_high)};
+}
+inline void store(uint8_t* p, Bytes b) { store256(p, b.a), store256(p + 32, b.b); }
+inline Ints join_planes(Ints high, Ints low) {
+  return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 7), low.a),
+          _mm256_add_epi32(_mm256_slli_epi32(high.b, 7), low.b)};
+}
+inline Floats to_floats(Ints n) { return {_mm256_cvtepi32_ps(n.a), _mm256_cvtepi32_ps(n.b)}; }
+inline Ints to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Floats load_half(const uint16_t* p) {
   auto q = reinterpret_cast<const __m128i*>(p);
@@ -124,22 +246,24 @@ inline __m256 round_even(__m256 x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline Floats round_even(Floats x) { return {round_even(x.a), round_even(x.b)}; }
+inline float largest(Floats x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 inline __m256 mul_pow2(__m256 x, __m256 n) {  // n is above -127
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 inline Floats mul_pow2(Floats x, Floats n) { return {mul_pow2(x.a, n.a), mul_pow2(x.b, n.b)}; }
+inline Floats floor(Floats x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+inline Floats fraction(Floats x) { return add(x, mul(floor(x), splat(-1))); }
+inline Floats mul_pow2_floor(Floats x, Floats n) { return mul_pow2(x, floor(n)); }
 inline Floats load_masked(const uint16_t* p, int64_t have) {
   uint16_t some[16] = {};
   return load(
       have < 16 ? static_cast<const uint16_t*>(std::memcpy(some, p, have * sizeof(uint16_t))) : p);
-}
-inline Floats load_masked(const int8_t* p, int64_t have) {
-  int8_t some[16] = {};
-  if (have < 16) p = static_cast<const int8_t*>(std::memcpy(some, p, have));
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
 }
 inline __m256i to_bfloat16(__m256 x) {  // in 32-bit lanes
   const __m256i bits = _mm256_castps_si256(x),
@@ -176,13 +300,6 @@ inline KVector load_k(const uint16_t* first, const uint16_t* second, int64_t hav
   return _mm512_permutexvar_epi16(
       order, _mm512_inserti64x4(a, _mm256_maskz_loadu_epi16(there, second), 1));
 }
-inline KVector load_k(
-    const int8_t* first, const int8_t* second,
-    int64_t have) {  // 8-bit integers are exact in bfloat16: the lower halves are 0
-  const __m512i a = _mm512_castps_si512(load_masked(first, have)),
-                b = _mm512_castps_si512(load_masked(second, have));
-  return _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
-}
 inline void dot(Floats& sum, KVector b, const Lhs* a) {
   sum = _mm512_dpbf16_ps(sum, (__m512bh)b,
                          (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const Word*>(a)));
@@ -192,8 +309,7 @@ inline void store_lhs(Lhs* p, Floats x) { store(p, x); }
 constexpr int64_t K_STEP = 1;
 using Lhs = float;  // rounded to bfloat16
 using KVector = Floats;
-template <class S>
-KVector load_k(const S* row, const S*, int64_t have) {
+inline KVector load_k(const uint16_t* row, const uint16_t*, int64_t have) {
   return load_masked(row, have);
 }
 inline void dot(Floats& sum, KVector b, const Lhs* a) { sum = fma(b, splat(*a), sum); }
