@@ -3,7 +3,7 @@
     python bench/systems.py llava FOLDER int4 [kv8]
     python bench/systems.py transformers FOLDER bfloat16
     python bench/systems.py openvino EXPORTED int4
-    python bench/systems.py llamacpp CONVERTED q4_0 [CONTEXT]
+    python bench/systems.py llamacpp CONVERTED q4_0 [CONTEXT] [plain]
     python bench/systems.py vllm FOLDER bfloat16 [CONTEXT] [eager]
 
 The first output line comes after loading and has the bytes read per token: `weights`, and `kv` for
@@ -179,12 +179,13 @@ class OpenVino:
 class LlamaCpp:
     """llama.cpp with a folder of bench/make_gguf.py, used as its own server uses it: a sequence
     keeps what the next chat has in common with the one before, images included; several prompts are
-    read one after another, their answers written together.
+    read one after another, their answers written together. plain: without the weights' other forms
+    (repacked, AMX tiles); its AMX code ended with a segmentation fault on a Xeon of 2026.
     """
 
     SEQUENCES = 8
 
-    def __init__(self, folder: str, _: str, context: str = "8192") -> None:
+    def __init__(self, folder: str, _: str, context: str = "8192", forms: str = "") -> None:
         import llama_cpp as llama
         from llama_cpp import mtmd_cpp as mtmd
 
@@ -194,9 +195,9 @@ class LlamaCpp:
             threads = len(os.sched_getaffinity(0))
         else:
             threads = os.cpu_count() or 1
-        self.model = llama.llama_model_load_from_file(
-            f"{folder}/decoder.gguf".encode(), llama.llama_model_default_params()
-        )
+        weights = llama.llama_model_default_params()
+        weights.use_extra_bufts = forms != "plain"
+        self.model = llama.llama_model_load_from_file(f"{folder}/decoder.gguf".encode(), weights)
         settings = llama.llama_context_default_params()
         settings.n_seq_max, settings.n_ctx, settings.n_batch = (
             self.SEQUENCES,
