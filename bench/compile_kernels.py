@@ -35,6 +35,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -56,6 +57,11 @@ def calls() -> dict[str, Callable[[], object]]:
         rope = torch.empty(9, d, device=META)
         return kt.rotary_kv_write(qkv, one, one, rope, kv, heads)
 
+    def split(width: int, dtype: torch.dtype = BF16) -> kt.Product:
+        sums = torch.empty(4, 1, width, device=META)
+        scale = torch.empty(1, device=META) if dtype == FP16 else None
+        return kt.Product(sums, None, scale, dtype)
+
     def tower() -> object:
         q, k, v = r.floats(729, 48, 72).split(16, 1)
         return kt.varlen_attention(q, k, v, two, two, 729, causal=False)
@@ -69,10 +75,15 @@ def calls() -> dict[str, Callable[[], object]]:
         "add_rms_norm": lambda: kt.add_rms_norm(
             *(r.floats(1, 4096), r.floats(4096)), 1e-6, r.floats(1, 4096)
         ),
+        "add_rms_norm, float16, 4 splits": lambda: kt.add_rms_norm(
+            *(split(4096, FP16), half.floats(4096)), 1e-6, torch.empty(1, 4096, device=META)
+        ),
         "add_layer_norm": lambda: kt.add_layer_norm(
             *(r.floats(1, 1152), r.floats(1152), r.floats(1152)), 1e-6, r.floats(1, 1152)
         ),
         "silu_mul": lambda: kt.silu_mul(r.floats(1, 5632)),
+        "silu_mul, 4 splits": lambda: kt.silu_mul(split(22016)),
+        "scale_rows, silu_mul": lambda: kt.scale_rows(half.floats(1, 22016), gated=True),
         "rotary_kv_write, d 128, int8": lambda: rotary(28, 4, 128, int8=True),
         "paged_decode, d 64, MHA": lambda: attention(16, 16, 64, False, True),
         "paged_decode, d 128, MHA": lambda: attention(32, 32, 128, False, True),
@@ -83,6 +94,12 @@ def calls() -> dict[str, Callable[[], object]]:
         "varlen_attention, d 72": tower,
         "packed_linear, int4, 1 row": lambda: kt.packed_linear(
             r.floats(1, 4096), r.weight(4096, 4096, 4)
+        ),
+        "packed_linear, int4, 8 rows": lambda: kt.packed_linear(
+            r.floats(8, 4096), r.weight(4096, 22016, 4)
+        ),
+        "packed_linear, int8, 8 rows": lambda: kt.packed_linear(
+            r.floats(8, 4096), r.weight(4096, 4096, 8)
         ),
         "packed_linear, int4, 64 rows, float16": lambda: kt.packed_linear(
             half.floats(64, 4096), r.weight(4096, 22016, 4)

@@ -64,7 +64,8 @@ class Log:
             return step
 
         def told(step: InFlightStep, kvs: Any) -> list[int]:
-            self.said.append(("read", next(number for number, one in steps.items() if one is step)))
+            number = next(n for n, one in steps.items() if one.rows is step.rows)
+            self.said.append(("read", number))
             return read(step, kvs)
 
         monkeypatch.setattr(CudaGraphDecoder, "__call__", launched)
@@ -130,20 +131,41 @@ def test_a_later_request_joins_the_step_in_flight(monkeypatch: pytest.MonkeyPatc
     "other",
     [
         {"temperature": 1.0, "seed": 1},
-        {"logprobs": 1},
-        {"repetition_penalty": 1.2},
+        {"temperature": 1.0, "seed": 1, "logprobs": 1, "logit_bias": {3: 2.0}},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
         {"prompt_lookup_num_tokens": 4},
     ],
     ids=str,
 )
-def test_no_step_runs_ahead_with_a_request_sampled_on_the_host(
+def test_steps_run_ahead_of_samples_but_not_of_drafts(
     other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Sampled on the device, the next step reads the tokens there."""
     log, e = Log(monkeypatch), engine(kv_block_size=16)
     how = [GREEDY, SamplingParams(max_new_tokens=12, ignore_eos=True, **other)]
     requests = e.generate(MIXED[:2], how)
+    alone = engine(kv_block_size=0).generate(MIXED[:2], how)
+    assert log.count("launched") and bool(log.count("ahead")) == (
+        "temperature" in other or ("repetition_penalty" in other)
+    )
+    assert [r.generated for r in requests] == [r.generated for r in alone]
+
+
+def test_no_step_runs_ahead_of_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask is the host's, which has to see the token before."""
+
+    class OddTokens:
+        def allowed(self) -> torch.Tensor:
+            return torch.arange(VOCAB) % 2 == 1
+
+        def take(self, token: int) -> None:
+            assert token % 2
+
+    log, e = Log(monkeypatch), engine(kv_block_size=16)
+    requests = [e.add(MIXED[0], GREEDY), e.add(MIXED[1], GREEDY, constraint=OddTokens())]
+    finish(e)
     assert log.count("launched") and not log.count("ahead")
-    assert requests[0].generated == expected()[0]
+    assert all(token % 2 for token in requests[1].generated)
 
 
 def test_where_the_next_token_has_no_room_yet_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +208,11 @@ def kinds(chance: random.Random) -> SamplingParams:
     others: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 3},
         {"logprobs": 2},
-        {"prompt_lookup_num_tokens": 4},
+        {"repetition_penalty": 1.3, "temperature": 0.5, "seed": 4},
     ]
-    other = chance.choice(others) if chance.random() < 0.1 else {}
+    drafts = chance.random() < 0.03
+    other = chance.choice(others) if chance.random() < 0.4 else {}
+    other |= {"prompt_lookup_num_tokens": 4} if drafts else {}
     return SamplingParams(max_new_tokens=new, stop_ids=stops, **other)
 
 

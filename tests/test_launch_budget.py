@@ -92,10 +92,11 @@ def counted() -> Iterator[Counter[str]]:
 
 def runner(layers: int, precision: str, *, int8: bool = False) -> ModelRunner:
     model = meta_network(config(layers))
-    if precision != "bfloat16":
+    dtype = torch.float16 if precision == "float16" else BF16
+    if precision in ("int4", "int8", "fp8"):
         replace_linears(model, precision)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(BF16)
+        parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False).eval()
     if precision in ("int4", "int8"):
         pack_for_cuda(model)
@@ -107,7 +108,7 @@ def runner(layers: int, precision: str, *, int8: bool = False) -> ModelRunner:
         vocab=1000,
         max_batched_images=8,
         max_num_seqs=8,
-        kv_bytes=40 * 256 * bytes_per_token(text, BF16, int8=int8),
+        kv_bytes=40 * 256 * bytes_per_token(text, dtype, int8=int8),
         kv_block_size=256,
         kv_int8=int8,
         batch_invariant=False,
@@ -164,8 +165,9 @@ BUDGET = {
     (decode, "bfloat16"): (10, 8),
     (mixed, "bfloat16"): (12, 2),
     (prompts, "bfloat16"): (9, 2),
-    (decode, "int4"): (13, 9),
-    (decode, "int8"): (13, 9),
+    (decode, "float16"): (11, 8),
+    (decode, "int4"): (10, 9),
+    (decode, "int8"): (10, 9),
     (decode, "fp8"): (43, 8),
     (prompts, "int4"): (13, 2),
     (images, "int8"): (12, 9),

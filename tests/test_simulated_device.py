@@ -4,6 +4,7 @@ early, or written too soon, is caught.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava_interleave.config import EfficientNetConfig
+from llava_interleave.engine import Engine
 from llava_interleave.engine.device_stream import Download
-from tests.helpers.engine import GREEDY, MIXED, SAMPLED, answers, engine, expected
+from llava_interleave.model import Llava
+from tests.helpers.engine import (
+    CONFIG,
+    GREEDY,
+    MIXED,
+    SAMPLED,
+    TOKEN,
+    VOCAB,
+    answers,
+    engine,
+    expected,
+)
 from tests.helpers.gpu import SimulatedDevice, simulated
 
 OPTIONS: dict[str, Any] = {"kv_block_size": 16, "max_num_seqs": 6}
@@ -73,6 +87,21 @@ def wrong() -> bool:
         return answers(e.generate(MIXED, GREEDY)) != expected()
     except (RuntimeError, IndexError):
         return True
+
+
+@torch.inference_mode()
+def test_graphs_of_an_efficientnet(devices: list[SimulatedDevice]) -> None:
+    """Three crops are a graph of two and one of one."""
+    tower = EfficientNetConfig(48, 64, width=0.2, depth=0.5, pool_size=1, pool_stride=1)
+    model = Llava(replace(CONFIG, vision=tower)).eval().requires_grad_(False)
+    runner = Engine(model, eos_ids=(), vocab=VOCAB, kv_bytes=400 * TOKEN, kv_block_size=16)._runner
+    assert runner.tower_graphs is not None and set(runner.tower_graphs._graphs) == {1, 2, 4, 8}
+    pixels = torch.randn(3, 3, tower.image_size, tower.image_size)
+    with devices[0].active():
+        found = runner._encode_images(pixels, "")
+        devices[0].synchronize()
+    torch.testing.assert_close(found, model.encode(pixels))
+    assert sum(graph.replays for graph in devices[0].graphs) == 2
 
 
 def test_the_device_does_nothing_before_it_has_to() -> None:

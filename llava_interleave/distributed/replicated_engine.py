@@ -10,9 +10,11 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import secrets
 import signal
 import threading
 import traceback
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from ..engine.engine import Engine
@@ -68,6 +70,9 @@ class ReplicatedEngine(Engine):
         client: str = "",
         weight: float = 1.0,
     ) -> Request:
+        sampling = sampling or SamplingParams()
+        if sampling.seed is None:  # all ranks draw the same numbers, also for a step ahead
+            sampling = replace(sampling, seed=secrets.randbits(31))
         request = super().add(
             prompt,
             sampling,
@@ -149,6 +154,7 @@ class ReplicatedEngine(Engine):
                     )
                     requests[number] = request
                     if constrained:  # rank 0 has the constraint; its tokens are broadcast
+                        request.constrained = True
                         request.argmax_only, request.drafter = False, None
                 case "step", prefill_time_budget, step_times:
                     self._scheduler.step_times = (

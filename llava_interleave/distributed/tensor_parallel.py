@@ -22,7 +22,7 @@ from ..config import TextConfig
 from ..errors import OptionError, Unsupported
 from ..kernels import GROUP, PANEL
 from ..model.llava import Llava
-from ..model.qwen2 import Layer
+from ..model.qwen2 import Layer, SummedLinear
 from ..quantization.linear_cpu import QuantizedLinear
 from .process_group import ProcessGroup
 
@@ -56,17 +56,17 @@ class TensorParallelGroup(threading.local):
         return self.process_group
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(SummedLinear):
     """A linear without bias that has this rank's inputs: all-reduced, its outputs are those of the
-    whole linear."""
+    whole linear. scale: of this rank's rows in float16 (`model.qwen2.product`)."""
 
     def __init__(self, shard: nn.Module, tp_group: TensorParallelGroup) -> None:
         super().__init__()
         self.shard, self.tp_group = shard, tp_group
 
-    def forward(self, x: Tensor) -> Tensor:
-        group = self.tp_group.checked()
-        return group.all_reduce_(self.shard(x))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        group, y = self.tp_group.checked(), self.shard(x)
+        return group.all_reduce_(y if scale is None else y.float() * scale[..., None])
 
 
 class ColumnParallelLinear(nn.Module):

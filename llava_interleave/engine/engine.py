@@ -225,7 +225,7 @@ class Engine:
             weight=weight,
         )
         if constraint is not None:
-            request.constraint, request.argmax_only = constraint, False
+            request.constraint, request.constrained, request.argmax_only = constraint, True, False
         elif not prefill_only and (draft_tokens := self._draft_tokens(sampling, decoder_adapter)):
             request.drafter = PromptLookupDrafter(draft_tokens, config.placeholder_ids)
         self._scheduler.add(request)

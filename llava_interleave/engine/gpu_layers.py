@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 from ..config import VisionConfig
 from ..kernels import triton as kt
 from ..lora import LoraLinear
-from ..model.qwen2 import Layer, Qwen2
+from ..model.qwen2 import Layer, Qwen2, SummedLinear
 from ..model.siglip import Layer as TowerLayer
 from ..model.siglip import SigLIP
 from ..quantization.linear_cuda import FP8_MULTIPLE, Float8Linear, TritonLinear
@@ -38,19 +38,35 @@ class GpuDecoder:
 
     def __call__(self, x: Tensor, batch: PagedBatch) -> Tensor:
         """Embeddings `[T, D]` of a step -> hidden states `[T, D]`."""
-        c, h = self.decoder.config, None
+        c, h, scaled = self.decoder.config, None, x.dtype == torch.float16
+        y: Tensor | kt.Product = x
         for number, (layer, qkv_proj, gate_up_proj) in enumerate(self.layers):
             norm, kv = layer.input_layernorm, self.cache.layers[number]
-            y, h = kt.add_rms_norm(x, norm.weight, norm.eps, h)
+            x, h = kt.add_rms_norm(y, norm.weight, norm.eps, h)
             q = kt.rotary_kv_write(
-                qkv_proj(y), batch.positions, batch.slots, self.rope, kv, c.num_heads
+                product(qkv_proj, x), batch.positions, batch.slots, self.rope, kv, c.num_heads
             )
-            x = base(layer.self_attn.o_proj)(batch.attend(q, kv).flatten(1))
+            attended = batch.attend(q, kv).flatten(1)
+            rows = kt.scale_rows(attended) if scaled else (attended, None)
+            y = product(layer.self_attn.o_proj, *rows)
             norm = layer.post_attention_layernorm
-            y, h = kt.add_rms_norm(x, norm.weight, norm.eps, h)
-            x = base(layer.mlp.down_proj)(kt.silu_mul(gate_up_proj(y)))
+            x, h = kt.add_rms_norm(y, norm.weight, norm.eps, h)
+            gate_up = product(gate_up_proj, x)
+            rows = kt.scale_rows(gate_up, gated=True) if scaled else (kt.silu_mul(gate_up), None)
+            y = product(layer.mlp.down_proj, *rows)
         norm = self.decoder.norm
-        return kt.add_rms_norm(x, norm.weight, norm.eps, h)[0]
+        return kt.add_rms_norm(y, norm.weight, norm.eps, h)[0]
+
+
+def product(linear: nn.Module, x: Tensor, scale: Tensor | None = None) -> Tensor | kt.Product:
+    """A linear, as the kernel after it reads it. scale: of the rows, in float16."""
+    linear = base(linear)
+    if isinstance(linear, TritonLinear):
+        return kt.packed_product(x, linear.packed, linear.bias)._replace(scale=scale)
+    if scale is not None and not isinstance(linear, SummedLinear):
+        return kt.Product(linear(x), None, scale, x.dtype)
+    found: Tensor = linear(x) if scale is None else linear(x, scale)
+    return found
 
 
 class GpuTower:
@@ -77,7 +93,7 @@ class GpuTower:
             norm = layer.layer_norm2
             y, h = kt.add_layer_norm(x, norm.weight, norm.bias, norm.eps, h)
             x = base(layer.mlp.fc2)(gelu(base(layer.mlp.fc1)(y), approximate="tanh"))
-        return (x + h).view_as(embedded)
+        return (x + h).to(x.dtype).view_as(embedded)
 
 
 class MergedLinear(nn.Module):

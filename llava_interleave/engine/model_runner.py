@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from itertools import groupby, islice
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..config import VisionConfig
 from ..lora import AdapterRouting
 from ..model import Llava
+from ..model.efficientnet import EfficientNet
 from ..model.siglip import SigLIP
 from ..options import SamplingParams
 from ..prompt import Prompt
@@ -98,8 +100,12 @@ class ModelRunner:
         model, shape = self.model, self.model.config.vision
         self.gpu_decoder = GpuDecoder(model.language_model, cache)
         self.gpu_sampler = GpuSampler(self.stream, self.vocab)
+        tower: Callable[[Tensor], Tensor] | None = None
         if isinstance(model.vision_tower, SigLIP) and isinstance(shape, VisionConfig):
             tower = GpuTower(model.vision_tower, shape)
+        elif isinstance(model.vision_tower, EfficientNet):
+            tower = model.vision_tower
+        if tower is not None:
             crops, side = min(8, self.max_batched_images), shape.image_size
             pixels = torch.zeros((crops, 3, side, side), dtype=self.dtype, device=self.device)
             self.tower_graphs = CudaGraphTower(
@@ -226,16 +232,41 @@ class ModelRunner:
             step = self.graphs(rows)
         if step is None or not ready:
             return self._compute(scheduled)
-        if len(ready) == len(scheduled):
-            self._in_flight = self._launch_next(scheduled, step)
-        others = iter(self._compute([one for one in scheduled if one.kv not in step.rows]))
-        if all(one.request.argmax_only for one in ready):
-            best = step.tokens(one.kv for one in ready)
-            sampled = iter([[Pick(token)] for token in best])
+        finish, found = None, dict[ScheduledRequest, list[Pick]]()
+        if any(one.request.host_sampled for one in ready):  # and so the step is not one ahead
+            found = dict(zip(ready, self._pick(ready, step.logits), strict=True))
         else:
-            sampled = iter(self._pick(ready, step.logits))
-        picks = ((one, sampled if one.kv in step.rows else others) for one in scheduled)
-        return [next(source) for one, source in picks if one.sample]
+            step, finish = self._sample_rows(ready, step)
+            if len(ready) == len(scheduled):
+                self._in_flight = self._launch_next(scheduled, step)
+        others = iter(self._compute([one for one in scheduled if one.kv not in step.rows]))
+        if finish is not None:
+            picks = finish(step.tokens(one.kv for one in ready))
+            found = {one: [pick] for one, pick in zip(ready, picks, strict=True)}
+        return [found[one] if one in found else next(others) for one in scheduled if one.sample]
+
+    def _sample_rows(
+        self, ready: list[ScheduledRequest], step: InFlightStep
+    ) -> tuple[InFlightStep, Callable[[list[int]], list[Pick]]]:
+        """Sample at rows of a step on the device, those that are not its argmax, and the function
+        that makes picks of the tokens once they are on the host."""
+        sampled = [one for one in ready if not one.request.argmax_only]
+        if not sampled:
+            return step, lambda tokens: [Pick(token) for token in tokens]
+        assert self.gpu_sampler is not None
+        rows = self.stream.upload_numbers([step.rows[one.kv] for one in sampled])
+        requests = [one.request for one in sampled]
+        samplers = [self._sampler(one) for one in sampled]
+        tokens, finish = self.gpu_sampler(requests, samplers, step.logits.index_select(0, rows))
+        best = step.best.index_copy(0, rows, tokens)
+
+        def picks(tokens: list[int]) -> list[Pick]:
+            pairs = zip(ready, tokens, strict=True)
+            own = iter(finish([token for one, token in pairs if not one.request.argmax_only]))
+            pairs = zip(ready, tokens, strict=True)
+            return [Pick(token) if one.request.argmax_only else next(own) for one, token in pairs]
+
+        return replace(step, best=best, download=self.stream.download(best)), picks
 
     def _launch_next(
         self, scheduled: list[ScheduledRequest], step: InFlightStep
@@ -247,9 +278,10 @@ class ModelRunner:
         """
         assert self.graphs is not None
         going_on = [one for one in scheduled if one.stop < one.request.max_kv_tokens]
-        greedy = all(one.request.argmax_only and one.request.drafter is None for one in scheduled)
         full = any(one.stop == one.kv.capacity for one in going_on)
-        if not going_on or not greedy or self.graphs.unavailable is not None or full:
+        if any(one.request.drafter is not None for one in scheduled):
+            return None
+        if not going_on or self.graphs.unavailable is not None or full:
             return None
         return self.graphs(
             [DecodeRow(one.kv, one.stop, step.rows[one.kv]) for one in going_on], step

@@ -117,6 +117,7 @@ class Request:
     kv: SequenceKV | None = None  # while running
     sampler: Sampler | None = None
     constraint: TokenConstraint | None = field(default=None, repr=False)
+    constrained: bool = False  # also where another process has the constraint
     drafter: PromptLookupDrafter | None = field(default=None, repr=False)
     drafted: int = 0
     accepted: int = 0
@@ -134,6 +135,12 @@ class Request:
         self.encoder_inputs = tuple(
             one for media in self.prompt.media for one in encoder_inputs(media, salt, adapter)
         )
+
+    @property
+    def host_sampled(self) -> bool:
+        """Whether a token can only be sampled once the host has seen the one before."""
+        drafting = self.drafter is not None and not self.argmax_only
+        return drafting or self.constrained
 
     @property
     def generated(self) -> list[int]:

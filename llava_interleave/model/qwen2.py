@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ..config import TextConfig
+from ..kernels.triton.reference import power_of_two_above
 from .attention import AttentionFn
 
 
@@ -23,9 +24,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return self.weight * (
-            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        ).to(x.dtype)
+        y = self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
+        return y.to(self.weight.dtype)  # of a float32 residual stream
 
 
 def rotary(
@@ -44,6 +46,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+class SummedLinear(nn.Module):
+    """A linear whose outputs are summed over processes, scaled before: `forward(x, scale)`."""
+
+
+def product(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A linear without a bias of rows `[..., in]`, in a network that computes in `dtype`.
+
+    In float16 nothing overflows: a row is divided by a power of two first, so that its magnitudes
+    sum to less than 1 and no output exceeds the largest weight. The result is float32, as is the
+    residual stream, which may exceed float16's 65,504 in Qwen2."""
+    if dtype != torch.float16:
+        found: Tensor = linear(x)
+        return found
+    scale = power_of_two_above(x.detach().abs().sum(-1, dtype=torch.float32))
+    rows = (x / scale[..., None]).to(dtype)
+    if isinstance(linear, SummedLinear):
+        return linear(rows, scale)
+    return linear(rows).float() * scale[..., None]
+
+
 class Attention(nn.Module):
     def __init__(self, c: TextConfig) -> None:
         super().__init__()
@@ -60,7 +82,8 @@ class Attention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(attend(layer, rotate(q, *rope), rotate(k, *rope), v).flatten(-2))
+        attended = attend(layer, rotate(q, *rope), rotate(k, *rope), v).flatten(-2)
+        return product(self.o_proj, attended, attended.dtype)
 
 
 class MLP(nn.Module):
@@ -71,7 +94,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype == torch.float16:
+            return product(self.down_proj, silu(gate.float()) * up.float(), gate.dtype)
+        return product(self.down_proj, silu(gate) * up, gate.dtype)
 
 
 class Layer(nn.Module):

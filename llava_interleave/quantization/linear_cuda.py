@@ -52,18 +52,19 @@ class TritonLinear(QuantizedLinearBase):
     @classmethod
     def repack(cls, linear: QuantizedLinear) -> TritonLinear:
         """The same weight, some outputs at a time: unpacked it is several times as large."""
-        repack = _repack_int4 if linear.bits == 4 else _repack_int8
-        parts = [repack(weight) for weight in linear.weight.split(PACK_ROWS // PANEL)]
+        parts = [_repack(weight, linear.bits) for weight in linear.weight.split(PACK_ROWS // PANEL)]
         words, sub_scales = (torch.cat(part) for part in zip(*parts, strict=True))
         own = sub_scales if linear.bits == 4 else None
-        packed = PackedWeight(words, linear.scale, own, linear.out_features, linear.in_features)
-        return cls(packed, linear.bias)
+        scales = linear.scale.transpose(1, 2).flatten(0, 1).contiguous()
+        return cls(
+            PackedWeight(words, scales, own, linear.out_features, linear.in_features), linear.bias
+        )
 
     @classmethod
     def merge(cls, linears: Sequence[TritonLinear]) -> TritonLinear | None:
         """One linear with the outputs of all, whose weights become views of its own.
 
-        None where bits, inputs or biases differ, or outputs do not fill panels of 16."""
+        None where bits, inputs or biases differ, or outputs are no multiples of 16."""
         alike = {(one.kind, one.in_features, one.bias is None) for one in linears}
         if len(alike) > 1 or any(one.out_features % PANEL for one in linears[:-1]):
             return None
@@ -97,24 +98,18 @@ class TritonLinear(QuantizedLinearBase):
         return dequantize(self.packed, torch.float32)
 
 
-def _repack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Words of some panels of a packed weight; no sub_scales."""
-    q = unpack(weight, 8).view(-1, PANEL, weight.shape[1], 4, 32).transpose(1, 2)
-    return _words(q.transpose(3, 4)), weight.new_empty(0)
-
-
-def _repack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Words and sub_scales of some panels of a packed weight."""
-    q, sub_scale, zero_point = unpack_int4(weight)
-    pairs = q.view(-1, PANEL, weight.shape[1], 4, 16, 2).transpose(1, 2).movedim(3, 5)
-    sub_scales = (sub_scale | zero_point << 4).view(-1, PANEL, weight.shape[1], 4).transpose(1, 2)
-    low, high = pairs[..., 0::2], pairs[..., 1::2]  # subgroups 0 and 2, 1 and 3
-    return _words((low | high << 4).flatten(4)), _words(sub_scales)
-
-
-def _words(x: Tensor) -> Tensor:
-    """Four bytes of the last dimension as an int32, the first lowest."""
-    return x.contiguous().view(torch.int32).squeeze(-1)
+def _repack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Words and sub_scales (none with 8 bits) of some panels of a packed weight."""
+    outputs, groups = len(weight) * PANEL, weight.shape[1]
+    if bits == 8:
+        q, sub_scales = unpack(weight, 8), weight.new_empty(0)
+    else:
+        q, sub_scale, zero_point = unpack_int4(weight)
+        sub_scales = (sub_scale | zero_point << 4).view(outputs, groups, 4)
+    numbers = q.view(outputs, groups, bits, 32 // bits, 4).transpose(3, 4)  # of each word
+    if bits == 4:
+        numbers = numbers[..., 0::2] | numbers[..., 1::2] << 4
+    return numbers.contiguous().view(torch.int32).squeeze(-1), sub_scales
 
 
 def pad_inputs(x: Tensor, multiple: int) -> Tensor:

@@ -7,6 +7,8 @@ which 8 are masked. Scores are in units of log2."""
 import triton
 import triton.language as tl
 
+from .programmatic import launch_next, wait
+
 
 @triton.jit
 def _floats(x, dtype: tl.constexpr):
@@ -81,11 +83,13 @@ def attention(
     scale, stride_q, stride_k, stride_v, stride_table,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T / sqrt(d)) v for BLOCK_M queries of a head of a sequence.
 
     cu_k: cumulative numbers of keys `[N + 1]`; with a table the number of each sequence `[N]`."""
+    launch_next(PDL)
+    wait(PDL)
     block = tl.program_id(0)
     head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -135,10 +139,12 @@ def decode_parts(
     scale, stride_k, stride_v, stride_table, max_parts,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of the GROUP queries of a KV head over some of its parts of PART keys: for each the
     result `[N, H, max_parts, d]` and log2 of its sum of exponentials `[N, H, max_parts]`."""
+    launch_next(PDL)
+    wait(PDL)
     sequence = tl.program_id(1).to(tl.int64)
     kv_head = tl.program_id(2)
     length = tl.load(seqlens + sequence)
@@ -170,9 +176,11 @@ def decode_parts(
 @triton.jit
 def decode_reduce(
     sums, logs, seqlens, out, max_parts, HEADS: tl.constexpr, D: tl.constexpr,
-    PADDED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The parts of one head weighted by their sums of exponentials; 0 for an empty sequence."""
+    launch_next(PDL)
+    wait(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     head = sequence * HEADS + tl.program_id(1)
     parts = tl.cdiv(tl.load(seqlens + sequence), PART)

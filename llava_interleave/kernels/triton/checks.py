@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import ops
-from .ops import LayerKV, PackedWeight, SamplingTensors
+from .ops import LayerKV, PackedWeight, Product, SamplingTensors
 from .reference import PROMPT_TOKEN
 
 MAX_ERROR = 0.02
@@ -73,14 +73,19 @@ def error(case: Case) -> float:
 
 
 def tree_clone(tree: Any, dtype: torch.dtype | None = None) -> Any:
-    """Copies of tensors, floats in `dtype`."""
+    """Copies of tensors, floats in `dtype`, which also takes the place of types."""
 
     def copy(x: Any) -> Any:
+        if dtype is not None and isinstance(x, torch.dtype):
+            return dtype
         if not isinstance(x, Tensor):
             return x
         return x.clone() if dtype is None or not x.is_floating_point() else x.to(dtype)
 
-    return tree_map(copy, tree)
+    copies = tree_map(copy, tree)
+    if torch.cuda.is_available():  # weights must not be younger than the kernel before
+        torch.cuda.synchronize()
+    return copies
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
@@ -90,6 +95,11 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         "add_rms_norm": r.norm(3, 136, layer_norm=False),
         "add_layer_norm": r.norm(3, 136, layer_norm=True),
         "silu_mul": r.silu_mul(3, 300),
+        "scale_rows": r.scale_rows(3, 300, gated=False),
+        "scale_rows, silu_mul": r.scale_rows(3, 300, gated=True),
+        "add_rms_norm of a product": r.norm(3, 136, layer_norm=False, splits=3),
+        "rotary_kv_write of a product": r.rotary(5, 4, 2, 64, int8=False, splits=2),
+        "silu_mul of a product": r.silu_mul(3, 300, splits=2),
         "varlen_attention": r.varlen([3, 70], 4, 2, 72, causal=False),
         "sample": r.sample(3000),
     }
@@ -100,6 +110,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         found[f"paged_attention, {kind}"] = r.prefill([5, 66], [70, 66], 4, 2, 64, int8=int8)
     for bits in (4, 8):
         found[f"packed_linear, int{bits}"] = r.linear(3, 200, 40, bits)
+        found[f"packed_linear, int{bits}, 1 row"] = r.linear(1, 1200, 40, bits)
         found[f"dequantize, int{bits}"] = r.dequantize(200, 40, bits)
     return found
 
@@ -117,8 +128,18 @@ class Random:
     def ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def norm(self, rows: int, width: int, *, layer_norm: bool) -> Case:
-        x, residual = self.floats(rows, width), self.floats(rows, width)
+    def product(self, rows: int, width: int, splits: int, bias: bool, scale: bool) -> Any:
+        """What a product leaves to the next kernel; rows themselves without splits."""
+        if not splits:
+            return self.floats(rows, width)
+        sums = self.floats(splits, rows, width, dtype=torch.float32)
+        own = self.floats(width) if bias else None
+        powers = 2.0 ** self.ints([row % 5 - 2 for row in range(rows)]).float() if scale else None
+        return Product(sums, own, powers, self.dtype)
+
+    def norm(self, rows: int, width: int, *, layer_norm: bool, splits: int = 0) -> Case:
+        x = self.product(rows, width, splits, bias=False, scale=True)
+        residual = self.floats(rows, width)
         weight, bias = self.floats(width), self.floats(width)
 
         def case(to: Callable[[Any], Any]) -> Any:
@@ -128,13 +149,24 @@ class Random:
 
         return case
 
-    def silu_mul(self, rows: int, width: int) -> Case:
-        gate_up = self.floats(rows, 2 * width)
+    def silu_mul(self, rows: int, width: int, splits: int = 0) -> Case:
+        gate_up = self.product(rows, 2 * width, splits, bias=False, scale=False)
         return lambda to: ops.silu_mul(to(gate_up))
 
-    def rotary(self, tokens: int, heads: int, kv_heads: int, d: int, *, int8: bool) -> Case:
+    def scale_rows(self, rows: int, width: int, *, gated: bool, splits: int = 0) -> Case:
+        """The last row is 0, and silu(gate) * up of the first more than float16 has."""
+        x = self.product(rows, width * (1 + gated), splits, bias=False, scale=False)
+        sums = x if isinstance(x, Tensor) else x.sums
+        sums[..., -1, :] = 0
+        sums[..., 0, :] *= 1000
+        return lambda to: ops.scale_rows(to(x), gated=gated)
+
+    def rotary(
+        self, tokens: int, heads: int, kv_heads: int, d: int, *, int8: bool, splits: int = 0
+    ) -> Case:
         """The last token but one is not written."""
-        qkv = self.floats(tokens, (heads + 2 * kv_heads) * d)
+        width = (heads + 2 * kv_heads) * d
+        qkv = self.product(tokens, width, splits, bias=True, scale=False)
         positions = self.ints([7 * token for token in range(tokens)])
         slots = self.ints([-1 if token == tokens - 2 else token + 20 for token in range(tokens)])
         kv = self.cache(-(-(tokens + 20) // 16), 16, kv_heads, d, int8=int8)
@@ -216,18 +248,17 @@ class Random:
         return case
 
     def weight(self, inputs: int, outputs: int, bits: int) -> PackedWeight:
-        panels, groups = -(-outputs // 16), -(-inputs // 128)
+        rows, groups = -(-outputs // 16) * 16, -(-inputs // 128)
 
-        def words(*shape: int) -> Tensor:
-            low, high = -(2**31), 2**31 - 1
-            x = torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
-            return x.to(self.device)
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=self.generator)
 
-        scales = self.floats(panels, groups, 16, dtype=torch.float16) / 64
-        sub_scales = words(panels, groups, 16) if bits == 4 else None
-        return PackedWeight(
-            words(panels, groups, 16, 4 * bits), scales, sub_scales, outputs, inputs
-        )
+        words = integers(-(2**31), 2**31, rows, groups, bits, 4).int().to(self.device)
+        scales = self.floats(rows, groups, dtype=torch.float16) / 64
+        sub_scales = None
+        if bits == 4:
+            sub_scales = integers(0, 256, rows, groups, 4).to(torch.uint8).to(self.device)
+        return PackedWeight(words, scales, sub_scales, outputs, inputs)
 
     def linear(self, rows: int, inputs: int, outputs: int, bits: int) -> Case:
         x, bias = self.floats(rows, inputs), self.floats(outputs)

@@ -66,7 +66,10 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run a kernel on the device of its first argument."""
-    device = arguments[0].device  # type: ignore[union-attr]
+    x = arguments[0]
+    assert isinstance(x, Tensor)
+    device, pdl = x.device, capability(x) >= 90 and not x.is_cpu
+    constants = {**constants, "PDL": pdl}
     if (launches := _recorded.get()) is not None:
         launches.append(Launch(name, arguments, constants, num_warps, num_stages))
     if device.type == "meta" or 0 in grid:
@@ -76,7 +79,8 @@ def launch(
         run(*arguments, **constants)
         return
     with torch.cuda.device(device):  # Triton launches on the current one
-        run(*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": pdl}
+        run(*arguments, **constants, **options)
 
 
 @cache

@@ -1,7 +1,8 @@
 """Typed entry points of the Triton kernels: they check shapes and types, and launch.
 
 T tokens of N sequences, H heads in Hkv groups of `head_dim` d; x is float16, bfloat16, or float32.
-Everything is computed in float32 and rounded once, to the type of x."""
+Everything is computed in float32 and rounded once, to the type of x. The residual stream of a
+float16 network is float32."""
 
 from __future__ import annotations
 
@@ -19,6 +20,14 @@ KEYS_PER_PART = 256
 answer does not depend on the batch."""
 QUERIES_PER_PROGRAM = 64
 """Of the other attention: one size, for the same reason."""
+UNITS_PER_PROGRAM = 32
+"""Units of 16 bytes of an output that one program of a product of few rows reads: fixed, so that
+the rounding of an answer does not depend on the GPU."""
+FLOAT_EXPONENTS = 0x43000000, 0x45000000
+"""Bits of 128 and 2048 in float32. Arguments of the kernel: a logical instruction has room for one
+constant, which is the mask."""
+VECTOR_ROWS = 2
+"""Rows up to which a quantized product is computed row by row, without tensor cores."""
 MAX_FUSED_ROWS = 256
 """Rows up to which a product dequantizes in registers. Beyond, dequantizing into memory (some 5
 bytes per weight) and cuBLAS are faster by estimate: its rate is more than twice that of the fused
@@ -35,14 +44,30 @@ class LayerKV(NamedTuple):
     value_scales: Tensor | None = None
 
 
+class Product(NamedTuple):
+    """What a product leaves to the kernel that reads it: scale * (the sum of sums + bias).
+
+    sums: float32 `[splits, T, out]`, or x w^T itself `[T, out]`. bias: `[out]`. scale: float32
+    `[T]`, of `scale_rows`. dtype: of x."""
+
+    sums: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def splits(self) -> int:
+        return len(self.sums) if self.sums.dim() == 3 else 1
+
+
 class PackedWeight(NamedTuple):
     """An int4 or int8 weight `[out, in]` of `quantization.packing`, in the order in which the
-    kernel reads it; panels of 16 outputs, groups of 128 inputs.
+    kernels read it; outputs are filled up to a multiple of 16, inputs to groups of 128.
 
-    words: int32 `[panels, groups, 16, 16 or 32]`. With 8 bits byte j of word i is q + 128 of input
-    32 j + i. With 4 bits nibbles j and j + 4 of word i are inputs 32 j + 2 i and 32 j + 2 i + 1.
-    scales: float16 `[panels, groups, 16]`. sub_scales: with 4 bits, int32 `[panels, groups, 16]`,
-    byte j is sub_scale + 16 * zero_point of inputs 32 j to 32 j + 31."""
+    words: int32 `[outputs, groups, 4 or 8 units, 4]`. Number t of word i of a unit, 4 or 8 bits
+    from the lowest, is q_uint4 or q + 128 of the unit's input 4 t + i; it has 32 or 16 inputs.
+    scales: float16 `[outputs, groups]`. sub_scales: with 4 bits, uint8 `[outputs, groups, 4]`,
+    sub_scale + 16 * zero_point of a unit."""
 
     words: Tensor
     scales: Tensor
@@ -82,80 +107,143 @@ def rope_table(positions: int, head_dim: int, theta: float, device: torch.device
 
 
 def add_rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor | Product, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """h = x + residual; y = h / sqrt(mean(h^2) + eps) * weight. Returns y and h, `[T, D]`.
 
     Without a residual h is x. One launch."""
-    if not runs_kernel(x):
+    if not runs_kernel(_sums(x)):
         return reference.add_rms_norm(x, weight, eps, residual)
     return _norm("elementwise.add_rms_norm", x, residual, (weight,), eps)
 
 
 def add_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor | Product, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """h = x + residual; y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias. Returns y and h,
     `[T, D]`. One launch."""
-    if not runs_kernel(x):
+    if not runs_kernel(_sums(x)):
         return reference.add_layer_norm(x, weight, bias, eps, residual)
     return _norm("elementwise.add_layer_norm", x, residual, (weight, bias), eps)
 
 
 def _norm(
-    name: str, x: Tensor, residual: Tensor | None, parameters: tuple[Tensor, ...], eps: float
+    name: str,
+    x: Tensor | Product,
+    residual: Tensor | None,
+    parameters: tuple[Tensor, ...],
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    rows, width = x.shape
-    assert x.stride(1) == 1 and all(p.shape == (width,) for p in parameters), x.shape
-    assert residual is None or (residual.shape == x.shape and residual.stride(1) == 1)
-    y = x.new_empty(rows, width)
-    h = x if residual is None else torch.empty_like(y)
+    x, sums = _product(x), _sums(x)
+    rows, width = sums.shape[-2:]
+    assert sums.stride(-1) == 1 and all(p.shape == (width,) for p in parameters), sums.shape
+    assert residual is None or (residual.shape == (rows, width) and residual.stride(1) == 1)
+    assert x.bias is None, "no norm follows a linear with a bias"
+    dtype = parameters[0].dtype
+    y = sums.new_empty(rows, width, dtype=dtype)
+    h = sums
+    if residual is not None:
+        h = torch.empty_like(y, dtype=reference.residual_dtype(dtype))
     block = _power(width)
-    strides = x.stride(0), 0 if residual is None else residual.stride(0)
+    strides = sums.stride(-2), 0 if residual is None else residual.stride(0), _split_stride(x)
     launch(
         name,
         (rows,),
-        *(x, residual, *parameters, y, h, *strides, eps),
+        *(sums, x.scale, residual, *parameters, y, h, *strides, eps),
         num_warps=min(max(block // 512, 1), 16),
+        SPLITS=x.splits,
         D=width,
         BLOCK=block,
     )
     return y, h
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of `[T, 2 I]`, gate first -> `[T, I]`. One launch."""
-    if not runs_kernel(gate_up):
+def _product(x: Tensor | Product) -> Product:
+    return Product(x, None, None, x.dtype) if isinstance(x, Tensor) else x
+
+
+def _sums(x: Tensor | Product) -> Tensor:
+    return x if isinstance(x, Tensor) else x.sums
+
+
+def _split_stride(x: Product) -> int:
+    return x.sums.stride(0) if x.splits > 1 else 0
+
+
+def silu_mul(gate_up: Tensor | Product) -> Tensor:
+    """silu(gate) * up of `[T, 2 I]`, gate first, without a bias -> `[T, I]`. One launch."""
+    if not runs_kernel(_sums(gate_up)):
         return reference.silu_mul(gate_up)
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.stride(1) == 1, gate_up.stride()
-    y = gate_up.new_empty(rows, width)
+    x = _product(gate_up)
+    assert x.bias is x.scale is None and x.sums.stride(-1) == 1, x.sums.stride()
+    rows, width = x.sums.shape[-2], x.sums.shape[-1] // 2
+    y = x.sums.new_empty(rows, width, dtype=x.dtype)
     block = min(_power(width), 1024)
-    grid = (rows, -(-width // block))
-    launch("elementwise.silu_mul", grid, gate_up, y, gate_up.stride(0), D=width, BLOCK=block)
+    launch(
+        "elementwise.silu_mul",
+        (rows, -(-width // block)),
+        *(x.sums, y, x.sums.stride(-2), _split_stride(x)),
+        SPLITS=x.splits,
+        D=width,
+        BLOCK=block,
+    )
     return y
 
 
+def scale_rows(x: Tensor | Product, *, gated: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows `[T, D]` divided by powers of two, and these, float32 `[T]`: the magnitudes of a row sum
+    to less than 1 then, so that no product of it exceeds the largest weight, as float16 needs.
+    gated: rows are those of `silu_mul`. One launch."""
+    if not runs_kernel(_sums(x)):
+        return reference.scale_rows(x, gated=gated)
+    product = _product(x)
+    sums = product.sums
+    assert product.bias is product.scale is None and sums.stride(-1) == 1, sums.stride()
+    rows, width = sums.shape[-2], sums.shape[-1] // (1 + gated)
+    y = sums.new_empty(rows, width, dtype=product.dtype)
+    scales = sums.new_empty(rows, dtype=torch.float32)
+    launch(
+        "elementwise.scale_rows",
+        (rows,),
+        *(sums, y, scales, sums.stride(-2), _split_stride(product)),
+        num_warps=8,
+        GATED=gated,
+        SPLITS=product.splits,
+        D=width,
+        BLOCK=min(_power(width), 2048),
+    )
+    return y, scales
+
+
 def rotary_kv_write(
-    qkv: Tensor, positions: Tensor, slots: Tensor, rope: Tensor, kv: LayerKV, num_heads: int
+    qkv: Tensor | Product,
+    positions: Tensor,
+    slots: Tensor,
+    rope: Tensor,
+    kv: LayerKV,
+    num_heads: int,
 ) -> Tensor:
     """Rotates q and k, writes k and v to the cache, returns q `[T, H, d]`.
 
     qkv: `[T, (H + 2 Hkv) d]`, the output of the merged projection. positions: int32 `[T]`. slots:
     int32 `[T]`, block * block_size + place in it; negative: not written. rope: of `rope_table`.
     An int8 cache is written as `engine.kv_contiguous.quantize_kv` rounds. One launch."""
-    if not runs_kernel(qkv):
+    if not runs_kernel(_sums(qkv)):
         return reference.rotary_kv_write(qkv, positions, slots, rope, kv, num_heads)
-    tokens, (kv_heads, d) = len(qkv), kv.keys.shape[2:]
-    assert qkv.shape[1] == (num_heads + 2 * kv_heads) * d and qkv.stride(1) == 1, qkv.shape
+    x = _product(qkv)
+    tokens, (kv_heads, d) = x.sums.shape[-2], kv.keys.shape[2:]
+    assert x.sums.shape[-1] == (num_heads + 2 * kv_heads) * d, x.sums.shape
+    assert x.scale is None and x.sums.stride(-1) == 1, x.sums.stride()
     assert rope.shape[1] == d and all(t is None or t.is_contiguous() for t in kv), rope.shape
-    q = qkv.new_empty(tokens, num_heads, d)
+    q = x.sums.new_empty(tokens, num_heads, d, dtype=x.dtype)
     block = min(_power(num_heads), 8)
     launch(
         "elementwise.rotary_kv_write",
         (tokens, -(-num_heads // block) + -(-kv_heads // block)),
-        *(qkv, positions, slots, rope, q, kv.keys, kv.values, kv.key_scales, kv.value_scales),
-        qkv.stride(0),
+        *(x.sums, x.bias, positions, slots, rope, q),
+        *(kv.keys, kv.values, kv.key_scales, kv.value_scales),
+        *(x.sums.stride(-2), _split_stride(x)),
+        SPLITS=x.splits,
         D=d,
         HALF=_power(d // 2),
         HEADS=num_heads,
@@ -294,42 +382,68 @@ def _attention(
 def packed_linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias, `[T, in]` -> `[T, out]`; x is float16 or bfloat16.
 
-    One launch, or two where the inputs are split over programs because the outputs are too few for
-    the GPU. Beyond `MAX_FUSED_ROWS` the weight is dequantized by one launch, and cuBLAS
-    multiplies."""
+    One launch, or two where the inputs are split over programs. Beyond `MAX_FUSED_ROWS` the weight
+    is dequantized by one launch, and cuBLAS multiplies."""
     if not runs_kernel(x):
         return reference.packed_linear(x, w, bias)
+    product = packed_product(x, w, bias)
+    sums = product.sums
+    if sums.dim() == 2:
+        return sums
+    y = x.new_empty(sums.shape[1:])
+    arguments = (sums, bias, y, product.splits, y.numel(), w.out_features)
+    launch("linear.reduce_splits", (-(-y.numel() // 512),), *arguments, BLOCK=512)
+    return y
+
+
+def packed_product(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Product:
+    """`packed_linear` whose splits the next kernel adds up. One launch."""
+    if not runs_kernel(x):
+        return Product(reference.packed_linear(x, w, bias), None, None, x.dtype)
     rows, groups, out = len(x), w.words.shape[1], w.out_features
     assert x.dtype in (torch.float16, torch.bfloat16), x.dtype
     assert x.shape[1] == w.in_features and x.stride(1) == 1, (x.shape, w.in_features)
     if rows > MAX_FUSED_ROWS:
-        return torch.nn.functional.linear(x, dequantize(w, x.dtype), bias)
+        y = torch.nn.functional.linear(x, dequantize(w, x.dtype), bias)
+        return Product(y, None, None, x.dtype)
+    few, bits = rows <= VECTOR_ROWS, 8 if w.sub_scales is None else 4
     block_m = min(max(16, _power(rows)), 64)
-    block_n = 32 if out < 64 * multiprocessors(x) else 64
-    # of 4 groups at least; independent of the rows, since splits change the rounding
-    splits = max(1, min(2 * multiprocessors(x) // -(-out // block_n), groups // 4))
-    per_split = -(-groups // splits)
+    block_n = 2 * bits if few else 32 if block_m == 64 or out < 64 * multiprocessors(x) else 64
+    if few:
+        per_split = UNITS_PER_PROGRAM // bits
+    else:  # of 4 groups at least; independent of the rows, since splits change the rounding
+        splits = max(1, min(2 * multiprocessors(x) // -(-out // block_n), groups // 4))
+        per_split = -(-groups // splits)
     splits = -(-groups // per_split)
-    if block_m == 64 and w.sub_scales is not None:
-        block_n = 32  # with 64, registers are spilled on sm_86 and sm_89
-    y = x.new_empty(rows, out)
-    sums = y if splits == 1 else x.new_empty((splits, rows, out), dtype=torch.float32)
-    launch(
-        "linear.packed_linear",
-        (-(-out // block_n), -(-rows // block_m), splits),
-        *(x, w.words, w.scales, w.sub_scales, bias if splits == 1 else None, sums),
-        *(rows, w.in_features, out, groups, per_split, x.stride(0)),
-        num_warps=4 if block_m < 64 else 8,
-        num_stages=4 if block_m < 64 else 2,
-        BITS=8 if w.sub_scales is None else 4,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        SPLIT=splits > 1,
-    )
-    if splits > 1:
-        arguments = (sums, bias, y, splits, y.numel(), out)
-        launch("linear.reduce_splits", (-(-y.numel() // 512),), *arguments, BLOCK=512)
-    return y
+    own_bias = bias if splits == 1 else None
+    shape, dtype = ((rows, out), x.dtype) if splits == 1 else ((splits, rows, out), torch.float32)
+    sums = x.new_empty(shape, dtype=dtype)
+    tensors, blocks = (x, w.words, w.scales, w.sub_scales, own_bias, sums), -(-out // block_n)
+    if few:
+        launch(
+            "linear.packed_vector",
+            (rows, blocks, splits),
+            *(*tensors, rows, w.in_features, out, groups * bits, x.stride(0)),
+            *FLOAT_EXPONENTS,
+            num_warps=1,
+            BITS=bits,
+            BLOCK_N=block_n,
+            UNITS=UNITS_PER_PROGRAM,
+            SPLIT=splits > 1,
+        )
+    else:
+        launch(
+            "linear.packed_linear",
+            (blocks, -(-rows // block_m), splits),
+            *(*tensors, rows, w.in_features, out, groups, per_split, x.stride(0)),
+            num_warps=4 if block_m < 64 else 8,
+            num_stages=4 if block_m < 64 else 2,
+            BITS=bits,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            SPLIT=splits > 1,
+        )
+    return Product(sums, None if splits == 1 else bias, None, x.dtype)
 
 
 def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -337,12 +451,15 @@ def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
     if not runs_kernel(w.scales):
         return reference.dequantize(w, dtype)
     y = torch.empty(w.out_features, w.in_features, dtype=dtype, device=w.words.device)
+    bits = 8 if w.sub_scales is None else 4
+    units = w.words.shape[1] * bits
+    total = w.out_features * units
     launch(
         "linear.dequantize",
-        (-(-w.out_features // 64), w.words.shape[1]),
-        *(w.words, w.scales, w.sub_scales, y, w.in_features, w.out_features, w.words.shape[1]),
-        BITS=8 if w.sub_scales is None else 4,
-        BLOCK_N=64,
+        (-(-total // 128),),
+        *(w.words, w.scales, w.sub_scales, y, w.in_features, units, total),
+        BITS=bits,
+        BLOCK=128,
     )
     return y
 

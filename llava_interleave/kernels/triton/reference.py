@@ -10,35 +10,79 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, silu
 
 if TYPE_CHECKING:
-    from .ops import LayerKV, PackedWeight, SamplingTensors
+    from .ops import LayerKV, PackedWeight, Product, SamplingTensors
+
+
+def finished(x: Tensor | Product) -> Tensor:
+    """A product with its splits, bias and scale, at least in float32."""
+    if isinstance(x, Tensor):
+        return _wide(x)
+    sums = _wide(x.sums)
+    y = sums.sum(0) if sums.dim() == 3 else sums
+    y = y if x.bias is None else y + _wide(x.bias)
+    return y if x.scale is None else y * x.scale[:, None]
 
 
 def add_rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    x: Tensor | Product, weight: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    h = x if residual is None else x + residual
+    h = _residual(x, weight, residual)
     wide = _wide(h)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)
-    return y.to(h.dtype), h
+    return y.to(weight.dtype), h
 
 
 def add_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+    x: Tensor | Product, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    h = x if residual is None else x + residual
-    return layer_norm(_wide(h), h.shape[-1:], _wide(weight), _wide(bias), eps).to(h.dtype), h
+    h = _residual(x, weight, residual)
+    y = layer_norm(_wide(h), h.shape[-1:], _wide(weight), _wide(bias), eps)
+    return y.to(weight.dtype), h
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = _wide(gate_up).chunk(2, -1)
+def _residual(x: Tensor | Product, weight: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        assert isinstance(x, Tensor)
+        return x
+    return (finished(x) + residual).to(residual_dtype(weight.dtype))
+
+
+def residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the residual stream of a network that computes in `dtype`."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def silu_mul(gate_up: Tensor | Product) -> Tensor:
+    gate, up = finished(gate_up).chunk(2, -1)
     return (silu(gate) * up).to(gate_up.dtype)
 
 
+def scale_rows(x: Tensor | Product, *, gated: bool) -> tuple[Tensor, Tensor]:
+    wide = finished(x)
+    if gated:
+        gate, up = wide.chunk(2, -1)
+        wide = silu(gate) * up
+    scale = power_of_two_above(wide.abs().sum(-1)).to(wide.dtype)
+    return (wide / scale[:, None]).to(x.dtype), scale
+
+
+def power_of_two_above(x: Tensor) -> Tensor:
+    """The smallest power of two above a number, float32; 2 for 0."""
+    bits = x.float().view(torch.int32) & 0x7F800000
+    powers = bits.view(torch.float32).masked_fill(bits == 0, 1.0)
+    return 2 * powers.masked_fill(x.isnan(), torch.nan)
+
+
 def rotary_kv_write(
-    qkv: Tensor, positions: Tensor, slots: Tensor, rope: Tensor, kv: LayerKV, num_heads: int
+    qkv: Tensor | Product,
+    positions: Tensor,
+    slots: Tensor,
+    rope: Tensor,
+    kv: LayerKV,
+    num_heads: int,
 ) -> Tensor:
     kv_heads, d = kv.keys.shape[2:]
-    heads = _wide(qkv).unflatten(-1, (-1, d))
+    heads = finished(qkv).unflatten(-1, (-1, d))
     q, k, v = heads.split([num_heads, kv_heads, kv_heads], 1)
     cos, sin = rope[positions.long()][:, None].to(heads.dtype).chunk(2, -1)
 
@@ -117,16 +161,14 @@ def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     bits = 4 if w.sub_scales is not None else 8
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=w.words.device)
-    fields = (w.words[..., None] >> shifts) & (2**bits - 1)  # [panels, groups, 16, words, fields]
-    if w.sub_scales is None:  # field j of word i is input 32 j + i
-        q = fields.transpose(-1, -2).flatten(-2).to(wide) - 128
-    else:  # fields j and j + 4 of word i are inputs 32 j + 2 i and 32 j + 2 i + 1
-        pairs = fields.unflatten(-1, (2, 4)).permute(0, 1, 2, 5, 3, 4)
-        q_uint4 = pairs.flatten(-2).to(wide)  # [panels, groups, 16, subgroups, 32]
-        bytes_ = (w.sub_scales[..., None] >> shifts[::2]) & 255
-        sub_scale, zero_point = ((b[..., None]).to(wide) for b in (bytes_ & 15, bytes_ >> 4))
-        q = (sub_scale * (q_uint4 - zero_point)).flatten(-2)
-    rows = (q * w.scales[..., None].to(wide)).transpose(1, 2).flatten(2).flatten(0, 1)
+    fields = (w.words[..., None] >> shifts) & (2**bits - 1)  # [out, groups, units, 4, 32 / bits]
+    q = fields.transpose(-1, -2).flatten(-2).to(wide)  # number t of word i is input 4 t + i
+    if w.sub_scales is None:
+        q = q - 128
+    else:
+        sub_scale, zero_point = (w.sub_scales & 15).to(wide), (w.sub_scales >> 4).to(wide)
+        q = sub_scale[..., None] * (q - zero_point[..., None])
+    rows = (q.flatten(2) * w.scales[..., None].to(wide)).flatten(1)
     return rows[: w.out_features, : w.in_features].to(dtype)
 
 

@@ -7,6 +7,8 @@ float32, of which those below the sign are inverted where it is set."""
 import triton
 import triton.language as tl
 
+from .programmatic import launch_next, wait
+
 PROMPT_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 
@@ -14,10 +16,12 @@ LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 @triton.jit
 def scores(
     logits, out, maxima, temperature, repetition, presence, frequency, state_rows, state,
-    stride, vocab, blocks, BLOCK: tl.constexpr,
+    stride, vocab, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits after penalties and temperature, float32 `[N, vocab]`, and the largest of each block
     `[N, blocks]`."""
+    launch_next(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -42,9 +46,11 @@ def scores(
 @triton.jit
 def draw(
     all_scores, maxima, temperature, top_k, top_p, min_p, uniform, state_rows, state, tokens,
-    vocab, blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    vocab, blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The token of a row; adds it to the row's state."""
+    launch_next(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     values = all_scores + row * vocab
     block = tl.arange(0, BLOCKS)
