@@ -88,7 +88,8 @@ class LoraWeights(nn.Module):
             gain = (self.magnitude / self.norm(base)).to(self.a.dtype)
             if not self.training and not torch.is_grad_enabled():
                 self.gain = gain  # the same for every token
-        bias = 0 if base.bias is None else base.bias
+        bias = getattr(base, "bias", None)
+        bias = 0 if bias is None else bias
         x = self.dropped(x)
         if self.training and self.dropout:
             return y + (gain - 1) * (base(x) - bias) + gain * self.low(x)
@@ -176,7 +177,7 @@ class LoraLinear(nn.Module):
             part = self.low[key]
             if isinstance(part, ReplacedLinear):
                 y[rows] = part(x[rows]).to(y.dtype)
-            elif part.magnitude is not None:
+            elif isinstance(part, LoraWeights) and part.magnitude is not None:
                 y[rows] = part.dora(self.base, x[rows], y[rows]).to(y.dtype)
             elif rows == slice(None):
                 y = (y + part(x)).to(y.dtype)  # autograd copies both for every slice
@@ -260,11 +261,11 @@ def _train_whole(network: Llava, patterns: Sequence[str]) -> dict[str, dict[str,
         ]
         for name, module in dict(inside).items():
             if hasattr(module, "dequantize"):  # quantized
-                bias = module.bias is not None
-                whole = nn.Linear(*_weight(module).shape[::-1], bias=bias)
-                tensors = {"weight": _weight(module)} | ({"bias": module.bias} if bias else {})
-                whole.load_state_dict(tensors)
-                network.set_submodule(name, module := whole.to(_weight(module).device))
+                weight, bias = _weight(module), getattr(module, "bias", None)
+                outputs, inputs = weight.shape
+                whole = nn.Linear(inputs, outputs, bias=bias is not None, device=weight.device)
+                whole.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+                network.set_submodule(name, module := whole)
             for key, parameter in module.named_parameters(recurse=False):
                 parameter.data = parameter.data.float()
                 found.setdefault(name, {})[key] = parameter.requires_grad_(True)
