@@ -1,15 +1,18 @@
 """Training speed: tokens a second and peak memory of our loop and of a plain one over transformers.
 
-    python bench/train.py [--rounds 3] [--bfloat16] [--json FILE]
+    python bench/train.py [--shape 0.5b] [--rounds 3] [--bfloat16] [--json FILE]
     python bench/train.py --until 0.5 [--bfloat16] [--json FILE]
 
-Both train the same network of middle size (frozen tower, as in the stage with many images) on the
-same samples, with the same optimizer, each in its own process; a turn is one pass over all samples,
-and turns alternate. The plain loop takes 8 samples a step and pads them to the longest, as trainers
-with batches of samples do; ours packs as many tokens as those have on average. Samples are in
-memory: steps are measured, not data loading. Peak memory is that of the process minus its memory
-after loading the network. It also reports how full packed and padded batches are. Needs
-transformers.
+Both train the same network (frozen tower, as in the stage with many images) on the same samples,
+with the same optimizer, each in its own process; a turn is one pass over all samples, and turns
+alternate. The plain loop pads the samples of a step to the longest, as trainers with batches of
+samples do, and computes logits of the learnt tokens only; ours packs as many tokens as those have
+on average. Samples are in memory: steps are measured, not data loading. Peak memory is that of the
+process minus its memory after loading the network. It also reports MFU, the share of a measured
+matrix product, and how full packed and padded batches are. Needs transformers.
+
+--shape: medium, 48 samples of 1 to 10 images; or 0.5b, the widths of Interleave-Qwen 0.5B with 4
+of its 24 decoder layers and 2 of 26 tower layers, 6 samples of 1 or 2 images.
 
 --until measures the time to a loss instead: a network of the built-in model's shape with random
 weights is trained on its world until a pass over all samples has this mean loss (nats a token).
@@ -26,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -41,6 +44,7 @@ from torch import Tensor, nn
 from llava_interleave.chat import BUILTIN
 from llava_interleave.checkpoints import Checkpoint, load
 from llava_interleave.config import LlavaConfig
+from llava_interleave.flops import measured_flops
 from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config, write_random
@@ -69,9 +73,39 @@ CONFIG = tiny_config(
         "vocab_size": 32000,
     },
 )
-GRID = CONFIG.vision.grid
+WIDTHS_OF_05B = tiny_config(
+    vision={
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_layers": 2,
+        "num_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+    text={
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_layers": 4,
+        "num_heads": 16,
+        "num_kv_heads": 16,
+        "vocab_size": 151_936,
+    },
+)
 IMAGES = (1, 2, 2, 4, 8, 10)  # of a sample; as often in M4-Instruct there are two
-SAMPLES, WORLD_SAMPLES, EACH = 48, 480, 8
+WORLD_SAMPLES = 480
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network, and samples of so many images, `each` a step of the plain loop."""
+
+    config: LlavaConfig
+    images: tuple[int, ...]
+    samples: int
+    each: int
+
+
+SHAPES = {"medium": Shape(CONFIG, IMAGES, 48, 8), "0.5b": Shape(WIDTHS_OF_05B, (1, 2), 6, 2)}
 RECIPE = Recipe(steps=10**6, lr=1e-4, warmup_ratio=0.0)  # the tower is frozen
 SYSTEMS = ("plain", "ours")
 
@@ -82,18 +116,19 @@ def world_samples() -> list[Prompt]:
     return [drawn(number).prompt for number in range(WORLD_SAMPLES)]
 
 
-def samples() -> list[Prompt]:
+def samples(shape: Shape) -> list[Prompt]:
     """Images, then text, whose end carries loss."""
     rng, random, made = Random(0), torch.Generator().manual_seed(0), []
-    for number in range(SAMPLES):
-        images, text, loss_tokens = rng.choice(IMAGES), rng.randint(16, 96), rng.randint(4, 16)
-        tokens = [CONFIG.image_token_id] * (images * GRID**2) + [
+    grid, side = shape.config.vision.grid, shape.config.vision.image_size
+    for number in range(shape.samples):
+        images = rng.choice(shape.images)
+        text, loss_tokens = rng.randint(16, 96), rng.randint(4, 16)
+        tokens = [shape.config.image_token_id] * (images * grid**2) + [
             rng.randrange(300) for _ in range(text)
         ]
-        side = CONFIG.vision.image_size
         pixels = [torch.randn(1, 3, side, side, generator=random) for _ in range(images)]
         media = tuple(
-            Media(p, ImageTokenLayout(GRID), bytes([number, i]), i * GRID**2)
+            Media(p, ImageTokenLayout(grid), bytes([number, i]), i * grid**2)
             for i, p in enumerate(pixels)
         )
         made.append(
@@ -102,40 +137,33 @@ def samples() -> list[Prompt]:
     return made
 
 
-Turn = Callable[
-    [list[Prompt], int], float
-]  # a pass over samples in an order of this seed, -> the mean loss of its steps
+Turn = Callable[[list[Prompt], int], tuple[float, float]]
+"""A pass over samples in an order of this seed, -> the mean loss of its steps, and the operations
+that they need (0 where it counts none)."""
 
 
-def ours(folder: Path, recipe: Recipe) -> Turn:
+def ours(folder: Path, recipe: Recipe, each: int) -> Turn:
     """A pass of our loop's steps."""
     network = load(folder).float().requires_grad_(True).train()
     optimizers = build_optimizers(network, recipe)
     number = 0
 
-    def turn(given: list[Prompt], seed: int) -> float:
+    def turn(given: list[Prompt], seed: int) -> tuple[float, float]:
         nonlocal number
-        lengths, losses = [len(prompt) for prompt in given], []
-        batches = pack(lengths, sum(lengths) * EACH // len(given))
+        lengths, steps = [len(prompt) for prompt in given], []
+        batches = pack(lengths, max(*lengths, sum(lengths) * each // len(given)))
         for group in Random(seed).sample(batches, len(batches)):
-            losses.append(
-                train_step(
-                    network,
-                    sft_loss,
-                    [collate([given[i] for i in group])],
-                    optimizers,
-                    recipe,
-                    number,
-                ).loss
-            )
+            batch = collate([given[i] for i in group])
+            steps.append(train_step(network, sft_loss, [batch], optimizers, recipe, number))
             number += 1
-        return fmean(losses)
+        return fmean(step.loss for step in steps), sum(step.flops for step in steps)
 
     return turn
 
 
-def plain(folder: Path, recipe: Recipe) -> Turn:
-    """A pass of steps as a trainer makes them: batches of samples, padded to the longest."""
+def plain(folder: Path, recipe: Recipe, each: int) -> Turn:
+    """A pass of steps as a careful trainer makes them: batches of samples, padded to the longest,
+    and logits of the learnt tokens."""
     from transformers import LlavaForConditionalGeneration
 
     network = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
@@ -146,17 +174,22 @@ def plain(folder: Path, recipe: Recipe) -> Turn:
         trained, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=0.0, fused=True
     )
 
-    def turn(given: list[Prompt], seed: int) -> float:
+    def turn(given: list[Prompt], seed: int) -> tuple[float, float]:
         order, losses = Random(seed).sample(given, len(given)), []
-        for first in range(0, len(order), EACH):
+        for first in range(0, len(order), each):
+            batch = padded(order[first : first + each])
+            labels = batch.pop("labels")[:, 1:]
+            learnt = labels != -100
             with autocast(torch.device("cpu"), recipe.bfloat16):
-                loss = network(**padded(order[first : first + EACH])).loss
+                hidden = network.model(**batch).last_hidden_state[:, :-1]
+                logits = network.lm_head(hidden[learnt])
+            loss = nn.functional.cross_entropy(logits.float(), labels[learnt])
             loss.backward()
             nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        return fmean(losses)
+        return fmean(losses), 0.0
 
     return turn
 
@@ -182,18 +215,20 @@ def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
 
 
 def work(
-    system: str, folder: Path, world: bool, bfloat16: bool, threads: int, pipe: Connection
+    system: str, folder: Path, shape: Shape | None, bfloat16: bool, threads: int, pipe: Connection
 ) -> None:
-    """A system's process: seconds of a turn, peak bytes and loss, for each seed that comes."""
+    """A system's process: seconds of a turn, peak bytes, loss and MFU, for each seed that comes."""
     torch.set_num_threads(threads)
-    given = world_samples() if world else samples()
-    recipe = replace(RECIPE, bfloat16=bfloat16, lr=1e-3 if world else RECIPE.lr)
-    turn = {"ours": ours, "plain": plain}[system](folder, recipe)
-    loaded = peak()
+    given = samples(shape) if shape else world_samples()
+    recipe = replace(RECIPE, bfloat16=bfloat16, lr=RECIPE.lr if shape else 1e-3)
+    turn = {"ours": ours, "plain": plain}[system](folder, recipe, shape.each if shape else 8)
+    loaded, product = peak(), torch.bfloat16 if bfloat16 else torch.float32
     while (seed := pipe.recv()) is not None:
+        speed = measured_flops(torch.device("cpu"), product)
         began = time.perf_counter()
-        loss = turn(given, seed)
-        pipe.send((time.perf_counter() - began, peak() - loaded, loss))
+        loss, flops = turn(given, seed)
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, peak() - loaded, loss, flops / seconds / speed))
 
 
 def peak() -> int:
@@ -202,24 +237,28 @@ def peak() -> int:
 
 @contextmanager
 def systems(
-    config: LlavaConfig, world: bool, bfloat16: bool
-) -> Iterator[Callable[[str, int], tuple[float, int, float]]]:
-    """A function that makes a system take a turn: seconds, peak bytes and loss."""
+    shape: Shape | None, bfloat16: bool
+) -> Iterator[Callable[[str, int], tuple[float, int, float, float]]]:
+    """A function that makes a system take a turn: seconds, peak bytes, loss and MFU. Without a
+    shape: of the built-in model, on its world."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        write_random(folder, config, BUILTIN) if world else tiny_checkpoint(folder, config)
+        if shape:
+            tiny_checkpoint(folder, shape.config)
+        else:
+            write_random(folder, Checkpoint.open(BUILTIN).config, BUILTIN)
         context, pipes, processes = get_context("spawn"), {}, []
         for system in SYSTEMS:
             pipes[system], there = context.Pipe()
-            given = (system, folder, world, bfloat16, torch.get_num_threads(), there)
+            given = (system, folder, shape, bfloat16, torch.get_num_threads(), there)
             process = context.Process(target=work, args=given, daemon=True)
             process.start()
             there.close()
             processes.append(process)
 
-        def turn(system: str, seed: int) -> tuple[float, int, float]:
+        def turn(system: str, seed: int) -> tuple[float, int, float, float]:
             pipes[system].send(seed)
-            found: tuple[float, int, float] = pipes[system].recv()
+            found: tuple[float, int, float, float] = pipes[system].recv()
             return found
 
         yield turn
@@ -231,7 +270,7 @@ def systems(
 def until(loss: float, bfloat16: bool) -> dict[str, Any]:
     """Seconds and passes until a loss; systems take turns while both are above it."""
     found: dict[str, list[tuple[float, float]]] = {system: [] for system in SYSTEMS}
-    with systems(Checkpoint.open(BUILTIN).config, True, bfloat16) as turn:
+    with systems(None, bfloat16) as turn:
         for seed in count():
             above = [
                 system for system in SYSTEMS if not found[system] or found[system][-1][1] > loss
@@ -239,7 +278,7 @@ def until(loss: float, bfloat16: bool) -> dict[str, Any]:
             if not above:
                 break
             for system in above:
-                seconds, _, reached = turn(system, seed)
+                seconds, _, reached, _ = turn(system, seed)
                 found[system].append((seconds, reached))
                 print(
                     f"pass {seed + 1} {system}: {seconds:.1f} s, loss {reached:.3f}",
@@ -255,22 +294,22 @@ def until(loss: float, bfloat16: bool) -> dict[str, Any]:
     }
 
 
-def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
-    given = samples()
+def measure(shape: Shape, rounds: int, bfloat16: bool) -> dict[str, Any]:
+    given = samples(shape)
     tokens, loss_tokens = sum(len(p) for p in given), sum(sum(p.loss_mask or []) for p in given)
-    found: dict[str, list[tuple[float, int]]] = {system: [] for system in SYSTEMS}
-    with systems(CONFIG, False, bfloat16) as turn:
+    found: dict[str, list[tuple[float, int, float, float]]] = {system: [] for system in SYSTEMS}
+    with systems(shape, bfloat16) as turn:
         for seed in range(rounds + 1):  # the first warms up
             for system in SYSTEMS:
-                found[system].append(turn(system, seed)[:2])
+                found[system].append(turn(system, seed))
     result: dict[str, Any] = {
-        "samples": SAMPLES,
+        "samples": len(given),
         "tokens": tokens,
         "loss_tokens": loss_tokens,
         "threads": torch.get_num_threads(),
     }
     for system, turns in found.items():
-        seconds = [s for s, _ in turns[1:]]
+        seconds = [s for s, *_ in turns[1:]]
         result[system] = {
             "tokens_per_s": tokens / median(seconds),
             "loss_tokens_per_s": loss_tokens / median(seconds),
@@ -278,8 +317,9 @@ def measure(rounds: int, bfloat16: bool) -> dict[str, Any]:
             "peak_bytes": turns[-1][1],
         }
     result["speed"] = median(
-        a / b for (a, _), (b, _) in zip(found["plain"][1:], found["ours"][1:], strict=True)
+        a / b for (a, *_), (b, *_) in zip(found["plain"][1:], found["ours"][1:], strict=True)
     )
+    result["mfu"] = median(mfu for *_, mfu in found["ours"][1:])
     result["memory"] = found["ours"][-1][1] / found["plain"][-1][1]
     return result
 
@@ -295,7 +335,7 @@ def filling() -> dict[str, float]:
 
 
 def speed(given: argparse.Namespace) -> dict[str, Any]:
-    found = measure(given.rounds, given.bfloat16) | {
+    found = measure(SHAPES[given.shape], given.rounds, given.bfloat16) | {
         "filling": filling(),
         "bfloat16": given.bfloat16,
     }
@@ -305,7 +345,10 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         turns = " ".join(f"{s:.1f}" for s in one["seconds"])
         figures = (one["tokens_per_s"], one["loss_tokens_per_s"], one["peak_bytes"] / 2**20)
         print(f"{system:<8}" + "".join(f"{figure:>12,.0f}" for figure in figures) + f"   {turns}")
-    print(f"ours has {found['speed']:.2f} times the speed and {found['memory']:.2f} of the memory")
+    print(
+        f"ours has {found['speed']:.2f} times the speed and {found['memory']:.2f} of the memory, "
+        f"MFU {found['mfu']:.0%}"
+    )
     print(
         f"filled: packed {found['filling']['packed']:.1%}, padded {found['filling']['padded']:.1%}"
     )
@@ -319,6 +362,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of each, after one that warms up"
     )
+    parser.add_argument("--shape", choices=SHAPES, default="medium", help="of the network")
     parser.add_argument(
         "--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both"
     )

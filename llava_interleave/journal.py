@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from .errors import DataError
 
@@ -35,7 +35,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
-            _lock(self._file, path)
+            lock(self._file, path)
             self._file.seek(0)
             first = self._file.readline()
             if not first.endswith(b"\n"):  # new, or killed while the first line was written
@@ -143,9 +143,15 @@ def _same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             )
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def lock(file: IO[bytes], path: Path) -> None:
+    """Lock `path` by an open file until that is closed or the process is killed.
+
+    Raises DataError where another process has it. Where locks are not supported nothing is locked.
+    """
     if sys.platform != "win32":
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process is killed
-        except OSError as error:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise DataError(f"another process is writing {path}") from error
+        except OSError:  # a network file system without locks
+            pass

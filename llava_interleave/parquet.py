@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import DataError, Unsupported
 
@@ -20,8 +20,9 @@ class Parquet:
     as {"bytes", "path"}.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises `Unsupported` without pyarrow, and `DataError` for a file that is no Parquet."""
+    def __init__(self, path: Path | str, file: BinaryIO | None = None) -> None:
+        """file: where `path` is remote. Raises `Unsupported` without pyarrow, and `DataError` for a
+        file that is no Parquet."""
         try:
             from pyarrow import parquet
         except ImportError as error:
@@ -29,9 +30,9 @@ class Parquet:
                 "reading Parquet needs pyarrow: pip install 'llava-interleave[parquet]', or give "
                 "the rows as .jsonl or .csv"
             ) from error
-        self.path = path
+        self.path, self.name = Path(path), str(path)
         try:
-            self._file = parquet.ParquetFile(path)
+            self._file = parquet.ParquetFile(file or path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             raise DataError(f"{path} cannot be read as Parquet: {error}") from error
         metadata = self._file.metadata
@@ -71,14 +72,14 @@ class Parquet:
             return self._file.read_row_group(group, columns=columns)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"rows {self._starts[group]} and on of {self.path} cannot be read: {error}"
+                f"rows {self._starts[group]} and on of {self.name} cannot be read: {error}"
             ) from error
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """All rows in order. Raises `DataError` where a column is missing."""
         if missing := [name for name in columns or () if name not in self.columns]:
             raise DataError(
-                f"{self.path} has no column {', '.join(missing)}; it has {', '.join(self.columns)}"
+                f"{self.name} has no column {', '.join(missing)}; it has {', '.join(self.columns)}"
             )
         for index in range(len(self)):
             yield self.row(index, columns)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from .image_layout import ImageTokenLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -57,12 +59,12 @@ class Prompt:
     """Token ids with every placeholder already expanded, and the media that the placeholders stand
     for, in order.
 
-    loss_mask: training only, one flag a token: which tokens carry loss.
+    loss_mask: training only, one number a token: the weight of its loss; False, or 0, for none.
     """
 
     tokens: list[int]
     media: tuple[Media, ...] = ()
-    loss_mask: list[bool] | None = None
+    loss_mask: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

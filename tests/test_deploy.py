@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from llava_interleave.cli import app
+from llava_interleave.train import ray_hosts
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +77,7 @@ JOB = record(
 )
 
 
-@pytest.fixture(params=["batch", "serve"])
+@pytest.fixture(params=["batch", "serve", "train"])
 def resources(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """A job and its dependencies."""
     return list(yaml.safe_load_all((DEPLOY / f"{request.param}.yaml").read_text("utf-8")))
@@ -134,6 +136,8 @@ def test_one_image_and_what_it_says_of_itself(job: dict[str, Any]) -> None:
 
 
 def test_the_command_parses(job: dict[str, Any]) -> None:
+    if job["metadata"]["name"] == "llava-train":
+        return  # the test below
     command, _, otherwise = job["spec"]["entrypoint"].partition(" || ")
     program, name, *words = shlex.split(command)
     assert otherwise in ("", f"test -e {words[1]}")
@@ -141,14 +145,36 @@ def test_the_command_parses(job: dict[str, Any]) -> None:
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     given = command.make_context(name, words).params
     assert (given["ray"], given["ray_cpus"]) == ("auto", 4)
-    assert (
-        str(given[{"batch": "source", "serve": "model"}[name]])
-        == {"batch": "/data/shards", "serve": "/data/model"}[name]
-    )
+    if name == "batch":
+        assert str(given["source"]) == "/data/shards"
+    else:
+        assert given["model"] == ["/data/model"]
     gpus = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][
         0
     ]["resources"]["requests"]
     assert int(gpus["cpu"]) > given["ray_cpus"] * int(gpus["nvidia.com/gpu"])
+
+
+def test_torchrun_runs_on_every_host_of_the_cluster() -> None:
+    job = yaml.safe_load((DEPLOY / "train.yaml").read_text("utf-8"))
+    workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    requests = workers["template"]["spec"]["containers"][0]["resources"]["requests"]
+    program, _, module, *words = shlex.split(job["spec"]["entrypoint"])
+    given, rest = ray_hosts.parser().parse_known_args(words)
+    assert (program, module) == ("python", ray_hosts.__name__)
+    assert (given.hosts, given.gpus) == (workers["replicas"], int(requests["nvidia.com/gpu"]))
+    assert given.cpus < int(requests["cpu"])
+    recipe = get_command(app).commands["train"].make_context("train", rest).params  # type: ignore[attr-defined]
+    assert str(recipe["out"]) == "/data/run"
+    first, second = ray_hosts.commands(["10.0.0.1", "10.0.0.2"], given.gpus, "7", rest)
+    for number, command in enumerate((first, second), 1):
+        torchrun = get_args_parser().parse_args(command[1:])
+        assert (torchrun.nnodes, torchrun.nproc_per_node) == ("2", "8")
+        assert (torchrun.rdzv_endpoint, torchrun.rdzv_id) == ("10.0.0.1:29400", "7")
+        assert torchrun.local_addr == f"10.0.0.{number}"
+        assert torchrun.training_script_args == ["train", *rest]
+        host = "true" if number == 1 else "false"
+        assert torchrun.rdzv_conf == f"is_host={host}"
 
 
 def test_what_is_served_is_reached_and_has_room() -> None:
@@ -162,6 +188,6 @@ def test_what_is_served_is_reached_and_has_room() -> None:
     words = shlex.split(job["spec"]["entrypoint"])
     given = get_command(app).commands["serve"].make_context("serve", words[2:]).params  # type: ignore[attr-defined]
     assert service["spec"]["selector"].items() <= head["metadata"]["labels"].items()
-    assert ports[service["spec"]["ports"][0]["targetPort"]] == given["port"]
+    assert ports[service["spec"]["ports"][0]["targetPort"]] == (given["port"] or 8000)
     assert given["ray_replicas"] == f"{workers['minReplicas']}:{workers['maxReplicas']}"
     assert given["host"] == "0.0.0.0" and str(given["api_keys"]).startswith("/keys/")

@@ -36,6 +36,7 @@ from llava_interleave.train.data.packing import (
     pack,
     prefetch,
 )
+from llava_interleave.train.data.samples import SampleFormat
 from llava_interleave.train.loop import parameter_groups, train
 from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.recipe import Recipe
@@ -106,6 +107,34 @@ def test_packed_and_unpacked_gradients_are_equal(model: Llava, prompts: list[Pro
             atol=1e-6 * largest,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_weights_of_samples_and_answers_multiply_their_losses(
+    template: str, model: Llava, folder: Path
+) -> None:
+    """The sum of weight times loss, and of weights, of samples computed alone."""
+    processor, form = Processor.from_folder(folder), SampleFormat(template)
+
+    def prompt(weights: list[float], whole: float) -> Prompt:
+        turns = []
+        for number, weight in enumerate(weights):
+            turns += [
+                {"role": "user", "content": f"Question {number}?"},
+                {"role": "assistant", "content": f"Answer {number}.", "weight": weight},
+            ]
+        messages, media = formats.messages({"messages": turns, "weight": whole}, Path())
+        return form.example(processor, messages, media)
+
+    given = [([0.5, 3.0], 2.0), ([1.0, 0.0], 0.25)] if template == "chat" else [([0.5], 3.0)]
+    sums = torch.zeros(3)
+    for weights, whole in given:
+        for number, weight in enumerate(weights):
+            only = [float(number == other) for other in range(len(weights))]
+            alone = sft_loss(model, collate([prompt(only, 1.0)]))
+            sums += weight * whole * torch.tensor([float(alone.total), alone.count, alone.correct])
+    found = sft_loss(model, collate([prompt(*one) for one in given]))
+    torch.testing.assert_close(torch.tensor([float(found.total), found.count, found.correct]), sums)
 
 
 def test_packed_attention_is_causal_attention_of_each_sequence() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow
 import pytest
@@ -125,13 +126,14 @@ FAULTS: list[tuple[dict[str, Any], list[str], str]] = [
     (llava_sample("label", "What?", "x", label=True), ["form"], "`label`: it is for the recipe kto"),
     (llava_sample("sound", "What?", "x", audios=["a.wav"]), ["form"], "`audios`: there is no audio encoder"),
     (llava_sample("history", "What?", "x", history=[["a", "b"]]), ["form"], "`history` next to its messages"),
-    (llava_sample("weight", "What?", "x", weight=0.5), ["form"], "`weight`: samples have no weights"),
+    (llava_sample("weight", "What?", "x", weight=-0.5), ["form"], "`weight` -0.5: a weight is a number from 0"),
+    (llava_sample("no weight", "What?", "x", sample_weight=0), ["roles"], "no answer with loss"),
     (llava_sample("left out", "What?", "x", loss=False), ["form"], "`loss`: leave the sample out"),
     (llava_sample("tools", "What?", "x", tools=[{"name": "f"}]), ["form"], "tool calls are not supported"),
     (llava_sample("two systems", "What?", "x", system="a") | {"messages": None, "conversations": [
         {"from": "system", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
         ["form"], "`system` and another system message"),
-    ({"id": "half", "messages": [USER, {**ANSWER, "weight": 0.5}]}, ["form"], "turn 2 .* `weight` 0.5: it may be 0 or 1"),
+    ({"id": "half", "messages": [USER, {**ANSWER, "loss": 0.5}]}, ["form"], "turn 2 .* `loss` 0.5: it may be 0 or 1"),
     ({"id": "on a question", "messages": [{**USER, "train": True}, ANSWER]}, ["form"], "only answers are trained on"),
     ({"id": "no loss", "messages": [USER, {**ANSWER, "loss": False}]}, ["roles"], "no answer with loss"),
     ({"id": "thinks", "messages": [USER, {**ANSWER, "reasoning_content": "Hm."}]}, ["form"], "`reasoning_content`: reasoning"),
@@ -470,7 +472,7 @@ CHATS: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("missing", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "n.png"}]}, TOLD]}, [], "media"),
     ("empty parts", {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}],
         "images": ["a.png"]}, [], "empty"),
-    ("weight", {"messages": [{"role": "user", "content": "a"}, {**TOLD, "weight": 2}]}, [], "form"),
+    ("weight", {"messages": [{"role": "user", "content": "a"}, {**TOLD, "weight": "2"}]}, [], "form"),
     ("tools", {"messages": [{"role": "user", "content": "a"}, TOLD], "tools": [{"type": "function"}]}, [], "form"),
     ("unknown part", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, TOLD]}, [], "form"),
 ]  # fmt: skip
@@ -720,9 +722,9 @@ def test_processes_validate_as_threads_do(
     assert {stat.path for a in two for stat in a.media} == {str(media / name) for name in names}
 
 
-@pytest.mark.parametrize("form", ["parquet", "tar", "two tars"])
+@pytest.mark.parametrize("form", ["parquet", "tar", "two tars", "remote parquet", "remote tars"])
 def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: Path) -> None:
-    """Equal texts, pixels and tokens; a run trains on them."""
+    """Equal texts, pixels and tokens; a run trains on them. Remote ones are in fsspec's memory."""
     samples: list[dict[str, Any]] = []
     for number in range(7):
         images = [f"{number}.{i}.png" for i in range(1 + number % 3)]
@@ -734,7 +736,7 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
     listed = list(
         validate(datasets.rows(write(tmp_path / "s.json", samples)), formats.processor(model))
     )
-    if form == "parquet":
+    if form.endswith("parquet"):
         source = tmp_path / "s.parquet"
         rows = [
             {**sample, "image": None}
@@ -744,8 +746,8 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
         ]  # fmt: skip
         parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=3)
     else:
-        source = tmp_path / ("s-*.tar" if form == "two tars" else "s.tar")
-        shares = [samples[:4], samples[4:]] if form == "two tars" else [samples]
+        source = tmp_path / ("s-*.tar" if form.endswith("tars") else "s.tar")
+        shares = [samples[:4], samples[4:]] if form.endswith("tars") else [samples]
         for place, share in enumerate(shares):
             with tarfile.open(tmp_path / source.name.replace("*", str(place)), "w") as tar:
                 for sample in share:
@@ -754,6 +756,12 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
                         tar.add(tmp_path / name, name)
     for path in tmp_path.glob("*.png"):
         path.unlink()
+    if form.startswith("remote"):
+        memory = fsspec.filesystem("memory")
+        for path in tmp_path.glob(source.name):
+            memory.put_file(path, f"/{tmp_path.name}/{path.name}")
+            path.unlink()
+        source = Path(f"memory://{tmp_path.name}/{source.name}").absolute()
     found = list(validate(datasets.rows(source), formats.processor(model)))
     assert [(a.row.name, a.faults, a.tokens, a.images, a.digest) for a in found] == [
         (a.row.name, a.faults, a.tokens, a.images, a.digest) for a in listed
@@ -762,6 +770,10 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
     said: list[str] = []
     run(given, tmp_path / "out", log=said.append)
     assert "7 samples to train on, 0 held out" in said
+    run(given.but({"log_every": 1}), tmp_path / "out", log=said.append)
+    assert "7 samples, validated before" in said
+    with pytest.raises(DataError, match=r"cannot be read|there is no file"):
+        datasets.rows(source.with_name(f"none{source.suffix}"))
 
 
 def test_captions_in_a_tar_and_what_it_lacks(tmp_path: Path) -> None:
@@ -946,6 +958,6 @@ def test_the_documentation_runs_and_its_forms_are_read(
             *words, *(("--workers", 0) if trains else ())
         )  # a process more for each would take most of the time
         assert done.exit_code == 0, (command, done.output, done.exception)
-    section = page[page.index("## What is checked") : page.index("## Memory and speed")]
+    section = page[page.index("## What is checked") : page.index("## Output files")]
     kinds = re.findall(r"^\| (\w+) \| [a-z]", section, re.MULTILINE)
     assert kinds[1:] == list(KINDS)

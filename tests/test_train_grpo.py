@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from llava_interleave import checkpoints
+from llava_interleave.cli import app
 from llava_interleave.config import LoraConfig
 from llava_interleave.errors import DataError, OptionError
 from llava_interleave.model import Llava, PackedAttention
@@ -22,7 +31,14 @@ from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import grpo, loop
 from llava_interleave.train.data import datasets, formats
-from llava_interleave.train.grpo import Group, Question, Sampler, grpo_loss, pack_groups
+from llava_interleave.train.grpo import (
+    Group,
+    Question,
+    Sampler,
+    call_reward,
+    grpo_loss,
+    pack_groups,
+)
 from llava_interleave.train.losses import token_logprobs
 from llava_interleave.train.recipe import GRPOConfig, Recipe
 from llava_interleave.train.run import run
@@ -176,6 +192,23 @@ def recipe(folder: Path, source: Path, **more: Any) -> Recipe:
     return Recipe(**{**given, **more})
 
 
+@pytest.mark.parametrize(
+    ("work", "says"),
+    [
+        (lambda: {}["colour"], r"raised KeyError: 'colour' \(.*test_train_grpo.py, line \d+\)"),
+        (lambda: sys.exit(3), "raised SystemExit: 3"),
+        (lambda: time.sleep(60), r"took longer than 0.1 s \(reward_seconds\)"),
+        (lambda: None, "is None, not a number"),
+        (lambda: "1", "is '1', not a number"),
+        (lambda: -math.inf, "is -inf, not a number"),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run(work: Callable[[], Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        call_reward(work, 0.1)
+    assert [call_reward(lambda value=value: value, 9) for value in (True, np.float32(2))] == [1, 2]
+
+
 class Killed(BaseException):
     pass
 
@@ -247,3 +280,31 @@ def test_questions_whose_answers_have_one_reward_are_replaced(
     assert after == 4 and batch.rewards.view(2, 4)[:, -1].tolist() == [4.0, 4.0]
     (batch,), after = sampler(replace(config, dynamic_sampling=False))._sampled(0)
     assert after == 2 and batch.advantages.view(2, 4)[0].tolist() == [0.0] * 4
+
+
+def test_the_walk_through_of_the_world_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented commands, with a few questions and one step."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "training.md").read_text("utf-8")
+    (block,) = re.findall(
+        r"^\$ (python -m recipes\.tiny_world\.rewards .*?)^```", page, re.M | re.S
+    )
+    write, train, measure = (line.lstrip("$ ") for line in block.replace("\\\n", "").splitlines())
+    monkeypatch.chdir(root)
+    words = shlex.split(
+        write.replace("-n 1600", "-n 6").replace(" views ", f" {tmp_path}/views ", 1)
+    )
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    changes = {"steps": 1, "held-out": 0.5, "grpo-questions": 1, "grpo-group-size": 2}
+    more = [word for name in changes for word in (f"--{name}", str(changes[name]))]
+    words = shlex.split(
+        train.replace("views/", f"{tmp_path}/views/").replace("-o ", f"-o {tmp_path}/")
+    )
+    done = CliRunner().invoke(app, [*words[1:], *more, "--no-grpo-dynamic-sampling"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "step 1 of 1" in done.output
+    words = shlex.split(measure.replace("-m ", f"-m {tmp_path}/").replace("=1200", "=1"))
+    done = CliRunner().invoke(app, words[1:])
+    assert done.exit_code == 0, (done.output, done.exception)

@@ -48,6 +48,7 @@ from llava_interleave.train.data.samples import (
 from llava_interleave.train.data.validate import validate
 from llava_interleave.train.loop import in_bfloat16, train
 from llava_interleave.train.losses import Loss, sft_loss
+from llava_interleave.train.prepare import prepare_samples
 from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.data import write
 from tests.helpers.training import PackedBatches
@@ -1169,3 +1170,64 @@ def test_tensorboard_gets_the_log_or_is_refused_with_the_way_out(
     }
     assert set(seen) == written | measured
     assert len(measured) == 4
+
+
+def test_a_second_run_in_a_folder_is_refused(folder: Path, source: Path, tmp_path: Path) -> None:
+    given = Recipe(model=str(folder), source=source, steps=2, tokens=400, workers=0)
+    held = run._lock(tmp_path / "out")
+    with pytest.raises(DataError, match=r"another process is writing .*out$"):
+        run.run(given, tmp_path / "out", log=quiet)
+    held.close()
+    run.run(given, tmp_path / "out", log=quiet)
+    (tmp_path / "out" / "samples.json").write_text('{"samples": 1')
+    with pytest.raises(DataError, match=r"samples\.json is damaged .*: to resume without .*, rm "):
+        run.run(given.but({"log_every": 1}), tmp_path / "out", log=quiet)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"the run in .*file.* stopped: .*the same call goes on"):
+        run.run(given, tmp_path / "file", log=quiet)
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "rows.jsonl", "media.jsonl", "index.json"])
+def test_validated_samples_that_are_damaged_are_made_again(
+    name: str, folder: Path, source: Path, tmp_path: Path
+) -> None:
+    given, said = Recipe(model=str(folder), source=source, steps=1, tokens=400), list[str]()
+    form, out = SampleFormat(), tmp_path / "out"
+    prepare_samples(given, folder, form, out, quiet)
+    file = out / "data" / name
+    file.write_bytes(file.read_bytes()[:-7])
+    prepare_samples(given, folder, form, out, said.append)
+    assert said[0].startswith("reading ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("workers", "says"),
+    [
+        (1, r"^a data worker ended in step \d+ .*: if memory was short, lower --workers"),
+        (0, r"^sample \S+: \S+\.png: there is no such file$"),
+    ],
+)
+def test_a_killed_worker_and_a_deleted_image_are_named(
+    workers: int, says: str, folder: Path, source: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = shutil.copytree(source.parent, tmp_path / "data")
+    given = Recipe(
+        model=str(folder), source=data / source.name, steps=300, tokens=200, workers=workers
+    )
+    step = loop.train_step
+
+    def failing(*words: Any) -> loop.StepStats:
+        if words[5] == 2 and workers:
+            for pid in descendants(os.getpid()):
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        elif words[5] == 2:
+            for image in data.glob("*.png"):
+                image.unlink()
+        return step(*words)
+
+    monkeypatch.setattr(loop, "train_step", failing)
+    with pytest.raises(DataError, match=says):
+        run.run(given, tmp_path / "out", log=quiet)

@@ -63,26 +63,26 @@ ContentParts = list[MediaPlaceholder | TextPieces]
 
 @dataclass(slots=True)
 class Turn:
-    """One message; `loss`: whether an answer is in the loss mask."""
+    """One message; `loss`: the weight of an answer in the loss mask."""
 
     role: str
     parts: ContentParts
-    loss: bool = True
+    loss: float = 1.0
 
 
 @dataclass(slots=True)
 class Rendered:
     """Token ids with one placeholder token for each of `placeholders`, in order.
 
-    loss_mask: True on answers and the tokens that end them.
+    loss_mask: the weight of the loss of answers and the tokens that end them, else False.
     """
 
     tokens: list[int] = field(default_factory=list)
-    loss_mask: list[bool] = field(default_factory=list)
+    loss_mask: list[float] = field(default_factory=list)
     placeholders: list[MediaPlaceholder] = field(default_factory=list)
 
-    def add(self, tokens: list[int], loss: bool = False) -> None:
-        """Append tokens that all carry loss, or none."""
+    def add(self, tokens: list[int], loss: float = False) -> None:
+        """Append tokens whose loss has one weight."""
         self.tokens += tokens
         self.loss_mask += [loss] * len(tokens)
 
@@ -92,7 +92,7 @@ def parse(
 ) -> list[Turn]:
     """Read messages of the forms of transformers and of OpenAI.
 
-    A message may have `"loss": False`, for training: its answer carries no loss.
+    A message may have `"loss"`, for training: the weight of its answer's loss, False for none.
 
     frames: the sampling of videos whose part does not say it. media: how many the prompt has apart
     from those that parts name; if parts without a source take all of them, `<image>` in text is
@@ -457,12 +457,16 @@ def _hf(
     if tokens.count(tokenizer.image_id) != len(placeholders):
         raise PromptError(f"the chat template's {IMAGE} are not the tokenizer's {IMAGE} tokens")
     spans = iter(_answers(text, turns, add_generation_prompt, template))
+    weights = iter([turn.loss for turn in turns if turn.role == "assistant" and turn.loss])
     first, last = next(spans, (len(text), len(text)))
-    loss_mask = []
+    weight = next(weights, 0.0)
+    loss_mask: list[float] = []
     for token, start in zip(tokens, starts, strict=True):
         while start >= last and last < len(text):
             first, last = next(spans, (len(text), len(text)))
-        loss_mask.append(first <= start < last and token != tokenizer.image_id)
+            weight = next(weights, 0.0)
+        learnt = first <= start < last and token != tokenizer.image_id
+        loss_mask.append(learnt and weight)
     return Rendered(tokens, loss_mask, placeholders)
 
 

@@ -320,7 +320,7 @@ class Processor:
         """A finished conversation to train on: as `prompt`, with a `loss_mask`.
 
         The mask is True on answers and on the tokens that end them, unless the message has
-        `"loss": False`.
+        `"loss"`: False, or the weight of the loss.
         """
         options = replace(options, **changes, add_generation_prompt=False)
         renderer = self._conversation(messages, media, options)
@@ -424,7 +424,7 @@ class Processor:
     ) -> Prompt:
         """Each placeholder becomes as many as the layout of its media has tokens."""
         tokens: list[int] = []
-        mask: list[bool] = []
+        mask: list[float] = []
         media: list[Media] = []
         begin = 0
         for request, item in zip(requests, loaded, strict=True):

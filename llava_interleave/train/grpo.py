@@ -7,8 +7,11 @@ import importlib
 import json
 import math
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -81,6 +84,39 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
                 f"grpo.rewards has {name!r}, which is not a function module:name: {error}"
             ) from error
     return found
+
+
+def call_reward(work: Callable[[], Any], seconds: float) -> float:
+    """The number that a reward function returns. Raises DataError where it raises anything, takes
+    longer or returns something else.
+
+    It runs in a thread of its own, which is left behind if it does not end.
+    """
+    found: list[Any] = []
+
+    def call() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # noqa: BLE001  SystemExit, too
+            found.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        raise DataError(f"took longer than {seconds:g} s (reward_seconds)")
+    if isinstance(value := found[0], BaseException):
+        place = traceback.extract_tb(value.__traceback__)[-1]
+        raise DataError(
+            f"raised {type(value).__name__}: {value} ({place.filename}, line {place.lineno})"
+        ) from value
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"is {value!r}, not a number")
+    return number
 
 
 def advantages(rewards: Tensor, *, scale: bool) -> Tensor:
@@ -209,14 +245,15 @@ class Sampler:
         return Question(prompt, text, row.sample)
 
     def reward(self, question: Question, answer: str) -> float:
-        """The weighted sum of all rewards. Raises DataError for one that is not a number."""
-        total = 0.0
-        weights = self.config.reward_weights or (1.0,) * len(self.rewards)
-        for name, function, weight in zip(self.config.rewards, self.rewards, weights, strict=True):
-            value = function(question.text, answer, question.sample)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise DataError(f"the reward {name} of {answer[:60]!r} is {value!r}, not a number")
-            total += weight * value
+        """The weighted sum of all rewards. Raises DataError as `call_reward`."""
+        total, config = 0.0, self.config
+        weights = config.reward_weights or (1.0,) * len(self.rewards)
+        for name, function, weight in zip(config.rewards, self.rewards, weights, strict=True):
+            work = partial(function, question.text, answer, question.sample)
+            try:
+                total += weight * call_reward(work, config.reward_seconds)
+            except DataError as error:
+                raise DataError(f"the reward {name} of {answer[:60]!r} {error}") from error
         return total
 
     def answers(

@@ -322,16 +322,25 @@ def open_jsonl(path: Path) -> TextIO:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps from a file of JSON lines; at step 0, all lines."""
+    """Remove the lines of later steps, and damaged ones, from a file of JSON lines; at step 0, all
+    lines."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    kept = kept if step else []
     if kept != lines:
         draft = path.with_name(f".{path.name}.new")
         draft.write_bytes(b"".join(kept))
         draft.replace(path)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of a log; infinity for a damaged one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,8 +371,13 @@ def _naming_errors(folder: Path, step: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if (text := str(error)).startswith("DataLoader worker"):
+            raise DataError(
+                f"a data worker ended in step {step() + 1:,} ({text}): if memory was short, lower "
+                "--workers; the same call goes on from the last checkpoint"
+            ) from error
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "allocate memory" not in str(error):
+        if not known and "allocate memory" not in text and "bad_alloc" not in text:
             raise
         raise DataError(
             f"out of memory in step {step() + 1:,} ({error}): lower --tokens or --images, or take "

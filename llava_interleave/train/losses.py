@@ -25,13 +25,14 @@ CHUNK = 2048  # tokens whose logits exist at once
 class Loss:
     """A summed loss.
 
-    count: what it is summed over (tokens or pairs). correct: how many of those are right. tokens,
+    count: what it is summed over (tokens or pairs, or their weights). correct: how much of that is
+    right. tokens,
     images (crops), flops: the work that it took. extra: further sums, for the log.
     """
 
     total: Tensor
-    count: int
-    correct: int
+    count: float
+    correct: float
     tokens: int = 0
     images: int = 0
     flops: float = 0.0
@@ -39,21 +40,26 @@ class Loss:
 
 
 def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) -> Loss:
-    """Cross-entropy of the tokens in `loss_mask`, each predicted from the tokens before it.
+    """Cross-entropy of the tokens in `loss_mask`, each predicted from the tokens before it: the sum
+    of weight times loss, and as count the sum of weights.
 
     attend: replaces `PackedAttention(batch.lengths)`.
     """
     spans = _spans(model, batch.pixels, _single(batch))
     hidden, tokens = _hidden(model, batch.tokens, spans, batch.lengths, attend)
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
-    total, correct = hidden.new_zeros((), dtype=torch.float32), 0
+    weights = None if batch.weights is None else batch.weights.to(hidden.device)
+    total, correct = hidden.new_zeros((), dtype=torch.float32), 0.0
     for rows in where.split(CHUNK):
         losses, hits = checkpoint(
             _chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False
         )
-        total, correct = total + losses.sum(), correct + int(hits)
+        if weights is not None:
+            losses, hits = losses * weights[rows], hits * weights[rows]
+        total, correct = total + losses.sum(), correct + float(hits.sum())
+    count = len(where) if weights is None else float(weights[where].sum())
     flops = training_flops(model, batch.lengths, len(batch.pixels), len(where))
-    return Loss(total, len(where), correct, len(tokens), len(batch.pixels), flops)
+    return Loss(total, count, correct, len(tokens), len(batch.pixels), flops)
 
 
 def dpo_loss(config: DPOConfig, model: Llava, batch: Pairs) -> Loss:
@@ -223,8 +229,8 @@ def _hidden(
 def _chunk(
     model: Llava, hidden: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row, and how many rows are right."""
+    """Cross-entropy of each row, and whether it is right."""
     logits = model.logits(hidden).float()
     if temperature != 1:
         logits = logits / temperature
-    return cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).sum()
+    return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets

@@ -85,7 +85,7 @@ def prepare_samples(
             "or best_by one of evaluate"
         )
     _check_resumed_run(recipe, training, held_out, model, out)
-    (out / "config.toml").write_text(recipe.toml(), "utf-8")
+    _write(out / "config.toml", recipe.toml())
     if held_out and source.is_dir():
         lines = [json.dumps(_question(sample.rows[0])) + "\n" for sample in held_out]
         (out / "held-out.jsonl").write_text("".join(lines), "utf-8")
@@ -94,10 +94,11 @@ def prepare_samples(
 
 def _of_one_kind(read: Callable[[], Iterator[RawSample]], recipe: Recipe) -> Iterator[RawSample]:
     """Raises DataError for a pair without dpo, and for another sample with it."""
+    rows = _without_weights(read()) if recipe.dpo or recipe.kto or recipe.grpo else read()
     if recipe.kto:
-        yield from datasets.mismatched(read())
+        yield from datasets.mismatched(rows)
         return
-    for row in read():
+    for row in rows:
         pair = datasets.sides(row) is not None
         if pair and not recipe.dpo:
             raise DataError(
@@ -108,6 +109,16 @@ def _of_one_kind(read: Callable[[], Iterator[RawSample]], recipe: Recipe) -> Ite
             raise DataError(
                 f"sample {row.name} is not a pair of a chosen and a rejected answer, "
                 "and dpo learns from pairs only"
+            )
+        yield row
+
+
+def _without_weights(rows: Iterator[RawSample]) -> Iterator[RawSample]:
+    """Raises DataError for a sample with a weight."""
+    for row in rows:
+        if formats.has_weight(row.sample):
+            raise DataError(
+                f"sample {row.name} has a weight, and dpo, kto and grpo have none: leave it out"
             )
         yield row
 
@@ -173,7 +184,13 @@ def _check_resumed_run(
     """Raises DataError where `out` has a run with other settings, samples, media or base model."""
     path, config = out / DATA, out / "config.toml"
     resumed = path.exists() and bool(checkpointing.list_checkpoints(out))
-    before = json.loads(path.read_text("utf-8")) if resumed else {}
+    try:
+        before = json.loads(path.read_text("utf-8")) if resumed else {}
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged ({error}): to resume without comparing data and model with those "
+            f"of the start, rm {path}"
+        ) from error
     count = len(training) + len(held_out)
     now: dict[str, Any] = {
         "samples": count,
@@ -205,7 +222,14 @@ def _check_resumed_run(
                 "or delete it"
             )
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now) + "\n", "utf-8")
+    _write(path, json.dumps(now) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or, if the process is killed, not at all."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)
 
 
 def about(out: Path) -> dict[str, Any]:

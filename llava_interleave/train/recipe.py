@@ -115,6 +115,7 @@ class GRPOConfig:
         (), "Reward functions, module:name, each (prompt, answer, sample) -> number."
     )
     reward_weights: tuple[float, ...] = _setting((), "Weights of the rewards; by default 1 each.")
+    reward_seconds: float = _setting(60.0, "A reward function that takes longer ends the run.")
     questions: int = _setting(8, "Questions of an optimizer step.")
     group_size: int = _setting(8, "Answers to each question.")
     max_new_tokens: int = _setting(64, "Maximum number of tokens of an answer.")
@@ -150,7 +151,7 @@ class GRPOConfig:
             )
         if self.group_size < 2:
             raise OptionError("group_size must be at least 2: answers are compared with each other")
-        for name in ("questions", "max_new_tokens", "temperature", "iterations"):
+        for name in ("questions", "max_new_tokens", "temperature", "iterations", "reward_seconds"):
             if not getattr(self, name):
                 raise OptionError(f"{name} must be above 0")
         if self.loss_type not in GRPO_LOSS_TYPES:

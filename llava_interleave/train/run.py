@@ -8,21 +8,29 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from .. import checkpoints
+from .. import checkpoints, journal
 from ..checkpoints.adapters import write_adapter
 from ..checkpoints.load import get_device
-from ..distributed.process_group import ProcessGroup, init_distributed, lost_connections
-from ..errors import OptionError, Unsupported
+from ..distributed.process_group import (
+    ProcessGroup,
+    init_distributed,
+    lost_connections,
+    rank_and_world_size,
+)
+from ..errors import DataError, OptionError, Unsupported
 from ..flops import measured_flops
 from ..lora import LoraAdapter
 from ..model import Llava
@@ -62,32 +70,39 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
     if not recipe.steps and not recipe.epochs:
         raise OptionError("a run needs its length: steps, or epochs, passes over all samples")
     model = checkpoints.resolve(recipe.model)
-    with lost_connections():
-        ranks, device = init_distributed(
-            recipe.device, get_device, timedelta(minutes=recipe.timeout_minutes)
-        )
-        log = log if ranks.rank == 0 else _no_log
-        check_shared(out, ranks)
-        network, adapter, dtype = _train(recipe, model, out, ranks, device, log)
-    name = "adapter" if adapter else "model"
-    if ranks.rank:
-        return out / name
-    if ranks.world_size > 1:  # whole, from the checkpoint of all ranks
-        network, adapter, _ = load_network(recipe, model, device)
-        freeze(network, recipe, _no_log)
-        shard_fsdp(network, ProcessGroup(), torch.device("cpu"), wide=_in_float32(recipe, device))
-    averaged = bool(recipe.ema_decay) and recipe.use_ema
-    if ranks.world_size > 1 or averaged:
-        last = checkpointing.list_checkpoints(out)[-1]
-        checkpointing.load_weights(last, network, averaged=averaged)
 
-    def write(folder: Path) -> None:
-        if adapter:
-            write_adapter(folder, adapter, base=recipe.model)
-        else:
-            checkpoints.save(network, folder, processor_from=model, dtype=dtype)
+    def hold() -> None:
+        lock.callback(_lock(out).close)
 
-    return _write(network, out, name, write, log, recipe, averaged=averaged)
+    with _exit_on_sigterm(), ExitStack() as lock, _naming_errors(out):
+        with lost_connections():
+            ranks, device = init_distributed(
+                recipe.device, get_device, timedelta(minutes=recipe.timeout_minutes)
+            )
+            log = log if ranks.rank == 0 else _no_log
+            ranks.run_on_rank0(hold)
+            check_shared(out, ranks)
+            network, adapter, dtype = _train(recipe, model, out, ranks, device, log)
+        name = "adapter" if adapter else "model"
+        if ranks.rank:
+            return out / name
+        if ranks.world_size > 1:  # whole, from the checkpoint of all ranks
+            network, adapter, _ = load_network(recipe, model, device)
+            freeze(network, recipe, _no_log)
+            wide = _in_float32(recipe, device)
+            shard_fsdp(network, ProcessGroup(), torch.device("cpu"), wide=wide)
+        averaged = bool(recipe.ema_decay) and recipe.use_ema
+        if ranks.world_size > 1 or averaged:
+            last = checkpointing.list_checkpoints(out)[-1]
+            checkpointing.load_weights(last, network, averaged=averaged)
+
+        def write(folder: Path) -> None:
+            if adapter:
+                write_adapter(folder, adapter, base=recipe.model)
+            else:
+                checkpoints.save(network, folder, processor_from=model, dtype=dtype)
+
+        return _write(network, out, name, write, log, recipe, averaged=averaged)
 
 
 def _train(
@@ -254,6 +269,50 @@ def check_shared(out: Path, ranks: ProcessGroup) -> None:
                 "the files of rank 0; take one on a file system that all hosts share"
             )
         )
+
+
+@contextmanager
+def _naming_errors(out: Path) -> Iterator[None]:
+    """Errors of the disk as a DataError that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the run in {out} stopped: {error}; the same call goes on from the last checkpoint"
+        ) from error
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program like an error, so that its data processes end, too; a second one at
+    once. Under torchrun it ends it at once, also in a collective."""
+    main = threading.current_thread() is threading.main_thread()
+    several = rank_and_world_size()[1] > 1
+    if several or not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _lock(out: Path) -> IO[bytes]:
+    """An open file that keeps other runs out of `out`. Raises DataError where one is in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / ".lock").open("wb")
+    try:
+        journal.lock(file, out)
+    except DataError:
+        file.close()
+        raise
+    return file
 
 
 def _in_float32(recipe: Recipe, device: torch.device) -> bool:

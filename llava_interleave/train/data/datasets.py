@@ -181,9 +181,13 @@ def files(source: Path) -> list[Path]:
     if source.suffix in (".yaml", ".yml"):
         below = [files(source.parent / entry["json_path"]) for entry in mixture(source)]
         return [source, *(path for some in below for path in some)]
-    if "*" not in source.name:
+    if url := shards.url_of(source):
+        found = [Path(name) for name, _ in shards.remote_files(url)]
+    elif "*" not in source.name:
         return [source]
-    if not (found := sorted(source.parent.glob(source.name))):
+    else:
+        found = sorted(source.parent.glob(source.name))
+    if not found:
         raise DataError(f"there is no file {source}")
     return found
 

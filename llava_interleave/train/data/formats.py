@@ -7,6 +7,7 @@ LLaMA-Factory, ms-swift and axolotl, and preference pairs; docs/training.md list
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ WITH_HISTORY = FORMS[2:]
 """Forms whose earlier turns are in `history`."""
 ANIMATED = (".gif", ".webp")
 """Suffixes of files that are images, unless a content part says video."""
+MAX_WEIGHT = 1000
+"""Of the loss of a sample or of an answer."""
 URL = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 TAG = re.compile(r"(<image>|<video>)")
 BLOCK = 1 << 20
@@ -177,13 +180,20 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
     except _NotASample as error:
         fault("form", f"sample {name} {error}")
         return result
-    result.ignored = keys.ignored(sample, {*form, *keys.MEDIA, *keys.META, "history", *refused})
+    result.ignored = keys.ignored(
+        sample, {*form, *keys.MEDIA, *keys.META, *keys.WEIGHTS, "history", *refused}
+    )
     if form not in WITH_HISTORY and _given(sample.get("history")):
         fault("form", f"sample {name} has `history` next to its messages: put it into them")
     images, videos = _media(sample, root)
     if wrong := next((item for item in [*images, *videos] if not _is_source(item)), None):
         fault("form", f"sample {name} has {wrong!r} among its media, which is not a path or a URL")
     used: set[int] = set()
+    try:
+        whole = math.prod(_weight(sample, key) for key in keys.WEIGHTS)
+    except ValueError as error:
+        fault("form", f"sample {name} has {error}")
+        whole = 1.0
     for number, turn in enumerate(turns, 1):
         where = f"turn {number} of sample {name}"
         turn = turn if isinstance(turn, Mapping) else {}
@@ -209,8 +219,8 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
                 return result
         message: dict[str, Any] = {"role": ROLES[role], "content": content}
         try:
-            if not _has_loss(turn):
-                message["loss"] = False
+            if (weight := _loss(turn) * whole) != 1:
+                message["loss"] = weight or False
         except ValueError as error:
             fault("form", f"{where} has {error}")
         result.messages.append(message)
@@ -295,20 +305,41 @@ def _without_loss(turn: Any) -> Any:
     return {**turn, "loss": False} if answer else turn
 
 
-def _has_loss(turn: Mapping[str, Any]) -> bool:
-    """Whether a message's own keys give it loss; a question has none anyway. Raises ValueError."""
+def _loss(turn: Mapping[str, Any]) -> float:
+    """The weight that a message's own keys give its loss; of a question 1. Raises ValueError."""
     answers = ROLES.get(str(first(turn, "from", "role"))) == "assistant"
-    has_loss = True
-    for key in ("loss", "train", "weight"):
+    weight = _weight(turn, "weight")
+    for key in ("loss", "train"):
         value = turn.get(key)
         if value is None:
             continue
         if value not in (0, 1):
             raise ValueError(f"`{key}` {value!r}: it may be 0 or 1, false or true")
-        if value and not answers and key != "weight":
+        if value and not answers:
             raise ValueError(f"`{key}` {value!r}, and only answers are trained on: take it out")
-        has_loss = has_loss and bool(value)
-    return has_loss or not answers
+        weight *= bool(value)
+    return weight if answers else 1.0
+
+
+def has_weight(sample: Mapping[str, Any]) -> bool:
+    """Whether a sample or one of its messages has a weight that is not 0 or 1."""
+    turns = [turn for key in CONVERSATIONS for turn in sample.get(key) or ()]
+    return any(
+        row.get(key) not in (None, 0, 1)
+        for row in [sample, *turns]
+        if isinstance(row, Mapping)
+        for key in keys.WEIGHTS
+    )
+
+
+def _weight(row: Mapping[str, Any], key: str) -> float:
+    """The weight of the loss of a sample or a message. Raises ValueError."""
+    value = row.get(key)
+    if value is None:
+        return 1.0
+    if not isinstance(value, int | float) or not 0 <= value <= MAX_WEIGHT:
+        raise ValueError(f"`{key}` {value!r}: a weight is a number from 0 to {MAX_WEIGHT}")
+    return float(value)
 
 
 def _check_order(result: Reading, name: str) -> None:

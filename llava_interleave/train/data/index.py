@@ -26,9 +26,10 @@ from ...errors import DataError
 from ...processing import Processor
 from .datasets import RawSample, sides
 from .samples import PackedSample, SampleFormat
+from .shards import remote_files, url_of
 from .validate import Stat, ValidatedSample, stats, validate
 
-VERSION = 2
+VERSION = 3
 """Of the files and of the rules of validation."""
 ROW = np.dtype(
     [
@@ -253,7 +254,8 @@ def build(
         raise DataError("there are no samples")
     log(f"reading {len(file):,} samples")
     facts = _validated(draft, file, processor, tokens, form, first_error, log)
-    (draft / "index.json").write_text(json.dumps({"key": key, **facts}), "utf-8")
+    sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
+    (draft / "index.json").write_text(json.dumps({"key": key, "sizes": sizes, **facts}), "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)
     done = _opened(folder, key)
@@ -346,9 +348,11 @@ def _record(
 def _opened(folder: Path, key: str) -> Index | None:
     try:
         facts = json.loads((folder / "index.json").read_text("utf-8"))
+        if facts.pop("key", None) != key:
+            return None
+        if any((folder / name).stat().st_size != size for name, size in facts.pop("sizes").items()):
+            return None
     except (OSError, ValueError):
-        return None
-    if facts.pop("key", None) != key:
         return None
     faults, groups = tuple(facts.pop("faults")), tuple(facts.pop("groups"))
     return Index(folder, faults=faults, groups=groups, **facts)
@@ -370,4 +374,8 @@ def changed_media(folder: Path) -> str | None:
 
 def file_stats(paths: Iterable[Path]) -> list[Any]:
     """Name, size and times of files, by which an index knows them again."""
-    return [stat for path in paths for stat in stats(os.fspath(path))]
+    found: list[Any] = []
+    for path in paths:
+        url = url_of(path)
+        found += remote_files(url) if url else stats(os.fspath(path))
+    return found

@@ -13,9 +13,12 @@ from typing import Any
 
 MEDIA = ("image", "images", "image_path", "video", "videos")
 META = ("id", "sample_id", "metadata", "system", "kto_label")
+WEIGHTS = ("weight", "sample_weight", "loss_weight")
+"""Keys for the weight of a sample's loss; those that are there are multiplied."""
 READ = (
     *META,
     *MEDIA,
+    *WEIGHTS,
     *("conversations", "messages", "prompt", "completion", "question"),
     *("instruction", "input", "output", "query", "response", "history"),
     *("chosen", "rejected", "rejected_response", "rejected_messages"),
@@ -37,11 +40,8 @@ REFUSED: Mapping[str, str] = {
     "label": f"it is for the recipe kto: {OUT} for others",
     "loss": "leave the sample out, or put `loss` into its messages",
     "train": "leave the sample out, or put `train` into its messages",
-    "weight": "samples have no weights: repeat it in a mixture instead",
-    "weights": "samples have no weights: repeat it in a mixture instead",
-    "sample_weight": "samples have no weights: repeat it in a mixture instead",
-    "loss_weight": "samples have no weights: repeat it in a mixture instead",
-    "loss_scale": "samples have no weights: repeat it in a mixture instead",
+    "weights": "name it `weight`, a number",
+    "loss_scale": "name it `weight`, a number",
     "margin": f"pairs have no margins: {OUT}",
     "objects": f"grounding is not supported: write boxes into the texts, or {OUT}",
     "bbox": f"grounding is not supported: write boxes into the texts, or {OUT}",
@@ -58,7 +58,7 @@ REFUSED_IN_MESSAGES: Mapping[str, str] = {
     "thinking": f"reasoning is not supported: write it into the content, or {OUT}",
     "train_detail": f"parts of a message have no loss of their own: {OUT}",
     "training_detail": f"parts of a message have no loss of their own: {OUT}",
-    "loss_scale": "messages have no weights but 0 and 1: leave it out",
+    "loss_scale": "name it `weight`, a number",
 }
 MEDIA_NAMES = ("image", "img", "picture", "photo", "video", "clip", "frame", "audio")
 MEDIA_SUFFIXES = (
@@ -99,7 +99,7 @@ def _is_empty(key: str, value: Any) -> bool:
     """Whether a value asks for nothing: empty columns of tables, a weight of 1, `loss: true`."""
     if key == "label":  # KTO's is a truth value; others name a class
         return not isinstance(value, bool)
-    if key in ("loss", "train", "weight", "weights", "sample_weight", "loss_weight", "loss_scale"):
+    if key in ("loss", "train", "weights", "loss_scale"):
         return value is None or value == 1
     return value is None or value in ("", "[]", "{}") or (not value and value is not False)
 

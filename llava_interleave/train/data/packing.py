@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...distributed.process_group import ProcessGroup
-from ...errors import DataError
+from ...errors import DataError, LlavaError
 from ...image_layout import ImageTokenLayout
 from ...prompt import Prompt
 
@@ -31,7 +31,8 @@ class Batch:
 
     tokens: `[T]` ids with expanded placeholders. loss_mask: `[T]`, True where a token carries loss.
     lengths: tokens of each sample. pixels: `[N, 3, S, S]`, crops of all media. media: (index of the
-    first placeholder, layout) of each, in the order of the crops.
+    first placeholder, layout) of each, in the order of the crops. weights: `[T]`, of the loss of
+    each token; None where all are 1.
     """
 
     tokens: Tensor
@@ -39,6 +40,7 @@ class Batch:
     lengths: list[int]
     pixels: Tensor
     media: list[tuple[int, ImageTokenLayout]]
+    weights: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -135,7 +137,7 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
 def collate(prompts: Sequence[Prompt]) -> Batch:
     """Pack prompts."""
     tokens: list[int] = []
-    loss_mask: list[bool] = []
+    loss_mask: list[float] = []
     media: list[tuple[int, ImageTokenLayout]] = []
     for prompt in prompts:
         assert prompt.loss_mask is not None
@@ -145,10 +147,11 @@ def collate(prompts: Sequence[Prompt]) -> Batch:
     pixels = [m.pixels for prompt in prompts for m in prompt.media]
     return Batch(
         torch.tensor(tokens),
-        torch.tensor(loss_mask),
+        torch.tensor([value > 0 for value in loss_mask]),
         [len(p) for p in prompts],
         torch.cat(pixels) if pixels else torch.empty(0, 3, 1, 1),
         media,
+        torch.tensor(loss_mask, dtype=torch.float32) if {*loss_mask} - {0, 1} else None,
     )
 
 
@@ -242,8 +245,13 @@ class PlannedPackedDataset(Dataset[Any]):
             images,
         )
 
-    def __getitem__(self, numbers: list[int]) -> Batch | Pairs:
-        return join([self.samples(i) for i in numbers])
+    def __getitem__(self, numbers: list[int]) -> Batch | Pairs | LlavaError:
+        """A batch; an error is returned, since a raised one reaches the training process as text
+        with a traceback."""
+        try:
+            return join([self.samples(i) for i in numbers])
+        except LlavaError as error:
+            return error
 
     def steps(self, each: int) -> int:
         """How many steps of `each` batches there are; the last may have fewer batches."""
@@ -293,6 +301,8 @@ def distributed_batches(
     items = prefetch(plan, (numbers for numbers, *_ in mine()), workers)
     try:
         for batch, (_, idle, after) in zip(items, mine(), strict=True):
+            if isinstance(batch, LlavaError):
+                raise batch
             yield DummyBatch(batch) if idle else batch, after
     finally:
         stop_workers(items)

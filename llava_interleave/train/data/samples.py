@@ -53,7 +53,8 @@ class SampleFormat:
             return processor.example(moved, media, anyres=self._tiled(messages, media))
         images = self.question(processor, messages, media)
         answer = _plain_answer(processor, messages, len(media))
-        loss_mask = [False] * len(images) + [True] * len(answer)
+        weight = float(messages[-1].get("loss", True))
+        loss_mask = [0.0] * len(images) + [weight] * len(answer)
         return Prompt(images.tokens + answer, images.media, loss_mask)
 
     def question(self, processor: Processor, messages: Messages, media: Sequence[object]) -> Prompt:
@@ -269,5 +270,5 @@ def _with_answer(processor: Processor, question: Prompt, answer: Mapping[str, An
     alone = processor.example([answer], system=None)
     assert alone.loss_mask is not None
     begin = alone.loss_mask.index(True)
-    loss_mask = [False] * len(question) + alone.loss_mask[begin:]
+    loss_mask = [False] * len(question) + [*alone.loss_mask[begin:]]
     return Prompt(question.tokens + alone.tokens[begin:], question.media, loss_mask)

@@ -1,27 +1,66 @@
 """Samples with their images in one file: Parquet, as Hugging Face's `datasets` writes it, and tar
 files in WebDataset's form. A sample names a place in the file; its bytes are read when it is used.
+
+A file may be remote, on any file system of fsspec: `s3://bucket/train-*.parquet`, `hf://datasets/`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import tarfile
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
+from fsspec.core import url_to_fs
+
+from ...errors import DataError, LlavaError, Unsupported
 from ...parquet import Parquet
 
 BLOCKS = 16
 """Blocks (row groups) whose samples are shuffled together, and that are in memory."""
 SUFFIXES = (".parquet", ".tar")
+REMOTE = re.compile(r"(?:^|/)([a-z][a-z0-9+]+):/+(.*)$")
 FILE = "shard"
 """The key of a place in a file: {"shard": path, ...}."""
+
+
+def url_of(path: Path | str) -> str | None:
+    """The URL in a path (of which `Path` has left one slash); None for a local file."""
+    found = REMOTE.search(os.fspath(path))
+    return f"{found[1]}://{found[2]}" if found else None
+
+
+@contextmanager
+def _remote(url: str) -> Iterator[Any]:
+    """The fsspec file system of a URL. Raises DataError, Unsupported."""
+    try:
+        yield url_to_fs(url)[0]
+    except LlavaError:
+        raise
+    except ImportError as error:
+        raise Unsupported(f"{url} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{url} cannot be read: {error}") from error
+
+
+def remote_files(url: str) -> list[tuple[str, Any]]:
+    """The URLs of a pattern with `*`, each with its size, tag and time. Raises DataError."""
+    scheme = url.partition("://")[0]
+    with _remote(url) as system:
+        found = sorted(system.glob(url)) if "*" in url else [url]
+        infos = [system.info(one) for one in found]
+    names = [one if "://" in one else f"{scheme}://{one.lstrip('/')}" for one in found]
+    keys = ("size", "ETag", "etag", "sha", "mtime", "created", "LastModified")
+    about = [{key: info[key] for key in keys if key in info} for info in infos]
+    return list(zip(names, about, strict=True))
 
 
 def rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -33,6 +72,10 @@ def rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 def fetch(place: Mapping[str, Any]) -> bytes:
     """The bytes at a place. Raises DataError."""
     path = place[FILE]
+    if "offset" in place and (url := url_of(path)):
+        with _remote(url) as system:
+            end = place["offset"] + place["bytes"]
+            return bytes(system.cat_file(url, start=place["offset"], end=end))
     if "offset" in place:
         try:
             with Path(path).open("rb") as file:
@@ -50,6 +93,9 @@ def fetch(place: Mapping[str, Any]) -> bytes:
 
 @lru_cache(64)
 def _open(path: str) -> Parquet:
+    if url := url_of(path):
+        with _remote(url) as system:
+            return Parquet(url, system.open(url, "rb"))
     return Parquet(Path(path))
 
 
@@ -64,7 +110,7 @@ def _column(path: str, group: int, column: str) -> Any:
 
 
 def _parquet(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    name = str(path.absolute())
+    name = url_of(path) or str(path.absolute())
     _open.cache_clear()
     _column.cache_clear()
     file = _open(name)
@@ -89,9 +135,13 @@ def _without_bytes(value: Any, place: dict[str, Any]) -> Any:
 def _tar(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Files with one name before the first dot are a sample: NAME.json, or NAME.txt, the answer
     about the images, and images, which the JSON may name."""
-    name = str(path.absolute())
+    name = url_of(path) or str(path.absolute())
     try:
-        with tarfile.open(path, "r:") as tar:  # not compressed: places are offsets
+        with (
+            _remote(name) if url_of(path) else nullcontext() as system,
+            system.open(name, "rb") if system else path.open("rb") as packed,
+            tarfile.open(fileobj=packed, mode="r:") as tar,  # not compressed: places are offsets
+        ):
             for key, members in groupby(
                 (member for member in tar if member.isfile()), lambda m: _split(m.name)[0]
             ):

@@ -204,6 +204,8 @@ class _SampleReader:
                 f"the last answer of sample {row.name} is without loss, and a pair learns from it"
             )
             faults.append(DataIssue("form", text))
+        if row.pair and any(turn.get("loss", 1) not in (0, 1) for turn in found.messages):
+            faults.append(DataIssue("form", f"pair {row.pair} has a weight: pairs have none"))
         rest = iter(found.media)
         shown, files = [], list[Stat]()
         for slot in found.slots:
