@@ -6,11 +6,11 @@ Two API keys. The good one's clients send old and new images, whole and streamed
 structured output, attribution, uploads; a repeated request must get the same answer. Each waits
 --pause seconds after an answer, as people do: clients that never pause use the whole server, and
 an equal share for a second key doubles their latency by definition. The hostile key's clients, in
-a process of their own, send the corpus of the tests, files that hold up a decoder, grammars that
-do not compile, many endless answers, and below HTTP half a request, a slow one, none or garbage,
-without a pause. Limits, the rate limit too, are the defaults. For the first quarter of the time the
-good clients are alone. Then each attack is made once by itself, with a short request of the good
-key again and again during it.
+a process of their own and at lower priority (they would be on other machines), send the corpus of
+the tests, files that hold up a decoder, grammars that do not compile, many endless answers, and
+below HTTP half a request, a slow one, none or garbage, without a pause. Limits, the rate limit too,
+are the defaults. For the first quarter of the time the good clients are alone. Then each attack is
+made once by itself, with a short request of the good key again and again during it.
 
 Prints one JSON object; exit code 1 if a good request failed, a hostile one got anything but 4xx or
 503, or a request still runs at the end. --quick: a tiny network, one minute.
@@ -34,6 +34,7 @@ import contextlib
 import functools
 import json
 import multiprocessing
+import os
 import random
 import socket
 import subprocess
@@ -137,6 +138,8 @@ class Soak:
 
 def attack(address: str, over: Event, results: "Queue[tuple[Counter[str], list[str]]]") -> None:
     """The hostile key's clients, in a process of their own, until it is over."""
+    if sys.platform != "win32":
+        os.nice(10)
     soak = Soak(address, over)
     workers = [
         threading.Thread(target=soak.repeat, args=(i, work))

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import torch
 from fastapi.exceptions import RequestValidationError
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
@@ -46,7 +47,7 @@ from llava_interleave.server.api_errors import ApiError
 from llava_interleave.server.api_keys import ApiKeys
 from llava_interleave.server.app import create_app
 from llava_interleave.server.attribution import sentence_attributions
-from llava_interleave.server.engine_thread import EngineThread, ServerJob
+from llava_interleave.server.engine_thread import THREADS, EngineThread, ServerJob
 from llava_interleave.server.fairness import RateLimit
 from llava_interleave.server.metrics import Metrics
 from llava_interleave.server.openai_types import ChatRequest
@@ -1379,6 +1380,15 @@ def test_who_leaves_frees_their_memory_at_once(server: Server, stream: bool, hal
             until(lambda: not worker.load.running)
     until(lambda: not (worker.load.running or worker.load.kv_running or server.service.num_active))
     worker.engine.check()
+
+
+def test_a_small_network_runs_in_one_thread(server: Server) -> None:
+    """Two threads that meet after each of its layers waited for other requests' threads."""
+    before = torch.get_num_threads()
+    assert server.service.engine_thread.call(lambda _: torch.get_num_threads()).result(60) == 1
+    pool = server.service.attribution_pool
+    assert pool.submit(torch.get_num_threads).result(60) == THREADS
+    assert torch.get_num_threads() == before
 
 
 def test_a_stream_says_that_it_is_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

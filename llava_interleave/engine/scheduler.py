@@ -33,7 +33,7 @@ MAX_DRAFTING_TOKENS = 16
 MIN_CHUNK_SIZE = 64
 """Prompt tokens per step next to running answers, however slow the model is."""
 
-PREFILL_STEPS, MIN_PREFILL_SECONDS = 10, 0.03
+PREFILL_STEPS, MIN_PREFILL_SECONDS = 10, 0.01
 """Prompts delay answers by about so many decode steps at a time, or by a budget if that is less: a
 fast model's short answers would otherwise wait as long as those of a slow one."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeVar
 
+import torch
+
 from ..chat import AnswerDelta, Chatbot
 from ..chat.engine_driver import EngineDriver, GenerationJob
 from ..engine import Engine, Load, Timings
@@ -24,6 +26,10 @@ log = logging.getLogger("llava_interleave.server")
 T = TypeVar("T")
 MAX_FAULTS = 3
 """Consecutive failed steps after which the engine counts as failed."""
+THREADS = torch.get_num_threads()
+MAX_SINGLE_THREAD_PARAMETERS = 20_000_000
+"""A network of at most so many parameters runs in one thread. Its layers take microseconds each,
+and threads meet after each of them: if another one has the second core, all wait for its turn."""
 MAX_PREFILL_DELAY = 0.2
 """Seconds of prefill between two decode steps, as `Engine.step`."""
 
@@ -164,6 +170,8 @@ class EngineThread:
         return 0.0 if start is None else time.monotonic() - start
 
     def _run(self) -> None:
+        small = self.bot.model.config.num_parameters <= MAX_SINGLE_THREAD_PARAMETERS
+        torch.set_num_threads(1 if small else THREADS)  # of this thread
         while True:
             while self.failed or not self._commands.empty() or not self.engine.busy:
                 self.load = self.engine.load()

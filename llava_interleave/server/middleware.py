@@ -239,10 +239,8 @@ class GuardMiddleware:
                 f"the request took longer than the limit of {seconds} to arrive",
             ) from None
         upload = headers.get("content-type", "").lower().startswith("multipart/")
-        if not upload and (values := body.values) > MAX_JSON_VALUES:
-            reason = (
-                f"the JSON has {values:,} commas and brackets; the limit is {MAX_JSON_VALUES:,}"
-            )
+        if not upload and body.has_more_values(MAX_JSON_VALUES):
+            reason = f"the JSON has more than the limit of {MAX_JSON_VALUES:,} commas and brackets"
             raise ApiError(413, "request_too_large", reason)
 
 
@@ -289,9 +287,13 @@ class _Body:
         self.complete = not message.get("more_body", False)
         return len(chunk)
 
-    @property
-    def values(self) -> int:
-        return sum(chunk.count(mark) for chunk in self.chunks for mark in (b",", b"[", b"{"))
+    def has_more_values(self, limit: int) -> bool:
+        values = 0
+        for chunk in self.chunks:
+            values += sum(chunk.count(mark) for mark in (b",", b"[", b"{"))
+            if values > limit:
+                return True
+        return False
 
     def replay(self, receive: Receive) -> Receive:
         """The application's `receive`: the body, then the client's own messages."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from ..attribution.forward import CachedPrompt
 from ..chat import BUILTIN, Answer, Chatbot
 from ..errors import ContextError, OptionError, PromptError
@@ -22,7 +24,7 @@ from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
 from .access_log import current_record
 from .api_errors import ApiError, ClientDisconnected
 from .attribution import attribute_prompt, check_attribution_budget, cite_prompt
-from .engine_thread import EngineThread, ServerJob
+from .engine_thread import THREADS, EngineThread, ServerJob
 from .fairness import FairThreadPool, RateLimit, Shares
 from .messages import has_media
 from .metrics import Metrics
@@ -92,7 +94,9 @@ class SharedState:
         self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
         self.grammar_rate = RateLimit(GRAMMAR_SECONDS, "seconds of response_format")
         # One at a time: each has a prompt's activations in memory.
-        self.attribution_pool = ThreadPoolExecutor(1, thread_name_prefix="attribution")
+        self.attribution_pool = ThreadPoolExecutor(
+            1, "attribution", torch.set_num_threads, (THREADS,)
+        )
         self.prefills: dict[str, ServerJob] = {}  # by API key
 
     def close(self) -> None:
