@@ -499,9 +499,10 @@ MODEL: dict[str, Step] = {
     "tower": (20, tower),
     "profile": (20, profile),
 }
+BITS = ("int4", "int8")
 FEW = {
     f"{bits} decode {count}": (80.0, partial(with_precision, bits, partial(decode, count, 750)))
-    for bits in ("int4", "int8")
+    for bits in BITS
     for count in (1, 64)
 }
 THEIRS = {name: MODEL[name] for name in ("decode 1", "decode 64", "first token, 2 images")}
@@ -523,7 +524,7 @@ def processes(small: bool) -> dict[str, dict[str, Step]]:
     if small:
         steps = {name: step for name, step in MODEL.items() if "64" not in name}
         return found | {
-            "ours small": steps | {"int4 decode 1": FEW["int4 decode 1"]},
+            "ours small": steps | {f"{bits} decode 1": FEW[f"{bits} decode 1"] for bits in BITS},
             "transformers small": {"decode 1": MODEL["decode 1"]},
         }
     return found | {

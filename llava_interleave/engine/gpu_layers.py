@@ -58,14 +58,14 @@ class GpuDecoder:
         return kt.add_rms_norm(y, norm.weight, norm.eps, h)[0]
 
 
-def product(linear: nn.Module, x: Tensor, scale: Tensor | None = None) -> Tensor | kt.Product:
+def product(module: nn.Module, x: Tensor, scale: Tensor | None = None) -> Tensor | kt.Product:
     """A linear, as the kernel after it reads it. scale: of the rows, in float16."""
-    linear = base(linear)
-    if isinstance(linear, TritonLinear):
-        return kt.packed_product(x, linear.packed, linear.bias)._replace(scale=scale)
-    if scale is not None and not isinstance(linear, SummedLinear):
-        return kt.Product(linear(x), None, scale, x.dtype)
-    found: Tensor = linear(x) if scale is None else linear(x, scale)
+    module = base(module)
+    if isinstance(module, TritonLinear):
+        return kt.packed_product(x, module.packed, module.bias)._replace(scale=scale)
+    if scale is not None and not isinstance(module, SummedLinear):
+        return kt.Product(module(x), None, scale, x.dtype)
+    found: Tensor = module(x) if scale is None else module(x, scale)
     return found
 
 
