@@ -143,6 +143,11 @@ class Options(SamplingParams):
         (), "Stop string: end the answer before this text; repeatable."
     )
     n: int = setting(1, "Number of answers.")
+    orders: int = setting(
+        1,
+        "Ask with the images in this many orders, and give the answer that is most probable on "
+        "average; for questions that do not depend on the order.",
+    )
     adapter: str | None = setting(
         None, "LoRA adapter; on the command line its folder or Hugging Face name."
     )
@@ -190,6 +195,13 @@ class Options(SamplingParams):
             raise OptionError(f"cite must be true or false, not {self.cite!r}")
         if type(self.n) is not int or not 1 <= self.n <= 128:
             raise OptionError(f"n is the number of answers, 1 to 128, not {self.n!r}")
+        if type(self.orders) is not int or not 1 <= self.orders <= 128:
+            raise OptionError(f"orders is a number of orders, 1 to 128, not {self.orders!r}")
+        if self.orders > 1 and (self.n > 1 or self.cite or self.temperature):
+            raise OptionError(
+                "orders gives one of several greedy answers: leave out n and cite, "
+                "and set temperature to 0"
+            )
 
     def but(self, changes: Mapping[str, object]) -> Options:
         """A copy with `changes`. An unknown name raises `OptionError` with the nearest known

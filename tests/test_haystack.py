@@ -1,21 +1,27 @@
 """Haystack: answerers whose accuracy by number and place is known get exactly that."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from llava_interleave.chat.chatbot import BUILTIN
+from llava_interleave.cli import remote
 from llava_interleave.errors import OptionError
 from llava_interleave.evals import haystack, report, run, stats
+from llava_interleave.evals.calibration import Calibration
 from llava_interleave.evals.haystack import COLOURS, Haystack, places
-from llava_interleave.evals.task import Example
-from llava_interleave.journal import Journal
+from llava_interleave.evals.task import Example, Reply
+from llava_interleave.journal import Journal, JsonRow
 from tests.helpers.cli import llava
+from tests.helpers.server import listening
 
 Answerer = Callable[[Example], str]
 
@@ -198,3 +204,85 @@ def test_the_report_has_a_grid(task: Haystack, tmp_path: Path) -> None:
         rows = run.run(few, lambda asked: ["yes" for _ in asked], journal)
     report.write(tmp_path / "r.html", few, rows, stats.summary(few, rows), {})
     assert "<th>first" in (tmp_path / "r.html").read_text()
+
+
+def replies(task: Haystack, reply: Callable[[Example], Reply], folder: Path) -> list[JsonRow]:
+    waiting = iter(task.examples)
+    with Journal(folder / "rows.jsonl", {}) as journal:
+        return run.run(task, lambda asked: [reply(next(waiting)) for _ in asked], journal)
+
+
+def test_calibration_of_known_answerers(tmp_path: Path) -> None:
+    """Always "yes" at 0.9, where half are so: the error is 0.4 and the Brier score 0.41. The blind
+    form does not count.
+    """
+    task = Haystack(images=4, questions=8)
+    few = task.but(examples=[e for e in task.examples if kind(e) == "exists"])
+    rows = replies(few, lambda _: Reply("Yes", math.log(0.6), 0.9), tmp_path)  # type: ignore[arg-type]
+    found = {mean.name: mean for mean in stats.summary(few, rows)}
+    assert found["P(yes): expected calibration error"].mean == pytest.approx(0.4)
+    assert found["P(yes): Brier score"].mean == pytest.approx(0.41)
+    assert found["P(answer): expected calibration error"].mean == pytest.approx(0.1)
+    assert found["P(yes): Brier score"].examples == len([e for e in few.examples if place(e) >= 0])
+
+
+def test_a_coin_that_knows_its_bias_is_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(20_000)
+    outcomes = (rng.random(20_000) < probabilities).astype(float)
+    one = Calibration("coin", probabilities, outcomes)
+    assert len(one.bins) == 10 and one.expected_error < 0.02
+    assert sum(b.examples * b.share for b in one.bins) == pytest.approx(outcomes.sum())
+    # the mean over p of p (1 - p), and of 1 - p: the most probable tenth is wrong in 5 %
+    assert one.brier == pytest.approx(1 / 6, abs=0.01)
+    risks = dict(one.risks)
+    assert risks[0.1] == pytest.approx(0.05, abs=0.02) and risks[1.0] == 1 - outcomes.mean()
+
+
+def test_equal_probabilities_are_one_point_of_the_curve() -> None:
+    one = Calibration("x", np.array([0.5, 1.0, 0.5, 0.5]), np.array([0.0, 1.0, 1.0, 1.0]))
+    assert one.risks == [(0.25, 0.0), (1.0, 0.25)]
+    assert [b.examples for b in one.bins] == [3, 1]
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_as_the_library(tmp_path: Path) -> None:
+    """Our own server as the URL: answers, probabilities and the report's calibration."""
+    words = ("eval", "haystack", "--task-option", "images=2", "--task-option", "questions=1")
+    with listening(BUILTIN) as server:
+        url = f"{server.address}/v1"
+        there = llava(*words, "--url", url, "-o", tmp_path / "url", "--html")
+    local = llava(*words, "-o", tmp_path / "here")
+    assert (there.code, local.code) == (0, 0), there.err + local.err
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "haystack.jsonl").open()][1:]
+        for name in ("url", "here")
+    ]
+    assert len(rows[0]) == len(rows[1]) == 12
+    for row, other in zip(*rows, strict=True):
+        assert (row["id"], row["answer"], row["score"]) == tuple(
+            other[name] for name in ("id", "answer", "score")
+        )
+        assert row["logprob"] == pytest.approx(other["logprob"], abs=1e-3)
+        assert row.get("yes") == pytest.approx(other.get("yes"), abs=1e-3)
+    assert "Reliability of P(yes)" in (tmp_path / "url" / "haystack.html").read_text()
+
+
+def test_a_server_without_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that rejects the field is asked without it, once; one that ignores it is as good."""
+    sent: list[bool] = []
+
+    def request(*given: Any) -> dict[str, Any]:
+        body = given[2]
+        sent.append("logprobs" in body)
+        if "logprobs" in body:
+            raise remote.SampleRejected("status 400: no logprobs")
+        return {"choices": [{"message": {"content": "yes"}}]}
+
+    monkeypatch.setattr(remote, "request", request)
+    monkeypatch.setattr(remote, "CONCURRENCY", 1)
+    ask = remote.answerer("http://x/v1", "m", None, logprobs=True)
+    question = [{"role": "user", "content": "?"}]
+    with pytest.warns(UserWarning, match="no calibration"):
+        assert ask([question, question]) == [Reply("yes"), Reply("yes")]
+    assert sent == [True, False, False]

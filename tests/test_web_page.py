@@ -1137,3 +1137,71 @@ def test_accessible_in_every_state(
             expect(page.locator("#sidebar")).to_be_visible()
         page.locator("#chats button[aria-expanded]").click()
         check_state(page, "sidebar")
+
+
+def test_a_table_of_a_folder(browser: Browser, tmp_path: Path) -> None:
+    """It grows, is sorted, filtered, corrected and exported; a new column computes only itself."""
+    copy_files(tmp_path)
+    images = [tmp_path / f"album-{number}.png" for number in (1, 2, 3)]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
+    with (
+        serve(BUILTIN, requests_per_minute=100_000) as address,
+        opened(browser, address, viewport={"width": 390, "height": 800}) as page,
+    ):
+        asked: list[Any] = []
+        page.on(
+            "request",
+            lambda one: asked.append(one.post_data_json) if one.url.endswith("/table") else None,
+        )
+        page.locator("#open-table").click()
+        table = page.get_by_role("dialog", name="Table")
+        first = table.locator("#table-columns li").first
+        first.get_by_label("Name").fill("things")
+        first.get_by_label("Question").fill("How many things are there?")
+        first.get_by_label("Type").select_option("int")
+        page.locator("#table-pick-files").set_input_files([*images, tmp_path / "broken.png"])
+        rows = table.locator("tbody tr")
+        expect(rows).to_have_count(4)
+        table.get_by_role("button", name="Compute").click()
+        expect(table.locator("#table-status")).to_contain_text(
+            "3 images of 4 done, 1 with an error"
+        )
+        names = rows.locator("th")
+        table.get_by_role("button", name="things").click()
+        expect(names).to_have_text(["album-1.png", "album-2.png", "album-3.png", "broken.png"])
+        table.get_by_role("button", name="things").click()
+        expect(names).to_have_text(["album-3.png", "album-2.png", "album-1.png", "broken.png"])
+        table.get_by_label("Filter things").fill("> 1")
+        expect(names).to_have_text(["album-3.png", "album-2.png"])
+        rows.first.get_by_role("button").click()
+        field = rows.first.get_by_role("spinbutton")
+        field.fill("7")
+        field.press("Enter")
+        expect(rows.first.locator("td")).to_have_class("corrected")
+        with page.expect_download() as download:
+            table.get_by_role("button", name="Export JSONL").click()
+        lines = [json.loads(line) for line in download.value.path().read_text().splitlines()]
+        assert [(one["things"], one["things_corrected"]) for one in lines] == [
+            (7, True),
+            (3, False),
+        ]
+        assert lines[0]["things_probability"] is None and lines[1]["things_probability"] > 0.9
+        table.get_by_label("Filter things").fill("")
+        table.get_by_role("button", name="Column", exact=True).click()
+        second = table.locator("#table-columns li").nth(1)
+        second.get_by_label("Name").fill("star")
+        second.get_by_label("Question").fill("Is there a star?")
+        second.get_by_label("Type").select_option("bool")
+        asked.clear()
+        table.get_by_role("button", name="Compute").click()
+        expect(rows.filter(has_text="album-3.png").locator("td")).to_have_text(["7", "yes"])
+        expect(table.locator("#table-status")).to_contain_text("3 images of 4 done")
+        assert [column["name"] for column in asked[0]["columns"]] == ["things", "star"]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        with page.expect_download() as download:
+            table.get_by_role("button", name="Export CSV").click()
+        head, *body = download.value.path().read_text().splitlines()
+        assert head.startswith(
+            "file,things,things_probability,things_allowed,things_corrected,star"
+        )
+        assert len(body) == 4 and "broken.png" in body[-1]

@@ -135,7 +135,7 @@ class Chatbot:
         there is nothing else to do; requests that arrive meanwhile go first. Returns the tokens of
         the prompt, and those that were cached already.
         """
-        options = self.options(options, {**changes, "n": 1, "cite": False})
+        options = self.options(options, {**changes, "n": 1, "cite": False, "orders": 1})
         job = GenerationJob(self.prompt(messages, options), options, prefill_only=True)
         return self.answer_jobs([job])[0].usage
 
@@ -261,6 +261,8 @@ class Chatbot:
         prompt is not computed again. Other threads can use the chatbot meanwhile.
         """
         options = self.options(options, changes)
+        if options.orders > 1:
+            raise OptionError("an answer to several orders of the images is not attributed")
         prompt = self.prompt(messages, options)
         tokenizer, text = self.processor.tokenizer, self.model.config.text
         if isinstance(answer, Answer) and answer.usage.prompt != len(prompt):

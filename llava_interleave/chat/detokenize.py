@@ -10,6 +10,7 @@ from ..attribution.citations import Citation, mark
 from ..engine import Event, Timings, Usage
 from ..options import Options
 from ..processing import TextStream, Tokenizer
+from .orders import OrderedAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,9 @@ class Answer:
     finish_reason: "stop" at the end of the turn or a stop string, "length" at max_new_tokens,
     "repetition" if it only repeated itself (`Options.stop_on_repetition`).
     citations: of its sentences, with the option `cite`.
+    orders: the answers to all orders of the images, with the option `orders`; this is the most
+    probable one on average. Its text has the images numbered as they were given, its tokens as the
+    model saw them; its usage is that of all orders.
     """
 
     text: str
@@ -43,6 +47,7 @@ class Answer:
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
     citations: tuple[Citation, ...] | None = None
+    orders: tuple[OrderedAnswer, ...] | None = None
 
     def __str__(self) -> str:
         return self.text

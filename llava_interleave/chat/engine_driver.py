@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..engine import Engine, Request, TokenConstraint
+from ..engine import Engine, Request, TokenConstraint, Usage
 from ..options import MAX_NEW_TOKENS, Options
 from ..processing import Tokenizer
 from ..prompt import Prompt
-from .detokenize import AnswerBuilder, AnswerDelta
+from . import orders
+from .detokenize import Answer, AnswerBuilder, AnswerDelta
+
+Order = tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
 class GenerationJob:
-    """`options.n` answers to one prompt.
+    """`options.n` answers to one prompt, or one over `options.orders`.
 
     index: of the first answer, in its deltas. salt: jobs of equal salt share caches.
-    constraints: one per answer, for structured output; or none.
+    constraints: one per answer (and order), for structured output; or none.
     prefill_only: compute the prompt into the prefix cache; its one answer has no text.
     client, weight: as `Engine.add`.
     """
@@ -33,6 +37,9 @@ class GenerationJob:
     client: str = ""
     weight: float = 1.0
     running: dict[Request, AnswerBuilder] = field(default_factory=dict)
+    orders: list[Order] = field(default_factory=list)
+    order_of: dict[Request, Order] = field(default_factory=dict)
+    finished: dict[Order, Answer] = field(default_factory=dict)
     items: deque[AnswerDelta | Exception] = field(default_factory=deque)
 
 
@@ -57,11 +64,19 @@ class EngineDriver:
         """Queue all answers of a job, or none of them: errors as `Engine.add`."""
         options = job.options
         context_left = self.engine.model.config.text.context - len(job.prompt)
+        prompts = [job.prompt] * options.n
+        if options.orders > 1:
+            orders.check(job.prompt, self.tokenizer)
+            keys = [one.key for one in job.prompt.media]
+            job.orders = orders.permutations(keys, options.orders)
+            prompts = [orders.reordered(job.prompt, order) for order in job.orders]
+            options = options.but({"logprobs": options.logprobs or 0})
         try:
-            for number in range(options.n):
+            for number, prompt in enumerate(prompts):
+                answer = 0 if job.orders else number
                 request = self.engine.add(
-                    job.prompt,
-                    options.sampling(number, context_left, self.max_new_tokens),
+                    prompt,
+                    options.sampling(answer, context_left, self.max_new_tokens),
                     salt=job.salt,
                     constraint=job.constraints[number] if job.constraints else None,
                     adapter=options.adapter,
@@ -70,7 +85,9 @@ class EngineDriver:
                     weight=job.weight,
                 )
                 self._jobs[request] = job
-                job.running[request] = AnswerBuilder(self.tokenizer, options, job.index + number)
+                job.running[request] = AnswerBuilder(self.tokenizer, options, job.index + answer)
+                if job.orders:
+                    job.order_of[request] = job.orders[number]
         except BaseException:
             self.abort(job)
             raise
@@ -103,9 +120,41 @@ class EngineDriver:
                 self.abort(job)
                 items.append((job, error))
                 continue
-            if delta is not None:
+            if delta is None:
+                continue
+            if delta.answer is not None:
+                del self._jobs[request], job.running[request]
+                self.engine.abort(request)  # which goes on after a stop string
+                if job.orders:
+                    job.finished[job.order_of[request]] = delta.answer
+            if not job.orders:
                 items.append((job, delta))
-                if delta.answer is not None:
-                    del self._jobs[request], job.running[request]
-                    self.engine.abort(request)  # which goes on after a stop string
+            elif not job.running and job.finished.keys() == set(job.orders):
+                items.append((job, self._over_orders(job)))
         return items
+
+    def _over_orders(self, job: GenerationJob) -> AnswerDelta:
+        """The answer of a job whose orders have all ended."""
+        question = orders.question_of(job.prompt, self.tokenizer)
+        answers = [job.finished[order] for order in job.orders]
+        found = [
+            orders.OrderedAnswer(
+                tuple(index + 1 for index in order),
+                orders.as_given(answer.text, order, question),
+                sum(token.logprob for token in answer.logprobs or ()),
+                answer.usage.generated,
+            )
+            for order, answer in zip(job.orders, answers, strict=True)
+        ]
+        best = orders.best(found)
+        counts = zip(*(dataclasses.astuple(answer.usage) for answer in answers), strict=True)
+        logprobs = answers[best].logprobs if job.options.logprobs is not None else None
+        answer = dataclasses.replace(
+            answers[best],
+            text=found[best].text,
+            logprobs=logprobs,
+            orders=tuple(found),
+            usage=Usage(*map(sum, counts)),
+            timings=max((one.timings for one in answers), key=lambda timings: timings.total),
+        )
+        return AnswerDelta(answer.text, job.index, logprobs or (), answer)

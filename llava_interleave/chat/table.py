@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,11 +90,17 @@ class TableRun:
     def __init__(
         self, bot: Chatbot, columns: Sequence[Column], options: Options, known: Known | None = None
     ) -> None:
-        unused = (options.temperature, options.n - 1, options.stop, options.cite)
+        unused = (
+            options.temperature,
+            options.n - 1,
+            options.orders - 1,
+            options.stop,
+            options.cite,
+        )
         if any(unused) or options.logprobs is not None:
             raise OptionError(
-                "a table's answers are greedy, one per cell: leave out temperature, n, logprobs, "
-                "stop and cite"
+                "a table's answers are greedy, one per cell: leave out temperature, n, orders, "
+                "logprobs, stop and cite"
             )
         self.bot, self.columns = bot, columns
         self.known = known
@@ -195,12 +201,19 @@ def read_cell(column: Column, answer: Answer, tokenizer: Tokenizer, failure: str
 
 
 def yes_or_no(token: TokenLogprob, tokenizer: Tokenizer) -> tuple[float, float] | None:
+    """As `sum_yes_and_no`, of an answer's first token."""
+    return sum_yes_and_no((tokenizer.decode([one]), logprob) for one, logprob in token.top)
+
+
+def sum_yes_and_no(top: Iterable[tuple[str, float]]) -> tuple[float, float] | None:
     """The probabilities of yes and of no at an answer's first token, in either case; None where
     neither is among its most probable tokens.
+
+    top: the texts of those, with their log-probabilities.
     """
     sums = {"yes": 0.0, "no": 0.0}
-    for alternative, logprob in token.top:
-        word = tokenizer.decode([alternative]).strip().lower()
+    for text, logprob in top:
+        word = text.strip().lower()
         for answer in sums:
             if word and answer.startswith(word):
                 sums[answer] += math.exp(logprob)

@@ -19,8 +19,10 @@ from . import flags, remote, terminal
 from .local_model import LazyModel, ModelFlags, answer_all
 
 if TYPE_CHECKING:
-    from ..evals.task import AnswerFn, Task
+    from ..chat import Answer
+    from ..evals.task import AnswerFn, Reply, Task
     from ..journal import JsonRow
+    from ..processing import Tokenizer
 
 INTERLEAVE = ("interleave-in", "interleave-out", "interleave-views")
 PUBLISHED = (
@@ -29,7 +31,9 @@ PUBLISHED = (
 )  # fmt: skip
 TASKS = (*INTERLEAVE, *PUBLISHED, "haystack", "world")
 REDUCTION = ("image_token_pool", "video_token_pool", "image_token_ratio", "video_token_ratio")
-OPTIONS = ("preset", "max_new_tokens", "anyres", "frames", *REDUCTION, "adapter")
+OPTIONS = ("preset", "max_new_tokens", "anyres", "frames", *REDUCTION, "orders", "adapter")
+LOGPROBS = 20
+"""Alternatives of a token among which yes and no are looked for."""
 
 
 def register(app: typer.Typer) -> None:
@@ -109,6 +113,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the rows that scored below 1 to this file, as JSON lines."),
     ] = None,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            "--calibration",
+            help="Also report how well the model's probabilities tell right answers from wrong "
+            "ones; haystack always does.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 50,
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
@@ -166,6 +178,8 @@ def evaluate(
     for task in loaded:
         options = Options(preset=task.preset, max_new_tokens=task.max_new_tokens).but(overrides)
         settings = answerer.about(options)
+        if task.logprobs or calibration:
+            options, settings["logprobs"] = options.but({"logprobs": LOGPROBS}), True
         if task.name in INTERLEAVE:
             settings["as_published"] = as_published
         if rules:
@@ -280,7 +294,12 @@ class _Remote:
 
     def with_options(self, options: Options) -> AnswerFn:
         return remote.answerer(
-            self.url, self.title, self.key, temperature=0, max_tokens=options.max_new_tokens
+            self.url,
+            self.title,
+            self.key,
+            logprobs=options.logprobs is not None,
+            temperature=0,
+            max_tokens=options.max_new_tokens,
         )
 
 
@@ -310,14 +329,27 @@ class _Local:
         }
 
     def with_options(self, options: Options) -> AnswerFn:
-        def answer(conversations: Sequence[list[dict[str, Any]]]) -> list[str | LlavaError]:
+        def answer(conversations: Sequence[list[dict[str, Any]]]) -> list[Reply | LlavaError]:
             bot = self.model.ready(options)
+            tokenizer = bot.processor.tokenizer
             return [
-                one if isinstance(one, LlavaError) else one.text
+                one if isinstance(one, LlavaError) else _reply(one, tokenizer)
                 for one in answer_all(bot.batch, conversations, options)
             ]
 
         return answer
+
+
+def _reply(answer: Answer, tokenizer: Tokenizer) -> Reply:
+    """An answer as a task scores it."""
+    from ..chat.table import yes_or_no
+    from ..evals.task import Reply
+
+    if not answer.logprobs:
+        return Reply(answer.text)
+    found = yes_or_no(answer.logprobs[0], tokenizer)
+    yes = found[0] / sum(found) if found else None
+    return Reply(answer.text, sum(token.logprob for token in answer.logprobs), yes)
 
 
 def compare(files: Sequence[str], as_json: bool) -> None:

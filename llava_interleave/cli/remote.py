@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import mimetypes
+import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,36 +17,70 @@ from typing import Any
 
 from .. import data_url
 from ..errors import LlavaError, MediaError, RemoteError
-from ..evals.task import Messages
+from ..evals.task import Messages, Reply
 
 CONCURRENCY, TRIES, TIMEOUT = 8, 5, 600
+TOP = 20
+"""Alternatives of each token; the most that OpenAI's API gives."""
 RETRY_STATUS = (429, 500, 502, 503, 504)
 SAMPLE_STATUS = (400, 413)
 """The server rejects this sample alone; any other status ends the run, which can be resumed."""
 
 
 def answerer(
-    url: str, model: str, key: str | None, **body: Any
-) -> Callable[[Sequence[Messages]], list[str | LlavaError]]:
-    """Answers of `model` from the API at `url` (…/v1); `body` is added to each request."""
+    url: str, model: str, key: str | None, *, logprobs: bool = False, **body: Any
+) -> Callable[[Sequence[Messages]], list[Reply | LlavaError]]:
+    """Answers of `model` from the API at `url` (…/v1); `body` is added to each request.
 
-    def one(messages: Messages) -> str | LlavaError:
+    logprobs: ask for log-probabilities. A server that rejects them is asked without, with a
+    warning.
+    """
+    wanted = {"logprobs": True, "top_logprobs": TOP} if logprobs else {}
+    rejecting = threading.Event()
+
+    def one(messages: Messages) -> Reply | LlavaError:
         try:
             converted = [_to_openai(message) for message in messages]
             sent = {"model": model, "messages": converted, **body}
-            reply = request(f"{url.rstrip('/')}/chat/completions", key, sent)
+            reply = ask(sent)
         except (MediaError, SampleRejected) as error:
             return error
         try:
-            return str(reply["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError) as error:
+            return _reply(reply["choices"][0])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise RemoteError(f"no choices in the response of {url}: {str(reply)[:200]}") from error
 
-    def answer(conversations: Sequence[Messages]) -> list[str | LlavaError]:
+    def ask(sent: dict[str, Any]) -> dict[str, Any]:
+        address = f"{url.rstrip('/')}/chat/completions"
+        if not wanted or rejecting.is_set():
+            return request(address, key, sent)
+        try:
+            return request(address, key, sent | wanted)
+        except SampleRejected as error:
+            reply = request(address, key, sent)  # raises if it was not for the log-probabilities
+            if not rejecting.is_set():
+                rejecting.set()
+                warnings.warn(f"no calibration: {url} rejects logprobs ({error})", stacklevel=2)
+            return reply
+
+    def answer(conversations: Sequence[Messages]) -> list[Reply | LlavaError]:
         with ThreadPoolExecutor(CONCURRENCY) as threads:
             return list(threads.map(one, conversations))
 
     return answer
+
+
+def _reply(choice: dict[str, Any]) -> Reply:
+    """A choice; without log-probabilities where the server sends none."""
+    from ..chat.table import sum_yes_and_no
+
+    text, found = str(choice["message"]["content"] or ""), choice.get("logprobs") or {}
+    tokens = found.get("content")
+    if not tokens:
+        return Reply(text)
+    top = [(one["token"], one["logprob"]) for one in tokens[0].get("top_logprobs") or ()]
+    yes = (pair := sum_yes_and_no(top)) and pair[0] / sum(pair)
+    return Reply(text, sum(token["logprob"] for token in tokens), yes)
 
 
 class SampleRejected(LlavaError):

@@ -47,7 +47,7 @@ CellsFile = Annotated[
 
 SAMPLING = (
     *("logit_bias", "n", "temperature", "top_k", "top_p", "min_p", "seed"),
-    *("stop", "stop_ids", "ignore_eos", "logprobs", "cite"),
+    *("stop", "stop_ids", "ignore_eos", "logprobs", "cite", "orders"),
 )
 """Options without a flag here: a cell is one greedy answer."""
 

@@ -41,6 +41,7 @@ NUMBERS = (1, 2, 4, 8)
 PLACES = ("first", "quarter", "middle", "three quarters", "last")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 MAX_IMAGES = 256
+BLIND = "blind: images are grey"
 
 Thing = tuple[str, str]
 """Colour and shape."""
@@ -134,6 +135,8 @@ class Haystack(Task):
             note=f"{questions} questions of each kind and place",
             measures=measures,
             grid=grid,
+            baselines=(BLIND,),
+            logprobs=True,
         )
 
 
@@ -234,7 +237,7 @@ def _examples(
         found.append(_example(f"{name} {place}", group(n, place), scenes, *about))
         if index == 0:
             blind = [Scene()] * n
-            found.append(_example(f"{name} blind", "blind: images are grey", blind, *about))
+            found.append(_example(f"{name} blind", BLIND, blind, *about))
     return found
 
 

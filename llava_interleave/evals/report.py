@@ -12,6 +12,7 @@ from typing import Any
 from .. import reports
 from ..errors import MediaError
 from ..journal import JsonRow
+from .calibration import calibrations
 from .stats import Mean
 from .task import Messages, Task
 
@@ -29,6 +30,7 @@ def write(
     data["mean_columns"], data["mean_rows"] = mean_table(task, means)
     rows_of_grid = sorted(task.grid.values(), key=len, reverse=True)
     data["places"] = list(dict.fromkeys(place for row in rows_of_grid for place in row))
+    data["calibrations"] = calibrations(rows, task.baselines)
     data["values"] = {mean.name: mean.mean for mean in means if mean.kind == "group"}
     reports.write(path, "evals.html", title=title, **data)
 

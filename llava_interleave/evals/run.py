@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError, LlavaError
 from ..journal import Journal, JsonRow
-from .task import AnswerFn, Example, Messages, Task
+from .task import AnswerFn, Example, Messages, Reply, Task
 
 PREVIOUS_TURN_FAILED = "the previous turn could not be answered"
 
@@ -96,9 +96,11 @@ def _conversation(
     return [*previous, {"role": "assistant", "content": row["answer"]}, *example.ask(folder)]
 
 
-def _row(example: Example, answer: str | LlavaError) -> JsonRow:
+def _row(example: Example, answer: str | Reply | LlavaError) -> JsonRow:
+    """The row of an example; `logprob` and `yes` only where the answer has them."""
     failed = isinstance(answer, LlavaError)
-    text = "" if failed else str(answer)
+    reply = answer if isinstance(answer, Reply) else Reply("" if failed else str(answer))
+    text, known = reply.text, {"logprob": reply.logprob, "yes": reply.yes}
     names = {
         "id": example.id,
         "group": example.group,
@@ -112,6 +114,7 @@ def _row(example: Example, answer: str | LlavaError) -> JsonRow:
         "answer": text,
         "score": score,
         "error": str(answer) if failed else None,
+        **{name: value for name, value in known.items() if value is not None},
     }
 
 

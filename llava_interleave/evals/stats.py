@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..journal import JsonRow
+from .calibration import Calibration, calibrations
 from .run import scored_rows
 from .task import AggregateMetrics, Task
 
@@ -71,7 +72,18 @@ def summary(task: Task, rows: Sequence[JsonRow]) -> list[Mean]:
 
         means.append(_mean("all examples", "all", list(scores), scores, failed, mean_of_all))
     means += _metrics(task.metrics, rows, failed) if task.metrics else ()
-    return [*means, *(task.measures(scored_rows(rows)) if task.measures else ())]
+    means += task.measures(scored_rows(rows)) if task.measures else ()
+    return [*means, *_calibration(calibrations(rows, task.baselines), failed)]
+
+
+def _calibration(found: Sequence[Calibration], failed: Mapping[str, int]) -> Iterator[Mean]:
+    for one in found:
+        size, rng = len(one.outcomes), np.random.default_rng(0)
+        draws = [one.drawn(rng.integers(0, size, size)) for _ in range(RESAMPLES)]
+        for name, of in one.measures.items():
+            low, high = np.percentile([of(drawn) for drawn in draws], (2.5, 97.5))
+            unanswered = sum(failed.values())
+            yield Mean(name, "metric", of(one), float(low), float(high), size, unanswered)
 
 
 def _by_group(rows: Sequence[JsonRow]) -> Scores:

@@ -21,7 +21,21 @@ ContentPart = dict[str, Any]
 Messages = list[ContentPart]
 Media = Sequence[ContentPart] | Callable[[Path], Sequence[ContentPart]]
 """The images and videos of a question, or a function that writes them into a folder first."""
-AnswerFn = Callable[[Sequence[Messages]], Sequence[str | LlavaError]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer with its log-probability, the sum over its tokens.
+
+    yes: the probability of yes against no at its first token; None where it begins otherwise.
+    """
+
+    text: str
+    logprob: float | None = None
+    yes: float | None = None
+
+
+AnswerFn = Callable[[Sequence[Messages]], Sequence[str | Reply | LlavaError]]
 """Conversations -> their answers; an error for one that cannot be answered."""
 
 
@@ -67,7 +81,8 @@ class Task:
     reasons. data: a hash of the files that were read. metrics: of every group, and of all examples
     where there are several groups. note: of its options, for a table's title. fixed_frames: its
     questions say how many frames of a video are used. measures: further means of all rows. grid:
-    groups as a table for the report, by the names of its rows and columns.
+    groups as a table for the report, by the names of its rows and columns. baselines: groups that
+    do not count for the calibration. logprobs: ask for log-probabilities.
     """
 
     name: str
@@ -85,6 +100,8 @@ class Task:
     fixed_frames: bool = False
     measures: Callable[[Sequence[JsonRow]], Sequence[Any]] | None = None
     grid: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    baselines: Sequence[str] = ()
+    logprobs: bool = False
 
     def but(self, **changes: Any) -> Task:
         """The task with other values of fields; of a subclass it is a plain Task."""

@@ -107,7 +107,7 @@ class ServerJob(GenerationJob):
             return
         if isinstance(item, AnswerDelta):
             if item.answer is not None:
-                self._finished_tokens += len(item.answer.tokens)
+                self._finished_tokens += item.answer.usage.generated
                 self._timings = item.answer.timings
             earlier = self._deltas.get(item.index)
             self._deltas[item.index] = earlier + item if earlier else item
@@ -244,10 +244,13 @@ def _constraint_failure(job: GenerationJob, item: AnswerDelta | Exception) -> Op
     """Why an answer that has ended does not follow its response_format."""
     if isinstance(item, Exception) or item.answer is None or not job.constraints:
         return None
-    matcher = job.constraints[item.index - job.index]
-    if not isinstance(matcher, GrammarMatcher) or not matcher.failure:
-        return None
-    return OptionError(f"the answer cannot follow response_format any further: {matcher.failure}")
+    matchers = job.constraints if job.orders else [job.constraints[item.index - job.index]]
+    for matcher in matchers:
+        if isinstance(matcher, GrammarMatcher) and matcher.failure:
+            return OptionError(
+                f"the answer cannot follow response_format any further: {matcher.failure}"
+            )
+    return None
 
 
 def _receive(batch: list[tuple[ServerJob, AnswerDelta | Exception | None]]) -> None:

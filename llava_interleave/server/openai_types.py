@@ -355,8 +355,9 @@ class ChatRequest(PromptRequest, GenerationRequest):
     """POST /v1/chat/completions.
 
     Not OpenAI's: attribution (which image the answer used: true, "exact", or "attention" for the
-    cheap variant), cite (annotations with the images that each sentence rests on), vLLM's
-    continue_final_message, llama.cpp's return_progress, and the neutral fields of other servers.
+    cheap variant), cite (annotations with the images that each sentence rests on), orders (the most
+    probable answer over so many orders of the images), vLLM's continue_final_message, llama.cpp's
+    return_progress, and the neutral fields of other servers.
     """
 
     n: Annotated[int, Field(ge=1)] = 1
@@ -364,6 +365,7 @@ class ChatRequest(PromptRequest, GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     attribution: bool | Literal["exact", "attention"] = False
     cite: bool = False
+    orders: Annotated[int, Field(ge=1)] = 1
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     modalities: _neutral(["text"], hint="answers are text") = None  # type: ignore[valid-type]
@@ -393,6 +395,12 @@ class ChatRequest(PromptRequest, GenerationRequest):
         """All options. Raises OptionError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise OptionError("top_logprobs needs logprobs: true")
+        if self.orders > settings.max_choices:
+            raise OptionError(
+                f"orders is {self.orders}; this server's limit is {settings.max_choices}"
+            )
+        if self.orders > 1 and (self.attribution or self.continue_final_message):
+            raise OptionError("orders excludes attribution and continue_final_message")
         if self.return_progress and not self.stream:
             raise OptionError("return_progress needs stream: true")
         if self.add_generation_prompt is self.continue_final_message:

@@ -245,7 +245,7 @@ class Service:
         record.model = options.adapter or self.name
         record.user = request.safety_identifier or request.user
         raw = request.prompts(self.settings) if isinstance(request, CompletionRequest) else None
-        answers = options.n * (1 if raw is None else len(raw))
+        answers = options.n * options.orders * (1 if raw is None else len(raw))
         with contextlib.nullcontext() if batch else self.admission_slot(answers, key):
             matchers = await self._matchers(request, answers, key)
             if raw is not None:
@@ -276,7 +276,9 @@ class Service:
                     options,
                     index=i * options.n,
                     salt=key.encode(),
-                    constraints=matchers[i * options.n : (i + 1) * options.n],
+                    constraints=matchers
+                    if raw is None
+                    else matchers[i * options.n : (i + 1) * options.n],
                     client=f"batch {key}" if batch else key,
                     weight=BATCH_WEIGHT if batch else record.weight,
                 )
@@ -302,7 +304,7 @@ class Service:
                     self.engine_thread.abort(job)
                 masks = sum(matcher.seconds for matcher in matchers)
                 self.grammar_rate.charge(key, time.monotonic(), masks)
-                prompt_tokens = sum(map(len, prompts))
+                prompt_tokens = sum(map(len, prompts)) * options.orders
                 generated = sum(job.generated_tokens for job in jobs)
                 if self.token_rate is not None:
                     self.token_rate.charge(key, time.monotonic(), prompt_tokens + generated)

@@ -104,22 +104,29 @@ async function send(name, blob) {
   }
 }
 
-/** Delete uploads of this page that are not among `hashes`, to make room; -> how many. */
-export async function makeRoom(hashes) {
-  const others = [...uploads].filter(([hash]) => !hashes.has(hash));
-  for (const [hash, sent] of others) {
+/** Delete uploads of this page; -> how many. @param {Set<string>} hashes */
+export async function release(hashes) {
+  const found = [...uploads].filter(([hash]) => hashes.has(hash));
+  for (const [hash, sent] of found) {
     uploads.delete(hash);
     await sent.then((id) => call(`v1/files/${id}`, { method: "DELETE" })).catch(() => {});
   }
-  return others.length;
+  return found.length;
 }
+
+/** Delete uploads of this page that are not among `hashes`, to make room; -> how many. */
+export const makeRoom = (hashes) => release(new Set([...uploads.keys()].filter((hash) => !hashes.has(hash))));
 
 /** The server has lost uploads (it was restarted, say): send them again when they are needed next. */
 export const forgetUploads = () => uploads.clear();
 
 /** The chunks of a streamed answer. */
-export async function* stream(body, signal, path = "v1/chat/completions") {
-  const response = await post(path, { ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }, signal);
+export const stream = (body, signal, path = "v1/chat/completions") =>
+  events(path, { ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }, signal);
+
+/** The events of a streamed response. */
+export async function* events(path, body, signal) {
+  const response = await post(path, body, signal);
   const reader = /** @type {ReadableStream} */ (response.body).pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

@@ -27,6 +27,7 @@ export function button(text, onclick, { label = "", symbol = "", className = "li
 const PATHS = {
   files: "M12 5v14M5 12h14",
   folder: "M3 7h6l2 2h10v10H3z",
+  table: "M4 5h16v14H4zM4 10h16M10 5v14",
   camera: "M4 8h3l2-3h6l2 3h3v11H4zM12 17a4 4 0 1 0 0-8 4 4 0 0 0 0 8z",
   menu: "M4 6h16M4 12h16M4 18h16",
   close: "M6 6l12 12M18 6L6 18",
