@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo kernels web test test-ray test-clients test-trackers bench-trl coverage check docs dist bench bench-peers tiny
+.PHONY: help demo kernels web test test-ray test-clients test-trackers test-gguf bench-trl coverage check docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
@@ -20,6 +20,7 @@ help:
 	@echo "make test    the test suite; ARGS=tests/test_image_layout.py runs a part"
 	@echo "make test-ray  the tests of Ray (440 MB more) and of deploy/, which the suite skips without it"
 	@echo "make test-clients  the tests of LiteLLM, Instructor, pydantic-ai, AutoGen and the AI SDK, installed apart"
+	@echo "make test-gguf  what GGUF files answer in llama.cpp, which is compiled: a quarter of an hour"
 	@echo "make coverage  the suite with line coverage, into build/coverage"
 	@echo "make check   ruff, and mypy for Linux, macOS and Windows (the package)"
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
@@ -82,6 +83,14 @@ test-trackers: build/trackers/installed
 
 test-clients: .venv/installed-dev $(foreach name,litellm instructor pydantic-ai autogen node,build/clients/$(name)/installed)
 	$(BIN)/python -m pytest tests/test_real_clients.py
+
+# llama.cpp's own build computes the files that `llava convert --layout gguf` writes.
+test-gguf: .venv/installed-dev build/gguf/installed
+	PYTHONPATH=build/gguf $(BIN)/python -m pytest tests/test_gguf.py
+
+build/gguf/installed:
+	$(BIN)/python -m pip install --quiet --no-binary llama-cpp-python --no-deps --target build/gguf llama-cpp-python==0.3.36 diskcache==5.6.3
+	@touch $@
 
 coverage: .venv/installed-dev
 	$(BIN)/python -m pytest --cov=llava_interleave --cov-report=term:skip-covered --cov-report=html:build/coverage $(ARGS)

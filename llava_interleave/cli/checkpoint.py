@@ -7,14 +7,23 @@ import json
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from .. import __version__
+from ..errors import OptionError
+from ..options import unknown
 from . import flags, terminal
 
-Layout = Literal["hub", "original", "transformers-4.52", "transformers-5", "transformers-5.23"]
+if TYPE_CHECKING:
+    from ..compose.gguf_files import GgufType
+
+Layout = Literal[
+    "hub", "original", "transformers-4.52", "transformers-5", "transformers-5.23", "gguf"
+]
+DECODER = "decoder.gguf"
+GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 
 
 def register(app: typer.Typer) -> None:
@@ -31,12 +40,17 @@ def convert(
         typer.Argument(metavar="DST", help="The folder to write; it must not exist or be empty."),
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as stored]")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; with --layout gguf f16, bf16, q8_0 or q4_0.  "
+            "[default: as stored; of gguf f16]"
+        ),
     ] = None,
     layout: Annotated[
         Layout | None,
         typer.Option(
-            help="Naming scheme of the tensors.  [default: hub; original for LLaVA-Video]"
+            help="Naming scheme of the tensors; gguf: decoder.gguf and mmproj.gguf for llama.cpp.  "
+            "[default: hub; original for LLaVA-Video]"
         ),
     ] = None,
     adapter: Annotated[
@@ -48,16 +62,20 @@ def convert(
     revision: flags.Revision = None,
 ) -> None:
     """Write a checkpoint in another layout or dtype, with its tokenizer and processor files."""
+    form = dtype or "f16"
+    if layout == "gguf" and form not in GGUF_TYPES:
+        raise unknown("dtype of --layout gguf", form, GGUF_TYPES)
     with terminal.spinner(f"converting {source}"):
         import torch
 
         from ..chat import named_dtype
         from ..checkpoints import load, read_adapter, resolve, save
+        from ..compose.gguf_files import write_gguf
         from ..lora import merge
         from ..processing.processor_files import files_for_transformers
 
         folder = resolve(source, revision)
-        target_dtype = named_dtype(dtype) if dtype else None
+        target_dtype = named_dtype(dtype) if dtype and layout != "gguf" else None
         network = load(folder, dtype=target_dtype)
         if adapter:
             merge(network, read_adapter(resolve(adapter), network, dtype=torch.float32))
@@ -67,7 +85,10 @@ def convert(
             else files_for_transformers(folder, network.config)
         )
         with completed as files:
-            save(network, target, processor_from=files, dtype=target_dtype, layout=layout)
+            if layout == "gguf":
+                write_gguf(network, target, Path(files), cast("GgufType", form))
+            else:
+                save(network, target, processor_from=files, dtype=target_dtype, layout=layout)
     print(target)
 
 
@@ -87,7 +108,8 @@ def verify(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The checkpoint that transformers loads: of quantized weights their source.",
+            help="The checkpoint to compare with: of quantized weights and GGUF files their "
+            "source.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of greedy tokens compared.")] = 32,
@@ -106,8 +128,14 @@ def verify(
 
     Exit code 1 if they differ. For LLaVA-OneVision, answers published for its checkpoints are
     shown to compare with. Quantized weights are compared with their dequantized values
-    and equally rounded inputs, or with --against.
+    and equally rounded inputs, or with --against. A folder of `convert --layout gguf` is computed
+    by llama.cpp (llama-cpp-python) and compared with --against.
     """
+    if model and (Path(model) / DECODER).is_file():
+        if adapter or ablate or html:
+            raise OptionError("GGUF files are compared without --adapter, --ablate and --html")
+        _verify_gguf(Path(model), against, revision, tokens, as_json)
+        return
     with terminal.spinner("comparing with transformers"):
         from .. import verify as parity
         from ..chat import locate
@@ -169,5 +197,32 @@ def verify(
             terminal.table(
                 f"published answers to {published.RADAR}", list(published.COLUMNS), answers
             )
+    if not all(case.passed for case in cases):
+        raise typer.Exit(1)
+
+
+def _verify_gguf(
+    folder: Path, against: str | None, revision: str | None, tokens: int, as_json: bool
+) -> None:
+    with terminal.spinner("comparing with llama.cpp"):
+        from ..verify import llama_cpp
+
+        cases = llama_cpp.verify_gguf(folder, against, revision, tokens)
+    if as_json:
+        print(json.dumps({"model": str(folder), "cases": [dataclasses.asdict(c) for c in cases]}))
+    else:
+        rows = [
+            [
+                case.name,
+                "yes" if case.same_ids else "no",
+                "" if case.cosine is None else f"{case.cosine:.7f}",
+                f"{case.divergence:.2g}",
+                "" if case.own_divergence is None else f"{case.own_divergence:.2g}",
+                f"{case.matching} of {case.compared}",
+            ]
+            for case in cases
+        ]
+        columns = ["", "same ids", "cosine of features", "nats", "nats, its own images", "tokens"]
+        terminal.table(f"{folder} in llama.cpp", columns, rows)
     if not all(case.passed for case in cases):
         raise typer.Exit(1)

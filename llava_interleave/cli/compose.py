@@ -18,7 +18,8 @@ def compose(
     tower: Annotated[
         str,
         typer.Option(
-            help="SigLIP: a folder or a Hugging Face name; or a .pth file of an EfficientNet-Lite.",
+            help="SigLIP: a folder or a Hugging Face name; a .pth file of an EfficientNet-Lite; or "
+            "the mmproj .gguf file of a LLaVA, with its projector.",
             metavar="MODEL",
         ),
     ],
@@ -58,7 +59,8 @@ def compose(
 ) -> None:
     """Compose a LLaVA checkpoint from a tower and a language model.
 
-    The projector between them is new: train it with `llava train -r align -m OUT`.
+    The projector between them is new: train it with `llava train -r align -m OUT`. Of an mmproj
+    file it is the file's, and the model is complete.
     """
     with terminal.spinner(f"composing {out}"):
         from ..chat import named_dtype

@@ -19,6 +19,7 @@ from ..processing.processor_files import processor_files
 from ..processing.tokenizer import Tokenizer
 from .efficientnet import EfficientNetTower
 from .gguf_decoder import GgufDecoder
+from .gguf_files import GgufTower
 from .parts import Decoder, SafetensorsDecoder, Tower
 
 PAD_VOCABULARY = 64
@@ -40,7 +41,8 @@ def compose(
 ) -> LlavaConfig:
     """Write a LLaVA checkpoint whose projector is not yet trained; -> its config.
 
-    tower: a SiglipModel or SiglipVisionModel, or a .pth file of an EfficientNet-Lite. decoder: a
+    tower: a SiglipModel or SiglipVisionModel, a .pth file of an EfficientNet-Lite, or the mmproj
+    file (.gguf) of a LLaVA, whose projector is kept. decoder: a
     Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5) or a LlamaForCausalLM without biases (SmolLM2), or a
     GGUF file of one. Other than these files, all are folders or names on the Hugging Face hub.
     tower_layers: how many layers of SigLIP are used; None: all but the last.
@@ -51,11 +53,12 @@ def compose(
 
     Raises `CheckpointError` for parts of another kind, and where the target is not empty.
     """
-    eyes: Tower | EfficientNetTower
-    if str(tower).endswith(".pth"):
+    eyes: Tower | EfficientNetTower | GgufTower
+    if str(tower).endswith((".pth", ".gguf")):
         if tower_layers is not None:
-            raise OptionError("tower_layers is for SigLIP: all of an EfficientNet is used")
-        eyes = EfficientNetTower(Path(tower).expanduser())
+            raise OptionError("tower_layers is for SigLIP in safetensors: all of a file is used")
+        kind = GgufTower if str(tower).endswith(".gguf") else EfficientNetTower
+        eyes = kind(Path(tower).expanduser())
     else:
         eyes = Tower.open(resolve(tower), tower_layers)
     language: Decoder
@@ -73,6 +76,10 @@ def compose(
         )
     size = -(-(old + 2) // PAD_VOCABULARY) * PAD_VOCABULARY
     start: dict[str, Tensor] = {}
+    if isinstance(eyes, GgufTower):
+        start = eyes.projector()
+        if words.image_id < old:  # the file of a LLaVA
+            size = old
     if class_names is not None:
         if not isinstance(eyes, EfficientNetTower):
             raise OptionError("class_names needs a tower with a classifier, an EfficientNet-Lite")
@@ -82,7 +89,7 @@ def compose(
         eyes.config,
         replace(text, vocab_size=size),
         words.image_id,
-        projector_size=len(start[_CLASSES]) if start else None,
+        projector_size=len(start[_CLASSES]) if class_names is not None else None,
     )
     expected = tensor_shapes(meta_network(config))
     _check(expected, eyes.shapes() | language.shapes(), old)
