@@ -26,8 +26,7 @@ class Loss:
     """A summed loss.
 
     count: what it is summed over (tokens or pairs, or their weights). correct: how much of that is
-    right. tokens,
-    images (crops), flops: the work that it took. extra: further sums, for the log.
+    right. tokens, images (crops), flops: the work that it took. extra: further sums, for the log.
     """
 
     total: Tensor

@@ -276,6 +276,8 @@ def _naming_errors(out: Path) -> Iterator[None]:
     """Errors of the disk as a DataError that names the run's folder."""
     try:
         yield
+    except BrokenPipeError:  # of the output
+        raise
     except OSError as error:
         raise DataError(
             f"the run in {out} stopped: {error}; the same call goes on from the last checkpoint"

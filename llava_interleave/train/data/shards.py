@@ -35,7 +35,9 @@ FILE = "shard"
 def url_of(path: Path | str) -> str | None:
     """The URL in a path (of which `Path` has left one slash); None for a local file."""
     found = REMOTE.search(os.fspath(path))
-    return f"{found[1]}://{found[2]}" if found else None
+    if not found:
+        return None
+    return f"{found[1]}://{'/' * (found[1] == 'file')}{found[2]}"
 
 
 @contextmanager
