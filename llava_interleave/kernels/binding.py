@@ -28,6 +28,7 @@ CAPABILITIES = {
     "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     "avx512_bf16": (*_AVX512, "avx512_bf16"),
     "avx512_vnni": _AVX512,
+    "avx_vnni": (*_AVX2, "avx_vnni"),
     "avx2": _AVX2,
     "neon_dotprod": ("neon", "dot"),
 }

@@ -31,6 +31,7 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
         "avx512_bf16": _AVX512_BF16,
         "avx512_vnni": _AVX512,
+        "avx_vnni": (*_AVX2, "-mavxvnni"),
         "avx2": _AVX2,
     },
     "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",)},

@@ -33,7 +33,7 @@ struct InputSums {
   int16_t parts[SUBGROUPS];
 };
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 inline InputSums input_sums(__m128i parts) {
   parts = _mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0x4e));
   return -ZERO * _mm_cvtsi128_si32(_mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0xb1)));
@@ -291,8 +291,8 @@ void product_of_tiles(const Panel& panel, const Inputs& inputs, int64_t first, i
 // Product of a tile of M tokens with one panel -> out [M][16].
 template <int BITS, int M>
 void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
-  constexpr int CHAINS =
-      ZERO && M < 4 ? 4 : 1;  // independent sums, to hide the latency of the dot product
+  // independent sums, to hide the latency of the dot product
+  constexpr int CHAINS = !ZERO || M >= 4 ? 1 : ACCUMULATORS > 6 ? 4 : 2;
   const uint8_t* w = panel.values;
   const uint16_t* scale = panel.scales;
   const int8_t* x = &inputs.values[first * inputs.groups * GROUP];

@@ -1,5 +1,5 @@
-// Vectors of sixteen lanes (AVX2, AVX-512 or NEON, as the compiler's flags say), tile registers of
-// AMX, aligned memory, bfloat16.
+// Vectors of sixteen lanes (AVX2, AVX-VNNI, AVX-512 or NEON, as the compiler's flags say), tile
+// registers of AMX, aligned memory, bfloat16.
 
 #pragma once
 
@@ -36,6 +36,8 @@ typedef int32_t __attribute__((__may_alias__)) Word;  // four 8-bit or two 16-bi
 constexpr int64_t TILE = 16, ROWS = 32, MAX_QUERIES = 256, L2_BYTES = 1 << 20;
 #elif defined(__AVX512VNNI__)
 constexpr int64_t TILE = 12, ROWS = 12, MAX_QUERIES = 96, L2_BYTES = 256 << 10;
+#elif defined(__AVXVNNI__)
+constexpr int64_t TILE = 4, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
 #elif defined(__aarch64__)
 constexpr int64_t TILE = 4, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
 #else
@@ -48,7 +50,7 @@ constexpr int64_t MAX_ROWS = MIN_TILE_ROWS - 1;  // of a product in vector regis
 #else
 constexpr int64_t MAX_ROWS = TILE;
 #endif
-#if defined(__AVX512VNNI__) || defined(__aarch64__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__aarch64__)
 #define DOT_PRODUCTS
 #endif
 

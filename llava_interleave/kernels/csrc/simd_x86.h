@@ -1,4 +1,4 @@
-// Vectors of sixteen lanes for x86 with AVX-512 VNNI (and BF16) or AVX2.
+// Vectors of sixteen lanes for x86 with AVX-512 VNNI (and BF16), AVX-VNNI or AVX2.
 
 #pragma once
 
@@ -127,7 +127,11 @@ inline __m256i to_bfloat16(Floats x) {
 #endif
 }
 #else
+#if defined(__AVXVNNI__)
+constexpr int ZERO = 128;
+#else
 constexpr int ZERO = 0;
+#endif
 constexpr int ACCUMULATORS = 6;
 struct Bytes {
   __m256i a, b;
@@ -141,9 +145,50 @@ struct Floats {
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store256(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline Bytes bytes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
+inline void store(uint8_t* p, Bytes b) { store256(p, b.a), store256(p + 32, b.b); }
+inline Bytes splat8(int8_t n) { return {_mm256_set1_epi8(n), _mm256_set1_epi8(n)}; }
+inline Bytes low_nibbles(Bytes b) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(b.a, mask), _mm256_and_si256(b.b, mask)};
+}
+inline Bytes high_nibbles(Bytes b) {
+  return low_nibbles({_mm256_srli_epi16(b.a, 4), _mm256_srli_epi16(b.b, 4)});
+}
+inline Bytes even_bytes(Bytes b) {
+  const __m256i mask = _mm256_set1_epi16(255);
+  return {_mm256_and_si256(b.a, mask), _mm256_and_si256(b.b, mask)};
+}
+inline Bytes broadcast_byte(Bytes fours, int i) {  // byte i of each four, four times
+  const __m256i first = _mm256_broadcastsi128_si256(
+                    _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)),
+                order = _mm256_add_epi8(_mm256_set1_epi8(int8_t(i)), first);
+  return {_mm256_shuffle_epi8(fours.a, order), _mm256_shuffle_epi8(fours.b, order)};
+}
+inline Bytes mul16(Bytes a, Bytes b) {  // 16-bit lanes
+  return {_mm256_mullo_epi16(a.a, b.a), _mm256_mullo_epi16(a.b, b.b)};
+}
+inline Bytes add(Bytes a, Bytes b) {
+  return {_mm256_add_epi8(a.a, b.a), _mm256_add_epi8(a.b, b.b)};
+}
+inline Bytes sub8(Bytes a, Bytes b) {
+  return {_mm256_sub_epi8(a.a, b.a), _mm256_sub_epi8(a.b, b.b)};
+}
 inline Ints splat32(int32_t n) { return {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
+inline Ints add32(Ints a, Ints b) {
+  return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)};
+}
 inline Ints load(const int32_t* p) { return {load256(p), load256(p + 8)}; }
 inline void store(int32_t* p, Ints n) { store256(p, n.a), store256(p + 8, n.b); }
+#if defined(__AVXVNNI__)
+inline void dot(Ints& sum, Bytes w, const int8_t* quad) {
+  const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(quad));
+  sum.a = _mm256_dpbusd_avx_epi32(sum.a, w.a, x), sum.b = _mm256_dpbusd_avx_epi32(sum.b, w.b, x);
+}
+inline void dot_positive(Ints& sum, Bytes b, const int8_t* quad) {
+  const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(quad));
+  sum.a = _mm256_dpbusd_avx_epi32(sum.a, x, b.a), sum.b = _mm256_dpbusd_avx_epi32(sum.b, x, b.b);
+}
+#else
 inline __m256i add_pairs(__m256i sum, __m256i products) {  // of 16 bits
   return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
@@ -158,6 +203,7 @@ inline void dot_positive(Ints& sum, Bytes b, const int8_t* quad) {
   sum.a = add_pairs(sum.a, _mm256_maddubs_epi16(x, b.a));
   sum.b = add_pairs(sum.b, _mm256_maddubs_epi16(x, b.b));
 }
+#endif
 inline void store(int8_t* p, Ints n) {
   const auto narrow = [](__m256i x) {
     return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -201,7 +247,6 @@ inline void interleave(const int8_t* row, int64_t stride, int8_t zero, Bytes (&o
   out[0] = {_mm256_unpacklo_epi16(low, other_low), _mm256_unpackhi_epi16(low, other_low)};
   out[1] = {_mm256_unpacklo_epi16(high, other_high), _mm256_unpackhi_epi16(high, other_high)};
 }
-inline void store(uint8_t* p, Bytes b) { store256(p, b.a), store256(p + 32, b.b); }
 inline Ints join_planes(Ints high, Ints low) {
   return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 7), low.a),
           _mm256_add_epi32(_mm256_slli_epi32(high.b, 7), low.b)};
