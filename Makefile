@@ -32,7 +32,7 @@ help:
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
-	$(BIN)/llava demo
+	$(BIN)/llava demo --photos
 
 kernels:
 	$(PYTHON) llava_interleave/kernels/compilation.py

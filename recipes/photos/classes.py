@@ -66,7 +66,7 @@ WORDS = """
 """
 AN = "aeiou"
 SINGULAR = ("glasses", "jeans", "food", "bread", "meat", "soup", "coffee", "pasta", "wine", "hay",
-            "corn", "armor", "dough", "broccoli")  # fmt: skip
+            "corn", "armor", "dough", "broccoli", "grapes", "pants")  # fmt: skip
 
 
 @cache
@@ -89,8 +89,12 @@ def names(path: Path) -> tuple[str, ...]:
 
 def word(number: int, listed: tuple[str, ...]) -> str:
     """The everyday word of a class, else its name."""
-    name = re.split(r" [(/]| or ", listed[number])[0]
-    return words().get(number, name)
+    return words().get(number, exact(listed[number]))
+
+
+def exact(name: str) -> str:
+    """A name of a class without its explanation."""
+    return re.split(r" [(/]| or ", name)[0].removeprefix("a ")
 
 
 def a(thing: str) -> str:

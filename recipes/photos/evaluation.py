@@ -61,7 +61,7 @@ class PhotosTask(Task):
         super().__init__(
             name="photos",
             examples=examples(photos),
-            max_new_tokens=40,
+            max_new_tokens=64,
             data=digest(EVALUATION),
         )
 

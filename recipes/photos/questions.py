@@ -15,6 +15,7 @@ from torch import Tensor
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 
+from . import classes
 from .classes import a
 from .features import Classifier, exchange
 
@@ -61,21 +62,21 @@ class Photos:
 
     def describe(self, features: Tensor, label: str | None = None) -> Seen:
         """What the classifier says, if there is no label."""
-        classes = self.classifier.probabilities(features)
-        grouped = torch.zeros(len(self.vocabulary)).index_add(0, self.group, classes)
+        shares = self.classifier.probabilities(features)
+        grouped = torch.zeros(len(self.vocabulary)).index_add(0, self.group, shares)
         top = grouped.topk(3)
         words = [self.vocabulary[i] for i in top.indices.tolist()]
-        best = int(classes.argmax())
-        name = self.classifier.listed[best].lower()
+        best = int(shares.argmax())
+        name = classes.exact(self.classifier.listed[best]).lower()
         if label:
-            same = label == words[0] and float(classes[best]) > 0.5
+            same = label == words[0] and float(shares[best]) > 0.5
             words = [label, *(word for word in words if word != label)]
             animal = label in self.animals or None
             return Seen(features, tuple(words), name if same else "", 2, animal)
         share = float(top.values[0])
         confidence = 2 if share >= SURE else 1 if share >= UNSURE else 0
-        exact = float(classes[best]) > 0.5 and self.classifier.words[best] == words[0]
-        return Seen(features, tuple(words), name if exact else "", confidence, best < ANIMALS)
+        clear = float(shares[best]) > 0.5 and self.classifier.words[best] == words[0]
+        return Seen(features, tuple(words), name if clear else "", confidence, best < ANIMALS)
 
     def draw(self, rng: Random, word: str | None = None) -> Seen:
         """A cut-out, a photo, or one of them with another class; `word`: of this main thing."""
@@ -197,15 +198,13 @@ SIDES = ("What is on the {side}?", "What do you see on the {side} side of the im
          "What is in the {side} half?")  # fmt: skip
 
 
-def sentence(seen: Seen, rng: Random) -> str:
+def sentence(seen: Seen) -> str:
     """What one image shows."""
     word = seen.words[0]
     if seen.confidence == 0:
         return f"I am not sure. It may be {a(word)} or {a(seen.words[1])}."
     if seen.confidence == 1:
         return f"I am not sure, but it looks like {a(word)}."
-    if seen.name and not set(seen.name.split()) <= {word} and rng.random() < 0.7:
-        return f"This is {a(word)}, probably {a(seen.name)}."
     return f"This is {a(word)}."
 
 
@@ -216,19 +215,18 @@ def one(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, str]]]
         seen = photos.draw(rng)
     word = seen.words[0]
     pairs = []
-    for _ in range(rng.choice((1, 1, 2, 3))):
+    for _ in range(rng.choice((1, 1, 1, 2))):
         kind = rng.random()
         if kind < 0.42 or seen.confidence < 2:
             if seen.animal and rng.random() < 0.25:
-                pairs.append((rng.choice(ANIMAL), sentence(seen, rng)))
+                pairs.append((rng.choice(ANIMAL), sentence(seen)))
             else:
-                pairs.append((rng.choice(WHAT), sentence(seen, rng)))
+                pairs.append((rng.choice(WHAT), sentence(seen)))
         elif kind < 0.52:
-            exact = f"{a(seen.name)}" if seen.name else a(word)
-            pairs.append((rng.choice(DESCRIBE), f"The image shows {exact}."))
+            pairs.append((rng.choice(DESCRIBE), f"The image shows {a(word)}."))
         elif kind < 0.57:
             pairs.append((rng.choice(WORD), f"{word[0].upper()}{word[1:]}."))
-        elif kind < 0.71:
+        elif kind < 0.69:
             pairs.append((_ask(IS_THERE, _name(seen, rng), rng), f"This is {a(word)}, so yes."))
         elif kind < 0.87:
             other = photos.absent(rng, [seen])
@@ -240,7 +238,7 @@ def one(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, str]]]
         elif seen.animal is not None:
             answer = "yes" if seen.animal else "no"
             pairs.append(("Is it an animal?", f"This is {a(word)}, so {answer}."))
-    return [seen], pairs or [(rng.choice(WHAT), sentence(seen, rng))]
+    return [seen], pairs or [(rng.choice(WHAT), sentence(seen))]
 
 
 def halves(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, str]]]:
@@ -259,17 +257,12 @@ def halves(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, str
     ]
     for name, word in (("left", one), ("right", two)):
         pairs.append((rng.choice(SIDES).format(side=name), f"On the {name} is {a(word)}."))
-    shown = f"There is {a(one)} and {a(two)}"
-    for word in (one, two):
-        pairs.append((_ask(IS_THERE[:5], word, rng), f"{shown}, so yes."))
-    other = photos.absent(rng, [left, right])
-    pairs.append((_ask(IS_THERE[:5], other, rng), f"{shown}, so no."))
     return [seen], rng.sample(pairs, 2)
 
 
 def several(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, str]]]:
     """Questions and answers about two to four images."""
-    kind, count = rng.random(), rng.choice((2, 2, 3, 4, 4))
+    kind, count = rng.random(), rng.choice((2, 3, 4, 4, 4))
     if kind < 0.35:
         first = photos.sure(rng)
         if rng.random() < 0.5:
@@ -285,25 +278,23 @@ def several(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, st
     seen: list[Seen] = []
     for _ in range(count):
         seen.append(photos.sure(rng, [word for one in seen for word in one.words[:2]]))
-    pairs = []
-    for _ in range(rng.choice((1, 1, 2))):
-        number = rng.randrange(count)
-        kind = rng.random()
-        if kind < 0.6:
-            word = _name(seen[number], rng)
-            answer = f"{_list(seen)}, so the {word} is in image {number + 1}."
-            pairs.append((_ask(WHICH, word, rng), answer))
-        elif kind < 0.68:
-            word = photos.absent(rng, seen)
-            pairs.append((_ask(WHICH, word, rng), f"{_list(seen)}, so no image shows {a(word)}."))
-        elif kind < 0.8:
-            question = rng.choice(NTH).format(n=number + 1, nth=ORDINALS[number + 1])
-            pairs.append((question, f"Image {number + 1} shows {a(seen[number].words[0])}."))
-        elif kind < 0.97:
-            pairs.append((rng.choice(EACH), f"{_list(seen)}."))
-        else:
-            pairs.append(("How many images are there?", f"There are {NUMBERS[count]} images."))
-    return seen, pairs
+    number, kind = rng.randrange(count), rng.random()
+    things = [one.words[0] for one in seen]
+    if kind < 0.68:
+        word = things[number] = _name(seen[number], rng)
+        found = f"the {word} ({number + 1}) is in image {number + 1}"
+        pair = (_ask(WHICH, word, rng), f"{_places(things)}: {found}.")
+    elif kind < 0.76:
+        word = photos.absent(rng, seen)
+        pair = (_ask(WHICH, word, rng), f"{_places(things)}: no image shows {a(word)}.")
+    elif kind < 0.84:
+        question = rng.choice(NTH).format(n=number + 1, nth=ORDINALS[number + 1])
+        pair = (question, f"Image {number + 1} shows {a(seen[number].words[0])}.")
+    elif kind < 0.97:
+        pair = (rng.choice(EACH), f"{_list(seen)}.")
+    else:
+        pair = ("How many images are there?", f"There are {NUMBERS[count]} images.")
+    return seen, [pair]
 
 
 def _list(seen: Sequence[Seen]) -> str:
@@ -311,6 +302,11 @@ def _list(seen: Sequence[Seen]) -> str:
     things = [a(one.words[0]) for one in seen]
     rest = "".join(f", image {number} {thing}" for number, thing in enumerate(things[1:], 2))
     return f"Image 1 shows {things[0]}{rest}"
+
+
+def _places(things: Sequence[str]) -> str:
+    """What each image shows, its number last: from a thing to its number, the decoder copies."""
+    return "I see " + ", ".join(f"{a(thing)} ({n})" for n, thing in enumerate(things, 1))
 
 
 def _name(seen: Seen, rng: Random) -> str:
@@ -334,9 +330,9 @@ class Conversations:
         rng = Random(f"{self.seed}/{index}")
         kind = rng.random()
         preset = rng.choices(("interleave", "hf", "official"), (70, 20, 10))[0]
-        if kind < 0.1 and self.chats:
+        if kind < 0.07 and self.chats:
             return self.processor.example(rng.choice(self.chats), preset=preset)
-        make = one if kind < 0.55 else halves if kind < 0.6 else several
+        make = one if kind < 0.48 else halves if kind < 0.52 else several
         seen, pairs = make(self.photos, rng)
         numbered = len(seen) > 1 and rng.random() < 0.25 and preset != "hf"
         parts: list[dict[str, Any]] = []

