@@ -73,6 +73,8 @@ def theirs(kind: str, folder: Path, out: Path) -> tuple[list[float], dict[str, T
     model = transformers.Qwen2ForCausalLM(whole.config.text_config)
     model.model.load_state_dict(whole.model.language_model.state_dict())
     model.lm_head.load_state_dict(whole.lm_head.state_dict())
+    model.save_pretrained(out / "text")  # from there TRL loads the reference model
+    model = transformers.Qwen2ForCausalLM.from_pretrained(out / "text", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     config = getattr(module, f"{name}Config")(
         output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=BATCH,
@@ -130,9 +132,10 @@ def _batches(
     if kind == "sft":
         return [collate([_labelled(r, "") for r in group]) for group in groups], sft_loss
     options = TRAINERS[kind][2]
-    loss: Any = partial(dpo_loss, DPOConfig(beta=options["beta"], loss_type=kind, gamma=0.7))
     if kind == "kto":
-        loss = partial(kto_loss, KTOConfig(beta=0.3, undesirable_weight=1.5))
+        loss: Any = partial(kto_loss, KTOConfig(beta=0.3, undesirable_weight=1.5))
+    else:
+        loss = partial(dpo_loss, DPOConfig(beta=options["beta"], loss_type=kind, gamma=0.7))
     made = [collate_pairs([_pair(kind, row) for row in group]) for group in groups]
     with torch.no_grad():
         references = [logprobs(model, batch) for batch in made]

@@ -115,9 +115,9 @@ def kahneman_tversky_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each answer `[P]`, and the estimate of the KL divergence.
 
-    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8 and the estimate of z_0 after it. gained:
-    log-probabilities of answers less those under the reference model; mismatched: the same of other
-    samples' answers to the same questions. desirable: `[P]`.
+    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7 as TRL counts, and its estimate of z_0.
+    gained: log-probabilities of answers less those under the reference model; mismatched: the same
+    of other samples' answers to the same questions. desirable: `[P]`.
     """
     kl = mismatched.detach().mean().clamp(min=0)
     value = torch.sigmoid(config.beta * torch.where(desirable, gained - kl, kl - gained))
