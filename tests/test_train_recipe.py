@@ -139,7 +139,7 @@ def test_every_value_that_can_be_set_is_stored_and_read(tmp_path: Path) -> None:
         ("evaluate_questions = 3", "evaluate_questions is for benchmarks: give evaluate too"),
         ("use_ema = false", "use_ema is for averaged weights: give ema_decay"),
         ("ema_decay = 1.0", "ema_decay must be at most 0.999999"),
-        ("optimizer = 'adamw8'", "unknown optimizer 'adamw8'; did you mean 'adamw8bit'?"),
+        ("optimizer = 'adamw8'", "unknown optimizer 'adamw8'; did you mean 'adamw'?"),
         ("optimizer = 'adamw8bit'\nmuon_lr_scale = 1.0", "exclude each other: Muon"),
         ("trackers = ['wandbb']", "unknown tracker 'wandbb'; did you mean 'wandb'?"),
         ("[dpo]\n[kto]", "dpo and kto are two ways to learn preferences"),
