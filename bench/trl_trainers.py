@@ -35,7 +35,7 @@ SETTINGS = Recipe(
     steps=STEPS, lr=1e-3, warmup_ratio=0.25, projector_lr_scale=0.0, weight_decay=0.01,
     log_every=1, keep=1,
 )  # fmt: skip
-TRAINERS = {
+TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("trl", "SFT", {"completion_only_loss": True}),
     "sigmoid": ("trl", "DPO", {"beta": 0.3, "loss_type": ["sigmoid"]}),
     "ipo": ("trl", "DPO", {"beta": 0.3, "loss_type": ["ipo"]}),
@@ -67,8 +67,8 @@ def rows(kind: str) -> list[dict[str, Any]]:
 def theirs(kind: str, folder: Path, out: Path) -> tuple[list[float], dict[str, Tensor], Any]:
     """TRL's losses of all steps, trained weights by our names, and its tokens."""
     datasets, transformers = import_module("datasets"), import_module("transformers")
-    module, name, options = TRAINERS[kind]
-    module = import_module(module)
+    package, name, options = TRAINERS[kind]
+    module = import_module(package)
     whole = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model = transformers.Qwen2ForCausalLM(whole.config.text_config)
     model.model.load_state_dict(whole.model.language_model.state_dict())
@@ -92,7 +92,8 @@ def theirs(kind: str, folder: Path, out: Path) -> tuple[list[float], dict[str, T
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(
         trainer.train_dataset
     )
-    losses, compute = [], trainer.compute_loss
+    losses: list[float] = []
+    compute = trainer.compute_loss
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         loss = compute(*args, **kwargs)

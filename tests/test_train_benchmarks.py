@@ -124,7 +124,7 @@ def test_all_of_it_together_resumes_bit_for_bit(
     last = checkpointing.list_checkpoints(tmp_path / "whole")[-1]
     state = json.loads((last / "state.json").read_text())
     assert state["best"] == [-max(scores), [0, 2, 4, 6][scores.index(max(scores))]]
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for path in last.glob("*.safetensors"):
         stored |= load_file(path)
     states = {name: t.dtype for name, t in stored.items() if name.endswith(".state1")}
