@@ -471,7 +471,7 @@ def soaked(
     model = ["-m", folder] if folder else []
     command = [str(BIN / "llava"), "serve", *model, "--port", str(port), "--name", "tiny"]
     command += ["--api-keys", str(keys), "--request-timeout", "5", "--media-timeout", "10"]
-    command += ["--log-level", "error", "--access-log", "off"]
+    command += ["--precision", "int8", "--log-level", "error", "--access-log", "off"]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,

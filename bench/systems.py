@@ -180,7 +180,7 @@ class LlamaCpp:
     """llama.cpp with a folder of bench/make_gguf.py, used as its own server uses it: a sequence
     keeps what the next chat has in common with the one before, images included; several prompts are
     read one after another, their answers written together. plain: without the weights' other forms
-    (repacked, AMX tiles); its AMX code ended with a segmentation fault on a Xeon of 2026.
+    (repacked, AMX tiles), with which 0.3.36 ended with a segmentation fault on a Xeon with AMX.
     """
 
     SEQUENCES = 8

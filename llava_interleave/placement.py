@@ -46,15 +46,13 @@ def named_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def pick_precision(
-    precision: str, source: Source, device: str, *, exact_when_small: bool = True
-) -> tuple[torch.dtype, str | None]:
+def pick_precision(precision: str, source: Source, device: str) -> tuple[torch.dtype, str | None]:
     """The dtype of activations, and the precision that linears are quantized to (None: floats).
 
     `auto` takes a quantized folder as it is. Where it would compute in bfloat16 on a CPU that has
     kernels, it quantizes to int8: decoding is five times as fast, without a measurable loss
-    (docs/performance.md). exact_when_small: as `pick_dtype`. Raises `OptionError` for a precision
-    other than the folder's, and `Unsupported` for one that the device has no linears for.
+    (docs/performance.md). Raises `OptionError` for a precision other than the folder's, and
+    `Unsupported` for one that the device has no linears for.
     """
     if bits := parse_precision(precision):
         precision = format_precision(bits)
@@ -75,8 +73,8 @@ def pick_precision(
         float_component = 0 in (parse_precision(quantized) or {}).values()
         if float_component and device == "cpu" and not kernels.multiplies_bfloat16():
             return torch.float32, quantized
-        return pick_dtype("auto", checkpoint, device, exact_when_small=False), quantized
-    dtype = pick_dtype(precision, checkpoint, device, exact_when_small=exact_when_small)
+        return pick_dtype("auto", checkpoint, device, quantized=True), quantized
+    dtype = pick_dtype(precision, checkpoint, device)
     int8_is_faster = (
         precision == "auto"
         and dtype == torch.bfloat16
@@ -165,19 +163,19 @@ def too_large(source: Source, precision: str) -> str | None:
 
 
 def pick_dtype(
-    precision: str, source: Source, device: str, *, exact_when_small: bool = True
+    precision: str, source: Source, device: str, *, quantized: bool = False
 ) -> torch.dtype:
     """The dtype of activations.
 
-    `auto` is float32 for a small network if `exact_when_small`, and on a CPU for one stored in
-    float32 or without fast bfloat16; else bfloat16, or float16 on a GPU without it and on Apple's
-    before macOS 14. A folder without tensors (estimates) counts as stored in 16 bits, as the
-    published checkpoints are.
+    `auto` is float32 for a small network, and on a CPU for one stored in float32 or without fast
+    bfloat16; else bfloat16, or float16 on a GPU without it and on Apple's before macOS 14. A folder
+    without tensors (estimates) counts as stored in 16 bits, as the published checkpoints are.
+    quantized: its linears are, and their compiled layers take bfloat16, however small it is.
     """
     if precision != "auto":
         return named_dtype(precision)
     checkpoint = Checkpoint.open(source)
-    if exact_when_small and checkpoint.config.num_parameters <= MAX_FLOAT32_PARAMETERS:
+    if not quantized and checkpoint.config.num_parameters <= MAX_FLOAT32_PARAMETERS:
         return torch.float32
     if device.startswith("cuda"):
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)

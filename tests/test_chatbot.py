@@ -414,8 +414,7 @@ def test_auto_is_the_fastest_that_loses_nothing(
     assert pick_precision("auto", half, "cpu") == (torch.float32, None)  # small
     with monkeypatch.context() as kernel_patch:
         kernel_patch.setattr(kernels, "unavailable_reason", lambda: None)
-        fast = pick_precision("auto", half, "cpu", exact_when_small=False)
-        assert fast == pick_precision("int8", half, "cpu") == (torch.bfloat16, "int8")
+        assert pick_precision("int8", half, "cpu") == (torch.bfloat16, "int8")
     monkeypatch.setattr("llava_interleave.placement.MAX_FLOAT32_PARAMETERS", 0)
     assert pick_precision("auto", whole, "cpu") == (torch.float32, None)
     assert pick_precision("bfloat16", half, "cpu") == (torch.bfloat16, None)

@@ -30,7 +30,6 @@ def load(
     name_or_folder: str | os.PathLike[str] | None = None,
     *,
     precision: str = "auto",
-    exact_when_small: bool = True,
     device: str = "auto",
     revision: str | None = None,
     limits: Limits = Limits(),  # noqa: B008  frozen
@@ -54,8 +53,6 @@ def load(
         on a CPU or a CUDA GPU, fp8 or nf4 on a CUDA GPU: quantized linear layers, the rest as auto;
         int4 keeps tower and head in int8. Components can differ: "int4,head=int4",
         "int8,tower=float". A folder of `llava quantize` is loaded as it is.
-    exact_when_small: False: auto treats a model of up to 100 M parameters as a larger one. A server
-        does: layers that are one call each step leave the interpreter to its other threads.
     device: cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if the model fits; see `Chatbot.info()`.
     limits: of the media. kv_bytes: of the KV cache; default: two full contexts, at most a quarter
         of the memory, on a CUDA GPU at most what its largest step leaves. gpu_memory: instead what
@@ -85,9 +82,7 @@ def load(
         model, tp_group = load_shard(checkpoint, precision, device, batch_invariant=batch_invariant)
     else:
         place = pick_device(device, checkpoint, precision)
-        dtype, bits = pick_precision(
-            precision, checkpoint, place, exact_when_small=exact_when_small
-        )
+        dtype, bits = pick_precision(precision, checkpoint, place)
         warn_if_slow(bits, dtype, place)
         model = checkpoints.load(
             checkpoint, dtype=dtype, device=place, precision=bits, progress=progress

@@ -40,7 +40,6 @@ class ModelFlags:
     encoder_cache_dir: Path | None = None
     kv_precision: str = "auto"
     gpu_memory: float | None = None
-    exact_when_small: bool = True
 
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
@@ -55,7 +54,6 @@ class ModelFlags:
                 self.name,
                 revision=self.revision,
                 precision=self.precision,
-                exact_when_small=self.exact_when_small,
                 device=self.device,
                 batch_invariant=self.batch_invariant,
                 limits=flags.limits(self.limits),

@@ -152,7 +152,6 @@ def serve(
                         generation_config=generation_config,
                         kv_precision=kv_precision,
                         gpu_memory=gpu_memory / min(len(sources), settings.max_loaded_models),
-                        exact_when_small=False,
                     )
                     for called, where in sources.items()
                 }

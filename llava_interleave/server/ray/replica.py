@@ -56,7 +56,6 @@ class Replica:
             model.name,
             revision=model.revision,
             precision=model.precision,
-            exact_when_small=False,
             kv_precision=model.kv_precision,
             gpu_memory=model.gpu_memory,
             device=model.device,
