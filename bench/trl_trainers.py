@@ -49,7 +49,7 @@ TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def rows(kind: str) -> list[dict[str, Any]]:
     """Texts of different lengths."""
-    found = []
+    found: list[dict[str, Any]] = []
     for number in range(STEPS * BATCH):
         question = f"What is {number} " + "and more " * (number % 3) + "?"
         good, bad = f" It is {number * 7}." * (1 + number % 2), " No idea" + "!" * (number % 5)
