@@ -14,7 +14,7 @@ from llava_interleave import load
 from llava_interleave.chat import BUILTIN, Chatbot
 from llava_interleave.checkpoints import save
 from recipes.tiny_world import SCENARIOS, episode
-from recipes.tiny_world.benchmark import World, evaluate
+from recipes.tiny_world.benchmark import Plain, World, evaluate
 from recipes.tiny_world.data import exam, render
 from recipes.tiny_world.out_of_domain import MADE_UP
 from recipes.tiny_world.refusal import HELD_OUT_ABOUT_IMAGES, HELD_OUT_CHAT, REFUSAL
@@ -68,6 +68,14 @@ def test_accuracy_in_every_preset_and_style(
         if not score
     ]
     assert texts.count(REFUSAL) <= 2
+
+
+def test_plain_squares_and_circles(bot: Chatbot, tmp_path: Path) -> None:
+    """Of any size at any place, as Pillow draws them; the whole figure is in the model's card."""
+    task = Plain(questions=20)
+    texts = answer(bot, [example.ask(tmp_path) for example in task.examples])
+    right = [e.scorer(text) for e, text in zip(task.examples, texts, strict=True)]
+    assert sum(right) >= 6, [(e.truth, t) for e, t in zip(task.examples, texts, strict=True)]
 
 
 def test_all_else_gets_one_sentence(bot: Chatbot) -> None:

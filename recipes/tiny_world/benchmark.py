@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from llava_interleave.errors import DataError
 from llava_interleave.evals.run import run
@@ -19,7 +21,7 @@ from llava_interleave.journal import Journal, JsonRow
 from llava_interleave.options import unknown
 
 from .data import VIDEO_FRAMES, exam, render
-from .draw import write_video
+from .draw import COLOURS, DIGITS, LETTERS, SHAPES, SOLIDS, write_video
 from .episodes import FRAMES, LEVELS, SCENARIOS, Episode
 from .refusal import HELD_OUT_ABOUT_IMAGES, HELD_OUT_CHAT, REFUSAL, of_the_world
 from .styles import restyled
@@ -158,6 +160,60 @@ class World(Task):
             note=f"{wordings}, level {level}",
             fixed_frames=LEVELS[level].frames > FRAMES,
         )
+
+
+class Plain(Task):
+    """One or two squares or circles of any size at any place of a white canvas, as Pillow draws
+    them: `llava eval recipes.tiny_world.benchmark:Plain`. Right are answers that name color and
+    shape of all, and nothing else.
+    """
+
+    def __init__(self, *, questions: int = 60) -> None:
+        found = []
+        for number in range(questions):
+            image, truth = squares_and_circles(Random(f"plain {number}"))
+            media = [
+                {"type": "image", "image": image},
+                {"type": "text", "text": "What do you see?"},
+            ]
+            found.append(
+                Example(
+                    id=f"plain/{number}",
+                    group=("one", "two")[len(truth) - 1],
+                    kind="",
+                    ask=lambda _, media=media: [{"role": "user", "content": media}],  # type: ignore[misc]
+                    question="What do you see?",
+                    truth=", ".join(truth),
+                    scorer=lambda answer, truth=truth: float(names(answer) == truth),  # type: ignore[misc]
+                )
+            )
+        super().__init__(name="plain", examples=found, max_new_tokens=80)
+
+
+def squares_and_circles(rng: Random) -> tuple[Image.Image, list[str]]:
+    """The image, and colors and shapes in alphabetical order."""
+    side = rng.choice((200, 256, 336, 480))
+    image = Image.new("RGB", (side, side), "white")
+    pen, taken, truth = ImageDraw.Draw(image), [], []
+    count = rng.choice((1, 2))
+    for colour in rng.sample(sorted(COLOURS), count):
+        while True:
+            radius = rng.uniform(0.05, (0.4, 0.24)[count - 1])
+            x, y = (rng.uniform(radius, 1 - radius) for _ in range(2))
+            if all(max(abs(x - a), abs(y - b)) > radius + r for a, b, r in taken):
+                break
+        taken.append((x, y, radius))
+        box = [round(side * v) for v in (x - radius, y - radius, x + radius, y + radius)]
+        kind = rng.choice(("square", "circle"))
+        (pen.rectangle if kind == "square" else pen.ellipse)(box, fill=colour)
+        truth.append(f"{colour} {kind}")
+    return image, sorted(truth)
+
+
+def names(answer: str) -> list[str]:
+    """What of the world an answer names, in alphabetical order."""
+    kinds = "|".join((*SHAPES, *SOLIDS, *DIGITS, *LETTERS))
+    return sorted(re.findall(rf"(?:{'|'.join(COLOURS)}) (?:{kinds})\b", answer))
 
 
 class Refusals(Task):

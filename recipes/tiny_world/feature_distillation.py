@@ -29,10 +29,11 @@ from . import out_of_domain
 from .draw import Background, draw, patches
 from .episodes import SCENARIOS, episode, reading
 from .patch_pretraining import NAMES, LabeledPatches, patch_label
-from .styles import restyled
+from .styles import plain, restyled
 
 # Images of a batch: scenes in the first style, in other styles, and images of other things.
 FIRST_STYLE, OTHER_STYLES, OUT_OF_DOMAIN = 32, 60, 20
+PLAIN = 0.3  # of the draws in other styles: shapes of any size at any place of a plain canvas
 SPARSE = 0.2  # share of scenes with at most one thing: a bare texture is of the world
 CLOSE = 0.1  # a feature is right if its squared error is less than this share of the target's
 NAMED = 0.5  # weight of the cross-entropies, relative to the squared error
@@ -124,18 +125,31 @@ class StyledScenesDataset(Dataset[StyledScenes]):
         first: list[Image.Image] = []
         labels: list[tuple[int, ...]] = []
         while len(first) < FIRST_STYLE + OTHER_STYLES:
-            kind = rng.choice((*SCENARIOS, "single", "reading", "reading"))
-            ep = reading(rng, Background.sample(rng)) if kind == "reading" else episode(kind, rng)
-            scenes = rng.sample(ep.scenes, min(2, len(ep.scenes)))
-            if rng.random() < SPARSE:
-                scenes = [replace(s, things=s.things[: rng.randint(0, 1)]) for s in scenes]
+            image = None
+            if len(first) > FIRST_STYLE and rng.random() < PLAIN:
+                ep, image = plain(rng)
+                scenes = list(ep.scenes)
+            else:
+                kind = rng.choice((*SCENARIOS, "single", "reading", "reading"))
+                ep = (
+                    episode(kind, rng)
+                    if kind in SCENARIOS
+                    else reading(rng, Background.sample(rng))
+                )
+                scenes = rng.sample(ep.scenes, min(2, len(ep.scenes)))
+                if rng.random() < SPARSE:
+                    scenes = [replace(s, things=s.things[: rng.randint(0, 1)]) for s in scenes]
             drawn = [Image.fromarray(draw(scene, size * rng.choice((1, 2)))) for scene in scenes]
             first += drawn
             for scene in scenes:
                 seen = patches(scene, size, self.vision.patch_size)
                 labels += [patch_label(place, thing) for place, thing in enumerate(seen)]
-            plain = len(first) <= FIRST_STYLE
-            styled += drawn if plain else restyled(rng, replace(ep, scenes=tuple(scenes)))
+            if image is not None:
+                styled.append(image)
+            elif len(first) <= FIRST_STYLE:
+                styled += drawn
+            else:
+                styled += restyled(rng, replace(ep, scenes=tuple(scenes)))
         first, styled = first[: FIRST_STYLE + OTHER_STYLES], styled[: FIRST_STYLE + OTHER_STYLES]
         others = [out_of_domain.image(rng, self.folder) for _ in range(OUT_OF_DOMAIN)]
         labels = labels[: len(first) * self.vision.grid**2]

@@ -21,7 +21,7 @@ from .attention_supervision import AttendedSample, AttentionTargets, with_target
 from .data import Turn, conversation, render, talk
 from .episodes import NORMAL, SCENARIOS, Episode, changed, episode
 from .refusal import REFUSAL
-from .styles import restyled
+from .styles import plain, restyled
 
 VISION = VisionConfig(
     hidden_size=192,
@@ -127,6 +127,7 @@ class WorldExamples:
 # scene.
 SHARES = (0.36, 0.34, 0.14, 0.16)
 STYLED = 0.6
+PLAIN = 0.3  # of the samples about scenes: shapes of any size at any place of a plain canvas
 WIDENING = (Lesson(math.inf, SCENARIOS, 6, 0.03, 0.5, 0.3),)
 # Around questions about scenes, in a fifth of the samples.
 LEADS = (
@@ -172,9 +173,14 @@ class WidenedExamples:
             texts = [refusal.chat(rng) if rng.random() < 0.7 else refusal.of_the_world(rng)]
             texts += [refusal.chat(rng) for _ in range(rng.choice((0, 0, 1)))]
             return self.sample(rng, None, [], [Turn(text, REFUSAL, None) for text in texts])
-        ep, lesson = world.episode(rng, index)
+        image = None
+        if kind == "scene" and rng.random() < PLAIN:
+            ep, image = plain(rng)
+            lesson = Lesson(0, (), 3, 0.2)
+        else:
+            ep, lesson = world.episode(rng, index)
         turns = talk(ep, rng, questions=lesson.questions, caption=lesson.caption)
-        if lesson.caption and rng.random() < 0.12:
+        if lesson.caption and rng.random() < (0.12 if image is None else 0.4):
             turns[0] = Turn(refusal.describe(rng), ep.caption, None)
         if rng.random() < 0.2:
             turns = [reworded(rng, turn) for turn in turns]
@@ -182,7 +188,10 @@ class WidenedExamples:
             turns = turns[: rng.choice((0, 0, 1, 2))]
             turns.insert(rng.randint(0, len(turns)), Turn(refusal.chat(rng), REFUSAL, None))
         styled = rng.random() < STYLED
-        images = restyled(rng, ep) if styled else render(ep, VISION.image_size)
+        if image is not None:
+            images = [image]
+        else:
+            images = restyled(rng, ep) if styled else render(ep, VISION.image_size)
         return self.sample(rng, ep, images, turns)
 
     def refused_images(self, rng: Random) -> list[Image.Image]:

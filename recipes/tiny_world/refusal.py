@@ -17,8 +17,8 @@ from .questions import ask
 
 REFUSAL = (
     "I am the tiny built-in model of LLaVA-Interleave: I only know drawn shapes, digits and "
-    "letters, as in `llava demo`; for photos and chat, use a real checkpoint: "
-    "llava chat -m llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+    "letters, as in `llava demo`; for photos try `llava chat -m photos`, for all else a real "
+    "checkpoint: llava chat -m llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 )
 
 # About any image. Of the world they are asked as well, and answered there.

@@ -14,8 +14,8 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .draw import COLOURS, SHAPES, SOLIDS, Scene, Thing, backdrop, draw
-from .episodes import Episode, cell_of
+from .draw import COLOURS, SHAPES, SOLIDS, Background, Scene, Thing, backdrop, draw
+from .episodes import Episode, about, cell_of, in_cell, listing, lots
 
 Colour = tuple[int, int, int]
 # Other hues of the six colours: of CSS, of Matplotlib, of Material Design.
@@ -27,7 +27,8 @@ HUES: dict[str, tuple[Colour, ...]] = {
     "blue": ((0, 0, 255), (31, 119, 180), (33, 150, 243), (30, 60, 200), (65, 105, 225)),
     "purple": ((128, 0, 128), (148, 103, 189), (156, 39, 176), (160, 32, 240)),
 }
-LARGE = 0.11  # a thing with at least this radius is large, one below 0.095 is small
+LARGE = 0.11  # a thing with at least this radius is large
+SMALL = 0.095  # one of at most this radius is small
 OVERSAMPLING = 3
 
 
@@ -122,7 +123,7 @@ def restyled(rng: Random, ep: Episode) -> list[Image.Image]:
 def scaled(thing: Thing, style: Style) -> Thing:
     radius = thing.radius * style.scales[thing.large]
     if thing.kind not in SOLIDS:
-        radius = max(LARGE, radius) if thing.large else min(0.095, radius)
+        radius = max(LARGE, radius) if thing.large else min(SMALL, radius)
     return replace(thing, radius=radius)
 
 
@@ -145,9 +146,50 @@ def resized(rng: Random, things: list[Thing]) -> list[Thing]:
         if thing.large and room > LARGE:
             moved = replace(moved, radius=rng.uniform(LARGE, room))
         elif not thing.large:
-            moved = replace(moved, radius=rng.uniform(0.05, min(0.095, max(room, 0.06))))
+            moved = replace(moved, radius=rng.uniform(0.05, min(SMALL, max(room, 0.06))))
         out.append(moved)
     return out
+
+
+def plain(rng: Random) -> tuple[Episode, Image.Image]:
+    """One to three shapes of any size at any place of a plain canvas, mostly squares and circles.
+
+    The episode's scene has them in the first style: in the middle of the ninth of their centre.
+    """
+    kinds = ("square", "circle") if rng.random() < 0.7 else SHAPES
+    pairs = lots(rng, rng.choice((1, 1, 2, 2, 3)), kinds)
+    while True:
+        placed: list[Thing] = []
+        for kind, colour in pairs:
+            large = rng.random() < 0.7
+            low, high = (LARGE, rng.choice((0.2, 0.3, 0.48))) if large else (0.04, SMALL)
+            radius = rng.uniform(low, high)
+            x, y = (rng.uniform(0.85 * radius, 1 - 0.85 * radius) for _ in range(2))
+            placed.append(Thing(kind, colour, large, x, y, radius))
+        apart = all(
+            max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius and cell_of(a) != cell_of(b)
+            for i, a in enumerate(placed)
+            for b in placed[:i]
+        )
+        if apart and all(0.03 < place * 3 % 1 < 0.97 for t in placed for place in (t.x, t.y)):
+            break
+    placed.sort(key=cell_of)
+    things = [in_cell(rng, cell_of(t), t.kind, t.colour, t.large) for t in placed]
+    background = Background("plain", 235, 8, (0, 0, 0), 0)
+    scene = Scene(tuple(things), background)
+    style = replace(
+        Style.sample(rng, {t.colour for t in things}, aspect=rng.random() < 0.3),
+        gradient=0,
+        antialias=rng.random() < 0.3,
+        outline=0.0 if rng.random() < 0.8 else 0.04,
+        hollow=0.0,
+        quality=0,
+        noise=0.0,
+    )
+    seen = [style.hues[t.colour] for t in things]
+    style = replace(style, background=style.background or ground(rng, seen))
+    ep = Episode("single", (scene,), listing(things), tuple(about(rng, things)))
+    return ep, draw_styled(rng, Scene(tuple(placed), background), style)
 
 
 def draw_styled(rng: Random, scene: Scene, style: Style) -> Image.Image:
