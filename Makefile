@@ -75,7 +75,8 @@ bench-trl: build/trl/installed
 
 build/trackers/installed: Makefile
 	$(PYTHON) -m venv build/trackers
-	build/trackers/bin/pip install --quiet -c constraints.txt -e '.[wandb,mlflow,trackio,gpu]' pytest pytest-timeout pytest-xdist
+	build/trackers/bin/pip install --quiet -c constraints.txt -e . pytest pytest-timeout pytest-xdist bitsandbytes tensorboard
+	build/trackers/bin/pip install --quiet wandb mlflow trackio
 	@touch $@
 
 test-trackers: build/trackers/installed

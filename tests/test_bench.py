@@ -191,6 +191,7 @@ def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
         "bfloat16 decode, 1 at a time after 21",
         "bfloat16 decode, 2 at a time after 21",
         "bfloat16 decode, 1 at a time after 30",
+        "int8 decode, 1 at a time after 21",
         "int4 decode, 1 at a time after 21",
         "first token, 1 image",
         "first token, 2 images",
@@ -203,4 +204,4 @@ def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
     assert shown.count("x transformers") == 1 and found["about"]["torch"] == torch.__version__
     subprocess.run([*command, "--only", "ours small", "--minutes", "0"], **how)
     late = json.loads(out.read_text())["rows"]
-    assert len(late) == 8 and {row["note"] for row in late} == {"left out: the minutes were over"}
+    assert len(late) == 9 and {row["note"] for row in late} == {"left out: the minutes were over"}

@@ -100,6 +100,7 @@ def test_a_sequence_of_llama_cpp_computes_what_it_does_not_hold(systems: ModuleT
     system, library = object.__new__(systems.LlamaCpp), Library()
     system.llama = system.mtmd = library
     system.context = system.tower = None
+    system.max_tokens = 8192
     system.held = [[] for _ in range(system.SEQUENCES)]
     system.batch = SimpleNamespace(
         token={}, pos={}, n_seq_id={}, seq_id=defaultdict(dict), logits={}

@@ -146,9 +146,9 @@ def test_the_engine_answers_as_whole_forwards_do_and_keeps_apart_what_was_thinne
     finish(e)
     assert answers(requests) == right
     width = e.model.config.text.hidden_size * 4
-    assert e.load().feature_bytes == width * sum(
-        m.layout.length for p in (*videos, tiled) for m in p.media
-    )
+    lengths = [m.layout.length for p in (*videos, tiled) for m in p.media]
+    tiles = 5 * GRID**2  # before they are reduced and arranged
+    assert e.load().feature_bytes == width * (sum(lengths) + tiles)
     again = [e.add(p, GREEDY) for p in (*videos, tiled)]
     finish(e)
     assert answers(again) == right

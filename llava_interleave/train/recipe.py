@@ -465,11 +465,9 @@ class Recipe:
 
     def stored(self) -> dict[str, Any]:
         """All settings as JSON and TOML have them; None is left out."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self).items()
-            if value is not None
-        }
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        stored: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return stored
 
     def toml(self) -> str:
         """All settings as a file for `read`."""
