@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from video_memory import status
 
-from llava_interleave import load
+from llava_interleave import Answer, load
 from llava_interleave.kernels import binding
 
 
@@ -32,7 +32,7 @@ def noise_image(seed: int) -> Image.Image:
 def measure(folder: str, images: int, precision: str, kv_precision: str) -> dict[str, object]:
     bot = load(folder, device="cpu", precision=precision, kv_precision=kv_precision)
 
-    def first_token(count: int, seed: int) -> tuple[float, object]:
+    def first_token(count: int, seed: int) -> tuple[float, Answer]:
         shown = [noise_image(seed + i) for i in range(count)]
         began = time.perf_counter()
         answer = bot.ask("What differs?", shown, max_new_tokens=1, preset="hf", ignore_eos=True)

@@ -43,7 +43,7 @@ def add(
     writer: gguf.GGUFWriter,
     found: Tensors,
     names: gguf.TensorNameMap,
-    matrix: Kind = Kind.BF16,
+    matrix: gguf.GGMLQuantizationType = Kind.BF16,
     head: str = "",
 ) -> None:
     """Those that `names` knows: matrices as `matrix`, of these `head` in bfloat16; biases, norms,

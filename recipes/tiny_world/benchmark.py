@@ -194,7 +194,9 @@ def squares_and_circles(rng: Random) -> tuple[Image.Image, list[str]]:
     """The image, and colors and shapes in alphabetical order."""
     side = rng.choice((200, 256, 336, 480))
     image = Image.new("RGB", (side, side), "white")
-    pen, taken, truth = ImageDraw.Draw(image), [], []
+    pen = ImageDraw.Draw(image)
+    taken: list[tuple[float, float, float]] = []
+    truth: list[str] = []
     count = rng.choice((1, 2))
     for colour in rng.sample(sorted(COLOURS), count):
         while True:
