@@ -28,7 +28,7 @@ help:
 	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
 	@echo "make bench-trl  losses and whole runs next to TRL's functions and trainers, installed apart (2 GB)"
-	@echo "make test-trackers  the test of W&B, MLflow and trackio, offline, installed apart"
+	@echo "make test-trackers  the test of W&B and MLflow, offline, installed apart"
 	@echo "make tiny    train the built-in model from nothing, into runs/tiny"
 
 demo: .venv/installed
@@ -75,8 +75,8 @@ bench-trl: build/trl/installed
 
 build/trackers/installed: Makefile
 	$(PYTHON) -m venv build/trackers
-	build/trackers/bin/pip install --quiet -c constraints.txt -e . pytest pytest-timeout pytest-xdist bitsandbytes tensorboard
-	build/trackers/bin/pip install --quiet wandb mlflow trackio
+	build/trackers/bin/pip install --quiet -c constraints.txt -e . pytest pytest-cov pytest-timeout pytest-xdist bitsandbytes
+	build/trackers/bin/pip install --quiet wandb mlflow
 	@touch $@
 
 test-trackers: build/trackers/installed

@@ -35,7 +35,7 @@ RESUMABLE_FIELDS = frozenset(
 QUANTIZED = ("int8", "int4", "fp8", "nf4")
 """Precisions of frozen weights; listed here because a recipe is read without PyTorch."""
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 LOSS_TYPES = ("sigmoid", "ipo", "ipo_sum", "simpo", "orpo")
 GRPO_LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
@@ -309,7 +309,7 @@ class Recipe:
         "or nf4; without it as they are stored.",
     )
     trackers: tuple[str, ...] = _setting(
-        (), "Also send the log to tensorboard, wandb, mlflow or trackio; several times."
+        (), "Also send the log to tensorboard, wandb or mlflow; several times."
     )
     tracker_project: str = _setting(
         "llava-interleave", "Project (of MLflow: experiment) of the trackers."

@@ -58,7 +58,7 @@ def _module(name: str, extra: str) -> Any:
 
 def _run_id(out: Path, tracker: str, new: Callable[[], str]) -> str:
     """The id of a run at a tracker, kept in its folder."""
-    path = out / f".{tracker}"
+    path = out / f".{tracker}_run"  # `.wandb` is the folder of W&B itself
     if not path.exists():
         path.write_text(new())
     return path.read_text()
@@ -122,20 +122,4 @@ def _mlflow(recipe: Recipe, out: Path) -> Iterator[Log]:
         client.set_terminated(run_id, status)
 
 
-@contextmanager
-def _trackio(recipe: Recipe, out: Path) -> Iterator[Log]:
-    """TRACKIO_DIR is where its database is; `trackio show` draws it."""
-    trackio = _module("trackio", "trackio")
-    trackio.init(
-        project=recipe.tracker_project,
-        name=out.absolute().name,
-        resume="allow",
-        config=recipe.stored(),
-    )
-    try:
-        yield lambda values, step: trackio.log(dict(values), step=step)
-    finally:
-        trackio.finish()
-
-
-TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
+TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
