@@ -79,11 +79,14 @@ function showImage(box, item, index, url, caption) {
 function showVideo(box, item, index, url) {
   const video = make("video", { src: url, controls: true, muted: true });
   const strip = make("div", { className: "strip", role: "group", ariaLabel: "Frames that are sent" });
+  let latest = 0; // of two drawings that run at once only the last one may go on
   const draw = () => {
+    const run = (latest += 1);
     strip.replaceChildren();
     const times = item.times ?? [];
     const covers = overlay?.(index) ?? [];
-    videoFrames(url, times, () => strip.isConnected && times === (item.times ?? times), (canvas, i) => {
+    videoFrames(url, times, () => strip.isConnected && run === latest && times === (item.times ?? times), (canvas, i) => {
+      if (run !== latest) return;
       const time = times[i];
       strip.append(make("button", { type: "button", className: "frame", ariaLabel: `Frame ${i + 1}, at ${time.toFixed(2)} seconds`, onclick: () => ((video.currentTime = time + 0.001), video.pause()) }, make("span", { className: "layer" }, canvas, covers[i]), make("span", { textContent: `${time.toFixed(2)} s` })));
     }).catch(() => strip.replaceChildren("This browser cannot show the frames."));
