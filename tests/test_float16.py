@@ -21,16 +21,14 @@ from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
 from llava_interleave.hf.model import LlavaForConditionalGeneration
 from llava_interleave.hf.pipelines import pipeline
 from llava_interleave.hf.processor import AutoProcessor
-from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.kernels import triton as kt
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.model.qwen2 import product
-from llava_interleave.prompt import Media, Prompt
 from llava_interleave.quantization.linear_cpu import QuantizedLinear
 from llava_interleave.quantization.linear_cuda import TritonLinear
 from llava_interleave.quantization.packing import pack
 from llava_interleave.testing import tiny_checkpoint
-from tests.helpers.gpu import kernels_on_cpu
+from tests.helpers.gpu import kernels_on_cpu, prompt
 
 CONFIG = LlavaConfig(
     VisionConfig(32, 48, 1, 2, image_size=12, patch_size=4),
@@ -86,16 +84,6 @@ def test_modules_equal_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not logits(half).isfinite().all()  # without the scales
     for hook in [*watched[0].hooks, *watched[1].hooks]:
         hook.remove()
-
-
-def prompt(seed: int, words: int, images: int) -> Prompt:
-    random, layout = torch.Generator().manual_seed(seed), ImageTokenLayout(3)
-    tokens, media = torch.randint(0, 57, (words,), generator=random).tolist(), []
-    for image in range(images):
-        pixels = torch.randn(1, 3, 12, 12, generator=random)
-        media.append(Media(pixels, layout, f"{seed}.{image}".encode(), len(tokens)))
-        tokens += [60] * layout.length
-    return Prompt([*tokens, seed], tuple(media))
 
 
 @pytest.mark.usefixtures("interpreted")

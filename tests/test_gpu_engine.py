@@ -14,13 +14,11 @@ import torch
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
 from llava_interleave.engine import Engine, SamplingParams, bytes_per_token
 from llava_interleave.engine.gpu_layers import GpuTower, merge
-from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.kernels import triton as kt
 from llava_interleave.model import Llava
 from llava_interleave.model.siglip import SigLIP
-from llava_interleave.prompt import Media, Prompt
 from llava_interleave.quantization.linear_cuda import Float8Linear
-from tests.helpers.gpu import kernels_on_cpu
+from tests.helpers.gpu import kernels_on_cpu, prompt
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 CONFIG = LlavaConfig(
@@ -44,16 +42,6 @@ def network() -> Llava:
         if parameter.ndim > 1:
             parameter.normal_(0, 0.25)
     return model
-
-
-def prompt(seed: int, words: int, images: int) -> Prompt:
-    random, layout = torch.Generator().manual_seed(seed), ImageTokenLayout(3)
-    tokens, media = torch.randint(0, 57, (words,), generator=random).tolist(), []
-    for image in range(images):
-        pixels = torch.randn(1, 3, 12, 12, generator=random)
-        media.append(Media(pixels, layout, f"{seed}.{image}".encode(), len(tokens)))
-        tokens += [60] * layout.length
-    return Prompt([*tokens, seed], tuple(media))
 
 
 PROMPTS = [prompt(1, 5, 1), prompt(2, 20, 0), prompt(3, 2, 1)]

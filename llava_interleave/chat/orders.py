@@ -1,4 +1,4 @@
-"""One question asked with its images in several orders.
+"""One question with its images in several orders.
 
 The answer is given whose probability is highest on average over the orders. Models depend on the
 order of images (SoFA, arXiv 2503.13792). The images of a question whose order

@@ -32,7 +32,7 @@ def answerer(
 ) -> Callable[[Sequence[Messages]], list[Reply | LlavaError]]:
     """Answers of `model` from the API at `url` (…/v1); `body` is added to each request.
 
-    logprobs: ask for log-probabilities. A server that rejects them is asked without, with a
+    logprobs: ask for log-probabilities. A server that rejects them is called without, with a
     warning.
     """
     wanted = {"logprobs": True, "top_logprobs": TOP} if logprobs else {}

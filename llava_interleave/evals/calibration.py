@@ -90,8 +90,8 @@ def calibrations(rows: Sequence[JsonRow], baselines: Collection[str] = ()) -> li
     whole answer. baselines: groups that do not count.
     """
     members = [row for row in rows if row["group"] not in baselines and not row["error"]]
-    asked = [row for row in members if "yes" in row and row["truth"].lower() in ("yes", "no")]
-    yes = [(row["yes"], row["truth"].lower() == "yes") for row in asked]
+    closed = [row for row in members if "yes" in row and row["truth"].lower() in ("yes", "no")]
+    yes = [(row["yes"], row["truth"].lower() == "yes") for row in closed]
     given = [row for row in members if row.get("logprob") is not None and row["score"] is not None]
     answers = [(math.exp(min(0.0, row["logprob"])), row["score"] == 1) for row in given]
     return [

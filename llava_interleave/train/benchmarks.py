@@ -39,8 +39,10 @@ class Benchmarks:
             name: tasks.load(name, data, questions=questions)
             for name in dict.fromkeys(recipe.evaluate)
         }
-        asked = [(e.id, e.question) for task in self.tasks.values() for e in task.examples]
-        digest = hashlib.blake2b(repr(asked).encode()).hexdigest()
+        questions_of_all = [
+            (e.id, e.question) for task in self.tasks.values() for e in task.examples
+        ]
+        digest = hashlib.blake2b(repr(questions_of_all).encode()).hexdigest()
         if len(set(ranks.all_gather_object(digest))) > 1:
             ranks.raise_everywhere(
                 OptionError(

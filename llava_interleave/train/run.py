@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -72,7 +72,7 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
     model = checkpoints.resolve(recipe.model)
 
     def hold() -> None:
-        lock.callback(_lock(out).close)
+        lock.enter_context(_locked(out))
 
     with _exit_on_sigterm(), ExitStack() as lock, _naming_errors(out):
         with lost_connections():
@@ -305,16 +305,23 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _lock(out: Path) -> IO[bytes]:
-    """An open file that keeps other runs out of `out`. Raises DataError where one is in it."""
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps other runs out of `out`; a new folder that stays empty is removed.
+
+    Raises DataError where another run is in it.
+    """
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    file = (out / ".lock").open("wb")
+    path = out / ".lock"
     try:
-        journal.lock(file, out)
-    except DataError:
-        file.close()
-        raise
-    return file
+        with path.open("wb") as file:
+            journal.lock(file, out)
+            yield
+    finally:  # closed before: Windows removes no open file
+        if new and list(out.iterdir()) == [path]:
+            path.unlink()
+            out.rmdir()
 
 
 def _in_float32(recipe: Recipe, device: torch.device) -> bool:

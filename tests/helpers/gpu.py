@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_interleave.engine import device_stream
 from llava_interleave.engine.device_stream import DeviceStream, Download
+from llava_interleave.image_layout import ImageTokenLayout
+from llava_interleave.prompt import Media, Prompt
 
 
 class Graph:
@@ -158,3 +160,14 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:
     monkeypatch.setattr(device_stream, "stream_of", stream_of)
     monkeypatch.setattr("llava_interleave.engine.model_runner.stream_of", stream_of)
     return devices
+
+
+def prompt(seed: int, words: int, images: int) -> Prompt:
+    """Random words, then images of 12 pixels with 9 tokens each, then a word of the seed."""
+    random, layout = torch.Generator().manual_seed(seed), ImageTokenLayout(3)
+    tokens, media = torch.randint(0, 57, (words,), generator=random).tolist(), []
+    for image in range(images):
+        pixels = torch.randn(1, 3, 12, 12, generator=random)
+        media.append(Media(pixels, layout, f"{seed}.{image}".encode(), len(tokens)))
+        tokens += [60] * layout.length
+    return Prompt([*tokens, seed], tuple(media))
