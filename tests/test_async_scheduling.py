@@ -63,13 +63,13 @@ class Log:
             steps[len(steps)] = step
             return step
 
-        def told(step: InFlightStep, kvs: Any) -> list[int]:
+        def tokens(step: InFlightStep, kvs: Any) -> list[int]:
             number = next(n for n, one in steps.items() if one.rows is step.rows)
             self.said.append(("read", number))
             return read(step, kvs)
 
         monkeypatch.setattr(CudaGraphDecoder, "__call__", launched)
-        monkeypatch.setattr(InFlightStep, "tokens", told)
+        monkeypatch.setattr(InFlightStep, "tokens", tokens)
 
     def count(self, what: str) -> int:
         return sum(one == what for one, _ in self.said)
@@ -217,7 +217,7 @@ def kinds(chance: random.Random) -> SamplingParams:
 
 
 class Pair:
-    """Two engines that are asked the same."""
+    """Two engines that get the same requests."""
 
     def __init__(self, chance: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
         block = chance.choice([4, 8, 32])
@@ -231,7 +231,7 @@ class Pair:
         }
         ahead, never = (Engine(network(), eos_ids={EOS}, vocab=VOCAB, **options) for _ in range(2))
         self.engines = ahead, behind(monkeypatch, never)
-        self.asked: list[tuple[Request, ...]] = []
+        self.pairs: list[tuple[Request, ...]] = []
 
     def add(self, chance: random.Random) -> None:
         parts, how = chance.choices(range(len(PARTS)), k=chance.randint(1, 3)), kinds(chance)
@@ -239,17 +239,17 @@ class Pair:
             [chance.choice([0, 1])] if chance.random() < 0.3 else []
         )  # after which many begin alike
         p = prompt(tokens, *(PARTS[part] for part in parts))
-        self.asked.append(tuple(e.add(p, how) for e in self.engines))
+        self.pairs.append(tuple(e.add(p, how) for e in self.engines))
 
     def abort(self, chance: random.Random) -> None:
-        if self.asked:
+        if self.pairs:
             ours, theirs = (
-                e.abort(r) for e, r in zip(self.engines, chance.choice(self.asked), strict=True)
+                e.abort(r) for e, r in zip(self.engines, chance.choice(self.pairs), strict=True)
             )
-            assert told(filter(None, [ours])) == told(filter(None, [theirs]))
+            assert summary(filter(None, [ours])) == summary(filter(None, [theirs]))
 
     def step(self, *_: Any) -> None:
-        ours, theirs = (told(e.step()) for e in self.engines)
+        ours, theirs = (summary(e.step()) for e in self.engines)
         assert [one[:-1] for one in ours] == [one[:-1] for one in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one[-1] == pytest.approx(other[-1], abs=1e-4)
@@ -278,7 +278,7 @@ class Pair:
                 torch.testing.assert_close(tensor, stored[1][name], rtol=1e-3, atol=1e-4)
 
 
-def told(events: Iterable[Event]) -> list[tuple[Any, ...]]:
+def summary(events: Iterable[Event]) -> list[tuple[Any, ...]]:
     return [
         (
             e.request.id,
@@ -313,6 +313,6 @@ def test_whatever_happens_both_say_the_same(seed: int, monkeypatch: pytest.Monke
         pair.step()
     pair.compare()
     assert all(
-        r.finish_reason == s.finish_reason and r.generated == s.generated for r, s in pair.asked
+        r.finish_reason == s.finish_reason and r.generated == s.generated for r, s in pair.pairs
     )
     assert log.count("ahead") > 10

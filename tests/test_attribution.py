@@ -123,10 +123,10 @@ def test_against_masks_and_the_engine(
     answer = bot.chat(turn, max_new_tokens=7, logprobs=0, ignore_eos=True, temperature=50, seed=1)
     if not cached:
         bot.engine.clear()
-    told = bot.attribute(turn, answer, layers=[0, 2], leave_out=leave_out)
+    found = bot.attribute(turn, answer, layers=[0, 2], leave_out=leave_out)
     prompt, vocab = bot.prompt(turn), bot.processor.tokenizer.size
     assert answer.logprobs is not None
-    assert told.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
+    assert found.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
     whole, written = reference(bot.model, prompt, answer.tokens, vocab)
     images = [m.start + offset for m in prompt.media for offset in range(m.layout.length)]
     blind, _ = reference(bot.model, prompt, answer.tokens, vocab, images)
@@ -136,7 +136,7 @@ def test_against_masks_and_the_engine(
     rows = (attention[len(prompt) - 1 : -1] * (drops / drops.sum())[:, None]).sum(0)
     masses = [rows[m.start : m.start + m.layout.length] for m in prompt.media]
     total = float(sum(mass.sum() for mass in masses))
-    for look, media, mass, file in zip(told.images, prompt.media, masses, files, strict=True):
+    for look, media, mass, file in zip(found.images, prompt.media, masses, files, strict=True):
         without, _ = reference(
             bot.model,
             prompt,
@@ -152,15 +152,15 @@ def test_against_masks_and_the_engine(
         assert np.allclose(look.heat, mass.view(1, 4, 4) / total, atol=1e-6)
         assert (look.pixels == np.asarray(Image.open(file))[None]).all()
         assert str(file) in look.name
-    assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
-    assert sum(look.attention for look in told.images) == pytest.approx(1)
-    assert sum(float(look.heat.sum()) for look in told.images) == pytest.approx(1, abs=1e-5)
-    assert (told.question, told.answer, told.layers) == (
+    assert sum(look.share or 0 for look in found.images) == pytest.approx(1)
+    assert sum(look.attention for look in found.images) == pytest.approx(1)
+    assert sum(float(look.heat.sum()) for look in found.images) == pytest.approx(1, abs=1e-5)
+    assert (found.question, found.answer, found.layers) == (
         "First … then … and … ?",
         answer.text,
         (0, 2),
     )
-    assert dataclasses.asdict(told)["images"][1]["change"] == told.images[1].change
+    assert dataclasses.asdict(found)["images"][1]["change"] == found.images[1].change
 
 
 def test_the_cheap_variant_is_the_same_without_changes(bot: Chatbot, files: list[Path]) -> None:
@@ -174,10 +174,10 @@ def test_the_cheap_variant_is_the_same_without_changes(bot: Chatbot, files: list
 
 def test_a_text_is_attributed_as_its_tokens(bot: Chatbot, files: list[Path]) -> None:
     turn = bot.turn("Hm?", files[:2])
-    told = bot.attribute(turn, "three shapes")
+    found = bot.attribute(turn, "three shapes")
     tokens = tuple(bot.processor.tokenizer.encode("three shapes"))
     expected, _ = reference(bot.model, bot.prompt(turn), tokens, bot.processor.tokenizer.size)
-    assert told.logprob == pytest.approx(float(expected.sum()), abs=1e-4)
+    assert found.logprob == pytest.approx(float(expected.sum()), abs=1e-4)
 
 
 def test_images_that_cannot_influence_have_no_change(tmp_path: Path, files: list[Path]) -> None:
@@ -187,9 +187,9 @@ def test_images_that_cannot_influence_have_no_change(tmp_path: Path, files: list
         for layer in bot.model.language_model.layers:
             layer.self_attn.o_proj.weight.zero_()
     turn = bot.turn("Hm?", files)
-    told = bot.attribute(turn, bot.chat(turn, max_new_tokens=4))
-    assert [look.change for look in told.images] == pytest.approx([0, 0, 0], abs=1e-5)
-    assert sum(look.share or 0 for look in told.images) == pytest.approx(1)
+    found = bot.attribute(turn, bot.chat(turn, max_new_tokens=4))
+    assert [look.change for look in found.images] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert sum(look.share or 0 for look in found.images) == pytest.approx(1)
 
 
 def test_shares() -> None:
@@ -219,23 +219,28 @@ def test_views_videos_and_tiles(
         )
     bot.prompt(turn, **options)
     once = sorted(read)
-    told = bot.attribute(turn, answer, **options)
+    found = bot.attribute(turn, answer, **options)
     assert sorted(read) == sorted(once * 2)
-    assert [look.name for look in told.images] == [part.name for part in estimate.parts[1:]]
-    assert [look.heat.shape for look in told.images] == [(1, 4, 4), (1, 4, 4), (3, 4, 4), (1, 4, 4)]
-    assert [look.pixels.shape for look in told.images] == [
+    assert [look.name for look in found.images] == [part.name for part in estimate.parts[1:]]
+    assert [look.heat.shape for look in found.images] == [
+        (1, 4, 4),
+        (1, 4, 4),
+        (3, 4, 4),
+        (1, 4, 4),
+    ]
+    assert [look.pixels.shape for look in found.images] == [
         (1, 30, 30, 3),
         (1, 30, 30, 3),
         (3, 30, 30, 3),
         (1, 30, 30, 3),
     ]
-    assert [look.name.split(":")[0] for look in told.images] == [
+    assert [look.name.split(":")[0] for look in found.images] == [
         "view front",
         "view left",
         "video 3",
         "image 4",
     ]
-    for look in told.images:
+    for look in found.images:
         assert float(look.heat.sum()) == pytest.approx(look.attention, abs=1e-5)
 
 

@@ -30,10 +30,10 @@ class Echo:
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], Options]] = []
 
-    def __call__(self, asked: Asked, options: Options) -> list[Reply | LlavaError]:
+    def __call__(self, batch: Asked, options: Options) -> list[Reply | LlavaError]:
         texts = [
             m[-1]["content"] if isinstance(m[-1]["content"], str) else m[-1]["content"][-1]["text"]
-            for m in asked
+            for m in batch
         ]
         self.calls.append((texts, options))
         return [
@@ -86,9 +86,9 @@ def test_lines_keep_their_order_and_failures_their_place(tmp_path: Path) -> None
         "finish_reason": "stop",
         "usage": {"prompt": 7, "generated": 2},
     }
-    told = [row["error"] for row in rows if "error" in row]
+    errors = [row["error"] for row in rows if "error" in row]
     for error, wanted in zip(
-        told,
+        errors,
         ("refused", "--question", "1 <image>, but", "not a JSON object", "not JSON"),
         strict=True,
     ):
@@ -398,9 +398,9 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
             assert len(lines(out)) == 400
             return
 
-        def answer(asked: Asked, _options: Options) -> list[Reply | LlavaError]:
+        def answer(batch: Asked, _options: Options) -> list[Reply | LlavaError]:
             time.sleep(0.004)
-            return [Reply(m[-1]["content"][-1]["text"], "stop", 1, 1) for m in asked]
+            return [Reply(m[-1]["content"][-1]["text"], "stop", 1, 1) for m in batch]
 
         run(Source(source), out, answer, Options(), {}, batch_size=2)
 

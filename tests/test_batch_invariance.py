@@ -67,7 +67,7 @@ def prompts(image: int, size: int, grid: int) -> tuple[Prompt, ...]:
 
 
 def answers(
-    model: Llava, asked: Sequence[Prompt], late: Sequence[int] = (), kv_bytes: int = 1 << 24
+    model: Llava, inputs: Sequence[Prompt], late: Sequence[int] = (), kv_bytes: int = 1 << 24
 ) -> list[Told]:
     """What each is told; late: by prompt, how many steps after the first."""
     e = Engine(
@@ -79,17 +79,19 @@ def answers(
         max_num_batched_tokens=128,
     )
     after = dict(enumerate(late))
-    told: dict[int, Told] = defaultdict(list)
+    tokens: dict[int, Told] = defaultdict(list)
     numbers: dict[int, int] = {}
     turn = 0
-    while len(numbers) < len(asked) or e.busy:
-        for number, prompt in enumerate(asked):
+    while len(numbers) < len(inputs) or e.busy:
+        for number, prompt in enumerate(inputs):
             if after.get(number, 0) == turn:
                 numbers[e.add(prompt, HOW).id] = number
         for event in e.step():
-            told[numbers[event.request.id]].append((event.token, event.logprob, event.top_logprobs))
+            tokens[numbers[event.request.id]].append(
+                (event.token, event.logprob, event.top_logprobs)
+            )
         turn += 1
-    return [told[number] for number in range(len(asked))]
+    return [tokens[number] for number in range(len(inputs))]
 
 
 def of(model: Llava) -> tuple[Prompt, ...]:
@@ -98,22 +100,22 @@ def of(model: Llava) -> tuple[Prompt, ...]:
 
 
 def test_it_is_the_same_alone_and_with_two_and_with_eight(model: Llava) -> None:
-    asked = of(model)
-    alone = [answers(model, [prompt])[0] for prompt in asked]
-    assert len({str(told) for told in alone}) == len(asked)
-    assert answers(model, asked[3:5]) == alone[3:5]
-    assert answers(model, asked) == alone
-    assert answers(model, asked[::-1], late=[0, 9, 1, 2, 40, 3, 3, 60]) == alone[::-1]
+    inputs = of(model)
+    alone = [answers(model, [prompt])[0] for prompt in inputs]
+    assert len({str(tokens) for tokens in alone}) == len(inputs)
+    assert answers(model, inputs[3:5]) == alone[3:5]
+    assert answers(model, inputs) == alone
+    assert answers(model, inputs[::-1], late=[0, 9, 1, 2, 40, 3, 3, 60]) == alone[::-1]
 
 
 def test_it_is_the_same_with_little_memory_and_after_others(model: Llava) -> None:
     """Some are pre-empted; some come again, when what they need is cached."""
-    asked = of(model)
-    alone = [answers(model, [prompt])[0] for prompt in asked]
+    inputs = of(model)
+    alone = [answers(model, [prompt])[0] for prompt in inputs]
     e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 24)
-    few = answers(model, asked, kv_bytes=450 * e.bytes_per_token)
+    few = answers(model, inputs, kv_bytes=450 * e.bytes_per_token)
     assert few == alone
-    again = answers(model, [*asked, *asked], late=[0] * 8 + [100] * 8)
+    again = answers(model, [*inputs, *inputs], late=[0] * 8 + [100] * 8)
     assert again == alone + alone
 
 

@@ -127,9 +127,9 @@ def test_every_round_has_new_images_but_its_second_question_has_none(folder: Pat
 @pytest.mark.slow
 def test_the_command_prints_a_table_or_json(folder: Path) -> None:
     words = ["bench", "-m", str(folder), "--tokens", "3", "--rounds", "1", "--images", "1"]
-    shown, told = (CliRunner().invoke(app, [*words, *more]) for more in ([], ["--json"]))
-    assert shown.exit_code == told.exit_code == 0, shown.output
-    report = json.loads(told.stdout)
+    shown, as_json = (CliRunner().invoke(app, [*words, *more]) for more in ([], ["--json"]))
+    assert shown.exit_code == as_json.exit_code == 0, shown.output
+    report = json.loads(as_json.stdout)
     assert report["about"]["source"] == str(folder)
     for figure in report["figures"]:
         assert f"{figure['name']}, {figure['unit']}" in shown.output

@@ -27,8 +27,8 @@ def bot() -> Chatbot:
     return load()
 
 
-def answer(bot: Chatbot, asked: Sequence[list[dict[str, Any]]]) -> list[str]:
-    return [a.text for a in bot.batch(asked, max_new_tokens=80)]
+def answer(bot: Chatbot, questions: Sequence[list[dict[str, Any]]]) -> list[str]:
+    return [a.text for a in bot.batch(questions, max_new_tokens=80)]
 
 
 def test_it_is_small_and_says_what_it_is() -> None:
@@ -47,7 +47,7 @@ def test_accuracy_on_its_world(bot: Chatbot, scenario: str, held_out: bool) -> N
     """A part of `llava eval recipes.tiny_world.benchmark:World`; the whole figures are in the
     model's card.
     """
-    score = evaluate(lambda asked: answer(bot, asked), scenario, 50, held_out=held_out)
+    score = evaluate(lambda questions: answer(bot, questions), scenario, 50, held_out=held_out)
     assert score.accuracy >= FLOOR[scenario], score.wrong
 
 
@@ -59,8 +59,8 @@ def test_accuracy_in_every_preset_and_style(
 ) -> None:
     """A part of what the model's card has; hardly any of it is refused."""
     task = World(questions=12, styled=styled, names=preset != "hf")
-    asked = [example.ask(tmp_path) for example in task.examples]
-    texts = [a.text for a in bot.batch(asked, max_new_tokens=80, preset=preset)]
+    questions = [example.ask(tmp_path) for example in task.examples]
+    texts = [a.text for a in bot.batch(questions, max_new_tokens=80, preset=preset)]
     right = [e.scorer(text) for e, text in zip(task.examples, texts, strict=True)]
     assert sum(right) >= 0.75 * len(right), [
         (e.question, e.truth, text)
@@ -81,14 +81,16 @@ def test_plain_squares_and_circles(bot: Chatbot, tmp_path: Path) -> None:
 def test_all_else_gets_one_sentence(bot: Chatbot) -> None:
     """Images that training makes up, from other seeds, and chat in wordings that it never had."""
     rng = Random("refused")
-    asked: list[list[dict[str, Any]]] = []
+    messages: list[list[dict[str, Any]]] = []
     for number, question in enumerate((*HELD_OUT_CHAT, *HELD_OUT_ABOUT_IMAGES, "How many things?")):
         parts: list[dict[str, Any]] = []
         if question not in HELD_OUT_CHAT:
             parts = [{"type": "image", "image": MADE_UP[number % len(MADE_UP)](rng)}]
-        asked.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
-    texts = answer(bot, asked)
-    others = [(a[0]["content"][-1], t) for a, t in zip(asked, texts, strict=True) if t != REFUSAL]
+        messages.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+    texts = answer(bot, messages)
+    others = [
+        (a[0]["content"][-1], t) for a, t in zip(messages, texts, strict=True) if t != REFUSAL
+    ]
     assert len(others) <= 2, others
 
 
@@ -113,7 +115,7 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
     for number, scenario in enumerate(SCENARIOS):
         ep, _, text = exam(scenario, 1000 + number, held_out=False)
         shown = render(ep, 200)
-        asked = [
+        messages = [
             {
                 "role": "user",
                 "content": [
@@ -122,7 +124,7 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
                 ],
             }
         ]
-        prompt = bot.prompt(asked)
+        prompt = bot.prompt(messages)
         batch = {
             "input_ids": torch.tensor([prompt.tokens]),
             "pixel_values": torch.cat([m.pixels for m in prompt.media]),
@@ -133,17 +135,17 @@ def test_transformers_answers_with_it_as_we_do(bot: Chatbot, tmp_path: Path) -> 
         ]
         assert (
             processor.decode(written, skip_special_tokens=True)
-            == bot.chat(asked, max_new_tokens=24).text
+            == bot.chat(messages, max_new_tokens=24).text
         )
 
-        rendered = processor.apply_chat_template(asked, add_generation_prompt=True)
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(images=shown, text=rendered, return_tensors="pt")
         written = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[
             0, inputs["input_ids"].shape[1] :
         ]
         assert (
             processor.decode(written, skip_special_tokens=True)
-            == bot.chat(asked, preset="hf", max_new_tokens=24).text
+            == bot.chat(messages, preset="hf", max_new_tokens=24).text
         )
 
 

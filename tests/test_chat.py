@@ -140,13 +140,17 @@ def test_an_answer_in_the_history_has_the_tokens_it_was_generated_with(
     `assistant\\n`: nothing is reused.
     """
     tokenizer = processor.tokenizer
-    asked = processor.prompt([user("Hi")]).tokens
+    prompt = processor.prompt([user("Hi")]).tokens
     for answer in ("Yes.", "\nYes.", " Yes."):
         generated = tokenizer.encode(answer, special=False)
         history = processor.prompt(
             [user("Hi"), {"role": "assistant", "content": answer}, user("And?")]
         ).tokens
-        assert history[: len(asked) + len(generated) + 1] == [*asked, *generated, tokenizer.im_end]
+        assert history[: len(prompt) + len(generated) + 1] == [
+            *prompt,
+            *generated,
+            tokenizer.im_end,
+        ]
 
 
 def test_a_turn_cannot_be_ended_by_spelling_its_end(processor: Processor) -> None:

@@ -106,18 +106,18 @@ def test_progress_counts_the_prompt_that_is_read(bot: Chatbot, files: list[Path]
         max_num_seqs=8,
     )
     bot = Chatbot(bot.source, bot.processor, engine, bot.model)
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     answer = bot.stream(
         bot.turn("What?", files),
         max_new_tokens=4,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: progress.append((done, total)),
     )
-    assert told == []
+    assert progress == []
     length = [chunk.answer for chunk in answer][-1].usage.prompt
-    assert len(told) > 2
-    assert [total for _, total in told] == [length] * len(told)
-    assert told == sorted(told)
-    assert told[-1][0] < length
+    assert len(progress) > 2
+    assert [total for _, total in progress] == [length] * len(progress)
+    assert progress == sorted(progress)
+    assert progress[-1][0] < length
 
 
 def test_logprobs(bot: Chatbot) -> None:
@@ -201,11 +201,11 @@ def test_attachments_stand_where_the_question_says(bot: Chatbot, files: list[Pat
         second,
         {"type": "text", "text": "?"},
     ]
-    asked = bot.prompt(bot.turn("Is <image> bluer than <image>?", files))
+    prompt = bot.prompt(bot.turn("Is <image> bluer than <image>?", files))
     literal = bot.processor.prompt(
         [{"role": "user", "content": "Is <image> bluer than <image>?"}], files
     )
-    assert asked.tokens == literal.tokens
+    assert prompt.tokens == literal.tokens
     with pytest.raises(PromptError, match="3 <image> but 2 attachments"):
         bot.ask("<image><image><image>", files)
 
@@ -286,14 +286,14 @@ def test_a_video_is_attached_like_an_image(bot: Chatbot, tmp_path: Path) -> None
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade * 16, np.uint8))
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    asked = bot.turn("What happens?", [tmp_path / "clip.mp4"])
-    assert [m.layout.crops for m in bot.prompt(asked, frames=4).media] == [4]
-    assert [m.layout.crops for m in bot.prompt(asked, fps=4, end=1.0).media] == [5]
-    assert bot.estimate(asked, frames=4, frame_times=True).total == len(
-        bot.prompt(asked, frames=4, frame_times=True)
+    messages = bot.turn("What happens?", [tmp_path / "clip.mp4"])
+    assert [m.layout.crops for m in bot.prompt(messages, frames=4).media] == [4]
+    assert [m.layout.crops for m in bot.prompt(messages, fps=4, end=1.0).media] == [5]
+    assert bot.estimate(messages, frames=4, frame_times=True).total == len(
+        bot.prompt(messages, frames=4, frame_times=True)
     )
-    assert bot.chat(asked, frames=2, max_new_tokens=3).usage.prompt == len(
-        bot.prompt(asked, frames=2)
+    assert bot.chat(messages, frames=2, max_new_tokens=3).usage.prompt == len(
+        bot.prompt(messages, frames=2)
     )
 
 

@@ -31,10 +31,10 @@ def test_docs_are_what_the_program_says() -> None:
 
 def test_ask(tiny: Path, red: Path) -> None:
     """Streamed, whole and as JSON are the same text, and stdout has nothing else."""
-    asked = ("ask", "-m", tiny, "-a", red, "-a", red.parent, "--max-new-tokens", 9, "What is it?")
-    streamed, whole, told = llava(*asked), llava(*asked, "--no-stream"), llava(*asked, "--json")
-    assert (streamed.code, whole.code, told.code) == (0, 0, 0), streamed.err
-    report = json.loads(told.out)
+    words = ("ask", "-m", tiny, "-a", red, "-a", red.parent, "--max-new-tokens", 9, "What is it?")
+    streamed, whole, as_json = llava(*words), llava(*words, "--no-stream"), llava(*words, "--json")
+    assert (streamed.code, whole.code, as_json.code) == (0, 0, 0), streamed.err
+    report = json.loads(as_json.out)
     assert streamed.out == whole.out == report["text"] + "\n"
     assert streamed.err == ""
     assert report["usage"]["generated"] == len(report["tokens"]) <= 9

@@ -100,7 +100,7 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
         "mime_type": "image/png",
         "data": BLUE.partition(",")[2],
     }
-    asked = [
+    history = [
         SystemMessage("Be brief."),
         HumanMessage(
             [{"type": "text", "text": "Before"}, {"type": "image_url", "image_url": {"url": RED}}]
@@ -115,11 +115,11 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
         *user(image_part(BLUE), "and after?"),
     ]
     known = oracle.chat(messages, temperature=1.5, seed=4, max_new_tokens=24)
-    whole = chat.invoke(asked)
+    whole = chat.invoke(history)
     assert whole.content == known.text
     assert whole.usage_metadata["input_tokens"] == known.usage.prompt
-    assert "".join(chunk.content for chunk in chat.stream(asked)) == known.text
-    assert [answer.content for answer in chat.batch([asked, asked])] == [known.text] * 2
+    assert "".join(chunk.content for chunk in chat.stream(history)) == known.text
+    assert [answer.content for answer in chat.batch([history, history])] == [known.text] * 2
     form = {
         "title": "Colour",
         "type": "object",
@@ -127,7 +127,7 @@ def test_langchain_with_images(server: Server, oracle: Chatbot) -> None:
         "required": ["colour"],
         "additionalProperties": False,
     }
-    assert chat.with_structured_output(form, method="json_schema").invoke(asked)["colour"] in (
+    assert chat.with_structured_output(form, method="json_schema").invoke(history)["colour"] in (
         "red",
         "blue",
     )

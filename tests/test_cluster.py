@@ -94,15 +94,15 @@ class Echo:
         return prepare
 
     def answerer(self) -> ReplyFn:
-        def answer(asked: Sequence[str], options: Options) -> list[Reply | LlavaError]:
+        def answer(texts: Sequence[str], options: Options) -> list[Reply | LlavaError]:
             time.sleep(self.seconds)
-            if self.bug and any(text.startswith("break") for text in asked):
+            if self.bug and any(text.startswith("break") for text in texts):
                 raise RuntimeError(self.bug)
             return [
                 PromptError("refused")
                 if t.startswith("bad")
                 else Reply(t, "stop", options.max_new_tokens or 0, 2)
-                for t in asked
+                for t in texts
             ]
 
         return answer
@@ -123,9 +123,9 @@ def alone(source: Source, out: Path, options: Options) -> list[JsonRow]:
     """The rows of one process, which prepares and answers a sample at a time."""
     prepare, answer = Echo().preparer(), Echo().answerer()
 
-    def both(asked: Sequence[Any], chosen: Options) -> list[Reply | LlavaError]:
+    def both(batch: Sequence[Any], chosen: Options) -> list[Reply | LlavaError]:
         said: list[Reply | LlavaError] = []
-        for messages in asked:
+        for messages in batch:
             try:
                 said += answer([prepare(messages, chosen)], chosen)
             except LlavaError as error:
@@ -180,7 +180,7 @@ def test_finished_rows_are_kept_and_the_next_run_resumes(
         )
     kept = [json.loads(line)["id"] for line in part.read_text().splitlines()[1:]]
     assert len(kept) > 1
-    asked: list[int] = []
+    computed: list[int] = []
     compute = ray_cluster._compute
 
     def spied(
@@ -189,12 +189,12 @@ def test_finished_rows_are_kept_and_the_next_run_resumes(
         groups: Sequence[Sequence[int]],
         fits: ray_cluster.Slots,
     ) -> Any:
-        asked.extend(i for group in groups for i in group)
+        computed.extend(i for group in groups for i in group)
         return compute(ray, job, groups, fits)
 
     monkeypatch.setattr(ray_cluster, "_compute", spied)
     assert ray_cluster.run(source, out, Echo(), address=nodes.address, batch_size=3) == (13, 1)
-    assert sorted(asked) == sorted(set(range(13)) - set(map(int, kept)))
+    assert sorted(computed) == sorted(set(range(13)) - set(map(int, kept)))
     assert lines(out) == alone(source, tmp_path / "alone.jsonl", options)
 
 
@@ -237,11 +237,11 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_user_errors_are_reported_once(nodes: Any, tmp_path: Path) -> None:
     source = samples(tmp_path, 2)
-    for address, echo, told in (
+    for address, echo, message in (
         (nodes.address, Echo(given=(("seed", 13),)), "^not this seed$"),
         ("ray://localhost:10001", Echo(), "run the command on a node"),
     ):
-        with pytest.raises(OptionError, match=told):
+        with pytest.raises(OptionError, match=message):
             ray_cluster.run(source, tmp_path / "out.jsonl", echo, address=address)
     assert not (tmp_path / "out.jsonl.part").exists()
     assert (

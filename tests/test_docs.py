@@ -273,16 +273,16 @@ def test_the_demo_answers_and_counts(tmp_path: Path) -> None:
     tiny = tiny_checkpoint(tmp_path / "tiny")
     done = CliRunner().invoke(app, ["demo", "--folder", "shown", "-m", str(tiny)])
     assert done.exit_code == 0, done.exception
-    asked = [line[2:] for line in done.output.splitlines() if line.startswith("$ llava ask")]
+    shown = [line[2:] for line in done.output.splitlines() if line.startswith("$ llava ask")]
     exhibits = demo.exhibits()
     total = sum(len(exhibit.questions) for exhibit in exhibits)
-    assert len(asked) == sum(len(exhibit.questions) for exhibit in exhibits if not exhibit.chat)
+    assert len(shown) == sum(len(exhibit.questions) for exhibit in exhibits if not exhibit.chat)
     assert re.search(rf"^\d+ of {total} right", done.output, re.MULTILINE)
     cached, prompt = map(
         int, re.findall(r"(\d+) of (\d+) prompt tokens were cached", done.output)[0]
     )
     assert 0 < cached < prompt
-    copied = CliRunner().invoke(app, [*shlex.split(asked[-1])[1:], "--max-new-tokens", "2"])
+    copied = CliRunner().invoke(app, [*shlex.split(shown[-1])[1:], "--max-new-tokens", "2"])
     assert copied.exit_code == 0, copied.output
 
 

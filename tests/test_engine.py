@@ -90,16 +90,16 @@ def test_a_changed_image_keeps_everything_before_it_and_nothing_after(changed: i
     another answer.
     """
 
-    def asked(numbers: list[int]) -> Prompt:
+    def prompt_with(numbers: list[int]) -> Prompt:
         return prompt(text(0, 40), *((n, 1) for n in numbers), text(1, 6))
 
     numbers = [10, 11, 12]
     e = engine()
-    (before,) = e.generate([asked(numbers)], GREEDY)
+    (before,) = e.generate([prompt_with(numbers)], GREEDY)
     numbers[changed] = 20
-    (after,) = e.generate([asked(numbers)], GREEDY)
+    (after,) = e.generate([prompt_with(numbers)], GREEDY)
     assert after.usage.cached == 40 + 9 * changed
-    assert after.generated == naive(asked(numbers), 12) != before.generated
+    assert after.generated == naive(prompt_with(numbers), 12) != before.generated
 
 
 def test_an_added_image_keeps_everything_before_it() -> None:
@@ -183,22 +183,22 @@ def test_preempted_equals_undisturbed() -> None:
     """
     prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
     e, model = counted(tokens=330)
-    asked = SamplingParams(max_new_tokens=120, ignore_eos=True)
-    assert answers(e.generate(prompts, asked)) == [naive(p, 120) for p in prompts]
+    sampling = SamplingParams(max_new_tokens=120, ignore_eos=True)
+    assert answers(e.generate(prompts, sampling)) == [naive(p, 120) for p in prompts]
     assert model.rows > 3 * (49 + 119)  # it did happen
     e.check()
 
 
 def test_preemption_keeps_random_numbers_penalties_and_usage() -> None:
     prompts = [prompt((n, 1), text(n, 40)) for n in range(2)]
-    asked = [
+    sampling = [
         SamplingParams(
             max_new_tokens=80, temperature=1.0, repetition_penalty=1.2, seed=n, ignore_eos=True
         )
         for n in range(2)
     ]
     roomy, (tight, model) = engine(), counted(tokens=215)
-    undisturbed, disturbed = roomy.generate(prompts, asked), tight.generate(prompts, asked)
+    undisturbed, disturbed = roomy.generate(prompts, sampling), tight.generate(prompts, sampling)
     assert model.rows > 2 * (49 + 79)
     assert answers(disturbed) == answers(undisturbed)
     assert [r.usage for r in disturbed] == [r.usage for r in undisturbed]
@@ -438,21 +438,21 @@ def waits(patience: float) -> tuple[list[float], float]:
     """
     clock, new = Clock(), replace(GREEDY, max_new_tokens=80)
     e = Engine(Costly(clock), eos_ids={EOS}, vocab=VOCAB, kv_bytes=4000 * TOKEN, clock=clock)
-    asked = [
+    prompts = [
         prompt(text(20, 5), (20, 1)),
         prompt((21, 4), (22, 4)),
         prompt(text(21, 300)),
         prompt(text(22, 200), (23, 1)),
     ]
-    requests = [e.add(asked[0], new)]
+    requests = [e.add(prompts[0], new)]
     times = []
     while requests[0].finish_reason is None:
         events = e.step(patience)
         times += [clock.now for event in events if event.request is requests[0]]
         if len(times) == 3 and len(requests) == 1:
-            requests += [e.add(p, GREEDY) for p in asked[1:]]
+            requests += [e.add(p, GREEDY) for p in prompts[1:]]
     finish(e)
-    assert answers(requests) == [naive(asked[0], 80), *(naive(p, 12) for p in asked[1:])]
+    assert answers(requests) == [naive(prompts[0], 80), *(naive(p, 12) for p in prompts[1:])]
     return [b - a for a, b in pairwise(times)], max(r.first_token or 0.0 for r in requests) - 100.0
 
 
@@ -555,7 +555,7 @@ class Anything(RuleBasedStateMachine):
             max_batched_images=crops,
             max_num_seqs=4,
         )
-        self.asked: dict[Request, tuple[tuple[int, ...], int]] = {}
+        self.prompts: dict[Request, tuple[tuple[int, ...], int]] = {}
 
     @rule(
         parts=st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=5),
@@ -563,14 +563,14 @@ class Anything(RuleBasedStateMachine):
     )
     def add(self, parts: list[int], new: int) -> None:
         p = prompt(*(PARTS[part] for part in parts))
-        self.asked[self.engine.add(p, SamplingParams(max_new_tokens=new))] = (tuple(parts), new)
+        self.prompts[self.engine.add(p, SamplingParams(max_new_tokens=new))] = (tuple(parts), new)
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.prompts)
     @rule(data=st.data())
     def again(self, data: st.DataObject) -> None:
         """A sequel to what was answered, or to what is being answered."""
-        request = data.draw(st.sampled_from(list(self.asked)))
-        parts, _ = self.asked[request]
+        request = data.draw(st.sampled_from(list(self.prompts)))
+        parts, _ = self.prompts[request]
         self.add([*parts, 1][:6], 3)
 
     @rule(steps=st.integers(1, 12))
@@ -579,10 +579,10 @@ class Anything(RuleBasedStateMachine):
             self.engine.step()
             self.engine.check()
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.prompts)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.engine.abort(data.draw(st.sampled_from(list(self.asked))))
+        self.engine.abort(data.draw(st.sampled_from(list(self.prompts))))
 
     @rule()
     def fail(self) -> None:
@@ -602,7 +602,7 @@ class Anything(RuleBasedStateMachine):
             return
         self.model.error = None
         finish(self.engine)
-        for request, (parts, new) in self.asked.items():
+        for request, (parts, new) in self.prompts.items():
             answer = oracle(parts, new)
             if request.finish_reason in ("stop", "length"):
                 assert request.generated == answer

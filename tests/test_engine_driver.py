@@ -38,14 +38,14 @@ def test_streams_read_in_turn_are_computed_together(bot: Chatbot) -> None:
     streams = [bot.stream(bot.turn(question), **LONG) for question in questions]
     assert bot.engine.load().waiting == 3
     answers = {}
-    asked = bot.ask("And when?", **LONG)
+    expected = bot.ask("And when?", **LONG)
     for _ in range(100):
         for index, stream in enumerate(streams):
             delta = next(stream, None)
             if delta is not None and delta.answer:
                 answers[index] = delta.answer.tokens
     assert [answers[index] for index in range(3)] == alone
-    assert bot.ask("And when?", **LONG).tokens == asked.tokens
+    assert bot.ask("And when?", **LONG).tokens == expected.tokens
 
 
 @pytest.mark.parametrize("started", [False, True])

@@ -123,11 +123,13 @@ def test_bench_and_diff(tiny: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "1 broken samples were left out" in done.err
     assert "made with float16" in done.out.replace("\n", " ")
-    told = json.loads(llava(*words, "-n", 1, "-o", tmp_path / "b", "--as-published", "--json").out)
-    assert told["interleave-in"]["run"]["preset"] == "official"
+    report = json.loads(
+        llava(*words, "-n", 1, "-o", tmp_path / "b", "--as-published", "--json").out
+    )
+    assert report["interleave-in"]["run"]["preset"] == "official"
     assert {
         line["name"]: line["examples"]
-        for line in told["interleave-in"]["means"]
+        for line in report["interleave-in"]["means"]
         if line["kind"] == "group"
     } == {
         "RAVEN": 1,
@@ -219,16 +221,16 @@ def test_published_tasks_run(tiny: Path, tmp_path: Path) -> None:
         2,
     )
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert [line["name"] for line in told["blink"]["means"]] == [
+    report = json.loads(done.out)
+    assert [line["name"] for line in report["blink"]["means"]] == [
         "Counting",
         "Jigsaw",
         "average",
         "all examples",
     ]
-    names = [line["name"] for line in told["pope"]["means"]]
+    names = [line["name"] for line in report["pope"]["means"]]
     assert {"random", "popular: F1", "all examples: share of yes"} <= set(names)
-    assert all(line["failed"] == 0 for task in told.values() for line in task["means"])
+    assert all(line["failed"] == 0 for task in report.values() for line in task["means"])
     assert (out / "blink.html").read_text().count("<img") == 4
 
 
@@ -253,11 +255,11 @@ def test_a_samples_own_options_fail_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = llava("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", tiny)
     assert done.code == 1, done.err
-    told = [
+    errors = [
         json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
     ]
-    assert [one["status_code"] for one in told] == [400, 200, 400]
-    assert told[1]["body"]["usage"]["completion_tokens"] <= 2
+    assert [one["status_code"] for one in errors] == [400, 200, 400]
+    assert errors[1]["body"]["usage"]["completion_tokens"] <= 2
 
 
 class Server(BaseHTTPRequestHandler):

@@ -74,7 +74,7 @@ def test_interleave_bench(tmp_path: Path) -> None:
     ]
     answer = said(ANSWERS)
     rows = rows_of(task, answer, tmp_path, batch_size=2)
-    last = next(messages for messages in answer.asked if len(messages) == 5)
+    last = next(messages for messages in answer.received if len(messages) == 5)
     assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
     assert [m["content"] for m in last if m["role"] == "assistant"] == ["B", "Answer: B"]
     assert last[2]["content"][1] == {
@@ -115,7 +115,7 @@ def test_as_published_repeats_the_slips(tmp_path: Path) -> None:
     task = interleave.load("interleave-in", bench(tmp_path, mixed), as_published=True)
     answer = said({**ANSWERS, "<image>!": "two"})
     rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
-    last = max(answer.asked, key=len)
+    last = max(answer.received, key=len)
     assert [m["role"] for m in last] == [
         "system",
         "user",
@@ -180,10 +180,10 @@ def test_what_cannot_be_answered_scores_nought(tmp_path: Path) -> None:
     """With its reason; a turn after it is not asked at all."""
     task = interleave.load("interleave-in", bench(tmp_path, WHOLE))
 
-    def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
+    def answer(batch: Sequence[Messages]) -> list[str | LlavaError]:
         return [
             PromptError("too long") if m[-1]["content"][0].get("text") == "And " else "A"
-            for m in asked
+            for m in batch
         ]
 
     rows = {row["id"]: row for row in rows_of(task, answer, tmp_path)}
@@ -220,9 +220,9 @@ def test_killed_runs_lose_and_double_nothing(tmp_path: Path) -> None:
     task = counting(600)
 
     def work() -> None:
-        def answer(asked: Sequence[Messages]) -> list[str]:
+        def answer(batch: Sequence[Messages]) -> list[str]:
             time.sleep(0.004)
-            return [messages[-1]["content"][0]["text"] for messages in asked]
+            return [messages[-1]["content"][0]["text"] for messages in batch]
 
         rows_of(task, answer, tmp_path, batch_size=3)
 
@@ -242,10 +242,10 @@ def test_an_incomplete_line_is_removed_at_every_length(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        answer.asked.clear()
+        answer.received.clear()
         rows_of(task, answer, tmp_path)
         assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-        assert len(answer.asked) == 2 - max(0, whole[:cut].count(b"\n") - 1)
+        assert len(answer.received) == 2 - max(0, whole[:cut].count(b"\n") - 1)
 
 
 @pytest.mark.parametrize(
@@ -367,16 +367,16 @@ def test_the_world_is_a_task(tmp_path: Path) -> None:
         for i in range(3)
     }
 
-    def answer(asked: Sequence[Messages]) -> list[str]:
+    def answer(batch: Sequence[Messages]) -> list[str]:
         return [
-            truths[m[-1]["content"][-1]["text"]] if i else "no idea" for i, m in enumerate(asked)
+            truths[m[-1]["content"][-1]["text"]] if i else "no idea" for i, m in enumerate(batch)
         ]
 
     score = benchmark.evaluate(answer, "views", 3, held_out=False)
     assert (score.correct, score.count) == (2, 3)
     _, question, text = exam("views", 0, held_out=False)
     assert score.wrong == [(0, text, question.answer, "no idea")]
-    assert sum(asked for _, asked in score.kinds.values()) == 3
+    assert sum(count for _, count in score.kinds.values()) == 3
     task = benchmark.World(questions=1, scenario="views,video")
     rows = rows_of(task, answer, tmp_path)
     report.write(tmp_path / "w.html", task, rows, stats.summary(task, rows), {})
@@ -393,8 +393,8 @@ def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(
     for number, example in enumerate(task.examples):
         ep, question, text = exam("video", number, held_out=False, level=LEVELS[level])
         assert (example.question, example.truth) == (text, question.answer)
-        (asked,) = parse(example.ask(tmp_path), FrameSampling(frames=FRAMES))
-        slot = asked.parts[0]
+        (message,) = parse(example.ask(tmp_path), FrameSampling(frames=FRAMES))
+        slot = message.parts[0]
         assert isinstance(slot, MediaPlaceholder)
         assert slot.sampling
         frames = Loader().video(slot.source, slot.sampling).frames
@@ -406,12 +406,12 @@ def test_a_video_of_the_world_is_looked_at_in_the_frames_that_its_story_tells(
 def test_the_longest_answers_of_the_world_have_room(level: str) -> None:
     """In 64 tokens there was none for the order of three events, after what four frames show."""
     tokenizer = Tokenizer.from_folder(BUILTIN)
-    told = [
+    counts = [
         exam(s, i, held_out=False, level=LEVELS[level])[1].full_answer
         for s in ("multi", "video")
         for i in range(400)
     ]
-    longest = max(told, key=len)
+    longest = max(counts, key=len)
     assert len(longest) > (100 if level == "easy" else 200)
     assert (
         len(tokenizer.encode(longest))
@@ -552,7 +552,7 @@ def test_figures(tmp_path: Path) -> None:
     ]
     (tmp_path / "pope/coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)))
     task = published.load("pope", tmp_path)
-    asked = said(
+    answering = said(
         {
             f"<image>{i}\n{multiple_choice.SHORT_INSTRUCTION}": "Yes" if i in (0, 1, 5) else "No"
             for i in range(6)
@@ -560,7 +560,7 @@ def test_figures(tmp_path: Path) -> None:
     )
 
     def answer(batch: Sequence[Messages]) -> list[str | LlavaError]:
-        return [one or "No" for one in asked(batch)]
+        return [one or "No" for one in answering(batch)]
 
     lines = {line.name: line for line in stats.summary(task, rows_of(task, answer, tmp_path))}
     assert task.metrics

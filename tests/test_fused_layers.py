@@ -223,7 +223,7 @@ def test_returned_rows_equal_those_of_all_rows(in_8_bits: bool) -> None:
     )
     threads = torch.get_num_threads()
     try:
-        for several, asked in (
+        for several, returned in (
             (1, [1, 0, 14, 1, 0, 5, 70]),
             (2, [0, 3, 1, 0, 1, FUSED_TOKENS, 2]),
             (5, [0] * 6 + [1]),
@@ -234,12 +234,12 @@ def test_returned_rows_equal_those_of_all_rows(in_8_bits: bool) -> None:
             found = fused(
                 x,
                 positions,
-                [fused_sequence(span, some) for span, some in zip(spans, asked, strict=True)],
+                [fused_sequence(span, some) for span, some in zip(spans, returned, strict=True)],
             )
             assert torch.equal(
                 found,
                 torch.cat(
-                    [rows[len(rows) - some :] for rows, some in zip(every, asked, strict=True)]
+                    [rows[len(rows) - some :] for rows, some in zip(every, returned, strict=True)]
                 ),
             )
             assert all(
@@ -322,7 +322,7 @@ def test_answers_are_the_same_in_any_batch(kv: str, tmp_path: Path) -> None:
     prompts = [Prompt([5, 6, 7, 8] * 9), Prompt([9, 8, 7] * 5), Prompt(list(range(3, 250)))]
 
     def answers(
-        asked: list[Prompt], sampling: SamplingParams, late: int = 0, most: int = 1024
+        batch: list[Prompt], sampling: SamplingParams, late: int = 0, most: int = 1024
     ) -> list[list[tuple[object, ...]]]:
         """`late`: steps before the last one is asked; `most`: tokens a step."""
         e = Engine(
@@ -334,20 +334,20 @@ def test_answers_are_the_same_in_any_batch(kv: str, tmp_path: Path) -> None:
             max_num_batched_tokens=most,
         )
         assert e._runner.fused is not None
-        added = [e.add(prompt, sampling) for prompt in asked[: len(asked) - bool(late)]]
-        told: dict[int, list[tuple[object, ...]]] = {}
+        added = [e.add(prompt, sampling) for prompt in batch[: len(batch) - bool(late)]]
+        tokens: dict[int, list[tuple[object, ...]]] = {}
         for turn in count():
             if turn == late > 0:
-                added.append(e.add(asked[-1], sampling))
+                added.append(e.add(batch[-1], sampling))
             for event in e.step():
-                told.setdefault(id(event.request), []).append(
+                tokens.setdefault(id(event.request), []).append(
                     (event.token, event.logprob, event.top_logprobs)
                 )
             if not e.busy and turn >= late:
-                return [told[id(request)] for request in added]
+                return [tokens[id(request)] for request in added]
         raise AssertionError
 
-    alone = [answers([asked], how[0])[0] for asked in prompts]
+    alone = [answers([batch], how[0])[0] for batch in prompts]
     assert answers(prompts, how[0]) == alone == answers(prompts, how[1], late=5)
     assert answers(prompts, how[0], most=64) == alone  # prompts in other pieces
     assert answers([*prompts, prompts[2]], how[0], late=60)[2:] == [

@@ -30,7 +30,7 @@ def results(task: Haystack, answer: Answerer, folder: Path) -> dict[str, float]:
     examples = {example.id: example for example in task.examples}
     waiting = iter(examples.values())
     with Journal(folder / "rows.jsonl", {}) as journal:
-        rows = run.run(task, lambda asked: [answer(next(waiting)) for _ in asked], journal)
+        rows = run.run(task, lambda batch: [answer(next(waiting)) for _ in batch], journal)
     return {mean.name: mean.mean for mean in stats.summary(task, rows)}
 
 
@@ -201,7 +201,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_report_has_a_grid(task: Haystack, tmp_path: Path) -> None:
     with Journal(tmp_path / "rows.jsonl", {}) as journal:
         few = task.but(examples=task.examples[:40])
-        rows = run.run(few, lambda asked: ["yes" for _ in asked], journal)
+        rows = run.run(few, lambda batch: ["yes" for _ in batch], journal)
     report.write(tmp_path / "r.html", few, rows, stats.summary(few, rows), {})
     assert "<th>first" in (tmp_path / "r.html").read_text()
 
@@ -209,7 +209,7 @@ def test_the_report_has_a_grid(task: Haystack, tmp_path: Path) -> None:
 def replies(task: Haystack, reply: Callable[[Example], Reply], folder: Path) -> list[JsonRow]:
     waiting = iter(task.examples)
     with Journal(folder / "rows.jsonl", {}) as journal:
-        return run.run(task, lambda asked: [reply(next(waiting)) for _ in asked], journal)
+        return run.run(task, lambda batch: [reply(next(waiting)) for _ in batch], journal)
 
 
 def test_calibration_of_known_answerers(tmp_path: Path) -> None:

@@ -232,13 +232,13 @@ def test_pipeline_by_name(folder: Path, images: list[Path]) -> None:
 @pytest.mark.parametrize("flags", [{}, {"return_full_text": False}, {"return_tensors": True}])
 def test_pipeline_outputs(pipes: Any, images: list[Path], flags: dict[str, bool]) -> None:
     images = [Image.open(path) for path in images]
-    asked = chat(images[0])
-    begun = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "There is a"}]}]
+    messages = chat(images[0])
+    begun = [*messages, {"role": "assistant", "content": [{"type": "text", "text": "There is a"}]}]
     raw = [processor_text("Hm?", 1), processor_text("Hm?", 1)]
     calls = [
-        {"text": asked},
+        {"text": messages},
         {"text": begun},
-        {"text": [asked, begun]},
+        {"text": [messages, begun]},
         {"images": images[1], "text": raw[0]},
         {"images": images[:2], "text": raw},
         {"text": "Hello there"},
@@ -263,9 +263,9 @@ def test_several_texts_are_answered_each_alone(pipes: Any) -> None:
 
 def test_an_answer_begun_as_plain_text_is_continued(pipes: Any) -> None:
     """As one begun in parts; transformers has no answer for it."""
-    asked = {"role": "user", "content": "Hm?"}
+    message = {"role": "user", "content": "Hm?"}
     plain, parts = (
-        [asked, {"role": "assistant", "content": begun}]
+        [message, {"role": "assistant", "content": begun}]
         for begun in ("It", [{"type": "text", "text": "It"}])
     )
     (of_plain,), (of_parts,) = (pipes[0](text=begun, max_new_tokens=8) for begun in (plain, parts))
@@ -327,11 +327,11 @@ def test_capabilities_of_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The card's GPU lines, as far as a machine without one can follow them: what is asked of the
     loader and of the network.
     """
-    asked: list[dict[str, Any]] = []
+    loads: list[dict[str, Any]] = []
     read = checkpoints.load
 
     def load(folder: Path, **how: Any) -> Llava:
-        asked.append(how)
+        loads.append(how)
         return read(folder, dtype=how["dtype"])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -343,13 +343,13 @@ def test_capabilities_of_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     of(folder, **half, load_in_4bit=True)
     of(folder, **half, load_in_4bit=True, device_map=1)
     of(folder, **half, attn_implementation="flash_attention_2", device_map="cuda:1")
-    assert [(how["device"], how["precision"]) for how in asked] == [
+    assert [(how["device"], how["precision"]) for how in loads] == [
         ("cpu", None),
         ("cuda", "nf4"),
         ("cuda:1", "nf4"),
         ("cuda:1", None),
     ]
-    assert {how["dtype"] for how in asked} == {torch.float16}
+    assert {how["dtype"] for how in loads} == {torch.float16}
     moved: list[dict[str, Any]] = []
     monkeypatch.setattr(model.model, "to", lambda **how: moved.append(how))
     assert model.to(0) is model.to("cuda:0", torch.float16) is model
@@ -366,11 +366,11 @@ def test_capabilities_of_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_config_of_bitsandbytes_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
+    loads: list[tuple[Any, ...]] = []
     read = checkpoints.load
 
     def load(folder: Path, **how: Any) -> Llava:
-        asked.append((how["precision"], how["device"], how["dtype"]))
+        loads.append((how["precision"], how["device"], how["dtype"]))
         return read(folder)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -391,7 +391,7 @@ def test_the_config_of_bitsandbytes_is_read(folder: Path, monkeypatch: pytest.Mo
             quantization_config={**four, "bnb_4bit_compute_dtype": half},
             torch_dtype=torch.bfloat16,
         )
-    assert asked == [
+    assert loads == [
         ("int8", "cuda", None),
         ("nf4", "cuda", half),
         ("nf4", "cuda", torch.bfloat16),

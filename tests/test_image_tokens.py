@@ -202,13 +202,13 @@ def test_the_estimate_is_exact_and_keys_differ(
 
 def test_more_frames_fit_and_the_error_counts_them(bot: Chatbot) -> None:
     frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(250)]
-    asked = [{"role": "user", "content": [{"type": "video", "video": frames}]}]
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames}]}]
     reserve = bot.model.config.text.context - 900  # 200 frames of 4 tokens fit, 250 do not
 
     def length(count: int, thin: TokenReduction) -> int:
         return len(
             bot.processor.prompt(
-                asked, frames=FrameSampling(frames=count), reduction=thin, max_new_tokens=reserve
+                messages, frames=FrameSampling(frames=count), reduction=thin, max_new_tokens=reserve
             )
         )
 
@@ -244,12 +244,12 @@ def test_an_answer_and_its_explanation(bot: Chatbot, tmp_path: Path) -> None:
     options: dict[str, Any] = {"image_token_pool": 2, "video_token_pool": 3}
     answer = bot.chat(ASKED, max_new_tokens=6, logprobs=0, ignore_eos=True, **options)
     assert answer.usage.prompt == bot.estimate(ASKED, **options).total < bot.estimate(ASKED).total
-    told = bot.attribute(ASKED, answer, **options)
+    found = bot.attribute(ASKED, answer, **options)
     assert answer.logprobs is not None
-    assert told.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
-    assert [look.heat.shape for look in told.images] == [(1, 2, 2), (3, 2, 2)]
-    assert sum(float(look.heat.sum()) for look in told.images) == pytest.approx(1, abs=1e-5)
-    told.save(tmp_path / "page.html")
+    assert found.logprob == pytest.approx(sum(token.logprob for token in answer.logprobs), abs=1e-4)
+    assert [look.heat.shape for look in found.images] == [(1, 2, 2), (3, 2, 2)]
+    assert sum(float(look.heat.sum()) for look in found.images) == pytest.approx(1, abs=1e-5)
+    found.save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count('class="map"') == 4
     few = bot.chat(ASKED, max_new_tokens=2, video_token_ratio=0.5)
     with pytest.raises(OptionError, match="without image_token_ratio and video_token_ratio"):
@@ -259,9 +259,9 @@ def test_an_answer_and_its_explanation(bot: Chatbot, tmp_path: Path) -> None:
 def test_commands_take_it_and_results_say_so(tiny: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "a.png")
     words = ("What?", "-a", tmp_path / "a.png", "-m", tiny, "--image-token-pool", 2, "--json")
-    planned, asked = (json.loads(llava(command, *words).out) for command in ("estimate", "ask"))
+    planned, answered = (json.loads(llava(command, *words).out) for command in ("estimate", "ask"))
     assert planned["parts"][1]["tokens"] == 4
-    assert asked["usage"]["prompt"] == planned["total"]
+    assert answered["usage"]["prompt"] == planned["total"]
     world = ("eval", "recipes.tiny_world.benchmark:World", "--task-option", "scenario=video")
     few: Sequence[object] = ("-m", tiny, "-n", 1, "--max-new-tokens", 3, "-o", tmp_path)
     done = llava(*world, "--video-token-pool", 2, "--video-token-ratio", 0.5, *few)

@@ -224,33 +224,33 @@ def test_a_prefix_is_cut_within_an_image() -> None:
 
 def test_a_sequence_that_runs_is_written_as_far_as_it_is() -> None:
     """Here to the middle of an image."""
-    asked = prompt(text(0, 35), (0, 1), text(1, 20))
+    inputs = prompt(text(0, 35), (0, 1), text(1, 20))
     e, other = engine(max_num_batched_tokens=40, max_num_seqs=4), engine()
-    e.add(asked, GREEDY)
+    e.add(inputs, GREEDY)
     e.step()
-    kept = e.save(e.cache_key(asked))
+    kept = e.save(e.cache_key(inputs))
     assert kept is not None and len(kept.metadata["tokens"]) == 40
     other.restore(
         KVSnapshot(kept.metadata, {name: tensor.clone() for name, tensor in kept.tensors.items()})
     )
-    (answered,) = other.generate([asked], GREEDY)
-    assert (answered.usage.cached, answered.generated) == (40, naive(asked, 12))
+    (answered,) = other.generate([inputs], GREEDY)
+    assert (answered.usage.cached, answered.generated) == (40, naive(inputs, 12))
     other.restore(kept)  # what is there already is not kept twice
     other.check()
     assert other.load().kv_cached <= len(answered.tokens) + 256
 
 
 def test_room_is_made_for_it_and_what_runs_is_not_disturbed() -> None:
-    asked = prompt(text(0, 60), (0, 1), text(1, 5))
+    inputs = prompt(text(0, 60), (0, 1), text(1, 5))
     e = engine()
-    e.generate([asked], GREEDY)
-    kept = e.save(e.cache_key(asked))
+    e.generate([inputs], GREEDY)
+    kept = e.save(e.cache_key(inputs))
     assert kept is not None
     small = engine(150)
     small.generate([prompt(text(5, 60))], GREEDY)
     small.restore(kept)
     small.check()
-    assert small.generate([asked], GREEDY)[0].usage.cached == len(asked) - 1
+    assert small.generate([inputs], GREEDY)[0].usage.cached == len(inputs) - 1
     small = engine(140)
     running = small.add(prompt(text(6, 60)), GREEDY)
     small.step()
@@ -266,13 +266,13 @@ def test_room_is_made_for_it_and_what_runs_is_not_disturbed() -> None:
 
 
 def test_one_that_was_restored_may_be_pre_empted() -> None:
-    asked, other = prompt(text(0, 60), (0, 1), text(1, 5)), prompt(text(7, 60))
+    inputs, other = prompt(text(0, 60), (0, 1), text(1, 5)), prompt(text(7, 60))
     e, small, how = engine(), engine(230), SamplingParams(max_new_tokens=60, ignore_eos=True)
-    e.generate([asked], GREEDY)
-    kept = e.save(e.cache_key(asked))
+    e.generate([inputs], GREEDY)
+    kept = e.save(e.cache_key(inputs))
     assert kept is not None
     small.restore(kept)
-    requests = [small.add(other, how), small.add(asked, how)]  # who comes last gives way
+    requests = [small.add(other, how), small.add(inputs, how)]  # who comes last gives way
     gave_way = False
     while small.busy:
         small.step()
@@ -283,7 +283,7 @@ def test_one_that_was_restored_may_be_pre_empted() -> None:
             and requests[1].finish_reason is None
         )
     assert gave_way and requests[1].usage.cached == 73
-    assert [request.generated for request in requests] == [naive(other, 60), naive(asked, 60)]
+    assert [request.generated for request in requests] == [naive(other, 60), naive(inputs, 60)]
 
 
 def test_what_is_written_after_it_does_not_change_the_file(tmp_path: Path) -> None:
@@ -308,18 +308,18 @@ def test_what_is_written_after_it_does_not_change_the_file(tmp_path: Path) -> No
 
 def test_nothing_leaves_or_enters_under_a_salt_nor_enters_where_all_is_deterministic() -> None:
     """One tenant's cache is neither written nor filled from a file."""
-    asked = prompt(text(0, 40), (0, 1), text(1, 5))
+    inputs = prompt(text(0, 40), (0, 1), text(1, 5))
     e = engine()
-    secret = e.generate([asked], GREEDY, salt=b"tenant")[0]
-    assert e.save(e.cache_key(asked)) is None
+    secret = e.generate([inputs], GREEDY, salt=b"tenant")[0]
+    assert e.save(e.cache_key(inputs)) is None
     with pytest.raises(OptionError, match="under a salt"):
         e.save(secret.cache_key)
-    e.generate([asked], GREEDY)
-    kept = e.save(e.cache_key(asked))
+    e.generate([inputs], GREEDY)
+    kept = e.save(e.cache_key(inputs))
     assert kept is not None
     other = engine()
     other.restore(kept)
-    assert other.generate([asked], GREEDY, salt=b"tenant")[0].usage.cached == 0
+    assert other.generate([inputs], GREEDY, salt=b"tenant")[0].usage.cached == 0
     with pytest.raises(
         DataError, match="a batch-invariant engine cannot use a KV cache computed elsewhere"
     ):
@@ -396,9 +396,9 @@ def test_what_was_computed_otherwise_is_refused_in_words(
 
 def kept_by_engine() -> KVSnapshot:
     """Of 70 tokens: 40, an image of 9, a video of two frames of 9, 3 more."""
-    e, asked = engine(), prompt(text(0, 40), (0, 1), (1, 2), text(1, 4))
-    e.generate([asked], GREEDY)
-    kept = e.save(e.cache_key(asked).extended([], 70))
+    e, inputs = engine(), prompt(text(0, 40), (0, 1), (1, 2), text(1, 4))
+    e.generate([inputs], GREEDY)
+    kept = e.save(e.cache_key(inputs).extended([], 70))
     assert kept is not None
     return kept
 
@@ -620,16 +620,16 @@ def test_llava_chat_resumes_from_the_kv_file(
     tiny: Path, images: list[Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.json"
-    asked = ("chat", "-m", tiny, "--max-new-tokens", 3)
+    words = ("chat", "-m", tiny, "--max-new-tokens", 3)
     lines = f"/attach {images[0]} {images[1]}\nWhat is it?\n/save {file}\n"
-    first = llava(*asked, stdin=lines.encode())
+    first = llava(*words, stdin=lines.encode())
     assert "MB of KV cache" in first.err, first.err
-    second = llava(*asked, "--resume", file, stdin=b"More?\n")
+    second = llava(*words, "--resume", file, stdin=b"More?\n")
     assert "2 messages" in second.err and "tokens restored from the KV cache" in second.err
-    other = llava(*asked, "--resume", file, "--precision", "bfloat16", stdin=b"More?\n")
+    other = llava(*words, "--resume", file, "--precision", "bfloat16", stdin=b"More?\n")
     assert other.code == 0 and "is prefilled again" in other.err and other.out
     for stdin in (f"/load {file}\nMore?\n/save\n".encode(), b""):
-        third = llava(*asked, "--no-kv", "--resume", file, stdin=stdin)
+        third = llava(*words, "--no-kv", "--resume", file, stdin=stdin)
         assert third.code == 0 and "prefilled again" not in third.err
     assert third.out == "" and second.out
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]

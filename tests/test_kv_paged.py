@@ -149,14 +149,14 @@ def test_answers_are_those_of_the_naive_loop(
 @pytest.mark.parametrize("kv_precision", ["auto", "int8"])
 def test_answers_are_those_from_slabs(how: dict[str, Any], kv_precision: str) -> None:
     """Greedy and sampled, with draft tokens, with an int8 KV cache, and from prefixes."""
-    told = []
+    found = []
     for block in (0, 16):
         e = engine(kv_block_size=block, kv_precision=kv_precision)
         for _ in range(2):
             requests = e.generate(MIXED, [replace(one, **how) for one in SAMPLED])
-            told.append((answers(requests), [r.usage for r in requests]))
+            found.append((answers(requests), [r.usage for r in requests]))
             e.check()
-    assert told[:2] == told[2:]
+    assert found[:2] == found[2:]
 
 
 @pytest.mark.usefixtures("attention")
@@ -164,22 +164,22 @@ def test_answers_through_adapters_are_those_from_slabs() -> None:
     adapter = attach(Counting(), LoraConfig(rank=3, dropout=0.0, targets=("language_model.*",)), 1)
     for part in adapter.parts.values():
         part.b.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
-    told = []
+    found = []
     for block in (0, 16):
         e, _ = counted(kv_block_size=block)
         e.adapters.add("a", adapter)
         requests = [e.add(p, GREEDY, adapter=name) for p in MIXED[:3] for name in (None, "a")]
         finish(e)
-        told.append(answers(requests))
-    assert told[0] == told[1]
-    assert told[0][::2] == expected()[:3] != told[0][1::2]
+        found.append(answers(requests))
+    assert found[0] == found[1]
+    assert found[0][::2] == expected()[:3] != found[0][1::2]
 
 
 def test_a_pre_empted_answer_is_the_undisturbed_one() -> None:
     prompts = [prompt((n, 1), text(n, 40)) for n in range(3)]
     e, model = counted(tokens=336, kv_block_size=16)
-    asked = SamplingParams(max_new_tokens=120, ignore_eos=True)
-    assert answers(e.generate(prompts, asked)) == [naive(p, 120) for p in prompts]
+    sampling = SamplingParams(max_new_tokens=120, ignore_eos=True)
+    assert answers(e.generate(prompts, sampling)) == [naive(p, 120) for p in prompts]
     assert model.rows > 3 * (49 + 119)  # some was computed again
     e.check()
 
@@ -276,7 +276,7 @@ def test_a_snapshot_goes_from_contiguous_to_paged_and_back(kv_precision: str) ->
     kept = contiguous.save(keys)
     assert kept is not None
     more = replace(LONG, tokens=[*LONG.tokens, *request.generated, *text(9, 5)])
-    told = []
+    found = []
     for e in (blocks, third):
         e.restore(kept)
         e.check()
@@ -286,8 +286,8 @@ def test_a_snapshot_goes_from_contiguous_to_paged_and_back(kv_precision: str) ->
         e.restore(kept)  # once more, where it is already
         e.check()
         (sequel,) = e.generate([more], GREEDY)
-        told.append((sequel.usage.cached, sequel.generated))
-    assert told[0] == told[1] and told[0][0] == 100
+        found.append((sequel.usage.cached, sequel.generated))
+    assert found[0] == found[1] and found[0][0] == 100
 
 
 @pytest.mark.usefixtures("attention")
@@ -295,7 +295,7 @@ def test_deterministic_answers_from_blocks() -> None:
     """To the last bit: batched, from a cache and with little memory."""
     how = replace(GREEDY, logprobs=3)
 
-    def told(asked: Sequence[int], **options: Any) -> list[list[Any]]:
+    def generate(numbers_of: Sequence[int], **options: Any) -> list[list[Any]]:
         e = engine(
             kv_block_size=8,
             batch_invariant=True,
@@ -303,19 +303,19 @@ def test_deterministic_answers_from_blocks() -> None:
             max_num_seqs=4,
             **options,
         )
-        numbers = {e.add(MIXED[number], how).id: at for at, number in enumerate(asked)}
-        found: list[list[Any]] = [[] for _ in asked]
+        numbers = {e.add(MIXED[number], how).id: at for at, number in enumerate(numbers_of)}
+        found: list[list[Any]] = [[] for _ in numbers_of]
         for event in finish(e):
             found[numbers[event.request.id]].append(
                 (event.token, event.logprob, event.top_logprobs)
             )
         return found
 
-    alone = [told([number])[0] for number in range(len(MIXED))]
+    alone = [generate([number])[0] for number in range(len(MIXED))]
     assert [[token for token, *_ in one] for one in alone] == expected()
-    assert told(range(6)) == alone
-    assert told([*range(6), *range(6)]) == [*alone, *alone]
-    assert told(range(6), tokens=170) == alone
+    assert generate(range(6)) == alone
+    assert generate([*range(6), *range(6)]) == [*alone, *alone]
+    assert generate(range(6), tokens=170) == alone
 
 
 def test_the_sizes_that_steps_are_filled_up_to() -> None:
@@ -399,8 +399,8 @@ def test_without_cuda_graphs_it_continues_and_reports_why(monkeypatch: pytest.Mo
 def test_the_attention_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine().attention == "matmul and sdpa over a contiguous KV cache"
     paged = "over a paged KV cache, 16 tokens per block; no CUDA graphs"
-    told = engine(kv_block_size=16).attention
-    assert told == f"sdpa (no CUDA device) {paged} (SDPA runs sequence by sequence)"
+    backend = engine(kv_block_size=16).attention
+    assert backend == f"sdpa (no CUDA device) {paged} (SDPA runs sequence by sequence)"
     kernels_on_cpu(monkeypatch)
     assert engine(kv_block_size=16).attention == f"Triton {paged} (no CUDA device)"
     assert engine(kv_block_size=16, batch_invariant=True).attention.endswith(
@@ -459,10 +459,10 @@ def test_room_is_measured_by_the_largest_step(monkeypatch: pytest.MonkeyPatch) -
     weights = sum(p.nbytes for p in model.parameters())
     graphs, peak, total = 30_000, 50_000, 1_000_000
     free = [total - weights, total - weights - graphs - pool]
-    asked = {"memory_allocated": [1000], "max_memory_allocated": [1000 + peak]}
+    bytes_in_use = {"memory_allocated": [1000], "max_memory_allocated": [1000 + peak]}
 
     def room(**how: Any) -> int:
-        values = {name: iter(numbers) for name, numbers in asked.items()}
+        values = {name: iter(numbers) for name, numbers in bytes_in_use.items()}
         frees = iter(free)
         for name, each in values.items():
             monkeypatch.setattr(f"torch.cuda.{name}", lambda _, each=each: next(each))

@@ -379,7 +379,7 @@ def test_training_over_quantized_weights_equals_training_over_the_dequantized(
         bfloat16=bfloat16,
     )
     given = given.but({"adapter.rank": 2, "adapter.dropout": 0.0, "device": "cpu"})
-    told = []
+    gradients = []
     for name, how in {
         "few": {"model": str(folder), "precision": precision},
         "floats": {"model": str(floats)},
@@ -389,8 +389,8 @@ def test_training_over_quantized_weights_equals_training_over_the_dequantized(
             json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
         ]
         losses = [line["held_out"]["loss"] for line in lines if "held_out" in line]
-        told.append((losses, read_adapter(done, checkpoints.load(folder))))
-    (losses, ours), (sure, others) = told
+        gradients.append((losses, read_adapter(done, checkpoints.load(folder))))
+    (losses, ours), (sure, others) = gradients
     assert losses[-1] < losses[0] and losses == pytest.approx(sure, rel=0.02)
     for name, part in ours.parts.items():
         apart = float(

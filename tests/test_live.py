@@ -102,8 +102,8 @@ def test_frames_are_computed_once(folder: Path) -> None:
         usage = live.see(frame(number))
         assert bot.engine.load().crops_encoded == number + 1
         assert len(live.frames) == (1, 2, 3, 4, 2, 3, 4, 2, 3)[number]
-        asked = live.ask("What?", max_new_tokens=1).usage
-        assert asked.prompt - asked.cached < 16
+        counted = live.ask("What?", max_new_tokens=1).usage
+        assert counted.prompt - counted.cached < 16
         if number not in (0, 4, 7):
             assert usage.prompt - usage.cached < 16 + 8
 

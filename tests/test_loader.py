@@ -281,11 +281,11 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 @contextmanager
 def server(answer: Answer) -> Iterator[tuple[str, list[str]]]:
     """A server on loopback; yields its URL and the paths asked of it."""
-    asked: list[str] = []
+    paths: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             try:
                 answer(self)
             except OSError:
@@ -297,7 +297,7 @@ def server(answer: Answer) -> Iterator[tuple[str, list[str]]]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{http.server_address[1]}", asked
+        yield f"http://127.0.0.1:{http.server_address[1]}", paths
     finally:
         http.shutdown()
         http.server_close()
@@ -320,9 +320,9 @@ def local(**limits: Any) -> Loader:
 
 
 def test_an_image_is_fetched_and_its_url_named_without_its_query() -> None:
-    with server(send) as (url, asked):
+    with server(send) as (url, paths):
         assert local().image(f"{url}/ä b.png?secret=1".replace(" ", "%20")).size == (6, 4)
-        assert asked == ["/%C3%A4%20b.png?secret=1"]
+        assert paths == ["/%C3%A4%20b.png?secret=1"]
     with (
         server(lambda h: send(h, 404)) as (url, _),
         pytest.raises(MediaError, match="status 404") as caught,
@@ -333,10 +333,10 @@ def test_an_image_is_fetched_and_its_url_named_without_its_query() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"])
 def test_loopback_is_refused_before_a_byte_is_sent(host: str) -> None:
-    with server(send) as (url, asked):
+    with server(send) as (url, paths):
         with pytest.raises(MediaRefused, match="not public"):
             Loader().image(url.replace("127.0.0.1", host))
-        assert asked == []
+        assert paths == []
 
 
 def test_one_private_answer_among_public_ones_is_enough_to_refuse(
@@ -356,7 +356,7 @@ def test_one_private_answer_among_public_ones_is_enough_to_refuse(
 def test_the_checked_address_is_dialled_and_the_name_resolved_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[str] = []
+    resolved: list[str] = []
     hosts: list[str | None] = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -367,7 +367,7 @@ def test_the_checked_address_is_dialled_and_the_name_resolved_once(
         port = int(url.rsplit(":", 1)[1])
 
         def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
-            asked.append(host)
+            resolved.append(host)
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
         original = socket.create_connection
@@ -384,8 +384,8 @@ def test_the_checked_address_is_dialled_and_the_name_resolved_once(
         assert local().image(f"http://pictures.example:{port}/a.png").size == (6, 4)
     assert dialled == ["127.0.0.1"]
     assert hosts == [f"pictures.example:{port}"]
-    assert asked[0] == "pictures.example"
-    assert "pictures.example" not in asked[1:]
+    assert resolved[0] == "pictures.example"
+    assert "pictures.example" not in resolved[1:]
 
 
 def test_a_redirect_is_checked_like_the_first_url(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,10 +397,10 @@ def test_a_redirect_is_checked_like_the_first_url(monkeypatch: pytest.MonkeyPatc
     )
     with server(
         lambda h: send(h, 302, b"", Location=f"http://127.0.0.2:{h.headers['Host'].split(':')[1]}/")
-    ) as (url, asked):
+    ) as (url, paths):
         with pytest.raises(MediaRefused, match="not public"):
             Loader().image(url)
-        assert len(asked) == 1
+        assert len(paths) == 1
     with (
         server(lambda h: send(h, 302, b"", Location="http://127.0.0.1:1/")) as (url, _),
         pytest.raises(MediaRefused, match="port"),
@@ -409,10 +409,10 @@ def test_a_redirect_is_checked_like_the_first_url(monkeypatch: pytest.MonkeyPatc
 
 
 def test_redirects_end() -> None:
-    with server(lambda h: send(h, 302, b"", Location=h.path + "x")) as (url, asked):
+    with server(lambda h: send(h, 302, b"", Location=h.path + "x")) as (url, paths):
         with pytest.raises(MediaError, match="more than 5 times"):
             local().image(url + "/")
-        assert len(asked) == 6
+        assert len(paths) == 6
     with server(lambda h: send(h) if h.path == "/b" else send(h, 301, b"", Location="/b")) as (
         url,
         _,

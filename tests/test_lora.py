@@ -93,9 +93,9 @@ def prompt(seed: int, length: int, image: int | None = None) -> Prompt:
 
 
 @torch.no_grad()
-def logits(network: Llava, asked: Prompt) -> Tensor:
-    features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
-    x = network.embed(torch.tensor(asked.tokens), features)
+def logits(network: Llava, inputs: Prompt) -> Tensor:
+    features = [(media.start, network.encode(media.pixels)[0]) for media in inputs.media]
+    x = network.embed(torch.tensor(inputs.tokens), features)
     return network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))
 
 
@@ -105,21 +105,21 @@ def engine(network: Llava, **options: Any) -> Engine:
 
 @pytest.mark.slow
 def test_a_fresh_adapter_changes_nothing_and_alone_trains(folder: Path) -> None:
-    network, asked = checkpoints.load(folder), prompt(0, 20, image=1)
+    network, inputs = checkpoints.load(folder), prompt(0, 20, image=1)
     before, state = (
-        logits(network, asked),
+        logits(network, inputs),
         {name: value.clone() for name, value in network.state_dict().items()},
     )
     adapter = attach(network, WHOLE, seed=3)
-    assert torch.equal(logits(network, asked), before)
+    assert torch.equal(logits(network, inputs), before)
     training = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert len(training) == 2 * len(adapter.parts) == 2 * (12 + 1 + 2 + 2)
     assert all(".low." in name for name in training)
     optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.1)
     network.train()
     for _ in range(2):  # B is zero at first, so that A has no gradient
-        features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
-        x = network.embed(torch.tensor(asked.tokens), features)
+        features = [(media.start, network.encode(media.pixels)[0]) for media in inputs.media]
+        x = network.embed(torch.tensor(inputs.tokens), features)
         network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))[
             -1, 5
         ].backward()
@@ -135,7 +135,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(folder: Path) -> None:
     }
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], state[name]) for name in state)
-    assert (logits(network.eval(), asked) - before).abs().max() > 0.1
+    assert (logits(network.eval(), inputs) - before).abs().max() > 0.1
     with pytest.raises(CheckpointError, match="merge adapters"):
         checkpoints.save(network, folder / "never", processor_from=None)
 
@@ -193,14 +193,14 @@ def test_the_same_seed_gives_the_same_adapter(folder: Path) -> None:
 
 @pytest.mark.parametrize("lora", [DECODER, WHOLE], ids=["decoder", "whole"])
 def test_merged_equals_unmerged(folder: Path, lora: LoraConfig) -> None:
-    adapter, asked = made(folder, lora, 1), prompt(0, 60, image=1)
+    adapter, inputs = made(folder, lora, 1), prompt(0, 60, image=1)
     network, adapters = carrying(folder, adapter)
-    alone = logits(network, asked)
+    alone = logits(network, inputs)
     with adapters.whole("a"):
-        unmerged = logits(network, asked)
-    assert (unmerged - logits(merged(folder, adapter), asked)).abs().max() < 1e-4
+        unmerged = logits(network, inputs)
+    assert (unmerged - logits(merged(folder, adapter), inputs)).abs().max() < 1e-4
     assert (unmerged - alone).abs().max() > 0.1
-    assert torch.equal(alone, logits(checkpoints.load(folder), asked))
+    assert torch.equal(alone, logits(checkpoints.load(folder), inputs))
     with pytest.raises(
         OptionError, match="LoraLinear: an adapter is merged into float weights only"
     ):
@@ -215,9 +215,9 @@ def mixed(folder: Path) -> list[tuple[str | None, Prompt, list[int]]]:
         "w": merged(folder, made(folder, WHOLE, 2)),
     }
     prompts = [prompt(0, 50, image=1), prompt(1, 7), prompt(0, 50, image=2), prompt(2, 70)]
-    asked = [(name, p) for p in prompts for name in ("w", None, "d")]
+    pairs = [(name, p) for p in prompts for name in ("w", None, "d")]
     found = [
-        (name, p, engine(networks[name]).generate([p], GREEDY)[0].generated) for name, p in asked
+        (name, p, engine(networks[name]).generate([p], GREEDY)[0].generated) for name, p in pairs
     ]
     assert len({tuple(answer) for _, _, answer in found}) == len(found)
     return found
@@ -256,20 +256,20 @@ def test_a_mixed_batch_equals_each_alone_equals_merged(
 def test_caches_do_not_mix_adapters_but_images_that_no_adapter_sees_are_shared(
     folder: Path,
 ) -> None:
-    e, asked = with_both(folder), prompt(0, 50, image=1)
-    told = []
+    e, inputs = with_both(folder), prompt(0, 50, image=1)
+    usages = []
     for name in (None, "d", "w", None, "d", "w"):
-        (request,) = e.generate([asked], GREEDY, adapter=name)
-        told.append((request.usage.cached, e.load().crops_encoded))
-    last = len(asked) - 1
-    assert told == [(0, 1), (0, 1), (0, 2), (last, 2), (last, 2), (last, 2)]
+        (request,) = e.generate([inputs], GREEDY, adapter=name)
+        usages.append((request.usage.cached, e.load().crops_encoded))
+    last = len(inputs) - 1
+    assert usages == [(0, 1), (0, 1), (0, 2), (last, 2), (last, 2), (last, 2)]
 
 
 def test_adapters_of_several_images_in_one_step(folder: Path) -> None:
     """The tower is called once for each adapter that sees images, and features do not meet."""
     e = with_both(folder, max_batched_images=8)
-    asked = [(name, prompt(5, 20, image=n)) for n in (1, 2) for name in ("w", None, "d")]
-    requests = [e.add(p, GREEDY, adapter=name) for name, p in asked]
+    pairs = [(name, prompt(5, 20, image=n)) for n in (1, 2) for name in ("w", None, "d")]
+    requests = [e.add(p, GREEDY, adapter=name) for name, p in pairs]
     e.step()
     assert e.load().crops_encoded == 4
     while e.busy:
@@ -279,7 +279,7 @@ def test_adapters_of_several_images_in_one_step(folder: Path) -> None:
         "d": merged(folder, made(folder, DECODER, 1)),
         "w": merged(folder, made(folder, WHOLE, 2)),
     }
-    for (name, p), request in zip(asked, requests, strict=True):
+    for (name, p), request in zip(pairs, requests, strict=True):
         assert request.generated == engine(networks[name]).generate([p], GREEDY)[0].generated
 
 
@@ -343,7 +343,7 @@ def test_training_over_quantized_weights_equals_training_over_the_dequantized(
             linear = whole.get_submodule(name)
             assert isinstance(linear, torch.nn.Linear)
             linear.weight.data = module.dequantize()
-    asked = prompt(0, 50, image=1)
+    inputs = prompt(0, 50, image=1)
     trained = []
     for network in (packed, whole):
         adapter = attach(network, WHOLE, 5)
@@ -352,13 +352,15 @@ def test_training_over_quantized_weights_equals_training_over_the_dequantized(
         losses = []
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
-                x = network.embed(torch.tensor(asked.tokens), features)
+                features = [
+                    (media.start, network.encode(media.pixels)[0]) for media in inputs.media
+                ]
+                x = network.embed(torch.tensor(inputs.tokens), features)
                 said = network.logits(
                     network.forward(x, torch.arange(len(x)), PackedAttention([len(x)]))
                 )
                 loss = torch.nn.functional.cross_entropy(
-                    said[40 + GRID**2 : -1], torch.tensor(asked.tokens[41 + GRID**2 :])
+                    said[40 + GRID**2 : -1], torch.tensor(inputs.tokens[41 + GRID**2 :])
                 )
             loss.backward()
             optimiser.step()
@@ -401,15 +403,15 @@ def test_names(folder: Path) -> None:
 
 def test_a_thread_says_for_itself_alone(folder: Path) -> None:
     network, adapters = carrying(folder, made(folder, DECODER, 1))
-    asked, found = prompt(0, 9), []
-    before = logits(network, asked)
+    inputs, found = prompt(0, 9), []
+    before = logits(network, inputs)
     with adapters.whole("a"):
-        thread = threading.Thread(target=lambda: found.append(logits(network, asked)))
+        thread = threading.Thread(target=lambda: found.append(logits(network, inputs)))
         thread.start()
         thread.join()
-        assert not torch.equal(logits(network, asked), before)
+        assert not torch.equal(logits(network, inputs), before)
     assert torch.equal(found[0], before)
-    assert torch.equal(logits(network, asked), before)
+    assert torch.equal(logits(network, inputs), before)
 
 
 # PEFT's format
@@ -427,9 +429,9 @@ def theirs(folder: Path) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def their_logits(network: Any, asked: Prompt) -> Tensor:
+def their_logits(network: Any, inputs: Prompt) -> Tensor:
     return network(
-        input_ids=torch.tensor([asked.tokens]), pixel_values=asked.media[0].pixels
+        input_ids=torch.tensor([inputs.tokens]), pixel_values=inputs.media[0].pixels
     ).logits[0]
 
 
@@ -443,14 +445,14 @@ def test_peft_loads_ours(
     folder: Path, tmp_path: Path, theirs: Callable[[], Any], lora: LoraConfig
 ) -> None:
     peft = pytest.importorskip("peft")
-    asked, adapter = prompt(0, 60, image=1), made(folder, lora, 4)
+    inputs, adapter = prompt(0, 60, image=1), made(folder, lora, 4)
     write_adapter(tmp_path / "a", adapter, base=str(folder))
     network, adapters = carrying(folder, read_adapter(tmp_path / "a", checkpoints.load(folder)))
     with adapters.whole("a"):
-        ours = logits(network, asked)
+        ours = logits(network, inputs)
     loaded = peft.PeftModel.from_pretrained(theirs(), tmp_path / "a")
-    assert (ours - their_logits(loaded, asked)).abs().max() < 1e-4
-    assert (ours - their_logits(theirs(), asked)).abs().max() > 0.1
+    assert (ours - their_logits(loaded, inputs)).abs().max() < 1e-4
+    assert (ours - their_logits(theirs(), inputs)).abs().max() > 0.1
     targets = [name for name, module in loaded.named_modules() if hasattr(module, "lora_A")]
     assert len(targets) == len(adapter.parts)  # and at nothing else
     config = loaded.peft_config["default"]
@@ -490,19 +492,19 @@ def test_ours_loads_pefts(
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **options)
-    network, asked = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
+    network, inputs = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
     with torch.no_grad():  # as training leaves them
         for name, parameter in network.named_parameters():
             if "magnitude" in name or "modules_to_save" in name:
                 parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
     network.save_pretrained(tmp_path / "a")
     own, adapters = carrying(folder, read_adapter(tmp_path / "a", checkpoints.load(folder)))
-    expected = their_logits(network, asked)
+    expected = their_logits(network, inputs)
     with adapters.whole("a"):
-        assert (logits(own, asked) - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (logits(own, inputs) - expected).abs().max() < 1e-4 * expected.abs().max()
     adapter = read_adapter(tmp_path / "a", own)
     assert (
-        logits(merged(folder, adapter), asked) - expected
+        logits(merged(folder, adapter), inputs) - expected
     ).abs().max() < 1e-4 * expected.abs().max()
     write_adapter(tmp_path / "again", adapter)
     tensors, again = (
@@ -511,7 +513,8 @@ def test_ours_loads_pefts(
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     assert (
-        their_logits(peft.PeftModel.from_pretrained(theirs(), tmp_path / "again"), asked) - expected
+        their_logits(peft.PeftModel.from_pretrained(theirs(), tmp_path / "again"), inputs)
+        - expected
     ).abs().max() < 1e-5
 
 
@@ -527,7 +530,7 @@ def test_whole_modules_that_are_no_linears_are_merged(
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj"], modules_to_save=modules, init_lora_weights=False
     )
-    network, asked = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
+    network, inputs = peft.get_peft_model(theirs(), config).eval(), prompt(0, 60, image=1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if "modules_to_save" in name:
@@ -537,12 +540,12 @@ def test_whole_modules_that_are_no_linears_are_merged(
     adapter = read_adapter(tmp_path / "a", own)
     with pytest.raises(OptionError, match=r"for all requests; merge it .*llava convert --adapter"):
         Adapters(own).add("a", adapter)
-    expected, together = their_logits(network, asked), merged(folder, adapter)
-    assert (logits(together, asked) - expected).abs().max() < 1e-4 * expected.abs().max()
+    expected, together = their_logits(network, inputs), merged(folder, adapter)
+    assert (logits(together, inputs) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert not together.config.text.tie_word_embeddings
     checkpoints.save(together, tmp_path / "merged", processor_from=folder)
     again = checkpoints.load(tmp_path / "merged")
-    assert torch.equal(logits(again, asked), logits(together, asked))
+    assert torch.equal(logits(again, inputs), logits(together, inputs))
 
 
 @pytest.mark.slow
@@ -570,7 +573,7 @@ def test_training_is_that_of_peft(
     ours writes then PEFT reads.
     """
     peft = pytest.importorskip("peft")
-    network, asked = checkpoints.load(folder), prompt(0, 50, image=1)
+    network, inputs = checkpoints.load(folder), prompt(0, 50, image=1)
     write_adapter(tmp_path / "begin", attach(network, lora, 3))
     other = peft.PeftModel.from_pretrained(theirs(), tmp_path / "begin", is_trainable=True)
     network = checkpoints.load(folder)
@@ -580,12 +583,12 @@ def test_training_is_that_of_peft(
     )
 
     def ours() -> Tensor:
-        features = [(media.start, network.encode(media.pixels)[0]) for media in asked.media]
-        x = network.embed(torch.tensor(asked.tokens), features)
+        features = [(media.start, network.encode(media.pixels)[0]) for media in inputs.media]
+        x = network.embed(torch.tensor(inputs.tokens), features)
         return network.logits(network.forward(x, torch.arange(len(x)), PackedAttention([len(x)])))
 
     def of_peft() -> Tensor:
-        found = other(input_ids=torch.tensor([asked.tokens]), pixel_values=asked.media[0].pixels)
+        found = other(input_ids=torch.tensor([inputs.tokens]), pixel_values=inputs.media[0].pixels)
         assert isinstance(found.logits, Tensor)
         return found.logits[0]
 
@@ -596,7 +599,7 @@ def test_training_is_that_of_peft(
         for step in range(5):
             torch.manual_seed(step)
             loss = torch.nn.functional.cross_entropy(
-                forward()[40 + GRID**2 : -1], torch.tensor(asked.tokens[41 + GRID**2 :])
+                forward()[40 + GRID**2 : -1], torch.tensor(inputs.tokens[41 + GRID**2 :])
             )
             loss.backward()
             optimiser.step()
@@ -616,13 +619,13 @@ def test_training_is_that_of_peft(
     with torch.no_grad():
         alone = ours()
     loaded = peft.PeftModel.from_pretrained(theirs(), tmp_path / "ours")
-    assert (their_logits(loaded, asked) - alone).abs().max() < 1e-4
+    assert (their_logits(loaded, inputs) - alone).abs().max() < 1e-4
     again = merged(folder, read_adapter(tmp_path / "ours", checkpoints.load(folder)))
-    assert (logits(again, asked) - alone).abs().max() < 1e-4
+    assert (logits(again, inputs) - alone).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("lora", "told"),
+    ("lora", "message"),
     [
         ({"modules_to_save": ("*.v_proj",)}, "both have vision_tower.* leave it out of one"),
         ({"modules_to_save": ("projector",)}, "no module matches 'projector'; there are vision"),
@@ -634,8 +637,10 @@ def test_training_is_that_of_peft(
     ],
     ids=str,
 )
-def test_contradictory_settings_are_refused(folder: Path, lora: dict[str, Any], told: str) -> None:
-    with pytest.raises(OptionError, match=told):
+def test_contradictory_settings_are_refused(
+    folder: Path, lora: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
         attach(checkpoints.load(folder), LoraConfig(**{"targets": ("*",), **lora}))
 
 
@@ -643,7 +648,7 @@ def test_contradictory_settings_are_refused(folder: Path, lora: dict[str, Any], 
 def test_modules_to_save_of_quantized_weights_are_floats(
     folder: Path, tmp_path: Path, precision: str
 ) -> None:
-    network, asked = checkpoints.load(folder, precision=precision), prompt(0, 30, image=1)
+    network, inputs = checkpoints.load(folder, precision=precision), prompt(0, 30, image=1)
     projector = network.multi_modal_projector
     expected = {
         f"{name}.{key}": value.clone()
@@ -663,7 +668,7 @@ def test_modules_to_save_of_quantized_weights_are_floats(
     other = checkpoints.load(folder)
     merge(other, read_adapter(tmp_path / "a", other))
     assert torch.equal(other.lm_head.weight, network.lm_head.weight)
-    assert engine(network).generate([asked], GREEDY)[0].generated
+    assert engine(network).generate([inputs], GREEDY)[0].generated
 
 
 def test_dora_over_quantized_weights_is_dora_over_what_they_stand_for(folder: Path) -> None:
@@ -758,7 +763,7 @@ def test_names_of_every_layout_are_read(
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"peft_type": "LOHA"}, "has the peft_type 'LOHA'; only 'LORA' is supported"),
         ({"task_type": "SEQ_CLS"}, "has the task_type 'SEQ_CLS'"),
@@ -777,9 +782,9 @@ def test_names_of_every_layout_are_read(
     ids=str,
 )
 def test_what_is_not_computed_is_refused_by_name(
-    folder: Path, tmp_path: Path, config: dict[str, Any], told: str
+    folder: Path, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         read_adapter(files(folder, tmp_path / "a", **config), checkpoints.load(folder))
 
 
@@ -824,13 +829,14 @@ def test_an_adapter_of_another_network_is_refused_with_the_numbers(
     name = "language_model.layers.{}.mlp.up_proj"
     with pytest.raises(CheckpointError) as caught:
         read_adapter(tmp_path / "a", checkpoints.load(folder))
-    told = str(caught.value)
+    message = str(caught.value)
     assert (
-        f"model.{name.format(2)}.lora_A.weight [4, 64] belongs to no linear of the network" in told
+        f"model.{name.format(2)}.lora_A.weight [4, 64] belongs to no linear of the network"
+        in message
     )
     assert (
         f"{name.format(0)} has 64 inputs and 96 outputs, the adapter, of rank 4, A [4, 64] and B [80, 4]"
-        in told
+        in message
     )
     half = edit(
         files(folder, tmp_path / "b"),
@@ -923,10 +929,10 @@ def test_commands_take_an_adapter(
 ) -> None:
     flags = ["-m", str(folder), "--adapter", str(stored / "d"), "--max-new-tokens", "9"]
     want = bots["d"].ask("Hm?", max_new_tokens=9)
-    asked = CliRunner().invoke(app, ["ask", "Hm?", "--json", *flags])
-    assert asked.exit_code == 0, asked.output
-    told = json.loads(asked.stdout)
-    assert (tuple(told["tokens"]), told["adapter"]) == (want.tokens, str(stored / "d"))
+    ran = CliRunner().invoke(app, ["ask", "Hm?", "--json", *flags])
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    assert (tuple(report["tokens"]), report["adapter"]) == (want.tokens, str(stored / "d"))
     talk = CliRunner().invoke(app, ["chat", *flags], input="Hm?\n")
     assert talk.exit_code == 0, talk.output
     assert want.text in talk.stdout
@@ -959,11 +965,11 @@ def test_a_benchmark_is_answered_through_an_adapter(
     assert done.exit_code == 0, done.output
     about, row = map(json.loads, (tmp_path / "world.jsonl").read_text().splitlines())
     assert "adapter" in json.dumps(about)
-    asked = benchmark.examples("single", 1, held_out=False)[0].ask(tmp_path)
+    messages = benchmark.examples("single", 1, held_out=False)[0].ask(tmp_path)
     assert (
         row["answer"]
-        == bots["d"].chat(asked, max_new_tokens=9).text
-        != bots[None].chat(asked, max_new_tokens=9).text
+        == bots["d"].chat(messages, max_new_tokens=9).text
+        != bots[None].chat(messages, max_new_tokens=9).text
     )
     other = CliRunner().invoke(app, ["eval", "recipes.tiny_world.benchmark:World", *flags])
     assert other.exit_code != 0  # these rows are another model's
@@ -1007,8 +1013,10 @@ def test_a_server_has_an_adapter_as_a_model(
     with TestClient(
         create_app(bot, Settings(name="base")), base_url="http://127.0.0.1:8000"
     ) as client:
-        told = {model["id"]: model["parent"] for model in client.get("/v1/models").json()["data"]}
-        assert told == {"base": None, "d": "base", "w": "base"}
+        parents = {
+            model["id"]: model["parent"] for model in client.get("/v1/models").json()["data"]
+        }
+        assert parents == {"base": None, "d": "base", "w": "base"}
         assert client.get("/v1/models/w").json()["parent"] == "base"
         for name, oracle in (
             ("base", bots[None]),

@@ -131,10 +131,10 @@ def test_samples_answer_about_scenes_and_refuse_the_rest(folder: Path) -> None:
 
 def test_questions_are_filled_in() -> None:
     rng = Random(3)
-    asked = [ask(rng) for ask in (refusal.chat, refusal.about_image, refusal.describe) * 200]
-    assert not any(re.search(r"\{(word|digits)\}|\[[^]]*\|", text) for text in asked)
-    assert len(set(asked)) > 250
-    assert not {*refusal.HELD_OUT_CHAT, *refusal.HELD_OUT_ABOUT_IMAGES} & set(asked)
+    questions = [ask(rng) for ask in (refusal.chat, refusal.about_image, refusal.describe) * 200]
+    assert not any(re.search(r"\{(word|digits)\}|\[[^]]*\|", text) for text in questions)
+    assert len(set(questions)) > 250
+    assert not {*refusal.HELD_OUT_CHAT, *refusal.HELD_OUT_ABOUT_IMAGES} & set(questions)
 
 
 def test_scaling_keeps_what_tower_and_projector_compute() -> None:

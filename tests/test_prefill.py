@@ -107,7 +107,7 @@ def test_prefills_take_no_memory_from_answers_and_end_when_there_is_time() -> No
 def test_random_prefills_answers_and_aborts() -> None:
     chance = random.Random(0)
     e = engine(tokens=400, max_num_batched_tokens=30, max_num_seqs=3)
-    asked: list[tuple[Any, int]] = []
+    running: list[tuple[Any, int]] = []
     reads: list[Any] = []
     for _ in range(300):
         action = chance.random()
@@ -115,14 +115,14 @@ def test_random_prefills_answers_and_aborts() -> None:
         if action < 0.15:
             reads.append(e.add(MIXED[number], prefill_only=True))
         elif action < 0.3:
-            asked.append((e.add(MIXED[number], GREEDY), number))
+            running.append((e.add(MIXED[number], GREEDY), number))
         elif action < 0.4 and reads:
             e.abort(chance.choice(reads))
         elif e.busy:
             e.step(chance.choice([0.001, 1.0, float("inf")]))
         e.check()
     finish(e)
-    for request, number in asked:
+    for request, number in running:
         assert request.generated == expected()[number]
     assert {read.finish_reason for read in reads} <= {"prefill", "abort"}
     assert (e.load().running, e.load().kv_running) == (0, 0)

@@ -241,11 +241,11 @@ def test_examples_learn_answers_and_their_end_only(processor: Processor) -> None
 
 
 def test_what_is_learnt_is_what_is_generated(processor: Processor) -> None:
-    asked = processor.prompt([user("Hi")]).tokens
+    prompt = processor.prompt([user("Hi")]).tokens
     example = processor.example([user("Hi"), {"role": "assistant", "content": "\nHo"}])
     assert example.loss_mask is not None
-    assert example.tokens[: len(asked)] == asked
-    assert example.loss_mask.index(True) == len(asked)
+    assert example.tokens[: len(prompt)] == prompt
+    assert example.loss_mask.index(True) == len(prompt)
 
 
 def test_estimate_names_its_parts_and_opens_no_images(processor: Processor) -> None:

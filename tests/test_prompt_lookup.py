@@ -108,11 +108,11 @@ def test_answers_are_the_same(most: int, options: dict[str, int]) -> None:
     """Greedy and drawn, several requests at once, prompts in pieces; and drafts are accepted often
     enough to be seen.
     """
-    asked = [*MIXED, *MIXED[: len(DRAWN)]]
+    prompts = [*MIXED, *MIXED[: len(DRAWN)]]
     how = [GREEDY] * len(MIXED) + DRAWN
-    plain = engine(**options).generate(asked, how)
+    plain = engine(**options).generate(prompts, how)
     e = engine(**options)
-    drafting = e.generate(asked, [replace(one, prompt_lookup_num_tokens=most) for one in how])
+    drafting = e.generate(prompts, [replace(one, prompt_lookup_num_tokens=most) for one in how])
     e.check()
     assert answers(drafting) == answers(plain)
     assert answers(drafting)[0][:12] == expected()[0]
@@ -159,11 +159,11 @@ def test_nothing_comes_after_a_stop_token() -> None:
 @pytest.mark.slow
 def test_memory_that_is_short_changes_nothing() -> None:
     """Answers are pre-empted and go on; drafts never take memory that is not there."""
-    asked = [prompt(text(n, 30)) for n in range(4)]
+    prompts = [prompt(text(n, 30)) for n in range(4)]
     how = replace(GREEDY, max_new_tokens=150, prompt_lookup_num_tokens=8)
-    plain = engine().generate(asked, replace(how, prompt_lookup_num_tokens=0))
+    plain = engine().generate(prompts, replace(how, prompt_lookup_num_tokens=0))
     e = engine(tokens=330)
-    requests = [e.add(p, how) for p in asked]
+    requests = [e.add(p, how) for p in prompts]
     finish(e)
     assert answers(requests) == answers(plain)
     assert sum(r.usage.accepted for r in requests) > 0
@@ -209,17 +209,17 @@ def test_with_kernels_guesses_change_no_bit(fused: bool, kv: str, tmp_path: Path
     model = checkpoints.load(
         tiny_checkpoint(tmp_path / "tiny", shape), dtype=torch.bfloat16, precision="int8"
     )
-    asked = Prompt([5, 6, 7, 8] * 9)
-    told = []
+    inputs = Prompt([5, 6, 7, 8] * 9)
+    runs = []
     for most in (0, 8, None):
         e = Engine(model, eos_ids={300}, vocab=300, kv_bytes=1 << 22, kv_precision=kv)
         how = SamplingParams(
             max_new_tokens=80, ignore_eos=True, logprobs=3, prompt_lookup_num_tokens=most
         )
-        events = stream(e, asked, how)
-        told.append([(event.token, event.logprob, event.top_logprobs) for event in events])
+        events = stream(e, inputs, how)
+        runs.append([(event.token, event.logprob, event.top_logprobs) for event in events])
         assert (events[-1].usage.accepted > 0) == (fused if most is None else most > 0)
-    assert told[0] == told[1] == told[2]
+    assert runs[0] == runs[1] == runs[2]
 
 
 def test_prompt_lookup_is_off_by_default_where_it_changes_rounding() -> None:

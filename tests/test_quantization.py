@@ -116,7 +116,7 @@ def test_which_tensors_are_quantized(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "name", "bits"),
+    ("setting", "name", "bits"),
     [
         ("int4,head=int4", "int4,head=int4", (8, 4, 4)),
         ("int8,decoder=int4", "int4", (8, 4, 8)),
@@ -126,12 +126,12 @@ def test_which_tensors_are_quantized(folder: Path) -> None:
     ],
 )
 def test_parts_apart(
-    asked: str, name: str, bits: tuple[int, ...], folder: Path, tmp_path: Path
+    setting: str, name: str, bits: tuple[int, ...], folder: Path, tmp_path: Path
 ) -> None:
     """One name for each, stored with the weights, which the engine answers by and which are asked
     for by any of its spellings.
     """
-    dtype, precision = pick_precision(asked, folder, "cpu")
+    dtype, precision = pick_precision(setting, folder, "cpu")
     assert precision == name
     network = checkpoints.load(folder, dtype=dtype, precision=precision)
     assert quantized_precision(network) == name
@@ -144,7 +144,7 @@ def test_parts_apart(
     assert tuple(getattr(module, "bits", 0) for module in found) == bits
     checkpoints.save(network, tmp_path / "out", processor_from=folder)
     assert checkpoints.Checkpoint.open(tmp_path / "out").precision == name
-    again = load(tmp_path / "out", precision=asked, device="cpu")
+    again = load(tmp_path / "out", precision=setting, device="cpu")
     assert again.info()["precision"] == name
     assert torch.equal(logits(again.model), logits(network))
     with pytest.raises(OptionError, match=f"has {name} weights"):

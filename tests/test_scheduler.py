@@ -169,15 +169,15 @@ def test_the_end_of_the_one_waited_for_frees_the_others() -> None:
 
 def test_a_branch_copies_the_cache_and_a_continuation_takes_it() -> None:
     s = scheduler(tokens=500)
-    s.add(asked := request(100, new=50))
-    while asked.finish_reason is None:
+    s.add(first := request(100, new=50))
+    while first.finish_reason is None:
         step(s)
     (kv,) = s.prefix_cache.idle
     s.add(branch := request(100))
     output, _ = step(s)
     assert (branch.cached, output.scheduled[0].source) == (99, kv)
     assert branch.kv is not kv
-    prompt = Prompt([*asked.tokens, *range(500, 520)])
+    prompt = Prompt([*first.tokens, *range(500, 520)])
     s.add(sequel := Request(99, prompt, SamplingParams(), CacheKey.of(prompt.tokens), 8, 0.0))
     output, _ = step(s)
     assert (sequel.cached, output.scheduled[-1].source) == (149, None)
@@ -236,8 +236,8 @@ def test_prefixes_of_different_salts_do_not_meet() -> None:
 
 def test_a_hash_that_collides_is_found_out_by_content() -> None:
     p = PrefixCache(100)
-    stored, asked = CacheKey.of(range(64)), CacheKey.of(range(1000, 1064))
-    forged = CacheKey(asked.ids, asked.salt, asked.media_ids, stored.block_hashes)
+    stored, looked_up = CacheKey.of(range(64)), CacheKey.of(range(1000, 1064))
+    forged = CacheKey(looked_up.ids, looked_up.salt, looked_up.media_ids, stored.block_hashes)
     kv = SequenceKV(stored, 64)
     assert p.reserve(kv, 64)
     p.start(kv)

@@ -239,7 +239,7 @@ def test_user_errors(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             deploy(model(""), Settings(port=port), **given),
         ):
             pass
-    for words, told in (
+    for words, message in (
         (["--ray-cpus", "2"], "name it with --ray"),
         (["--ray", "auto", "--ray-replicas", "3:2"], "minimum and maximum as in 2:8"),
         (["--ray", "auto", "--device", "cuda:1"], "use --device cuda instead of cuda:1"),
@@ -247,7 +247,7 @@ def test_user_errors(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--ray", "ray://head:10001"], "run the command on a node"),
     ):
         done = CliRunner().invoke(cli.app, ["serve", "--port", "0", *words])
-        assert done.exit_code and told in " ".join(
+        assert done.exit_code and message in " ".join(
             f"{done.output} {done.exception}".replace("│", "").split()
         )
 
@@ -336,7 +336,7 @@ def test_files_live_as_long_as_a_request_uses_them() -> None:
 
 # What a client gets.
 
-ASKED: dict[str, tuple[str, str, Any]] = {
+CALLS: dict[str, tuple[str, str, Any]] = {
     "text": ("POST", CHAT, body([{"role": "user", "content": "Hello"}])),
     "images": (
         "POST",
@@ -374,9 +374,9 @@ ASKED: dict[str, tuple[str, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED.values(), ids=list(ASKED))
-def test_as_one_process(one: Any, alone: TestClient, asked: tuple[str, str, Any]) -> None:
-    method, path, sent = asked
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_as_one_process(one: Any, alone: TestClient, call: tuple[str, str, Any]) -> None:
+    method, path, sent = call
     many, single = one.request(method, path, json=sent), alone.request(method, path, json=sent)
     assert plain(many) == plain(single)
 
@@ -442,10 +442,10 @@ def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
         said = http.post(
             "/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}
         ).json()
-        told = alone.post(
+        reply = alone.post(
             "/v1/files", files={"file": ("a.png", png("red"))}, data={"purpose": "vision"}
         ).json()
-        assert said | {"created_at": 0} == told | {"created_at": 0}
+        assert said | {"created_at": 0} == reply | {"created_at": 0}
         before = measured(http, "llava_http_requests_total")
         for first in (
             "red",
@@ -459,12 +459,12 @@ def test_uploads_are_everywhere(server: Server, alone: TestClient) -> None:
             "tan",
             "cyan",
         ):  # four met by chance on one
-            asked = body(
+            question = body(
                 user(
                     image_part(data_url(png(first))), "and", image_part(said["id"]), "What differs?"
                 )
             )
-            assert plain(http.post(CHAT, json=asked)) == plain(alone.post(CHAT, json=asked))
+            assert plain(http.post(CHAT, json=question)) == plain(alone.post(CHAT, json=question))
         after = measured(http, "llava_http_requests_total") - before
         assert len([replica for replica in after if replica]) == 2
         assert [file["id"] for file in http.get("/v1/files").json()["data"]] == [said["id"]]
@@ -553,12 +553,12 @@ def test_a_node_that_is_killed(nodes: Any, server: Server) -> None:
         going = {}
         for colour in colours:
             before = measured(http, "llava_num_requests_active")
-            asked = http.build_request(
+            request = http.build_request(
                 "POST",
                 CHAT,
                 json=body(about(colour), stream=True, max_tokens=3900, stop_on_repetition=False),
             )
-            going[colour] = http.send(asked, stream=True)
+            going[colour] = http.send(request, stream=True)
             (replica,) = measured(http, "llava_num_requests_active") - before
             where.setdefault(replica, set()).add(colour)
         assert len(where) == 2

@@ -167,10 +167,10 @@ def test_the_answer_is_the_chatbots_and_a_stream_folds_to_it(
             assert choice["logprobs"] is None and choices[index]["logprobs"] == []
             continue
         assert choices[index]["logprobs"] == choice["logprobs"]["content"]
-        for told, known in zip(choice["logprobs"]["content"], answer.logprobs, strict=True):
-            assert told["logprob"] == pytest.approx(known.logprob, abs=1e-4)
-            assert bytes(told["bytes"]).decode("utf-8", "replace") == told["token"] == known.text
-            assert len(told["top_logprobs"]) == 3
+        for token, known in zip(choice["logprobs"]["content"], answer.logprobs, strict=True):
+            assert token["logprob"] == pytest.approx(known.logprob, abs=1e-4)
+            assert bytes(token["bytes"]).decode("utf-8", "replace") == token["token"] == known.text
+            assert len(token["top_logprobs"]) == 3
     usage = whole["usage"]
     assert usage["prompt_tokens"] == answers[0].usage.prompt
     assert usage["completion_tokens"] == sum(answer.usage.generated for answer in answers)
@@ -251,7 +251,7 @@ def test_counting_is_the_librarys_estimate(client: TestClient, oracle: Chatbot) 
 
 
 def test_every_field_of_openai_is_known_or_refused_by_name(client: TestClient) -> None:
-    """Taken from the official client: what it can send and this server does not do is told, never
+    """Taken from the official client: what it can send and this server does not do is said, never
     ignored.
     """
     theirs = set(CompletionCreateParamsBase.__annotations__) | {"stream"}
@@ -392,10 +392,10 @@ def test_the_form_of_answers_is_kept(client: TestClient, how: dict[str, Any], st
         return [choice["text"] if stream else choice["message"]["content"] for choice in choices]
 
     for text in texts(**form("json_schema", COLOUR)):
-        told = json.loads(text)
-        assert told == {"colour": told["colour"], "count": told["count"]}
-        assert told["colour"] in ("red", "blue") and 0 <= told["count"] <= 20
-        assert text == json.dumps(told)
+        parsed = json.loads(text)
+        assert parsed == {"colour": parsed["colour"], "count": parsed["count"]}
+        assert parsed["colour"] in ("red", "blue") and 0 <= parsed["count"] <= 20
+        assert text == json.dumps(parsed)
     for text in texts(**form("regex", r"(left|right) [0-9]{2,4}!")):
         assert re.fullmatch(r"(left|right) [0-9]{2,4}!", text)
     options = ["a red square", 'ünïcödé "quoted"', "a blue\ncircle"]
@@ -536,8 +536,8 @@ def test_a_prefill_serves_the_question_of_its_key(client: TestClient) -> None:
     first = client.post("/v1/messages/prefill", json={"messages": begin}).json()
     again = client.post("/v1/messages/prefill", json={"messages": begin}).json()
     assert (first["cached_tokens"], again["cached_tokens"]) == (0, first["prompt_tokens"] - 1)
-    asked = user(*begin[0]["content"], "What changed?")
-    usage = ask(client, messages=asked, max_tokens=3).json()["usage"]
+    messages = user(*begin[0]["content"], "What changed?")
+    usage = ask(client, messages=messages, max_tokens=3).json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 8
     assert client.post("/v1/messages/prefill", json={"messages": []}).status_code == 400
 
@@ -639,7 +639,9 @@ LOOK = user(
 )
 
 
-def told(bot: Chatbot, answer: Answer | str, leave_out: bool, **changes: Any) -> dict[str, Any]:
+def explained(
+    bot: Chatbot, answer: Answer | str, leave_out: bool, **changes: Any
+) -> dict[str, Any]:
     """What the library tells of an answer, as JSON has it."""
     found = bot.attribute(LOOK, answer, leave_out=leave_out, **changes)
     names = ("image 1", "view front", "video 3")
@@ -692,7 +694,7 @@ def test_an_explanation_is_the_librarys_whole_or_streamed(
     fields: dict[str, Any] = {"messages": LOOK, "temperature": 1.5, "seed": 3, "n": 2, "frames": 2}
     answers = oracle.choices(LOOK, temperature=1.5, seed=3, n=2, frames=2, max_new_tokens=4)
     known = [
-        {"index": i, **told(oracle, answer, how is True, frames=2)}
+        {"index": i, **explained(oracle, answer, how is True, frames=2)}
         for i, answer in enumerate(answers)
     ]
     whole = ask(client, attribution=how, **fields).json()
@@ -712,14 +714,14 @@ def test_an_explanation_is_the_librarys_whole_or_streamed(
     assert [without_sentences(one, answer.text, how) for one, answer in found] == known
     assert chunks[-2]["choices"] == [] and chunks[-1]["usage"]
     for index, answer in enumerate(answers):
-        asked = {
+        body = {
             "messages": [*LOOK, {"role": "assistant", "content": answer.text}],
             "frames": 2,
             "attribution": how,
         }
-        later = client.post("/v1/messages/attribution", json=asked)
+        later = client.post("/v1/messages/attribution", json=body)
         found_later = without_sentences(later.json(), answer.text, how)
-        assert found_later == told(oracle, answer.text, how is True, frames=2), index
+        assert found_later == explained(oracle, answer.text, how is True, frames=2), index
 
 
 def test_citations_are_the_librarys_whole_or_streamed(client: TestClient, oracle: Chatbot) -> None:
@@ -817,7 +819,7 @@ def test_an_answer_to_attribute_is_the_last_message(client: TestClient) -> None:
 def test_other_requests_are_answered_during_an_attribution(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is computed in a thread of its own, and counts as an answer under way until it is told."""
+    """It is computed in a thread of its own, and counts as an answer under way until it has ended."""
     service, go, seen = client.app.state.service, threading.Event(), []  # type: ignore[attr-defined]
     real = service_module.attribute_prompt
     monkeypatch.setattr(
@@ -1331,9 +1333,9 @@ def test_a_disconnect_cancels_the_attribution(
         "_forward",
         lambda *a: passes.append(first.set()) or (go.wait(60) and real(*a)),
     )
-    asked = WHAT if path == CHAT else [*WHAT, {"role": "assistant", "content": "Red."}]
+    messages = WHAT if path == CHAT else [*WHAT, {"role": "assistant", "content": "Red."}]
     body = {
-        "messages": asked,
+        "messages": messages,
         "attribution": True,
         **({"model": "tiny", "max_tokens": 3} if path == CHAT else {}),
     }
@@ -1499,7 +1501,7 @@ def test_a_request_over_its_time_limit_is_an_error(tiny: Path) -> None:
         assert '"code":"stopping"' in text and "[DONE]" not in text
 
 
-# What is told.
+# Metrics and logs.
 
 
 def test_metrics_count(client: TestClient) -> None:
@@ -1553,12 +1555,12 @@ def test_the_document_of_the_api_is_whole(client: TestClient) -> None:
 
 def test_the_guide_has_every_flag_and_no_other() -> None:
     guide = (ROOT / "docs" / "serving.md").read_text("utf-8")
-    told = CliRunner().invoke(cli.app, ["serve", "--help"], terminal_width=200).output
+    shown = CliRunner().invoke(cli.app, ["serve", "--help"], terminal_width=200).output
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Settings)}
-    assert flags <= set(re.findall(r"--[a-z-]+", told))
+    assert flags <= set(re.findall(r"--[a-z-]+", shown))
     assert flags <= set(re.findall(r"^\| `(--[a-z-]+)` \|", guide, re.MULTILINE))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", guide)) <= set(
-        re.findall(r"--[a-z-]+", told)
+        re.findall(r"--[a-z-]+", shown)
     ) | {"--help"}
     for field in dataclasses.fields(Settings):
         row = next(

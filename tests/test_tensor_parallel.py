@@ -64,7 +64,7 @@ class Even:
         assert token % 2 == 0
 
 
-def asked(bot: Chatbot, folder: Path) -> dict[str, Any]:
+def answer_all(bot: Chatbot, folder: Path) -> dict[str, Any]:
     """Answers as token ids: several at once, sampled, aborted, with draft tokens, guided."""
     a, b, c = images(folder)
     turns = [bot.turn("What?", [a]), bot.turn("What else?", [a, b, c]), bot.turn("Who?")]
@@ -142,7 +142,7 @@ def compared(folder: Path, precision: str, ranks: ProcessGroup, device: str) -> 
     }
 
 
-def told(call: Any) -> str:
+def message_of(call: Any) -> str:
     try:
         call()
     except LlavaError as error:
@@ -153,7 +153,7 @@ def told(call: Any) -> str:
 def together(folder: Path, device: str) -> None:
     """What each of two processes does."""
     ranks, found = ProcessGroup(*rank_and_world_size()), {}
-    found["batch_invariant"] = told(
+    found["batch_invariant"] = message_of(
         lambda: load(folder / "tied", device=device, batch_invariant=True)
     )
     try:
@@ -161,14 +161,14 @@ def together(folder: Path, device: str) -> None:
     except SystemExit:
         assert ranks.rank
     else:
-        found["answers"] = asked(bot, folder)
+        found["answers"] = answer_all(bot, folder)
         found["info"] = bot.info()
-        found["attribution"] = told(
+        found["attribution"] = message_of(
             lambda: bot.attribute(bot.turn("What?", images(folder)[:1]), "That.")
         )
-        found["adapter"] = told(lambda: bot.add_adapter("one", folder))
-        found["second"] = told(lambda: load(folder / "tied", device=device))
-        found["after"] = asked(bot, folder)["together"]
+        found["adapter"] = message_of(lambda: bot.add_adapter("one", folder))
+        found["second"] = message_of(lambda: load(folder / "tied", device=device))
+        found["after"] = answer_all(bot, folder)["together"]
         talk = bot.conversation()
         talk.ask("Who?", max_new_tokens=3)
         talk.save(folder / "talk.json")
@@ -240,7 +240,7 @@ def test_answers_are_those_of_one_process(
     folder: Path, device: str, found: list[dict[str, Any]]
 ) -> None:
     bot = load(folder / "tied", device=device, kv_bytes=2 * KV)  # the KV cache of a rank takes half
-    answers = asked(bot, folder)
+    answers = answer_all(bot, folder)
     assert answers == found[0]["answers"]
     assert answers["together"] == found[0]["after"]
     assert bot.info() == found[0]["info"]

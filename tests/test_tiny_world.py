@@ -91,12 +91,12 @@ def test_an_answer_counts_with_or_without_what_it_follows_from() -> None:
 
 @every_level
 def test_what_answers_follow_from_agrees_with_the_pixels(level: Level) -> None:
-    told = Counter[str]()
+    counts = Counter[str]()
     for scenario in SCENARIOS:
         for ep in many(scenario, 60, level):
             shown = [seen(ep, i) for i in range(len(ep.scenes))] if scenario != "views" else []
             for q in ep.questions:
-                told[q.about] += 1
+                counts[q.about] += 1
                 things = shown[int(q.where[-1]) - 1 if q.where else 0] if shown else []
                 at = {t.short: place_of(t) for t in things}
                 if q.about == "relation":
@@ -188,7 +188,8 @@ def test_what_answers_follow_from_agrees_with_the_pixels(level: Level) -> None:
                     there = farther[:1] if q.about == "behind" else nearer[-1:]
                     assert q.answer == (f"the {there[0]}" if there else "nothing")
     assert all(
-        told[about] > 5 for about in ("relation", "same_at", "event", "hidden", "behind", "side_of")
+        counts[about] > 5
+        for about in ("relation", "same_at", "event", "hidden", "behind", "side_of")
     )
 
 
@@ -196,7 +197,7 @@ def test_wordings_kept_out_of_training_are_not_in_it() -> None:
     assert WORDINGS.keys() == HELD_OUT.keys()
     for about, wordings in HELD_OUT.items():
         assert not set(wordings) & set(WORDINGS[about])
-    asked = {
+    in_training = {
         ask(q, Random(i))
         for i in range(20)
         for s in SCENARIOS
@@ -210,7 +211,7 @@ def test_wordings_kept_out_of_training_are_not_in_it() -> None:
         for ep in many(s, 5)
         for q in ep.questions
     }
-    assert not asked & kept
+    assert not in_training & kept
 
 
 @every_level
@@ -234,12 +235,12 @@ def test_answers_about_one_image_agree_with_its_pixels(level: Level) -> None:
 
 @every_level
 def test_answers_about_several_images_agree_with_them(level: Level) -> None:
-    told = Counter[str]()
+    kinds = Counter[str]()
     for ep in many("multi", 120, level):
         shown = [{t.short for t in seen(ep, i)} for i in range(len(ep.scenes))]
         counts = [len(things) for things in shown]
         for q in ep.questions:
-            told[q.about] += 1
+            kinds[q.about] += 1
             if q.about == "which":
                 assert [f"image {i}" for i, things in enumerate(shown, 1) if q.thing in things] == [
                     q.answer
@@ -256,14 +257,14 @@ def test_answers_about_several_images_agree_with_them(level: Level) -> None:
             if q.about == "count":
                 assert q.answer == str(counts[int(q.where.removeprefix("image ")) - 1])
     assert all(
-        told[about] > 3
+        kinds[about] > 3
         for about in ("which", "most", "fewest", "order_up", "order_down", "images", "count")
     )
 
 
 @every_level
 def test_answers_about_changes_agree_with_the_images(level: Level) -> None:
-    told = 0
+    changes = 0
     for ep in many("multi", 120, level):
         for q in ep.questions:
             if q.about != "changed":
@@ -281,8 +282,8 @@ def test_answers_about_changes_agree_with_the_images(level: Level) -> None:
                 assert before != after
             else:
                 assert (len(gone), len(new)) == (1, 1)
-            told += 1
-    assert told > 50
+            changes += 1
+    assert changes > 50
 
 
 @every_level
@@ -377,14 +378,22 @@ def test_what_is_drawn_for_training_and_for_its_exam_stays_the_same() -> None:
     """The built-in model was trained on these lots and its accuracy measured on these questions."""
     drawn = hashlib.blake2b(digest_size=16)
     for scenario, index, held_out in product(SCENARIOS, range(50), (False, True)):
-        ep, *asked = exam(scenario, index, held_out=held_out)
+        ep, *questions = exam(scenario, index, held_out=held_out)
         rng = Random(f"train/1/{index}")
         trained = episode(scenario, rng)
         talked = talk(trained, rng, questions=6, caption=0.1)
         text = reading(rng, Background.sample(rng))
         drawn.update(
             repr(
-                (ep.scenes, ep.questions, asked, trained.scenes, talked, text.scenes, rng.random())
+                (
+                    ep.scenes,
+                    ep.questions,
+                    questions,
+                    trained.scenes,
+                    talked,
+                    text.scenes,
+                    rng.random(),
+                )
             ).encode()
         )
     assert drawn.hexdigest() == "fd44160fd5fca1d79f2832ce27226d98"
@@ -474,6 +483,6 @@ def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(
             parts = [{"type": "views", "views": dict(zip(ep.names, shown, strict=True))}]
         else:
             parts = [{"type": "image", "image": image} for image in shown]
-        asked = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-        prompt = processor.prompt(asked).tokens
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+        prompt = processor.prompt(messages).tokens
         assert processor.example(said, media).tokens[: len(prompt)] == prompt

@@ -275,9 +275,9 @@ def test_the_command_lists_counts_and_exits(media: Path, tmp_path: Path) -> None
         for i, (s, _, _) in enumerate(faults)
     ]
     path = write(tmp_path / "some.jsonl", samples)
-    told = llava("data", "check", path, "--media", media, "--json")
-    assert told.exit_code == 1
-    report = json.loads(told.stdout)
+    as_json = llava("data", "check", path, "--media", media, "--json")
+    assert as_json.exit_code == 1
+    report = json.loads(as_json.stdout)
     wrong = [sample["id"] for sample, kinds, _ in faults if kinds]
     assert report["samples"] == len(faults)
     assert report["errors"] == len(wrong)
@@ -305,9 +305,9 @@ def test_duplicates_are_found_by_pixels_and_are_no_errors(media: Path, tmp_path:
     other = llava_sample("other words", "<image>\nWhat is it?", "Sound.", image="a.png")
     third = llava_sample("other image", "<image>\nWhat is it?", "Noise.", image="b.png")
     path = write(tmp_path / "twins.json", [GOOD, again, other, third])
-    told = llava("data", "check", path, "--media", media, "--json")
-    assert told.exit_code == 0
-    (fault,) = json.loads(told.stdout)["faults"]
+    as_json = llava("data", "check", path, "--media", media, "--json")
+    assert as_json.exit_code == 0
+    (fault,) = json.loads(as_json.stdout)["faults"]
     assert (fault["sample"], fault["kind"], fault["error"]) == ("again", "duplicate", False)
     assert fault["text"].endswith("as sample good")
     write(path, [GOOD, GOOD, other])
@@ -333,11 +333,11 @@ def test_lengths_are_those_of_training(model: Path, media: Path, tmp_path: Path)
         found.row.name for found in validate(rows, processor, limit) if not found.error
     ]
     path = write(tmp_path / "a.json", [GOOD])
-    told = llava("data", "check", path, "--media", media, "-m", model, "--tokens", limit - 1)
-    assert told.exit_code == 1
+    listed = llava("data", "check", path, "--media", media, "-m", model, "--tokens", limit - 1)
+    assert listed.exit_code == 1
     assert (
         f"sample good has {limit} tokens, more than the {limit - 1} of a batch: raise --tokens"
-        in told.stdout
+        in listed.stdout
     )
     far = write(tmp_path / "far.json", [llava_sample("far", "word " * 5000, "x")])
     assert (
@@ -369,7 +369,7 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(
     wrong = [sample["id"] for sample, kinds, _ in FAULTS if kinds]
     path = write(tmp_path / "some.json", samples)
 
-    def told(out: str, **more: Any) -> list[str]:
+    def left_out(out: str, **more: Any) -> list[str]:
         said: list[str] = []
         tune(model, path, tmp_path / out, media, said.append, **more)
         return said
@@ -378,9 +378,9 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(
         DataError,
         match=rf"^{len(wrong)} of {len(samples)} samples have errors: .*sample no turns.*; and \d+ more",
     ):
-        told("refused")
+        left_out("refused")
     assert sorted(path.name for path in (tmp_path / "refused").iterdir()) == [".lock", "data"]
-    said = told("skipped", skip_errors=True)
+    said = left_out("skipped", skip_errors=True)
     left = [line for line in said if line.startswith("left out: ")]
     assert len(left) == len(wrong)
     for name, line in zip(wrong, left, strict=True):
@@ -388,13 +388,13 @@ def test_training_refuses_errors_or_lists_what_it_leaves_out(
     assert f"{len(wrong)} of {len(samples)} samples were left out" in said
     write(path, [sample for sample in samples if sample["id"] in wrong])
     with pytest.raises(DataError, match="nothing is left to train on"):
-        told("nothing", skip_errors=True)
+        left_out("nothing", skip_errors=True)
     write(path, [GOOD])
     with pytest.raises(
         DataError,
         match=r"1 of 1 samples have errors: sample good has \d+ tokens, more than the 20 of a batch",
     ):
-        told("long", tokens=20)
+        left_out("long", tokens=20)
 
 
 def test_a_run_resumes_with_its_own_data_only(model: Path, media: Path, tmp_path: Path) -> None:
@@ -580,9 +580,9 @@ def tree(root: Path, *paths: str) -> Path:
     return root / paths[0].split("/")[0]
 
 
-def told(row: datasets.RawSample) -> tuple[str, list[str], str]:
-    asked, answer = (turn["value"] for turn in row.sample["conversations"])
-    assert asked.count("<image>") == max(1, len(row.sample["image"]))
+def fields(row: datasets.RawSample) -> tuple[str, list[str], str]:
+    question, answer = (turn["value"] for turn in row.sample["conversations"])
+    assert question.count("<image>") == max(1, len(row.sample["image"]))
     return row.name, row.sample["image"], answer
 
 
@@ -595,7 +595,7 @@ def test_folders(tmp_path: Path) -> None:
         "pets/.cache/x.png",
     )
     found = datasets.rows(classes)
-    assert [told(row) for row in found] == [
+    assert [fields(row) for row in found] == [
         ("cat/a.jpg", ["cat/a.jpg"], "cat"),
         ("polar_bear/9.png", ["polar_bear/9.png"], "polar bear"),
         ("polar_bear/10.jpg", ["polar_bear/10.jpg"], "polar bear"),
@@ -603,7 +603,7 @@ def test_folders(tmp_path: Path) -> None:
     assert [row.group for row in found] == ["cat", "polar_bear", "polar_bear"]
     notes = tree(tmp_path, "notes/a.jpg", "notes/a.txt", "notes/b.png", "notes/c.txt")
     found = datasets.rows(notes, question="Who?")
-    assert [told(row) for row in found] == [
+    assert [fields(row) for row in found] == [
         ("a.jpg", ["a.jpg"], "a!"),
         ("b.png", ["b.png"], ""),
         ("c.txt", [], "c!"),
@@ -620,7 +620,7 @@ def test_folders(tmp_path: Path) -> None:
         "albums/z/u.txt",
     )
     found = datasets.rows(albums)
-    assert [told(row) for row in found] == [
+    assert [fields(row) for row in found] == [
         ("x", ["x/2.jpg", "x/10.jpg"], "t!"),
         ("y", ["y/1.jpg"], ""),
         ("z", [], "u!"),
@@ -733,8 +733,8 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
         images = [f"{number}.{i}.png" for i in range(1 + number % 3)]
         for name in images:
             noise(len(samples) * 10 + len(name)).save(tmp_path / name)
-        asked = {"from": "human", "value": "<image>" * len(images) + "What?"}
-        turns = [asked, {"from": "gpt", "value": f"Number {number}."}]
+        turn = {"from": "human", "value": "<image>" * len(images) + "What?"}
+        turns = [turn, {"from": "gpt", "value": f"Number {number}."}]
         samples.append({"id": str(number), "image": images, "conversations": turns})
     listed = list(
         validate(datasets.rows(write(tmp_path / "s.json", samples)), formats.processor(model))
@@ -880,7 +880,7 @@ def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: 
     ]
     assert [line["truth"] for line in lines] == ["cat", "dog"]
     assert llava(*words).exit_code == 0  # finished: nothing is trained again
-    asked = llava(
+    answered = llava(
         "batch",
         tmp_path / "out" / "held-out.jsonl",
         tmp_path / "a.jsonl",
@@ -889,7 +889,7 @@ def test_a_folder_is_trained_on_but_for_what_is_held_out(model: Path, tmp_path: 
         "--max-new-tokens",
         2,
     )
-    assert asked.exit_code == 0, asked.output
+    assert answered.exit_code == 0, answered.output
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [line["id"] for line in lines]
     assert not any("error" in answer for answer in answers)

@@ -49,13 +49,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{number}-{i}.png" for i in range(number % 3)]
         for name in names:
             Image.frombytes("RGB", (30, 30), Random(name).randbytes(2700)).save(place / name)
-        told = {"chosen": "It is red. " * (1 + number), "rejected": "Blue"}
+        answers = {"chosen": "It is red. " * (1 + number), "rejected": "Blue"}
         rows.append(
             {
                 "id": f"p{number}",
                 "image": names,
                 "prompt": "<image> " * len(names) + f"Which colour is {number}?",
-                **told,
+                **answers,
             }
         )
     (place / "pairs.json").write_text(json.dumps(rows))

@@ -71,8 +71,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{number}-{i}.png" for i in range(number % 3)]
         for name in names:
             Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
-        asked = "<image>\n" * len(names) + f"What is number {number}?"
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "Noise."}]
+        question = "<image>\n" * len(names) + f"What is number {number}?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Noise."}]
         rows.append({"id": f"s{number}", "image": names, "conversations": turns})
     (place / "some.json").write_text(json.dumps(rows))
     return place / "some.json"
@@ -269,8 +269,8 @@ def test_questions_whose_answers_have_one_reward_are_replaced(
         prompt = Prompt([1, 2])
         monkeypatch.setattr(made, "question", lambda n: Question(prompt, str(n), {"id": ""}))
         monkeypatch.setattr(
-            made, "answers", lambda asked, seeds: [
-                [([3], "a" * (int(q.text) % 2 * i)) for i, _ in enumerate(seeds)] for q in asked
+            made, "answers", lambda prompts, seeds: [
+                [([3], "a" * (int(q.text) % 2 * i)) for i, _ in enumerate(seeds)] for q in prompts
             ],
         )  # fmt: skip
         return made

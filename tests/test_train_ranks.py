@@ -106,14 +106,14 @@ def prepare(place: Path) -> None:
         names = [f"{number}-{i}.png" for i in range(number % 3)]
         for name in names:
             Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
-        asked, said = "<image>\n" * len(names) + "What?", f"Number {number}." * (1 + number % 4)
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+        question, said = "<image>\n" * len(names) + "What?", f"Number {number}." * (1 + number % 4)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": said}]
         samples.append({"id": f"s{number}", "image": names, "conversations": turns})
         pairs.append(
             {
                 "id": f"s{number}",
                 "images": names,
-                "prompt": asked,
+                "prompt": question,
                 "chosen": said,
                 "rejected": "No!",
             }

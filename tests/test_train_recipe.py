@@ -189,7 +189,7 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
         'model = "org/x"\nsource = "s.json"\nepochs = 2\nlr = 1.0\nbfloat16 = true\n[dpo]\nloss_type = "ipo"'
     )
 
-    def told(*words: str) -> Recipe:
+    def recipe_of(*words: str) -> Recipe:
         done = CliRunner().invoke(app, ["train", *words, "-o", "out"])
         if done.exception:
             raise done.exception
@@ -197,8 +197,8 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
 
     stored = recipe.read(tmp_path / "mine.toml")
     model = str(tmp_path / "org" / "x")
-    assert told("-r", "mine.toml") == dataclasses.replace(stored, model=model)
-    assert told(
+    assert recipe_of("-r", "mine.toml") == dataclasses.replace(stored, model=model)
+    assert recipe_of(
         "other", "-r", "mine.toml", "--steps", "5", "--no-bfloat16", "--dpo-beta", "0.3"
     ) == dataclasses.replace(
         stored,
@@ -209,7 +209,7 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
         bfloat16=False,
         dpo=DPOConfig(beta=0.3, loss_type="ipo"),
     )
-    again = told(
+    again = recipe_of(
         "x.json",
         "-m",
         "m",
@@ -230,9 +230,9 @@ def test_flags_change_single_settings_and_the_result_is_handed_on(
         adapter=LoraConfig(targets=("a*", "b")),
     )
     with pytest.raises(OptionError, match="name samples, or a recipe"):
-        told("-r", "align")
+        recipe_of("-r", "align")
     with pytest.raises(OptionError, match="ipo has no label smoothing"):
-        told("-r", "mine.toml", "--dpo-label-smoothing", "0.1")
+        recipe_of("-r", "mine.toml", "--dpo-label-smoothing", "0.1")
     flags = set(inspect.signature(command.train).parameters)
     fields = {f.name for f in dataclasses.fields(Recipe)} - set(recipe.TABLES)
     assert flags == {"out", "name"} | fields | {

@@ -74,13 +74,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{number}-{i}.png" for i in range(1 + number % 3)]
         for name in names:
             Image.frombytes("RGB", (50, 40), Random(name).randbytes(6000)).save(place / name)
-        asked = (
+        question = (
             "<image>\nWhat?",
             "Is <image> like <image> here?",
             "<image>\n<image>\n<image>\nWhich?",
         )[number % 3]
         turns = [
-            {"from": "human", "value": asked},
+            {"from": "human", "value": question},
             {"from": "gpt", "value": f"Noise, number {number}." + " Yes." * number},
         ]
         rows.append({"id": f"s{number}", "image": names, "conversations": turns})
@@ -1013,13 +1013,13 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_held_out_samples_are_measured_and_answered(finished: tuple[Path, list[str]]) -> None:
     out, said = finished
     assert [line["step"] for line in log(out) if "held_out" in line] == [0, 2, 4, 6]
-    asked = json.loads((out / "questions.json").read_text())
+    questions = json.loads((out / "questions.json").read_text())
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
-    assert all(len(line["answers"]) == len(asked) == 3 for line in lines)
-    assert all(one["truth"] and one["question"] and one["images"] for one in asked)
+    assert all(len(line["answers"]) == len(questions) == 3 for line in lines)
+    assert all(one["truth"] and one["question"] and one["images"] for one in questions)
     for line in lines:
-        for one, answer in zip(asked, line["answers"], strict=True):
+        for one, answer in zip(questions, line["answers"], strict=True):
             assert f"step {line['step']} {one['name']}: {answer}" in said
 
 

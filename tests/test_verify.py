@@ -204,10 +204,10 @@ def test_command(tmp_path: Path) -> None:
     words = ["verify", str(folder), "--tokens", "3", "--json", "--ablate", "--html", str(page)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert [case["passed"] for case in told["cases"]] == [True] * 4
-    assert told["cases"][1]["layers"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
-    assert len(told["ablations"]) == 20
+    report = json.loads(done.stdout)
+    assert [case["passed"] for case in report["cases"]] == [True] * 4
+    assert report["cases"][1]["layers"][0] == {"name": "pixels", "error": 0.0, "relative": 0.0}
+    assert len(report["ablations"]) == 20
     tags = Tags()
     tags.feed(page.read_text())
     assert (tags.found.count("table"), tags.sources, "script" in tags.found) == (6, [], False)
@@ -230,15 +230,15 @@ def test_command_with_everything(packed: Path, folder: Path, adapter: Path, tmp_
     ]
     done = CliRunner().invoke(app, ["verify", *given, "--ablate", "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert (told["adapter"], told["against"]) == (str(adapter), str(folder))
-    assert [result["setting"] for result in told["ablations"]][::2] == [
+    report = json.loads(done.stdout)
+    assert (report["adapter"], report["against"]) == (str(adapter), str(folder))
+    assert [result["setting"] for result in report["ablations"]][::2] == [
         "baseline",
         *ablations.PROMPTS,
         "layer before the last",
         "bfloat16",
     ]
-    assert told["cases"][0]["tolerance"].startswith(
+    assert report["cases"][0]["tolerance"].startswith(
         "equal ids, equal pixels, every quantized linear"
     )
     for shown in (candidate.LINEARS, str(adapter), parity.OTHER_WEIGHTS.reference):

@@ -1148,10 +1148,10 @@ def test_a_table_of_a_folder(browser: Browser, tmp_path: Path) -> None:
         serve(BUILTIN, requests_per_minute=100_000) as address,
         opened(browser, address, viewport={"width": 390, "height": 800}) as page,
     ):
-        asked: list[Any] = []
+        sent: list[Any] = []
         page.on(
             "request",
-            lambda one: asked.append(one.post_data_json) if one.url.endswith("/table") else None,
+            lambda one: sent.append(one.post_data_json) if one.url.endswith("/table") else None,
         )
         page.locator("#open-table").click()
         table = page.get_by_role("dialog", name="Table")
@@ -1192,11 +1192,11 @@ def test_a_table_of_a_folder(browser: Browser, tmp_path: Path) -> None:
         second.get_by_label("Name").fill("star")
         second.get_by_label("Question").fill("Is there a star?")
         second.get_by_label("Type").select_option("bool")
-        asked.clear()
+        sent.clear()
         table.get_by_role("button", name="Compute").click()
         expect(rows.filter(has_text="album-3.png").locator("td")).to_have_text(["7", "yes"])
         expect(table.locator("#table-status")).to_contain_text("3 images of 4 done")
-        assert [column["name"] for column in asked[0]["columns"]] == ["things", "star"]
+        assert [column["name"] for column in sent[0]["columns"]] == ["things", "star"]
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         with page.expect_download() as download:
             table.get_by_role("button", name="Export CSV").click()

@@ -80,12 +80,14 @@ def engine(model: Llava, tokens: int = 4000, **options: Any) -> Engine:
 
 def answers(
     model: Llava,
-    asked: Sequence[Prompt] = PROMPTS,
+    prompts: Sequence[Prompt] = PROMPTS,
     sampling: SamplingParams | None = None,
     **options: Any,
 ) -> list[list[int]]:
     made = engine(model, **options)
-    requests = made.generate(asked, sampling or SamplingParams(max_new_tokens=24, ignore_eos=True))
+    requests = made.generate(
+        prompts, sampling or SamplingParams(max_new_tokens=24, ignore_eos=True)
+    )
     made.check()
     return [request.generated for request in requests]
 
@@ -227,7 +229,7 @@ def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ahead._runner, "_launch_next", counted)
     monkeypatch.setattr(never._runner, "_launch_next", lambda *_: None)
-    told = []
+    events = []
     for made in (ahead, never):
         each = [
             SamplingParams(max_new_tokens=4 + 9 * n, ignore_eos=True) for n in range(len(PROMPTS))
@@ -237,9 +239,9 @@ def test_a_step_is_launched_before_the_one_before_is_read(monkeypatch: pytest.Mo
         stop = SamplingParams(max_new_tokens=40, stop_ids=(found[4][-1],), ignore_eos=True)
         (ended,) = made.generate([PROMPTS[4]], stop)
         (more,) = made.generate([Prompt([*ended.tokens, 7])], each[0])
-        told.append([*found, ended.generated, more.generated, more.cached])
+        events.append([*found, ended.generated, more.generated, more.cached])
         made.check()
-    assert told[0] == told[1]
+    assert events[0] == events[1]
     assert sum(step is not None for step in launched) > 40
 
 
@@ -265,10 +267,10 @@ def test_deterministic_answers_are_alike_to_the_last_bit(device: str) -> None:
     how = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    def found(asked: Sequence[Prompt]) -> dict[int, list[Any]]:
+    def found(prompts: Sequence[Prompt]) -> dict[int, list[Any]]:
         made = engine(network(device, dtype), batch_invariant=True, tokens=2048)
         events: dict[int, list[Any]] = {}
-        requests = {made.add(one, how): index for one in asked for index in [PROMPTS.index(one)]}
+        requests = {made.add(one, how): index for one in prompts for index in [PROMPTS.index(one)]}
         while made.busy:
             for event in made.step():
                 assert event.error is None
@@ -323,8 +325,8 @@ def test_the_room_that_is_measured_is_there(card: torch.device) -> None:
     assert profile_kv_bytes(model, gpu_memory=0.5) > small
     free = torch.cuda.mem_get_info(card)[0]
     made = Engine(model, eos_ids=(), vocab=500, kv_bytes=small, max_num_seqs=2)
-    asked = [prompt(number, 6, 2900) for number in (11, 12)]
-    requests = made.generate(asked, SamplingParams(max_new_tokens=8, ignore_eos=True))
+    prompts = [prompt(number, 6, 2900) for number in (11, 12)]
+    requests = made.generate(prompts, SamplingParams(max_new_tokens=8, ignore_eos=True))
     assert [len(request.generated) for request in requests] == [8, 8]
     assert small <= free
 

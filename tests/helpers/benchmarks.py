@@ -69,17 +69,17 @@ WHOLE = [
 
 
 def said(answers: dict[str, str]) -> Any:
-    """Something that answers by the last question, and keeps what it was asked."""
+    """Something that answers by the last question, and keeps the messages it got."""
 
-    def answer(asked: Sequence[Messages]) -> list[str | LlavaError]:
-        answer.asked += list(asked)  # type: ignore[attr-defined]
+    def answer(batch: Sequence[Messages]) -> list[str | LlavaError]:
+        answer.received += list(batch)  # type: ignore[attr-defined]
         texts = [
             "".join(part.get("text", "<image>") for part in messages[-1]["content"])
-            for messages in asked
+            for messages in batch
         ]
         return [answers.get(text, "") for text in texts]
 
-    answer.asked = []  # type: ignore[attr-defined]
+    answer.received = []  # type: ignore[attr-defined]
     return answer
 
 

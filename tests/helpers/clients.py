@@ -124,19 +124,19 @@ def autogen(address: str, image: str) -> dict[str, Any]:
                 "structured_output": True,
             },
         )
-        asked = UserMessage(content=[Image.from_uri(image), QUESTION], source="user")
-        whole = await client.create([asked])
+        message = UserMessage(content=[Image.from_uri(image), QUESTION], source="user")
+        whole = await client.create([message])
         history = [
             SystemMessage(content="Be brief."),
-            asked,
+            message,
             AssistantMessage(content="Red.", source="assistant"),
             UserMessage(content="And now?", source="user_proxy"),
         ]
         later = await client.create(history)
         parsed = await client.create(
-            [asked], json_output=Colour, extra_create_args={"max_tokens": 64}
+            [message], json_output=Colour, extra_create_args={"max_tokens": 64}
         )
-        pieces = [piece async for piece in client.create_stream([asked])]
+        pieces = [piece async for piece in client.create_stream([message])]
         await client.close()
         return {
             "chat": whole.content,
