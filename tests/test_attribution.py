@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups:
     torch.manual_seed(0)
     q, k, v = torch.randn(11, heads, 8), torch.randn(11, groups, 8), torch.randn(11, groups, 8)
     recorded, written = (
-        ContinuationAttention([11], [[]], None, q.device, layers=[2], record=4),
+        ContinuationAttention([11], [[]], None, layers=[2], record=4),
         Written(),
     )
     assert torch.allclose(recorded(2, q, k, v), written(2, q, k, v), atol=1e-6)
@@ -109,6 +110,49 @@ def test_what_is_recorded_is_the_softmax_and_changes_nothing(heads: int, groups:
     assert torch.allclose(kept.sum(-1), torch.ones(4), atol=1e-6)
     assert torch.allclose(kept, written.kept[2].mean(0)[7:], atol=1e-6)
     assert (kept.triu(8) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=["sdpa", "kernel"]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_continuations_see_their_ranges(dtype: torch.dtype, tolerance: float, seed: int) -> None:
+    """Of a stored sequence and of themselves, whatever the continuation before them saw."""
+    rng = Random(seed)
+    torch.manual_seed(seed)
+    stored, heads, groups, d, passes = 40, 4, 2, 16, 6
+    lengths = [rng.randint(1, 20) for _ in range(passes)]
+    edges = [sorted(rng.sample(range(stored + 1), 2 * rng.randint(0, 3))) for _ in lengths]
+    seen = [list(zip(one[::2], one[1::2], strict=True)) for one in edges]
+    q, k, v = (torch.randn(sum(lengths), n, d).to(dtype) for n in (heads, groups, groups))
+    keys, values = (torch.randn(stored, groups, d).to(dtype) for _ in range(2))
+    attend = ContinuationAttention(lengths, seen, lambda _: (keys, values), layers=[1], record=1)
+    for layer in range(2):
+        found = attend(layer, q, k, v)
+        for ranges, out, *own in zip(
+            seen, *(x.split(lengths) for x in (found, q, k, v)), strict=True
+        ):
+            see = torch.zeros(stored, dtype=torch.bool)
+            for start, stop in ranges:
+                see[start:stop] = True
+            queries, own_k, own_v = own
+            all_keys, all_values = torch.cat([keys[see], own_k]), torch.cat([values[see], own_v])
+            expected = plain_attention(queries.float(), all_keys.float(), all_values.float())
+            assert torch.allclose(out.float(), expected, atol=tolerance)
+    recorded = attend.recorded[1]
+    assert recorded.shape == (1, sum(stop - start for start, stop in seen[0]) + lengths[0])
+    assert recorded.sum() == pytest.approx(1, abs=1e-4)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of the last `len(q)` tokens, head by head."""
+    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        group = head * k.shape[1] // q.shape[1]
+        scores = q[:, head] @ k[:, group].t() * q.shape[2] ** -0.5
+        out[:, head] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, group]
+    return out
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -369,14 +413,12 @@ class Known:
 
     def __init__(self, whole: float, hidden: list[float], visible: list[float], none: float):
         media = tiny_media(len(hidden))
-        self.prompt, self.whole, self.none = Prompt([], media), whole, none
+        self.prompt, self.none = Prompt([], media), none
         self.by_hidden = {(one,): value for one, value in zip(media, hidden, strict=True)} | {
             tuple(m for m in media if m is not one): value
             for one, value in zip(media, visible, strict=True)
         }
-
-    def logprobs(self) -> Tensor:
-        return torch.tensor([self.whole])
+        self.by_hidden[()] = whole
 
     def without(self, media: Sequence[Media]) -> Tensor:
         return torch.tensor([self.none])

@@ -2,6 +2,7 @@
 tells.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -22,7 +23,9 @@ from llava_interleave.chat import load
 from llava_interleave.cli import app
 from llava_interleave.flops import decoder_bytes, prefill_flops, vision_flops
 from llava_interleave.model import Llava, PackedAttention
+from llava_interleave.options import Options
 from llava_interleave.testing import tiny_checkpoint
+from recipes.tiny_world.benchmark import World
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -205,3 +208,30 @@ def test_the_bench_of_a_gpu(tmp_path: Path) -> None:
     subprocess.run([*command, "--only", "ours small", "--minutes", "0"], **how)
     late = json.loads(out.read_text())["rows"]
     assert len(late) == 9 and {row["note"] for row in late} == {"left out: the minutes were over"}
+
+
+def test_approximations_that_leave_nothing_out_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    script = importlib.import_module("approximations")
+    bot = load(precision="float32")
+    most, videos = 40, []
+    for example in World(questions=2, scenario="views,video").examples:
+        (message,) = example.ask(tmp_path)
+        prompt = bot.prompt([message])
+        exact = bot.answer_prompts([prompt], Options(max_new_tokens=most))[0].text
+        assert script.contrastive(bot, prompt, most, 0.0) == exact
+        assert script.position_independent(bot, prompt, most, 1.0) == exact
+        videos += message["content"][:1] * (example.group == "video")
+    longer = bot.prompt([{"role": "user", "content": [*videos, *message["content"]]}])
+    exact = bot.answer_prompts([longer], Options(max_new_tokens=most))[0].text
+    assert script.eviction(bot, longer, most, "nothing") == exact
+    # rotated back, keys are as if they had been computed at the new position
+    kept = script.KVSequence(bot)
+    kept.append(script.embedded(bot, longer)[:20], 7)
+    moved = kept.rotated(kept.kv, -7)
+    there = script.KVSequence(bot)
+    there.append(script.embedded(bot, longer)[:20], 0)
+    for (k, v), (right_k, right_v) in zip(moved, there.kv, strict=True):
+        assert torch.allclose(k, right_k, atol=1e-3) and torch.allclose(v, right_v, atol=1e-3)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import threading
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from llava_interleave import placement as places
 from llava_interleave.chat import Chatbot, Conversation, Options, load
 from llava_interleave.chat.attachments import content, part, parts
 from llava_interleave.chat.detokenize import StopStrings
+from llava_interleave.chat.engine_driver import FairLock
 from llava_interleave.engine import Engine, SamplingParams
 from llava_interleave.errors import DataError, MediaError, OptionError, PromptError, Unsupported
 from llava_interleave.model import PackedAttention, arrange_features
@@ -580,3 +582,25 @@ def test_a_home_that_cannot_be_written_is_no_error(
     (tmp_path / "file").touch()
     monkeypatch.setattr(license_notice, "state_folder", lambda: tmp_path / "file" / "below")
     license_notice.show_once("llava-hf/llava-interleave-qwen-0.5b-hf", tmp_path, {})
+
+
+def test_a_waiting_thread_gets_the_lock_next() -> None:
+    """The thread that computes steps would take it again each time, so that a question of another
+    one waits until a frame is prefilled or an answer is complete."""
+    lock, began, turns = FairLock(), threading.Event(), 0
+
+    def work() -> None:
+        nonlocal turns
+        for _ in range(100):
+            with lock:
+                turns += 1
+                began.set()
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    began.wait()
+    before = turns
+    with lock:
+        assert turns <= before + 1
+    thread.join()

@@ -1,6 +1,9 @@
 """Image features on disk: equal to computed ones, never those of damaged files or other models."""
 
+import contextlib
+import os
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -120,17 +123,36 @@ def test_it_is_a_dict_that_forgets_the_least_recently_used(
         assert cache.bytes == size <= limit
 
 
-def test_two_writers_share_a_folder(tmp_path: Path, model: Llava) -> None:
-    one, two = (EncoderDiskCache(tmp_path, GIB, model) for _ in range(2))
-    features = torch.randn(9, 192)
-    one.put((b"a", 0), features)
-    two.put((b"a", 0), features)
-    two.put((b"b", 0), features)
-    for cache in (one, two):
-        for name in (b"a", b"b"):
-            read = cache.get((name, 0))
-            assert read is not None and torch.equal(read, features)
-    assert not list(tmp_path.rglob("*.part"))
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_share_a_folder(tmp_path: Path, model: Llava) -> None:
+    """Also where they evict each other's files and damage them."""
+
+    def work(seed: int) -> None:
+        rng, cache = Random(seed), EncoderDiskCache(tmp_path, 20_000, model)
+        for _ in range(300):
+            number = rng.randrange(12)
+            features = torch.full((2, 192), float(number))
+            read = cache.get((b"%d" % number, 0))
+            assert read is None or torch.equal(read, features)
+            cache.put((b"%d" % number, 0), features)
+            if rng.random() < 0.02:
+                for path in list(tmp_path.rglob("*.features"))[:1]:
+                    with contextlib.suppress(OSError):
+                        path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    children = []
+    for seed in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(seed)
+                os._exit(0)
+            except BaseException:  # noqa: BLE001  the child must not return
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert list(tmp_path.rglob("*.features")) and not list(tmp_path.rglob("*.part"))
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, model: Llava) -> None:

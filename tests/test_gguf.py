@@ -102,10 +102,11 @@ def test_files_that_are_refused(model: Llava, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_llama_cpp_answers_as_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+def test_llama_cpp_answers_as_the_checkpoint(tmp_path: Path, dtype: str) -> None:
     """llama.cpp's own build on these files: features, the first token, greedy tokens."""
     pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
-    done = llava("convert", BUILTIN, tmp_path / "g", "--layout", "gguf")
+    done = llava("convert", "builtin", tmp_path / "g", "--layout", "gguf", "--dtype", dtype)
     assert done.code == 0, done.err
     compared = llava("verify", tmp_path / "g")
     assert compared.code == 0, compared.out + compared.err

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import pytest
@@ -13,14 +15,20 @@ from pyarrow import parquet
 from pydantic import BaseModel, Field
 
 from llava_interleave import Chatbot, load
+from llava_interleave.chat import table
 from llava_interleave.chat.columns import Column, read_columns
 from llava_interleave.chat.detokenize import Answer, TokenLogprob
 from llava_interleave.chat.table import TableRun, read_cell, yes_or_no
+from llava_interleave.cli.local_model import LazyModel
 from llava_interleave.engine import Timings, Usage
 from llava_interleave.engine.sampler import Sampler
 from llava_interleave.errors import MediaError, OptionError
 from llava_interleave.options import SamplingParams
+from recipes.tiny_world.data import render
+from recipes.tiny_world.episodes import NORMAL, episode
+from tests.helpers.benchmarks import kill_and_resume
 from tests.helpers.cli import llava
+from tests.helpers.images import random_image
 
 DEMO = Path(__file__).parent.parent / "llava_interleave" / "demo_files"
 IMAGES = [DEMO / f"{name}.png" for name in ("album-1", "album-2", "album-3", "shapes", "front")]
@@ -77,6 +85,23 @@ def test_answers_that_do_not_end_are_errors(bot: Chatbot) -> None:
     (row,) = bot.each([IMAGES[2]], {"what": "What do you see?"}, max_new_tokens=3)
     assert row["what"].value is None
     assert "longer than max_new_tokens (3)" in row["what"].error
+
+
+def test_a_verdict_behind_its_reasons(bot: Chatbot) -> None:
+    """The model writes "top left and bottom right, above: no"."""
+    verdicts = []
+    for number in range(8):
+        shown = episode("single", Random(f"reasons {number}"), NORMAL)
+        for question in shown.questions:
+            if question.about == "relation":
+                text = f"Is the {question.a} {question.relation} the {question.b}?"
+                images = render(shown, 256)
+                (row,) = bot.each(images, {"verdict": (text, bool)})
+                cell = row["verdict"]
+                assert cell.value == (bot.ask(text, images).text.rpartition(" ")[2] == "yes")
+                assert min(cell.probability, cell.allowed) > 0.99
+                verdicts.append(cell.value)
+    assert len(verdicts) == 6 and set(verdicts) == {True, False}
 
 
 def test_find_ranks_by_the_probability_of_yes(bot: Chatbot) -> None:
@@ -261,6 +286,36 @@ def test_the_command_resumes_and_adds_columns(
     assert [row["count"] for row in again] == ["1", "3", "4", "1", "4"]
     other = llava("table", photos, *count, "-o", out, "--preset", "hf")
     assert other.code == 2 and "preset" in other.err  # cells of other options are not used
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork")
+def test_killed_tables_and_searches_are_those_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any moment and resumed, both end as if nothing had happened, to the last bit where
+    results do not depend on the batch."""
+    bot = load(batch_invariant=True)
+    for number in range(20):
+        random_image(40, 40, number).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(LazyModel, "ready", lambda *_: bot)
+    monkeypatch.setattr(table, "IMAGES_IN_FLIGHT", 2)
+    hits = tmp_path / "hits.json"
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        column = ("-c", "things int: How many things are there?")
+        assert llava("table", tmp_path, *column, "-o", tmp_path / "t.csv").code == 0
+        words = ("find", "Is there a star?", tmp_path, "--json", "--cells", tmp_path / "cells")
+        hits.write_text(llava(*words).out)
+
+    work()
+    files = [tmp_path / name for name in ("t.csv", "t.csv.cells", "cells", "hits.json")]
+    expected = [sorted(path.read_text().splitlines()) for path in files]
+    for path in files:
+        path.unlink()
+    assert kill_and_resume(work, Random(2), most=5, longest=0.7) > 2
+    assert [sorted(path.read_text().splitlines()) for path in files] == expected
 
 
 def test_all_formats_have_the_same_rows(tmp_path: Path) -> None:

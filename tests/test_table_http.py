@@ -18,12 +18,14 @@ COLUMNS = [
     {"name": "things", "question": "How many things are there?", "type": "int"},
     {"name": "star", "question": "Is there a star?", "type": "bool"},
     {"name": "colour", "question": "What colour is the star?", "choices": ["red", "yellow"]},
+    {"name": "above", "question": "Is the orange cross above the red star?", "type": "bool"},
 ]
 SAME: dict[str, Any] = {
     "what": "Describe the image.",
     "things": ("How many things are there?", int),
     "star": ("Is there a star?", bool),
     "colour": ("What colour is the star?", Literal["red", "yellow"]),
+    "above": ("Is the orange cross above the red star?", bool),  # answered with reasons first
 }
 
 

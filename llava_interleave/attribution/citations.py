@@ -83,8 +83,9 @@ def cite(run: AttributionRun, tokens: Sequence[bytes], text: str) -> tuple[Citat
     much.
     """
     media = run.prompt.media
-    whole, blind = run.logprobs(), run.without(media)
-    changes = [whole - one for one in run.directly_without([[one] for one in media])]
+    blind = run.without(media)
+    whole, *hidden = run.directly_without([[], *([one] for one in media)])
+    changes = [whole - one for one in hidden]
     sentences = [one for one in split_sentences(tokens) if one.start < len(text)]
     alone: list[Tensor] = []
     citations = []

@@ -74,23 +74,15 @@ class AttributionRun:
         self.features = [None] * len(prompt.media) if cached is None else list(cached.features)
         use = cached is not None and cached.length >= self.suffix
         self.stored: StoredKV | None = cached.stored if cached is not None and use else None
-        self.whole: Tensor | None = None
         self._inputs: Tensor | None = None
-
-    def logprobs(self) -> Tensor:
-        """Log-probabilities `[A]` with all images."""
-        if self.whole is None:
-            self.with_attention([0])
-        assert self.whole is not None
-        return self.whole
 
     @torch.inference_mode()
     def with_attention(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities `[A]`; the answer's attention `[A, T]`, mean over layers and heads."""
         first = 0 if self.stored is None else self.suffix
         whole = ForwardPass(torch.arange(first, len(self.tokens)), [(0, first)] if first else [])
-        (self.whole,), recorded = self._forward([whole], layers)
-        return self.whole, torch.stack([recorded[layer] for layer in layers]).mean(0)
+        (logprobs,), recorded = self._forward([whole], layers)
+        return logprobs, torch.stack([recorded[layer] for layer in layers]).mean(0)
 
     @torch.inference_mode()
     def without(self, media: Sequence[Media]) -> Tensor:
@@ -99,7 +91,7 @@ class AttributionRun:
         Under causal attention that is the same as removing their rows. All rows behind the first of
         them are computed again.
         """
-        self.logprobs()  # which fills the KV cache
+        self._fill_kv_cache()
         first = min(one.start for one in media)
         hidden = torch.zeros_like(self.is_media)
         for one in media:
@@ -116,14 +108,18 @@ class AttributionRun:
         sees them.
 
         Only these rows are computed again: what other media or texts took from a hidden one stays.
-        For the last media it is `without`.
+        For the last media it is `without`; of none, those with all images.
         """
-        self.logprobs()  # which fills the KV cache
+        self._fill_kv_cache()
         rows = torch.arange(self.suffix, len(self.tokens))
         passes = [ForwardPass(rows, visible_ranges(self.suffix, media)) for media in hidden]
         count = max(1, PASS_TOKENS // len(rows))
         calls = [passes[i : i + count] for i in range(0, len(passes), count)]
         return [logprobs for call in calls for logprobs in self._forward(call)[0]]
+
+    def _fill_kv_cache(self) -> None:
+        if self.stored is None:
+            self.with_attention([0])
 
     def _forward(
         self, passes: Sequence[ForwardPass], layers: Sequence[int] = ()
@@ -137,9 +133,7 @@ class AttributionRun:
         count = len(self.answer)
         lengths = [len(one.rows) for one in passes]
         seen = [one.seen for one in passes]
-        attend = ContinuationAttention(
-            lengths, seen, self.stored, self.device, layers=layers, record=count
-        )
+        attend = ContinuationAttention(lengths, seen, self.stored, layers=layers, record=count)
         rows = torch.cat([one.rows for one in passes])
         x, positions = self._embed(rows), rows.to(self.device)
         if self.stored is None:

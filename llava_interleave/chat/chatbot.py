@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ from .attachments import content
 from .columns import Column, read_columns
 from .conversation import Conversation
 from .detokenize import Answer, AnswerDelta
-from .engine_driver import EngineDriver, GenerationJob
+from .engine_driver import MAX_PREFILL_DELAY, EngineDriver, FairLock, GenerationJob
 from .live import LiveSession
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
@@ -68,7 +68,7 @@ class Chatbot:
         self.default_options = generation_config.default_options(defaults)
         self.max_new_tokens: int = defaults.get("max_new_tokens", MAX_NEW_TOKENS)
         self._driver = EngineDriver(engine, processor.tokenizer, self.max_new_tokens)
-        self._lock = threading.Lock()
+        self._lock = FairLock()
 
     def ask(
         self,
@@ -390,7 +390,9 @@ class Chatbot:
                     if not any(job.items for job in jobs):
                         if not any(job.running for job in jobs):
                             return
-                        for job, item in self._driver.step():
+                        prefill_only = all(job.prefill_only for job in self._driver.jobs)
+                        budget = MAX_PREFILL_DELAY if prefill_only else math.inf
+                        for job, item in self._driver.step(budget):
                             job.items.append(item)
                         if progress:
                             _report(jobs, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from . import orders
 from .detokenize import Answer, AnswerBuilder, AnswerDelta
 
 Order = tuple[int, ...]
+MAX_PREFILL_DELAY = 0.2
+"""Seconds of prefill between two decode steps, as `Engine.step`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +44,20 @@ class GenerationJob:
     order_of: dict[Request, Order] = field(default_factory=dict)
     finished: dict[Order, Answer] = field(default_factory=dict)
     items: deque[AnswerDelta | Exception] = field(default_factory=deque)
+
+
+class FairLock:
+    """A lock that a thread which releases it cannot take again before one that waits for it."""
+
+    def __init__(self) -> None:
+        self._next, self._lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 class EngineDriver:

@@ -13,7 +13,7 @@ from ..engine import Usage
 from ..errors import OptionError, PromptError
 from ..options import Options
 from ..processing import PreparedImage
-from .table import yes_or_no
+from .table import REASON_TOKENS, TOP, read_verdict
 
 if TYPE_CHECKING:
     from .chatbot import Chatbot
@@ -124,17 +124,18 @@ class LiveSession:
     def probability(self, question: str) -> float:
         """The probability of yes against no as the answer to a yes/no question.
 
-        Raises `PromptError` if the model begins with neither.
+        Raises `PromptError` if the model says neither.
         """
-        answer = self.ask(question, logprobs=20, max_new_tokens=1, temperature=0.0)
-        found = answer.logprobs and yes_or_no(answer.logprobs[0], self.bot.processor.tokenizer)
-        if not found:
+        answer = self.ask(
+            question, logprobs=TOP, temperature=0.0, stop="\n", max_new_tokens=REASON_TOKENS
+        )
+        cell = read_verdict(answer.logprobs or (), self.bot.processor.tokenizer)
+        if cell is None:
             raise PromptError(
-                f"the answer to {question!r} begins with {answer.text!r}, and yes and no are not "
-                "among the 20 most probable tokens: ask a yes/no question"
+                f"the answer to {question!r} is {answer.text[:80]!r}, and nowhere in it yes and no "
+                "have half of the probability: ask a yes/no question"
             )
-        yes, no = found
-        return yes / (yes + no)
+        return cell.probability if cell.value else 1 - cell.probability
 
     def stream(self, question: str, **changes: object) -> Generator[AnswerDelta]:
         """As `ask`, in deltas."""

@@ -146,10 +146,13 @@ def estimate(
 def locate(
     name_or_folder: str | os.PathLike[str] | None, revision: str | None, *, tensors: bool = True
 ) -> Path:
-    """The folder of a checkpoint, by default the built-in model; downloaded if it is a hub name.
+    """The folder of a checkpoint; downloaded if it is a hub name. `builtin`, the default, is the
+    built-in model, `photos` the one that is made from packages.
 
     tensors: with its weights.
     """
+    if name_or_folder == BUILTIN.name and revision is None and not Path(BUILTIN.name).is_dir():
+        name_or_folder = None
     if name_or_folder is None and not (BUILTIN / "config.json").is_file():
         raise CheckpointError(
             "this installation has no built-in model; name a checkpoint folder or a Hugging Face "

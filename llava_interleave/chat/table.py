@@ -26,6 +26,10 @@ IMAGES_IN_FLIGHT = 8
 """Images whose cells are computed together."""
 TOP = 20
 """Alternatives of a token that are looked at for yes and no."""
+REASON_TOKENS = 64
+"""Most tokens of an answer that writes its reasons before yes or no."""
+CLEAR = 0.5
+"""The share of the probability that yes and no have together where a model says one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +174,25 @@ class TableRun:
                 for one in waiting:
                     self._answer(column, [one])
             return
-        for number, ((row, _), answer) in enumerate(zip(waiting, answers, strict=True)):
+        unsure = []
+        for number, ((row, prompt), answer) in enumerate(zip(waiting, answers, strict=True)):
             failure = matchers[number].failure if matchers else ""
-            row[column.name] = read_cell(column, answer, tokenizer, failure)
+            row[column.name] = cell = read_cell(column, answer, tokenizer, failure)
+            if wants_reasons(column, cell):
+                unsure.append((row, prompt))
+        if unsure:
+            self._read_verdicts(column, unsure)
+
+    def _read_verdicts(
+        self, column: Column, waiting: Sequence[tuple[dict[str, Cell], Prompt]]
+    ) -> None:
+        """Replace the cells of a model that writes its reasons before yes or no."""
+        options = self.options[column].but({"stop": "\n", "max_new_tokens": REASON_TOKENS})
+        jobs = [GenerationJob(prompt, options, i) for i, (_, prompt) in enumerate(waiting)]
+        answers = self.bot.answer_jobs(jobs)
+        for (row, _), answer in zip(waiting, answers, strict=True):
+            cell = read_verdict(answer.logprobs or (), self.bot.processor.tokenizer)
+            row[column.name] = cell or row[column.name]
 
 
 def _limited(column: Column) -> bool:
@@ -198,6 +218,23 @@ def read_cell(column: Column, answer: Answer, tokenizer: Tokenizer, failure: str
     # the token that ends an answer is not part of its value
     share = sum(token.allowed_logprob for token in written[: -1 if len(written) > 1 else None])
     return Cell(column.parse(answer.text.strip()), min(1.0, probability), math.exp(share))
+
+
+def wants_reasons(column: Column, cell: Cell) -> bool:
+    """Whether a yes/no question is put again without a limit, for `read_verdict`."""
+    return column.type is bool and not cell.error and cell.allowed < CLEAR
+
+
+def read_verdict(written: Sequence[TokenLogprob], tokenizer: Tokenizer) -> Cell | None:
+    """The cell of a free answer to a yes/no question, as in "This is a crab, so no.": at its first
+    token where yes and no together have half of the probability; None without one."""
+    for token in written:
+        said = tokenizer.decode([token.token]).strip().lower() in ("yes", "no")
+        found = yes_or_no(token, tokenizer) if said else None
+        if found and sum(found) >= CLEAR:
+            yes, no = found
+            return Cell(yes >= no, max(yes, no) / (yes + no), min(1.0, yes + no))
+    return None
 
 
 def yes_or_no(token: TokenLogprob, tokenizer: Tokenizer) -> tuple[float, float] | None:

@@ -33,7 +33,8 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A checkpoint folder or a Hugging Face name.")
+        str,
+        typer.Argument(metavar="SRC", help="A checkpoint folder, a Hugging Face name or builtin."),
     ],
     target: Annotated[
         Path,
@@ -68,13 +69,13 @@ def convert(
     with terminal.spinner(f"converting {source}"):
         import torch
 
-        from ..chat import named_dtype
+        from ..chat import locate, named_dtype
         from ..checkpoints import load, read_adapter, resolve, save
         from ..compose.gguf_files import write_gguf
         from ..lora import merge
         from ..processing.processor_files import files_for_transformers
 
-        folder = resolve(source, revision)
+        folder = locate(source, revision)
         target_dtype = named_dtype(dtype) if dtype and layout != "gguf" else None
         network = load(folder, dtype=target_dtype)
         if adapter:

@@ -1,13 +1,15 @@
 """Attention is the caller's: the function that the network calls in each layer, and implementations
 of it."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from .. import kernels
 
 
 class AttentionFn(Protocol):
@@ -72,7 +74,7 @@ class ContinuationAttention:
     """Several continuations of one sequence, each of which may see a part of it only: attribution.
 
     lengths: rows of each in the flat batch, which are causal. seen: by continuation, the ranges of
-    stored tokens that all its rows see. stored: the sequence's KV cache; without
+    stored tokens that all its rows see, ascending. stored: the sequence's KV cache; without
     them there is one continuation, the whole sequence.
     recorded: by layer of `layers`, attention probabilities of the first continuation's last
     `record` rows, if it sees all: mean over heads, `[record, S + R]` float32. They are computed
@@ -84,60 +86,102 @@ class ContinuationAttention:
         lengths: Sequence[int],
         seen: Sequence[Sequence[tuple[int, int]]],
         stored: StoredKV | None,
-        device: torch.device,
         *,
         layers: Collection[int] = (),
         record: int = 0,
     ) -> None:
-        self.lengths, self.stored = list(lengths), stored
+        self.lengths, self.seen, self.stored = list(lengths), seen, stored
         self.layers, self.record = frozenset(layers), record
         self.recorded: dict[int, Tensor] = {}
+        self.visible: tuple[Tensor, Tensor] | None = None
         if stored is None:
             self.whole = PackedAttention(self.lengths)
-        else:
-            self.stop = max((ranges[-1][1] for ranges in seen if ranges), default=0)
-            pairs = zip(self.lengths, seen, strict=True)
-            self.masks = [self._mask(rows, ranges, device) for rows, ranges in pairs]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.stored is None:
             self._record(layer, q, k)
             return self.whole(layer, q, k, v)
-        stop, longest = self.stop, max(self.lengths)
-        # one copy of what is stored for all continuations; each writes its own rows behind it
-        keys, values = (
-            torch.cat([old[:stop], new[:longest].to(old.dtype)]).transpose(0, 1).contiguous()
-            for old, new in zip(self.stored(layer), (k, v), strict=True)
-        )
+        sources = self.stored(layer)
+        keys, values = self._buffers(q, k)
+        placed: list[tuple[int, int, int]] = []
         outputs = []
-        parts = zip(self.masks, *(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        for index, (mask, queries, own_keys, own_values) in enumerate(parts):
-            end = mask.shape[1]
-            keys[:, stop:end] = own_keys.transpose(0, 1)
-            values[:, stop:end] = own_values.transpose(0, 1)
+        parts = zip(self.seen, *(x.split(self.lengths) for x in (q, k, v)), strict=True)
+        for index, (ranges, queries, own_keys, own_values) in enumerate(parts):
+            # what it sees lies in a row before its own rows; most of it is there already
+            ends = [0, *accumulate(stop - start for start, stop in ranges)]
+            wanted = [(*one, one[0] - end) for one, end in zip(ranges, ends[:-1], strict=True)]
+            for start, stop, shift in _missing(wanted, placed):
+                keys[start - shift : stop - shift] = sources[0][start:stop]
+                values[start - shift : stop - shift] = sources[1][start:stop]
+            placed, at, end = wanted, ends[-1], ends[-1] + len(queries)
+            if _has_kernel(q):
+                out = kernels.attend(
+                    queries, own_keys, own_values, keys.permute(1, 2, 0), values.transpose(0, 1), at
+                )
+            else:
+                keys[at:end], values[at:end] = own_keys, own_values
+                out = _continued(queries, keys[:end], values[:end])
             if index == 0:
-                self._record(layer, queries, keys[:, :end].transpose(0, 1))
-            out = scaled_dot_product_attention(
-                queries.transpose(0, 1)[None],
-                keys[None, :, :end],
-                values[None, :, :end],
-                attn_mask=mask,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outputs.append(out[0].transpose(0, 1))
+                keys[at:end] = own_keys
+                self._record(layer, queries, keys[:end])
+            outputs.append(out)
         return torch.cat(outputs)
+
+    def _buffers(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[capacity, Hkv, d]` that one continuation sees, in the order of memory
+        that its attention reads them in."""
+        if self.visible is None:
+            capacity = max(
+                sum(stop - start for start, stop in ranges) + rows
+                for ranges, rows in zip(self.seen, self.lengths, strict=True)
+            )
+            _, heads, d = k.shape
+            values = k.new_empty(heads, capacity, d).transpose(0, 1)
+            keys = (
+                k.new_empty(heads, d, capacity).permute(2, 0, 1)
+                if _has_kernel(q)
+                else torch.empty_like(values)
+            )
+            self.visible = keys, values
+        return self.visible
 
     def _record(self, layer: int, q: Tensor, k: Tensor) -> None:
         if layer in self.layers:
             self.recorded[layer] = probabilities(q[len(q) - self.record :], k)
 
-    def _mask(self, rows: int, seen: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-        """What `rows` rows see of the stored tokens and of themselves `[rows, stop + rows]`."""
-        mask = torch.zeros(rows, self.stop + rows, dtype=torch.bool)
-        for start, stop in seen:
-            mask[:, start:stop] = True
-        mask[:, self.stop :] = torch.ones(rows, rows, dtype=torch.bool).tril()
-        return mask.to(device)
+
+def _missing(
+    wanted: Sequence[tuple[int, int, int]], placed: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """The parts of ranges (start, stop, shift) that are not in `placed` with the same shift; both
+    ascend."""
+    for start, stop, shift in wanted:
+        for begin, end, moved in placed:
+            if moved == shift and begin < stop and end > start:
+                if begin > start:
+                    yield start, begin, shift
+                start = end
+        if start < stop:
+            yield start, stop, shift
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return (
+        q.is_cpu
+        and q.dtype == torch.bfloat16
+        and q.shape[-1] % kernels.PANEL == 0
+        and kernels.unavailable_reason() is None
+    )
+
+
+def _continued(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of `[R, H, d]` queries, the last R of S tokens, over `[S, Hkv, d]` -> `[R, H,
+    d]`."""
+    mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from ..chat import AnswerDelta, Chatbot
-from ..chat.engine_driver import EngineDriver, GenerationJob
+from ..chat.engine_driver import MAX_PREFILL_DELAY, EngineDriver, GenerationJob
 from ..engine import Engine, Load, Timings
 from ..errors import OptionError
 from ..structured_output.grammar import GrammarMatcher
@@ -30,8 +30,6 @@ THREADS = torch.get_num_threads()
 MAX_SINGLE_THREAD_PARAMETERS = 20_000_000
 """A network of at most so many parameters runs in one thread. Its layers take microseconds each,
 and threads meet after each of them: if another one has the second core, all wait for its turn."""
-MAX_PREFILL_DELAY = 0.2
-"""Seconds of prefill between two decode steps, as `Engine.step`."""
 
 
 @dataclass(slots=True, eq=False)

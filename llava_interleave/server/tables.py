@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..chat.columns import TYPES, Column
-from ..chat.table import Cell, Row, find_hits, read_cell
+from ..chat.table import (
+    REASON_TOKENS,
+    Cell,
+    Row,
+    find_hits,
+    read_cell,
+    read_verdict,
+    wants_reasons,
+)
 from ..errors import LlavaError, OptionError
 from .answer_stream import AnswerStream, sse_event
 from .api_errors import ApiError, error_body
@@ -126,7 +134,23 @@ async def _cell(
     service: Service | ServedModels, model: str | None, image: str, column: Column, key: str
 ) -> Cell:
     """The answer to a column's question about an image alone; an error of it is in the cell."""
-    limits = column.response_format
+    cell, _ = await _answered(service, model, image, column, key, column.response_format)
+    if wants_reasons(column, cell):
+        _, verdict = await _answered(service, model, image, column, key, None)
+        return verdict or cell
+    return cell
+
+
+async def _answered(
+    service: Service | ServedModels,
+    model: str | None,
+    image: str,
+    column: Column,
+    key: str,
+    limits: dict[str, Any] | None,
+) -> tuple[Cell, Cell | None]:
+    """The cell of an answer, and the one that `read_verdict` finds without limits."""
+    reasons = limits is None and column.response_format is not None
     request = ChatRequest.model_validate(
         {
             "model": model,
@@ -144,6 +168,7 @@ async def _cell(
             "logprobs": True,
             "top_logprobs": TOP,
             **({"stop": "\n"} if limits is None else {"response_format": limits}),
+            **({"max_completion_tokens": REASON_TOKENS} if reasons else {}),
         }
     )
     while True:
@@ -152,10 +177,13 @@ async def _cell(
                 stream: AnswerStream = ChatCompletionStream(prepared)
                 async for _ in stream.deltas():
                     pass
-                return read_cell(column, stream.answers[0], stream.tokenizer)
+                answer, tokenizer = stream.answers[0], stream.tokenizer
+                if reasons:
+                    return Cell(None), read_verdict(answer.logprobs or (), tokenizer)
+                return read_cell(column, answer, tokenizer), None
         except ApiError as error:
             if error.status != 429 and error.code != "overloaded":
                 raise
             await asyncio.sleep(error.retry or 1)  # other requests have the places
         except LlavaError as error:
-            return Cell(None, error=str(error))
+            return Cell(None, error=str(error)), None

@@ -148,6 +148,8 @@ class LlamaCpp:
             log_set(silent, ctypes.c_void_p())
         threads = torch.get_num_threads()
         settings = llama_cpp.llama_model_default_params()
+        # 0.3.36 crashes with weights that are repacked for AMX
+        settings.use_extra_bufts = False
         self.model = llama_cpp.llama_model_load_from_file(str(folder / DECODER).encode(), settings)
         if not self.model:
             raise CheckpointError(f"llama.cpp cannot read {folder / DECODER}")

@@ -96,9 +96,11 @@ BROKEN = [
 ]
 
 
-def kill_and_resume(work: Any, chance: random.Random) -> int:
+def kill_and_resume(
+    work: Any, chance: random.Random, *, most: int = 20, longest: float = 0.05
+) -> int:
     """Run `work` in a child that is killed at random moments, until it ends by itself; how often it
-    was killed.
+    was killed, `most` times at most and each time after at most `longest` seconds.
     """
     kills = 0
     while True:
@@ -109,7 +111,7 @@ def kill_and_resume(work: Any, chance: random.Random) -> int:
                 os._exit(0)
             except Exception:  # noqa: BLE001  the child must not return
                 os._exit(1)
-        deadline = time.monotonic() + (chance.uniform(0.0, 0.05) if kills < 20 else 60)
+        deadline = time.monotonic() + (chance.uniform(0.0, longest) if kills < most else 60)
         while time.monotonic() < deadline:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:

@@ -180,7 +180,7 @@ function draw() {
   const found = visible();
   const editing = $("table-body").querySelector("input, select"); // a cell that is being corrected stays
   if (!editing) $("table-body").replaceChildren(...found.slice(0, SHOWN).map(drawRow));
-  $("table-count").textContent = rows.length ? `${plural(found.length, "row")} of ${rows.length.toLocaleString("en")}${found.length > SHOWN ? `, the first ${SHOWN} are shown` : ""}` : "";
+  $("table-count").textContent = rows.length ? `${plural(found.length, "row")} of ${rows.length.toLocaleString("en")}${found.length > SHOWN ? `, the first ${SHOWN} are shown` : ""}.` : "";
   for (const one of document.querySelectorAll(".table-export")) /** @type {any} */ (one).disabled = !rows.length || !columns.length;
 }
 
