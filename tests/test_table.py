@@ -18,7 +18,15 @@ from llava_interleave import Chatbot, load
 from llava_interleave.chat import table
 from llava_interleave.chat.columns import Column, read_columns
 from llava_interleave.chat.detokenize import Answer, TokenLogprob
-from llava_interleave.chat.table import TableRun, read_cell, yes_or_no
+from llava_interleave.chat.table import (
+    Alternatives,
+    Cell,
+    TableRun,
+    probability_of_yes,
+    read_cell,
+    read_reasoned,
+    yes_or_no,
+)
 from llava_interleave.cli.local_model import LazyModel
 from llava_interleave.engine import Timings, Usage
 from llava_interleave.engine.sampler import Sampler
@@ -87,21 +95,45 @@ def test_answers_that_do_not_end_are_errors(bot: Chatbot) -> None:
     assert "longer than max_new_tokens (3)" in row["what"].error
 
 
-def test_a_verdict_behind_its_reasons(bot: Chatbot) -> None:
-    """The model writes "top left and bottom right, above: no"."""
-    verdicts = []
+def test_values_behind_their_reasons(bot: Chatbot) -> None:
+    """The model writes "top left and bottom right, above: no" and "top left, middle right: 2"."""
+    values: list[object] = []
+    kind: type
     for number in range(8):
         shown = episode("single", Random(f"reasons {number}"), NORMAL)
+        images = render(shown, 256)
         for question in shown.questions:
             if question.about == "relation":
-                text = f"Is the {question.a} {question.relation} the {question.b}?"
-                images = render(shown, 256)
-                (row,) = bot.each(images, {"verdict": (text, bool)})
-                cell = row["verdict"]
-                assert cell.value == (bot.ask(text, images).text.rpartition(" ")[2] == "yes")
-                assert min(cell.probability, cell.allowed) > 0.99
-                verdicts.append(cell.value)
-    assert len(verdicts) == 6 and set(verdicts) == {True, False}
+                text, kind = f"Is the {question.a} {question.relation} the {question.b}?", bool
+            elif question.about == "count_colour":
+                text, kind = f"How many {question.colour} things are there?", int
+            else:
+                continue
+            (row,) = bot.each(images, {"value": (text, kind)})
+            cell, end = row["value"], bot.ask(text, images).text.rpartition(" ")[2]
+            assert cell.value == (end == "yes" if kind is bool else int(end))
+            assert min(cell.probability, cell.allowed) > 0.9
+            values.append(cell.value)
+    assert len(values) == 13 and {True, False, 2} <= set(values)
+
+
+def test_free_answers_that_end_in_no_value(bot: Chatbot) -> None:
+    tokenizer = bot.processor.tokenizer
+    column = Column("n", "?", int)
+    for text, value in (("top left: 12.", 12), ("12 things", None), ("in2", None), ("-3", -3)):
+        ids = tokenizer.encode(text, special=False)
+        written = [TokenLogprob(one, "", math.log(0.9), ()) for one in ids]
+        cell = read_reasoned(column, answer(*written, text=text), tokenizer)
+        assert (cell and cell.value) == value
+        assert cell is None or cell.probability <= 0.9 + 1e-9
+        cut = answer(*written, text=text, reason="length")
+        assert read_reasoned(column, cut, tokenizer) is None
+    one_of = Column("c", "?", str, ("red", "dark red"))
+    ids = tokenizer.encode("left: dark red", special=False)
+    written = [TokenLogprob(one, "", 0.0, ()) for one in ids]
+    cell = read_reasoned(one_of, answer(*written, text="left: dark red"), tokenizer)
+    assert cell == Cell("dark red", 1.0, 1.0)
+    assert read_reasoned(one_of, answer(*written, text="left is dark red"), tokenizer) is None
 
 
 def test_find_ranks_by_the_probability_of_yes(bot: Chatbot) -> None:
@@ -237,6 +269,10 @@ def test_yes_and_no_in_either_case(bot: Chatbot) -> None:
         (0.1, 0.2)
     )
     assert yes_or_no(TokenLogprob(no, "no", -1.0, top[1:2]), tokenizer) is None
+    first: Alternatives = ("This", [("This", -0.1), ("yes", -5.0)])
+    for text, p, expected in (("no", 0.6, 0.25), ("no", 0.2, 1.0), ("not", 0.6, 1.0)):
+        then = (" " + text, [(" " + text, math.log(p)), (" Yes", math.log(0.2))])
+        assert probability_of_yes([first, then]) == pytest.approx(expected)
     cell = read_cell(
         Column("b", "?", bool),
         answer(TokenLogprob(no, "no", math.log(0.2), top, math.log(0.3)), text="no"),

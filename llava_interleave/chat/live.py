@@ -13,7 +13,7 @@ from ..engine import Usage
 from ..errors import OptionError, PromptError
 from ..options import Options
 from ..processing import PreparedImage
-from .table import REASON_TOKENS, TOP, read_verdict
+from .table import REASON_TOKENS, TOP, alternatives, find_verdict
 
 if TYPE_CHECKING:
     from .chatbot import Chatbot
@@ -129,13 +129,13 @@ class LiveSession:
         answer = self.ask(
             question, logprobs=TOP, temperature=0.0, stop="\n", max_new_tokens=REASON_TOKENS
         )
-        cell = read_verdict(answer.logprobs or (), self.bot.processor.tokenizer)
-        if cell is None:
+        found = find_verdict(alternatives(answer.logprobs or (), self.bot.processor.tokenizer))
+        if found is None:
             raise PromptError(
                 f"the answer to {question!r} is {answer.text[:80]!r}, and nowhere in it yes and no "
                 "have half of the probability: ask a yes/no question"
             )
-        return cell.probability if cell.value else 1 - cell.probability
+        return found[0] / sum(found)
 
     def stream(self, question: str, **changes: object) -> Generator[AnswerDelta]:
         """As `ask`, in deltas."""

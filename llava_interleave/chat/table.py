@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,9 @@ IMAGES_IN_FLIGHT = 8
 TOP = 20
 """Alternatives of a token that are looked at for yes and no."""
 REASON_TOKENS = 64
-"""Most tokens of an answer that writes its reasons before yes or no."""
+"""Most tokens of an answer with its reasons before the value."""
 CLEAR = 0.5
-"""The share of the probability that yes and no have together where a model says one of them."""
+"""The share of the probability that allowed values, or yes and no, have where a model says one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ class Hit:
     allowed: float
 
 
+Alternatives = tuple[str, Sequence[tuple[str, float]]]
+"""The text of a token, and the most probable texts there with their log-probabilities."""
 Known = Callable[[int, Column], Cell | None]
 """The cell of image number i that is there already, or None."""
 
@@ -181,17 +184,17 @@ class TableRun:
             if wants_reasons(column, cell):
                 unsure.append((row, prompt))
         if unsure:
-            self._read_verdicts(column, unsure)
+            self._read_reasoned(column, unsure)
 
-    def _read_verdicts(
+    def _read_reasoned(
         self, column: Column, waiting: Sequence[tuple[dict[str, Cell], Prompt]]
     ) -> None:
-        """Replace the cells of a model that writes its reasons before yes or no."""
+        """Replace the cells of a model that writes its reasons before the value."""
         options = self.options[column].but({"stop": "\n", "max_new_tokens": REASON_TOKENS})
         jobs = [GenerationJob(prompt, options, i) for i, (_, prompt) in enumerate(waiting)]
         answers = self.bot.answer_jobs(jobs)
         for (row, _), answer in zip(waiting, answers, strict=True):
-            cell = read_verdict(answer.logprobs or (), self.bot.processor.tokenizer)
+            cell = read_reasoned(column, answer, self.bot.processor.tokenizer)
             row[column.name] = cell or row[column.name]
 
 
@@ -221,20 +224,66 @@ def read_cell(column: Column, answer: Answer, tokenizer: Tokenizer, failure: str
 
 
 def wants_reasons(column: Column, cell: Cell) -> bool:
-    """Whether a yes/no question is put again without a limit, for `read_verdict`."""
-    return column.type is bool and not cell.error and cell.allowed < CLEAR
+    """Whether a question is put again without a limit, for `read_reasoned`."""
+    return _limited(column) and not cell.error and cell.allowed < CLEAR
 
 
-def read_verdict(written: Sequence[TokenLogprob], tokenizer: Tokenizer) -> Cell | None:
-    """The cell of a free answer to a yes/no question, as in "This is a crab, so no.": at its first
-    token where yes and no together have half of the probability; None without one."""
+def read_reasoned(column: Column, answer: Answer, tokenizer: Tokenizer) -> Cell | None:
+    """The cell of a free answer with reasons before the value: "top left, bottom right: 2", "This
+    is a crab, so no."; None without a value.
+
+    A bool is read by `find_verdict`, a number at the end of the answer, a choice there behind a
+    colon. Of these both probabilities are the one of the value's tokens, at most what they are by
+    definition.
+    """
+    written, limits = answer.logprobs or (), column.response_format
+    assert limits is not None
+    if column.type is bool:
+        if (found := find_verdict(alternatives(written, tokenizer))) is None:
+            return None
+        yes, no = found
+        return Cell(yes >= no, max(yes, no) / (yes + no), min(1.0, yes + no))
+    if column.choices:  # "bottom left" is not the choice "left"
+        before, pattern = r"^|:\s", "|".join(map(re.escape, column.choices))
+    else:
+        before, pattern = r"^|[\s:]", limits["regex"]
+    match = re.search(rf"(?:{before})({pattern})[\s.]*$", answer.text)
+    if match is None or answer.finish_reason != "stop":
+        return None
+    start, stop = (len(answer.text[:at].encode()) for at in match.span(1))
+    logprob, at = 0.0, 0
     for token in written:
-        said = tokenizer.decode([token.token]).strip().lower() in ("yes", "no")
-        found = yes_or_no(token, tokenizer) if said else None
-        if found and sum(found) >= CLEAR:
-            yes, no = found
-            return Cell(yes >= no, max(yes, no) / (yes + no), min(1.0, yes + no))
+        end = at + len(tokenizer.token_bytes(token.token))
+        logprob += token.logprob if at < stop and end > start else 0.0
+        at = end
+    probability = math.exp(logprob)
+    return Cell(column.parse(match[1]), probability, probability)
+
+
+def find_verdict(written: Sequence[Alternatives]) -> tuple[float, float] | None:
+    """The probabilities of yes and no at the token where an answer says one of them, as in "This is
+    a crab, so no."; None where they never have half of the probability together."""
+    for text, top in written:
+        if text.strip().lower() in ("yes", "no"):
+            found = sum_yes_and_no(top)
+            if found and sum(found) >= CLEAR:
+                return found
     return None
+
+
+def probability_of_yes(written: Sequence[Alternatives]) -> float | None:
+    """Of yes against no where an answer says one of them, else at its first token; None where
+    neither is among the most probable tokens there."""
+    found = find_verdict(written) or sum_yes_and_no(written[0][1])
+    return found[0] / sum(found) if found else None
+
+
+def alternatives(written: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[Alternatives]:
+    """The texts of tokens and of their alternatives."""
+    return [
+        (tokenizer.decode([one.token]), [(tokenizer.decode([t]), p) for t, p in one.top])
+        for one in written
+    ]
 
 
 def yes_or_no(token: TokenLogprob, tokenizer: Tokenizer) -> tuple[float, float] | None:

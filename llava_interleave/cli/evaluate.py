@@ -342,13 +342,12 @@ class _Local:
 
 def _reply(answer: Answer, tokenizer: Tokenizer) -> Reply:
     """An answer as a task scores it."""
-    from ..chat.table import yes_or_no
+    from ..chat.table import alternatives, probability_of_yes
     from ..evals.task import Reply
 
     if not answer.logprobs:
         return Reply(answer.text)
-    found = yes_or_no(answer.logprobs[0], tokenizer)
-    yes = found[0] / sum(found) if found else None
+    yes = probability_of_yes(alternatives(answer.logprobs, tokenizer))
     return Reply(answer.text, sum(token.logprob for token in answer.logprobs), yes)
 
 

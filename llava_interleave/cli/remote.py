@@ -72,14 +72,18 @@ def answerer(
 
 def _reply(choice: dict[str, Any]) -> Reply:
     """A choice; without log-probabilities where the server sends none."""
-    from ..chat.table import sum_yes_and_no
+    from ..chat.table import probability_of_yes
 
     text, found = str(choice["message"]["content"] or ""), choice.get("logprobs") or {}
     tokens = found.get("content")
     if not tokens:
         return Reply(text)
-    top = [(one["token"], one["logprob"]) for one in tokens[0].get("top_logprobs") or ()]
-    yes = (pair := sum_yes_and_no(top)) and pair[0] / sum(pair)
+    yes = probability_of_yes(
+        [
+            (one["token"], [(t["token"], t["logprob"]) for t in one.get("top_logprobs") or ()])
+            for one in tokens
+        ]
+    )
     return Reply(text, sum(token["logprob"] for token in tokens), yes)
 
 

@@ -27,7 +27,8 @@ Media = Sequence[ContentPart] | Callable[[Path], Sequence[ContentPart]]
 class Reply:
     """An answer with its log-probability, the sum over its tokens.
 
-    yes: the probability of yes against no at its first token; None where it begins otherwise.
+    yes: the probability of yes against no at the token that says one of them, else at its first
+    token; None where neither is probable there.
     """
 
     text: str

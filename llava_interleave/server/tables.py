@@ -14,7 +14,7 @@ from ..chat.table import (
     Row,
     find_hits,
     read_cell,
-    read_verdict,
+    read_reasoned,
     wants_reasons,
 )
 from ..errors import LlavaError, OptionError
@@ -136,8 +136,8 @@ async def _cell(
     """The answer to a column's question about an image alone; an error of it is in the cell."""
     cell, _ = await _answered(service, model, image, column, key, column.response_format)
     if wants_reasons(column, cell):
-        _, verdict = await _answered(service, model, image, column, key, None)
-        return verdict or cell
+        _, reasoned = await _answered(service, model, image, column, key, None)
+        return reasoned or cell
     return cell
 
 
@@ -149,7 +149,7 @@ async def _answered(
     key: str,
     limits: dict[str, Any] | None,
 ) -> tuple[Cell, Cell | None]:
-    """The cell of an answer, and the one that `read_verdict` finds without limits."""
+    """The cell of an answer, and the one that `read_reasoned` finds without limits."""
     reasons = limits is None and column.response_format is not None
     request = ChatRequest.model_validate(
         {
@@ -179,7 +179,7 @@ async def _answered(
                     pass
                 answer, tokenizer = stream.answers[0], stream.tokenizer
                 if reasons:
-                    return Cell(None), read_verdict(answer.logprobs or (), tokenizer)
+                    return Cell(None), read_reasoned(column, answer, tokenizer)
                 return read_cell(column, answer, tokenizer), None
         except ApiError as error:
             if error.status != 429 and error.code != "overloaded":
