@@ -14,7 +14,8 @@ from llava_interleave.checkpoints import meta_network
 from llava_interleave.flops import training_flops
 from llava_interleave.model import Llava
 
-PEAK, MFU = 989e12, 0.4  # H100 SXM, dense bfloat16, by its data sheet; the share is an assumption
+PEAK = 989e12  # H100 SXM, dense bfloat16, by its data sheet
+MFU = 0.4  # an assumption between two that others measured: docs/training.md
 STATE = 12  # bytes of a trained parameter: gradient and two moments of AdamW, float32
 WEIGHT = 4  # bytes of any parameter: float32, cast for each product
 BATCH = 32768

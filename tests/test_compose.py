@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,26 @@ def test_user_errors(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> Non
     path.write_text(json.dumps(values | {"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"layers.2.input_layernorm.weight is \[\] instead"):
         compose(tower, tmp_path / "decoder", tmp_path / "out")
+    for kind in ("mistral", "gemma2", "phi3", "qwen3"):
+        path.write_text(json.dumps(values | {"model_type": kind}))
+        with pytest.raises(CheckpointError, match=f"model_type is '{kind}'; this network has"):
+            compose(tower, tmp_path / "decoder", tmp_path / "out")
+    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    path.write_text(json.dumps(values | {"model_type": "qwen2"} | sliding))
+    with pytest.raises(CheckpointError, match="sliding attention"):
+        compose(tower, tmp_path / "decoder", tmp_path / "out")
     path.write_text(json.dumps(values))
+    right = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "decoder")
+    right.model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(CheckpointError, match="without its head: take the LlamaForCausalLM"):
+        compose(tower, tmp_path / "headless", tmp_path / "out")
+    values = json.loads((tower / "config.json").read_text())
+    other = tmp_path / "tower"
+    shutil.copytree(tower, other)
+    for kind in ("clip_vision_model", "siglip2_vision_model", "dinov2"):
+        (other / "config.json").write_text(json.dumps(values | {"model_type": kind}))
+        with pytest.raises(CheckpointError, match=f"model_type is '{kind}'; this network has"):
+            compose(other, tmp_path / "decoder", tmp_path / "out")
     config = compose(tower, tmp_path / "decoder", tmp_path / "out")
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         compose(tower, tmp_path / "decoder", tmp_path / "out")

@@ -75,6 +75,13 @@ def legitimate() -> dict[str, str]:
         "base64": base64.b64encode(chance.randbytes(1500)).decode(),
         "code": code,
         "json": str([{"id": n, "label": "car", "box": [n, n, 9, 9]} for n in range(100)]),
+        "counting down": " ".join(map(str, range(400, 0, -1))),
+        "code with equal lines": "def reset():\n"
+        + "    values.append(0)\n" * 12
+        + "    return 0\n",
+        "inserts": "\n".join(f"INSERT INTO t VALUES ({n}, 'red', 0, 0);" for n in range(60)),
+        "refrain": "\n".join(f"{n} bottles on the wall, " * 2 + "fall" for n in range(60, 0, -1)),
+        "hex dump": "\n".join(f"{16 * n:08x} {'00 ' * 16}" for n in range(40)),
         "matrix": "\n".join(" ".join("1" if r == c else "0" for c in range(16)) for r in range(16)),
     }
 
@@ -84,6 +91,22 @@ def test_legitimate_answers_are_not_cut(name: str, builtin_tokens: Any) -> None:
     for tokens in builtin_tokens(legitimate()[name]):
         stops = [n for n in range(len(tokens) + 1) if ends_in_loop(tokens[:n], 0)]
         assert not stops, (len(tokens), stops[:1])
+
+
+LOOPS = {
+    "one token": "4 " * 900,
+    "two tokens": "red red green " + "red " * 900,
+    "lines": "The answer is:\n" + "yes\nno\n" * 300,
+    "phrase of 30 words": "I see " + " ".join(f"a{n}" for n in range(30)).join([" "] * 80),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_end(name: str, builtin_tokens: Any) -> None:
+    """After 256 tokens of the loop; of a phrase of 30 words with a token each."""
+    for tokens in builtin_tokens(LOOPS[name])[name.startswith("phrase") :]:
+        first = next(n for n in range(len(tokens) + 1) if ends_in_loop(tokens[:n], 0))
+        assert LOOP_TOKENS <= first <= LOOP_TOKENS + 10
 
 
 @pytest.fixture(scope="module")

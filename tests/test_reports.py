@@ -16,7 +16,7 @@ from llava_interleave.evals.task import Example, Task
 HOSTILE = "<script>alert(1)</script>\"' onload=x <b>&amp;</b> \udcff"
 
 
-SHOWN = {"class", "type", "id", "for", "alt", "title", "src"}
+SHOWN = {"class", "type", "id", "for", "alt", "src"}
 
 
 class Attributes(HTMLParser):

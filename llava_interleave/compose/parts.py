@@ -83,6 +83,12 @@ class SafetensorsDecoder(_Tensors):
     def open(cls, folder: Path) -> SafetensorsDecoder:
         checkpoint = Checkpoint.open(folder)
         config = text_from_dict(checkpoint.values)
+        if "embed_tokens.weight" in checkpoint.headers:
+            kind = checkpoint.values.get("architectures", ["a model"])[0]
+            raise CheckpointError(
+                f"{folder} is {kind}, a decoder without its head: take the "
+                f"{'Qwen2' if config.attention_bias else 'Llama'}ForCausalLM"
+            )
         stored = {
             network_name(key): _floats(key, tensor)
             for key, tensor in checkpoint.headers.items()

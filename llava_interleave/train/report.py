@@ -102,7 +102,8 @@ def _curve(title: str, points: Points, measured: Points) -> dict[str, Any]:
     ticks = []
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x, y = at(round(share * end), share * high)
-        value = f"{share * high:,.0f}" if high >= 1000 else f"{share * high:.3g}"
+        form = ",.0f" if high >= 1000 else ".3g" if high >= 0.001 else ".1e"
+        value = f"{share * high:{form}}" if share else "0"
         ticks.append(
             {"x": x, "y": y, "value": value, "step": f"{round(share * end):,}", "anchor": anchor}
         )
