@@ -4,6 +4,8 @@ Everything here is a `ValueError`: the input was wrong, and the message says whi
 and what to do. Our own bugs are `assert`s and never arrive as one of these.
 """
 
+import traceback
+
 
 class LlavaError(ValueError):
     """An error of the caller; its message is for the user."""
@@ -52,3 +54,9 @@ class RemoteError(LlavaError):
     """A server or another process of a run cannot be reached, or does not answer as it should."""
 
     http_status = 502
+
+
+def with_place(error: BaseException) -> str:
+    """An error of the user's own code: its type, what it says, and the line that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

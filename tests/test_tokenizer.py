@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 
 from llava_interleave.chat import BUILTIN
 from llava_interleave.errors import CheckpointError, PromptError
@@ -56,6 +57,26 @@ def theirs(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=TEXTS | st.text(st.characters(max_codepoint=127), max_size=40))
+def test_words_have_the_tokens_of_their_text(tokenizer: Tokenizer, text: str) -> None:
+    """Texts in ASCII are cut into words here, and by the library's pattern there."""
+    assert tokenizer._by_words
+    for one in (text, f"the  {text}\t1\n\n it's"):
+        theirs = tokenizer.backend.encode(one, add_special_tokens=False).ids
+        assert tokenizer.encode(one, special=False) == theirs
+
+
+def test_added_tokens_that_are_words_stay_whole(folder: Path) -> None:
+    backend = Tokenizer.from_folder(folder).backend
+    backend.add_tokens(["tool call"])
+    tokenizer = Tokenizer(backend)
+    known = backend.token_to_id("tool call")
+    assert known in tokenizer.encode("a tool call here", special=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    assert not Tokenizer(backend)._by_words
 
 
 @settings(deadline=None, max_examples=300)

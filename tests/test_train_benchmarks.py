@@ -7,6 +7,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,12 +21,14 @@ from safetensors.torch import load_file
 from llava_interleave import checkpoints
 from llava_interleave.checkpoints import read_adapter
 from llava_interleave.config import LoraConfig
-from llava_interleave.errors import OptionError, Unsupported
+from llava_interleave.errors import DataError, OptionError, Unsupported
+from llava_interleave.evals.task import Task, example
 from llava_interleave.testing import tiny_checkpoint, tiny_config
-from llava_interleave.train import checkpointing, loop, report, run
+from llava_interleave.train import checkpointing, report, run, trackers
 from llava_interleave.train.ema import WeightAverage
 from llava_interleave.train.recipe import Recipe
 from tests.helpers.numbers_task import NUMBERS
+from tests.helpers.training import killed_before
 
 pytestmark = pytest.mark.slow
 
@@ -74,13 +78,7 @@ def test_the_average_is_the_formula_and_is_swapped_in() -> None:
     torch.testing.assert_close(average.tensors["weight"], expected)
 
 
-class Killed(Exception):
-    pass
-
-
-def test_all_of_it_together_resumes_bit_for_bit(
-    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_of_it_together_resumes_bit_for_bit(folder: Path, source: Path, tmp_path: Path) -> None:
     """An adapter with DoRA, its average, 8-bit state, a benchmark that decides which is best."""
     given = Recipe(
         model=str(folder), source=source, steps=6, lr=0.01, tokens=400, workers=0, save_every=2,
@@ -92,17 +90,8 @@ def test_all_of_it_together_resumes_bit_for_bit(
         ),
     )  # fmt: skip
     whole = run.run(given, tmp_path / "whole", log=quiet)
-    step = loop.train_step
-
-    def deadly(*words: Any) -> loop.StepStats:
-        if words[5] == 5:
-            raise Killed
-        return step(*words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", deadly)
-        with pytest.raises(Killed):
-            run.run(given, tmp_path / "killed", log=quiet)
+    with killed_before(5):
+        run.run(given, tmp_path / "killed", log=quiet)
     resumed = run.run(given, tmp_path / "killed", log=quiet)
     one, other = (load_file(path / "adapter_model.safetensors") for path in (whole, resumed))
     assert one.keys() == other.keys()
@@ -172,6 +161,51 @@ def test_a_run_without_held_out_samples_stops_early_by_a_benchmark(
         run.run(given.but({"optimizer": "paged_adamw8bit"}), tmp_path / "c", log=quiet)
 
 
+class Faulty(Task):
+    """A benchmark whose score fails."""
+
+    def __init__(self) -> None:
+        content = [{"type": "text", "text": "1"}]
+        examples = [example("a", "b", content, "What?", "1", lambda _: {}["score"])]
+        super().__init__(name="faulty", examples=examples, max_new_tokens=2)
+
+
+def test_a_tracker_that_fails_ends_nothing_and_a_benchmark_is_named(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def flaky(*_: object) -> Iterator[Any]:
+        def log(_: object, step: int) -> None:
+            if step == 2:
+                raise ConnectionError("gone")
+            sent.append(step)
+
+        yield log
+        raise ConnectionError("still gone")
+
+    def dead(*_: object) -> Any:
+        raise ConnectionError("no server")
+
+    sent, said = list[int](), list[str]()
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", flaky)
+    given = Recipe(
+        model=str(folder), source=source, steps=3, tokens=400, workers=0, log_every=1,
+        trackers=("mlflow",),
+    )  # fmt: skip
+    run.run(given, tmp_path / "out", log=said.append)
+    assert sent == [1]
+    (failed, closed) = (line for line in said if line.startswith("tracker"))
+    assert failed.startswith("tracker mlflow gets nothing from step 2 on, ConnectionError: gone (")
+    assert closed.startswith("tracker mlflow was not closed, ConnectionError: still gone (")
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", dead)
+    with pytest.raises(OptionError, match=r"tracker mlflow does not start, .*no server .*leave it"):
+        run.run(given, tmp_path / "dead", log=quiet)
+    name = f"{__name__}:Faulty"
+    faulty = given.but({"trackers": (), "evaluate": (name,)})
+    with pytest.raises(DataError, match=r"benchmark .*:Faulty raised KeyError: 'score' \(.*line"):
+        run.run(faulty, tmp_path / "faulty", log=quiet)
+
+
 def test_trackers_get_the_log_and_a_resumed_run_goes_on_in_it(
     folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,18 +219,9 @@ def test_trackers_get_the_log_and_a_resumed_run_goes_on_in_it(
         log_every=1, save_every=2, trackers=("wandb", "mlflow"),
         tracker_project="colours", sample_generations=0,
     )  # fmt: skip
-    step = loop.train_step
-
-    def deadly(*words: Any) -> loop.StepStats:
-        if words[5] == 2:
-            raise Killed
-        return step(*words)
-
     out = tmp_path / "blue"
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", deadly)
-        with pytest.raises(Killed):
-            run.run(given, out, log=quiet)
+    with killed_before(2):
+        run.run(given, out, log=quiet)
     run.run(given, out, log=quiet)
     expected = {
         line["step"]: line["loss"]

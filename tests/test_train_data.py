@@ -3,14 +3,17 @@ trained on it.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +28,8 @@ from typer.testing import CliRunner, Result
 
 from llava_interleave.cli import app
 from llava_interleave.errors import DataError
-from llava_interleave.processing import Processor
+from llava_interleave.processing import Loader, Processor
+from llava_interleave.processing.segments import plain_jpeg
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import recipe
 from llava_interleave.train.data import datasets, formats
@@ -723,6 +727,90 @@ def test_processes_validate_as_threads_do(
     ]
     assert sum(a.error for a in one) == 6
     assert {stat.path for a in two for stat in a.media} == {str(media / name) for name in names}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_process_of_the_validation_is_an_error(
+    model: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own Pool waits for its result for ever."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(validating, "PROCESSES_FROM", 10)
+    sample = {"image": "a.png", "messages": [USER, ANSWER]}
+    source = write(media / "more.json", [sample | {"id": n} for n in range(600)])
+    file = RowFile.write(tmp_path / "rows", datasets.samples(source))
+    checked = validate(file, formats.processor(model))
+    next(checked)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid or 0, signal.SIGKILL)
+    with pytest.raises(DataError, match="a process that validates samples was killed"):
+        list(checked)
+
+
+def test_plain_samples_are_read_as_all_others(media: Path) -> None:
+    """The short way for M4-Instruct's form is taken by faultless samples alone."""
+    human, gpt = {"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}
+    plain: list[dict[str, Any]] = [
+        {"id": 1, "image": "a.png", "conversations": [human, gpt]},
+        {"sample_id": "x", "image": ["a.png"], "conversations": [human, gpt], "metadata": {}},
+        {"image": "a.PNG", "conversations": [{**human, "value": "What <image>"}, gpt]},
+        {"conversations": [{**human, "value": "Hm?"}, gpt, {**human, "value": "Oh?"}, gpt]},
+        {"image": None, "conversations": [{**human, "value": "Hm?"}, gpt]},
+        {
+            "image": ["a.png", "b.png"],
+            "conversations": [{**human, "value": "<image><image>?"}, gpt],
+        },
+    ]
+    first = plain[0]
+    others: list[dict[str, Any]] = [
+        first | {"weight": 2},
+        first | {"imgae": "b.png"},
+        first | {"image": ["a.png", "b.png"]},
+        first | {"image": "http://x/a.png"},
+        first | {"image": "a.mp4"},
+        first | {"image": [b"bytes"]},
+        first | {"image": 3},
+        {"image": 0, "conversations": [{**human, "value": "Hm?"}, gpt]},
+        first | {"conversations": []},
+        first | {"conversations": [human]},
+        first | {"conversations": [gpt, human]},
+        first | {"conversations": [human, {**gpt, "value": " "}]},
+        first | {"conversations": [human, {**gpt, "value": 1}]},
+        first | {"conversations": [human, {**gpt, "loss": False}]},
+        first | {"conversations": [{**human, "value": "What?"}, {**gpt, "value": "<image>!"}]},
+        first | {"conversations": [{**human, "value": "<video>What?"}, gpt]},
+        {"image": "a.png", "messages": [USER, ANSWER]},
+    ]
+    for sample in plain:
+        short, long = formats.plain_reading(sample, media), formats.reading(sample, media)
+        assert short and not long.faults
+        assert (short.messages, short.media, short.ignored) == (
+            long.messages, long.media, long.ignored,
+        )  # fmt: skip
+        assert [(s.kind, s.source) for s in short.slots] == [(s.kind, s.source) for s in long.slots]
+    assert not any(formats.plain_reading(sample, media) for sample in others)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"optimize": True}, {"quality": 30}]
+)
+def test_a_plain_jpeg_is_one_that_the_decoder_opens(options: dict[str, Any]) -> None:
+    """Also with bytes of its header changed at random, or cut short."""
+    file, loader, random = BytesIO(), Loader(), Random(0)
+    noise(0).resize((61, 37)).save(file, "JPEG", **options)
+    whole = file.getvalue()
+    assert plain_jpeg(whole) == (61, 37) and loader.image_size(whole) == (61, 37)
+    assert not plain_jpeg(whole[:-2]) and not plain_jpeg(whole + b"more")
+    known = 0
+    for _ in range(1500):
+        data = bytearray(whole)
+        for _ in range(random.randint(1, 2)):
+            data[random.randrange(2, 640)] = random.randrange(256)
+        size = plain_jpeg(bytes(data))
+        if size and max(size) < 100 * min(size):
+            assert loader.image_size(bytes(data)) == size
+            known += 1
+    assert known > 300
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar", "two tars", "remote parquet", "remote tars"])

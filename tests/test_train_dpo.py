@@ -23,7 +23,7 @@ from llava_interleave.model import Llava, PackedAttention, arrange_features
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import checkpointing, loop, references, run
+from llava_interleave.train import checkpointing, references, run
 from llava_interleave.train.data import datasets, formats
 from llava_interleave.train.data.datasets import RawSample
 from llava_interleave.train.data.packing import Pair, collate_pairs
@@ -31,6 +31,7 @@ from llava_interleave.train.data.samples import PackedSample, SampleFormat, Samp
 from llava_interleave.train.data.validate import validate
 from llava_interleave.train.losses import dpo_loss, kto_loss, logprobs
 from llava_interleave.train.recipe import DPOConfig, KTOConfig, Recipe
+from tests.helpers.training import Killed, killed_before
 
 pytestmark = pytest.mark.slow
 
@@ -413,9 +414,6 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
         held_out=0.2,
     )
 
-    class Killed(Exception):
-        pass
-
     whole = run.run(recipe, tmp_path / "whole", log=lambda _: None)
     times = 0
 
@@ -429,17 +427,8 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one_and_its_reference_is_
     monkeypatch.setattr(references, "logprobs", once)
     with pytest.raises(Killed):
         run.run(recipe, tmp_path / "killed", log=lambda _: None)
-    step = loop.train_step
-
-    def deadly(*given: Any) -> loop.StepStats:
-        if given[5] == 5:
-            raise Killed
-        return step(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", deadly)
-        with pytest.raises(Killed):
-            run.run(recipe, tmp_path / "killed", log=lambda _: None)
+    with killed_before(5):
+        run.run(recipe, tmp_path / "killed", log=lambda _: None)
     before = times
     resumed = run.run(recipe, tmp_path / "killed", log=lambda _: None)
     assert times == before

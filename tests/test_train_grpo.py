@@ -29,7 +29,7 @@ from llava_interleave.errors import DataError, OptionError
 from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import grpo, loop
+from llava_interleave.train import grpo
 from llava_interleave.train.data import datasets, formats
 from llava_interleave.train.grpo import (
     Group,
@@ -42,6 +42,7 @@ from llava_interleave.train.grpo import (
 from llava_interleave.train.losses import token_logprobs
 from llava_interleave.train.recipe import GRPOConfig, Recipe
 from llava_interleave.train.run import run
+from tests.helpers.training import killed_before
 
 pytestmark = pytest.mark.slow
 HERE = "tests.test_train_grpo:"
@@ -209,26 +210,13 @@ def test_a_reward_that_fails_ends_the_run(work: Callable[[], Any], says: str) ->
     assert [call_reward(lambda value=value: value, 9) for value in (True, np.float32(2))] == [1, 2]
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_run_that_is_killed_between_two_iterations_resumes_bit_for_bit(
-    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, source: Path, tmp_path: Path
 ) -> None:
     given = recipe(folder, source, adapter=LoraConfig(rank=4, dropout=0.0), held_out=0.25)
     whole = run(given, tmp_path / "whole", log=lambda _: None)
-    step = loop.train_step
-
-    def deadly(*words: Any) -> loop.StepStats:
-        if words[5] == 4:
-            raise Killed
-        return step(*words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", deadly)
-        with pytest.raises(Killed):
-            run(given, tmp_path / "killed", log=lambda _: None)
+    with killed_before(4):
+        run(given, tmp_path / "killed", log=lambda _: None)
     resumed = run(given, tmp_path / "killed", log=lambda _: None)
     file = "adapter_model.safetensors"
     assert (whole / file).read_bytes() == (resumed / file).read_bytes()

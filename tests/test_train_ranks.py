@@ -39,6 +39,7 @@ from llava_interleave.train.losses import sft_loss
 from llava_interleave.train.recipe import DPOConfig, KTOConfig, Recipe
 from llava_interleave.train.run import check_shared, run
 from tests.helpers.numbers_task import NUMBERS
+from tests.helpers.training import Killed
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,10 +73,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "dpo": {"dpo": DPOConfig()},
     "kto": {"kto": KTOConfig()},
 }
-
-
-class Killed(BaseException):
-    pass
 
 
 def dying(number: int, how: Any) -> Any:

@@ -38,7 +38,7 @@ from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
 from llava_interleave.train import checkpointing, fsdp, loop, recipe, run
 from llava_interleave.train.data import datasets
-from llava_interleave.train.data.packing import Batch, collate, pack
+from llava_interleave.train.data.packing import SIGNALS, Batch, collate, pack
 from llava_interleave.train.data.samples import (
     PackedSample,
     SampleFormat,
@@ -51,7 +51,7 @@ from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.prepare import prepare_samples
 from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.data import write
-from tests.helpers.training import PackedBatches
+from tests.helpers.training import Killed, PackedBatches, killed_before
 
 pytestmark = pytest.mark.slow
 
@@ -459,10 +459,6 @@ def prompts(folder: Path, source: Path) -> list[Prompt]:
     return [processor.example(*row.messages()) for row in datasets.rows(source)]
 
 
-class Killed(BaseException):
-    pass
-
-
 def go(
     folder: Path,
     prompts: list[Prompt],
@@ -509,7 +505,12 @@ def foreground() -> Iterator[None]:
 
 @pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize(
-    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "end"),
+    [
+        (signal.SIGTERM, SystemExit),
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGHUP, SystemExit),
+    ],
 )
 def test_a_signal_ends_the_step_saves_and_the_run_resumes_bit_for_bit(
     number: signal.Signals,
@@ -519,7 +520,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_resumes_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     """At the tenth batch, the second of step 5; checkpoints are due at 3 and 6."""
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(n) for n in SIGNALS]
     whole = go(folder, prompts, tmp_path / "whole")
     said: list[str] = []
     with pytest.raises(end) as ended:
@@ -531,12 +532,12 @@ def test_a_signal_ends_the_step_saves_and_the_run_resumes_bit_for_bit(
             what=lambda: os.kill(os.getpid(), number),
             log=said.append,
         )
-    assert number == signal.SIGINT or ended.value.code == 128 + signal.SIGTERM
+    assert number == signal.SIGINT or ended.value.code == 128 + number
     assert said[-1].startswith(f"stopped by {number.name} after step 5: ")
     assert [path.name for path in checkpointing.list_checkpoints(tmp_path / "out")] == [
         "checkpoint-5"
     ]
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert equal(whole, go(folder, prompts, tmp_path / "out"))
     assert [line["step"] for line in log(tmp_path / "out")] == list(range(1, 9))
 
@@ -911,20 +912,11 @@ def test_answers_of_steps_that_are_done_again_are_there_once(
         model=str(folder), source=source, steps=4, lr=1e-3, tokens=400, workers=0, save_every=2,
         log_every=1, evaluate_every=1, held_out=0.3, sample_generations=1,
     )  # fmt: skip
-    step = loop.train_step
-
-    def deadly(*words: Any) -> loop.StepStats:
-        if words[5] == 3:
-            raise Killed
-        return step(*words)
-
     losses = iter([9.0, 8.0, 7.0, 7.5, 7.5, 7.0])
     evaluate = run.evaluate
     monkeypatch.setattr(run, "evaluate", lambda *words: evaluate(*words) | {"loss": next(losses)})
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", deadly)
-        with pytest.raises(Killed):
-            run.run(given, tmp_path / "out", log=quiet)
+    with killed_before(3):
+        run.run(given, tmp_path / "out", log=quiet)
     run.run(given, tmp_path / "out", log=quiet)
     lines = log(tmp_path / "out")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -940,7 +932,6 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
     folder: Path,
     source: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With dropout, which a resumed run must repeat."""
     given = Recipe(
@@ -967,17 +958,9 @@ def test_an_adapter_is_trained_alone_and_resumes_bit_for_bit(
     assert sum(tensor.numel() for tensor in stored.values()) == count + sum(
         tensor.numel() for tensor in whole_modules
     )
-    step = loop.train_step
 
-    def deadly(*words: Any) -> loop.StepStats:
-        if words[5] == 5:
-            raise Killed
-        return step(*words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", deadly)
-        with pytest.raises(Killed):
-            run.run(given, tmp_path / "killed", log=quiet)
+    with killed_before(5):
+        run.run(given, tmp_path / "killed", log=quiet)
     resumed = read_adapter(run.run(given, tmp_path / "killed", log=quiet), network)
     for name, part in adapter.parts.items():
         for key, value in part.state_dict().items():

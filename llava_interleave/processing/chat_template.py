@@ -191,6 +191,8 @@ def _part(part: Mapping[str, Any], where: str, frames: FrameSampling) -> Content
 
 
 def _text(text: str) -> TextPieces:
+    if IMAGE not in text:
+        return [text] if text else []
     pieces: TextPieces = []
     for i, piece in enumerate(text.split(IMAGE)):
         pieces += [MediaPlaceholder(), piece] if i else [piece]
@@ -275,7 +277,7 @@ def _sampling(part: Mapping[str, Any], frames: FrameSampling) -> FrameSampling:
 def _check_keys(
     value: Any, where: str, needed: tuple[str, ...], allowed: tuple[str, ...] = ()
 ) -> None:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict | Mapping):
         raise PromptError(
             f"{where} is of type {type(value).__name__}, not an object with {', '.join(needed)}"
         )

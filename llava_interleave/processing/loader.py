@@ -38,7 +38,7 @@ from .formats import (
 )
 from .images import from_array, orientation, to_rgb
 from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget
-from .segments import check_scans, check_segments, is_whole
+from .segments import check_scans, check_segments, is_whole, plain_jpeg
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 
 FRAME_FOLDER_FPS = 2
@@ -99,6 +99,9 @@ class Loader:
         with _naming(source):
             with self._open(source, self.limits.image_bytes) as file:
                 data = file.read()
+            if size := plain_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None:
+                self.limits.check_size(*size)
+                return hashlib.blake2b(data, digest_size=16).digest()
             with _guarding("the image is damaged or cut short"), self._image(data) as image:
                 if not is_whole(data, image.format or ""):
                     image.load()
@@ -363,7 +366,8 @@ def name_of(source: object) -> str:
         text = (
             "data URL" if scheme.startswith("data:") else text.partition("?")[0] if scheme else text
         )
-        text = "".join(c if c.isprintable() else "?" for c in text)
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else "?" for c in text)
         return text if len(text) <= 120 else f"{text[:50]}...{text[-50:]}"
     if isinstance(source, list | tuple):
         return f"list of {len(source)} frames"

@@ -238,6 +238,7 @@ class Processor:
         self.loader = Loader(limits)
         self.num_frames = num_frames or config.arrangement.num_frames
         self.template = template
+        self._crops: dict[tuple[bool | None, TokenReduction], ImageTokenLayout] = {}
 
     @classmethod
     def from_folder(
@@ -346,13 +347,8 @@ class Processor:
         images are not even opened. Never raises ContextError: `left` tells.
         """
         options = replace(options, **changes)
-        renderer = self._conversation(messages, media, options)
-        rendered, requests = self._decided(renderer, options)
-        sizes = _each(self._measure, requests, lambda one: one.video or one.anyres)
-        if self._has_times(options):
-            rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
+        text, requests, sizes = self._measured(messages, media, options)
         lengths = [layout.length for layout, _ in sizes]
-        text = len(rendered.tokens) - len(requests)
         parts = [
             _item(request, layout, clip)
             for request, (layout, clip) in zip(requests, sizes, strict=True)
@@ -368,6 +364,25 @@ class Processor:
             decoder.hidden_size * number_bytes * sum(lengths),
             excess=self._excess(text, requests, [layout for layout, _ in sizes], 0),
         )
+
+    def count(
+        self, messages: Messages, media: Sequence[object], options: PromptOptions
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Tokens of the text, and of each image and video its tokens and frames (1 of an image):
+        what `estimate` says, without names."""
+        text, _, sizes = self._measured(messages, media, options)
+        return text, [(layout.length, len(clip.times) if clip else 1) for layout, clip in sizes]
+
+    def _measured(
+        self, messages: Messages, media: Sequence[object], options: PromptOptions
+    ) -> tuple[int, list[_MediaRequest], list[tuple[ImageTokenLayout, Clip | None]]]:
+        """Tokens of the text, the media, and their sizes."""
+        renderer = self._conversation(messages, media, options)
+        rendered, requests = self._decided(renderer, options)
+        sizes = _each(self._measure, requests, lambda one: one.video or one.anyres)
+        if self._has_times(options):
+            rendered = renderer(_notes(rendered.placeholders, [clip for _, clip in sizes]))
+        return len(rendered.tokens) - len(requests), requests, sizes
 
     def _conversation(
         self, messages: Messages, media: Sequence[object], options: PromptOptions
@@ -515,7 +530,10 @@ class Processor:
 
         def decided(request: _MediaRequest) -> _MediaRequest:
             own = anyres if request.place.anyres is None else request.place.anyres
-            return replace(request, anyres=own and not request.video, pad=pad and not own)
+            geometry = own and not request.video, pad and not own
+            if geometry == (request.anyres, request.pad):
+                return request
+            return replace(request, anyres=geometry[0], pad=geometry[1])
 
         return [decided(request) for request in requests]
 
@@ -553,7 +571,10 @@ class Processor:
                 )
 
     def _crop(self, request: _MediaRequest) -> ImageTokenLayout:
-        return request.crop(self.config.vision.grid, self.config.arrangement)
+        key = request.video, request.options.reduction
+        if key not in self._crops:
+            self._crops[key] = request.crop(self.config.vision.grid, self.config.arrangement)
+        return self._crops[key]
 
     def _tiles(self, request: _MediaRequest, width: int, height: int) -> ImageTokenLayout:
         """The layout of an image of this size cut into tiles."""

@@ -27,6 +27,8 @@ MANY_SCANS = 20
 """Scans of a JPEG that are always fine: a progressive one has about ten."""
 MAX_SCANNED_PIXELS = 1_000_000_000
 """Scans of a JPEG, times its pixels."""
+MAX_PLAIN_HEADER, MAX_PLAIN_MARKERS = 1 << 16, 100
+"""Bytes before the scans of a JPEG that is known without Pillow, and markers from there on."""
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 OTHER_CODING = re.compile(rb"\xff[\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 """The start of a JPEG frame that is not in baseline, extended or progressive Huffman coding."""
@@ -71,6 +73,43 @@ def is_whole(data: bytes, kind: str) -> bool:
             return True
         at = end + 4
     return False
+
+
+def plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a whole JPEG in Huffman coding with the usual parts alone, of their usual
+    sizes; None for any other file.
+
+    Pillow opens such a file, and `check_segments` and `check_scans` allow it.
+    """
+    at, size, tables = 2, None, 0
+    while at + 20 < min(len(data), MAX_PLAIN_HEADER) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == START_OF_SCAN:
+            end = data.find(b"\xff\xd9", at)
+            markers = JPEG_MARKER.findall(data, at, max(end, 0))
+            few = len(markers) <= MAX_PLAIN_MARKERS and markers.count(b"\xff\xda") <= MANY_SCANS
+            whole = end > at + length and not data[end + 2 :].strip(b"\0")
+            return size if few and whole and tables and b"\xff\xff" not in data[at:end] else None
+        if marker in (0xC0, 0xC2):
+            channels = data[at + 9]
+            if size or channels not in (1, 3) or (data[at + 4], length) != (8, 8 + 3 * channels):
+                return None
+            size = (
+                int.from_bytes(data[at + 7 : at + 9], "big"),
+                int.from_bytes(data[at + 5 : at + 7], "big"),
+            )
+            if not all(size):
+                return None
+        elif marker == 0xDB and length in (67, 132) and not data[at + 4] & 0xF0:
+            tables += 1
+        elif not (
+            (marker == 0xC4 and length > 18)
+            or (marker == 0xE0 and length >= 16 and data.startswith(b"JFIF\0", at + 4))
+            or (marker == 0xE2 and length > 16 and data.startswith(b"ICC_PROFILE\0", at + 4))
+        ):
+            return None
+        at += 2 + length
+    return None
 
 
 def jpeg_scans(file: BinaryIO) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +22,8 @@ IMAGE, VIDEO = "<image>", "<video>"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SHORT_TEXT, MAX_SHORT_TEXTS = 64, 1024
 """Characters of a text whose tokens are kept, and how many such texts: roles, the system prompt."""
+MAX_WORD, MAX_WORDS = 64, 1 << 16
+"""Characters of a word whose tokens are kept, and how many such words."""
 LONG_TEXT = 20_000
 """Characters of a text that is tokenized without the interpreter's lock: 500,000 take seconds."""
 SPLIT = (
@@ -27,6 +31,13 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The split of text into words before BPE, from Qwen2's tokenizer.json."""
+ASCII_WORDS = re.compile(
+    SPLIT.replace(r"?\p{L}+", "?[A-Za-z]+")
+    .replace(r"|\p{N}|", "|[0-9]|")
+    .replace(r"\p{L}\p{N}", "A-Za-z0-9"),
+    re.ASCII,
+)
+"""`SPLIT` of a text in ASCII."""
 
 
 class Tokenizer:
@@ -69,6 +80,10 @@ class Tokenizer:
             "(" + "|".join(_pattern(t) for t in _longest_first(added.values())) + ")"
         )
         self._short: dict[str, tuple[int, ...]] = {}
+        self._words = _Words(backend)
+        apart = [re.escape(token.content) for token in added.values() if not token.special]
+        self._added = re.compile("|".join(apart)) if apart else None
+        self._by_words = _splits_words(backend)
         self._bytes = {char: byte for byte, char in enumerate(_alphabet())}
         self.size: int = 1 + max(
             backend.get_vocab_size(False) - 1, *(added.keys() - {self.image_id, self.video_id})
@@ -141,12 +156,20 @@ class Tokenizer:
         if not special:
             if (known := self._short.get(text)) is not None:
                 return list(known)
-            ids = self._encode(text).ids
+            if self._by_words and text.isascii() and not self._has_added(text):
+                words = ASCII_WORDS.findall(text)  # ten times as fast
+                ids = list(chain.from_iterable(map(self._words.__getitem__, words)))
+            else:
+                ids = list(self._encode(text).ids)
             if len(text) <= SHORT_TEXT and len(self._short) < MAX_SHORT_TEXTS:
                 self._short[text] = tuple(ids)
-            return list(ids)
+            return ids
         pieces = self._pieces(text, {})
         return [token for _, ids, _ in pieces for token in ids]
+
+    def _has_added(self, text: str) -> bool:
+        """Whether a text may have added tokens that are no words, or is long."""
+        return len(text) > LONG_TEXT or bool(self._added and self._added.search(text))
 
     def encode_with_starts(
         self, text: str, literals: Mapping[str, str] = MappingProxyType({})
@@ -206,6 +229,35 @@ class Tokenizer:
             return bytes([self._bytes[char] for char in text])
         except KeyError:  # an added token, written as it is
             return text.encode()
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """The token ids of a word; those of short words are kept."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._backend.encode(word, add_special_tokens=False).ids)
+        if len(word) <= MAX_WORD and len(self) < MAX_WORDS:
+            self[word] = ids
+        return ids
+
+
+def _splits_words(backend: Backend) -> bool:
+    """Whether a text in ASCII has the tokens of its words by `SPLIT`: Qwen2's settings."""
+    own = qwen2_tokenizer(BPE())
+
+    def state(part: Any) -> Any:
+        return part and json.loads(part.__getstate__())
+
+    split, byte_level = state(own.pre_tokenizer)["pretokenizers"]
+    byte_level.pop("trim_offsets")
+    found = state(backend.pre_tokenizer) or {}
+    parts = found.get("pretokenizers", [])
+    for part in parts:
+        part.pop("trim_offsets", None)
+    return parts == [split, byte_level] and state(backend.normalizer) in (None, {"type": "NFC"})
 
 
 class TextStream:

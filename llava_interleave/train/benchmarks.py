@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..distributed.process_group import ProcessGroup
-from ..errors import LlavaError, OptionError
+from ..errors import DataError, LlavaError, OptionError, with_place
 from ..evals import stats, tasks
 from ..evals.run import run
 from ..evals.task import Messages, Task
@@ -25,6 +26,19 @@ TOGETHER = 16
 """Questions that are answered at once."""
 
 
+@contextmanager
+def _naming(task: str) -> Iterator[None]:
+    """Errors of a task's own code as a DataError with its name and the line."""
+    try:
+        yield
+    except (LlavaError, OSError):  # of the disk, which the loop names
+        raise
+    except Exception as error:
+        if ":" not in task:
+            raise
+        raise DataError(f"the benchmark {task} raised {with_place(error)}") from error
+
+
 class Benchmarks:
     """The tasks of `recipe.evaluate`, answered greedily as `llava eval` does.
 
@@ -35,10 +49,10 @@ class Benchmarks:
     def __init__(self, recipe: Recipe, model: Path, out: Path, ranks: ProcessGroup) -> None:
         self.model, self.out, self.ranks = model, out, ranks
         data, questions = recipe.evaluate_data or Path("data"), recipe.evaluate_questions or None
-        self.tasks = {
-            name: tasks.load(name, data, questions=questions)
-            for name in dict.fromkeys(recipe.evaluate)
-        }
+        self.tasks = dict[str, Task]()
+        for name in recipe.evaluate:
+            with _naming(name):
+                self.tasks[name] = tasks.load(name, data, questions=questions)
         questions_of_all = [
             (e.id, e.question) for task in self.tasks.values() for e in task.examples
         ]
@@ -60,7 +74,8 @@ class Benchmarks:
         for name, task in self.tasks.items():
             with TemporaryDirectory() as scratch:
                 path = Path(scratch) / f"{task.name}.jsonl"
-                with Journal(path, {"task": task.name, "data": task.data, "step": step}) as journal:
+                about = {"task": task.name, "data": task.data, "step": step}
+                with _naming(name), Journal(path, about) as journal:
                     answer = self._answer(network, task)
                     rows = run(task, answer, journal, batch_size=TOGETHER)
                 if self.ranks.rank == 0:

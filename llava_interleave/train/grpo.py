@@ -8,7 +8,6 @@ import json
 import math
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, SamplingParams, bytes_per_token
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, with_place
 from ..flops import training_flops
 from ..image_layout import ImageTokenLayout
 from ..model import Llava
@@ -106,10 +105,7 @@ def call_reward(work: Callable[[], Any], seconds: float) -> float:
     if not found:
         raise DataError(f"took longer than {seconds:g} s (reward_seconds)")
     if isinstance(value := found[0], BaseException):
-        place = traceback.extract_tb(value.__traceback__)[-1]
-        raise DataError(
-            f"raised {type(value).__name__}: {value} ({place.filename}, line {place.lineno})"
-        ) from value
+        raise DataError(f"raised {with_place(value)}") from value
     try:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, RuntimeError):

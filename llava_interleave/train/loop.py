@@ -26,7 +26,7 @@ from ..errors import DataError, OptionError, Unsupported
 from ..flops import peak_memory
 from . import checkpointing
 from .checkpointing import State
-from .data.packing import Position
+from .data.packing import SIGNALS, Position
 from .ema import WeightAverage
 from .losses import Loss
 from .recipe import Recipe
@@ -124,8 +124,8 @@ def train(
     log_metrics: called with every line of log.jsonl. ranks: each calls this with its shards of the
     model and its share of every step's batches; rank 0 writes, and `evaluate` returns the same on
     all. peak_flops: operations a second; with it the log has the MFU.
-    SIGTERM and Ctrl-C, to any rank, finish the step on all, save, and end the program (SystemExit
-    143, KeyboardInterrupt).
+    SIGTERM, SIGHUP and Ctrl-C, to any rank, finish the step on all, save, and end the program
+    (SystemExit 143 or 129, KeyboardInterrupt).
     A step whose loss or gradient norm is not finite changes nothing.
     Raises DataError after more than `recipe.max_skipped_steps` such steps in a row, if weights are
     not finite before a save, if the data end early, memory is not enough or a file cannot be
@@ -540,7 +540,7 @@ def _in_words(rates: Mapping[str, float]) -> str:
 
 @contextmanager
 def _catch_signals() -> Iterator[list[signal.Signals]]:
-    """A list that gets the first SIGTERM or SIGINT; a second one acts as usual.
+    """A list that gets the first of `SIGNALS`; a second one acts as usual.
 
     In a thread the list stays empty. A signal that was ignored before stays ignored: a shell has
     its background jobs ignore Ctrl-C.
@@ -549,10 +549,7 @@ def _catch_signals() -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    handlers = {
-        number: signal.getsignal(number) or signal.SIG_DFL
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
     before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(number: int, _: FrameType | None) -> None:

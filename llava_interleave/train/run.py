@@ -36,7 +36,7 @@ from ..lora import LoraAdapter
 from ..model import Llava
 from . import checkpointing
 from .benchmarks import Benchmarks
-from .data.packing import PlannedPackedDataset, Position, distributed_batches
+from .data.packing import SIGNALS, PlannedPackedDataset, Position, distributed_batches
 from .data.samples import SampleFormat, Samples
 from .fsdp import enable_activation_checkpointing, fsdp_loss, shard_fsdp
 from .grpo import Sampler, grpo_loss
@@ -74,7 +74,7 @@ def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Pat
     def hold() -> None:
         lock.enter_context(_locked(out))
 
-    with _exit_on_sigterm(), ExitStack() as lock, _naming_errors(out):
+    with _exit_on_signals(), ExitStack() as lock, _naming_errors(out):
         with lost_connections():
             ranks, device = init_distributed(
                 recipe.device, get_device, timedelta(minutes=recipe.timeout_minutes)
@@ -221,7 +221,7 @@ def _train(
             return metrics | (inside(benchmarks, step) if benchmarks.tasks else {})
 
     dtype_of_products = torch.bfloat16 if bfloat16 else torch.float32
-    with track(recipe, out, enabled=ranks.rank == 0) as log_metrics:
+    with track(recipe, out, log, enabled=ranks.rank == 0) as log_metrics:
         train(
             network,
             loss,
@@ -285,24 +285,26 @@ def _naming_errors(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program like an error, so that its data processes end, too; a second one at
-    once. Under torchrun it ends it at once, also in a collective."""
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the program like an error, so that its data processes end, too; a
+    second one at once. Under torchrun they end it at once, also in a collective."""
     main = threading.current_thread() is threading.main_thread()
     several = rank_and_world_size()[1] > 1
-    if several or not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+    handled = [] if several or not main else [
+        number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL
+    ]  # fmt: skip
 
     def leave(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    for number in handled:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import Unsupported
+from ..errors import LlavaError, OptionError, Unsupported, with_place
 from .recipe import Recipe
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -19,16 +19,17 @@ Log = Callable[[Mapping[str, float], int], None]
 
 @contextmanager
 def track(
-    recipe: Recipe, out: Path, *, enabled: bool
+    recipe: Recipe, out: Path, tell: Callable[[str], None], *, enabled: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A function that sends a line of the log to `recipe.trackers`, if `enabled` (rank 0).
 
-    A run is called as its folder, and a resumed run goes on in it. Raises Unsupported where a
-    tracker is not installed.
+    A run is called as its folder, and a resumed run goes on in it. A tracker that fails later is
+    named by `tell`, and training goes on. Raises Unsupported where a tracker is not installed,
+    OptionError where it does not start.
     """
     with ExitStack() as stack:
         logs = [
-            stack.enter_context(TRACKERS[name](recipe, out))
+            stack.enter_context(_tracked(name, recipe, out, tell))
             for name in (dict.fromkeys(recipe.trackers) if enabled else ())
         ]
 
@@ -44,6 +45,39 @@ def track(
                 send(values, line["step"])
 
         yield log
+
+
+@contextmanager
+def _tracked(name: str, recipe: Recipe, out: Path, tell: Callable[[str], None]) -> Iterator[Log]:
+    """A tracker whose errors after its start end nothing."""
+    with ExitStack() as closing:
+        try:
+            send = closing.enter_context(TRACKERS[name](recipe, out))
+        except LlavaError:
+            raise
+        except Exception as error:
+            raise OptionError(
+                f"tracker {name} does not start, {with_place(error)}: leave it out of trackers"
+            ) from error
+        works = True
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            nonlocal works
+            try:
+                if works:
+                    send(values, step)
+            except Exception as error:  # noqa: BLE001  of a library, whatever it is
+                works = False
+                tell(
+                    f"tracker {name} gets nothing from step {step:,} on, {with_place(error)}; "
+                    "log.jsonl has everything"
+                )
+
+        yield log
+        try:
+            closing.close()
+        except Exception as error:  # noqa: BLE001
+            tell(f"tracker {name} was not closed, {with_place(error)}")
 
 
 def _module(name: str, extra: str) -> Any:

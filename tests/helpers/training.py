@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from llava_interleave.distributed.process_group import ProcessGroup
 from llava_interleave.prompt import Prompt
+from llava_interleave.train import loop
 from llava_interleave.train.data.packing import (
     PlannedPackedDataset,
     Position,
     distributed_batches,
 )
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL, which nothing can catch."""
+
+
+@contextmanager
+def killed_before(number: int) -> Iterator[None]:
+    """A run inside it is killed before the step of this number, from 0 on."""
+    step = loop.train_step
+
+    def deadly(*words: Any) -> loop.StepStats:
+        if words[5] == number:
+            raise Killed
+        return step(*words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", deadly)
+        with pytest.raises(Killed):
+            yield
 
 
 class Prompts:

@@ -18,6 +18,7 @@ from typing import Any
 from ...errors import DataError, LlavaError
 from ...processing import FrameSampling, Processor
 from ...processing.chat_template import MediaPlaceholder, Turn, parse
+from ...processing.formats import IMAGE_SUFFIXES
 from . import keys, shards
 
 MEDIA_TYPES = ("image", "image_url", "video", "video_url")
@@ -235,6 +236,43 @@ def reading(sample: Mapping[str, Any], root: Path, name: str = "") -> Reading:
         _place(result, unused, videos, name, insert=not tagged)
     _check_order(result, name)
     return result
+
+
+PLAIN_KEYS = {"id", "sample_id", "image", "conversations", "metadata"}
+PLAIN_ROLES = ("human", "gpt")
+
+
+def plain_reading(sample: Mapping[str, Any], root: Path) -> Reading | None:
+    """`reading` of a faultless sample in M4-Instruct's form, in less time; None for another.
+
+    Its images are files with the suffix of an image.
+    """
+    if not sample.keys() <= PLAIN_KEYS:
+        return None
+    turns, names = sample.get("conversations"), _listed(sample.get("image"))
+    if type(turns) is not list or not turns or len(turns) % 2:
+        return None
+    messages: list[dict[str, Any]] = []
+    places = 0
+    for number, turn in enumerate(turns):
+        answer = number % 2
+        if type(turn) is not dict or turn.keys() != {"from", "value"}:
+            return None
+        text = turn["value"]
+        if turn["from"] != PLAIN_ROLES[answer] or type(text) is not str or not text.strip():
+            return None
+        count = text.count("<image>")
+        if "<video>" in text or (answer and count):
+            return None
+        places += count
+        messages.append({"role": ("user", "assistant")[answer], "content": text})
+    if places != len(names):
+        return None
+    for name in names:
+        if type(name) is not str or not name.lower().endswith(IMAGE_SUFFIXES) or URL.match(name):
+            return None
+    slots = [MediaPlaceholder() for _ in names]
+    return Reading(messages, slots, [root / name for name in names])
 
 
 def _conversation(sample: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
@@ -555,7 +593,10 @@ def _said(turn: Any) -> Any:
 
 def first(row: Mapping[str, Any], *names: str, default: object = None) -> Any:
     """The first value that is not None; tables fill columns up with None."""
-    return next((row[key] for key in names if row.get(key) is not None), default)
+    for key in names:
+        if (value := row.get(key)) is not None:
+            return value
+    return default
 
 
 def _given(value: Any) -> bool:
@@ -590,7 +631,9 @@ def rooted(item: Any, root: Path) -> Any:
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if isinstance(item, list | tuple):
         return [rooted(one, root) for one in item]
-    return root / item if isinstance(item, str | Path) and not URL.match(str(item)) else item
+    if isinstance(item, str):
+        return item if URL.match(item) else root / item
+    return root / item if isinstance(item, Path) else item
 
 
 def _part(part: Any, root: Path, images: list[object], used: set[int]) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -124,8 +124,14 @@ class RowFile(Sequence[RawSample]):
         at = int(np.searchsorted(self._repeated, code))
         if at < len(self._repeated) and self._repeated[at] == code:
             name = f"{name} ({place})"
-        row = RawSample(sample, Path(root), name, group, place, "", weight, block)
+        row = RawSample(sample, _folder(root), name, group, place, "", weight, block)
         return (sides(row) or (row,)) if pair else (row,)
+
+
+@cache
+def _folder(root: str) -> Path:
+    """One object for all samples, which is sent to other processes once."""
+    return Path(root)
 
 
 def _hash(text: str) -> int:

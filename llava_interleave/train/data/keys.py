@@ -70,7 +70,6 @@ MEDIA_SUFFIXES = (
 def refused(row: Mapping[str, Any], *, message: bool = False) -> Iterator[tuple[str, str]]:
     """Keys of a sample, or of one of its messages, that cannot be honoured, each with a reason."""
     known, reasons = (READ_IN_MESSAGES, REFUSED_IN_MESSAGES) if message else (READ, REFUSED)
-    names = {Path(name).name for key in MEDIA if key in row for name in _texts(row[key])}
     for key, value in row.items():
         if key in known or _is_empty(key, value):
             continue
@@ -81,7 +80,7 @@ def refused(row: Mapping[str, Any], *, message: bool = False) -> Iterator[tuple[
         elif (
             key.lower().startswith(MEDIA_NAMES)
             and _looks_like_media(value)
-            and not {Path(name).name for name in _texts(value)} <= names
+            and not _names(value) <= {name for key in MEDIA for name in _names(row.get(key))}
         ):
             yield key, f"it is not read: name it `image`, `images`, `video` or `videos`, or {OUT}"
 
@@ -114,9 +113,9 @@ def _misspelt(key: str, known: Collection[str]) -> str | None:
     return best if best and ratios[best] >= 0.8 else None
 
 
-def _texts(value: Any) -> list[str]:
+def _names(value: Any) -> set[str]:
     values = value if isinstance(value, list | tuple) else [value]
-    return [str(one) for one in values if isinstance(one, str | Path)]
+    return {Path(one).name for one in values if isinstance(one, str | Path)}
 
 
 def _looks_like_media(value: Any) -> bool:

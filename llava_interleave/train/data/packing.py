@@ -24,6 +24,11 @@ from ...errors import DataError, LlavaError
 from ...image_layout import ImageTokenLayout
 from ...prompt import Prompt
 
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that end a run in order: of batch systems, of Ctrl-C, of a terminal that closes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -317,9 +322,10 @@ def _exit_at_once(_: int) -> None:
 def prefetch(items: Dataset[Any], order: Iterator[list[int]] | None, workers: int) -> Iterator[Any]:
     """Items, prefetched by worker processes.
 
-    Terminals send Ctrl-C, and batch systems SIGTERM, to workers too. The training process decides
-    what a signal means, and a worker's death would be an error in the middle of a step: workers are
-    started with both blocked, since they import PyTorch for seconds before they could block them.
+    Terminals send Ctrl-C and SIGHUP, and batch systems SIGTERM, to workers too. The training
+    process decides what a signal means, and a worker's death would be an error in the middle of a
+    step: workers are started with them blocked, since they import PyTorch for seconds before they
+    could block them.
     """
     loader = DataLoader(
         items,
@@ -334,7 +340,7 @@ def prefetch(items: Dataset[Any], order: Iterator[list[int]] | None, workers: in
         iterator = iter(loader)
     else:
         resource_tracker.ensure_running()  # Python unblocks both signals where it starts it
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             iterator = iter(loader)
         finally:

@@ -15,6 +15,7 @@ import torch
 from ...errors import DataError, LlavaError
 from ...processing import Processor
 from ...processing.chat_template import MediaPlaceholder
+from ...processing.processor import PromptOptions
 from ...processing.tokenizer import IMAGE
 from ...prompt import Prompt
 from . import formats
@@ -70,13 +71,11 @@ class SampleFormat:
         self, processor: Processor, messages: Messages, media: Sequence[object]
     ) -> tuple[int, int]:
         """Tokens and images (with video frames; tiles are one) of `example`, without decoding."""
-        tiled = self._tiled(messages, media)
-        estimate = processor.estimate(messages, media, anyres=tiled, add_generation_prompt=False)
-        tokens = sum(part.tokens for part in estimate.parts[1:])
-        images = sum(len(part.times) or 1 for part in estimate.parts[1:])
-        if self.template == "chat":
-            return estimate.total, images
-        return tokens + len(_plain_answer(processor, messages, len(media))), images
+        options = PromptOptions(anyres=self._tiled(messages, media), add_generation_prompt=False)
+        text, sizes = processor.count(messages, media, options)
+        if self.template != "chat":
+            text = len(_plain_answer(processor, messages, len(media)))
+        return text + sum(tokens for tokens, _ in sizes), sum(frames for _, frames in sizes)
 
     def _tiled(self, messages: Messages, media: Sequence[object]) -> bool | None:
         return self.anyres and len(formats.placeholders(messages, len(media))) == 1

@@ -7,25 +7,29 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from stat import S_ISDIR
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ...errors import LlavaError, MediaError
+from ...errors import DataError, LlavaError, MediaError
 from ...processing import FrameSampling, Loader, Processor
 from ...processing.loader import name_of
 from .datasets import KTO_LABEL, RawSample
-from .formats import DataIssue, Reading, reading
+from .formats import DataIssue, Reading, plain_reading, reading
 from .samples import SampleFormat, move_images_first
 
 KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate", "keys")
-CHUNK = 256
+CHUNK, AHEAD = 256, 64
+"""Samples that a process reads at once, and how many chunks wait for each other at most."""
 PROCESSES_FROM = 4096
 """Samples from which it pays to start processes, seconds each."""
 MAX_CACHED = 1 << 20
@@ -153,8 +157,28 @@ def _chunks(rows: Sequence[RawSample], read: _SampleReader) -> Iterator[Iterator
             yield (list(pool.map(read, rows[first : first + CHUNK])) for first in firsts)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(cores, _begin, (rows, read)) as processes:
-        yield processes.imap(_read_chunk, firsts)
+    processes = ProcessPoolExecutor(cores, context, _begin, (rows, read))
+    try:
+        yield _in_order(processes, firsts)
+    except BrokenProcessPool as error:  # multiprocessing.Pool would wait for ever
+        raise DataError(
+            "a process that validates samples was killed: if memory was short, run with less next "
+            "to it"
+        ) from error
+    finally:
+        processes.shutdown(cancel_futures=True)
+
+
+def _in_order(processes: ProcessPoolExecutor, firsts: range) -> Iterator[Chunk]:
+    """The chunks in order, of which a few are read ahead."""
+    rest, ahead = iter(firsts), deque[Future[Chunk]]()
+    while True:
+        ahead.extend(
+            processes.submit(_read_chunk, first) for first in islice(rest, AHEAD - len(ahead))
+        )
+        if not ahead:
+            return
+        yield ahead.popleft().result()
 
 
 def _begin(rows: Sequence[RawSample], read: _SampleReader) -> None:
@@ -197,7 +221,8 @@ class _SampleReader:
 
     def __call__(self, row: RawSample) -> tuple[ValidatedSample, set[str]]:
         """The sample, and its ignored keys."""
-        found = reading(row.sample, row.root, row.name)
+        plain = None if row.pair else plain_reading(row.sample, row.root)
+        found = plain or reading(row.sample, row.root, row.name)
         faults = list(found.faults)
         if row.pair and found.messages and not found.messages[-1].get("loss", True):
             text = (
@@ -292,9 +317,9 @@ class _SampleReader:
         count = partial(self.form.count, processor, media=found.media)
         try:
             sizes = [count(found.messages)]
-            if self.form.images_first_ratio:
+            if self.form.images_first_ratio and len(found.slots) > 1:
                 moved = move_images_first(found.messages, len(found.media))
-                sizes.append(sizes[0] if moved is found.messages else count(moved))
+                sizes += [count(moved)] if moved is not found.messages else []
         except LlavaError as error:
             faults.append(DataIssue("form", f"sample {name}: {error}"))
             return []
@@ -310,7 +335,8 @@ class _SampleReader:
                 )
                 faults.append(DataIssue("long", text))
                 break
-        return [counts[0], sizes[0][1], *counts[1:]]
+        first = [counts[-1]] if self.form.images_first_ratio else []
+        return [counts[0], sizes[0][1], *first]
 
 
 def _words(content: Any) -> Any:
