@@ -1,5 +1,5 @@
-"""Parquet files as rows, one row group in memory at a time. Needs pyarrow, which is optional.
-Knows no models.
+"""Parquet and Arrow files as rows, one row group in memory at a time. Needs pyarrow, which is
+optional. Knows no models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Parquet:
         """file: where `path` is remote. Raises `Unsupported` without pyarrow, and `DataError` for a
         file that is no Parquet."""
         try:
-            from pyarrow import parquet
+            import pyarrow  # noqa: F401
         except ImportError as error:
             raise Unsupported(
                 "reading Parquet needs pyarrow: pip install 'llava-interleave[parquet]', or give "
@@ -32,19 +32,22 @@ class Parquet:
             ) from error
         self.path, self.name = Path(path), str(path)
         try:
-            self._file = parquet.ParquetFile(file or path)
+            counts, schema = self._open(file or path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-        metadata = self._file.metadata
-        self._starts = [
-            0,
-            *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
-        ]
+            raise DataError(f"{path} cannot be read as {type(self).__name__}: {error}") from error
+        self._starts = [0, *accumulate(counts)]
         self._loaded: tuple[int, tuple[str, ...] | None, Any] | None = None
-        self.columns: dict[str, str] = {
-            field.name: str(field.type) for field in self._file.schema_arrow
-        }
+        self.columns: dict[str, str] = {field.name: str(field.type) for field in schema}
         """Their types, as pyarrow names them."""
+
+    def _open(self, file: Any) -> tuple[list[int], Any]:
+        """The rows of each row group, and the schema."""
+        from pyarrow import parquet
+
+        self._file = parquet.ParquetFile(file)
+        metadata = self._file.metadata
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        return counts, self._file.schema_arrow
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -83,3 +86,22 @@ class Parquet:
             )
         for index in range(len(self)):
             yield self.row(index, columns)
+
+
+class Arrow(Parquet):
+    """The rows of an Arrow stream, as `datasets` saves it. Its record batches are row groups; the
+    file is mapped into memory."""
+
+    def _open(self, file: Any) -> tuple[list[int], Any]:
+        import pyarrow
+
+        with pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) as stream:
+            self._batches, schema = list(stream), stream.schema
+        return [batch.num_rows for batch in self._batches], schema
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> Any:
+        """As of Parquet."""
+        import pyarrow
+
+        table = pyarrow.Table.from_batches([self._batches[group]])
+        return table if columns is None else table.select(list(columns))

@@ -813,7 +813,9 @@ def test_a_plain_jpeg_is_one_that_the_decoder_opens(options: dict[str, Any]) -> 
     assert known > 300
 
 
-@pytest.mark.parametrize("form", ["parquet", "tar", "two tars", "remote parquet", "remote tars"])
+@pytest.mark.parametrize(
+    "form", ["parquet", "arrow", "tar", "two tars", "remote parquet", "remote tars"]
+)
 def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: Path) -> None:
     """Equal texts, pixels and tokens; a run trains on them. Remote ones are in fsspec's memory."""
     samples: list[dict[str, Any]] = []
@@ -827,7 +829,7 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
     listed = list(
         validate(datasets.rows(write(tmp_path / "s.json", samples)), formats.processor(model))
     )
-    if form.endswith("parquet"):
+    if form.endswith(("parquet", "arrow")):
         source = tmp_path / "s.parquet"
         rows = [
             {**sample, "image": None}
@@ -835,7 +837,17 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
                           for name in sample["image"]]}
             for sample in samples
         ]  # fmt: skip
-        parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=3)
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, source, row_group_size=3)
+        if form == "arrow":  # the files of `Dataset.save_to_disk(folder, num_shards=2)`
+            source = tmp_path / "saved"
+            source.mkdir()
+            names = [f"data-0000{number}-of-00002.arrow" for number in range(2)]
+            for name, part in zip(names, (table.slice(0, 4), table.slice(4)), strict=True):
+                with pyarrow.ipc.new_stream(source / name, table.schema) as stream:
+                    stream.write_table(part, max_chunksize=3)
+            listed_files = [{"filename": name} for name in names]
+            (source / "state.json").write_text(json.dumps({"_data_files": listed_files}))
     else:
         source = tmp_path / ("s-*.tar" if form.endswith("tars") else "s.tar")
         shares = [samples[:4], samples[4:]] if form.endswith("tars") else [samples]
@@ -863,6 +875,14 @@ def test_images_in_shards_are_those_of_files(form: str, model: Path, tmp_path: P
     assert "7 samples to train on, 0 held out" in said
     run(given.but({"log_every": 1}), tmp_path / "out", log=said.append)
     assert "7 samples, validated before" in said
+    if form == "arrow":
+        (tmp_path / "dataset_dict.json").write_text('{"splits": ["saved"]}')
+        with pytest.raises(DataError, match="has the splits saved: name the folder of one"):
+            datasets.rows(tmp_path)
+        (source / names[1]).write_bytes(b"no arrow")
+        with pytest.raises(DataError, match=r"00001-of-00002\.arrow cannot be read as Arrow"):
+            datasets.rows(source)
+        return
     with pytest.raises(DataError, match=r"cannot be read|there is no file"):
         datasets.rows(source.with_name(f"none{source.suffix}"))
 

@@ -64,7 +64,8 @@ def prepare_samples(
     )
     _report_errors(stored, recipe, log)
     samples = stored.samples()
-    ratio = (0.1 if source.is_dir() else 0.0) if recipe.held_out is None else recipe.held_out
+    folder = datasets.is_image_folder(source)
+    ratio = (0.1 if folder else 0.0) if recipe.held_out is None else recipe.held_out
     groups = samples.column("group")
     members = {name: np.flatnonzero(groups == number).tolist()
                for number, name in enumerate(stored.groups)} if ratio else {}  # fmt: skip
@@ -86,7 +87,7 @@ def prepare_samples(
         )
     _check_resumed_run(recipe, training, held_out, model, out)
     _write(out / "config.toml", recipe.toml())
-    if held_out and source.is_dir():
+    if held_out and folder:
         lines = [json.dumps(_question(sample.rows[0])) + "\n" for sample in held_out]
         (out / "held-out.jsonl").write_text("".join(lines), "utf-8")
     return training, held_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -18,6 +19,8 @@ import yaml
 from ...errors import DataError, OptionError
 from . import formats, shards
 
+SAVED = "state.json"
+"""The list of files in a folder of `datasets.Dataset.save_to_disk`."""
 QUESTION = ("What is in the picture?", "What is in the pictures?")
 """Asked about one image of a folder, and about several."""
 LAYOUTS = (
@@ -68,13 +71,13 @@ def rows(
 def samples(
     source: Path, *, media: Path | None = None, question: str | None = None, seed: int = 0
 ) -> Iterator[RawSample]:
-    """The samples of `source`: a .json, .jsonl, .parquet or .tar file, or a pattern of names with
-    `*`, a .yaml mixture of those, or a folder.
+    """The samples of `source`: a .json, .jsonl, .parquet, .arrow or .tar file, or a pattern of
+    names with `*`, a .yaml mixture of those, a folder of images, or one of `datasets`.
 
     media: where relative paths start; without it at the file that has them. question: about the
     images of a folder. seed: of the random draws of a mixture. Raises DataError.
     """
-    if source.is_dir():
+    if is_image_folder(source):
         if media:
             raise OptionError(f"{source} is a folder and holds its images itself: leave out media")
         return iter(_folder(source, question))
@@ -82,7 +85,20 @@ def samples(
         raise OptionError(f"{source} is a file and asks its own questions: leave out question")
     if source.suffix in (".yaml", ".yml"):
         return _mixture(source, media, seed)
+    if source.is_dir():
+        return (row for path in files(source) for row in _file(path, media))
     return _file(source, media)
+
+
+def is_image_folder(source: Path) -> bool:
+    """Whether a folder holds images, and is not one of `datasets.Dataset.save_to_disk`.
+
+    Raises DataError for several splits.
+    """
+    if (splits := source / "dataset_dict.json").exists():
+        names = json.loads(splits.read_text("utf-8")).get("splits", [])
+        raise DataError(f"{source} has the splits {', '.join(names)}: name the folder of one")
+    return source.is_dir() and not (source / SAVED).exists()
 
 
 def sides(row: RawSample) -> tuple[RawSample, RawSample] | None:
@@ -181,6 +197,12 @@ def files(source: Path) -> list[Path]:
     if source.suffix in (".yaml", ".yml"):
         below = [files(source.parent / entry["json_path"]) for entry in mixture(source)]
         return [source, *(path for some in below for path in some)]
+    if (state := source / SAVED).exists():
+        try:
+            listed = json.loads(state.read_text("utf-8"))["_data_files"]
+            return [source / entry["filename"] for entry in listed]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{state} is not one of `datasets`: {error!r}") from error
     if url := shards.url_of(source):
         found = [Path(name) for name, _ in shards.remote_files(url)]
     elif "*" not in source.name:

@@ -1,5 +1,6 @@
-"""Samples with their images in one file: Parquet, as Hugging Face's `datasets` writes it, and tar
-files in WebDataset's form. A sample names a place in the file; its bytes are read when it is used.
+"""Samples with their images in one file: Parquet and Arrow, as Hugging Face's `datasets` writes
+them, and tar files in WebDataset's form. A sample names a place in the file; its bytes are read
+when it is used.
 
 A file may be remote, on any file system of fsspec: `s3://bucket/train-*.parquet`, `hf://datasets/`.
 """
@@ -22,11 +23,11 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from ...errors import DataError, LlavaError, Unsupported
-from ...parquet import Parquet
+from ...parquet import Arrow, Parquet
 
 BLOCKS = 16
 """Blocks (row groups) whose samples are shuffled together, and that are in memory."""
-SUFFIXES = (".parquet", ".tar")
+SUFFIXES = (".parquet", ".arrow", ".tar")
 REMOTE = re.compile(r"(?:^|/)([a-z][a-z0-9+]+):/+(.*)$")
 FILE = "shard"
 """The key of a place in a file: {"shard": path, ...}."""
@@ -68,7 +69,7 @@ def remote_files(url: str) -> list[tuple[str, Any]]:
 def rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The samples of a file, bytes replaced by their places, and the block of each. Raises
     DataError."""
-    yield from _parquet(path) if path.suffix == ".parquet" else _tar(path)
+    yield from _tar(path) if path.suffix == ".tar" else _table(path)
 
 
 def fetch(place: Mapping[str, Any]) -> bytes:
@@ -97,8 +98,10 @@ def fetch(place: Mapping[str, Any]) -> bytes:
 def _open(path: str) -> Parquet:
     if url := url_of(path):
         with _remote(url) as system:
+            if url.endswith(".arrow"):
+                raise Unsupported(f"{url}: only a local Arrow file is read; take Parquet")
             return Parquet(url, system.open(url, "rb"))
-    return Parquet(Path(path))
+    return (Arrow if path.endswith(".arrow") else Parquet)(Path(path))
 
 
 _reading = threading.Lock()
@@ -111,7 +114,7 @@ def _column(path: str, group: int, column: str) -> Any:
         return _open(path).read_group(group, [column]).column(0)
 
 
-def _parquet(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _table(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     name = url_of(path) or str(path.absolute())
     _open.cache_clear()
     _column.cache_clear()
