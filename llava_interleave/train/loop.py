@@ -365,13 +365,19 @@ def _closing(batches: Iterator[Any]) -> Iterator[None]:
             batches.close()
 
 
+CLOSED = (ConnectionResetError, ConnectionRefusedError)
+"""Errors of reading from a data worker that was killed while it sent a batch."""
+
+
 @contextmanager
 def _naming_errors(folder: Path, step: Callable[[], int]) -> Iterator[None]:
     """Errors of memory and of the disk as a DataError with a way out."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if (text := str(error)).startswith("DataLoader worker"):
+    except (MemoryError, RuntimeError, EOFError, *CLOSED) as error:
+        if (text := str(error)).startswith("DataLoader worker") or isinstance(
+            error, EOFError | ConnectionError
+        ):
             raise DataError(
                 f"a data worker ended in step {step() + 1:,} ({text}): if memory was short, lower "
                 "--workers; the same call goes on from the last checkpoint"

@@ -321,7 +321,7 @@ def _locked(out: Path) -> Iterator[None]:
             journal.lock(file, out)
             yield
     finally:  # closed before: Windows removes no open file
-        if new and list(out.iterdir()) == [path]:
+        if new and out.exists() and list(out.iterdir()) == [path]:
             path.unlink()
             out.rmdir()
 
