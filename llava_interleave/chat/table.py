@@ -190,9 +190,16 @@ class TableRun:
         self, column: Column, waiting: Sequence[tuple[dict[str, Cell], Prompt]]
     ) -> None:
         """Replace the cells of a model that writes its reasons before the value."""
-        options = self.options[column].but({"stop": "\n", "max_new_tokens": REASON_TOKENS})
+        options = self.options[column]
+        most = min(options.max_new_tokens or REASON_TOKENS, REASON_TOKENS)
+        options = options.but({"stop": "\n", "max_new_tokens": most})
         jobs = [GenerationJob(prompt, options, i) for i, (_, prompt) in enumerate(waiting)]
-        answers = self.bot.answer_jobs(jobs)
+        try:
+            answers = self.bot.answer_jobs(jobs)
+        except LlavaError:
+            for one in waiting if len(waiting) > 1 else ():
+                self._read_reasoned(column, [one])
+            return
         for (row, _), answer in zip(waiting, answers, strict=True):
             cell = read_reasoned(column, answer, self.bot.processor.tokenizer)
             row[column.name] = cell or row[column.name]
