@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from llava_interleave.engine.scheduler import MEASURED_EVERY, Scheduler
+from llava_interleave.engine.prompt_lookup import PromptLookupDrafter
+from llava_interleave.engine.scheduler import MEASURED_EVERY, Scheduler, StepTimeModel
 from llava_interleave.engine.virtual_tokens import VirtualTokenCounters
 from tests.helpers.engine import GREEDY, MIXED, answers, engine, expected, finish
 from tests.helpers.scheduler import request, scheduler, step
@@ -187,6 +188,44 @@ def test_a_long_prompt_does_not_delay_its_answer() -> None:
     s.add(one := request(1500, new=20, first=50_000, client="one"))
     timed(s, lambda n: 2.0 + n, 30)
     assert one.num_generated >= 18
+
+
+@pytest.mark.parametrize("clients", [{"many": 3}, {"many": 2, "one": 1}])
+def test_draft_tokens_are_for_a_client_by_itself(clients: dict[str, int]) -> None:
+    """Next to another client's answer they made the steps of both longer."""
+    s = decoding(clients)
+    for _ in range(5):
+        step(s)
+    for running in s.running:
+        running.drafter = PromptLookupDrafter(8, ())
+    assert (s.schedule().decode_tokens > 3) == (len(clients) == 1)
+
+
+def test_a_prompt_alone_is_in_short_chunks_once_there_was_another_client() -> None:
+    """The step of a long prompt is what a request that comes meanwhile waits for."""
+    s = scheduler(tokens=2000, total=100_000)
+    s.step_times.decode, s.step_times.token = 0.001, 0.0001
+    s.add(request(5000, client="many"))
+    assert s.schedule(0.2).scheduled[0].stop == 2000
+    s.add(one := request(5, new=1, first=9000, client="one"))
+    while one.finish_reason is None:
+        step(s)
+    s.add(request(5000, first=20_000, client="many"))
+    assert [w.stop - w.start for w in s.schedule(0.2).scheduled] == [100]
+
+
+def test_the_time_of_a_token_is_not_learned_from_a_few() -> None:
+    def update(tokens: int, seconds: float) -> float:
+        s = scheduler(tokens=tokens)
+        s.add(request(tokens))
+        times.update(s.schedule(), seconds, 0.0)
+        return times.token
+
+    times = StepTimeModel()
+    assert update(100, 0.1) == pytest.approx(0.001)
+    assert update(10, 0.0) == pytest.approx(0.001)
+    assert update(100, 1.0) == pytest.approx(0.01), "at once, or the next chunk takes too long"
+    assert update(100, 0.0) == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -3,8 +3,12 @@
 import asyncio
 import contextlib
 import json
+import os
+import re
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ from typing import Any
 import pytest
 
 from llava_interleave.processing import Processor
+from llava_interleave.server import answer_stream, fairness
 from llava_interleave.server import service as service_module
+from llava_interleave.server.answer_stream import AnswerStream
 from llava_interleave.server.api_errors import ApiError
 from llava_interleave.server.fairness import FairThreadPool, RateLimit, Shares
 from llava_interleave.server.run import Server
@@ -22,6 +28,7 @@ from tests.helpers.fairness import (
     ATTACKER,
     CHAT,
     GUEST,
+    HELLO,
     answered_in_time,
     ask,
     client,
@@ -98,7 +105,37 @@ def test_threads_are_shared_between_keys() -> None:
         assert sorted(await asyncio.gather(*tasks)) == ["a0", "a1", "a2", "a4", "b0", "b1"]
         await asyncio.sleep(0.05)
         assert pool.longest() == 0.0 and not pool._running.total() and not pool._waiting
-        pool.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_the_threads_of_a_busy_key_get_a_lower_priority(
+    monkeypatch: pytest.MonkeyPatch, exclusive: bool
+) -> None:
+    """What one key has decoded for seconds does not slow down what another one asks for."""
+    monkeypatch.setattr(fairness, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(fairness, "CHECK_SECONDS", 0.01)
+    usual = os.getpriority(os.PRIO_PROCESS, os.getpid()) + fairness.NICENESS
+    busy = usual if exclusive else usual - fairness.NICENESS + fairness.BUSY_NICENESS
+
+    def niceness(seconds: float) -> int:
+        while time.thread_time() < seconds:
+            pass
+        end = time.monotonic() + (10 if seconds and not exclusive else 0.1)
+        while (now := os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == usual:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)
+        return now
+
+    async def run() -> None:
+        pool = FairThreadPool(2, "test", lambda: exclusive)
+        running = pool.run("a", lambda: niceness(0.2)), pool.run("b", lambda: niceness(0.0))
+        assert await asyncio.gather(*running) == [busy, usual]
+        assert await pool.run("a", lambda: niceness(0.0)) == busy, "it still counts"
+        assert await pool.run("b", lambda: niceness(0.0)) == usual
 
     asyncio.run(run())
 
@@ -182,6 +219,48 @@ def test_tokens_a_minute_are_limited(folder: Path, key_file: Path) -> None:
         assert ask(guest).status_code == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+def test_many_logprobs_are_written_in_a_thread(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Those of eight long answers, 20 for each token, held the event loop for six seconds."""
+    threads, write = set(), AnswerStream.token_logprobs
+
+    def written(stream: AnswerStream, tokens: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return write(stream, tokens)
+
+    monkeypatch.setattr(AnswerStream, "token_logprobs", written)
+    fields: dict[str, Any] = {
+        CHAT: {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "max_tokens": 4},
+        "/v1/completions": {"prompt": "Hello", "logprobs": 2, "max_tokens": 4},
+        "/v1/responses": {
+            "input": "Hello",
+            "top_logprobs": 2,
+            "include": ["message.output_text.logprobs"],
+            "max_output_tokens": 16,
+        },
+    }[path]
+    with client(server, GUEST) as guest:
+        for stream in (False, True):
+            few = guest.post(path, json={"model": "tiny", "stream": stream, **fields})
+            monkeypatch.setattr(answer_stream, "MAX_INLINE_LOGPROBS", 0)
+            threads.clear()
+            many = guest.post(path, json={"model": "tiny", "stream": stream, **fields})
+            assert threads >= {"text"} and (stream or threads == {"text"})
+            monkeypatch.setattr(answer_stream, "MAX_INLINE_LOGPROBS", 2000)
+            assert few.status_code == 200 and "logprob" in few.text
+            assert many.status_code == 200 and "logprob" in many.text
+            if not stream:  # of a stream each event has the tokens since the last one
+                assert bare(many.text) == bare(few.text)
+
+
+def bare(text: str) -> str:
+    """Without ids, times, and what depends on them."""
+    text = re.sub(r'"(id|item_id|created|created_at|cached_tokens)":("[^"]*"|\d+)', "", text)
+    return re.sub(r'"timings":\{[^}]*\}', "", text)
+
+
 def regex(pattern: str) -> dict[str, Any]:
     return {"response_format": {"type": "regex", "regex": pattern}}
 
@@ -199,10 +278,19 @@ def object_of(fields: int) -> dict[str, Any]:
 ALTERNATIVES = {"allOf": [{"anyOf": [object_of(i + 2) for i in range(4)]} for _ in range(6)]}
 
 
-def test_a_grammar_that_does_not_compile_in_time_is_killed(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT", 0.3)
+@pytest.fixture
+def slow_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas of 1,900 fields and more do not compile in time, others do, on any machine."""
+
+    def limited(process: grammar._CompileProcess, text: str) -> str | None:
+        return process._ask(text, 0.1 if '"p1899"' in text else 60.0)
+
+    monkeypatch.setattr(grammar._CompileProcess, "compile", limited)
+
+
+@pytest.mark.usefixtures("slow_schemas")
+def test_a_grammar_that_does_not_compile_in_time_is_killed(server: Server) -> None:
+    server.service.grammar_rate.per_minute = 10_000
     wide = {"type": "object", "properties": {f"p{i}": True for i in range(4000)}}  # 1.5 s idle
     with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
         with in_background(attacker, 6, **schema(wide)) as statuses:
@@ -224,11 +312,9 @@ def test_a_grammar_whose_masks_take_too_long_ends_its_own_answer(
         answered_in_time(guest)
 
 
-def test_grammar_time_is_limited_for_each_key(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("slow_schemas")
+def test_grammar_time_is_limited_for_each_key(server: Server) -> None:
     """Patterns that take the time limit one after the other kept a core busy for ever."""
-    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT", 0.5)
     server.service.grammar_rate.per_minute = 1
     with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
         costly = [ask(attacker, **schema(object_of(1900 + i))) for i in range(3)]

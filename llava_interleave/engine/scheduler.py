@@ -104,11 +104,14 @@ class StepTimeModel:
         tokens = sum(one.stop - one.start for one in output.scheduled) - output.decode_tokens
         if not tokens:
             self.decode, self.owed = seconds, max(0.0, self.owed - seconds)
-            size = len(output.scheduled)
-            self.decodes[size] = (self.decodes.get(size, seconds) + seconds) / 2
+            if (size := len(output.scheduled)) == output.decode_tokens:  # no draft tokens
+                self.decodes[size] = (self.decodes.get(size, seconds) + seconds) / 2
             return
         prefill = max(0.0, seconds - encode_seconds - self.decode)
-        self.token = prefill / tokens
+        if tokens >= MIN_CHUNK_SIZE or not self.token:
+            # Tokens far into a prompt take longer than those at its beginning.
+            measured = prefill / tokens
+            self.token = max(measured, (self.token + measured) / 2)
         if output.crops:
             self.crop = encode_seconds / output.crops
         self.owed = encode_seconds + prefill if output.decode_tokens else 0.0
@@ -134,8 +137,10 @@ class StepTimeModel:
 
         At most `tokens` and `crops`; at least some, or none at all in this step.
         """
-        if self.owed:
-            return 0, 0
+        return (0, 0) if self.owed else self.short_chunk(budget, tokens, crops)
+
+    def short_chunk(self, budget: float, tokens: int, crops: int) -> tuple[int, int]:
+        """As `chunk`, for what takes no longer than a few decode steps either."""
         delay = max(MIN_PREFILL_SECONDS, PREFILL_STEPS * self.decode)
         return self.chunk(min(budget, delay), tokens, crops)
 
@@ -263,6 +268,10 @@ class Scheduler:
         if prefill_time_budget < math.inf and not self.chunk_size:
             if output.decode_tokens:
                 budget, max_crops = self.step_times.limits(prefill_time_budget, budget, max_crops)
+            elif self.virtual_tokens.several:  # another client's prompt may come during the step
+                budget, max_crops = self.step_times.short_chunk(
+                    prefill_time_budget, budget, max_crops
+                )
             elif not self.waiting and all(request.prefill_only for request in running):
                 budget, max_crops = self.step_times.chunk(prefill_time_budget, budget, max_crops)
         self._schedule_prompts(output, budget, max_crops)
@@ -328,7 +337,11 @@ class Scheduler:
         self.virtual_tokens.charge(request.client, tokens / request.weight)
 
     def _draft(self, output: SchedulerOutput) -> None:
-        """Add draft tokens to decodes, as long as there are few."""
+        """Add draft tokens to decodes, as long as there are few and only one client has requests:
+        each makes the step longer, also for the others.
+        """
+        if self.virtual_tokens.num_clients > 1:
+            return
         share = min(MAX_DRAFTING_TOKENS, self.max_num_batched_tokens)
         share = share // max(1, len(output.scheduled)) - 1
         for one in output.scheduled if share else ():

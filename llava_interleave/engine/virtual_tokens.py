@@ -20,6 +20,16 @@ class VirtualTokenCounters:
     def __getitem__(self, client: str) -> float:
         return self._tokens[client]
 
+    @property
+    def num_clients(self) -> int:
+        """Clients with unfinished requests."""
+        return len(self._requests)
+
+    @property
+    def several(self) -> bool:
+        """Whether there has been another client since the engine was idle."""
+        return len(self._tokens) > 1
+
     def enter(self, client: str) -> None:
         """A request of `client` has arrived."""
         if client not in self._requests:

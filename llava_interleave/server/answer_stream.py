@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -28,8 +28,12 @@ from .openai_types import (
 )
 from .service import PreparedRequest, Service
 
+T = TypeVar("T")
+A = TypeVar("A", Answer, AnswerDelta)
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks; OpenAI's number."""
+MAX_INLINE_LOGPROBS = 2000
+"""Log-probabilities that the event loop writes at a time; more are written in a thread."""
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -114,12 +118,25 @@ class AnswerStream(ABC):
         """The event of an error that ends the stream."""
         return sse_event(error_body(error))
 
+    async def whole(self) -> BaseModel:
+        """`body`, once all answers are complete."""
+        return await self.written(lambda _: self.body(), list(self.answers.values()))
+
+    async def written(self, write: Callable[[list[A]], T], answers: list[A]) -> T:
+        """What `write` makes of answers or their deltas."""
+        each = 1 + (self.prepared.options.logprobs or 0)
+        if each * sum(len(one.logprobs or ()) for one in answers) <= MAX_INLINE_LOGPROBS:
+            return write(answers)
+        return await self.service.run_in_pool(self.prepared.key, lambda: write(answers))
+
     async def deltas(self) -> AsyncIterator[list[AnswerDelta]]:
-        """Deltas of all answers as they come."""
+        """Deltas of all answers as they come; none where the response is one body."""
         for job in self.prepared.jobs:
             indices = range(job.index, job.index + job.options.n)
             while not self.answers.keys() >= {*indices}:
-                yield await self.next(job, self.service.settings.sse_keepalive)
+                deltas = await self.next(job, self.service.settings.sse_keepalive)
+                if self.prepared.request.stream:
+                    yield deltas
 
     async def next(self, job: ServerJob, seconds: float) -> list[AnswerDelta]:
         """As `ServerJob.next`; `answers` and `timings` fill up."""
@@ -191,7 +208,7 @@ async def answer(
         stream = kind(prepared)
         async for _ in stream:
             pass
-        return stream.body()
+        return await stream.whole()
 
 
 def respond(

@@ -52,7 +52,7 @@ class ChatCompletionStream(AnswerStream):
             async for chunks in self._progress():
                 yield chunks
         async for deltas in self.deltas():
-            yield [self._delta_chunk(delta) for delta in deltas]
+            yield await self.written(self._delta_chunks, deltas)
         if request.cite:
             citing = asyncio.ensure_future(self._cite())
             async with contextlib.aclosing(self._wait(citing)) as silences:
@@ -96,7 +96,7 @@ class ChatCompletionStream(AnswerStream):
                 spoken = now
                 yield []
             if deltas := await self.next(job, min(PROGRESS_INTERVAL, silence)):
-                yield [self._delta_chunk(delta) for delta in deltas]
+                yield await self.written(self._delta_chunks, deltas)
                 return
 
     def _progress_info(self, seconds: float) -> PromptProgress:
@@ -111,6 +111,9 @@ class ChatCompletionStream(AnswerStream):
             images_processed=images,
             waiting=0 if started else max(1, self.service.engine_thread.load.waiting),
         )
+
+    def _delta_chunks(self, deltas: list[AnswerDelta]) -> list[bytes]:
+        return [self._delta_chunk(delta) for delta in deltas]
 
     def _delta_chunk(self, delta: AnswerDelta) -> bytes:
         """The chunk of a delta; the last one has the timings."""

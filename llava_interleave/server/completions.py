@@ -19,7 +19,9 @@ class TextCompletionStream(AnswerStream):
         options = self.prepared.request.stream_options
         offsets: Counter[int] = Counter()
         async for deltas in self.deltas():
-            yield [self._chunk(delta, offsets) for delta in deltas]
+            yield await self.written(
+                lambda deltas: [self._chunk(delta, offsets) for delta in deltas], deltas
+            )
         if options is not None and options.include_usage:
             yield [sse_event(self._completion([], self.usage()))]
 

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
+from ..chat import AnswerDelta
 from .answer_stream import AnswerStream, finish_reason, sse_event
 from .api_errors import ApiError, error_body
 from .openai_types import (
@@ -32,9 +33,13 @@ class ResponseStream(AnswerStream):
         super().__init__(prepared)
         self.message_id = f"msg_{secrets.token_hex(12)}"
         self.sequence_number = 0
+        self._at: dict[str, Any] = {
+            "item_id": self.message_id,
+            "output_index": 0,
+            "content_index": 0,
+        }
 
     async def __aiter__(self) -> AsyncIterator[list[bytes]]:
-        at: dict[str, Any] = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
         empty, started = OutputText(text=""), self._response("in_progress", [])
         yield [
             self._event("response.created", response=started),
@@ -42,24 +47,32 @@ class ResponseStream(AnswerStream):
             self._event(
                 "response.output_item.added", output_index=0, item=self._message("in_progress", [])
             ),
-            self._event("response.content_part.added", **at, part=empty),
+            self._event("response.content_part.added", **self._at, part=empty),
         ]
         async for deltas in self.deltas():
-            yield [
-                self._event(
-                    "response.output_text.delta",
-                    **at,
-                    delta=delta.text,
-                    logprobs=self.token_logprobs(delta.logprobs or ()),
-                )
-                for delta in deltas
-                if delta.text or delta.logprobs
-            ]
-        whole = self.body()
+            yield await self.written(self._text_deltas, deltas)
+        if not self.prepared.request.stream:
+            return
+        yield await self.written(lambda _: self._last_events(), list(self.answers.values()))
+
+    def _text_deltas(self, deltas: list[AnswerDelta]) -> list[bytes]:
+        return [
+            self._event(
+                "response.output_text.delta",
+                **self._at,
+                delta=delta.text,
+                logprobs=self.token_logprobs(delta.logprobs or ()),
+            )
+            for delta in deltas
+            if delta.text or delta.logprobs
+        ]
+
+    def _last_events(self) -> list[bytes]:
+        whole, at = self.body(), self._at
         (message,) = whole.output
         (part,) = message.content
         kind: Any = f"response.{whole.status}"
-        yield [
+        return [
             self._event("response.output_text.done", **at, text=part.text, logprobs=part.logprobs),
             self._event("response.content_part.done", **at, part=part),
             self._event("response.output_item.done", output_index=0, item=message),

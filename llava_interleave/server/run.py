@@ -106,8 +106,10 @@ class Protocol(H11Protocol):
         else:
             head, _, body = data.partition(b"\r\n\r\n")
             chunked, self._bytes, self._lines = b"chunked" in head.lower(), 0, 0
+        if not chunked:
+            return False
         self._bytes, self._lines = self._bytes + len(body), self._lines + body.count(b"\r\n")
-        return chunked and self._lines > SMALL_CHUNKS and self._bytes < MIN_CHUNK * self._lines
+        return self._lines > SMALL_CHUNKS and self._bytes < MIN_CHUNK * self._lines
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -62,11 +62,12 @@ GRAMMAR_SECONDS = 15
 
 @dataclass(slots=True)
 class PreparedRequest:
-    """A request with a job for each prompt. service: of its model. seconds: that preparation took.
-    image_tokens: of its prompts.
+    """A request of an API key with a job for each prompt. service: of its model. seconds: that
+    preparation took. image_tokens: of its prompts.
     """
 
     service: Service
+    key: str
     request: GenerationRequest
     options: Options
     jobs: list[ServerJob]
@@ -87,9 +88,9 @@ class SharedState:
         self.metrics = Metrics()
         self.shares = Shares(settings.max_requests, is_exclusive)
         """Answers being prepared, waiting or running, by API key."""
-        self.media_pool = FairThreadPool(settings.media_workers, "media")
-        self.text_pool = FairThreadPool(1, "text")
-        self.grammar_pool = FairThreadPool(1, "grammar")
+        self.media_pool = FairThreadPool(settings.media_workers, "media", is_exclusive)
+        self.text_pool = FairThreadPool(1, "text", is_exclusive)
+        self.grammar_pool = FairThreadPool(1, "grammar", is_exclusive)
         per_minute = settings.tokens_per_minute
         self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
         self.grammar_rate = RateLimit(GRAMMAR_SECONDS, "seconds of response_format")
@@ -101,8 +102,6 @@ class SharedState:
 
     def close(self) -> None:
         """Stop all threads."""
-        for pool in (self.media_pool, self.text_pool, self.grammar_pool):
-            pool.close()
         self.attribution_pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -292,7 +291,7 @@ class Service:
                 for job in jobs:
                     await job.queued()
                 yield PreparedRequest(
-                    self, request, options, jobs, int(time.time()), seconds, image_tokens
+                    self, key, request, options, jobs, int(time.time()), seconds, image_tokens
                 )
             except Exception:
                 raise
