@@ -25,7 +25,7 @@ from llava_interleave import data_url
 from llava_interleave.errors import LlavaError, MediaError, MediaRefused, OptionError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing.fetch import Address, is_public
-from llava_interleave.processing.limits import PixelBudget
+from llava_interleave.processing.limits import PixelBudget, PixelGate
 
 IMAGE = Image.new("RGB", (6, 4), (200, 30, 30))
 
@@ -180,6 +180,32 @@ def test_limits_are_settings(tmp_path: Path) -> None:
         Limits(image_pixels=10**9)
     with pytest.raises(OptionError, match="video_frames"):
         Limits(video_frames=0)
+
+
+def test_images_are_decoded_as_far_as_there_is_room() -> None:
+    """24 threads held 8 GB of images of 31 million pixels. The smallest that waits comes first."""
+    gate, now, order, lock = PixelGate(100), [0, 0], list[int](), threading.Lock()
+
+    def decode(pixels: int) -> None:
+        with gate.room((pixels, 1)):
+            with lock:
+                now[0] += pixels
+                now[1] = max(now)
+                order.append(pixels)
+            time.sleep(0.05)
+            with lock:
+                now[0] -= pixels
+
+    sizes = [60, 50, 200, 40, 10]  # 200: alone
+    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in sizes]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while number == 0 and not order:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join(10)
+    assert now == [0, 200]
+    assert sorted(order) == sorted(sizes) and order[0] == 60 and order[-1] == 200
 
 
 def test_only_regular_files(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Bounds of the parts of image files: lawful files pass, files of nothing but parts do not."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.helpers.hostile_files import (
     gif_extension,
     png_chunks,
     scans,
+    tiff,
     with_segments,
 )
 
@@ -66,6 +68,9 @@ def test_many_scans_of_a_large_image_are_refused() -> None:
         ("GIF", saved("GIF", save_all=True, append_images=[NOISE.rotate(90)] * 20, loop=0)),
         ("PNG", saved("PNG")),
         ("PNG", saved("PNG", save_all=True, append_images=[NOISE.rotate(90)] * 20)),
+        ("TIFF", saved("TIFF", compression="tiff_lzw")),
+        ("TIFF", saved("TIFF", big_tiff=True, icc_profile=b"x" * 2_000_000)),
+        ("TIFF", tiff((700, 7, 1_000_000), size=(400, 300))),
     ],
 )
 def test_lawful_files_pass(kind: str, data: bytes) -> None:
@@ -87,6 +92,9 @@ def test_lawful_files_pass(kind: str, data: bytes) -> None:
         ("GIF", gif_extension(b"\1x", megabytes=1), "of comments"),
         ("GIF", gif_extension(b"\1x", b"\1", megabytes=3), "blocks"),
         ("GIF", gif_extension(b"\0\x21\xfe\1x", megabytes=1), "of comments"),
+        ("TIFF", tiff(*((1000 + i, 2, 10) for i in range(2000))), "2,009 tags"),
+        ("TIFF", tiff((273, 4, 1_000_000)), "500,000 values"),
+        ("TIFF", tiff(*((1000 + i, 12, 1000) for i in range(900))), "500,000 values"),
     ],
 )
 def test_a_file_of_nothing_but_parts_is_refused(kind: str, data: bytes, match: str) -> None:
@@ -94,10 +102,11 @@ def test_a_file_of_nothing_but_parts_is_refused(kind: str, data: bytes, match: s
         check_segments(io.BytesIO(data), kind)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF"])
 def test_what_is_cut_short_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow refuses it in words; here it only must not fail in another way."""
     monkeypatch.setattr(module, "MAX_SEGMENTS", 50)
     small = saved(kind, NOISE.resize((20, 20)))
     for length in range(len(small)):
-        check_segments(io.BytesIO(small[:length]), kind)
+        with contextlib.suppress(MediaError):
+            check_segments(io.BytesIO(small[:length]), kind)

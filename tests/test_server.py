@@ -1208,7 +1208,7 @@ def test_media_are_read_in_one_thread_and_computed_in_another(
 ) -> None:
     bot = client.app.state.service.bot  # type: ignore[attr-defined]
     seen: dict[str, str] = {}
-    for owner, name in ((bot.processor.loader, "image"), (bot.engine, "add"), (bot.engine, "step")):
+    for owner, name in ((bot.processor.loader, "fitted"), (bot.engine, "add"), (bot.engine, "step")):
         real = getattr(owner, name)
         monkeypatch.setattr(
             owner,
@@ -1218,7 +1218,7 @@ def test_media_are_read_in_one_thread_and_computed_in_another(
             ),
         )
     assert ask(client).status_code == 200
-    assert seen.pop("image").startswith("media") and seen == {"add": "engine", "step": "engine"}
+    assert seen.pop("fitted").startswith("media") and seen == {"add": "engine", "step": "engine"}
 
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_again(

@@ -1,10 +1,15 @@
-"""Files made to hold up a server end in bounded time and memory, others are answered meanwhile."""
+"""Files and requests made to hold up a server end in bounded time and memory, others are answered
+meanwhile.
+"""
 
 import base64
+import contextlib
+import json
 import resource
 import struct
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,9 @@ from llava_interleave.server.run import Server
 from llava_interleave.testing import tiny_checkpoint
 from tests.helpers.fairness import (
     ATTACKER,
+    CHAT,
     GUEST,
+    HELLO,
     answered_in_time,
     ask,
     client,
@@ -29,9 +36,11 @@ from tests.helpers.hostile_files import (
     many_samples,
     png_chunks,
     scans,
+    tiff,
+    webp,
     with_segments,
 )
-from tests.helpers.requests import WHAT, bomb, user
+from tests.helpers.requests import RED, WHAT, bomb, data_url, nested, png, user
 from tests.helpers.server import listening, until
 
 pytestmark = pytest.mark.slow
@@ -86,6 +95,8 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "a PNG of empty chunks": lambda: image_part(png_chunks()),
     "a GIF of one comment": lambda: image_part(gif_extension(b"\xff" + b"x" * 255)),
     "a GIF of tiny blocks": lambda: image_part(gif_extension(b"\1x", b"\1")),
+    "a TIFF of a million strips": lambda: image_part(tiff((273, 4, 1_000_000))),
+    "a WebP of many pixels": lambda: image_part(webp(3000)),
     "a video of promised fragments": lambda: video_part(fragments(3000)),
 }
 
@@ -122,3 +133,110 @@ def test_a_lawful_video_of_many_packets_is_read(tmp_path: Path) -> None:
     (tmp_path / "long.mp4").write_bytes(key_frames(15_000, "mp4", rate=25))
     clip = Loader().video(tmp_path / "long.mp4", FrameSampling(frames=2))
     assert clip.times == pytest.approx([0.0, 14_999 / 25])
+
+
+ENDLESS = {"max_tokens": 400, "ignore_eos": True, "stop_on_repetition": False}
+LARGE = data_url(png("red", (1500, 1500)))
+
+
+def batch(attacker: httpx.Client, rows: Iterable[str]) -> list[int]:
+    """A batch of these rows, cancelled after a while."""
+    files = {"file": ("rows.jsonl", "\n".join(rows))}
+    stored = attacker.post("/v1/files", files=files, data={"purpose": "batch"})
+    if stored.status_code != 200:
+        return [stored.status_code]
+    fields = {"endpoint": CHAT, "completion_window": "24h"}
+    made = attacker.post("/v1/batches", json={"input_file_id": stored.json()["id"], **fields})
+    if made.status_code != 200:
+        return [made.status_code]
+    time.sleep(0.3)
+    address = f"/v1/batches/{made.json()['id']}"
+    attacker.post(f"{address}/cancel")
+    until(lambda: attacker.get(address).json()["status"] in ("cancelled", "completed", "failed"))
+    attacker.delete(f"/v1/files/{stored.json()['id']}")
+    return [200]
+
+
+def row(number: int, **body: Any) -> str:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 2} | body
+    line = {"custom_id": str(number), "method": "POST", "url": CHAT, "body": body}
+    return json.dumps(line)
+
+
+def leaving(attacker: httpx.Client, path: str, **body: Any) -> list[int]:
+    """A request whose client leaves while it is answered."""
+    with contextlib.suppress(httpx.ReadTimeout):
+        return [attacker.post(path, json={"model": "tiny", **body}, timeout=0.5).status_code]
+    return []
+
+
+def live(attacker: httpx.Client) -> list[int]:
+    """Sessions that nobody ends."""
+    made = [attacker.post("/v1/live", json={"model": "tiny"}) for _ in range(6)]
+    for one in made[:2]:
+        for _ in range(2):
+            files = {"file": ("a.png", png("blue", (1500, 1500)))}
+            attacker.post(f"/v1/live/{one.json()['id']}/frames", files=files)
+    return [one.status_code for one in made]
+
+
+def prefill(attacker: httpx.Client) -> list[int]:
+    """Each ends the one before."""
+    messages = [[{"role": "user", "content": f"{i} " + "word " * 300}] for i in range(8)]
+    bodies = [{"model": "tiny", "messages": one} for one in messages]
+    return [attacker.post("/v1/messages/prefill", json=body).status_code for body in bodies]
+
+
+def form(attacker: httpx.Client, parts: bytes) -> list[int]:
+    headers = {"Content-Type": "multipart/form-data; boundary=B"}
+    return [attacker.post("/v1/files", content=parts, headers=headers).status_code]
+
+
+PART = b'--B\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n%s\r\n'
+COLUMNS = [{"name": f"c{i}", "question": "What?"} for i in range(100)]
+REQUESTS: dict[str, Callable[[httpx.Client], list[int]]] = {
+    "a batch of damaged images": lambda attacker: batch(
+        attacker, (row(i, messages=user(image_part(b"\x89PNG"), "?")) for i in range(40))
+    ),
+    "a batch of large images": lambda attacker: batch(
+        attacker, (row(i, messages=user(image_part(png("red", (800, 800))))) for i in range(40))
+    ),
+    "a batch of endless answers": lambda attacker: batch(
+        attacker, (row(i, **ENDLESS) for i in range(100))
+    ),
+    "a batch of deep rows": lambda attacker: batch(attacker, [nested(50), "", nested(10_000)] * 20),
+    "a batch of one name": lambda attacker: batch(attacker, (row(1) for _ in range(500))),
+    "a table of 3,200 cells": lambda attacker: leaving(
+        attacker, "/v1/images/table", images=[RED] * 32, columns=COLUMNS
+    ),
+    "find over large images": lambda attacker: leaving(
+        attacker, "/v1/images/find", images=[LARGE] * 32, question="Is it red?"
+    ),
+    "live sessions": live,
+    "prefills": prefill,
+    "a form of many parts": lambda attacker: form(attacker, PART % (b"a", b"") * 50_000),
+    "a form of many headers": lambda attacker: form(attacker, PART % (b"a", b"A: b\r\n" * 100_000)),
+    "a form with a name of megabytes": lambda attacker: form(
+        attacker, PART % (b"a" * 4_000_000, b"")
+    ),
+    "many prompts": lambda attacker: [
+        attacker.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 4000}).status_code
+    ],
+    "an endless response": lambda attacker: leaving(
+        attacker, "/v1/responses", input="a", max_output_tokens=4000
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_delays_no_other_one(server: Server, name: str) -> None:
+    with client(server, ATTACKER) as attacker, client(server, GUEST) as guest:
+        statuses: list[int] = []
+        attack = threading.Thread(target=lambda: statuses.extend(REQUESTS[name](attacker)))
+        attack.start()
+        answered_in_time(guest)
+        answered_in_time(guest, messages=WHAT)
+        attack.join(MOST_SECONDS)
+        assert not attack.is_alive()
+        assert {*statuses} <= {200, 400, 413, 429, 503}
+        until(lambda: not server.service.num_active)

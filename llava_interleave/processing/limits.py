@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 
 from ..errors import MediaError, OptionError
 
@@ -37,6 +39,7 @@ class Limits:
     prompt_media: maximum number of images and videos of one prompt.
     prompt_pixels: maximum pixels decoded for one prompt.
     prompt_frames: maximum number of images and video frames of one prompt.
+    decoding_pixels: pixels of images decoded at a time by all threads; a larger one is alone.
     video_seconds: the longest video, in seconds.
     video_packets: maximum number of compressed frames in one video.
     video_frames: maximum number of frames sampled from one video.
@@ -58,6 +61,7 @@ class Limits:
     prompt_media: int = 256
     prompt_pixels: int = 4_000_000_000
     prompt_frames: int = 4096
+    decoding_pixels: int = 1_000_000_000
     video_seconds: float = 6 * 3600.0
     video_packets: int = 1_500_000
     video_frames: int = 256
@@ -125,6 +129,39 @@ class PixelBudget:
                     f"the prompt has more than the limit of {self._max_frames} images and frames "
                     "(Limits.prompt_frames); ask for fewer"
                 )
+
+
+class PixelGate:
+    """Lets threads decode images of so many pixels at a time, the smallest that waits first."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = self._pixels = pixels
+        self._waiting: list[int] = []
+        self._changed = Condition()
+
+    def __reduce__(self) -> tuple[type[PixelGate], tuple[int]]:
+        return PixelGate, (self._pixels,)
+
+    @contextmanager
+    def room(self, size: tuple[int, int]) -> Iterator[None]:
+        """Wait for room for an image of this size, and take it."""
+        pixels = min(size[0] * size[1], self._pixels)
+        with self._changed:
+            self._waiting.append(pixels)
+            try:
+                self._changed.wait_for(
+                    lambda: pixels <= self._free and pixels == min(self._waiting)
+                )
+            finally:
+                self._waiting.remove(pixels)
+            self._free -= pixels
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
 
 
 class Deadline:

@@ -12,16 +12,16 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from PIL import AvifImagePlugin, Image, TiffImagePlugin
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin
 
 from .. import data_url
 from ..errors import LlavaError, MediaError, MediaRefused
@@ -37,10 +37,12 @@ from .formats import (
     video_format,
 )
 from .images import from_array, orientation, to_rgb
-from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget
+from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget, PixelGate
 from .segments import check_scans, check_segments, is_whole, plain_jpeg
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
+from .webp import release_interpreter
 
+T = TypeVar("T")
 FRAME_FOLDER_FPS = 2
 """Frames a second of a folder or a list of frames, as in the training data's frame folders."""
 REDUCED_IMAGE, DNG_VERSION = 254, 50706
@@ -66,18 +68,25 @@ class Loader:
 
     def __init__(self, limits: Limits = Limits()) -> None:  # noqa: B008  frozen
         self.limits = limits
+        self._gate = PixelGate(limits.decoding_pixels)
 
     def image(self, source: object, budget: PixelBudget | None = None) -> Image.Image:
         """The image as RGB, by the rules of `images.to_rgb`.
 
         Raises MediaError or MediaRefused, naming the source.
         """
-        with _naming(source), self._image(source) as image:
+        return self.fitted(source, lambda image: image, budget)
+
+    def fitted(
+        self, source: object, fit: Callable[[Image.Image], T], budget: PixelBudget | None = None
+    ) -> T:
+        """What `fit` makes of `image`, which counts as decoded until then."""
+        with _naming(source), self._image(source) as image, self._gate.room(image.size):
             if budget:
                 budget.take(image.size)
             image.load()
             self.limits.check_size(*image.size)  # a GIF's frames may outgrow its header
-            return to_rgb(image)
+            return fit(to_rgb(image))
 
     def image_size(self, source: object) -> tuple[int, int]:
         """Width and height of `image`'s result, from the header."""
@@ -390,6 +399,9 @@ def _open_image(file: BinaryIO, kind: str) -> Image.Image:
     if kind == "AVIF":  # by its class: `Image.open` looks at the major brand alone
         return AvifImagePlugin.AvifImageFile(file)
     image = Image.open(file, formats=[kind])
+    if isinstance(image, WebPImagePlugin.WebPImageFile):
+        file.seek(0)
+        release_interpreter(image, file.read())
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
         if DNG_VERSION in tags or int(tags.get(REDUCED_IMAGE) or 0) & 1:

@@ -609,17 +609,26 @@ class Processor:
             )
             layout, crops = replace(self._crop(request), crops=len(clip.frames)), clip.frames
         else:
-            image = self.loader.image(request.source, budget)
-            if request.anyres:
-                layout = self._tiles(request, *image.size)
-                crops = self.images.anyres_tiles(image, self.config.arrangement)
-            else:
-                layout, crops = self._crop(request), [self.images.fit(image, request.pad)]
+            fit = self._anyres if request.anyres else self._one_crop
+            layout, crops = self.loader.fitted(
+                request.source, lambda image: fit(request, image), budget
+            )
         stacked, key = self.images.stack(crops, layout)
         if clip is not None:
             clip = replace(clip, frames=[])
         label = _item(request, layout, clip).name
         return _LoadedMedia(stacked, layout, key, label, clip)
+
+    def _anyres(
+        self, request: _MediaRequest, image: Image.Image
+    ) -> tuple[ImageTokenLayout, list[Image.Image]]:
+        layout = self._tiles(request, *image.size)
+        return layout, self.images.anyres_tiles(image, self.config.arrangement)
+
+    def _one_crop(
+        self, request: _MediaRequest, image: Image.Image
+    ) -> tuple[ImageTokenLayout, list[Image.Image]]:
+        return self._crop(request), [self.images.fit(image, request.pad)]
 
     def _check_context(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from ..errors import MediaError
 
@@ -29,6 +29,10 @@ MAX_SCANNED_PIXELS = 1_000_000_000
 """Scans of a JPEG, times its pixels."""
 MAX_PLAIN_HEADER, MAX_PLAIN_MARKERS = 1 << 16, 100
 """Bytes before the scans of a JPEG that is known without Pillow, and markers from there on."""
+MAX_TIFF_TAGS, MAX_TIFF_VALUES = 1000, 500_000
+"""Tags of a TIFF, and their numbers: two for each strip or tile of the image."""
+TIFF_BYTES = (1, 2, 7)
+"""Types of tags that are read as they are: BYTE, ASCII, UNDEFINED."""
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 OTHER_CODING = re.compile(rb"\xff[\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 """The start of a JPEG frame that is not in baseline, extended or progressive Huffman coding."""
@@ -43,6 +47,8 @@ def check_segments(file: BinaryIO, kind: str) -> None:
         _check_png(file)
     elif kind == "GIF":
         _check_gif(file.read())
+    elif kind == "TIFF":
+        _check_tiff(file)
     file.seek(0)
 
 
@@ -178,6 +184,31 @@ def _check_gif(data: bytes) -> None:
                 f"the GIF has more than the limit of {MAX_GIF_BLOCKS:,} blocks, or "
                 f"{MAX_COMMENT_BLOCKS:,} of comments"
             )
+
+
+def _check_tiff(file: BinaryIO) -> None:
+    """Pillow reads the values of all tags of the first directory, as Python's numbers."""
+    head = file.read(16)
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+
+    def number(data: bytes) -> int:
+        return int.from_bytes(data, order)
+
+    big = number(head[2:4]) == 43
+    wide, entry = (8, 20) if big else (2, 12)
+    file.seek(number(head[8:16] if big else head[4:8]))
+    tags = number(file.read(wide))
+    if tags > MAX_TIFF_TAGS:
+        raise MediaError(f"the TIFF has {tags:,} tags, more than the limit of {MAX_TIFF_TAGS:,}")
+    values = 0
+    for _ in range(tags):
+        data = file.read(entry)
+        if number(data[2:4]) not in TIFF_BYTES:
+            values += number(data[4:12] if big else data[4:8])
+    if values > MAX_TIFF_VALUES:
+        raise MediaError(
+            f"the tags of the TIFF have more than the limit of {MAX_TIFF_VALUES:,} values"
+        )
 
 
 def _color_table(data: bytes, at: int) -> int:

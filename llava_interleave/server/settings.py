@@ -177,6 +177,7 @@ class Settings:
             image_bytes=self.media_mb * MB,
             video_bytes=self.media_mb * MB,
             image_pixels=self.image_megapixels * MB,
+            decoding_pixels=2 * self.image_megapixels * MB,
             prompt_media=self.max_media,
             prompt_pixels=self.media_megapixels * MB,
             prompt_frames=max(1, config.text.context // config.vision.grid**2),

@@ -79,6 +79,26 @@ def png_chunks(megabytes: int = 20) -> bytes:
     return out.getvalue()[:33] + empty * (megabytes * 1_000_000 // 12) + out.getvalue()[33:]
 
 
+def tiff(*tags: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
+    """A TIFF of one directory: eight bits of gray, and more tags of (tag, type, count), which have
+    their values at the file's beginning.
+    """
+    own = {256: size[0], 257: size[1], 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: size[1]}
+    entries = [(tag, 4, 1, value) for tag, value in {**own, 279: size[0] * size[1]}.items()]
+    entries += [(*tag, 8) for tag in tags]
+    longest = max(count for _, _, count, _ in entries)
+    data = b"II*\0" + struct.pack("<I", 8 + 4 * longest + 64) + bytes(4 * longest + 64)
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return data + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+def webp(size: int) -> bytes:
+    """Forty bytes of size * size pixels."""
+    out = io.BytesIO()
+    Image.new("RGB", (size, size), "red").save(out, "WEBP", lossless=True, method=0)
+    return out.getvalue()
+
+
 def gif_extension(block: bytes, label: bytes = b"\xfe", megabytes: int = 20) -> bytes:
     """A GIF of an extension with so many megabytes of equal sub-blocks."""
     extension = b"\x21" + label + block * (megabytes * 1_000_000 // len(block)) + b"\0"
