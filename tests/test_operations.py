@@ -25,6 +25,7 @@ from llava_interleave import chat
 from llava_interleave.chat import load, loading
 from llava_interleave.cli import app, demo, serve
 from llava_interleave.server import run
+from llava_interleave.server.api_keys import ApiKeys
 from llava_interleave.server.app import create_app
 from llava_interleave.server.metrics import Metrics
 from llava_interleave.server.run import Server
@@ -128,6 +129,22 @@ def test_the_image_copies_what_exists_and_runs_unprivileged() -> None:
     assert re.search(r"^USER llava$", text, re.MULTILINE)
     assert "HEALTHCHECK" in text
     assert ".git" in (DEPLOY.parent / ".dockerignore").read_text().split()
+
+
+def test_the_guides_keys_are_read_by_the_users_of_the_containers(tmp_path: Path) -> None:
+    """Compose mounts a secret with the owner that it has; each container has a user of its own."""
+    guide = (DEPLOY.parent / "docs" / "serving.md").read_text("utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if "docker compose" in block)
+    user = re.search(r"useradd --uid (\d+) llava", (DEPLOY / "Dockerfile").read_text())
+    assert user and f"chown {user[1]} keys " in block
+    needs("openssl")
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    commands = block.partition("docker compose")[0].replace("sudo chown", ": chown")
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
+    keys = tmp_path / "deploy" / "compose" / "keys"
+    assert ApiKeys.read(keys).names == {"alice", "prometheus"}
+    assert keys.stat().st_mode & 0o077 == 0
 
 
 def serve_commands() -> list[str]:

@@ -1208,7 +1208,11 @@ def test_media_are_read_in_one_thread_and_computed_in_another(
 ) -> None:
     bot = client.app.state.service.bot  # type: ignore[attr-defined]
     seen: dict[str, str] = {}
-    for owner, name in ((bot.processor.loader, "fitted"), (bot.engine, "add"), (bot.engine, "step")):
+    for owner, name in (
+        (bot.processor.loader, "fitted"),
+        (bot.engine, "add"),
+        (bot.engine, "step"),
+    ):
         real = getattr(owner, name)
         monkeypatch.setattr(
             owner,

@@ -40,10 +40,8 @@ def _library() -> Any:
 
         library = ctypes.CDLL(_webp.__file__)
         library.WebPAnimDecoderNewInternal.restype = ctypes.c_void_p
-        for name in ("GetNext", "Reset", "Delete"):
-            getattr(library, f"WebPAnimDecoder{name}").argtypes = [ctypes.c_void_p] + [
-                ctypes.c_void_p
-            ] * (2 * (name == "GetNext"))
+        for name, pointers in (("GetNext", 3), ("Reset", 1), ("Delete", 1)):
+            getattr(library, f"WebPAnimDecoder{name}").argtypes = [ctypes.c_void_p] * pointers
     except (ImportError, OSError, AttributeError):  # linked into the module, as on Windows
         return None
     return library
