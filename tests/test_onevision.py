@@ -529,6 +529,8 @@ def test_verify_shows_published_answers(folder: Path) -> None:
     assert [row[0] for row in published.published_answers("MODEL", ORIGINAL)] == ["7b-si", "7b-ov"]
     assert anyres(1024, 899, 384, 27, arrangement=ONEVISION).length == published.IMAGE_TOKENS
     assert len(ImageSettings(384).anyres_tiles(random_image(1024, 899), ONEVISION)) == 10
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text("utf-8")
+    assert all(f"| {name} | {answer} |" in page for name, answer in published._ANSWERS.items())
     tiny = json.loads((folder / "config.json").read_text())
     for other in (VIDEO, tiny):
         assert not published.published_answers("MODEL", other)

@@ -126,7 +126,7 @@ def test_the_image_copies_what_exists_and_runs_unprivileged() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     for source in re.findall(r"^COPY (?!--from)(\S+) ", text, re.MULTILINE):
         assert (DEPLOY.parent / source).exists()
-    assert re.search(r"^USER llava$", text, re.MULTILINE)
+    assert re.search(r"^USER 10001$", text, re.MULTILINE)
     assert "HEALTHCHECK" in text
     assert ".git" in (DEPLOY.parent / ".dockerignore").read_text().split()
 

@@ -6,12 +6,15 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import llava_interleave
+from llava_interleave.cli import MODULES as MODULES_OF_COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llava_interleave"
@@ -116,6 +119,29 @@ def test_no_torch_without_need(statement: str) -> None:
     assert done.stdout.endswith("False\n")
 
 
+def test_a_command_imports_no_other() -> None:
+    code = "import sys; from llava_interleave.cli import app; app(['ask', '--help'], 'llava', standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--attribution" in done.stdout, done.stderr
+    commands = {f"llava_interleave.cli.{name}" for name in MODULES_OF_COMMANDS}
+    assert commands.intersection(done.stdout.split()) == {"llava_interleave.cli.ask"}
+
+
 def test_the_changelog_has_this_version() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.search(rf"^## {re.escape(llava_interleave.__version__)}\b", changes, re.MULTILINE)
+
+
+def test_the_conda_recipe_requires_what_the_package_requires() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    other_names = {"torch": "pytorch"}
+    wanted = {f"python {project['requires-python']}"}
+    for requirement in project["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
+        wanted.add(f"{other_names.get(name, name)} {version}")
+    recipe = yaml.safe_load(
+        re.sub(r"\$\{\{.*?\}\}", "0", (ROOT / "deploy/conda/recipe.yaml").read_text("utf-8"))
+    )
+    found = {one.replace("_", "-") for one in recipe["requirements"]["run"]}
+    assert found == wanted
+    assert recipe["context"]["version"] == llava_interleave.__version__

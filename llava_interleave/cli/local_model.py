@@ -46,7 +46,7 @@ class ModelFlags:
 
         The adapter is loaded under the name that `Options.adapter` has: what the flag says.
         """
-        with terminal.spinner("starting"):
+        with terminal.starting():
             from ..chat import load, locate
         locate(self.name, self.revision)
         with terminal.spinner(f"loading {self.name or 'the built-in model'}") as progress:
@@ -75,7 +75,7 @@ class LazyModel:
     """The model that the flags name, loaded on first use; `about` describes it without loading."""
 
     def __init__(self, model: ModelFlags) -> None:
-        with terminal.spinner("starting"):
+        with terminal.starting():
             from ..chat import locate
             from ..checkpoints import Checkpoint, adapter_fingerprint, resolve
             from ..distributed.process_group import rank_and_world_size

@@ -111,7 +111,7 @@ def serve(
         )
     with contextlib.ExitStack() as cluster:
         with freeze_garbage_collector():
-            with terminal.spinner("starting"):
+            with terminal.starting():
                 try:
                     from ..server.process import tune_process
                     from ..server.run import Server, check_port, log_to_stderr

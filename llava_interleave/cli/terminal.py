@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import sys
@@ -30,6 +31,23 @@ def spinner(title: str) -> Iterator[Progress]:
         yield lambda done, total: progress.update(
             task, description=f"{title} {done / max(total, 1):.0%}"
         )
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """The spinner while PyTorch is imported, without garbage collection: an import makes hundreds
+    of thousands of objects that stay. This saves a tenth of the time to a first answer.
+    """
+    with spinner("starting"):
+        if "torch" in sys.modules:
+            yield
+            return
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+            gc.freeze()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import OptionError
 from ..train import recipe
@@ -29,16 +28,7 @@ SPECIAL = ("model", "source", "media", *recipe.TABLES)
 """Recipe fields with their own argument or table."""
 
 
-class TwoWords(TyperGroup):
-    """Commands of two words: `train report` next to `train` (a folder: `train ./report`)."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        two = " ".join(args[:2])
-        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
-
-
 def register(app: typer.Typer) -> None:
-    app.info.cls = TwoWords
     app.command("train")(train)
     app.command("train report")(report)
     data = typer.Typer(help="Inspect training data.", no_args_is_help=True, rich_markup_mode=None)
@@ -84,7 +74,7 @@ def train(
     chosen = chosen.but(overrides)
     if chosen.source is None:
         raise OptionError("no training data: name samples, or a recipe that has a source")
-    with terminal.spinner("starting"):
+    with terminal.starting():
         from ..chat import locate
         from ..distributed.process_group import rank_and_world_size
         from ..train.run import run
@@ -139,7 +129,7 @@ def check(
         raise OptionError("--tokens needs a checkpoint to count with: name one with -m")
     if seed is not None and source.suffix not in (".yaml", ".yml"):
         raise OptionError(f"--seed is for .yaml mixtures, and {source} is not one: leave it out")
-    with terminal.spinner("starting"):
+    with terminal.starting():
         from ..chat import locate
         from ..processing import Processor
         from ..train.data.datasets import samples, unlabelled

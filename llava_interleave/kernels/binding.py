@@ -30,6 +30,7 @@ CAPABILITIES = {
     "avx512_vnni": _AVX512,
     "avx_vnni": (*_AVX2, "avx_vnni"),
     "avx2": _AVX2,
+    "neon_i8mm": ("neon", "dot", "i8mm"),
     "neon_dotprod": ("neon", "dot"),
 }
 """Instruction set -> its names in `torch.cpu.get_capabilities`."""

@@ -34,7 +34,10 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx_vnni": (*_AVX2, "-mavxvnni"),
         "avx2": _AVX2,
     },
-    "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",)},
+    "aarch64": {
+        "neon_i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
+    },
 }
 """Architecture -> instruction set, best first -> the compiler's flags."""
 

@@ -99,7 +99,7 @@ inline void quantize_group(const float* x, int8_t* value, float* scale, InputSum
   *sums = 0;
   *scale = largest / 127.0f;
 }
-#else
+#elif defined(__AVX2__)
 inline void quantize_group(const float* x, int8_t* value, float* scale, InputSums* sums) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256i max_abs = _mm256_setzero_si256();  // compared as integers: a NaN is the largest
@@ -128,6 +128,16 @@ inline void quantize_group(const float* x, int8_t* value, float* scale, InputSum
   const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(parts[0], parts[1]),
                                         _mm256_hadd_epi32(parts[2], parts[3]));
   *sums = input_sums(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+  *scale = largest / 127.0f;
+}
+#else
+inline void quantize_group(const float* x, int8_t* value, float* scale, InputSums* sums) {
+  float largest = 0;  // a NaN is the largest
+  for (int64_t i = 0; i < GROUP; i++)
+    if (largest == largest && !(std::fabs(x[i]) <= largest)) largest = std::fabs(x[i]);
+  const float factor = largest == 0 ? 0.0f : 127.0f / largest;
+  for (int64_t i = 0; i < GROUP; i++) value[i] = int8_t(std::lrint(x[i] * factor));
+  *sums = 0;
   *scale = largest / 127.0f;
 }
 #endif
@@ -288,9 +298,72 @@ void product_of_tiles(const Panel& panel, const Inputs& inputs, int64_t first, i
 #endif
 
 #if defined(DOT_PRODUCTS)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// Product of a tile of M tokens with one panel -> out [M][16]. An instruction multiplies two tokens
+// and two outputs, of eight inputs each; of an odd number of tokens the last one is taken twice.
+template <int BITS, int M>
+void product_of_pairs(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
+  constexpr int PAIRS = (M + 1) / 2;
+  const uint8_t* w = panel.values;
+  const uint16_t* scale = panel.scales;
+  const int8_t* x = &inputs.values[first * inputs.groups * GROUP];
+  const float* x_scale = &inputs.scales[first * inputs.groups];
+  Floats total[M];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) total[m] = splat(0);
+  for (int64_t g = 0; g < inputs.groups; g++) {
+    int32x4_t sum[PAIRS][8];  // two outputs of each token
+#pragma GCC unroll 2
+    for (int pair = 0; pair < PAIRS; pair++) {
+#pragma GCC unroll 8
+      for (int n = 0; n < 8; n++) sum[pair][n] = vdupq_n_s32(0);
+    }
+    Quads<BITS> quads(w);
+    for (int quad = 0; quad < QUADS; quad += 4) {
+      Bytes four[4];
+      quads.load4(quad, four);
+#pragma GCC unroll 2
+      for (int i = 0; i < 4; i += 2) {
+        int8x16_t tokens[PAIRS];
+#pragma GCC unroll 2
+        for (int pair = 0; pair < PAIRS; pair++) {
+          const int8_t* from = x + 2 * pair * GROUP + 4 * (quad + i);
+          tokens[pair] = vcombine_s8(vld1_s8(from), vld1_s8(from + (2 * pair + 1 < M) * GROUP));
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++) {
+          const int32x4_t a = vreinterpretq_s32_u8(four[i].v[n / 2]),
+                          b = vreinterpretq_s32_u8(four[i + 1].v[n / 2]);
+          const int8x16_t outputs = vreinterpretq_s8_s32(n % 2 ? vzip2q_s32(a, b) : vzip1q_s32(a, b));
+#pragma GCC unroll 2
+          for (int pair = 0; pair < PAIRS; pair++)
+            sum[pair][n] = vmmlaq_s32(sum[pair][n], tokens[pair], outputs);
+        }
+      }
+    }
+    const Floats step = load_half(scale);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      const Ints row = each<Ints>([&](int i) {
+        const int64x2_t a = vreinterpretq_s64_s32(sum[m / 2][2 * i]),
+                        b = vreinterpretq_s64_s32(sum[m / 2][2 * i + 1]);
+        return vreinterpretq_s32_s64(m % 2 ? vtrn2q_s64(a, b) : vtrn1q_s64(a, b));
+      });
+      total[m] = fma(mul(to_floats(row), splat(x_scale[m])), step, total[m]);
+    }
+    w += group_bytes(BITS), scale += PANEL, x += M * GROUP, x_scale += M;
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) store(out + m * PANEL, total[m]);
+}
+#endif
+
 // Product of a tile of M tokens with one panel -> out [M][16].
 template <int BITS, int M>
 void product(const Panel& panel, const Inputs& inputs, int64_t first, float* out) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  if constexpr (M > 1) return product_of_pairs<BITS, M>(panel, inputs, first, out);
+#endif
   // independent sums, to hide the latency of the dot product
   constexpr int CHAINS = !ZERO || M >= 4 ? 1 : ACCUMULATORS > 6 ? 4 : 2;
   const uint8_t* w = panel.values;

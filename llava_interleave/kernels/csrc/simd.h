@@ -1,5 +1,5 @@
-// Vectors of sixteen lanes (AVX2, AVX-VNNI, AVX-512 or NEON, as the compiler's flags say), tile
-// registers of AMX, aligned memory, bfloat16.
+// Vectors of sixteen lanes (AVX2, AVX-VNNI, AVX-512, NEON or none of them, as the compiler's flags
+// say), tile registers of AMX, aligned memory, bfloat16.
 
 #pragma once
 
@@ -38,7 +38,7 @@ constexpr int64_t TILE = 16, ROWS = 32, MAX_QUERIES = 256, L2_BYTES = 1 << 20;
 constexpr int64_t TILE = 12, ROWS = 12, MAX_QUERIES = 96, L2_BYTES = 256 << 10;
 #elif defined(__AVXVNNI__)
 constexpr int64_t TILE = 4, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
-#elif defined(__aarch64__)
+#elif !defined(__AVX2__)  // NEON, scalar
 constexpr int64_t TILE = 4, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
 #else
 constexpr int64_t TILE = 12, ROWS = 6, MAX_QUERIES = 48, L2_BYTES = 256 << 10;
@@ -50,7 +50,7 @@ constexpr int64_t MAX_ROWS = MIN_TILE_ROWS - 1;  // of a product in vector regis
 #else
 constexpr int64_t MAX_ROWS = TILE;
 #endif
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__aarch64__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
 #define DOT_PRODUCTS
 #endif
 
@@ -58,8 +58,10 @@ constexpr int64_t MAX_ROWS = TILE;
 
 #if defined(__aarch64__)
 #include "simd_neon.h"
-#else
+#elif defined(__AVX2__)
 #include "simd_x86.h"
+#else
+#include "simd_scalar.h"
 #endif
 
 namespace {

@@ -1,4 +1,5 @@
-// Vectors of sixteen lanes for ARM with NEON and its 8-bit dot products.
+// Vectors of sixteen lanes for ARM with NEON and its 8-bit dot products; matrix products of 8-bit
+// numbers are in gemm.h.
 
 #pragma once
 
