@@ -51,7 +51,7 @@ from recipes.tiny_world import (
 )
 from recipes.tiny_world.data import conversation, render, talk, write
 from recipes.tiny_world.episodes import FRAMES
-from recipes.tiny_world.packing import PackedDataset, batches
+from recipes.tiny_world.packing import PackedDataset, batches, train_reported
 from tests.helpers.training import PackedBatches
 
 pytestmark = pytest.mark.slow
@@ -595,7 +595,7 @@ def test_calibration_changes_the_size_of_features_and_not_what_they_say(
 def test_the_whole_recipe_makes_a_checkpoint_that_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of each stage: every part of the recipe runs, and the folder loads."""
+    """Two steps of each stage, each from the weights of the one before; the folder loads."""
     monkeypatch.setattr(training, "TOKENS", 512)
     monkeypatch.setattr(training, "WINDOW", 16)
     for name in ("FIRST_STYLE", "OTHER_STYLES", "OUT_OF_DOMAIN"):
@@ -610,9 +610,35 @@ def test_the_whole_recipe_makes_a_checkpoint_that_answers(
             *(training.SHARPEN, training.COMPARE, training.RESTYLE, training.REFUSE),
         )
     ]
+    seen: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+    def recorded(model: nn.Module, loss: Any, data: Any, stage: Recipe, folder: Path) -> None:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        train_reported(model, loss, data, stage, folder)
+        assert (folder / "report.html").is_file()
+        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seen[folder.name] = [before, after]
+
+    monkeypatch.setattr(training, "train_reported", recorded)
     made = training.main(tmp_path, *stages[:5], texts=40)
     monkeypatch.setattr(training, "prepare", partial(training.prepare, texts=40))
     done = training.widen(*training.adopt(made, tmp_path), tmp_path, *stages[5:])
+    assert list(seen) == [
+        *("see", "describe", "practise", "sharpen", "compare", "restyle", "refuse")
+    ]
+    tower = "vision_tower.encoder.layers.0.mlp.fc1.weight"
+    decoder = "language_model.layers.0.mlp.up_proj.weight"
+    for (_, (_, after)), (stage, (before, trained)) in pairwise(seen.items()):
+        for name in (tower, decoder):
+            # restyle starts from the saved checkpoint
+            kept = after[name].bfloat16().float() if stage == "restyle" else after[name]
+            assert torch.equal(before[name], kept)
+            assert torch.equal(before[name], trained[name]) == (
+                name != (tower if stage == "restyle" else decoder)
+            )
+    before, after = seen["refuse"]
+    mean = before[decoder].lerp(after[decoder], training.REFUSED)
+    assert torch.equal(checkpoints.load(done).state_dict()[decoder], mean.bfloat16())
     from llava_interleave.chat import load
 
     bot = load(done)

@@ -18,18 +18,20 @@ from llava_interleave.lora import attach
 from llava_interleave.processing import Processor
 from llava_interleave.train import checkpointing
 from llava_interleave.train.data.packing import Batch, collate
-from llava_interleave.train.loop import autocast, train
+from llava_interleave.train.loop import autocast
 from llava_interleave.train.losses import Loss, sft_loss
 from llava_interleave.train.recipe import Recipe
 
-from ..tiny_world.packing import PackedDataset, batches
+from ..tiny_world.packing import PackedDataset, batches, train_reported
 from . import chats, features
 from .questions import Conversations, Photos
 
 SEED = 1
 LORA = LoraConfig(rank=12, alpha=24, dropout=0.0, targets=("language_model.*", "multi_modal_*"))
+TOKENS = 1024  # of a batch
 RECIPE = Recipe(
     steps=1000,
+    tokens=TOKENS,
     lr=1e-3,
     warmup_ratio=0.03,
     min_lr_ratio=0.02,
@@ -38,7 +40,6 @@ RECIPE = Recipe(
     save_every=100,
     log_every=1,
 )
-TOKENS = 1024  # of a batch
 WINDOW = 32  # samples that are packed together
 
 
@@ -66,7 +67,7 @@ def run(
     processor = Processor.from_folder(model, network.config)
     samples = Conversations(photos, processor, chats.read(folder / "chats.jsonl"), seed)
     windows = PackedDataset(samples, 2**40, size=WINDOW, tokens=TOKENS, seed=seed, collate=collate)
-    train(
+    train_reported(
         network,
         loss,
         partial(batches, windows, workers=1),

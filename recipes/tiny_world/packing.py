@@ -1,14 +1,20 @@
-"""Packed batches of samples whose lengths are known only after they are made: window by window."""
+"""Packed batches of samples whose lengths are known only after they are made: window by window;
+and a run over batches with its report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from llava_interleave.train import report
 from llava_interleave.train.data.packing import Position, pack, prefetch
+from llava_interleave.train.loop import train
+from llava_interleave.train.recipe import Recipe
 
 
 class PackedDataset(Dataset[list[Any]]):
@@ -60,3 +66,16 @@ def batches(
             if window > start.window or index >= start.batch:
                 last = index + 1 == len(group)
                 yield batch, Position(window + 1, 0) if last else Position(window, index + 1)
+
+
+def train_reported(
+    model: nn.Module,
+    loss: Any,
+    data: Callable[[Position], Iterator[tuple[Any, Position]]],
+    recipe: Recipe,
+    folder: Path,
+) -> None:
+    """`train`, then the recipe as config.toml and the run as report.html in `folder`."""
+    train(model, loss, data, recipe, folder)
+    (folder / "config.toml").write_text(recipe.toml())
+    report.write(folder, folder / "report.html")

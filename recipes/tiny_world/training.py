@@ -29,7 +29,6 @@ from llava_interleave.model import Llava
 from llava_interleave.processing.processor_files import processor_files
 from llava_interleave.testing import train_tokenizer
 from llava_interleave.train.data import formats
-from llava_interleave.train.loop import train
 from llava_interleave.train.recipe import Recipe
 
 from . import feature_distillation, other_images, patch_pretraining
@@ -45,7 +44,7 @@ from .lessons import (
     WidenedExamples,
     WorldExamples,
 )
-from .packing import PackedDataset, batches
+from .packing import PackedDataset, batches, train_reported
 from .questions import ask
 from .refusal import REFUSAL
 
@@ -70,8 +69,10 @@ SEE = Recipe(
     save_every=250,
     log_every=25,
 )
+TOKENS = 2048  # of a batch of the decoder's stages
 DESCRIBE = Recipe(
     steps=300,
+    tokens=TOKENS,
     lr=1.5e-3,
     warmup_ratio=60 / 300,
     min_lr_ratio=0.87,
@@ -95,7 +96,6 @@ REFUSE = replace(COMPARE, steps=1000, lr=8e-4, warmup_ratio=20 / 1000, save_ever
 # forget some of the world, the mean does not (WiSE-FT; Wortsman et al. 2022, arXiv 2109.01903).
 REFUSED = 0.85
 WRITERS, FEATURES = 5.0, 32.0  # by which `restyle` scales the calibrated tower and projector
-TOKENS = 2048  # of a batch
 WINDOW = 128  # samples that are packed together
 
 
@@ -163,7 +163,7 @@ def main(
     initialize(model, SEED)
     assert see.steps
     patch_loss = patch_pretraining.PatchNamingLoss(formats.processor(source).tokenizer)
-    train(
+    train_reported(
         model,
         patch_loss,
         partial(patch_pretraining.batches, VISION, SEED, see.steps),
@@ -195,7 +195,7 @@ def train_decoder(
     )
     model.requires_grad_(True)  # the recipe freezes some parts again
     data = partial(batches, windows, workers=recipe.workers)
-    train(model, attended_loss, data, recipe, folder)
+    train_reported(model, attended_loss, data, recipe, folder)
 
 
 def widen(
@@ -212,7 +212,7 @@ def widen(
     patch_pretraining.scale(model, residual=WRITERS, features=FEATURES)
     probe = patch_pretraining.LabeledPatchesDataset(VISION, SEED, PROBE_BATCHES)
     loss = FeatureDistillation(model, SEED, [probe[number] for number in range(len(probe))])
-    train(model, loss, scenes, restyle, folder / "restyle")
+    train_reported(model, loss, scenes, restyle, folder / "restyle")
     patch_pretraining.scale(model, residual=1 / WRITERS, features=1 / FEATURES)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     examples = WidenedExamples(source, images, SEED)
