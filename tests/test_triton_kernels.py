@@ -190,5 +190,9 @@ def test_devices_that_cannot_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(checks, "probe", lambda *_: {"one": None, "two": "off", "three": "raised"})
     assert find(cuda, torch.float16) == "two: off; three: raised"
+    monkeypatch.setattr(checks, "probe", lambda *_: dict.fromkeys("ab", "no C compiler"))
+    assert find(cuda, torch.float16) == "no C compiler"
+    monkeypatch.setattr(checks, "probe", lambda *_: dict.fromkeys("ab"))
+    assert find(cuda, torch.float16) is None
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
     assert find(cuda, torch.float16) == "the package triton is not installed"

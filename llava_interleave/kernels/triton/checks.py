@@ -35,15 +35,17 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return "they need a CUDA GPU of NVIDIA"
     if dtype not in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        return f"they compute in float16 or bfloat16, and this network in {name}"
+        return f"they compute in float16 or bfloat16, and this network in {name}: use bfloat16"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor}, and 8.0 is needed"
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    wrong = (f"{name}: {reason}" for name, reason in probe(device, dtype).items() if reason)
-    return "; ".join(wrong) or None
+    reasons = probe(device, dtype)
+    if len({*reasons.values()}) == 1:  # such as a machine without a C compiler
+        return next(iter(reasons.values()))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
