@@ -1,7 +1,12 @@
-"""Compiles the Triton kernels for every architecture, without a GPU, and prints what each takes.
+"""Compiles the Triton kernels for every architecture, without a GPU, and tells what each takes.
 
-    python bench/compile_kernels.py            # the table of docs/gpu.md, which is rewritten
-    python bench/compile_kernels.py 80         # JSON for one architecture, for tests
+    python bench/compile_kernels.py            # all; rewrites the table of docs/gpu.md
+    python bench/compile_kernels.py --json 90  # JSON for one architecture, for tests
+
+Compiling all takes two minutes of a core. So the first command also writes compiled_kernels.json: a
+digest of what was compiled for each architecture that all kernels fit. The second one compiles,
+next to the named architecture, those whose digest is another one now, by the kernels, by how they
+are launched, or by the version of Triton.
 
 Specializations are those that the published models and LLaVA-OneVision 7B launch. Needs Triton with
 its NVIDIA tools (pip install triton); `TRITON_INTERPRET` must not be 1.
@@ -9,6 +14,7 @@ its NVIDIA tools (pip install triton); `TRITON_INTERPRET` must not be 1.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -16,28 +22,31 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llava_interleave.kernels import triton as kt
 from llava_interleave.kernels.triton.checks import Random
 from llava_interleave.kernels.triton.launch import SHARED_MEMORY, Launch, kernel
 
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+ROOT = Path(__file__).parent.parent
+PAGE, RECORD = ROOT / "docs" / "gpu.md", Path(__file__).parent / "compiled_kernels.json"
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 META, BF16, FP16 = torch.device("meta"), torch.bfloat16, torch.float16
 TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    int: "i32",
+    float: "fp32",
 }
 
 
@@ -115,52 +124,78 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
+def launches(capability: int) -> dict[str, Launch]:
+    """A launch for each kernel and specialization, by name."""
+    found: dict[str, Launch] = {}
+    seen: list[object] = []
+    for name, call in calls().items():
+        with kt.record_launches(capability) as recorded:
+            call()
+        for one in recorded:
+            if (key := specialized(one)) not in seen:
+                seen.append(key)
+                function = one.name.split(".")[1]
+                found[name if function in name else f"{name}: {function}"] = one
+    return found
+
+
+def specialized(launch: Launch) -> tuple[object, ...]:
+    """What a kernel is compiled for."""
+    options = launch.num_warps, launch.num_stages
+    return launch.name, options, launch.constants, kt.specialization(launch)
+
+
+def digest(capability: int) -> str:
+    """Of what is compiled for an architecture, and by which Triton."""
+    import triton
+
+    text = [triton.__version__, *map(str, map(specialized, launches(capability).values()))]
+    for name in sorted({launch.name.split(".")[0] for launch in launches(capability).values()}):
+        text.append(code(ROOT / "llava_interleave" / "kernels" / "triton" / f"{name}.py"))
+    text.append(code(ROOT / "llava_interleave" / "kernels" / "triton" / "programmatic.py"))
+    return sha256("\n".join(text).encode()).hexdigest()
+
+
+def code(file: Path) -> str:
+    """A module without comments and docstrings."""
+    tree = ast.parse(file.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Module) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.unparse(tree)
+
+
 def compiled(capability: int) -> Iterator[tuple[str, dict[str, int]]]:
     """By specialization: KiB of shared memory, registers of a thread, bytes of its stack, which is
     where registers are spilled to."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps", "num_stages"}
-    seen: set[str] = set()
-    for name, call in calls().items():
-        with kt.record_launches(capability) as launches:
-            call()
-        for launch in launches:
-            function = launch.name.split(".")[1]
-            label = name if function in name else f"{name}: {function}"
-            source = ast_source(launch)
-            if source.hash() in seen:
-                continue
-            seen.add(source.hash())
-            made = triton.compile(
-                source,
-                target=GPUTarget("cuda", capability, 32),
-                options={option: getattr(launch, option) for option in options},
-            )
-            usage = resources(made.asm["cubin"])
-            shared = -(-(made.metadata.shared + usage["SHARED"]) // 1024)
-            yield label, {"shared": shared, "registers": usage["REG"], "stack": usage["STACK"]}
+    for label, launch in launches(capability).items():
+        made = triton.compile(
+            ast_source(launch),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        )
+        usage = resources(made.asm["cubin"])
+        shared = -(-(made.metadata.shared + usage["SHARED"]) // 1024)
+        yield label, {"shared": shared, "registers": usage["REG"], "stack": usage["STACK"]}
 
 
 def ast_source(launch: Launch) -> Any:
-    """A launch as its kernel is compiled for it: multiples of 16, as Triton finds them, are known,
-    and arguments of 1 or None are constants."""
+    """A launch as its kernel is compiled for it."""
     from triton.compiler import ASTSource
 
     function = kernel(launch.name)
+    given = iter(launch.arguments)
     signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        constant = name in launch.constants
-        value = launch.constants[name] if constant else launch.arguments[index]
-        if isinstance(value, Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-        elif constant or value is None or (isinstance(value, int) and value == 1):
+    for index, (name, known) in enumerate(kt.specialization(launch).items()):
+        value = launch.constants[name] if name in launch.constants else next(given)
+        if known is None:
             signature[name], constants[(index,)] = "constexpr", value
             continue
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        signature[name] = TYPES[known[0]]
+        if known[1]:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, constants, attributes)
 
@@ -177,6 +212,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", output)}
 
 
+def fits(capability: int, kernels: dict[str, dict[str, int]]) -> bool:
+    """Whether all have their shared memory, and spill no registers."""
+    limit = SHARED_MEMORY[capability]
+    return all(one["shared"] <= limit and not one["stack"] for one in kernels.values())
+
+
 def table(by_capability: dict[int, dict[str, dict[str, int]]]) -> str:
     """KiB of shared memory and registers of every kernel, in Markdown."""
     heads = [f"sm_{c} ({SHARED_MEMORY[c]} KiB)" for c in by_capability]
@@ -189,14 +230,20 @@ def table(by_capability: dict[int, dict[str, dict[str, int]]]) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    if len(sys.argv) > 1:
-        json.dump(dict(compiled(int(sys.argv[1]))), sys.stdout)
+    digests = {str(capability): digest(capability) for capability in SHARED_MEMORY}
+    if "--json" in sys.argv:
+        known = json.loads(RECORD.read_text("utf-8"))
+        changed = [name for name, own in digests.items() if known.get(name) != own]
+        names = {*sys.argv[2:], *changed}
+        json.dump({name: dict(compiled(int(name))) for name in names}, sys.stdout)
         return
     found = {capability: dict(compiled(capability)) for capability in SHARED_MEMORY}
     before, rest = PAGE.read_text("utf-8").split(BEGIN)
     after = rest.split(END)[1]
     text = f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
     PAGE.write_text(text, "utf-8")
+    fitting = {str(c): digests[str(c)] for c, kernels in found.items() if fits(c, kernels)}
+    RECORD.write_text(json.dumps(fitting, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

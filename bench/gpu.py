@@ -587,7 +587,7 @@ def child(process: str, steps: Sequence[str], device: torch.device, small: bool)
 def run(process: str, device: str, small: bool, end: float) -> Iterator[Row]:
     """The rows of a process. It is started again behind a step that hangs or ends it."""
     steps = processes(small)[process]
-    left = list(steps)
+    left, slow = list(steps), 10 if device == "cpu" else 1
     while left and end - time.perf_counter() > 5:
         command = [sys.executable, __file__, "--device", device, "--process", process]
         command += [*(["--small"] if small else []), "--steps", *left]
@@ -599,7 +599,7 @@ def run(process: str, device: str, small: bool, end: float) -> Iterator[Row]:
         assert running.stdout is not None and running.stderr is not None
         threading.Thread(target=_read, args=(running.stdout, lines.put), daemon=True).start()
         threading.Thread(target=_read, args=(running.stderr, errors.append), daemon=True).start()
-        step, deadline = "", time.perf_counter() + 60  # to import everything
+        step, deadline = "", time.perf_counter() + 60 * slow  # to import everything
         while True:
             seconds = min(deadline, end) - time.perf_counter()
             try:
@@ -621,7 +621,7 @@ def run(process: str, device: str, small: bool, end: float) -> Iterator[Row]:
             if "begin" in data:
                 step = data["begin"]
                 left.remove(step)
-                deadline = time.perf_counter() + steps[step][0] * (4 if device == "cpu" else 1)
+                deadline = time.perf_counter() + steps[step][0] * slow
             else:
                 yield Row(**data)
         running.kill()

@@ -17,12 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_interleave.checkpoints import meta_network
 from llava_interleave.config import LlavaConfig, TextConfig, VisionConfig
+from llava_interleave.engine.device_stream import DeviceStream
 from llava_interleave.engine.encoder_cache import EncoderCache
-from llava_interleave.engine.kv_contiguous import bytes_per_token
-from llava_interleave.engine.kv_paged import PagedBatch
+from llava_interleave.engine.kv_contiguous import Span, bytes_per_token
+from llava_interleave.engine.kv_paged import PagedBatch, PagedKVCache
 from llava_interleave.engine.model_runner import ModelRunner
+from llava_interleave.engine.prefix_cache import CacheKey, SequenceKV
+from llava_interleave.engine.request import Request
+from llava_interleave.engine.sampler import Sampler
 from llava_interleave.kernels import triton as kt
+from llava_interleave.kernels.triton.launch import Launch
 from llava_interleave.lora import AdapterRouting
+from llava_interleave.options import SamplingParams
+from llava_interleave.prompt import Prompt
 from llava_interleave.quantization.replace import pack_for_cuda, replace_linears
 from tests.helpers.gpu import MAY_COPY, kernels_on_cpu
 
@@ -183,6 +190,52 @@ def test_launches_of_a_step(
     kernels_on_cpu(monkeypatch)
     layer, rest, counts = launches(*case)
     assert layer <= BUDGET[case][0] and rest <= BUDGET[case][1], (layer, rest, counts)
+
+
+class Captures(DeviceStream):
+    """A stream whose graphs are the steps as they were captured."""
+
+    no_capture = None
+
+    def capture(self, step: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        return step, step()
+
+
+def compiled(launches: list[Launch]) -> set[tuple[object, ...]]:
+    """The kernels that Triton compiles for launches."""
+    return {
+        (one.name, one.num_warps, one.num_stages, *one.constants.values(), *known.items())
+        for one in launches
+        for known in [kt.specialization(one)]
+    }
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "int4", "int8"])
+def test_all_kernels_are_compiled_while_a_model_is_loaded(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever numbers of prompts, answers and samples a step has: no request waits for that."""
+    pytest.importorskip("triton")
+    kernels_on_cpu(monkeypatch)
+    monkeypatch.setattr("llava_interleave.engine.model_runner.stream_of", Captures)
+    with kt.record_launches() as loading:
+        made = runner(2, precision)
+    assert isinstance(made.kv_cache, PagedKVCache) and made.gpu_decoder and made.gpu_sampler
+    kv = SequenceKV(CacheKey.of([]), blocks=[0] * 3)
+    with kt.record_launches() as serving, torch.inference_mode():
+        for answers, tokens in ((0, 7), (0, 32), (1, 16), (3, 61), (8, 200), (2, 700)):
+            spans = [Span(kv, 9, 10)] * answers + [Span(kv, 0, tokens)]
+            batch, (ids,) = made.kv_cache.batch(spans, made.stream, [0] * (answers + tokens))
+            hidden = made.gpu_decoder(made.model.embed(ids), batch)
+        for rows in range(1, 8):
+            logits, _ = made._best(made.model.logits(hidden[:rows]))
+            bias = {1: 1.0} if rows % 2 else {}
+            how = SamplingParams(temperature=1.0, logit_bias=bias, seed=0)
+            requests = [Request(n, Prompt([0]), how, CacheKey.of([0]), 1, 0.0) for n in range(rows)]
+            samplers = [Sampler(how, [0], made.vocab, META) for _ in requests]
+            made.gpu_sampler(requests, samplers, logits.index_select(0, numbers(rows)))
+    late = compiled(serving) - compiled(loading)
+    assert not late
 
 
 def test_an_int8_kv_cache_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .device_stream import DeviceStream, Download
-from .kv_paged import ALIGNMENT, PagedBatch, PagedKVCache, table_width
+from .kv_paged import PagedBatch, PagedKVCache, aligned, table_width
 from .prefix_cache import SequenceKV
 
 Outputs = tuple[Tensor, Tensor]
@@ -118,11 +118,11 @@ class CudaGraphDecoder:
 
     def _numbers(self, size: int) -> int:
         """Of the inputs: four columns, each a multiple of 16 bytes long, and the table."""
-        return 4 * _aligned(size) + size * self.width
+        return 4 * aligned(size) + size * self.width
 
     def _inputs(self, rows: Sequence[DecodeRow], size: int) -> Tensor:
         inputs, block = self.stream.host(self._numbers(size)), self.cache.block_size
-        numbers, length = inputs.numpy(), _aligned(size)
+        numbers, length = inputs.numpy(), aligned(size)
         columns, table = numbers[: 4 * length].reshape(4, length), numbers[4 * length :]
         columns[:] = [[0], [0], [-1], [0]]
         lines = table.reshape(size, self.width)
@@ -139,15 +139,11 @@ class CudaGraphDecoder:
         tokens.copy_(best.index_select(0, tokens).clamp_min(0))
 
     def _step(self, size: int) -> Outputs:
-        length = _aligned(size)
+        length = aligned(size)
         columns = self.inputs[: 4 * length].view(4, length)[:, :size]
         table = self.inputs[4 * length : self._numbers(size)].view(size, self.width)
         tokens, positions, slots, lengths = columns
         return self.step(tokens, PagedBatch(size, positions, slots, table, lengths))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class CudaGraphTower:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels import triton as kt
 from .device_stream import DeviceStream, Download
+from .kv_paged import aligned
 from .sampler import Pick, Sampler
 
 if TYPE_CHECKING:
@@ -85,14 +86,15 @@ class GpuSampler:
             )
             for s, sampler, row in zip(each, samplers, state_rows, strict=True)
         ]
-        host = self.stream.host(9, len(each), dtype=torch.float64)
-        host[:] = torch.tensor(columns, dtype=torch.float64).t()
+        host = self.stream.host(9, aligned(len(each)), dtype=torch.float64)
+        host[:, : len(each)] = torch.tensor(columns, dtype=torch.float64).t()
         there = self.stream.upload(host)
-        temperature, top_p, min_p, repetition, presence, frequency = there[:6].float()
-        top_k, rows = there[6:8].int()
+        floats, integers = there[:6].float()[:, : len(each)], there[6:8].int()[:, : len(each)]
+        temperature, top_p, min_p, repetition, presence, frequency = floats
+        top_k, rows = integers
         return kt.SamplingTensors(
             *(temperature, top_k, top_p, min_p, repetition, presence, frequency),
-            there[8], rows, self._state,
+            there[8, : len(each)], rows, self._state,
         )  # fmt: skip
 
     def _row(self, request: Request) -> int:

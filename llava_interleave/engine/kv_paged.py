@@ -71,6 +71,11 @@ def table_width(blocks: int) -> int:
     return max(1, -(-blocks // TABLE_MULTIPLE)) * TABLE_MULTIPLE
 
 
+def aligned(numbers: int) -> int:
+    """Numbers of 4 bytes up to the next that Triton finds aligned."""
+    return -(-numbers // ALIGNMENT) * ALIGNMENT
+
+
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels do not compute on a device; None where they do."""
     if device.type != "cuda":
@@ -184,7 +189,7 @@ class PagedKVCache:
         ]
         width = table_width(max(-(-stop // self.block_size) for stop in stops))
         sizes = [*map(len, lists), len(spans) * width]
-        starts = list(accumulate((-(-n // ALIGNMENT) * ALIGNMENT for n in sizes), initial=0))
+        starts = list(accumulate(map(aligned, sizes), initial=0))
         host = self._host(stream, starts, lists)
         table = host.numpy()[starts[-2] :].reshape(len(spans), width)
         table[:] = self.num_blocks

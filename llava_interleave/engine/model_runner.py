@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import VisionConfig
+from ..kernels import triton
 from ..lora import AdapterRouting
 from ..model import Llava
 from ..model.efficientnet import EfficientNet
@@ -130,18 +131,23 @@ class ModelRunner:
             )
 
     def _warm_up(self, cache: PagedKVCache) -> None:
-        """Compile what graphs do not have: a step with a prompt, and sampling with penalties."""
-        kv = SequenceKV(CacheKey.of([]), blocks=[cache.num_blocks])  # the padding block
-        count = min(40, cache.block_size)
-        spans = [Span(kv, 0, 1), Span(kv, 0, count)]
-        batch, (tokens,) = cache.batch(spans, self.stream, [0] * (1 + count))
+        """Compile what graphs do not have: steps with a prompt, for all sizes of a quantized
+        product's blocks, and sampling with penalties and with a bias."""
         assert self.gpu_decoder is not None and self.gpu_sampler is not None
-        hidden = self.gpu_decoder(self.model.embed(tokens), batch)[:1]
-        how = SamplingParams(max_new_tokens=1, temperature=1.0, repetition_penalty=1.1, seed=0)
-        request = Request(0, Prompt([0]), how, CacheKey.of([0]), 1, 0.0, finish_reason="abort")
-        sampler = Sampler(how, [0], self.vocab, self.device)
+        for most in (20, 40, triton.MAX_FUSED_ROWS):
+            count = min(most, self.model.config.text.context - 1)
+            blocks = [cache.num_blocks] * -(-count // cache.block_size)  # the padding block
+            kv = SequenceKV(CacheKey.of([]), blocks=blocks)
+            spans = [Span(kv, 0, 1), Span(kv, 0, count)]
+            batch, (tokens,) = cache.batch(spans, self.stream, [0] * (1 + count))
+            hidden = self.gpu_decoder(self.model.embed(tokens), batch)[:1]
         logits, _ = self._best(self.model.logits(hidden))
-        self.gpu_sampler([request], [sampler], logits.contiguous())
+        logits = logits.index_select(0, self.stream.upload_numbers([0]))  # of `vocab` apart
+        one = SamplingParams(max_new_tokens=1, temperature=1.0, seed=0)
+        for how in (replace(one, repetition_penalty=1.1), replace(one, logit_bias={0: 1.0})):
+            request = Request(0, Prompt([0]), how, CacheKey.of([0]), 1, 0.0, finish_reason="abort")
+            sampler = Sampler(how, [0], self.vocab, self.device)
+            self.gpu_sampler([request], [sampler], logits)
         self.stream.synchronize()
 
     def _decode_step(self, tokens: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ device a call only records its launches (`record_launches`), and elsewhere `refe
 same by PyTorch's operators. Importing this package needs no Triton."""
 
 from .checks import probe, unavailable_reason
-from .launch import record_launches
+from .launch import record_launches, specialization
 from .ops import (
+    MAX_FUSED_ROWS,
     LayerKV,
     PackedWeight,
     Product,
@@ -28,6 +29,7 @@ from .ops import (
 from .reference import PROMPT_TOKEN
 
 __all__ = [
+    "MAX_FUSED_ROWS",
     "PROMPT_TOKEN",
     "LayerKV",
     "PackedWeight",
@@ -47,6 +49,7 @@ __all__ = [
     "sample",
     "scale_rows",
     "silu_mul",
+    "specialization",
     "unavailable_reason",
     "varlen_attention",
 ]

@@ -107,6 +107,26 @@ def _multiply_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def specialization(launched: Launch) -> dict[str, tuple[Any, bool] | None]:
+    """What a kernel is compiled for, by argument: its type, and whether it or its address is known
+    to be a multiple of 16; None for a constant, as None and 1 are too.
+
+    Triton compiles a kernel again where that differs."""
+    function, arguments = kernel(launched.name), iter(launched.arguments)
+    changing = getattr(function, "kwargs", vars(function))["do_not_specialize"] or ()
+    found: dict[str, tuple[Any, bool] | None] = {}
+    for name in function.arg_names:
+        value = None if name in launched.constants else next(arguments)
+        if isinstance(value, Tensor):
+            found[name] = value.dtype, value.storage_offset() * value.itemsize % 16 == 0
+        elif value is None or (value == 1 and name not in changing):
+            found[name] = None
+        else:
+            multiple = isinstance(value, int) and value % 16 == 0
+            found[name] = type(value), multiple and name not in changing
+    return found
+
+
 def capability(x: Tensor) -> int:
     """Of its GPU, or the one below it in `SHARED_MEMORY`: what the sizes of blocks depend on."""
     own = _cuda_capability(x.device) if x.is_cuda else _capability.get()

@@ -48,7 +48,7 @@ def _nibbles(words, t: tl.constexpr, dtype: tl.constexpr):
     return tl.join(first, second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def packed_vector(
     x, words, scales, sub_scales, bias, out, rows, features, out_features, units, stride,
     exponent_128, exponent_2048, BITS: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
@@ -116,7 +116,7 @@ def packed_vector(
     tl.store(out + place, result, mask=column < out_features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def packed_linear(
     x, words, scales, sub_scales, bias, out, rows, features, out_features, groups, groups_per_split,
     stride, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -131,7 +131,7 @@ def packed_linear(
     split = tl.program_id(2)
     stored = column < (out_features + PANEL - 1) // PANEL * PANEL
     per_unit: tl.constexpr = 128 // BITS
-    units: tl.constexpr = BITS  # of a group
+    fours: tl.constexpr = BITS // 4  # of a group's units; 8, unrolled, take long to compile
     word = tl.arange(0, 4)
     input_ = tl.arange(0, per_unit)
     dtype = x.dtype.element_ty
@@ -139,17 +139,18 @@ def packed_linear(
     x_row = x + row[:, None].to(tl.int64) * stride
     sum_ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split * groups_per_split
-    for group in range(first, tl.minimum(first + groups_per_split, groups)):
-        at = column * groups + group
+    last = tl.minimum(first + groups_per_split, groups)
+    for four in range(first * fours, last * fours):
+        at = column * groups + four // fours
         scale = tl.load(scales + at, mask=stored, other=0.0).to(tl.float32)
         if BITS == 8:
             part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for unit in tl.static_range(units):
-            place = at * units + unit
+        for unit in tl.static_range(4):
+            place = (column * (groups * fours) + four) * 4 + unit
             packed = tl.load(
                 words + place[:, None] * 4 + word[None, :], mask=stored[:, None], other=0
             )
-            k = (group * units + unit) * per_unit + input_
+            k = (four * 4 + unit) * per_unit + input_
             mask = (row < rows)[:, None] & (k < features)[None, :]
             inputs = tl.load(x_row + k[None, :], mask=mask, other=0.0)
             weights = tl.trans(_integers(packed, BITS, BLOCK_N, dtype))
@@ -175,7 +176,7 @@ def packed_linear(
     tl.store(out + place, sum_, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def reduce_splits(
     sums, bias, out, splits, size, out_features, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
