@@ -249,7 +249,10 @@ def test_recipe_keys_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-@pytest.mark.parametrize(("results", "page"), [("latest", "index"), ("avx2", "avx2")])
+@pytest.mark.parametrize(
+    ("results", "page"),
+    [("latest", "index"), *((name, name) for name in ("avx2", "amx", "onevision"))],
+)
 def test_bench_pages_are_those_of_the_template(
     results: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
