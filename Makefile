@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 NPM := npm --prefix web --no-fund --no-audit --silent
 
-.PHONY: help demo kernels web test test-ray test-clients test-trackers test-gguf test-dist bench-trl coverage check check-deploy docs dist bench bench-peers tiny
+.PHONY: help demo kernels web test test-ray test-clients test-trackers test-gguf test-dist bench-trl coverage check check-deploy cross docs dist bench bench-peers tiny
 
 help:
 	@echo "make demo    let the built-in model answer about images, a video and views"
@@ -26,6 +26,7 @@ help:
 	@echo "make docs    the site, into build/site; strict: a broken link fails"
 	@echo "make dist    the source archive and the wheel with kernels (manylinux), into dist"
 	@echo "make test-dist  that wheel in a Debian without a compiler; needs root and debootstrap"
+	@echo "make cross   the CPU kernels compiled for macOS and Windows by zig"
 	@echo "make check-deploy  the workflows, the Dockerfile and the conda recipe by their own checkers"
 	@echo "make bench   speed next to transformers at the real shape, nine minutes; SHAPE=7b or tiny"
 	@echo "make bench-peers  the same next to OpenVINO GenAI, llama.cpp and vLLM, installed apart (8 GB), an hour"
@@ -120,6 +121,16 @@ dist: .venv/installed web
 # The wheel in a Debian without a compiler: kernels, llava demo, llava ask. Needs root and debootstrap.
 test-dist:
 	python3 bench/install.py build/install dist/*linux*.whl --times 1
+
+ZIG = build/zig/bin/python-zig c++ -std=c++17 -O3 -ffp-contract=off -fvisibility=hidden -c llava_interleave/kernels/csrc/layers.cpp
+build/zig/installed: Makefile
+	$(PYTHON) -m venv build/zig
+	build/zig/bin/pip install --quiet ziglang==0.17.0
+	@touch $@
+
+cross: build/zig/installed
+	$(ZIG) -target aarch64-macos -mcpu=apple_m1 -o build/zig/macos.o
+	$(ZIG) -target x86_64-windows-gnu -mavx2 -mfma -mf16c -o build/zig/windows.o
 
 build/deploy/installed: Makefile
 	$(PYTHON) -m venv build/deploy
