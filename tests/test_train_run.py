@@ -1163,6 +1163,8 @@ def test_a_second_run_in_a_folder_is_refused(folder: Path, source: Path, tmp_pat
     ):
         run.run(given, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out").exists()  # nothing was written into it
+    with run._locked(tmp_path / "gone"):
+        shutil.rmtree(tmp_path / "gone")
     run.run(given, tmp_path / "out", log=quiet)
     (tmp_path / "out" / "samples.json").write_text('{"samples": 1')
     with pytest.raises(DataError, match=r"samples\.json is damaged .*: to resume without .*, rm "):
