@@ -366,7 +366,7 @@ def test_the_command_writes_a_page(how: list[str], tmp_path: Path, files: list[P
     )
     assert all(page.text.count(str(file)) == 2 for file in (*files, odd))
     assert "What <i> is it?" in page.text
-    assert page.text.count("nats") == 5
+    assert page.text.count("nats") == 5 and page.text.count(" likely") == 4
 
 
 def test_the_command_refuses_what_has_no_page(tmp_path: Path, files: list[Path]) -> None:

@@ -241,8 +241,8 @@ def test_what_is_written_is_said(tiny_module: Path, images: list[Path], tmp_path
     assert f"wrote {page}" in done.stderr and page.exists()
 
 
-def test_a_batch_that_is_stopped_says_how_to_continue(
-    tiny_module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_or_a_table_that_is_stopped_says_how_to_continue(
+    tiny_module: Path, tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from typer.testing import CliRunner
 
@@ -257,6 +257,8 @@ def test_a_batch_that_is_stopped_says_how_to_continue(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llava_interleave.batch.run", interrupted)
-    words = ["batch", str(source), str(tmp_path / "out.jsonl"), "-m", str(tiny_module)]
-    done = CliRunner().invoke(app, words)
-    assert "run the same command again to continue" in done.stderr, done.output
+    monkeypatch.setattr("llava_interleave.chat.table.TableRun.rows", interrupted)
+    table = ["table", str(images[0]), "-c", "what: What?", "-o", str(tmp_path / "out.csv")]
+    for words in (["batch", str(source), str(tmp_path / "out.jsonl")], table):
+        done = CliRunner().invoke(app, [*words, "-m", str(tiny_module)])
+        assert "run the same command again to continue" in done.stderr, done.output

@@ -209,7 +209,7 @@ def test_many_files_load_in_order(processor: Processor, tmp_path: Path) -> None:
     assert [round(float((item.pixels[0, 0, 0, 0] + 1) * 127.5)) for item in media] == list(
         range(20)
     )
-    with pytest.raises(MediaError, match=r"absent\.png: there is no such file"):
+    with pytest.raises(MediaError, match=r"^image 20: .*absent\.png: there is no such file"):
         processor.raw("<image>" * 20, [*paths[:19], tmp_path / "absent.png"])
 
 

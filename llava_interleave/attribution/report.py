@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 SIDE = 384
 """Most pixels of an image's side in the page."""
+HARDLY = 0.2
+"""Nats: below, the answer is about as likely without the image."""
 VEIL, GRAY = 0.85, 128
 """Opacity and gray of the veil over regions without attention, on dark and light images."""
 
@@ -31,6 +34,7 @@ def write(path: str | os.PathLike[str], result: Attribution) -> None:
         question=result.question,
         answer=result.answer,
         logprob=result.logprob,
+        probability=math.exp(result.logprob),
         layers=result.layers,
         left_out=result.images[0].change is not None,
         images=[_image(image, highest) for image in result.images],
@@ -45,10 +49,20 @@ def _image(image: ImageAttribution, highest: float) -> dict[str, Any]:
     return {
         "name": image.name,
         "change": image.change,
+        "effect": "" if image.change is None else _effect(image.change),
         "share": image.share,
         "attention": image.attention,
         "frames": frames,
     }
+
+
+def _effect(change: float) -> str:
+    """How likely the answer is without an image, in words, as in the web UI."""
+    if abs(change) < HARDLY:
+        return "about as likely"
+    times = math.exp(min(abs(change), 10))
+    number = "over 1,000" if times > 1000 else f"{times:.0f}" if times >= 10 else f"{times:.1f}"
+    return f"{number} times {'less' if change > 0 else 'more'} likely"
 
 
 def _veil(heat: NDArray[np.float32]) -> str:

@@ -49,7 +49,9 @@ def resolve(
         return photos_folder()
     if not isinstance(name_or_folder, Path):
         name = repository(name)
-    if isinstance(name_or_folder, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if isinstance(name_or_folder, Path) or name.startswith(("/", ".", "~")):
+        raise CheckpointError(f"there is no folder {name}")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise CheckpointError(
             f"there is no folder {name}; a name on the Hugging Face hub looks like owner/model, "
             "`llava pull photos` makes the model photos, "

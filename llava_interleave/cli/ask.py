@@ -12,14 +12,15 @@ import typer
 from ..errors import OptionError
 from ..options import Options
 from . import flags, terminal
-from .local_model import ModelFlags
+from .local_model import BUILTIN_MODEL, ModelFlags, with_model
 
 if TYPE_CHECKING:
     from ..chat import Answer, Chatbot
 
 
 def register(app: typer.Typer) -> None:
-    app.command("ask")(flags.with_options(ask))
+    command = with_model("kv_precision", "limits", "generation_config")(ask)
+    app.command("ask")(flags.with_options(command))
 
 
 def ask(
@@ -34,13 +35,7 @@ def ask(
     attach: flags.Attach = None,
     view: flags.View = None,
     frames_of: flags.FramesOf = None,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    kv_precision: flags.KvPrecision = "auto",
-    limit: flags.Limit = None,
-    generation_config: flags.GenerationConfig = "auto",
+    model: ModelFlags = BUILTIN_MODEL,
     as_json: flags.Json = False,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print the answer as it is generated.")
@@ -71,16 +66,7 @@ def ask(
             "--attribution attributes one answer to its images: "
             + ("leave out -n" if options.n > 1 else "attach one")
         )
-    bot = ModelFlags(
-        model,
-        revision,
-        precision,
-        device,
-        options.adapter,
-        limits=tuple(limit or ()),
-        generation_config=generation_config,
-        kv_precision=kv_precision,
-    ).load()
+    bot = model.with_adapter(options.adapter).load()
     options = bot.options(changes=given)
     messages = bot.turn(question, sources)
     if stream and options.n == 1 and not as_json and not options.cite:

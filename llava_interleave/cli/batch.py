@@ -16,7 +16,15 @@ import typer
 from ..errors import OptionError
 from ..options import Options
 from . import flags, terminal
-from .local_model import ClusterWorker, LazyModel, ModelFlags, about_options, replies
+from .local_model import (
+    BUILTIN_MODEL,
+    ClusterWorker,
+    LazyModel,
+    ModelFlags,
+    about_options,
+    replies,
+    with_model,
+)
 
 if TYPE_CHECKING:
     from ..batch import Source
@@ -26,7 +34,10 @@ SHOWN = 10
 
 
 def register(app: typer.Typer) -> None:
-    app.command("batch")(flags.with_options(batch))
+    model = with_model(
+        "kv_precision", "gpu_memory", "batch_invariant", "limits", "generation_config"
+    )
+    app.command("batch")(flags.with_options(model(batch)))
 
 
 def batch(
@@ -47,15 +58,7 @@ def batch(
         str | None, typer.Option(help="The question of samples that have none.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    kv_precision: flags.KvPrecision = "auto",
-    gpu_memory: flags.GpuMemory = 0.9,
-    batch_invariant: flags.BatchInvariant = False,
-    limit: flags.Limit = None,
-    generation_config: flags.GenerationConfig = "auto",
+    model: ModelFlags = BUILTIN_MODEL,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -90,28 +93,17 @@ def batch(
         )
     from ..batch import Source, ray_cluster, run
 
-    model_flags = ModelFlags(
-        model,
-        revision,
-        precision,
-        device,
-        options.adapter,
-        batch_invariant,
-        tuple(limit or ()),
-        generation_config,
-        kv_precision=kv_precision,
-        gpu_memory=gpu_memory,
-    )
+    model = model.with_adapter(options.adapter)
     samples = Source(source, question)
     started = time.monotonic()
     if ray:
         with terminal.resumable(out), terminal.progress_bar("answering") as progress:
             adapter = absolute(options.adapter)
             everywhere = dataclasses.replace(
-                model_flags,
-                name=absolute(model),
+                model,
+                name=absolute(model.name),
                 adapter=adapter,
-                generation_config=absolute(generation_config) or "",
+                generation_config=absolute(model.generation_config) or "",
             )
             worker = ClusterWorker(everywhere, tuple({**given, "adapter": adapter}.items()))
             count, failed = ray_cluster.run(
@@ -124,7 +116,7 @@ def batch(
                 progress=progress,
             )
     else:
-        local = LazyModel(model_flags)
+        local = LazyModel(model)
         options = local.options(given)
         answer = replies(local.ready(options).batch)
         with terminal.resumable(out), terminal.progress_bar("answering") as progress:

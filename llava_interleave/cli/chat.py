@@ -16,7 +16,7 @@ from ..errors import LlavaError, OptionError
 from ..options import Options, unknown
 from . import flags, terminal
 from .line_editor import PATHS, LineEditor, Values
-from .local_model import ModelFlags
+from .local_model import BUILTIN_MODEL, ModelFlags, with_model
 
 if TYPE_CHECKING:
     from ..chat import AnswerDelta, Conversation
@@ -43,7 +43,8 @@ NOT_IN_CHAT = ("n", "logprobs", "logit_bias", "stop_ids", "adapter", "system")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("chat")(flags.with_options(chat))
+    command = with_model("kv_precision", "limits", "generation_config")(chat)
+    app.command("chat")(flags.with_options(command))
 
 
 def chat(
@@ -60,13 +61,7 @@ def chat(
             help="Save the KV cache with a conversation, which then continues without a prefill."
         ),
     ] = True,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    kv_precision: flags.KvPrecision = "auto",
-    limit: flags.Limit = None,
-    generation_config: flags.GenerationConfig = "auto",
+    model: ModelFlags = BUILTIN_MODEL,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -79,16 +74,7 @@ def chat(
         raise OptionError(f"a conversation continues with one answer, not n = {options.n}")
     if options.logprobs is not None:
         raise OptionError("--logprobs are reported by llava ask --json")
-    bot = ModelFlags(
-        model,
-        revision,
-        precision,
-        device,
-        options.adapter,
-        limits=tuple(limit or ()),
-        generation_config=generation_config,
-        kv_precision=kv_precision,
-    ).load()
+    bot = model.with_adapter(options.adapter).load()
     session = Terminal(bot.conversation(), bot.options(changes=given), kv)
     if resume:
         session.load([str(resume)])

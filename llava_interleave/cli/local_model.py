@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,10 @@ class ModelFlags:
     kv_precision: str = "auto"
     gpu_memory: float | None = None
 
+    def with_adapter(self, adapter: str | None, **changes: Any) -> ModelFlags:
+        """The same model with an adapter and other changes."""
+        return dataclasses.replace(self, adapter=adapter, **changes)
+
     def load(self) -> Chatbot:
         """The chatbot, with progress on stderr (downloads draw their own bars).
 
@@ -69,6 +75,54 @@ class ModelFlags:
                 f"defaults of generation_config: {bot.info()['generation_config']}", file=sys.stderr
             )
         return bot
+
+
+BUILTIN_MODEL = ModelFlags(None)
+"""Stands for the flags where `with_model` has not replaced it."""
+_FLAGS: dict[str, tuple[str, Any, Any]] = {
+    "name": ("model", flags.ModelName, None),
+    "revision": ("revision", flags.Revision, None),
+    "precision": ("precision", flags.Precision, "auto"),
+    "device": ("device", flags.Device, "auto"),
+    "kv_precision": ("kv_precision", flags.KvPrecision, "auto"),
+    "gpu_memory": ("gpu_memory", flags.GpuMemory, 0.9),
+    "batch_invariant": ("batch_invariant", flags.BatchInvariant, False),
+    "limits": ("limit", flags.Limit, None),
+    "generation_config": ("generation_config", flags.GenerationConfig, "auto"),
+    "encoder_cache_dir": ("encoder_cache_dir", flags.EncoderCacheDir, None),
+}
+"""Fields of `ModelFlags`: the name, the type and the default of their flags."""
+
+
+def with_model(*fields: str) -> Callable[[flags.Command], flags.Command]:
+    """Replace a command's parameter `model` by the flags of these fields of `ModelFlags`.
+
+    Name, revision, precision and device come first.
+    """
+    used = {one: _FLAGS[one] for one in ("name", "revision", "precision", "device", *fields)}
+
+    def decorate(command: flags.Command) -> flags.Command:
+        parameters: list[inspect.Parameter] = []
+        for one in inspect.signature(command, eval_str=True).parameters.values():
+            if one.name != "model":
+                parameters.append(one)
+                continue
+            parameters += [
+                inspect.Parameter(name, one.kind, default=default, annotation=hint)
+                for name, hint, default in used.values()
+            ]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            values = {one: arguments.pop(name) for one, (name, *_) in used.items()}
+            values["limits"] = tuple(values.get("limits") or ())
+            command(**arguments, model=ModelFlags(**values))
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
 
 
 class LazyModel:

@@ -20,7 +20,7 @@ from ..journal import Journal
 from ..options import Options
 from . import flags, terminal
 from .batch import SHOWN
-from .local_model import LazyModel, ModelFlags
+from .local_model import BUILTIN_MODEL, LazyModel, ModelFlags, with_model
 
 if TYPE_CHECKING:
     from ..chat.columns import Column
@@ -54,8 +54,9 @@ SAMPLING = (
 
 def register(app: typer.Typer) -> None:
     with_options = flags.with_flags("given", Options, without=SAMPLING, overrides=True)
-    app.command("table")(with_options(table))
-    app.command("find")(with_options(find))
+    model = with_model("batch_invariant", "limits", "encoder_cache_dir")
+    app.command("table")(with_options(model(table)))
+    app.command("find")(with_options(model(find)))
 
 
 def table(
@@ -72,13 +73,7 @@ def table(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The table: .csv, .jsonl or .parquet.")],
     cells: CellsFile = None,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    batch_invariant: flags.BatchInvariant = False,
-    limit: flags.Limit = None,
-    encoder_cache_dir: flags.EncoderCacheDir = None,
+    model: ModelFlags = BUILTIN_MODEL,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -99,9 +94,8 @@ def table(
     cells = cells or out.with_name(out.name + ".cells")
     if out.exists() and not cells.exists():
         raise DataError(f"{out} already exists; delete it or choose another file")
-    options, lazy = _model(
-        given, model, revision, precision, device, batch_invariant, limit, encoder_cache_dir
-    )
+    options = Options(**given)
+    lazy = LazyModel(model.with_adapter(options.adapter, generation_config="none"))  # greedy
     rows = compute(lazy, _files(images), columns, options, cells)
     _write(out, rows, columns)
     failed = _report(rows, columns)
@@ -127,13 +121,7 @@ def find(
     ] = None,
     cells: CellsFile = None,
     as_json: flags.Json = False,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    batch_invariant: flags.BatchInvariant = False,
-    limit: flags.Limit = None,
-    encoder_cache_dir: flags.EncoderCacheDir = None,
+    model: ModelFlags = BUILTIN_MODEL,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -148,9 +136,8 @@ def find(
     if not images:
         raise OptionError(f"there are no images next to the question {question!r}")
     columns = [Column("hit", question, bool)]
-    options, lazy = _model(
-        given, model, revision, precision, device, batch_invariant, limit, encoder_cache_dir
-    )
+    options = Options(**given)
+    lazy = LazyModel(model.with_adapter(options.adapter, generation_config="none"))  # greedy
     rows = compute(lazy, _files(images), columns, options, cells)
     hits = find_hits(rows, "hit")
     expected = sum(1 - hit.probability for hit in hits if hit.probability >= 0.5)
@@ -181,32 +168,6 @@ def find(
         raise typer.Exit(1)
 
 
-def _model(
-    given: dict[str, Any],
-    name: str | None,
-    revision: str | None,
-    precision: str,
-    device: str,
-    batch_invariant: bool,
-    limit: list[str] | None,
-    encoder_cache_dir: Path | None,
-) -> tuple[Options, LazyModel]:
-    """The options and the model of the flags; greedy, so without a generation_config."""
-    options = Options(**given)
-    model_flags = ModelFlags(
-        name,
-        revision,
-        precision,
-        device,
-        options.adapter,
-        batch_invariant,
-        tuple(limit or ()),
-        generation_config="none",
-        encoder_cache_dir=encoder_cache_dir,
-    )
-    return options, LazyModel(model_flags)
-
-
 def compute(
     lazy: LazyModel,
     files: Sequence[Path],
@@ -231,6 +192,7 @@ def compute(
     run = TableRun(lazy.ready(options), columns, options, known)  # refuses before a file is made
     with contextlib.ExitStack() as stack, terminal.progress_bar("answering") as progress:
         if cells_file is not None:
+            stack.enter_context(terminal.resumable(cells_file))
             journal = stack.enter_context(Journal(cells_file, about))
         rows: list[Row] = []
         progress(0, len(files))

@@ -11,13 +11,13 @@ import typer
 from ..errors import MediaError, OptionError
 from ..options import Options
 from . import flags, terminal
-from .local_model import ModelFlags
+from .local_model import BUILTIN_MODEL, ModelFlags, with_model
 from .table import SAMPLING
 
 
 def register(app: typer.Typer) -> None:
     with_options = flags.with_flags("given", Options, without=SAMPLING, overrides=True)
-    app.command("watch")(with_options(watch))
+    app.command("watch")(with_options(with_model("kv_precision", "limits")(watch)))
 
 
 def watch(
@@ -47,12 +47,7 @@ def watch(
     count: Annotated[
         int | None, typer.Option(min=1, help="End after so many frames. Default: with the source.")
     ] = None,
-    model: flags.ModelName = None,
-    revision: flags.Revision = None,
-    precision: flags.Precision = "auto",
-    device: flags.Device = "auto",
-    kv_precision: flags.KvPrecision = "auto",
-    limit: flags.Limit = None,
+    model: ModelFlags = BUILTIN_MODEL,
     as_json: flags.Json = False,
     *,
     given: dict[str, Any],
@@ -64,16 +59,7 @@ def watch(
     options = Options(**given)
     if not question.strip():
         raise OptionError("the question is empty")
-    bot = ModelFlags(
-        model,
-        revision,
-        precision,
-        device,
-        options.adapter,
-        limits=tuple(limit or ()),
-        generation_config="none",
-        kv_precision=kv_precision,
-    ).load()
+    bot = model.with_adapter(options.adapter, generation_config="none").load()
     from ..processing.frame_source import read_frames
 
     live = bot.live(keep, least, options)

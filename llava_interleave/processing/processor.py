@@ -15,7 +15,7 @@ from PIL import Image
 from .. import config_json
 from ..config import LlavaConfig
 from ..config_json import read_json
-from ..errors import CheckpointError, ContextError, OptionError, PromptError
+from ..errors import CheckpointError, ContextError, MediaError, OptionError, PromptError
 from ..image_layout import Arrangement, ImageTokenLayout, TokenReduction, anyres
 from ..prompt import Media, Prompt
 from .chat_template import (
@@ -709,21 +709,31 @@ def _each(
 ) -> list[T]:
     """The results of `work`, by threads where several are slow: they read or download a source.
 
-    PIL images stay in this thread: they load lazily, which is not thread-safe.
+    PIL images stay in this thread: they load lazily, which is not thread-safe. A MediaError names
+    which of several it is about.
     """
+
+    def named(request: _MediaRequest) -> T:
+        try:
+            return work(request)
+        except MediaError as error:
+            if len(requests) == 1:
+                raise
+            raise type(error)(f"{request.name}: {error}") from error
+
     threaded = [
         not isinstance(request.source, (Image.Image, PreparedImage)) and bool(slow(request))
         for request in requests
     ]
     if sum(threaded) < 2:
-        return [work(request) for request in requests]
+        return [named(request) for request in requests]
     with ThreadPoolExecutor(min(THREADS, len(requests))) as pool:
         try:
             later = {
-                i: pool.submit(work, request) for i, request in enumerate(requests) if threaded[i]
+                i: pool.submit(named, request) for i, request in enumerate(requests) if threaded[i]
             }
             return [
-                later[i].result() if i in later else work(request)
+                later[i].result() if i in later else named(request)
                 for i, request in enumerate(requests)
             ]
         finally:

@@ -144,8 +144,9 @@ def check_port(settings: Settings) -> None:
     try:
         socket.create_server((settings.host, settings.port), family=family).close()
     except OSError as error:
+        why = str(error.strerror or error).partition(" (while")[0]
         raise OptionError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}"
+            f"cannot listen on {settings.host}, port {settings.port}: {why}; --port names another"
         ) from error
 
 
