@@ -1,19 +1,21 @@
 """Take the screenshots of the documentation with Chromium: web UI, attribution report, bench page.
 
-python docs/screenshots.py        # after `llava demo` and `make web`; needs the extra dev
+python docs/screenshots.py        # after `make web`; needs the extra dev
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,12 +23,16 @@ from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from llava_interleave import load
 from llava_interleave.attribution import report
+from llava_interleave.engine import Engine
+from llava_interleave.engine.sampler import Pick
+from llava_interleave.engine.scheduler import SchedulerOutput
 from llava_interleave.server.app import create_app
 from llava_interleave.server.run import Server
 from llava_interleave.server.settings import Settings
+from llava_interleave.server.web_files import DEMO
 
-DOCS = Path(__file__).parent
-ALBUM = [f"demo/album-{number}.png" for number in (1, 2, 3)]
+DOCS = Path(__file__).resolve().parent
+ALBUM = [f"album-{number}.png" for number in (1, 2, 3)]
 QUESTION = "In which image is there a yellow star?"
 PHONES: list[tuple[str, int, int, Literal["light", "dark"]]] = [
     ("phone", 390, 844, "dark"),
@@ -34,29 +40,43 @@ PHONES: list[tuple[str, int, int, Literal["light", "dark"]]] = [
 ]
 
 
-def save(page: Page, name: str, width: int) -> None:
-    """The page as WebP, `width` pixels wide."""
+SHEETS: dict[str, tuple[int, int, int]] = {"desktop": (1280, 800, 480), "phone": (390, 844, 240)}
+"""Width and height of the window, width of a screenshot in the sheet."""
+
+
+def shot(page: Page, width: int) -> Image.Image:
+    """The page, `width` pixels wide."""
     image = Image.open(BytesIO(page.screenshot())).convert("RGB")
     height = round(image.height * width / image.width)
-    image.resize((width, height), Image.Resampling.LANCZOS).save(
-        DOCS / "images" / f"{name}.webp", quality=82, method=6
-    )
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def web_ui(browser: Browser) -> None:
-    """A conversation, 200 photos, an attribution, and the page on a phone."""
-    settings = Settings(port=0)
+def save(page: Page, name: str, width: int) -> None:
+    """The page as WebP."""
+    shot(page, width).save(DOCS / "images" / f"{name}.webp", quality=82, method=6)
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """The address of a server of the built-in model."""
+    settings = Settings(port=0, shutdown_timeout=0.1, requests_per_minute=100_000)
     server = Server(create_app(load(), settings), settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    page = opened(browser, server.address, 1200, 720)
+    yield server.address
+    server.should_exit = True
+    thread.join(20)
+
+
+def web_ui(browser: Browser, address: str) -> None:
+    """A conversation, 200 photos, an attribution, and the page on a phone."""
+    page = opened(browser, address, 1200, 720)
     ask(page, QUESTION, ALBUM)
     ask(page, "Name the pictures from fewest to most objects.")
     save(page, "web-ui", 1100)
-    page.get_by_role("button", name="Which image this answer used").first.click()
-    page.wait_for_selector(".attribution li")
+    show_attribution(page)
     page.locator("#scroll").evaluate("one => one.scrollTo(0, 190)")
     page.wait_for_timeout(500)
     save(page, "web-ui-attribution", 1000)
@@ -68,11 +88,61 @@ def web_ui(browser: Browser) -> None:
         page.wait_for_timeout(1500)
     save(page, "web-ui-many", 1000)
     for name, width, height, scheme in PHONES:
-        page = opened(browser, server.address, width, height, scheme)
+        page = opened(browser, address, width, height, scheme)
         ask(page, QUESTION, ALBUM)
         save(page, f"web-ui-{name}", width)
-    server.should_exit = True
-    thread.join(20)
+
+
+RUN = Engine._run
+
+
+def slow_step(engine: Engine, output: SchedulerOutput) -> list[list[Pick]]:
+    """A step of the engine that takes long enough for a screenshot."""
+    time.sleep(1)
+    return RUN(engine, output)
+
+
+def sheet(browser: Browser, name: str, scheme: Literal["light", "dark"]) -> None:
+    """Every state of the page in one image: first look, waiting, answer, two images compared,
+    attribution, settings, table.
+    """
+    width, height, cell = SHEETS[name]
+    with serving() as address:
+        page = opened(browser, address, width, height, scheme)
+        shots = [shot(page, cell)]
+        page.route("**/v1/messages/prefill", lambda route: route.abort())
+        with mock.patch.object(Engine, "_run", slow_step):
+            send(page, QUESTION, ALBUM)
+            page.get_by_text("Reading image 1 of 3").wait_for()
+            shots.append(shot(page, cell))
+        answered(page)
+        shots.append(shot(page, cell))
+        page.locator("#messages .tile").first.click()
+        page.select_option("#compare", index=2)
+        page.wait_for_timeout(500)
+        shots.append(shot(page, cell))
+        page.keyboard.press("Escape")
+        show_attribution(page)
+        page.locator(".attribution").scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        shots.append(shot(page, cell))
+        page.click("#open-settings")
+        shots.append(shot(page, cell))
+        page.keyboard.press("Escape")
+        page.click("#open-table")
+        page.get_by_label("Question about each image").fill("How many things are there?")
+        page.set_input_files("#table-pick-files", ALBUM)
+        page.click("#table-run")
+        page.locator("#table-status", has_text="3 images of 3 done").wait_for()
+        page.wait_for_timeout(500)
+        shots.append(shot(page, cell))
+        page.context.close()
+    columns = len(shots) if name == "phone" else 4
+    rows = -(-len(shots) // columns)
+    whole = Image.new("RGB", (columns * (cell + 8), rows * (shots[0].height + 8)), "#8c9299")
+    for i, one in enumerate(shots):
+        whole.paste(one, (i % columns * (cell + 8) + 4, i // columns * (one.height + 8) + 4))
+    whole.save(DOCS / "images" / f"web-ui-{name}-{scheme}.webp", quality=76, method=6)
 
 
 def opened(
@@ -86,21 +156,38 @@ def opened(
     viewport: ViewportSize = {"width": width, "height": height}
     context = browser.new_context(viewport=viewport, device_scale_factor=2, color_scheme=scheme)
     page = context.new_page()
+    page.set_default_timeout(180_000)
     page.goto(address)
     page.wait_for_selector("#model-facts li")
     return page
 
 
-def ask(page: Page, text: str, files: Sequence[str] = ()) -> None:
-    """Attach files, ask, and wait for the answer."""
+def send(page: Page, text: str, files: Sequence[str] = ()) -> None:
+    """Attach files and send a message."""
     if files:
         page.set_input_files("#pick-files", files)
         page.wait_for_selector(f".chip:nth-child({len(files)})")
     page.fill("#text", text)
     page.click("#send")
     page.wait_for_selector("#stop", state="visible")
+
+
+def answered(page: Page) -> None:
+    """Wait for the end of the answer."""
     page.wait_for_selector("#stop", state="hidden")
     page.wait_for_timeout(1000)
+
+
+def ask(page: Page, text: str, files: Sequence[str] = ()) -> None:
+    """Attach files, ask, and wait for the answer."""
+    send(page, text, files)
+    answered(page)
+
+
+def show_attribution(page: Page) -> None:
+    """Which image the first answer used."""
+    page.get_by_role("button", name="Which image this answer used").first.click()
+    page.wait_for_selector(".attribution li")
 
 
 def photos(folder: Path) -> list[Path]:
@@ -141,11 +228,15 @@ def bench(browser: Browser) -> None:
 
 def main() -> None:
     """Write docs/images."""
-    os.chdir(DOCS.parent)
+    os.chdir(DEMO)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        web_ui(browser)
+        for name in SHEETS:
+            sheet(browser, name, "light")
+            sheet(browser, name, "dark")
+        with serving() as address:
+            web_ui(browser, address)
         attribution(browser)
         bench(browser)
         browser.close()

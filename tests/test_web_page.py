@@ -313,7 +313,7 @@ def drop(page: Page, paths: list[Path]) -> None:
     while not page.evaluate("() => window.taken"):
         for step in ("dragEnter", "dragOver", "dragOver", "drop"):
             devtools.send(
-                "Input.dispatchDragEvent", {"type": step, "x": 400, "y": 200, "data": data}
+                "Input.dispatchDragEvent", {"type": step, "x": 300, "y": 200, "data": data}
             )
             page.wait_for_timeout(100)
 
@@ -377,6 +377,31 @@ def test_images_are_prefilled_as_they_are_dropped(page: Page, files: list[Path])
     ask(page, "Which is red?")
     cached = int(re.search(r"(\d+) cached", answer(page).locator(".facts").inner_text())[1])
     assert cached > 27
+
+
+def test_files_that_cannot_be_read_are_named_before_anything_is_sent(
+    page: Page, files: list[Path], tmp_path: Path
+) -> None:
+    """Those that are no images, by their upload; those that are damaged, by the prefill. A drawing
+    becomes a PNG.
+    """
+    other, cut, drawing = (tmp_path / name for name in ("other.png", "cut.png", "drawing.svg"))
+    drawing.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><circle r="9"/></svg>'
+    )
+    other.write_bytes(b"text")
+    cut.write_bytes(files[0].read_bytes()[:60])
+    attach(page, [files[0], other, files[1], cut, drawing])
+    shown = page.locator("#budget-text")
+    expect(shown).to_contain_text("image 2, other.png: the file is neither an image")
+    expect(page.locator("#send")).to_be_disabled()
+    page.get_by_role("button", name="Remove unreadable").click()
+    expect(shown).to_have_text("image 3, cut.png: the image is damaged or cut short")
+    expect(page.locator(".chip.unreadable")).to_have_attribute("aria-label", "image 3, cut.png")
+    page.get_by_role("button", name="Remove unreadable").click()
+    assert alts(page) == ["red.png", "green.png", "drawing.svg"]
+    expect(page.locator("#send")).to_be_enabled()
+    expect(shown).to_contain_text("tokens")
 
 
 def test_uploads_wait_for_a_rate_limit(page: Page, files: list[Path]) -> None:
@@ -1159,7 +1184,8 @@ def test_a_table_of_a_folder(browser: Browser, tmp_path: Path) -> None:
         first.get_by_label("Name").fill("things")
         first.get_by_label("Question").fill("How many things are there?")
         first.get_by_label("Type").select_option("int")
-        page.locator("#table-pick-files").set_input_files([*images, tmp_path / "broken.png"])
+        page.locator("#table-pick-files").set_input_files([*images])
+        drop(page, [tmp_path / "broken.png"])
         rows = table.locator("tbody tr")
         expect(rows).to_have_count(4)
         table.get_by_role("button", name="Compute").click()

@@ -1,9 +1,10 @@
 // What is known of the message before it is sent: its tokens against the limits, and its images, prefilled by the server.
 
 import * as api from "./api.js";
-import { allMedia, compose, renderAttachments } from "./attachments.js";
+import { allMedia, compose, firstNumber, renderAttachments } from "./attachments.js";
 import { isBusy } from "./composer.js";
 import { $, debounce, plural } from "./dom.js";
+import { titleOf } from "./media.js";
 import { withUploads } from "./requests.js";
 import { model, parentOf, state } from "./state.js";
 import { branch, mediaOf, textOf } from "./tree.js";
@@ -56,9 +57,18 @@ async function prepare() {
       renderBudget();
       if (total < model().context_length) await api.prefill(body, signal);
     });
-  } catch {
-    // Only reading ahead: sending the message will report what is wrong.
+  } catch (error) {
+    // Only reading ahead: sending the message reports everything else.
+    if (error.code === api.INVALID) noteUnreadable(error.message, mediaOf(nodes));
   }
+}
+
+/** Keep which file the server cannot read: a message names one of several by its number or its view. */
+function noteUnreadable(message, media) {
+  const [whole, number, label] = message.match(/^(?:(?:image|video) (\d+)|view (.+?)): /) ?? [""];
+  const part = media.length === 1 ? media[0] : media.find(({ label: own }, i) => i + 1 === +number || (own && own === label));
+  if (part && !api.unreadable.has(part.key)) api.unreadable.set(part.key, message.slice(whole.length).replace(/^[\d,]+ bytes: /, ""));
+  renderAttachments();
 }
 
 /** Keep the times of the frames that the model gets of attached videos. */
@@ -101,6 +111,8 @@ function excess() {
   const { limits, context_length } = model();
   const found = [];
   const media = mediaOf(branch(state.chat, parentOf())).length + state.draft.attachments.length;
+  const unreadable = state.draft.attachments.flatMap((item, i) => (api.unreadable.has(item.key) ? [`${titleOf(item, firstNumber() + i)}: ${api.unreadable.get(item.key)}`] : []));
+  if (unreadable.length) found.push(unreadable.length === 1 ? unreadable[0] : `${unreadable.length} files cannot be read, the first: ${unreadable[0]}`);
   if (media > limits.media) found.push(`${plural(media, "image")} and videos in this chat; this server takes ${limits.media}. Remove ${media - limits.media}.`);
   const bytes = state.draft.attachments.reduce((all, item) => all + item.bytes, 0);
   if (bytes > limits.files_bytes) found.push(`${Math.ceil(bytes / 1e6)} MB of files; this server holds ${limits.files_bytes / 1e6} MB.`);

@@ -3,8 +3,12 @@
 let key = sessionStorage.getItem("key") ?? "";
 /** @type {Map<string, Promise<string>>} */
 const uploads = new Map(); // hash of a file -> the server's id
+/** Files that the server cannot read: hash -> why. @type {Map<string, string>} */
+export const unreadable = new Map();
 const UPLOADS_AT_A_TIME = 3;
 const TRIES = 30; // of an upload that a rate limit refuses
+
+export const INVALID = "invalid_image"; // code of an error about a file
 
 export class ApiError extends Error {
   constructor(status, message, code = "") {
@@ -77,14 +81,18 @@ async function inTurn(work) {
 }
 
 /** The server's id of a file; it is sent once. @param {() => Promise<Blob | undefined>} read */
-export function upload(hash, name, read) {
+export async function upload(hash, name, read) {
+  if (unreadable.has(hash)) throw new ApiError(400, unreadable.get(hash), INVALID);
   if (!uploads.has(hash)) {
     const sent = inTurn(async () => {
       const blob = await read();
       if (!blob) throw new ApiError(0, `${name} is no longer in this browser`);
       return send(name, blob);
     });
-    sent.catch(() => uploads.delete(hash));
+    sent.catch((error) => {
+      uploads.delete(hash);
+      if (error.code === INVALID) unreadable.set(hash, error.message);
+    });
     uploads.set(hash, sent);
   }
   return /** @type {Promise<string>} */ (uploads.get(hash));
@@ -118,7 +126,7 @@ export async function release(hashes) {
 export const makeRoom = (hashes) => release(new Set([...uploads.keys()].filter((hash) => !hashes.has(hash))));
 
 /** The server has lost uploads (it was restarted, say): send them again when they are needed next. */
-export const forgetUploads = () => uploads.clear();
+export const forgetUploads = () => (uploads.clear(), unreadable.clear());
 
 /** The chunks of a streamed answer. */
 export const stream = (body, signal, path = "v1/chat/completions") =>

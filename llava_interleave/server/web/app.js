@@ -15,7 +15,7 @@ import { exportChats, importChats } from "./share.js";
 import { renderChats, search } from "./sidebar.js";
 import { attempt, running, showError, state } from "./state.js";
 import * as store from "./store.js";
-import { startTable } from "./table.js";
+import { addFiles, startTable } from "./table.js";
 import { branch, textOf } from "./tree.js";
 import { startViewer } from "./viewer.js";
 import { renderWelcome } from "./welcome.js";
@@ -88,7 +88,9 @@ function startDrop() {
     leave();
     if (!hasFiles(event)) return;
     event.preventDefault();
-    await attach(await droppedFiles(event.dataTransfer));
+    const files = await droppedFiles(event.dataTransfer);
+    if ($("table").open) addFiles(files);
+    else await attach(files);
   });
 }
 

@@ -1,9 +1,10 @@
 // Attachments of the message being written: files in, their grid, order and selection, their places in the text.
 
 import { prepareSoon } from "./ahead.js";
+import { unreadable } from "./api.js";
 import { changed, keepDraft } from "./composer.js";
 import { $, announce, button, make, plural, reconcile } from "./dom.js";
-import { fileKey, mediaKind, tile, titleOf } from "./media.js";
+import { fileKey, mediaKind, readable, tile, titleOf } from "./media.js";
 import { attempt, model, parentOf, showError, state } from "./state.js";
 import { branch, mediaOf, randomId } from "./tree.js";
 import { openCompare } from "./viewer.js";
@@ -33,7 +34,7 @@ export async function attach(files) {
   const large = known.filter((blob) => blob.size > limit);
   const wanted = known.filter((blob) => blob.size <= limit);
   for (let at = 0; at < wanted.length; at += BATCH) {
-    const batch = wanted.slice(at, at + BATCH);
+    const batch = await Promise.all(wanted.slice(at, at + BATCH).map(readable));
     if (wanted.length > BATCH) $("adding").textContent = `Adding ${at + batch.length} of ${wanted.length} files`;
     const keys = await Promise.all(batch.map(fileKey));
     batch.forEach((blob, i) => {
@@ -121,7 +122,7 @@ export function renderAttachments() {
   for (const id of selected) if (!attachments.some((item) => item.id === id)) selected.delete(id);
   const first = firstNumber();
   $("attached").hidden = !attachments.length;
-  const version = (item, index) => JSON.stringify([first + index, item.label, selected.has(item.id), item.frames, item.times?.length]);
+  const version = (item, index) => JSON.stringify([first + index, item.label, selected.has(item.id), item.frames, item.times?.length, unreadable.has(item.key)]);
   reconcile($("attachments"), attachments, (item) => item.id, version, (item, index) => chip(item, index, first + index));
   renderTools();
   prepareSoon();
@@ -142,6 +143,8 @@ function renderTools() {
     tool("Remove", () => removeWhere(isSelected));
   } else if (attachments.length > 1) {
     const room = (model()?.limits.media ?? Infinity) - firstNumber() + 1;
+    const fails = (index) => unreadable.has(attachments[index].key);
+    if (indices().some(fails)) tool("Remove unreadable", () => removeWhere(fails));
     if (room > 0 && attachments.length > room) tool(`Keep the first ${room}`, () => removeWhere((index) => index >= room));
     tool("Sort by name", () => sort(byName));
     tool("Sort by time", () => sort((a, b) => a.time - b.time));
@@ -149,7 +152,7 @@ function renderTools() {
   }
   if (attachments.length > ROOMY) {
     const large = $("composer").classList.contains("large");
-    const toggle = button(large ? "Small grid" : "Large grid", () => ($("composer").classList.toggle("large"), renderTools()));
+    const toggle = button(large ? "Small grid" : "Large grid", () => ($("composer").classList.toggle("large"), renderTools()), { className: "link enlarge" });
     tools.push(toggle);
   }
   $("tools").replaceChildren(...tools);
@@ -164,7 +167,8 @@ function select(items) {
 /** @param {import("./types").Attachment} item */
 function chip(item, index, number) {
   const title = titleOf(item, number);
-  const box = make("li", { className: "chip", draggable: true, ariaLabel: title });
+  const fault = unreadable.get(item.key) ?? "";
+  const box = make("li", { className: fault ? "chip unreadable" : "chip", draggable: true, ariaLabel: title, title: fault });
   const check = make("input", { type: "checkbox", checked: selected.has(item.id), ariaLabel: `Select ${title}`, data: { focus: "select" } });
   check.onchange = () => {
     if (check.checked) selected.add(item.id);

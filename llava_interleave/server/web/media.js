@@ -7,6 +7,8 @@ import { randomId } from "./tree.js";
 
 const THUMB = 288; // pixels of the longer side
 const DECODES_AT_A_TIME = 3;
+const DRAWN = 4096; // most pixels of the longer side of a drawing
+const READ_BY_SERVER = /^image\/(jpeg|png|webp|gif|bmp|tiff|avif|hei[cf])$/;
 /** @type {Map<string, Promise<string | null>>} */
 const urls = new Map(); // hash of a file -> URL of its thumbnail
 
@@ -21,6 +23,22 @@ export function mediaKind(blob) {
   if (blob.type === "image/gif" || blob.type.startsWith("video/")) return "video";
   if (blob.type.startsWith("image/") || /\.(heic|heif|avif)$/i.test(blob.name ?? "")) return "image";
   return null;
+}
+
+/** A drawing or an icon (SVG, ICO) as PNG, which the server reads; any other file as it is. */
+export async function readable(file) {
+  if (!file.type.startsWith("image/") || READ_BY_SERVER.test(file.type)) return file;
+  const url = URL.createObjectURL(file);
+  try {
+    const image = make("img", { src: url });
+    await image.decode();
+    const png = await toBlob(draw(image, image.naturalWidth, image.naturalHeight, DRAWN), "image/png");
+    return new File([png], file.name ?? "", { type: "image/png", lastModified: file.lastModified });
+  } catch {
+    return file; // the server will say what it is
+  } finally {
+    URL.revokeObjectURL(url);
+  }
 }
 
 export const isVideoFile = (part, blob) => part.type === "video" && blob.type !== "image/gif";
@@ -71,7 +89,7 @@ function draw(source, width, height, side = THUMB) {
   return canvas;
 }
 
-const toBlob = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/webp", 0.8));
+const toBlob = (canvas, type = "image/webp") => new Promise((resolve) => canvas.toBlob(resolve, type, 0.8));
 
 /** Calls `put` with a canvas for each time in seconds while `wanted()`. Rejects if the browser cannot decode the video. */
 export function videoFrames(url, times, wanted, put, side = 160) {

@@ -171,6 +171,7 @@ function outcome(node, item) {
   const why =
     node.finish === "length" ? "Cut off at the length limit." : node.stopped ? "You stopped this answer." : node.error ? `This answer broke off: ${node.error}.` : "This answer broke off when the page was closed.";
   box.append(note(why.replace("..", ".")));
+  linkNumbers(box);
   if (textOf(node)) box.append(button("Continue", () => resume(node), { className: "quiet", label: "Continue this answer", disabled: isBusy() }));
   else box.append(button("Try again", () => resume(node), { className: "quiet", disabled: isBusy() }));
   item.append(box);

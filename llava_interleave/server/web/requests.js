@@ -1,6 +1,7 @@
 // Messages of a chat as a request body, their files uploaded.
 
 import * as api from "./api.js";
+import { titleOf } from "./media.js";
 import { state } from "./state.js";
 import * as store from "./store.js";
 import { mediaOf } from "./tree.js";
@@ -36,7 +37,12 @@ export async function requestBody(chat, nodes, progress = (sent, all) => {}) {
   const media = mediaOf(nodes);
   let sent = 0;
   progress(sent, media.length);
-  await Promise.all(media.map((part) => idOf(part).then(() => progress((sent += 1), media.length))));
+  const uploads = await Promise.allSettled(media.map((part) => idOf(part).then(() => progress((sent += 1), media.length))));
+  uploads.forEach((upload, i) => {
+    if (upload.status === "fulfilled") return;
+    const { status, message, code } = upload.reason;
+    throw status === 400 ? new api.ApiError(status, `${titleOf(media[i], i + 1)}: ${message}`, code) : upload.reason;
+  });
   const messages = [];
   const system = chat.settings?.system?.trim();
   if (system) messages.push({ role: "system", content: system });

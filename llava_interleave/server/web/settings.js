@@ -23,9 +23,9 @@ function openSettings() {
   for (const name of FIELDS) form[name].value = settings[name] ?? "";
   form.cite.checked = settings.cite ?? false;
   form.max_tokens.max = model()?.limits.max_tokens ?? "";
-  form.max_tokens.placeholder = model() ? `until it ends, at most ${model().limits.max_tokens}` : "";
+  form.max_tokens.placeholder = model() ? `at most ${model().limits.max_tokens}` : "";
   const usual = model()?.generation_config.temperature ?? 0;
-  form.temperature.placeholder = usual ? `the model's own: ${usual}` : "0: the likeliest words";
+  form.temperature.placeholder = usual ? `the model's own: ${usual}` : "0: the most probable tokens";
   form.theme.value = localStorage.getItem("theme") ?? "system";
   showPreset();
   $("settings").showModal();
@@ -83,7 +83,7 @@ export function startSettings() {
   $("open-settings").onclick = openSettings;
   $("model").onclick = openModels;
   const form = $("settings-form");
-  form.elements.preset.append(...[...Object.keys(PRESETS), "Custom"].map((name) => make("option", { value: name, textContent: name === "Custom" ? name : `${name} (temperature ${PRESETS[name]})` })));
+  form.elements.preset.append(...[...Object.keys(PRESETS), "Custom"].map((name) => make("option", { value: name, textContent: name in PRESETS ? `${name} (${PRESETS[name]})` : name })));
   form.elements.preset.onchange = ({ target }) => {
     if (target.value in PRESETS) form.elements.temperature.value = PRESETS[target.value] || "";
   };

@@ -52,7 +52,8 @@ function readColumns() {
   return found;
 }
 
-function addFiles(list) {
+/** @param {Iterable<File>} list */
+export function addFiles(list) {
   const known = new Set(rows.map(({ key }) => key));
   const found = [...list].filter((file) => mediaKind(file)).sort((a, b) => byName({ name: a.webkitRelativePath || a.name }, { name: b.webkitRelativePath || b.name }));
   for (const file of found) {
@@ -180,7 +181,7 @@ function draw() {
   const found = visible();
   const editing = $("table-body").querySelector("input, select"); // a cell that is being corrected stays
   if (!editing) $("table-body").replaceChildren(...found.slice(0, SHOWN).map(drawRow));
-  $("table-count").textContent = rows.length ? `${plural(found.length, "row")} of ${rows.length.toLocaleString("en")}${found.length > SHOWN ? `, the first ${SHOWN} are shown` : ""}.` : "";
+  $("table-count").textContent = rows.length ? `${plural(found.length, "row")} of ${rows.length.toLocaleString("en")}${found.length > SHOWN ? `, the first ${SHOWN} are shown` : ""}.` : "Choose images, or drop them here.";
   for (const one of document.querySelectorAll(".table-export")) /** @type {any} */ (one).disabled = !rows.length || !columns.length;
 }
 

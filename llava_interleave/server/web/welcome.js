@@ -14,6 +14,8 @@ const EXAMPLES = [
   { title: "See all sides", question: "From the front, which object is hidden?", files: ["front.png", "right.png", "back.png", "left.png"], views: true },
 ];
 
+const ROOMY = 600; // pixels of a window from which on the banner is unfolded
+
 /** What a model can do, in words. */
 export function abilities({ context_length, tokens_per_image, video_frames, limits, parent, loaded }) {
   const fit = Math.min(limits.media, Math.floor((context_length - 200) / tokens_per_image));
@@ -32,6 +34,7 @@ export function renderWelcome(shown) {
   $("welcome").hidden = !shown;
   const current = model();
   $("toy").hidden = !current?.builtin;
+  $("toy").open = shown && innerHeight > ROOMY;
   if (!shown) return;
   $("model-facts").replaceChildren(...(current ? abilities(current).map((textContent) => make("li", { textContent })) : []));
   $("model-name").textContent = current ? current.id : "…";
