@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kernels_fit_all_architectures(tmp_path: Path) -> None:
     """Into their shared memory, and without spilling registers; docs/gpu.md has the numbers.
 
