@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -261,11 +262,16 @@ def test_sighup_reads_the_keys_again(tiny: Path, key_file: Path, tmp_path: Path)
             process.send_signal(signal.SIGHUP)
             until(lambda: status(SECOND) == 200)
             assert status(ALICE) == 401
+            host, port = address.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), 10) as garbage:
+                garbage.sendall(b"\x16\x03\x01 is no HTTP\r\n\r\n")
+                assert garbage.recv(100).startswith(b"HTTP/1.1 400")
         finally:
             process.terminate()
         assert process.wait(60) in (0, -signal.SIGTERM)
     logged = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     assert {line["key"] for line in logged} == {"alice", None}
+    assert "Invalid HTTP" not in log.read_text(), "anyone could fill the log with it"
 
 
 def test_the_address_is_the_clients_behind_a_known_proxy(

@@ -3,12 +3,9 @@
 import asyncio
 import contextlib
 import json
-import os
 import re
 import socket
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import pytest
 
 from llava_interleave.processing import Processor
-from llava_interleave.server import answer_stream, fairness
+from llava_interleave.server import answer_stream
 from llava_interleave.server import service as service_module
 from llava_interleave.server.answer_stream import AnswerStream
 from llava_interleave.server.api_errors import ApiError
@@ -105,37 +102,7 @@ def test_threads_are_shared_between_keys() -> None:
         assert sorted(await asyncio.gather(*tasks)) == ["a0", "a1", "a2", "a4", "b0", "b1"]
         await asyncio.sleep(0.05)
         assert pool.longest() == 0.0 and not pool._running.total() and not pool._waiting
-
-    asyncio.run(run())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-@pytest.mark.parametrize("exclusive", [False, True])
-def test_the_threads_of_a_busy_key_get_a_lower_priority(
-    monkeypatch: pytest.MonkeyPatch, exclusive: bool
-) -> None:
-    """What one key has decoded for seconds does not slow down what another one asks for."""
-    monkeypatch.setattr(fairness, "BUSY_SECONDS", 0.05)
-    monkeypatch.setattr(fairness, "CHECK_SECONDS", 0.01)
-    usual = os.getpriority(os.PRIO_PROCESS, os.getpid()) + fairness.NICENESS
-    busy = usual if exclusive else usual - fairness.NICENESS + fairness.BUSY_NICENESS
-
-    def niceness(seconds: float) -> int:
-        while time.thread_time() < seconds:
-            pass
-        end = time.monotonic() + (10 if seconds and not exclusive else 0.1)
-        while (now := os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == usual:
-            if time.monotonic() > end:
-                break
-            time.sleep(0.01)
-        return now
-
-    async def run() -> None:
-        pool = FairThreadPool(2, "test", lambda: exclusive)
-        running = pool.run("a", lambda: niceness(0.2)), pool.run("b", lambda: niceness(0.0))
-        assert await asyncio.gather(*running) == [busy, usual]
-        assert await pool.run("a", lambda: niceness(0.0)) == busy, "it still counts"
-        assert await pool.run("b", lambda: niceness(0.0)) == usual
+        pool.close()
 
     asyncio.run(run())
 
@@ -247,7 +214,8 @@ def test_many_logprobs_are_written_in_a_thread(
             monkeypatch.setattr(answer_stream, "MAX_INLINE_LOGPROBS", 0)
             threads.clear()
             many = guest.post(path, json={"model": "tiny", "stream": stream, **fields})
-            assert threads >= {"text"} and (stream or threads == {"text"})
+            names = {name.partition("_")[0] for name in threads}
+            assert names == {"text"} or (stream and "text" in names)
             monkeypatch.setattr(answer_stream, "MAX_INLINE_LOGPROBS", 2000)
             assert few.status_code == 200 and "logprob" in few.text
             assert many.status_code == 200 and "logprob" in many.text

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from .api_errors import ApiError
 
 T = TypeVar("T")
-NICENESS, BUSY_NICENESS = 5, 10
-"""Of pool threads, on Linux, above that of the process: decoding media must not slow down the
-engine. The second one is of keys that were busy lately, where there are several keys.
+NICENESS = 5
+"""Of pool threads and their children, on Linux, above that of the process: decoding media must not
+slow down the engine. Not more: one that has the interpreter's lock and gets no core stops them all.
 """
-BUSY_SECONDS, FORGET_SECONDS = 2.0, 10.0
-"""CPU seconds of a pool's threads with which a key is busy; after the second time they count 1/e.
-"""
-CHECK_SECONDS = 0.5
-"""Between two looks at what the running threads have taken so far."""
 MAX_BUCKETS = 10_000
 """Keys or addresses that a rate limit knows at a time."""
 
@@ -101,99 +94,52 @@ class Shares:
         return self._used[key]
 
 
-@dataclass(slots=True)
-class _Work:
-    """What runs in this thread."""
-
-    key: str
-    ident: int = field(default_factory=threading.get_ident)
-    thread: int = field(default_factory=threading.get_native_id)
-    start: float = field(default_factory=time.monotonic)
-
-
 class FairThreadPool:
     """Threads that keys share: free threads go to the key with the fewest running.
 
-    One thread more than `threads` is reserved for keys of which nothing runs. The threads of a key
-    that was busy lately get a lower priority, unless it is the only one (`is_exclusive`). Each work
-    has a thread of its own, for a priority can be lowered, but raised by the superuser only. Use it
-    from one event loop only.
+    One thread more than `threads` is reserved for keys of which nothing runs. Use it from one event
+    loop only.
     """
 
-    def __init__(
-        self, threads: int, name: str, is_exclusive: Callable[[], bool] = lambda: True
-    ) -> None:
-        self.threads, self.name, self.is_exclusive = threads, name, is_exclusive
+    def __init__(self, threads: int, name: str) -> None:
+        self.threads, self.name = threads, name
+        self._pool = ThreadPoolExecutor(threads + 1, name, initializer=_lower_priority)
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        self._works: list[_Work] = []
-        self._used: dict[str, tuple[float, float]] = {}  # CPU seconds by key, and when
+        self._starts: dict[int, float] = {}
         self._lock = threading.Lock()
 
     async def run(self, key: str, function: Callable[[], T]) -> T:
         """The result of blocking work. Cancelling does not end work that has started."""
         loop = asyncio.get_running_loop()
         await self._acquire(key, loop)
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()
-
-        def check() -> None:
-            self.lower_busy()
-            timers[0] = loop.call_later(CHECK_SECONDS, check)
-
-        def release() -> None:
-            timers[0].cancel()
-            self._release(key)
+        future = self._pool.submit(self._timed, function)
 
         def done(_: Future[T]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(release)
+                loop.call_soon_threadsafe(self._release, key)
 
-        timers = [loop.call_later(CHECK_SECONDS, check)]
         future.add_done_callback(done)
-        args = (key, function, future)
-        threading.Thread(target=self._work, args=args, name=self.name).start()
         return await asyncio.wrap_future(future)
 
     def longest(self) -> float:
         """Seconds that the longest running work has taken so far, if no thread is free; else 0."""
         with self._lock:
-            starts = [work.start for work in self._works]
+            starts = list(self._starts.values())
         return time.monotonic() - min(starts) if len(starts) >= self.threads else 0.0
 
-    def lower_busy(self) -> None:
-        """Lower the priority of the threads of busy keys."""
-        if sys.platform != "linux" or self.is_exclusive():
-            return
-        with self._lock:  # a thread that has ended may have given its number to another one
-            seconds = {work.key: self._seconds(work.key) for work in self._works}
-            for work in self._works:
-                seconds[work.key] += time.clock_gettime(time.pthread_getcpuclockid(work.ident))
-            for work in self._works:
-                if seconds[work.key] >= BUSY_SECONDS:
-                    _set_niceness(work.thread, BUSY_NICENESS)
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _seconds(self, key: str) -> float:
-        seconds, at = self._used.get(key, (0.0, 0.0))
-        return seconds * math.exp((at - time.monotonic()) / FORGET_SECONDS)
-
-    def _work(self, key: str, function: Callable[[], T], future: Future[T]) -> None:
-        work = _Work(key)
-        _set_niceness(work.thread, NICENESS)
+    def _timed(self, function: Callable[[], T]) -> T:
+        thread = threading.get_ident()
         with self._lock:
-            self._works.append(work)
-        self.lower_busy()
+            self._starts[thread] = time.monotonic()
         try:
-            result: T | BaseException = function()
-        except BaseException as error:  # noqa: BLE001  the caller raises it
-            result = error
-        with self._lock:
-            self._works.remove(work)
-            self._used[key] = self._seconds(key) + time.thread_time(), time.monotonic()
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+            return function()
+        finally:
+            with self._lock:
+                del self._starts[thread]
 
     def _may_start(self, key: str) -> bool:
         return self._running.total() < self.threads + (not self._running[key])
@@ -226,9 +172,8 @@ class FairThreadPool:
                 del self._waiting[waiting]
 
 
-def _set_niceness(thread: int, niceness: int) -> None:
-    """Of one thread, on Linux; never less than it has."""
+def _lower_priority() -> None:
     if sys.platform == "linux":  # there it is of this thread alone
-        lowest = os.getpriority(os.PRIO_PROCESS, os.getpid()) + niceness
-        if os.getpriority(os.PRIO_PROCESS, thread) < lowest:
-            os.setpriority(os.PRIO_PROCESS, thread, lowest)
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)

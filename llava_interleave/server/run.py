@@ -45,13 +45,15 @@ FLUSH_TIMEOUT = 5
 def log_to_stderr(level: int) -> None:
     """Log this package from `level` on, and warnings of other packages, to stderr.
 
-    But not Pillow's of damaged files: one file can make tens of thousands.
+    But not Pillow's of damaged files: one file can make tens of thousands; nor uvicorn's.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     logging.getLogger("llava_interleave").setLevel(level)
+    # It warns of each request that is no HTTP: anyone could fill the log with them.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     access = logging.getLogger("llava_interleave.access")
     access.setLevel(logging.INFO)  # whatever the level of the rest: --access-log turns it off
     if not access.handlers:

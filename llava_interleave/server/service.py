@@ -88,9 +88,9 @@ class SharedState:
         self.metrics = Metrics()
         self.shares = Shares(settings.max_requests, is_exclusive)
         """Answers being prepared, waiting or running, by API key."""
-        self.media_pool = FairThreadPool(settings.media_workers, "media", is_exclusive)
-        self.text_pool = FairThreadPool(1, "text", is_exclusive)
-        self.grammar_pool = FairThreadPool(1, "grammar", is_exclusive)
+        self.media_pool = FairThreadPool(settings.media_workers, "media")
+        self.text_pool = FairThreadPool(1, "text")
+        self.grammar_pool = FairThreadPool(1, "grammar")
         per_minute = settings.tokens_per_minute
         self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
         self.grammar_rate = RateLimit(GRAMMAR_SECONDS, "seconds of response_format")
@@ -102,6 +102,8 @@ class SharedState:
 
     def close(self) -> None:
         """Stop all threads."""
+        for pool in (self.media_pool, self.text_pool, self.grammar_pool):
+            pool.close()
         self.attribution_pool.shutdown(wait=False, cancel_futures=True)
 
 
