@@ -239,4 +239,4 @@ def test_a_request_delays_no_other_one(server: Server, name: str) -> None:
         attack.join(MOST_SECONDS)
         assert not attack.is_alive()
         assert {*statuses} <= {200, 400, 413, 429, 503}
-        until(lambda: not server.service.num_active)
+        until(lambda: not server.service.num_active)  # type: ignore[attr-defined]
