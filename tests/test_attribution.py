@@ -483,6 +483,9 @@ def test_the_builtin_model_cites_the_described_image(tmp_path: Path) -> None:
                 assert citation.images == (image,), (citation, image)
                 seen.add((order[image - 1], citation.text.strip(" .")))
     assert len(seen) == 8
+    words = ["--device", "cpu", "--cite", "Describe the images."]
+    done = CliRunner().invoke(app, ["ask", *(w for i in order for w in ("-a", albums[i])), *words])
+    assert done.stdout.strip() == answer.cited.strip() != answer.text
     alone = builtin.ask("What is a star?", cite=True)
     assert alone.citations and not any(one.images for one in alone.citations)
 

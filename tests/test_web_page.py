@@ -325,7 +325,9 @@ def test_two_hundred_photos(page: Page, tmp_path: Path) -> None:
     for path in paths:
         Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).save(path)
     attach(page, [*reversed(paths)])
-    expect(page.locator("#budget")).to_contain_text("200 images and videos in this chat")
+    expect(page.locator("#budget")).to_contain_text(
+        "200 images and videos in this chat", timeout=60_000
+    )
     expect(page.locator("#budget")).to_contain_text("this server takes 32. Remove 168.")
     expect(page.locator("#send")).to_be_disabled()
     assert page.locator(".chip .number").all_inner_texts() == [str(i + 1) for i in range(200)]
