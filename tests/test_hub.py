@@ -197,7 +197,7 @@ def test_local_folders(tmp_path: Path) -> None:
 def test_no_folder_and_no_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path with a typing error must not be asked for on the hub."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="owner/model"):
+    with pytest.raises(CheckpointError, match="there is no folder"):
         resolve(name)
 
 

@@ -1192,7 +1192,7 @@ def test_validated_samples_that_are_damaged_are_made_again(
     ("workers", "says"),
     [
         (1, r"^a data worker ended in step \d+ .*: if memory was short, lower --workers"),
-        (0, r"^sample \S+: \S+\.png: there is no such file$"),
+        (0, r"^sample \S+: image 1: \S+\.png: there is no such file$"),
     ],
 )
 def test_a_killed_worker_and_a_deleted_image_are_named(
