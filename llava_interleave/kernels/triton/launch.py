@@ -76,6 +76,7 @@ def launch(
         return
     run = kernel(name)[grid]
     if device.type == "cpu":
+        _multiply_bfloat16()
         run(*arguments, **constants)
         return
     with torch.cuda.device(device):  # Triton launches on the current one
@@ -86,8 +87,6 @@ def launch(
 @cache
 def kernel(name: str) -> Any:
     """A kernel by module and function, as `Launch.name`."""
-    if INTERPRETED:
-        _multiply_bfloat16()
     module, function = name.split(".")
     return getattr(import_module(f".{module}", __package__), function)
 
