@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -500,6 +501,24 @@ def test_what_is_counted_is_named_by_texts(client: TestClient) -> None:
     ):
         refused = client.post("/v1/messages/count", json={"messages": user(part)})
         assert refused.status_code == 400 and "must be a string" in refused.text, part
+
+
+def test_a_preview_is_the_image_as_the_server_reads_it(client: TestClient) -> None:
+    """Chromium decodes no TIFF, and no other key's image is shown."""
+    file = BytesIO()
+    Image.new("RGB", (600, 300), "purple").save(file, "TIFF")
+    path = f"/v1/files/{upload(client, file.getvalue()).json()['id']}/preview"
+    for size, shown in ((64, (64, 32)), (2048, (600, 300))):
+        answer = client.get(path, params={"size": size})
+        image = Image.open(BytesIO(answer.content))
+        assert (answer.headers["content-type"], image.size) == ("image/webp", shown)
+        shown_colour = image.resize((1, 1)).getpixel((0, 0))
+        assert np.abs(np.subtract(shown_colour, (128, 0, 128))).max() < 6
+    assert client.get(path, params={"size": 5000}).status_code == 400
+    damaged = upload(client, file.getvalue()[:100]).json()["id"]
+    refused = client.get(f"/v1/files/{damaged}/preview").json()["error"]
+    assert refused["code"] == "invalid_image"
+    assert client.get("/v1/files/file-0/preview").json()["error"]["code"] == "file_not_found"
 
 
 def test_a_405_tells_all_that_is_allowed(client: TestClient) -> None:

@@ -267,6 +267,19 @@ def test_the_parts_sent_are_the_ones_composed(page: Page, files: list[Path]) -> 
     assert [part.get("text") for part in last] == ["Is ", None, " the same as [image 1]?"]
 
 
+def test_an_image_that_the_browser_cannot_decode_comes_from_the_server(
+    page: Page, tmp_path: Path
+) -> None:
+    """iPhones write HEIC, scanners TIFF: Chromium showed their names alone."""
+    Image.new("RGB", (600, 300), "red").save(tmp_path / "scan.tif")
+    attach(page, tmp_path / "scan.tif")
+    thumb = page.locator(".chip .tile img")
+    expect(thumb).to_have_js_property("naturalWidth", 288)
+    page.locator(".chip .tile").click()
+    expect(page.locator(".pane img")).to_have_js_property("naturalWidth", 600)
+    expect(page.locator(".pane figcaption")).to_have_text("1 · as the server reads it")
+
+
 def test_files_are_dropped_pasted_picked_by_folder_and_dragged_into_order(
     page: Page, files: list[Path], tmp_path: Path
 ) -> None:

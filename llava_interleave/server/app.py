@@ -174,6 +174,7 @@ def create_routes(service: Service | ServedModels, *, with_batches: bool = True)
     _add_batch_routes(app, service)
     _add_live_routes(app, service)
     _add_table_routes(app, service)
+    _add_preview_route(app, service)
     return app
 
 
@@ -357,6 +358,17 @@ def _add_live_routes(app: FastAPI, service: Service | ServedModels) -> None:
         """End a session."""
         sessions().delete(name, request.state.key)
         return openai.LiveDeleted(id=name)
+
+
+def _add_preview_route(app: FastAPI, service: Service | ServedModels) -> None:
+    @app.get("/v1/files/{name}/preview", response_class=Response)
+    async def preview(
+        name: str, request: Request, size: Annotated[int, Query(ge=16, le=2048)] = 288
+    ) -> Response:
+        """An image as WebP of at most `size` pixels a side, where a browser cannot decode it."""
+        data = await service.state.preview(request.state.key, name, size)
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, immutable"}
+        return Response(data, headers=headers, media_type="image/webp")
 
 
 def _add_table_routes(app: FastAPI, service: Service | ServedModels) -> None:

@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from PIL import Image
 
 from ..attribution.forward import CachedPrompt
 from ..chat import BUILTIN, Answer, Chatbot
@@ -84,7 +86,8 @@ class SharedState:
     """What the models of a server share. is_exclusive: as `Shares`."""
 
     def __init__(self, settings: Settings, is_exclusive: Callable[[], bool]) -> None:
-        self.files = Files(settings.files_mb * MB)
+        self.settings = settings
+        self.files, self._loader = Files(settings.files_mb * MB), Loader(settings.limits())
         self.metrics = Metrics()
         self.shares = Shares(settings.max_requests, is_exclusive)
         """Answers being prepared, waiting or running, by API key."""
@@ -99,6 +102,29 @@ class SharedState:
             1, "attribution", torch.set_num_threads, (THREADS,)
         )
         self.prefills: dict[str, ServerJob] = {}  # by API key
+
+    async def prepare(self, pool: FairThreadPool, key: str, work: Callable[[], T]) -> T:
+        """Run work that may read media. Raises ApiError after `prepare_timeout` seconds."""
+        seconds = self.settings.prepare_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await pool.run(key, work)
+        except TimeoutError:
+            text = f"reading the media took more than {seconds:g} s"
+            raise ApiError(503, "media_timeout", text, retry=10) from None
+
+    async def preview(self, key: str, name: str, size: int) -> bytes:
+        """An upload, an image, as WebP of at most `size` pixels a side; raises as `Loader.image`
+        and `Files.get`."""
+        data = self.files.get(key, name).data
+
+        def shrunk(image: Image.Image) -> bytes:
+            image.thumbnail((size, size))
+            file = BytesIO()
+            image.save(file, "WEBP", quality=80)
+            return file.getvalue()
+
+        return await self.prepare(self.media_pool, key, lambda: self._loader.fitted(data, shrunk))
 
     def close(self) -> None:
         """Stop all threads."""
@@ -483,14 +509,7 @@ class Service:
     ) -> T:
         turns = request.turns(lambda name: self.files.get(key, name).data, self.settings)
         pool = self.media_pool if has_media(turns) else self.text_pool
-        try:
-            async with asyncio.timeout(self.settings.prepare_timeout):
-                return await pool.run(key, lambda: work(turns))
-        except TimeoutError:
-            seconds = f"{self.settings.prepare_timeout:g} s"
-            raise ApiError(
-                503, "media_timeout", f"reading the media took more than {seconds}", retry=10
-            ) from None
+        return await self.state.prepare(pool, key, lambda: work(turns))
 
     def drain(self) -> None:
         """Refuse new requests; running ones get `shutdown_timeout` seconds."""

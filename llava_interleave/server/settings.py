@@ -165,11 +165,11 @@ class Settings:
         except ValueError:
             return False
 
-    def limits(self, config: LlavaConfig) -> Limits:
-        """Limits of the media of requests."""
+    def limits(self, config: LlavaConfig | None = None) -> Limits:
+        """Limits of the media of requests, for a model those of its context."""
         from ..processing import Limits
 
-        return Limits(
+        limits = Limits(
             allow_local_files=self.media_root is not None,
             media_root=self.media_root,
             allow_remote=bool(self.allow_host),
@@ -180,10 +180,13 @@ class Settings:
             decoding_pixels=2 * self.image_megapixels * MB,
             prompt_media=self.max_media,
             prompt_pixels=self.media_megapixels * MB,
-            prompt_frames=max(1, config.text.context // config.vision.grid**2),
             video_seconds=self.video_seconds,
             video_frames=self.video_frames,
             decoded_frames=10_000,
             video_work_seconds=self.media_timeout,
             download_seconds=self.media_timeout,
         )
+        if config is None:
+            return limits
+        frames = config.text.context // config.vision.grid**2
+        return dataclasses.replace(limits, prompt_frames=max(1, frames))

@@ -112,6 +112,12 @@ async function send(name, blob) {
   }
 }
 
+/** An image as the server reads it, for a browser that cannot decode the file. @param {() => Promise<Blob | undefined>} read */
+export async function preview(hash, name, read, size) {
+  const id = await upload(hash, name, read);
+  return (await call(`v1/files/${id}/preview?size=${size}`)).blob();
+}
+
 /** Delete uploads of this page; -> how many. @param {Set<string>} hashes */
 export async function release(hashes) {
   const found = [...uploads].filter(([hash]) => hashes.has(hash));

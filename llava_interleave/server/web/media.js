@@ -1,5 +1,6 @@
 // Files of images and videos: their hash, their thumbnail, the frames of a video.
 
+import { preview } from "./api.js";
 import { make } from "./dom.js";
 import { openViewer } from "./viewer.js";
 import * as store from "./store.js";
@@ -67,7 +68,8 @@ async function thumbnail(part) {
 
 async function shrink(part, blob) {
   if (!isVideoFile(part, blob)) {
-    const bitmap = await createImageBitmap(blob);
+    const fromServer = async () => createImageBitmap(await preview(part.key, part.name, async () => blob, THUMB));
+    const bitmap = await createImageBitmap(blob).catch(fromServer); // HEIC and TIFF, in most browsers
     const canvas = draw(bitmap, bitmap.width, bitmap.height);
     bitmap.close();
     return toBlob(canvas);

@@ -197,8 +197,17 @@ function drawHead(names) {
   $("table-head").replaceChildren(make("tr", {}, ...names.map((name) => make("th", { scope: "col", data: { name } }, button(name, sort(name), { title: "Sort" }), filter(name)))));
 }
 
+/** What the browser cannot decode, as the server reads it. */
+async function showAsRead(row, image) {
+  image.onerror = null;
+  const shown = await api.preview(row.key, row.file.name, async () => row.file, 96).catch(() => null);
+  if (!shown) return;
+  URL.revokeObjectURL(row.url);
+  row.url = image.src = URL.createObjectURL(shown);
+}
+
 function drawRow(row) {
-  const image = row.url ? make("img", { src: row.url, alt: "", loading: "lazy", width: 48, height: 36 }) : null;
+  const image = row.url ? make("img", { src: row.url, alt: "", loading: "lazy", width: 48, height: 36, onerror: () => showAsRead(row, image) }) : null;
   return make("tr", {}, make("th", { scope: "row" }, image, make("span", { textContent: row.file.name })), ...columns.map((column) => drawCell(row, column)));
 }
 

@@ -1,5 +1,6 @@
 // Images enlarged: one or two side by side, zoomed and moved together, with heat maps; videos with the frames that are sent.
 
+import { preview } from "./api.js";
 import { renderAttachments } from "./attachments.js";
 import { changed } from "./composer.js";
 import { $, button, make } from "./dom.js";
@@ -7,6 +8,7 @@ import { isVideoFile, titleOf, videoFrames } from "./media.js";
 import { model, state } from "./state.js";
 import * as store from "./store.js";
 
+const PREVIEW = 2048; // pixels of the longer side of what the server reads
 const STEP = 1.25;
 const MOVE = 60; // pixels a key press
 
@@ -68,7 +70,14 @@ function pane(index) {
 function showImage(box, item, index, url, caption) {
   const image = make("img", { src: url, alt: titleOf(item, index + 1), draggable: false });
   image.onload = () => (caption.textContent = `${index + 1} · ${image.naturalWidth} × ${image.naturalHeight}`);
-  image.onerror = () => image.replaceWith(make("p", { textContent: `This browser cannot show ${item.name}; the server may read it all the same.` }));
+  const fail = () => image.replaceWith(make("p", { textContent: `Neither this browser nor the server can show ${item.name}.` }));
+  image.onerror = async () => {
+    image.onload = () => (caption.textContent = `${index + 1} · as the server reads it`);
+    image.onerror = fail;
+    const shown = await preview(item.key, item.name, () => store.file(item.key), PREVIEW).catch(fail);
+    if (!shown) return;
+    urls.push((image.src = URL.createObjectURL(shown)));
+  };
   const layer = make("div", { className: "layer" }, image);
   layer.append(...(overlay?.(index) ?? []).slice(0, 1));
   box.append(layer);
