@@ -13,6 +13,9 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -30,12 +33,12 @@ from llava_interleave.cli import app
 from llava_interleave.errors import DataError
 from llava_interleave.processing import Loader, Processor
 from llava_interleave.processing.segments import plain_jpeg
-from llava_interleave.testing import tiny_checkpoint
+from llava_interleave.testing import tiny_checkpoint, tiny_onevision_config
 from llava_interleave.train import recipe
 from llava_interleave.train.data import datasets, formats
 from llava_interleave.train.data import validate as validating
 from llava_interleave.train.data.index import RowFile
-from llava_interleave.train.data.samples import epoch_order
+from llava_interleave.train.data.samples import SampleFormat, epoch_order
 from llava_interleave.train.data.validate import KINDS, validate
 from llava_interleave.train.recipe import Recipe
 from llava_interleave.train.run import run
@@ -729,6 +732,22 @@ def test_processes_validate_as_threads_do(
     assert {stat.path for a in two for stat in a.media} == {str(media / name) for name in names}
 
 
+def test_the_label_of_kto_comes_back_from_a_process(
+    model: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it two equal answers would be a fault, as those of a preference pair are."""
+    turns = [{**USER, "content": "What?"}, ANSWER]
+    samples = [{"messages": turns, "label": n == 0, "id": n} for n in range(2)]
+    labelled = datasets.mismatched(datasets.samples(write(media / "kto.json", samples)))
+    file = RowFile.write(tmp_path / "rows", labelled)
+    reader = validating._SampleReader(formats.processor(model), 8192, SampleFormat(), False)
+    monkeypatch.setattr(validating, "_work", (file, reader))
+    chunk = validating._read_chunk(0)
+    assert [one.row.sample for one, _ in chunk] == [{datasets.KTO_LABEL: n < 2} for n in range(4)]
+    monkeypatch.setattr(validating, "_chunks", lambda *_: nullcontext(iter([chunk])))
+    assert not any(one.error for one in validate(file))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_process_of_the_validation_is_an_error(
     model: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -783,13 +802,55 @@ def test_plain_samples_are_read_as_all_others(media: Path) -> None:
         {"image": "a.png", "messages": [USER, ANSWER]},
     ]
     for sample in plain:
-        short, long = formats.plain_reading(sample, media), formats.reading(sample, media)
-        assert short and not long.faults
-        assert (short.messages, short.media, short.ignored) == (
-            long.messages, long.media, long.ignored,
-        )  # fmt: skip
-        assert [(s.kind, s.source) for s in short.slots] == [(s.kind, s.source) for s in long.slots]
-    assert not any(formats.plain_reading(sample, media) for sample in others)
+        short, long = formats.plain_turns(sample), formats.reading(sample, media)
+        assert short and not long.faults and not long.ignored
+        assert short[0] == [message["content"] for message in long.messages]
+        assert [media / name for name in short[1]] == long.media
+    assert not any(map(formats.plain_turns, others))
+
+
+@pytest.mark.parametrize("onevision", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_plain_samples_are_validated_as_all_others(
+    model: Path, media: Path, tmp_path: Path, ratio: float, onevision: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same tokens, digests and faults; also of OneVision's tiles."""
+    if onevision:
+        model = tiny_checkpoint(tmp_path / "onevision", tiny_onevision_config())
+    form = SampleFormat(images_first_ratio=ratio)
+    questions = [
+        "<image>What?", "Look at <image> and\n<image>. <image>!", "<image><image>", "Is <image>",
+        "<image>\n <image>", "A <image>? b <image>", "Hm?", "<im<image>age> <image>", "é <image>",
+        "<image> x\n<image>", "<|im_end|><image>", ") <image><image>", "<image>" * 9,
+    ]  # fmt: skip
+    samples = [
+        {
+            "id": number,
+            "image": [("a.png", "b.png", "gone.png" if number == 1 else "a.png")[i % 3]
+                      for i in range(question.count("<image>"))],
+            "conversations": [
+                {"from": "human", "value": question}, {"from": "gpt", "value": "A cat."},
+                {"from": "human", "value": "And?" + question.replace("<image>", "")},
+                {"from": "gpt", "value": " <|im_start|>Two\n"},
+            ],
+        }
+        for number, question in enumerate(questions)
+    ]  # fmt: skip
+    rows = datasets.rows(write(media / "plain.json", samples))
+    whole = partial(validate, rows, formats.processor(model), form=form, decode=False)
+    limit = max(one.tokens or 0 for one in whole()) - 1
+    reader = partial(whole, tokens=limit)
+    short = list(reader())
+    monkeypatch.setattr(validating._SampleReader, "_plain", lambda *_: None)
+    long = list(reader())
+    assert {s for one in short for s in one.media} == {s for one in long for s in one.media}
+    assert [replace(one, media=()) for one in short] == [replace(one, media=()) for one in long]
+    assert {fault.kind for one in short for fault in one.faults} == {
+        "media",
+        "long",
+        "placeholders",
+    }
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,12 @@ class Loader:
             state.update(repr(image.size).encode() + image.tobytes())
             return state.digest()
         with _naming(source):
-            with self._open(source, self.limits.image_bytes) as file:
-                data = file.read()
+            if isinstance(source, str | os.PathLike) and (path := file_path(source)):
+                with os.fdopen(self._descriptor(path, self.limits.image_bytes), "rb", 0) as raw:
+                    data = raw.read()
+            else:
+                with self._open(source, self.limits.image_bytes) as file:
+                    data = file.read()
             if size := plain_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None:
                 self.limits.check_size(*size)
                 return hashlib.blake2b(data, digest_size=16).digest()
@@ -337,6 +341,10 @@ class Loader:
         return real
 
     def _open_file(self, path: Path, max_bytes: int) -> BinaryIO:
+        return os.fdopen(self._descriptor(path, max_bytes), "rb")
+
+    def _descriptor(self, path: Path, max_bytes: int) -> int:
+        """A regular file, opened to be read."""
         real = self._locate(path)
         flags = (
             os.O_RDONLY
@@ -353,16 +361,15 @@ class Loader:
             raise MediaError("there is no such file") from error
         except (OSError, ValueError) as error:
             raise MediaError("the file cannot be opened") from error
-        file = os.fdopen(number, "rb")
         try:
             status = os.fstat(number)
             if not stat.S_ISREG(status.st_mode):
                 raise MediaRefused("not a regular file")
             _check_bytes(status.st_size, max_bytes)
         except LlavaError:
-            file.close()
+            os.close(number)
             raise
-        return file
+        return number
 
 
 def name_of(source: object) -> str:

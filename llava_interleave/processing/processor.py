@@ -373,6 +373,33 @@ class Processor:
         text, _, sizes = self._measured(messages, media, options)
         return text, [(layout.length, len(clip.times) if clip else 1) for layout, clip in sizes]
 
+    def count_turns(
+        self, layouts: Sequence[Sequence[str]], images: Sequence[str], anyres: bool | None = None
+    ) -> list[int]:
+        """What `count` adds up to for layouts of one conversation, in less time: texts of questions
+        and answers in turn, without the start of another answer.
+
+        images: files, of the `<image>` in the questions.
+        """
+        if len(images) > self.loader.limits.prompt_media:
+            raise PromptError("the prompt has too many images")
+        shown = 0
+        if images:
+            tiled = self.config.arrangement.anyres if anyres is None else anyres
+            place = MediaPlaceholder("image")
+            one = _MediaRequest(1, place, images[0], False, DEFAULTS, tiled and len(images) == 1)
+            shown = len(images) * self._measure(one)[0].length
+        lengths = _Lengths(self.tokenizer)
+        totals = []
+        for texts in layouts:
+            pieces = ["\n", f"system\n{SYSTEM}"]
+            for question, answer in zip(texts[::2], texts[1::2], strict=True):
+                pieces += f"user\n{question}".split(IMAGE)
+                pieces += "\n", "assistant\n", answer, "\n"
+            frame = 2 * (1 + len(texts))  # <|im_start|> and <|im_end|> of each message
+            totals.append(shown + frame + sum(map(lengths.__getitem__, pieces)))
+        return totals
+
     def _measured(
         self, messages: Messages, media: Sequence[object], options: PromptOptions
     ) -> tuple[int, list[_MediaRequest], list[tuple[ImageTokenLayout, Clip | None]]]:
@@ -683,6 +710,17 @@ class Processor:
             + (f", and {reserve:,} are to be generated" if reserve else "")
             + f", but the context is {context:,}: {way}"
         )
+
+
+class _Lengths(dict[str, int]):
+    """How many tokens a text has."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, text: str) -> int:
+        self[text] = length = len(self._tokenizer.encode(text, special=False))
+        return length
 
 
 Renderer = Callable[[Mapping[MediaPlaceholder, str]], Rendered]

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ import numpy as np
 from ...errors import DataError
 from ...processing import Processor
 from .datasets import RawSample, sides
+from .formats import ParsedSample
 from .samples import PackedSample, SampleFormat
 from .shards import remote_files, url_of
 from .validate import Stat, ValidatedSample, stats, validate
@@ -43,6 +45,7 @@ ROW = np.dtype(
         ("digest", "V16"),
     ]
 )
+PACKED_ROW = struct.Struct("<q5if16s")
 """offset: of the row in rows.jsonl. group: number of the data set. block: of samples that are read
 together, or -1. weight: how often it is shown in an epoch. digest: of its text and pixels."""
 PROGRESS_SECONDS = 10
@@ -70,13 +73,17 @@ class RowFile(Sequence[RawSample]):
         offsets, names, offset = [], [], 0
         with (folder / "rows.jsonl").open("wb") as file:
             rest = iter(rows)
-            while chunk := list(islice(rest, 65536)):
+            while chunk := list(islice(rest, 8192)):
                 starts, hashes = [], []
                 for row in chunk:
                     pair = sides(row) is not None
-                    about = [row.sample, str(row.root), row.name, row.group, row.place]
-                    text = json.dumps([*about, row.weight, row.block, pair], default=str)
-                    line = text.encode("utf-8", "backslashreplace") + b"\n"
+                    sample = row.sample
+                    whole = isinstance(sample, ParsedSample)
+                    text = sample.text if whole else json.dumps(sample, default=str)
+                    about = [str(row.root), row.name, row.group, row.place, row.weight, row.block]
+                    line = f"[{text}, {json.dumps([*about, pair])[1:]}\n".encode(
+                        "utf-8", "backslashreplace"
+                    )
                     starts += [offset, offset] if pair else [offset]
                     hashes.append(_hash(row.name))
                     offset += file.write(line)
@@ -90,11 +97,11 @@ class RowFile(Sequence[RawSample]):
 
     @cached_property
     def offsets(self) -> np.ndarray[Any, Any]:
-        return np.load(self.folder / "offsets.npy", mmap_mode="r")
+        return _mapped(self.folder / "offsets.npy")
 
     @cached_property
     def _repeated(self) -> np.ndarray[Any, Any]:
-        return np.load(self.folder / "repeated.npy", mmap_mode="r")
+        return _mapped(self.folder / "repeated.npy")
 
     @cached_property
     def _data(self) -> mmap.mmap:
@@ -126,6 +133,11 @@ class RowFile(Sequence[RawSample]):
             name = f"{name} ({place})"
         row = RawSample(sample, _folder(root), name, group, place, "", weight, block)
         return (sides(row) or (row,)) if pair else (row,)
+
+
+def _mapped(path: Path) -> np.ndarray[Any, Any]:
+    """A memory-mapped array, as an ndarray: the elements of a memmap take ten times as long."""
+    return np.load(path, mmap_mode="r").view(np.ndarray)
 
 
 @cache
@@ -313,7 +325,7 @@ def _validated(
                 duplicates += sum(
                     fault.kind == "duplicate" for side in group for fault in side.faults
                 )
-                table.write(_record(group, int(file.offsets[number - 1]), groups).tobytes())
+                table.write(_record(group, int(file.offsets[number - 1]), groups))
             pairs, group = bool(one.row.pair), []
     records = np.fromfile(draft / "samples.bin", ROW)
     np.save(draft / "samples.npy", records)
@@ -332,22 +344,18 @@ MAX_LISTED = 5
 """How many faulty samples an error lists."""
 
 
-def _record(
-    group: Sequence[ValidatedSample], offset: int, groups: dict[str, int]
-) -> np.ndarray[Any, Any]:
+def _record(group: Sequence[ValidatedSample], offset: int, groups: dict[str, int]) -> bytes:
+    """A `ROW`."""
     row = group[0].row
-    return np.array(
-        (
-            offset,
-            sum(one.tokens or 0 for one in group),
-            sum(one.images_first_tokens or 0 for one in group),
-            group[0].images or 0,
-            groups.setdefault(row.group, len(groups)),
-            row.block,
-            row.weight,
-            hashlib.blake2b(b"".join(one.digest for one in group), digest_size=16).digest(),
-        ),
-        ROW,
+    return PACKED_ROW.pack(
+        offset,
+        sum([one.tokens or 0 for one in group]),
+        sum([one.images_first_tokens or 0 for one in group]),
+        group[0].images or 0,
+        groups.setdefault(row.group, len(groups)),
+        row.block,
+        row.weight,
+        hashlib.blake2b(b"".join([one.digest for one in group]), digest_size=16).digest(),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ...errors import DataError, LlavaError
 from ...processing import Processor
-from ...processing.chat_template import MediaPlaceholder
+from ...processing.chat_template import PUNCTUATION, MediaPlaceholder
 from ...processing.processor import PromptOptions
 from ...processing.tokenizer import IMAGE
 from ...prompt import Prompt
@@ -77,6 +77,16 @@ class SampleFormat:
             text = len(_plain_answer(processor, messages, len(media)))
         return text + sum(tokens for tokens, _ in sizes), sum(frames for _, frames in sizes)
 
+    def count_turns(
+        self, processor: Processor, texts: Sequence[str], images: Sequence[str]
+    ) -> tuple[int, int]:
+        """Tokens of `example` for questions and answers in turn with `<image>` for files, as they
+        are and, where the format has that, with the images first; template chat."""
+        moved = _turns_images_first(texts) if self.images_first_ratio else None
+        layouts = [texts, moved] if moved else [texts]
+        counts = processor.count_turns(layouts, images, self.anyres)
+        return counts[0], counts[-1]
+
     def _tiled(self, messages: Messages, media: Sequence[object]) -> bool | None:
         return self.anyres and len(formats.placeholders(messages, len(media))) == 1
 
@@ -132,6 +142,30 @@ def move_images_first(messages: Messages, media: int) -> Messages:
         message["content"] = "".join(part["text"] for part in message["content"])
     first["content"] = [*moved, {"type": "text", "text": first["content"]}]
     return changed
+
+
+def _turns_images_first(texts: Sequence[str]) -> list[str] | None:
+    """`move_images_first` of questions and answers in turn, as texts; None where it is unchanged.
+
+    The newlines are those with which `chat_template.render` separates content parts.
+    """
+    questions: list[str] = []
+    images, image_after_text, text_before = 0, False, False
+    for text in texts[::2]:
+        question, *rest = text.split(IMAGE)
+        text_before |= bool(question.strip())
+        for piece in rest:
+            images += 1
+            image_after_text |= text_before
+            text_before |= bool(piece.strip())
+            question += f"[image {images}]{piece}"
+        questions.append(question)
+    if images < 2 or not image_after_text:
+        return None
+    first = questions[0]
+    joined = not first or first[0].isspace() or first[0] in PUNCTUATION
+    questions[0] = "\n".join([IMAGE] * images) + ("" if joined else "\n") + first
+    return [text for turn in zip(questions, texts[1::2], strict=True) for text in turn]
 
 
 def _pieces(content: Any, literal: bool) -> Iterator[Mapping[str, Any]]:

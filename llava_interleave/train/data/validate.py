@@ -23,8 +23,9 @@ from PIL import Image
 from ...errors import DataError, LlavaError, MediaError
 from ...processing import FrameSampling, Loader, Processor
 from ...processing.loader import name_of
+from . import formats
 from .datasets import KTO_LABEL, RawSample
-from .formats import DataIssue, Reading, plain_reading, reading
+from .formats import DataIssue, Reading, reading
 from .samples import SampleFormat, move_images_first
 
 KINDS = ("form", "media", "placeholders", "roles", "empty", "long", "duplicate", "keys")
@@ -61,7 +62,7 @@ def stats(path: str) -> Iterator[Stat]:
             yield from stats(f"{path}/{name}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ValidatedSample:
     """A sample and its faults.
 
@@ -194,10 +195,14 @@ _work: tuple[Sequence[RawSample], _SampleReader] | None = None
 def _read_chunk(first: int) -> Chunk:
     assert _work
     rows, read = _work
-    return [
-        (replace(one, row=replace(one.row, sample={})), ignored)
-        for one, ignored in map(read, rows[first : first + CHUNK])
-    ]
+    chunk = list(map(read, rows[first : first + CHUNK]))
+    for one, _ in chunk:  # sent is what is looked at
+        row = one.row
+        label = {KTO_LABEL: row.sample[KTO_LABEL]} if KTO_LABEL in row.sample else {}
+        one.row = RawSample(
+            label, row.root, row.name, row.group, row.place, row.pair, row.weight, row.block
+        )
+    return chunk
 
 
 def tally(counts: dict[str, dict[str, int]], one: ValidatedSample) -> bool:
@@ -221,8 +226,9 @@ class _SampleReader:
 
     def __call__(self, row: RawSample) -> tuple[ValidatedSample, set[str]]:
         """The sample, and its ignored keys."""
-        plain = None if row.pair else plain_reading(row.sample, row.root)
-        found = plain or reading(row.sample, row.root, row.name)
+        if plain := self._plain(row):
+            return plain, set()
+        found = reading(row.sample, row.root, row.name)
         faults = list(found.faults)
         if row.pair and found.messages and not found.messages[-1].get("loss", True):
             text = (
@@ -248,14 +254,41 @@ class _SampleReader:
             for turn in found.messages
         ]
         label = [row.sample[KTO_LABEL]] if KTO_LABEL in row.sample else []
-        digest = hashlib.blake2b(
-            json.dumps([words, shown, *label]).encode("utf-8", "backslashreplace"), digest_size=16
-        ).digest()
+        digest = _digest([words, shown, *label])
         size, images, images_first = (tuple(counts) + (None,) * 3)[:3]
         about = ValidatedSample(
             row, tuple(faults), size, images, images_first, digest, tuple(files)
         )
         return about, found.ignored
+
+    def _plain(self, row: RawSample) -> ValidatedSample | None:
+        """A faultless sample of M4-Instruct's form, in a third of the time; None for another."""
+        turns = formats.plain_turns(row.sample)
+        if turns is None or self.form.template != "chat":
+            return None
+        texts, names = turns
+        files = list[Stat]()
+        root = os.fspath(row.root)
+        images = [os.path.join(root, name) for name in names]  # noqa: PTH118  Path takes longer
+        shown = [self._seen("image", image, None, files) for image in images]
+        if any(isinstance(one, LlavaError) for one in shown):
+            return None
+        counts: tuple[int | None, int | None] = None, None
+        if processor := self.processor:
+            try:
+                tokens, images_first = self.form.count_turns(processor, texts, images)
+            except LlavaError:
+                return None
+            if max(tokens, images_first) > min(self.tokens, processor.config.text.context):
+                return None
+            counts = tokens, images_first if self.form.images_first_ratio else None
+        words = [
+            (("user", "assistant")[number % 2], True, [text]) for number, text in enumerate(texts)
+        ]
+        digest = _digest([words, shown])
+        size, images_first_tokens = counts
+        count = len(images) if processor else None
+        return ValidatedSample(row, (), size, count, images_first_tokens, digest, tuple(files))
 
     def _seen(
         self, kind: str | None, source: Any, sampling: FrameSampling | None, files: list[Stat]
@@ -337,6 +370,11 @@ class _SampleReader:
                 break
         first = [counts[-1]] if self.form.images_first_ratio else []
         return [counts[0], sizes[0][1], *first]
+
+
+def _digest(about: Any) -> bytes:
+    text = json.dumps(about).encode("utf-8", "backslashreplace")
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def _words(content: Any) -> Any:
