@@ -1,6 +1,17 @@
-"""`python -m llava_interleave` and `torchrun -m llava_interleave` are `llava`."""
+"""`python -m llava_interleave`, `torchrun -m llava_interleave` and the command `llava`."""
 
-from .cli import main
+import sys
+
+
+def main() -> None:
+    """Import the command line and run it; Ctrl-C meanwhile is one line and exits 130, too."""
+    try:
+        from .cli import main as command_line
+    except KeyboardInterrupt:
+        print("llava: interrupted", file=sys.stderr)
+        sys.exit(130)
+    command_line()
+
 
 if __name__ == "__main__":
     main()

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
 
+from llava_interleave import __main__ as command
 from llava_interleave.cli import reference, terminal
 from tests.helpers.cli import llava
 
@@ -155,6 +157,19 @@ def test_closed_pipe_is_quiet(tiny: Path) -> None:
     command = f"{program} ask -m {tiny} Hello --ignore-eos --max-new-tokens 2000 | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, cwd=ROOT)
     assert done.stderr == b""
+
+
+def test_ctrl_c_during_imports_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Importing(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "llava_interleave.cli", Importing("llava_interleave.cli"))
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "llava: interrupted\n")
 
 
 def run_in(encoding: str, *words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

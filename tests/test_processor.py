@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,24 @@ def test_examples_learn_answers_and_their_end_only(processor: Processor) -> None
         )
     with pytest.raises(PromptError, match="ends with an answer"):
         processor.example(messages[:1], [IMAGE])
+
+
+def test_each_answer_has_its_own_weight_of_the_loss(processor: Processor) -> None:
+    """Also next to answers without loss, and to one that is an image alone."""
+    messages = [
+        user("<image> A?"), {"role": "assistant", "content": "One.", "loss": 0.5},
+        user("B?"), {"role": "assistant", "content": "Two.", "loss": False},
+        user("C?"), {"role": "assistant", "content": [{"type": "image"}], "loss": 3.0},
+        user("D?"), {"role": "assistant", "content": "Four.", "loss": 2.0},
+    ]  # fmt: skip
+    for preset in ("interleave", "official", "hf"):
+        example = processor.example(messages, [IMAGE, IMAGE], preset=preset)
+        learnt: dict[float, list[int]] = {}
+        for token, weight in zip(example.tokens, example.loss_mask or (), strict=True):
+            learnt.setdefault(weight, []).append(token)
+        text = partial(processor.tokenizer.decode, skip_special=False)
+        assert (text(learnt[0.5]), text(learnt[2.0])) == ("One.<|im_end|>", "Four.<|im_end|>")
+        assert "Two" in text(learnt[False])
 
 
 def test_what_is_learnt_is_what_is_generated(processor: Processor) -> None:

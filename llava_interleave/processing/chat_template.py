@@ -424,8 +424,8 @@ def _messages(turns: list[Turn], template: HfTemplate, marked: bool) -> list[dic
                 continue
             text = "".join(_literal_text(p) if isinstance(p, str) else PLACE for p in part)
             content.append({"type": "text", "text": text})
-        texts = [part for part in content if part["type"] == "text"]
-        if marked and turn.role == "assistant" and turn.loss and texts:
+        if marked and _is_learnt(turn):
+            texts = [part for part in content if part["type"] == "text"]
             texts[0]["text"] = BEGIN + texts[0]["text"]
             texts[-1]["text"] += END
         if template.takes_parts:
@@ -434,6 +434,12 @@ def _messages(turns: list[Turn], template: HfTemplate, marked: bool) -> list[dic
             pieces = [part.get("text", IMAGE) for part in content]
             messages.append({"role": turn.role, "content": "\n".join(pieces)})
     return messages
+
+
+def _is_learnt(turn: Turn) -> bool:
+    """Whether a message is an answer with loss that has text."""
+    text = any(not isinstance(part, MediaPlaceholder) for part in turn.parts)
+    return turn.role == "assistant" and bool(turn.loss) and text
 
 
 def _literal_text(text: str) -> str:
@@ -459,7 +465,7 @@ def _hf(
     if tokens.count(tokenizer.image_id) != len(placeholders):
         raise PromptError(f"the chat template's {IMAGE} are not the tokenizer's {IMAGE} tokens")
     spans = iter(_answers(text, turns, add_generation_prompt, template))
-    weights = iter([turn.loss for turn in turns if turn.role == "assistant" and turn.loss])
+    weights = iter([turn.loss for turn in turns if _is_learnt(turn)])
     first, last = next(spans, (len(text), len(text)))
     weight = next(weights, 0.0)
     loss_mask: list[float] = []
