@@ -366,6 +366,7 @@ def test_a_server_answers_the_questions(url: str, tmp_path: Path) -> None:
         (("eval", WORLD, "--task-option", "level=hard", "--frames", "4"), "leave out --frames"),
         (("eval", "recipes.tiny_world.benchmark:Wrold"), "no class or function 'Wrold'"),
         (("eval", "no_such_module:Task"), "no_such_module"),
+        (("eval", ":Task"), "ValueError: Empty module name"),
         (("eval", "pope", "--task-option", "level=hard"), "for haystack, world and module:Task"),
         (("eval", WORLD, "--key-file", __file__), "--url"),
         (("eval", "pope", "--check", "-m", "x"), "--model"),

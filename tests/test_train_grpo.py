@@ -199,7 +199,9 @@ def recipe(folder: Path, source: Path, **more: Any) -> Recipe:
         (lambda: {}["colour"], r"raised KeyError: 'colour' \(.*test_train_grpo.py, line \d+\)"),
         (lambda: sys.exit(3), "raised SystemExit: 3"),
         (lambda: time.sleep(60), r"took longer than 0.1 s \(reward_seconds\)"),
-        (lambda: None, "is None, not a number"),
+        (lambda: None, "is a NoneType, not a number"),
+        (lambda: 10**400, "is a int, not a number: int too large"),
+        (lambda: torch.ones(2), "is a Tensor, not a number"),
         (lambda: "1", "is '1', not a number"),
         (lambda: -math.inf, "is -inf, not a number"),
     ],
@@ -225,11 +227,21 @@ def test_a_run_that_is_killed_between_two_iterations_resumes_bit_for_bit(
     assert {*lines[0]["held_out"]} == {"loss", "reward"}
 
 
-def test_what_cannot_be_rewarded_is_refused(folder: Path, source: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_rewarded_is_refused(
+    folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
         OptionError, match=r"'tests\.test_train_grpo:none', which is not a function"
     ):
         grpo.load_rewards([HERE + "none"])
+    with pytest.raises(OptionError, match=r"HERE', which is not a function .* it is a str"):
+        grpo.load_rewards([HERE + "HERE"])
+    (tmp_path / "broken_reward.py").write_text("1 / 0")
+    with pytest.raises(OptionError, match=r"ZeroDivisionError.*broken_reward.py, line 1"):
+        grpo.load_rewards(["broken_reward:any"])
+    with pytest.raises(OptionError, match="reward_weights must be numbers"):
+        GRPOConfig(rewards=("a:b",), reward_weights=(math.nan,))
     with pytest.raises(OptionError, match="group_size must be at least 2"):
         GRPOConfig(rewards=("a:b",), group_size=1)
     with pytest.raises(OptionError, match="2 questions cannot be 3 batches"):

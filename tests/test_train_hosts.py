@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from torch.distributed.run import get_args_parser
 
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import recipe
+from llava_interleave.train import ray_hosts, recipe
 from llava_interleave.train.run import run
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
@@ -78,6 +79,39 @@ def worker(host: str) -> int:
     return pid
 
 
+def data(folder: Path) -> Path:
+    path = folder / "m4.json"
+    rows = [
+        {"id": str(n), "messages": [{"role": "user", "content": "What?"},
+                                    {"role": "assistant", "content": f"Number {n}." * (1 + n % 3)}]}
+        for n in range(12)
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows))
+    return path
+
+
+SETTINGS = {"tokens": 60, "workers": 0, "save_every": 3, "log_every": 1}
+
+
+def flags(steps: int) -> list[str]:
+    settings = {**SETTINGS, "steps": steps}
+    words = [word for name in settings for word in (f"--{name.replace('_', '-')}", settings[name])]
+    return [*map(str, words), "--no-bfloat16"]
+
+
+def assert_as_alone(out: Path, model: Path, steps: int) -> None:
+    """The losses of a run are those of one process."""
+    folder = out.with_name("alone")
+    changes = {**SETTINGS, "steps": steps, "model": str(model), "source": out.with_name("m4.json")}
+    one = recipe.read(recipe.find("interleave")).but(
+        {**changes, "grad_accum_steps": 16, "bfloat16": False}
+    )
+    run(one, folder, log=lambda _: None)
+    for number, (mine, alone) in enumerate(zip(lines(out), lines(folder), strict=True), 1):
+        assert mine["step"] == alone["step"] == number
+        assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     path = out / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -88,24 +122,16 @@ def test_a_killed_process_of_another_host_is_started_again_and_nothing_is_lost(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, out = tiny_checkpoint(tmp_path / "instructed" / "model"), tmp_path / "out"
-    rows = [
-        {"id": str(n), "messages": [{"role": "user", "content": "What?"},
-                                    {"role": "assistant", "content": f"Number {n}." * (1 + n % 3)}]}
-        for n in range(12)
-    ]  # fmt: skip
-    (tmp_path / "m4.json").write_text(json.dumps(rows))
+    data(tmp_path)
     (block,) = re.findall(r"^\$ (torchrun [^`]*--rdzv-id[^`]*)^```", PAGE.read_text(), re.M)
     command = block.replace("\\\n", " ").replace("--nproc-per-node 8", "--nproc-per-node 1")
     words = shlex.split(command)[1:]
     words[words.index("-o") + 1] = str(out)
-    settings = {"steps": 40, "tokens": 60, "workers": 0, "save_every": 3, "log_every": 1}
-    more = [word for name in settings for word in (f"--{name.replace('_', '-')}", settings[name])]
-    more.append("--no-bfloat16")
     python = [sys.executable, "-m", "torch.distributed.run"]
     begun = []
     for number, host in enumerate(hosts, 1):
         named = ["unshare", "--uts", "sh", "-c", f'hostname node{number}; exec "$@"', "sh"]
-        whole = ["ip", "netns", "exec", host, *named, *python, *words, *map(str, more)]
+        whole = ["ip", "netns", "exec", host, *named, *python, *words, *flags(40)]
         with (tmp_path / f"node{number}").open("w") as file:
             begun.append(subprocess.Popen(whole, stdout=file, stderr=subprocess.STDOUT))
     patience = time.monotonic() + 120
@@ -117,15 +143,40 @@ def test_a_killed_process_of_another_host_is_started_again_and_nothing_is_lost(
     assert [process.wait(timeout=120) for process in begun] == [0, 0], said
     said = "".join((tmp_path / f"node{number}").read_text() for number in (1, 2))
     assert "rank 0 of 2 on node1 lost another process" in said
-    changes = {**settings, "model": str(model), "source": tmp_path / "m4.json"}
-    one = recipe.read(recipe.find("interleave")).but(
-        {**changes, "grad_accum_steps": 16, "bfloat16": False}
-    )
-    run(one, tmp_path / "one", log=lambda _: None)
-    both = zip(lines(out), lines(tmp_path / "one"), strict=True)
-    for number, (mine, alone) in enumerate(both, 1):
-        assert mine["step"] == alone["step"] == number
-        assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert_as_alone(out, model, 40)
+
+
+def test_hosts_that_ray_reserves_train_as_one_process_does(
+    hosts: list[str], tmp_path: Path
+) -> None:
+    """A Ray cluster of two hosts with one core each, started as by hand."""
+    pytest.importorskip("ray")
+    model, out = tiny_checkpoint(tmp_path / "model"), tmp_path / "out"
+    about = {"RAY_ADDRESS": "10.231.0.1:6379", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 32 * "t"}
+    about |= {"RAY_DEDUP_LOGS": "0", "LOGLEVEL": "INFO"}
+    with TemporaryDirectory(prefix="ray", dir="/tmp") as short:  # for the names of sockets
+        own_disk = ["sh", "-c", f'mount -t tmpfs none {short} && exec "$@"', "sh"]
+
+        def on(number: int, module: str, *words: object) -> str:
+            command = [*own_disk * number, sys.executable, "-m", module, *map(str, words)]
+            done = subprocess.run(
+                ["ip", "netns", "exec", hosts[number], *command],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                timeout=200, env=os.environ | about,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            return done.stdout
+
+        start = ("start", "--num-cpus", 1, "--object-store-memory", 10**8, "--disable-usage-stats")
+        first = ("--head", "--port", 6379, "--temp-dir", short, "--include-dashboard", False)
+        ray = "ray.scripts.scripts"
+        on(0, ray, *start, *first, "--node-ip-address", "10.231.0.1")
+        on(1, ray, *start, "--address", "10.231.0.1:6379", "--node-ip-address", "10.231.0.2")
+        words = (data(tmp_path), "-r", "interleave", "-m", model, "-o", out)
+        said = on(0, ray_hosts.__name__, "--hosts", 2, *words, "--grad-accum-steps", 16, *flags(8))
+    agents = re.findall(r"\(Host pid=\d+(, ip=10\.231\.0\.2)?\).* group_rank=(\d)", said)
+    assert sorted(agents) == [("", "0"), (", ip=10.231.0.2", "1")], said  # of torchrun's log
+    assert_as_alone(out, model, 8)
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")

@@ -343,5 +343,31 @@ def test_what_cannot_be_shared_is_refused(place: Path, tmp_path: Path) -> None:
         go(Recipe(steps=1, grad_accum_steps=4, muon_lr_scale=1.0), 2)
 
 
+RESTARTED = """
+import os, time
+from datetime import timedelta
+import torch
+from llava_interleave.distributed.process_group import init_distributed
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+time.sleep(again and os.environ["RANK"] == "0")
+group, _ = init_distributed("cpu", torch.device, timedelta(seconds=20))
+assert group.all_reduce_sum(1.0) == [2.0]
+if not again and group.rank:
+    os._exit(1)
+"""
+
+
+def test_a_restarted_rank_does_not_read_the_address_of_an_earlier_rank_0(tmp_path: Path) -> None:
+    """Rank 0 is the later one of the restarted processes; torchrun's store is that of before."""
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", "--nproc-per-node", "2", tmp_path / "restarted.py"],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 if __name__ == "__main__":
     together(Path(sys.argv[1]))

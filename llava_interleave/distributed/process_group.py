@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -172,11 +173,49 @@ def init_distributed(
     if not dist.is_initialized():
         if link := _interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", link)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout
-        )
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        with _store_of_this_start(group, timeout) as store:
+            rank, size = (group.rank, group.world_size) if store else (-1, -1)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
         atexit.register(_leave)
     return group, own
+
+
+@contextmanager
+def _store_of_this_start(group: ProcessGroup, timeout: timedelta) -> Iterator[dist.Store | None]:
+    """A store without keys of earlier starts, while the ranks connect; None where it is new anyway.
+
+    The TCPStore of torchrun's agent outlives the processes that are restarted: a rank could read
+    the address of a rank 0 that has ended, and be refused until no restart is left. So each asks
+    for the prefix of this start, and only a rank 0 that runs answers.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        yield None
+        return
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    if group.rank:
+        number = store.add("llava/asked", 1)
+        yield dist.PrefixStore(store.get(f"llava/answer/{number}").decode(), store)
+        return
+    prefix, done = uuid4().hex, threading.Event()
+    other, *_ = next(dist.rendezvous("env://", timeout=timeout))  # a store waits in one call only
+
+    def answer() -> None:
+        answered = 0
+        while not done.wait(0.02):
+            while answered < other.add("llava/asked", 0):
+                answered += 1
+                other.set(f"llava/answer/{answered}", prefix)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield dist.PrefixStore(prefix, store)
+    finally:  # gloo has connected all ranks
+        done.set()
+        thread.join()
 
 
 def _interface(host: str, port: int) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import OptionError, with_place
 from .task import Task
 
 
@@ -35,6 +35,8 @@ def load(name: str, options: Sequence[str] = ()) -> Task:
         raise OptionError(
             f"task {name}: {error}; the working directory and installed packages are searched"
         ) from error
+    except Exception as error:  # of the module's own code
+        raise OptionError(f"task {name}: {with_place(error)}") from error
     make = getattr(module, attribute, None)
     if not callable(make):
         raise OptionError(f"task {name}: {module_name} has no class or function {attribute!r}")

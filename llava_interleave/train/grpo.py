@@ -78,9 +78,13 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
             if not colon:
                 raise ValueError("it has no colon")
             found.append(getattr(importlib.import_module(module), function))
-        except (ImportError, AttributeError, ValueError) as error:
+            if not callable(found[-1]):
+                raise TypeError(f"it is a {type(found[-1]).__name__}")
+        except Exception as error:
+            known = isinstance(error, ImportError | AttributeError | ValueError | TypeError)
+            why = str(error) if known else with_place(error)  # of the module's own code
             raise OptionError(
-                f"grpo.rewards has {name!r}, which is not a function module:name: {error}"
+                f"grpo.rewards has {name!r}, which is not a function module:name: {why}"
             ) from error
     return found
 
@@ -108,10 +112,10 @@ def call_reward(work: Callable[[], Any], seconds: float) -> float:
         raise DataError(f"raised {with_place(value)}") from value
     try:
         number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
+    except Exception as error:  # of a tensor of several, a number beyond floats
+        raise DataError(f"is a {type(value).__name__}, not a number: {error}") from error
     if not math.isfinite(number):
-        raise DataError(f"is {value!r}, not a number")
+        raise DataError(f"is {value!r:.60}, not a number")
     return number
 
 
@@ -250,6 +254,8 @@ class Sampler:
                 total += weight * call_reward(work, config.reward_seconds)
             except DataError as error:
                 raise DataError(f"the reward {name} of {answer[:60]!r} {error}") from error
+        if not math.isfinite(total):
+            raise DataError(f"the sum of the rewards of {answer[:60]!r} is {total}, not a number")
         return total
 
     def answers(

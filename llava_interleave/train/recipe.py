@@ -149,6 +149,8 @@ class GRPOConfig:
                 f"there are {len(self.rewards)} rewards and {len(self.reward_weights)} "
                 "reward_weights: give one for each, or none"
             )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise OptionError(f"reward_weights must be numbers, and are {self.reward_weights}")
         if self.group_size < 2:
             raise OptionError("group_size must be at least 2: answers are compared with each other")
         for name in ("questions", "max_new_tokens", "temperature", "iterations", "reward_seconds"):
