@@ -22,9 +22,10 @@ parts        the 95th percentile of each phase, as the server counts it, of requ
 attacks      seconds of each attack and its status, requests of the good key meanwhile, their median
              and longest; `none`: without an attack
 memory       resident MiB of the server at the start, after the warm-up (a sixth of the time) and at
-             the end; `course` in tenths
-slope        MiB per minute after the warm-up, by least squares; `caches`: growth of its bounded
-             caches of image features and prefixes
+             the end; `course` in tenths, and `medians` of each tenth
+slope        MiB per minute after the warm-up, by least squares; `attacked`: from a third of the
+             time on, without the step at the beginning of the attack; `caches`: growth of its
+             bounded caches of image features and prefixes
 statuses     of hostile requests; 0: the connection was closed without a response
 log          the end of the server's log
 """
@@ -356,10 +357,15 @@ def watch(
     if process.poll() is not None:
         soak.fail(f"the server ended with {process.returncode}")
     times, memory, features = np.array(rows).T
-    warm = times >= seconds / 6
-    per_minute = [
-        60 * float(np.polyfit(times[warm], values[warm], 1)[0]) for values in (memory, features)
-    ]
+    warm, attacked = times >= seconds / 6, times >= seconds / 3
+    slope = {
+        name: 60 * float(np.polyfit(times[part], values[part], 1)[0])
+        for name, values, part in (
+            ("memory", memory, warm),
+            ("attacked", memory, attacked),
+            ("caches", features, warm),
+        )
+    }
     at_warm = int(warm.argmax())
     return {
         "memory": {
@@ -371,7 +377,8 @@ def watch(
         "course": [
             round(float(one), 1) for one in np.interp(np.linspace(0, times[-1], 11), times, memory)
         ],
-        "slope": {"memory": per_minute[0], "caches": per_minute[1]},
+        "medians": [round(float(np.median(one)), 1) for one in np.array_split(memory, 10)],
+        "slope": slope,
     }
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from llava_interleave.engine.prompt_lookup import PromptLookupDrafter
-from llava_interleave.engine.scheduler import MEASURED_EVERY, Scheduler, StepTimeModel
-from llava_interleave.engine.virtual_tokens import VirtualTokenCounters
+from llava_interleave.engine.scheduler import MEASURED_EVERY, SAVED_STEPS, Scheduler, StepTimeModel
+from llava_interleave.engine.virtual_tokens import SavedSteps, VirtualTokenCounters
 from tests.helpers.engine import GREEDY, MIXED, answers, engine, expected, finish
 from tests.helpers.scheduler import request, scheduler, step
 
@@ -104,6 +104,36 @@ def decoding(clients: dict[str, int]) -> Scheduler:
             s.add(request(5, new=2000, first=1000 * i + 10 * len(client), client=client))
     step(s)
     return s
+
+
+def test_a_short_request_is_preferred_to_a_client_that_always_has_some() -> None:
+    """Until it has spent the steps that it saved up: then it has half of the speed."""
+    s = decoding({"many": 16})
+    timed(s, lambda n: 2 + n, SAVED_STEPS)
+    before = min(len(r.generated) for r in s.running)
+    s.add(request(5, new=1000, first=90_000, client="one"))
+    prompt = [{one.request.client for one in step(s)[0].scheduled} for _ in range(2)]
+    assert {"one"} in prompt  # without the other client's answers
+    gaps = timed(s, lambda n: 2 + n, SAVED_STEPS + 500)
+    soon, later = gaps[: SAVED_STEPS - 10], gaps[SAVED_STEPS + 10 :]
+    assert sum(soon) / len(soon) < 3 * 2.2  # three steps alone, one with more
+    assert sum(sorted(soon)[: len(soon) // 2]) / (len(soon) // 2) == 3
+    assert sum(later) / len(later) < 2 * 3 * 1.1
+    assert min(len(r.generated) for r in s.running if r.client == "many") > before + 30
+
+
+def test_steps_are_saved_up_to_a_limit_and_by_weight() -> None:
+    saved = SavedSteps(4)
+    saved.enter("busy", 1.0)
+    saved.enter("batch", 0.01)
+    assert [saved.next() for _ in range(5)] == [{"busy"}] * 4 + [set()]
+    saved.enter("new", 1.0)
+    assert saved.next() == {"new"}
+    saved.leave("new")
+    saved.next()
+    saved.enter("new", 1.0)  # it has 3 left, and 1 for the step without it
+    assert [saved.next() for _ in range(5)] == [{"new"}] * 4 + [set()]
+    assert saved.next() == set()
 
 
 def test_a_single_answer_keeps_half_its_speed_next_to_sixteen() -> None:

@@ -352,6 +352,13 @@ def test_a_field_out_of_range_is_a_400_that_names_it(
     assert named in error["message"] and error["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_no_json_is_a_400_without_a_field(client: TestClient) -> None:
+    refused = client.post(CHAT, content=b'{"model": ', headers={"Content-Type": "application/json"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_json", None)
+    assert "not JSON: EOF" in error["message"] and "column 10" in error["message"]
+
+
 COLOUR = {
     "type": "object",
     "properties": {

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llava_interleave.errors import OptionError
 from llava_interleave.processing import Processor
 from llava_interleave.server import answer_stream
 from llava_interleave.server import service as service_module
@@ -267,6 +269,17 @@ def test_a_grammar_that_does_not_compile_in_time_is_killed(server: Server) -> No
             answered_in_time(guest, **regex("[ab]{3}"))
         assert statuses == [400] * 6
         assert "simplify" in ask(attacker, **schema(wide)).json()["error"]["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is not limited")
+def test_a_grammar_of_much_memory_is_refused_before_the_server_compiles_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiled in a second, and took 200 MiB of the server for as long again."""
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT", 60.0)
+    for nested in ("((a{900}){1000}){1000}", "(a{1000}){1000}"):
+        with pytest.raises(OptionError, match="64 MiB"):
+            server.service.grammars.compile({"type": "regex", "regex": nested}, 1)
 
 
 def test_a_grammar_whose_masks_take_too_long_ends_its_own_answer(

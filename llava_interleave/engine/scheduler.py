@@ -13,7 +13,7 @@ from .prefix_cache import HASH_BLOCK, CacheKey, PrefixCache, SequenceKV
 from .repetition import ends_in_loop
 from .request import EncoderInput, Event, FinishReason, Request
 from .sampler import Pick
-from .virtual_tokens import VirtualTokenCounters
+from .virtual_tokens import SavedSteps, VirtualTokenCounters
 
 DECODE_RESERVE = 256
 """Tokens of an answer that KV memory is allocated for at a time, if there is enough."""
@@ -39,6 +39,10 @@ fast model's short answers would otherwise wait as long as those of a slow one."
 
 DECODE_COST = 2
 """Prompt tokens that a generated token counts as between clients, as in the VTC paper."""
+
+SAVED_STEPS, SHARED_EVERY, PREFERRED_SLOWDOWN = 256, 4, 1.1
+"""Steps that a client saves up while it has no requests, to be preferred later. Every so many steps
+are shared even so; the others may take so many times as long as without other clients."""
 
 MEASURED_EVERY, PROBED_EVERY = 256, 16
 """Steps between two measurements of how fast a client's answers would be without other clients, and
@@ -116,7 +120,7 @@ class StepTimeModel:
             self.crop = encode_seconds / output.crops
         self.owed = encode_seconds + prefill if output.decode_tokens else 0.0
 
-    def max_decodes(self, clients: int, fewest: int, wanted: int) -> int:
+    def max_decodes(self, clients: float, fewest: int, wanted: int) -> int:
         """How many of `wanted` decodes of several clients a step has.
 
         It takes at most `clients` times as long as the decodes of the client that has the `fewest`
@@ -224,11 +228,14 @@ class Scheduler:
         self.virtual_tokens = VirtualTokenCounters()
         self.decoded_tokens = VirtualTokenCounters()  # a long prompt does not delay its answer
         self._steps = 0
+        self.saved_steps = SavedSteps(SAVED_STEPS)
+        self._preferred: set[str] = set()  # clients in this step
         self._starved: str | None = None  # the client whose request the last step had no room for
 
     def add(self, request: Request) -> None:
         for counters in (self.virtual_tokens, self.decoded_tokens):
             counters.enter(request.client)
+        self.saved_steps.enter(request.client, request.weight)
         self._queue(request).append(request)
 
     def _queue(self, request: Request) -> WaitingQueue:
@@ -241,15 +248,23 @@ class Scheduler:
 
     def schedule(self, prefill_time_budget: float = math.inf) -> SchedulerOutput:
         """The next step; empty only if there is nothing to do. The budget: as `Engine.step`."""
-        output, running = SchedulerOutput(), self.running
+        output = SchedulerOutput()
         self._steps += 1
         self.prefix_cache.pinned.clear()
         if self.waiting:
-            for request in [request for request in running if request.prefill_only]:
+            for request in [request for request in self.running if request.prefill_only]:
                 self._retire(request)
                 self.waiting_prefills.appendleft(request)
         self._make_room()
+        preferred = self.saved_steps.next()
+        self._preferred = preferred if self._steps % SHARED_EVERY else set()
         decoding, limit = self._decodes()
+        if self._preferred and not limit:
+            self._schedule_prompts(output, prefill_time_budget)
+            if output.scheduled:
+                return output
+            self._preferred = set()  # its request found no memory
+            decoding, limit = self._decodes()
         for request in decoding:
             if len(output.scheduled) == limit:
                 break
@@ -263,6 +278,14 @@ class Scheduler:
                 self.decoded_tokens.charge(request.client, 1 / request.weight)
         self._draft(output)
         output.decode_tokens = sum(one.stop - one.start for one in output.scheduled)
+        self._schedule_prompts(output, prefill_time_budget)
+        assert output.scheduled or not self.busy
+        return output
+
+    def _prompt_limits(
+        self, output: SchedulerOutput, prefill_time_budget: float
+    ) -> tuple[int, int]:
+        """The prompt tokens and crops of a step next to its decodes."""
         budget = self.max_num_batched_tokens - output.decode_tokens
         max_crops = self.max_batched_images
         if prefill_time_budget < math.inf and not self.chunk_size:
@@ -272,13 +295,9 @@ class Scheduler:
                 budget, max_crops = self.step_times.short_chunk(
                     prefill_time_budget, budget, max_crops
                 )
-            elif not self.waiting and all(request.prefill_only for request in running):
+            elif not self.waiting and all(request.prefill_only for request in self.running):
                 budget, max_crops = self.step_times.chunk(prefill_time_budget, budget, max_crops)
-        self._schedule_prompts(output, budget, max_crops)
-        assert output.scheduled or not self.busy
-        # rows of one adapter next to each other
-        output.scheduled.sort(key=lambda one: one.request.adapter)
-        return output
+        return budget, max_crops
 
     def _make_room(self) -> None:
         """Preempt a request where a client that has none running found no room.
@@ -296,8 +315,18 @@ class Scheduler:
             self._preempt(next(one for one in reversed(self.running) if one.client == most))
 
     def _decodes(self) -> tuple[list[Request], int]:
-        """The running requests that could decode in this step, and how many of them will."""
+        """The running requests that could decode in this step, and how many of them will.
+
+        None, where clients that are preferred have nothing but prompts.
+        """
         decoding = [request for request in self.running if _decodes(request)]
+        if first := sum(request.client in self._preferred for request in decoding):
+            decoding.sort(key=lambda request: request.client not in self._preferred)
+            most = self.step_times.max_decodes(PREFERRED_SLOWDOWN, first, len(decoding))
+            return decoding, most
+        prompts = (request.client for request in self.running if not _decodes(request))
+        if not self._preferred.isdisjoint((*prompts, *self.waiting.by_client)):
+            return [], 0
         sizes = Counter(request.client for request in decoding)
         if len(sizes) < 2:
             return decoding, len(decoding)
@@ -316,8 +345,9 @@ class Scheduler:
             turns[request.client] += 1
         return sorted(decoding, key=lambda request: ranks[request.id]), limit
 
-    def _schedule_prompts(self, output: SchedulerOutput, budget: int, max_crops: int) -> None:
+    def _schedule_prompts(self, output: SchedulerOutput, prefill_time_budget: float) -> None:
         """Prompt tokens, those of the client that has had least first."""
+        budget, max_crops = self._prompt_limits(output, prefill_time_budget)
         prefilling: dict[str, list[Request]] = {}
         for request in self.running:
             if not _decodes(request):
@@ -326,12 +356,18 @@ class Scheduler:
         if not waiting and not self.running:
             waiting = self.waiting_prefills
         clients = dict.fromkeys((*prefilling, *waiting.by_client))
-        for client in sorted(clients, key=self.virtual_tokens.__getitem__):
+        for client in sorted(
+            clients, key=lambda one: (one not in self._preferred, self.virtual_tokens[one])
+        ):
+            if self._preferred and output.scheduled and client not in self._preferred:
+                continue
             for request in prefilling.get(client, ()):
                 if budget:
                     budget -= self._prefill(request, output, budget, max_crops)
             if admitted and budget and client in waiting.by_client:
                 budget, admitted = self._admit(waiting, client, output, budget, max_crops)
+        # rows of one adapter next to each other
+        output.scheduled.sort(key=lambda one: one.request.adapter)
 
     def _charge(self, request: Request, tokens: int) -> None:
         self.virtual_tokens.charge(request.client, tokens / request.weight)
@@ -616,7 +652,7 @@ class Scheduler:
         else:
             self._retire(request)
         self.preempted_clients.clear()
-        for counters in (self.virtual_tokens, self.decoded_tokens):
+        for counters in (self.virtual_tokens, self.decoded_tokens, self.saved_steps):
             counters.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top, allowed = pick or (None, None, (), 0.0)

@@ -95,6 +95,8 @@ def _to_api_error(error: Exception) -> ApiError:
         return ApiError(error.http_status, code, str(error))
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
+        if first["type"] == "json_invalid":  # its place is a position, and no field
+            return ApiError(400, "invalid_json", f"the body is not JSON: {first['ctx']['error']}")
         field = ".".join(str(step) for step in first["loc"][1:])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":

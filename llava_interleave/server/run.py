@@ -57,8 +57,16 @@ def log_to_stderr(level: int) -> None:
     access = logging.getLogger("llava_interleave.access")
     access.setLevel(logging.INFO)  # whatever the level of the rest: --access-log turns it off
     if not access.handlers:
-        access.addHandler(logging.StreamHandler())
+        access.addHandler(_StderrHandler())
         access.propagate = False
+
+
+class _StderrHandler(logging.StreamHandler[typing.TextIO]):
+    """Writes to what `sys.stderr` is by then: it may have been replaced, and the old one closed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class Protocol(H11Protocol):

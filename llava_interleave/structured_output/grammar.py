@@ -117,7 +117,8 @@ class GrammarCompiler:
         if error is None:
             process.kill()
             raise OptionError(
-                f"response_format takes more than {COMPILE_TIMEOUT:g} s to compile; simplify it"
+                f"response_format takes more than {COMPILE_TIMEOUT:g} s or 64 MiB to compile; "
+                "simplify it"
             )
         with self._lock:
             self._processes.append(process)

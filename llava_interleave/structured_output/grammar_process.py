@@ -9,10 +9,14 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import llguidance
 
-MAX_MEMORY = 4 * 2**30
+MAX_MEMORY = 64 * 2**20
+"""Bytes that a grammar may take, as the process that uses it needs them, too: a schema of 1,900
+fields takes 20 MiB, a regular expression of nested repetitions 170.
+"""
 
 
 class Vocabulary:
@@ -30,23 +34,31 @@ class Vocabulary:
 
 
 def main() -> None:
-    if sys.platform != "win32":
-        import resource
-
-        with contextlib.suppress(ValueError, OSError):  # macOS may refuse
-            resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     if hasattr(os, "nice"):
         os.nice(5)
     texts, eos_ids, special_ids = json.loads(sys.stdin.buffer.readline())
     tokens = [text.encode("latin-1") for text in texts]
     wrapper = llguidance.TokenizerWrapper(Vocabulary(tokens, eos_ids, special_ids))
     tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=eos_ids)
+    _limit_memory()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin.buffer:
         matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0)
         if not matcher.is_error():
             matcher.compute_logit_bias()
         print(json.dumps(matcher.get_error() if matcher.is_error() else ""), flush=True)
+
+
+def _limit_memory() -> None:
+    """End this process where it takes more than `MAX_MEMORY` from now on."""
+    if sys.platform == "linux":  # macOS does not enforce it
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack
+        limit = pages * resource.getpagesize() + MAX_MEMORY
+        with contextlib.suppress(ValueError):  # the process has a lower one
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":
