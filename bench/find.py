@@ -2,14 +2,15 @@
 from a library of images.
 
     python bench/find.py [--images 300] [--names 12]
-    python bench/find.py --photos PACKAGES
+    python bench/find.py --photos PACKAGES [--four]
 
 Each name is looked for among all images: drawn scenes of the built-in model's world with "Is there
 a red star?", or with the model `photos` those of recipes/photos/evaluation.toml, which are labelled
 by hand (PACKAGES: the folder of `python -m recipes.photos.sources`). Three
 ways to score an image: the probability of yes, a caption that has the name, and the probability of
 yes to "Does this image help to answer: ...?", which a library would have to ask. The first two also
-answer "How many images show it?". Prints JSON.
+answer "How many images show it?". --four: of the four photos of each question "Which image shows
+the ...?" the one with the highest probability of yes is taken. Prints JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from PIL import Image
 
 from llava_interleave import Chatbot, load
 from recipes.photos.classes import a
+from recipes.photos.evaluation import SEED, WHICH, sets_of_four
 from recipes.photos.sources import evaluation
 from recipes.tiny_world.data import render
 from recipes.tiny_world.episodes import NORMAL, episode
@@ -116,12 +118,28 @@ def measure(
     }
 
 
+def of_four(bot: Chatbot, folder: Path) -> dict[str, object]:
+    """The questions of `recipes.photos.evaluation` about four photos, asked about each alone."""
+    right = []
+    for photo, four in sets_of_four(evaluation(folder), Random(SEED)):
+        question = f"Is there {a(photo.names[0])} in the image?"
+        hits = bot.find(question, [one.path for one in four], max_new_tokens=64)
+        right.append(bool(hits) and hits[0].source == photo.path)
+    return {"questions": WHICH, "right": sum(right)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=300, help="drawn scenes")
     parser.add_argument("--names", type=int, default=12, help="how many names are looked for")
     parser.add_argument("--photos", type=Path, help="look in the hand-labelled photos instead")
+    parser.add_argument("--four", action="store_true", help="with --photos: which of four")
     given = parser.parse_args()
+    if given.four:
+        if not given.photos:
+            parser.error("--four asks about the photos of --photos")
+        print(json.dumps(of_four(load("photos", precision="int8"), given.photos)))
+        return
     found = photos(given.photos) if given.photos else scenes(given.images)
     common = Counter(name for shown in found[1] for name in sorted(shown)).most_common()
     looked_for = [name for name, count in common if count <= TOP][: given.names]

@@ -55,7 +55,8 @@ def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
             for row in errors
             if row["group"] == scenario
         ] == score.wrong
-    assert (tmp_path / "world.html").read_text().count("<article") == 6
+    page = (tmp_path / "world.html").read_text()
+    assert page.count("<article") == 6 and "max_new_tokens 80</tr>" in page
     run, rows = read(path)
     assert len(rows) == 6
     assert len(run["fingerprint"]) == 32
@@ -67,8 +68,12 @@ def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
         "training wordings, level normal",
     )
     assert {"torch", "llava-interleave", "numpy"} <= run["versions"].keys()
-    for option, says in (("held_out=true", "held-out"), ("level=hard", "level hard")):
-        other = llava(*words, "-n", 3, "-o", tmp_path, "--task-option", option)
+    for flag, value, says in (
+        ("--task-option", "held_out=true", "held-out"),
+        ("--task-option", "level=hard", "level hard"),
+        ("--orders", "2", "'orders': 2"),
+    ):
+        other = llava(*words, "-n", 3, "-o", tmp_path, flag, value)
         assert (other.code, other.out) == (2, "")
         assert says in other.err
 

@@ -75,6 +75,12 @@ def test_permutations_are_those_of_the_set(seed: int) -> None:
         ("image 7", "image 7"),
         ("2 things", "2 things"),
         ("the second star", "the second star"),
+        (
+            "a cat (1), a dog (2), a hat (3): it is in image 2",
+            "a cat (3), a dog (1), a hat (2): it is in image 1",
+        ),
+        ("image (1), image (2), image (3)", "image (3), image (1), image (2)"),
+        ("stars (2), moons (1)", "stars (2), moons (1)"),
     ],
 )
 def test_answers_name_the_images_as_given(text: str, expected: str) -> None:

@@ -21,9 +21,9 @@ from llava_interleave.checkpoints import hub, meta_network, read_adapter, resolv
 from llava_interleave.cli import app, demo
 from llava_interleave.compose import photos
 from llava_interleave.config import EfficientNetConfig, LlavaConfig, TextConfig
-from llava_interleave.errors import CheckpointError
+from llava_interleave.errors import CheckpointError, OptionError
 from llava_interleave.testing import tiny_checkpoint
-from recipes.photos import classes, features, questions, sources
+from recipes.photos import classes, evaluation, features, questions, sources
 
 CONFIG = LlavaConfig(
     EfficientNetConfig(),
@@ -231,3 +231,22 @@ def test_resource_files_are_read() -> None:
     offsets = (1, header, header + len(nodes), header + len(nodes) + len(data))
     whole = b"qres" + b"".join(n.to_bytes(4, "big") for n in offsets) + nodes + data + names
     assert list(sources.resources(whole)) == [("/a/b.png", b"abc")]
+
+
+def test_its_questions_have_one_right_answer() -> None:
+    """Photos of a question share no name; the labels are enough for that."""
+    photos = sources.evaluation(Path("packages"))
+    sets = list(evaluation.sets_of_four(photos, Random(evaluation.SEED)))
+    for photo, four in sets:
+        names = [name for one in four for name in one.names]
+        assert photo in four and len(names) == len(set(names))
+    which = evaluation.PhotosTask("packages", group="which").examples
+    assert [int(one.truth) for one in which] == [four.index(photo) + 1 for photo, four in sets]
+    assert which[0].scorer(f"I see a cat (1): it is in image {which[0].truth}.") == 1
+    assert which[0].scorer("It is in image 7.") == 0
+    different = evaluation.PhotosTask("packages", group="different").examples[0].scorer
+    assert [different(f"A cat, a cat: {word}.") for word in ("yes, the same", "no")] == [0, 1]
+    shows = evaluation.named(("cat",))
+    assert [shows(text) for text in ("Two cats.", "A category.")] == [1, 0]
+    with pytest.raises(OptionError, match="did you mean 'which'"):
+        evaluation.PhotosTask("packages", group="whcih")

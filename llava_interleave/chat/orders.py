@@ -36,6 +36,8 @@ NUMBERS = re.compile(
 )
 ORDINAL = re.compile(rf"\b({'|'.join(ORDINALS)})(?=\s+(?:{IMAGE}|one)\b)", re.IGNORECASE)
 LIST = re.compile(r"\d+(?:\s*,\s*\d+)+(?=\W*$)")
+IN_PARENTHESES = re.compile(r"\(\d+\)")
+NUMBERS_OR_PARENTHESES = re.compile(f"{NUMBERS.pattern}|{IN_PARENTHESES.pattern}", re.IGNORECASE)
 ASKS_TO_SORT = re.compile(
     rf"\b(?:name|list|sort|rank|arrange)\b.{{0,40}}?\b{IMAGE}\b", re.IGNORECASE | re.DOTALL
 )
@@ -128,8 +130,9 @@ def as_given(text: str, order: Sequence[int], question: str) -> str:
     """An answer to images in `order`, with its images numbered as they were given.
 
     "image 2", "images 1 and 3", "the second image"; a number alone where the question asks which
-    image, and a list of all numbers that ends the answer where it asks to sort the images. Numbers
-    that are no image's stay.
+    image, a list of all numbers that ends the answer where it asks to sort the images, and numbers
+    in parentheses where those of all images are there: "a cat (1), a dog (2)". Numbers that are no
+    image's stay.
     """
 
     def number(match: re.Match[str]) -> str:
@@ -148,7 +151,9 @@ def as_given(text: str, order: Sequence[int], question: str) -> str:
     found = LIST.search(text) if ASKS_TO_SORT.search(question) else None
     if found and {*map(int, re.findall(r"\d+", found[0]))} == {*range(1, len(order) + 1)}:
         return text[: found.start()] + re.sub(r"\d+", number, text[found.start() :])
-    text = NUMBERS.sub(lambda match: re.sub(r"\d+", number, match[0]), text)
+    listed = {*IN_PARENTHESES.findall(text)} == {f"({n})" for n in range(1, len(order) + 1)}
+    pattern = NUMBERS_OR_PARENTHESES if listed else NUMBERS
+    text = pattern.sub(lambda match: re.sub(r"\d+", number, match[0]), text)
     return ORDINAL.sub(ordinal, text)
 
 

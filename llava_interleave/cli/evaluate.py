@@ -325,6 +325,7 @@ class _Local:
                 "temperature": 0.0,
                 "max_new_tokens": options.max_new_tokens,
                 "frames": options.frames,
+                **({"orders": options.orders} if options.orders > 1 else {}),
             },
         }
 

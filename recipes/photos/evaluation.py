@@ -9,11 +9,12 @@ thing of another photo (POPE's random negatives; Li et al. 2023, arXiv 2305.1035
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
 from llava_interleave.evals.task import Example, Task, digest, example
+from llava_interleave.options import unknown
 
 from .classes import a
 from .sources import EVALUATION, Photo, evaluation
@@ -54,16 +55,30 @@ def verdict(*words: str) -> Callable[[str], float]:
 
 
 class PhotosTask(Task):
-    """The task over the packages in a folder, as `recipes.photos.sources` fetches them."""
+    """The task over the packages in a folder, as `recipes.photos.sources` fetches them.
 
-    def __init__(self, folder: str) -> None:
-        photos = evaluation(Path(folder))
+    group: one of the groups above instead of all.
+    """
+
+    def __init__(self, folder: str, group: str = "") -> None:
+        found = examples(evaluation(Path(folder)))
+        groups = {one.group for one in found}
+        if group and group not in groups:
+            raise unknown("group", group, sorted(groups))
         super().__init__(
             name="photos",
-            examples=examples(photos),
+            examples=[one for one in found if group in ("", one.group)],
             max_new_tokens=64,
             data=digest(EVALUATION),
         )
+
+
+def sets_of_four(photos: Sequence[Photo], rng: Random) -> Iterator[tuple[Photo, list[Photo]]]:
+    """A photo, and it among three of other things, `WHICH` times."""
+    for photo in rng.sample(list(photos), WHICH):
+        four = [photo, *_others(photos, photo, 3, rng)]
+        rng.shuffle(four)
+        yield photo, four
 
 
 def examples(photos: Sequence[Photo]) -> list[Example]:
@@ -80,9 +95,7 @@ def examples(photos: Sequence[Photo]) -> list[Example]:
     for index, photo in enumerate(photos):
         truth = " / ".join(photo.names)
         add("alone", [photo], ALONE[index % len(ALONE)], truth, named(photo.names))
-    for photo in rng.sample(list(photos), WHICH):
-        four = [photo, *_others(photos, photo, 3, rng)]
-        rng.shuffle(four)
+    for photo, four in sets_of_four(photos, rng):
         right = four.index(photo) + 1
         add("which", four, f"Which image shows the {photo.names[0]}?", str(right), number(right))
     twins = [(p, q) for p in photos for q in photos if p is not q and p.names[0] == q.names[0]]
