@@ -603,13 +603,11 @@ def test_the_whole_recipe_makes_a_checkpoint_that_answers(
     (tmp_path / "other_images/train/source").mkdir(parents=True)  # where it is, nothing is fetched
     noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     Image.fromarray(noise).resize((99, 99)).save(tmp_path / "other_images/train/source/0.png")
-    stages = [
-        replace(stage, steps=2, workers=int(stage is training.DESCRIBE))
-        for stage in (
-            *(training.SEE, training.DESCRIBE, training.PRACTISE),
-            *(training.SHARPEN, training.COMPARE, training.RESTYLE, training.REFUSE),
-        )
-    ]
+    monkeypatch.setattr(training, "prepare", partial(training.prepare, texts=40))
+    for part in ("FROM_NOTHING", "WIDENING"):
+        recipes = getattr(training, part)
+        few = [replace(one, workers=int(one is training.DESCRIBE)) for one in recipes]
+        monkeypatch.setattr(training, part, few)
     seen: dict[str, list[dict[str, torch.Tensor]]] = {}
 
     def recorded(model: nn.Module, loss: Any, data: Any, stage: Recipe, folder: Path) -> None:
@@ -620,9 +618,8 @@ def test_the_whole_recipe_makes_a_checkpoint_that_answers(
         seen[folder.name] = [before, after]
 
     monkeypatch.setattr(training, "train_reported", recorded)
-    made = training.main(tmp_path, *stages[:5], texts=40)
-    monkeypatch.setattr(training, "prepare", partial(training.prepare, texts=40))
-    done = training.widen(*training.adopt(made, tmp_path), tmp_path, *stages[5:])
+    training.command([str(tmp_path), "--whole", "--steps", "2"])
+    done = tmp_path / "model"
     assert list(seen) == [
         *("see", "describe", "practise", "sharpen", "compare", "restyle", "refuse")
     ]

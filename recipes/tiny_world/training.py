@@ -3,9 +3,9 @@
 Five stages: patch pre-training of tower and projector (`see`), then the decoder with frozen tower:
 captions (`describe`), questions (`practise`), hard questions (`sharpen`), comparisons (`compare`).
 
-`--widen CHECKPOINT` adds two to a checkpoint that knows the world: tower and projector for other
-drawing styles and images that are not of the world (`restyle`), and the decoder for these
-(`refuse`).
+`--whole` adds two, `--widen CHECKPOINT` adds them to a checkpoint that knows the world: tower and
+projector for other drawing styles and images that are not of the world (`restyle`), and the decoder
+for these (`refuse`). `--steps N` tries the recipe with N steps of each stage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,7 @@ RESTYLE = replace(
     SEE, steps=1200, lr=1.5e-3, warmup_ratio=30 / 1200, bfloat16=False, save_every=100, log_every=10
 )
 REFUSE = replace(COMPARE, steps=1000, lr=8e-4, warmup_ratio=20 / 1000, save_every=100, log_every=10)
+FROM_NOTHING, WIDENING = (SEE, DESCRIBE, PRACTISE, SHARPEN, COMPARE), (RESTYLE, REFUSE)
 # The share of the weights after `refuse` in their mean with those before it: fine-tuned weights
 # forget some of the world, the mean does not (WiSE-FT; Wortsman et al. 2022, arXiv 2109.01903).
 REFUSED = 0.85
@@ -155,10 +156,9 @@ def main(
     practise: Recipe = PRACTISE,
     sharpen: Recipe = SHARPEN,
     compare: Recipe = COMPARE,
-    texts: int = 12000,
 ) -> Path:
     """The five stages in `folder`; called again it resumes. -> folder of the final checkpoint."""
-    config, source = prepare(folder, texts)
+    config, source = prepare(folder)
     model = Llava(config)
     initialize(model, SEED)
     assert see.steps
@@ -257,15 +257,24 @@ def adopt(checkpoint: Path, folder: Path) -> tuple[Llava, Path]:
     return model, source
 
 
-if __name__ == "__main__":
+def command(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.tiny_world.training", description="Train the built-in model."
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/tiny"))
-    parser.add_argument("--widen", type=Path, help="a checkpoint: only restyle and refuse, from it")
-    options = parser.parse_args()
-    if options.widen:
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--whole", action="store_true", help="restyle and refuse as well")
+    parts.add_argument("--widen", type=Path, help="a checkpoint: only restyle and refuse, from it")
+    parser.add_argument("--steps", type=int, help="of each stage, to try the recipe")
+    options = parser.parse_args(arguments)
+    changes = {} if options.steps is None else {"steps": options.steps}
+    made = options.widen or main(options.folder, *(one.but(changes) for one in FROM_NOTHING))
+    if options.whole or options.widen:
         other_images.main(options.folder / "other_images")
-        print(widen(*adopt(options.widen, options.folder), options.folder))
-    else:
-        print(main(options.folder))
+        start = adopt(made, options.folder)
+        made = widen(*start, options.folder, *(one.but(changes) for one in WIDENING))
+    print(made)
+
+
+if __name__ == "__main__":
+    command()
