@@ -19,6 +19,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LlavaError, OptionError, RemoteError
 
@@ -184,7 +186,7 @@ def init_distributed(
 
 
 @contextmanager
-def _store_of_this_start(group: ProcessGroup, timeout: timedelta) -> Iterator[dist.Store | None]:
+def _store_of_this_start(group: ProcessGroup, timeout: timedelta) -> Iterator[Any]:
     """A store without keys of earlier starts, while the ranks connect; None where it is new anyway.
 
     The TCPStore of torchrun's agent outlives the processes that are restarted: a rank could read
@@ -194,13 +196,13 @@ def _store_of_this_start(group: ProcessGroup, timeout: timedelta) -> Iterator[di
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield None
         return
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store, *_ = next(rendezvous("env://", timeout=timeout))
     if group.rank:
         number = store.add("llava/asked", 1)
-        yield dist.PrefixStore(store.get(f"llava/answer/{number}").decode(), store)
+        yield PrefixStore(store.get(f"llava/answer/{number}").decode(), store)
         return
     prefix, done = uuid4().hex, threading.Event()
-    other, *_ = next(dist.rendezvous("env://", timeout=timeout))  # a store waits in one call only
+    other, *_ = next(rendezvous("env://", timeout=timeout))  # a store waits in one call only
 
     def answer() -> None:
         answered = 0
@@ -212,7 +214,7 @@ def _store_of_this_start(group: ProcessGroup, timeout: timedelta) -> Iterator[di
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     try:
-        yield dist.PrefixStore(prefix, store)
+        yield PrefixStore(prefix, store)
     finally:  # gloo has connected all ranks
         done.set()
         thread.join()

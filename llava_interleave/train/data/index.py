@@ -78,8 +78,8 @@ class RowFile(Sequence[RawSample]):
                 for row in chunk:
                     pair = sides(row) is not None
                     sample = row.sample
-                    whole = isinstance(sample, ParsedSample)
-                    text = sample.text if whole else json.dumps(sample, default=str)
+                    parsed = sample.text if isinstance(sample, ParsedSample) else ""
+                    text = parsed or json.dumps(sample, default=str)
                     about = [str(row.root), row.name, row.group, row.place, row.weight, row.block]
                     line = f"[{text}, {json.dumps([*about, pair])[1:]}\n".encode(
                         "utf-8", "backslashreplace"
