@@ -78,6 +78,15 @@ def test_a_custom_task_resumes_and_reports(tiny: Path, tmp_path: Path) -> None:
         assert says in other.err
 
 
+def test_several_orders_of_the_images(tiny: Path, tmp_path: Path) -> None:
+    words = ("eval", WORLD, "-m", tiny, "-n", 4, "--task-option", "scenario=multi")
+    done = llava(*words, "--max-new-tokens", 2, "--orders", 2, "-o", tmp_path)
+    assert done.code == 0, done.err
+    run, rows = read(tmp_path / "world.jsonl")
+    assert run["sampling"]["orders"] == 2
+    assert any(row["error"] is None for row in rows)
+
+
 def test_options_of_a_task_are_shown_and_not_compared(tiny: Path, tmp_path: Path) -> None:
     words = ("eval", WORLD, "-m", tiny, "-n", 1, "--max-new-tokens", 4)
     for level in ("easy", "hard"):

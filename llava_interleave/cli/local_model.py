@@ -164,9 +164,8 @@ class LazyModel:
         if self._bot is None:
             self._bot = self.model.load()
         if self._checked != options:
-            self._bot.batch(
-                [[{"role": "user", "content": "?"}]], options.but({"max_new_tokens": 1})
-            )
+            alone = options.but({"max_new_tokens": 1, "orders": 1})  # one order: without images
+            self._bot.batch([[{"role": "user", "content": "?"}]], alone)
             self._checked = options
         return self._bot
 
