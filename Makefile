@@ -120,7 +120,7 @@ dist: .venv/installed web
 
 # The wheel in a Debian without a compiler: kernels, llava demo, llava ask. Needs root and debootstrap.
 test-dist:
-	python3 bench/install.py build/install dist/*linux*.whl --times 1
+	python3 bench/install.py build/install dist/*linux*.whl --times 1 $(ARGS)
 
 ZIG = build/zig/bin/python-zig c++ -std=c++17 -O3 -ffp-contract=off -fvisibility=hidden -c llava_interleave/kernels/csrc/layers.cpp
 build/zig/installed: Makefile

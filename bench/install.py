@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3, help="Cold starts of each.")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    root = make_root(given.folder / "root")
+    root = make_root(given.folder.resolve() / "root")
     enter_mounts(root, given)
     models = dict(one.split("=", 1) for one in given.model)
     found: dict[str, Any] = {}
@@ -86,6 +86,7 @@ def main() -> None:
 def make_root(root: Path) -> Path:
     """Debian with Python, certificates and no compiler."""
     if not (root / "usr/bin/python3").exists():
+        root.mkdir(parents=True, exist_ok=True)
         packages = "python3,python3-venv,ca-certificates"
         command = [
             "debootstrap",

@@ -1,6 +1,8 @@
 """The frames asked for, found by seeking, are the frames that decoding everything finds."""
 
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from io import BytesIO
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_interleave.errors import MediaError, MediaRefused, OptionError
-from llava_interleave.processing import FrameSampling, Limits, Loader
+from llava_interleave.processing import FrameSampling, Limits, Loader, video
 from llava_interleave.processing.video import FrameTimeline
 
 SIZE = (64, 48)
@@ -295,6 +297,34 @@ def test_invalid_videos() -> None:
             Loader().video(data)
     with pytest.raises(MediaError):
         Loader().video(b"\0\0\0\x18ftypisom" + playlist * 20)
+
+
+def test_large_videos_are_decoded_one_at_a_time(
+    videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of 31 megapixels with 16 reference frames took 5 GB. The wait counts for no limit."""
+    inside, most = [], []
+
+    def slowly(frame: Image.Image) -> Image.Image:
+        inside.append(frame)
+        most.append(len(inside))
+        time.sleep(0.03)
+        inside.pop()
+        return frame
+
+    def read(_: int) -> int:
+        loader = Loader(Limits(video_work_seconds=0.5))
+        return len(loader.video(videos["mp4"], FrameSampling(frames=8), each=slowly).frames)
+
+    def together() -> int:
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(read, range(4))) == [8] * 4
+        return max(most)
+
+    assert together() > 1
+    monkeypatch.setattr(video, "LARGE", 64 * 48 - 1)
+    assert together() == 1
 
 
 def test_limits_of_videos(videos: dict[str, Path]) -> None:

@@ -11,10 +11,11 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,6 +26,10 @@ from .limits import Deadline, Limits
 
 MAX_INDEX = 64_000_000
 """Bytes of the index of an MP4."""
+LARGE = 4096 * 2304
+"""Pixels of a frame above which one video is decoded at a time: its decoder may keep 16 reference
+frames, 1.7 GB at 31 megapixels."""
+_large_video = Lock()
 UNIFORM, MAX_AT_RATE = 16, 32
 Each = Callable[[Image.Image], Image.Image]
 """Applied to each frame as soon as it is decoded, so that large frames do not stay in memory."""
@@ -188,11 +193,13 @@ def read_video(
     """
     import av
 
-    deadline = Deadline(limits.video_work_seconds, "reading the video", "video_work_seconds")
+    deadline = _deadline(limits)
     file, fragmented = _whole(file, container, limits, deadline)
+    turn = ExitStack()
     try:
         with _opened(file, container) as (source, stream):
-            limits.check_size(stream.codec_context.width, stream.codec_context.height)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            limits.check_size(width, height)
             index = _index(source, stream, container, fragmented, limits, deadline)
             timeline = index.timeline
             if timeline.duration > limits.video_seconds:
@@ -203,6 +210,9 @@ def read_video(
             chosen = sampling.choose(timeline, limits.video_frames)
             if each is None:
                 return Clip([], [float(timeline.time(i)) for i in chosen], timeline.duration)
+            if width * height > LARGE:
+                turn.enter_context(_large_video)
+                deadline = _deadline(limits)  # the wait does not count
             stamps = [timeline.stamps[i] for i in chosen]
             if not index.unstamped:
                 return _clip(source, stream, stamps, index, limits, deadline, each)
@@ -212,6 +222,12 @@ def read_video(
         raise MediaError(
             "the video cannot be decoded: it is damaged, cut short or of an unknown codec"
         ) from error
+    finally:
+        turn.close()
+
+
+def _deadline(limits: Limits) -> Deadline:
+    return Deadline(limits.video_work_seconds, "reading the video", "video_work_seconds")
 
 
 @contextmanager
