@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llava_interleave"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 DIAGRAM = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+TREES = {path: ast.parse(path.read_text("utf-8")) for path in MODULES}
+"""Parsed before any test runs: Playwright's greenlets confuse the parser of Python 3.11."""
 FLOORS = {
     part: int(line.split()[0])
     for line in DIAGRAM.split("```")[1].splitlines()
@@ -41,7 +43,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
     type checkers too.
     """
     within = ["llava_interleave", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -43,7 +43,11 @@ function imagePrefix() {
 
 async function prepare() {
   const prefix = imagePrefix();
-  if (!prefix?.parts.length || !model() || isBusy() || excess().length) return;
+  if (!prefix?.parts.length || !model() || isBusy()) return;
+  if (excess().length) {
+    renderAttachments(); // the upload for a thumbnail may have found a file that cannot be read
+    return;
+  }
   request = new AbortController();
   const { signal } = request;
   const { chat } = state;
