@@ -583,6 +583,30 @@ def test_a_broken_off_answer_is_kept_and_continued(
     expect(other.locator("#messages > li")).to_have_count(2)
 
 
+def test_an_answer_goes_on_where_another_tab_saves_its_chat(
+    page: Page, slow: Callable[[float], None]
+) -> None:
+    """A chat that another tab saved before the first token was read again, and the answer then
+    written to a message that was no longer in it: neither shown nor kept.
+    """
+    other = page.context.new_page()
+    other.goto(page.url)
+    slow(1.0)
+    with page.expect_request("**/v1/chat/completions"):
+        write(page, "Tell me a story.")
+    name = page.url.partition("#")[2]
+    other.evaluate(
+        "id => new BroadcastChannel('llava-interleave').postMessage({ kind: 'chat', id })", name
+    )
+    page.wait_for_timeout(300)
+    slow(0)
+    finished(page)
+    told = text(page)
+    assert told
+    page.reload()
+    assert text(page) == told
+
+
 def test_a_server_that_is_restarted_during_an_answer(
     browser: Browser, folder: Path, files: list[Path], slow: Callable[[float], None]
 ) -> None:

@@ -26,10 +26,11 @@ export async function elsewhere(node) {
   return Boolean(locks?.held?.some(({ name }) => name === node.id));
 }
 
-async function run(node, continued) {
+async function run({ id }, continued) {
   const { chat } = state;
   const job = { controller: new AbortController(), chat, phase: "Preparing", since: performance.now() };
-  const release = await lock(node.id);
+  const release = await lock(id);
+  const node = chat.nodes[id]; // what another tab saved meanwhile has taken the place of the one before
   const text = node.parts[0];
   running.set(node.id, job);
   for (const field of ["error", "stopped", "finish", "attribution", "citations"]) delete node[field];

@@ -62,7 +62,7 @@ async function take(id) {
   if (!stored || chat.id !== id) return;
   const follows = branch(stored).some((node) => node.id === chat.leaf) || !chat.leaf;
   const leaf = follows ? stored.leaf : chat.leaf;
-  Object.assign(chat, merge(chat, stored), { leaf });
+  Object.assign(chat, merge(stored, chat), { leaf }); // of equal ones this tab's, which an answer is being written to
   render(false);
   renderDraft();
 }
