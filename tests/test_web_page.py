@@ -601,10 +601,10 @@ def test_an_answer_goes_on_where_another_tab_saves_its_chat(
     page.wait_for_timeout(300)
     slow(0)
     finished(page)
-    told = text(page)
-    assert told
+    answer = text(page)
+    assert answer
     page.reload()
-    assert text(page) == told
+    assert text(page) == answer
 
 
 def test_a_server_that_is_restarted_during_an_answer(

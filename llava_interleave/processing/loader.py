@@ -106,12 +106,8 @@ class Loader:
             state.update(repr(image.size).encode() + image.tobytes())
             return state.digest()
         with _naming(source):
-            if isinstance(source, str | os.PathLike) and (path := file_path(source)):
-                with os.fdopen(self._descriptor(path, self.limits.image_bytes), "rb", 0) as raw:
-                    data = raw.read()
-            else:
-                with self._open(source, self.limits.image_bytes) as file:
-                    data = file.read()
+            with self._open(source, self.limits.image_bytes, buffering=0) as file:
+                data = file.read()
             if size := plain_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None:
                 self.limits.check_size(*size)
                 return hashlib.blake2b(data, digest_size=16).digest()
@@ -292,8 +288,8 @@ class Loader:
         return Clip(frames, [float(timeline.time(i)) for i in chosen], duration)
 
     @contextmanager
-    def _open(self, source: object, max_bytes: int) -> Iterator[BinaryIO]:
-        """The bytes of a source, at most `max_bytes`."""
+    def _open(self, source: object, max_bytes: int, buffering: int = -1) -> Iterator[BinaryIO]:
+        """The bytes of a source, at most `max_bytes`. buffering: of a local file, as of `open`."""
         if isinstance(source, Download):
             _check_bytes(source.file.seek(0, os.SEEK_END), max_bytes)
             source.file.seek(0)
@@ -305,7 +301,7 @@ class Loader:
         elif isinstance(source, str | os.PathLike):
             path = file_path(source)
             if path is not None:
-                file = self._open_file(path, max_bytes)
+                file = self._open_file(path, max_bytes, buffering)
             elif str(source)[:5].lower() == "data:":
                 file = BytesIO(_data_url(str(source), max_bytes))
             else:
@@ -340,10 +336,7 @@ class Loader:
             raise MediaRefused("the path leads out of the folder that media may be read from")
         return real
 
-    def _open_file(self, path: Path, max_bytes: int) -> BinaryIO:
-        return os.fdopen(self._descriptor(path, max_bytes), "rb")
-
-    def _descriptor(self, path: Path, max_bytes: int) -> int:
+    def _open_file(self, path: Path, max_bytes: int, buffering: int = -1) -> BinaryIO:
         """A regular file, opened to be read."""
         real = self._locate(path)
         flags = (
@@ -369,7 +362,7 @@ class Loader:
         except LlavaError:
             os.close(number)
             raise
-        return number
+        return os.fdopen(number, "rb", buffering)
 
 
 def name_of(source: object) -> str:

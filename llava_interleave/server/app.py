@@ -367,7 +367,7 @@ def _add_preview_route(app: FastAPI, service: Service | ServedModels) -> None:
     ) -> Response:
         """An image as WebP of at most `size` pixels a side, where a browser cannot decode it."""
         data = await service.state.preview(request.state.key, name, size)
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, immutable"}
+        headers = {"X-Content-Type-Options": "nosniff"}
         return Response(data, headers=headers, media_type="image/webp")
 
 

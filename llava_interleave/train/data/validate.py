@@ -196,7 +196,7 @@ def _read_chunk(first: int) -> Chunk:
     assert _work
     rows, read = _work
     chunk = list(map(read, rows[first : first + CHUNK]))
-    for one, _ in chunk:  # sent is what is looked at
+    for one, _ in chunk:  # the parent process needs no more of a sample than its label
         row = one.row
         label = {KTO_LABEL: row.sample[KTO_LABEL]} if KTO_LABEL in row.sample else {}
         one.row = RawSample(
