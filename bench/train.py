@@ -1,6 +1,6 @@
 """Training speed: tokens a second and peak memory of our loop and of a plain one over transformers.
 
-    python bench/train.py [--shape 0.5b] [--rounds 3] [--bfloat16] [--json FILE]
+    python bench/train.py [--shape 0.5b] [--each 6] [--rounds 3] [--bfloat16] [--json FILE]
     python bench/train.py --until 0.5 [--bfloat16] [--json FILE]
 
 Both train the same network (frozen tower, as in the stage with many images) on the same samples,
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import get_context
@@ -49,7 +49,7 @@ from llava_interleave.image_layout import ImageTokenLayout
 from llava_interleave.prompt import Media, Prompt
 from llava_interleave.testing import tiny_checkpoint, tiny_config, write_random
 from llava_interleave.train.data.packing import collate, pack
-from llava_interleave.train.loop import autocast, build_optimizers, train_step
+from llava_interleave.train.loop import autocast, build_optimizers, keeping_freed_memory, train_step
 from llava_interleave.train.losses import sft_loss
 from llava_interleave.train.recipe import Recipe
 from recipes.tiny_world.episodes import SCENARIOS
@@ -223,12 +223,14 @@ def work(
     recipe = replace(RECIPE, bfloat16=bfloat16, lr=RECIPE.lr if shape else 1e-3)
     turn = {"ours": ours, "plain": plain}[system](folder, recipe, shape.each if shape else 8)
     loaded, product = peak(), torch.bfloat16 if bfloat16 else torch.float32
-    while (seed := pipe.recv()) is not None:
-        speed = measured_flops(torch.device("cpu"), product)
-        began = time.perf_counter()
-        loss, flops = turn(given, seed)
-        seconds = time.perf_counter() - began
-        pipe.send((seconds, peak() - loaded, loss, flops / seconds / speed))
+    device = torch.device("cpu")
+    with keeping_freed_memory(device) if system == "ours" else nullcontext():
+        while (seed := pipe.recv()) is not None:
+            speed = measured_flops(device, product)
+            began = time.perf_counter()
+            loss, flops = turn(given, seed)
+            seconds = time.perf_counter() - began
+            pipe.send((seconds, peak() - loaded, loss, flops / seconds / speed))
 
 
 def peak() -> int:
@@ -335,7 +337,10 @@ def filling() -> dict[str, float]:
 
 
 def speed(given: argparse.Namespace) -> dict[str, Any]:
-    found = measure(SHAPES[given.shape], given.rounds, given.bfloat16) | {
+    shape = SHAPES[given.shape]
+    shape = replace(shape, each=given.each or shape.each)
+    found = measure(shape, given.rounds, given.bfloat16) | {
+        "each": shape.each,
         "filling": filling(),
         "bfloat16": given.bfloat16,
     }
@@ -363,6 +368,7 @@ def main() -> None:
         "--rounds", type=int, default=3, help="turns of each, after one that warms up"
     )
     parser.add_argument("--shape", choices=SHAPES, default="medium", help="of the network")
+    parser.add_argument("--each", type=int, help="samples a step; default: the shape's")
     parser.add_argument(
         "--bfloat16", action="store_true", help="multiply matrices in bfloat16, in both"
     )

@@ -5,6 +5,8 @@ is cut or dropped.
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -27,7 +29,7 @@ from llava_interleave.model import Llava, PackedAttention
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 from llava_interleave.testing import tiny_checkpoint
-from llava_interleave.train import recipe, report
+from llava_interleave.train import losses, recipe, report
 from llava_interleave.train.data import formats
 from llava_interleave.train.data.packing import (
     Batch,
@@ -107,6 +109,55 @@ def test_packed_and_unpacked_gradients_are_equal(model: Llava, prompts: list[Pro
             atol=1e-6 * largest,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@pytest.mark.parametrize("chunk", [7, 2048])
+def test_gradients_of_a_tied_embedding_equal_those_of_plain_autograd(
+    chunk: int, model: Llava, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss adds the embedding's rows to the gradient of the head itself, also when gradients
+    are accumulated, and computes logits of all chunks but the last twice."""
+    batch, steps = collate(prompts[:1]), 2
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    for _ in range(steps):
+        sft_loss(model, batch).total.backward()
+    found = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr(losses, "_embedding", lambda _: None)
+    where = batch.loss_mask.nonzero()[:, 0]
+    hidden, tokens = losses._hidden(
+        model,
+        batch.tokens,
+        losses._spans(model, batch.pixels, losses._single(batch)),
+        batch.lengths,
+    )
+    plain = cross_entropy(model.logits(hidden[where - 1]), tokens[where], reduction="sum")
+    (plain * steps).backward()
+    assert found.keys() == gradients(model).keys()
+    largest = max(float(gradient.abs().max()) for gradient in found.values())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
+    """Without pages that the system zeroes anew, which took a tenth of a step."""
+    code = """
+import resource, torch
+from llava_interleave.train.loop import keeping_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+outside = [faults() for _ in range(20)]
+with keeping_freed_memory(torch.device("cpu")):
+    inside = [faults() for _ in range(20)]
+print(sum(inside[10:]) < 20000 and sum(outside[10:]) > 150000, inside, outside)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True"), done.stdout
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])

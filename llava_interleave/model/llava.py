@@ -1,7 +1,7 @@
 """LLaVA: the tower's features, projected, take the place of the image placeholders in the decoder's
 input."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,15 @@ class Llava(nn.Module):
         """Features of an image's crops `[crops, grid * grid, D]` as its tokens `[length, D]`."""
         return arrange_features(features, layout, self.image_newline)
 
-    def embed(self, tokens: Tensor, features: Iterable[tuple[int, Tensor]] = ()) -> Tensor:
+    def embed(
+        self,
+        tokens: Tensor,
+        features: Iterable[tuple[int, Tensor]] = (),
+        embedding: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Embeddings `[T, D]` of `tokens [T]`; each `(start, rows [n, D])` of `features` replaces
-        the rows from `start` on."""
-        x = self.language_model.embed_tokens(tokens)
+        the rows from `start` on. embedding: called in place of `embed_tokens`."""
+        x = (embedding or self.language_model.embed_tokens)(tokens)
         spans = sorted(features, key=lambda span: span[0])
         if not spans:
             return x

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy, embedding, logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from ..flops import training_flops
@@ -49,10 +49,7 @@ def sft_loss(model: Llava, batch: Batch, attend: PackedAttention | None = None) 
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
     weights = None if batch.weights is None else batch.weights.to(hidden.device)
     total, correct = hidden.new_zeros((), dtype=torch.float32), 0.0
-    for rows in where.split(CHUNK):
-        losses, hits = checkpoint(
-            _chunk, model, hidden[rows - 1], tokens[rows], use_reentrant=False
-        )
+    for rows, (losses, hits) in _cross_entropy(model, hidden, tokens, where):
         if weights is not None:
             losses, hits = losses * weights[rows], hits * weights[rows]
         total, correct = total + losses.sum(), correct + float(hits.sum())
@@ -186,13 +183,10 @@ def token_logprobs(
     hidden, tokens = _hidden(model, batch.tokens, _spans(model, batch.pixels, media), batch.lengths)
     where = batch.loss_mask.nonzero()[:, 0].to(hidden.device)
     ends = torch.tensor(list(accumulate(batch.lengths)), device=hidden.device)
-    values = [
-        -checkpoint(
-            _chunk, model, hidden[rows - 1], tokens[rows], temperature, use_reentrant=False
-        )[0]
-        for rows in where.split(CHUNK)
-    ]
-    return torch.cat(values), torch.searchsorted(ends, where, right=True)
+    found = _cross_entropy(model, hidden, tokens, where, temperature)
+    return -torch.cat([losses for _, (losses, _) in found]), torch.searchsorted(
+        ends, where, right=True
+    )
 
 
 def _spans(
@@ -219,14 +213,54 @@ def _hidden(
     """Hidden states of packed samples, and their tokens on the network's device."""
     tokens = tokens.to(model.lm_head.weight.device)
     return model(
-        model.embed(tokens, spans),
+        model.embed(tokens, spans, _embedding(model)),
         positions(lengths).to(tokens.device),
         attend or PackedAttention(lengths),
     ), tokens
 
 
+def _embedding(model: Llava) -> Callable[[Tensor], Tensor] | None:
+    """Embeddings whose gradient is added, row by row, to that of the output head that shares the
+    weight, which the backward pass computes first. Autograd alone makes a second dense matrix, at
+    0.5B of 622 MB, which is zeroed and added. On a GPU that is quick, and adding rows is not
+    deterministic."""
+    weight = model.lm_head.weight
+    tied = weight is model.language_model.embed_tokens.weight
+    learns = weight.requires_grad and torch.is_grad_enabled()
+    if not (tied and learns and weight.device.type == "cpu"):
+        return None
+
+    def embed(tokens: Tensor) -> Tensor:
+        rows = embedding(tokens, weight.detach()).requires_grad_()
+
+        def add(gradient: Tensor) -> None:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.index_add_(0, tokens, gradient)
+
+        rows.register_hook(add)
+        return rows
+
+    return embed
+
+
+def _cross_entropy(
+    model: Llava, hidden: Tensor, tokens: Tensor, where: Tensor, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Rows of `where`, a chunk at a time, with the cross-entropy of each and whether it is right.
+
+    Logits of one chunk exist at once. Those of the last are kept for the backward pass, which
+    begins with them; of the others they are computed again.
+    """
+    *chunks, last = where.split(CHUNK)
+    for rows in chunks:
+        given = (model, hidden[rows - 1], tokens[rows], temperature)
+        yield rows, checkpoint(_chunk, *given, use_reentrant=False)
+    yield last, _chunk(model, hidden[last - 1], tokens[last], temperature)
+
+
 def _chunk(
-    model: Llava, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+    model: Llava, hidden: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row, and whether it is right."""
     logits = model.logits(hidden).float()
