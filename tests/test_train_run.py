@@ -261,8 +261,7 @@ def test_batches_are_bounded_in_images_too(folder: Path, source: Path, tmp_path:
 def test_operations_are_those_that_pytorch_counts(
     trained: str, folder: Path, prompts: list[Prompt]
 ) -> None:
-    """It sees all of attention, of which half is in the future, and the head's logits twice, as the
-    loss computes them.
+    """It sees all of attention, of which half is in the future, and the head's logits once.
 
     It does not see gradients of what goes into the first layer where only adapters train, or into
     the projector: there are none.
@@ -276,13 +275,12 @@ def test_operations_are_those_that_pytorch_counts(
         part = sft_loss(network, batch)
         part.total.backward()
     future = 2 * len(batch.tokens) ** 2 * text.num_heads * text.head_dim * text.num_layers * 3
-    again = 2 * part.count * text.hidden_size * text.vocab_size
     first = (
         2 * len(batch.tokens) * 3 * text.hidden_size * (text.hidden_size + 2)
         if trained == ".low."
         else 0
     )
-    assert part.flops == pytest.approx(counter.get_total_flops() - future - again + first, rel=0.01)
+    assert part.flops == pytest.approx(counter.get_total_flops() - future + first, rel=0.01)
 
 
 def test_layers_computed_again_give_the_same_gradients_from_less_memory(
