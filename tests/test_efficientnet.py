@@ -186,8 +186,10 @@ def test_files_of_another_kind_are_refused(published: tuple[Path, Any], tmp_path
         with pytest.raises(CheckpointError, match=message):
             compose(path, tmp_path, tmp_path / "out")
     path.write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"PyTorch weights: it holds something else$"):
         compose(path, tmp_path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"cannot be read.*No such file"):
+        compose(tmp_path / "none.pth", tmp_path, tmp_path / "out")
     with pytest.raises(OptionError, match="tower_layers"):
         compose(published[0], tmp_path, tmp_path / "out", tower_layers=3)
     names = tmp_path / "names.json"

