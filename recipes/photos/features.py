@@ -23,7 +23,7 @@ from llava_interleave.compose.efficientnet import EfficientNetTower
 from llava_interleave.model.efficientnet import EfficientNet
 from llava_interleave.processing.images import to_rgb
 
-from .classes import names, word
+from .classes import exact, names, word, wordnet
 from .sources import KINDS, TRAINED
 
 STAMPS = "tuxpaint-stamps-default"
@@ -72,15 +72,25 @@ MEAN, STD = 127.0, 128.0
 
 @dataclass(frozen=True)
 class Classifier:
-    """The tower's own classifier, over everyday words. weight `[1000, D]`, bias `[1000]`."""
+    """The tower's own classifier, over everyday words. weight `[1000, D]`, bias `[1000]`.
+
+    synonyms: of each class, by WordNet.
+    """
 
     weight: Tensor
     bias: Tensor
     listed: tuple[str, ...]
+    synonyms: tuple[tuple[str, ...], ...] = ()
 
     @property
     def words(self) -> list[str]:
         return [word(number, self.listed) for number in range(len(self.listed))]
+
+    def names(self, number: int) -> tuple[str, ...]:
+        """Names of a class other than its everyday word."""
+        synonyms = self.synonyms[number] if self.synonyms else ()
+        names = dict.fromkeys((exact(self.listed[number]).lower(), *synonyms))
+        return tuple(name for name in names if name != word(number, self.listed))
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Of each class, from the mean of features `[..., tokens, D]`."""
@@ -101,7 +111,9 @@ def network(weights: Path, class_names: Path) -> tuple[EfficientNet, Classifier]
     tower.load_state_dict(
         {name.removeprefix("vision_tower."): parts.tensor(name) for name in parts.shapes()}
     )
-    return tower.eval(), Classifier(*parts.classifier, names(class_names))
+    listed = names(class_names)
+    synonyms = wordnet(class_names.with_name("imagenet1k_label_to_names.json"))
+    return tower.eval(), Classifier(*parts.classifier, listed, synonyms)
 
 
 def stamp_label(description: str) -> str | None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from llava_interleave.processing import Processor
 from llava_interleave.prompt import Prompt
 
-from . import classes
 from .classes import a
 from .features import Classifier, exchange
 
 SURE, UNSURE = 0.45, 0.2
 """From the probability of its word on the model names it, and from this one on it may."""
+POSSIBLE = 0.05
+"""From this probability on the second word is one that a question may have for the image."""
 ANIMALS = 398
 """The first class that is not an animal."""
 BLANK = Image.new("RGB", (8, 8))
@@ -30,13 +31,15 @@ BLANK = Image.new("RGB", (8, 8))
 class Seen:
     """A feature map and what is said about it.
 
-    words: the most probable everyday words, the first is the main thing. name: a more exact name,
-    or "". confidence: 2 sure, 1 likely, 0 not sure. animal: None where it is not known.
+    words: the most probable everyday words, the first is the main thing. names: more exact ones.
+    second: a word that is likely, too, or "".
+    confidence: 2 sure, 1 likely, 0 not sure. animal: None where it is not known.
     """
 
     features: Tensor
     words: tuple[str, ...]
-    name: str
+    names: tuple[str, ...]
+    second: str
     confidence: int
     animal: bool | None
 
@@ -67,16 +70,16 @@ class Photos:
         top = grouped.topk(3)
         words = [self.vocabulary[i] for i in top.indices.tolist()]
         best = int(shares.argmax())
-        name = classes.exact(self.classifier.listed[best]).lower()
+        clear = float(shares[best]) > 0.5 and self.classifier.words[best] == (label or words[0])
+        names = self.classifier.names(best) if clear else ()
         if label:
-            same = label == words[0] and float(shares[best]) > 0.5
             words = [label, *(word for word in words if word != label)]
             animal = label in self.animals or None
-            return Seen(features, tuple(words), name if same else "", 2, animal)
+            return Seen(features, tuple(words), names, "", 2, animal)
         share = float(top.values[0])
         confidence = 2 if share >= SURE else 1 if share >= UNSURE else 0
-        clear = float(shares[best]) > 0.5 and self.classifier.words[best] == words[0]
-        return Seen(features, tuple(words), name if clear else "", confidence, best < ANIMALS)
+        second = words[1] if float(top.values[1]) >= POSSIBLE else ""
+        return Seen(features, tuple(words), names, second, confidence, best < ANIMALS)
 
     def draw(self, rng: Random, word: str | None = None) -> Seen:
         """A cut-out, a photo, or one of them with another class; `word`: of this main thing."""
@@ -160,6 +163,16 @@ DESCRIBE = (
     "Please describe the picture in one sentence.", "Give a short description.",
     "Write a caption for this image.", "Can you describe the image?",
 )  # fmt: skip
+GROUPS = {
+    "bird": "chicken ostrich eagle vulture owl peacock parrot toucan duck goose swan stork crane "
+    "spoonbill flamingo heron pelican penguin turkey",
+    "insect": "beetle fly bee ant grasshopper cricket cockroach mantis dragonfly butterfly",
+    "fruit": "apple strawberry orange lemon fig pineapple banana pomegranate pear mango kiwi lime",
+    "vehicle": "car truck van bus train tram bicycle motorcycle scooter tricycle tractor",
+    "building": "castle church mosque palace monastery barn lighthouse greenhouse",
+    "tool": "hammer screwdriver axe shovel drill saw wrench pliers",
+    "musical instrument": "guitar piano drum violin cello trumpet horn flute saxophone trombone",
+}
 WORD = ("Answer in one word: what is this?", "What is this? Answer with one word.",
         "Name the object in a single word.", "What is it? One word only.")  # fmt: skip
 IS_THERE = (
@@ -275,26 +288,38 @@ def several(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, st
         if rng.random() < 0.15 and first.words[0] != second.words[0]:
             pairs = [(rng.choice(COMPARE), f"{shown}.")]
         return [first, second], pairs
-    seen: list[Seen] = []
-    for _ in range(count):
-        seen.append(photos.sure(rng, [word for one in seen for word in one.words[:2]]))
+    if rng.random() < 0.76:
+        return which(photos, rng)
+    seen = _different(photos, count, rng)
     number, kind = rng.randrange(count), rng.random()
-    things = [one.words[0] for one in seen]
-    if kind < 0.68:
-        word = things[number] = _name(seen[number], rng)
-        found = f"the {word} ({number + 1}) is in image {number + 1}"
-        pair = (_ask(WHICH, word, rng), f"{_places(things)}: {found}.")
-    elif kind < 0.76:
-        word = photos.absent(rng, seen)
-        pair = (_ask(WHICH, word, rng), f"{_places(things)}: no image shows {a(word)}.")
-    elif kind < 0.84:
+    if kind < 0.33:
         question = rng.choice(NTH).format(n=number + 1, nth=ORDINALS[number + 1])
         pair = (question, f"Image {number + 1} shows {a(seen[number].words[0])}.")
-    elif kind < 0.97:
+    elif kind < 0.87:
         pair = (rng.choice(EACH), f"{_list(seen)}.")
     else:
         pair = ("How many images are there?", f"There are {NUMBERS[count]} images.")
     return seen, [pair]
+
+
+def which(photos: Photos, rng: Random) -> tuple[list[Seen], list[tuple[str, str]]]:
+    """Which of two to four images shows something, a tenth of them about what none shows."""
+    seen = _different(photos, rng.choice((2, 3, 4, 4, 4)), rng)
+    number, things = rng.randrange(len(seen)), [one.words[0] for one in seen]
+    if rng.random() < 0.1:
+        word = photos.absent(rng, seen)
+        return seen, [(_ask(WHICH, word, rng), f"{_places(things)}: no image shows {a(word)}.")]
+    word = things[number] = _wanted(number, seen, rng)
+    found = f"the {word} ({number + 1}) is in image {number + 1}"
+    return seen, [(_ask(WHICH, word, rng), f"{_places(things)}: {found}.")]
+
+
+def _different(photos: Photos, count: int, rng: Random) -> list[Seen]:
+    """Images of different things."""
+    seen: list[Seen] = []
+    for _ in range(count):
+        seen.append(photos.sure(rng, [word for one in seen for word in one.words[:2]]))
+    return seen
 
 
 def _list(seen: Sequence[Seen]) -> str:
@@ -310,8 +335,27 @@ def _places(things: Sequence[str]) -> str:
 
 
 def _name(seen: Seen, rng: Random) -> str:
-    """The word of the main thing, or its more exact name."""
-    return seen.name if seen.name and rng.random() < 0.3 else seen.words[0]
+    """The word of the main thing, or a more exact name."""
+    return rng.choice(seen.names) if seen.names and rng.random() < 0.3 else seen.words[0]
+
+
+def _wanted(number: int, seen: Sequence[Seen], rng: Random) -> str:
+    """A word for one of the images and for no other: its own, another name, or the second one.
+
+    The list has it, too: whether an image is the one is decided where the image is named, and what
+    is copied from the list is then right.
+    """
+    one = seen[number]
+    word, kind = one.words[0], rng.random()
+    wanted = word
+    if kind < 0.3 and one.names:
+        wanted = rng.choice(one.names)
+    elif kind < 0.75 and one.second:
+        wanted = one.second
+    elif kind < 0.85:
+        wanted = next((name for name, all_ in GROUPS.items() if word in all_.split()), word)
+    others = {w for i, o in enumerate(seen) if i != number for w in (*o.words[:2], *o.names)}
+    return word if wanted in others or others & set(GROUPS.get(wanted, "").split()) else wanted
 
 
 def _ask(forms: Sequence[str], word: str, rng: Random) -> str:
@@ -319,12 +363,22 @@ def _ask(forms: Sequence[str], word: str, rng: Random) -> str:
 
 
 class Conversations:
-    """Sample k as a prompt whose media are features. chats: messages without images."""
+    """Sample k as a prompt whose media are features.
+
+    chats: messages without images. more: the share of samples which are questions about which
+    image, and no others.
+    """
 
     def __init__(
-        self, photos: Photos, processor: Processor, chats: Sequence[list[dict[str, Any]]], seed: int
+        self,
+        photos: Photos,
+        processor: Processor,
+        chats: Sequence[list[dict[str, Any]]],
+        seed: int,
+        more: float = 0.0,
     ) -> None:
         self.photos, self.processor, self.chats, self.seed = photos, processor, chats, seed
+        self.more = more
 
     def __call__(self, index: int) -> Prompt:
         rng = Random(f"{self.seed}/{index}")
@@ -333,6 +387,8 @@ class Conversations:
         if kind < 0.07 and self.chats:
             return self.processor.example(rng.choice(self.chats), preset=preset)
         make = one if kind < 0.48 else halves if kind < 0.52 else several
+        if rng.random() < self.more:
+            make = which
         seen, pairs = make(self.photos, rng)
         numbered = len(seen) > 1 and rng.random() < 0.25 and preset != "hf"
         parts: list[dict[str, Any]] = []

