@@ -6,8 +6,8 @@ Two API keys. The good one's clients send old and new images, whole and streamed
 structured output, attribution, uploads; a repeated request must get the same answer. Each waits
 --pause seconds after an answer, as people do: clients that never pause use the whole server, and
 an equal share for a second key doubles their latency by definition. The hostile key's clients, in
-a process of their own and at lower priority (they would be on other machines), send the corpus of
-the tests, files that hold up a decoder, grammars that do not compile, many endless answers, and
+a process of their own and at the lowest priority (they would be on other machines), send the corpus
+of the tests, files that hold up a decoder, grammars that do not compile, many endless answers, and
 below HTTP half a request, a slow one, none or garbage, without a pause. Limits, the rate limit too,
 are the defaults. For the first quarter of the time the good clients are alone. Then each attack is
 made once by itself, with a short request of the good key again and again during it.
@@ -17,15 +17,18 @@ Prints one JSON object; exit code 1 if a good request failed, a hostile one got 
 
 latency      seconds of good requests alone and beside the hostile ones: median, 95th percentile;
              `ratio` of the two 95th percentiles
+kinds        the 95th percentile of each kind of good request, alone and beside the hostile ones
 parts        the 95th percentile of each phase, as the server counts it, of requests that are not
              streamed
 attacks      seconds of each attack and its status, requests of the good key meanwhile, their median
              and longest; `none`: without an attack
 memory       resident MiB of the server at the start, after the warm-up (a sixth of the time) and at
-             the end; `course` in tenths, and `medians` of each tenth
+             the end; `course` in tenths, `medians` and `lowest` of each tenth (the heap is trimmed
+             every ten seconds)
 slope        MiB per minute after the warm-up, by least squares; `attacked`: from a third of the
              time on, without the step at the beginning of the attack; `caches`: growth of its
              bounded caches of image features and prefixes
+hostile_per_minute   hostile requests and connections, while there are any
 statuses     of hostile requests; 0: the connection was closed without a response
 log          the end of the server's log
 """
@@ -86,6 +89,7 @@ JSON = {"Content-Type": "application/json"}
 GOOD_KEY, HOSTILE_KEY = "a-good-clients-own-key", "a-hostile-clients-key"
 METRICS_KEY = "the-key-of-who-reads-metrics"
 ENDLESS = {"n": 8, "max_tokens": 1500, "ignore_eos": True, "stop_on_repetition": False}
+KINDS = ("image", "text", "video", "views", "form", "attribution", "new", "upload")
 SMALL = 2  # megabytes of a file in the mixed traffic; the attacks by themselves are larger
 
 
@@ -100,7 +104,7 @@ class Soak:
         self.failures: list[str] = []
         self.answers: dict[str, Any] = {}
         self.attacked = False
-        self.seconds: dict[bool, list[float]] = {False: [], True: []}
+        self.seconds: dict[bool, list[tuple[str, float]]] = {False: [], True: []}
         self.parts: dict[bool, list[dict[str, float]]] = {False: [], True: []}
 
     def client(self, key: str) -> httpx.Client:
@@ -140,7 +144,7 @@ class Soak:
 def attack(address: str, over: Event, results: "Queue[tuple[Counter[str], list[str]]]") -> None:
     """The hostile key's clients, in a process of their own, until it is over."""
     if sys.platform != "win32":
-        os.nice(10)
+        os.nice(19)
     soak = Soak(address, over)
     workers = [
         threading.Thread(target=soak.repeat, args=(i, work))
@@ -184,13 +188,14 @@ def good(soak: Soak, client: httpx.Client, chance: random.Random) -> None:
         ("", [], {}),
     ]
     name, messages, fields = chance.choice(samples)
+    kind = name.partition(" ")[0] or ("new" if messages else "upload")
     messages = messages or user(image_part(upload(client, colour)), "What is this?")
     stream = chance.random() < 0.5
     body = {"model": "tiny", "messages": messages, "max_tokens": 12, "stream": stream, **fields}
     began, attacked = time.monotonic(), soak.attacked
     answer = client.post(CHAT, json=body)
     seconds = time.monotonic() - began
-    soak.seconds[attacked].append(seconds)
+    soak.seconds[attacked].append((kind, seconds))
     soak.count(soak.good, answer.status_code)
     if answer.status_code != 200:
         return soak.fail(f"{name}: {answer.status_code} {answer.text}")
@@ -378,6 +383,7 @@ def watch(
             round(float(one), 1) for one in np.interp(np.linspace(0, times[-1], 11), times, memory)
         ],
         "medians": [round(float(np.median(one)), 1) for one in np.array_split(memory, 10)],
+        "lowest": [round(float(one.min()), 1) for one in np.array_split(memory, 10)],
         "slope": slope,
     }
 
@@ -399,6 +405,11 @@ def latency(seconds: list[float]) -> dict[str, float]:
         return {"requests": 0}
     median, high = np.percentile(seconds, [50, 95])
     return {"requests": len(seconds), "p50": round(float(median), 3), "p95": round(float(high), 3)}
+
+
+def high(soak: Soak, kind: str, attacked: bool) -> float | None:
+    """The 95th percentile of a kind of good requests."""
+    return latency([s for one, s in soak.seconds[attacked] if one == kind]).get("p95")
 
 
 def phases(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -519,7 +530,7 @@ def soaked(
         process.wait(60)
         log.seek(0)
         text = log.read().decode()
-    alone, beside = (latency(soak.seconds[attacked]) for attacked in (False, True))
+    alone, beside = (latency([s for _, s in soak.seconds[here]]) for here in (False, True))
     ratio = round(beside.get("p95", 0) / alone["p95"], 2) if alone.get("p95") else None
     return {
         "minutes": minutes,
@@ -530,10 +541,12 @@ def soaked(
         "logged_errors": text.count(" ERROR "),
         "log": text[-2000:],
         "latency": {"alone": alone, "attacked": beside, "ratio": ratio},
+        "kinds": {kind: [high(soak, kind, here) for here in (False, True)] for kind in KINDS},
         "parts": {
             "alone": phases(soak.parts[False]),
             "attacked": phases(soak.parts[True]),
         },
+        "hostile_per_minute": round(soak.hostile.total() / (minutes * 3 / 4)),
         "statuses": dict(sorted(soak.hostile.items())),
         **report,
     }

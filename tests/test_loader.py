@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -206,6 +207,16 @@ def test_images_are_decoded_as_far_as_there_is_room() -> None:
         thread.join(10)
     assert now == [0, 200]
     assert sorted(order) == sorted(sizes) and order[0] == 60 and order[-1] == 200
+
+
+@pytest.mark.parametrize("start", ["/", "file:///", "http://a.example/"])
+def test_a_long_path_or_url_is_refused_before_it_is_parsed(start: str) -> None:
+    """`urlsplit` would keep it, `Path` make a string of each part."""
+    kept = urlsplit.cache_info().currsize  # type: ignore[attr-defined]
+    for limits in (Limits(), Limits(allow_local_files=False, allow_remote=False)):
+        with pytest.raises(MediaError, match="longer than the limit of 16,384"):
+            Loader(limits).image(start + "a/" * 10_000)
+    assert urlsplit.cache_info().currsize == kept  # type: ignore[attr-defined]
 
 
 def test_only_regular_files(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from llava_interleave.errors import MediaError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing import segments as module
 from llava_interleave.processing.segments import check_scans, check_segments, jpeg_scans
 from tests.helpers.hostile_files import (
+    bmp,
     filled_scan,
     gif_extension,
     png_chunks,
@@ -28,6 +30,10 @@ def saved(kind: str, image: Image.Image = NOISE, **options: object) -> bytes:
     image.save(out, kind, **options)  # type: ignore[arg-type]
     return out.getvalue()
 
+
+TEXTS = PngInfo()
+for number in range(1001):
+    TEXTS.add_itxt(f"key {number}", "text")
 
 LAWFUL = {
     "baseline": (saved("JPEG", quality=95), 1),
@@ -71,6 +77,8 @@ def test_many_scans_of_a_large_image_are_refused() -> None:
         ("TIFF", saved("TIFF", compression="tiff_lzw")),
         ("TIFF", saved("TIFF", big_tiff=True, icc_profile=b"x" * 2_000_000)),
         ("TIFF", tiff((700, 7, 1_000_000), size=(400, 300))),
+        ("BMP", saved("BMP")),
+        ("BMP", bmp(400, 300, (b"\1\7" * 400 + b"\0\0") * 300 + b"\0\1")),
     ],
 )
 def test_lawful_files_pass(kind: str, data: bytes) -> None:
@@ -89,12 +97,15 @@ def test_lawful_files_pass(kind: str, data: bytes) -> None:
         ("JPEG", with_segments(b"\xff\xe5\0\2", 1), "segments"),
         ("JPEG", filled_scan(1), "segments"),
         ("PNG", png_chunks(1), "chunks"),
+        ("PNG", saved("PNG", pnginfo=TEXTS), "1,000 of metadata"),
         ("GIF", gif_extension(b"\1x", megabytes=1), "of comments"),
         ("GIF", gif_extension(b"\1x", b"\1", megabytes=3), "blocks"),
         ("GIF", gif_extension(b"\0\x21\xfe\1x", megabytes=1), "of comments"),
         ("TIFF", tiff(*((1000 + i, 2, 10) for i in range(2000))), "2,009 tags"),
         ("TIFF", tiff((273, 4, 1_000_000)), "500,000 values"),
         ("TIFF", tiff(*((1000 + i, 12, 1000) for i in range(900))), "500,000 values"),
+        ("BMP", bmp(5500, 5500, b"\1\7\0\0" * 5500), "30,250,000 pixels in 23,078 bytes"),
+        ("BMP", bmp(1, 1, b"\5\7" * 500_000), "1 pixels in 1,001,078 bytes"),
     ],
 )
 def test_a_file_of_nothing_but_parts_is_refused(kind: str, data: bytes, match: str) -> None:
@@ -102,7 +113,7 @@ def test_a_file_of_nothing_but_parts_is_refused(kind: str, data: bytes, match: s
         check_segments(io.BytesIO(data), kind)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP"])
 def test_what_is_cut_short_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow refuses it in words; here it only must not fail in another way."""
     monkeypatch.setattr(module, "MAX_SEGMENTS", 50)

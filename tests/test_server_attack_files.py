@@ -29,6 +29,7 @@ from tests.helpers.fairness import (
     in_background,
 )
 from tests.helpers.hostile_files import (
+    bmp,
     filled_scan,
     gif,
     gif_extension,
@@ -96,6 +97,8 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "a GIF of one comment": lambda: image_part(gif_extension(b"\xff" + b"x" * 255)),
     "a GIF of tiny blocks": lambda: image_part(gif_extension(b"\1x", b"\1")),
     "a TIFF of a million strips": lambda: image_part(tiff((273, 4, 1_000_000))),
+    "a BMP of lines to fill": lambda: image_part(bmp(5500, 5500, b"\1\7\0\0" * 5500)),
+    "a path of megabytes": lambda: {"type": "image", "path": "/a" * 20_000_000},
     "a WebP of many pixels": lambda: image_part(webp(3000)),
     "a video of promised fragments": lambda: video_part(fragments(3000)),
 }

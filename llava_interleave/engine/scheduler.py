@@ -40,9 +40,12 @@ fast model's short answers would otherwise wait as long as those of a slow one."
 DECODE_COST = 2
 """Prompt tokens that a generated token counts as between clients, as in the VTC paper."""
 
-SAVED_STEPS, SHARED_EVERY, PREFERRED_SLOWDOWN = 256, 4, 1.1
+SAVED_STEPS, SHARED_EVERY, PREFERRED_SLOWDOWN = 256, 16, 1.1
 """Steps that a client saves up while it has no requests, to be preferred later. Every so many steps
 are shared even so; the others may take so many times as long as without other clients."""
+
+MAX_SLOWER = 1.25
+"""How many times as long as the steps of its size before a step may seem to take."""
 
 MEASURED_EVERY, PROBED_EVERY = 256, 16
 """Steps between two measurements of how fast a client's answers would be without other clients, and
@@ -109,7 +112,9 @@ class StepTimeModel:
         if not tokens:
             self.decode, self.owed = seconds, max(0.0, self.owed - seconds)
             if (size := len(output.scheduled)) == output.decode_tokens:  # no draft tokens
-                self.decodes[size] = (self.decodes.get(size, seconds) + seconds) / 2
+                # A thread that waited for a core or for the interpreter is no slower step.
+                last = self.decodes.get(size, seconds)
+                self.decodes[size] = (last + min(seconds, MAX_SLOWER * last)) / 2
             return
         prefill = max(0.0, seconds - encode_seconds - self.decode)
         if tokens >= MIN_CHUNK_SIZE or not self.token:

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..errors import OptionError, PromptError
 from .hf_template import HfTemplate
+from .limits import check_length
 from .tokenizer import IM_END, IMAGE, VIDEO, Tokenizer
 from .video import FrameSampling
 
@@ -241,6 +242,8 @@ def _source(part: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> objec
     if key == "url":
         return _url(value, where, ())[0]
     if key == "path":
+        if isinstance(value, str):
+            check_length(value)
         try:
             return Path(value)
         except TypeError as error:

@@ -21,6 +21,19 @@ BYTE_LIMITS = "Limits.image_bytes of images, Limits.video_bytes of videos"
 HOST_PATTERN = re.compile(r"(\*|(\*\.)?[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 
 
+MAX_URL = 16_384
+"""Characters of a path or URL: `Path` makes a string of each part, `urlsplit` keeps the last 128
+URLs."""
+
+
+def check_length(url: str) -> None:
+    """Raises MediaError for a path or URL that is too long to be one."""
+    if len(url) > MAX_URL:
+        raise MediaError(
+            f"a path or URL of {len(url):,} characters is longer than the limit of {MAX_URL:,}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of all media. The defaults are for a person's own machine; a server sets tighter ones.

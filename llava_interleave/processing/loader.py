@@ -37,7 +37,7 @@ from .formats import (
     video_format,
 )
 from .images import from_array, orientation, to_rgb
-from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget, PixelGate
+from .limits import BYTE_LIMITS, Deadline, Limits, PixelBudget, PixelGate, check_length
 from .segments import check_scans, check_segments, is_whole, plain_jpeg
 from .video import Clip, Each, FrameSampling, FrameTimeline, read_video
 from .webp import release_interpreter
@@ -463,12 +463,17 @@ def _scheme(text: str) -> str:
 
 
 def file_path(source: str | os.PathLike[str]) -> Path | None:
-    """The path of a source that is a path or a file:// URL; None for other URLs."""
+    """The path of a source that is a path or a file:// URL; None for other URLs.
+
+    Raises MediaError as `check_length` does.
+    """
     if isinstance(source, Path):
         return source
     if not isinstance(source, str):
         return Path(source)
     scheme = _scheme(source)
+    if not scheme.startswith("data:"):
+        check_length(source)
     if not scheme:
         return Path(source)
     if not scheme.startswith("file:"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import zlib
 from typing import BinaryIO, Literal
 
@@ -15,6 +16,8 @@ from ..errors import MediaError
 
 MAX_SEGMENTS = 50_000
 """Markers of a JPEG, bytes between them, chunks of a PNG (of 8 KB where libpng writes them)."""
+PNG_PIXELS, MAX_PNG_METADATA = (b"IDAT", b"fcTL", b"fdAT"), 1000
+"""Chunks of a PNG with pixels, and how many others it may have: a text takes 20 us and memory."""
 MAX_GIF_BLOCKS = 1_000_000
 """Sub-blocks of a GIF, of at most 255 bytes each."""
 MAX_COMMENT_BLOCKS = 4096
@@ -33,6 +36,11 @@ MAX_TIFF_TAGS, MAX_TIFF_VALUES = 1000, 500_000
 """Tags of a TIFF, and their numbers: two for each strip or tile of the image."""
 TIFF_BYTES = (1, 2, 7)
 """Types of tags that are read as they are: BYTE, ASCII, UNDEFINED."""
+BMP_INFO_HEADER, BMP_RLE = 40, (1, 2)
+"""Bytes of the shortest header that names a compression, and those of run-length coding."""
+MAX_RLE_PIXELS, RLE_BYTES = 2_000_000, 4
+"""Pixels of a BMP in run-length coding, decoded in a second, and bytes of each: in a column of
+single pixels each one has its own run and the end of its line."""
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 OTHER_CODING = re.compile(rb"\xff[\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 """The start of a JPEG frame that is not in baseline, extended or progressive Huffman coding."""
@@ -49,6 +57,8 @@ def check_segments(file: BinaryIO, kind: str) -> None:
         _check_gif(file.read())
     elif kind == "TIFF":
         _check_tiff(file)
+    elif kind == "BMP":
+        _check_bmp(file)
     file.seek(0)
 
 
@@ -147,13 +157,20 @@ def jpeg_scans(file: BinaryIO) -> int:
 
 def _check_png(file: BinaryIO) -> None:
     at, size = 8, file.seek(0, os.SEEK_END)
+    metadata = 0
     for _ in range(MAX_SEGMENTS):
         file.seek(at)
         head = file.read(8)
         at += 12 + int.from_bytes(head[:4], "big")
         if at >= size or head[4:] == b"IEND":
             return
-    raise MediaError(f"the PNG has more than the limit of {MAX_SEGMENTS:,} chunks")
+        metadata += head[4:] not in PNG_PIXELS
+        if metadata > MAX_PNG_METADATA:
+            break
+    raise MediaError(
+        f"the PNG has more than the limit of {MAX_SEGMENTS:,} chunks, or {MAX_PNG_METADATA:,} "
+        "of metadata"
+    )
 
 
 def _check_gif(data: bytes) -> None:
@@ -208,6 +225,21 @@ def _check_tiff(file: BinaryIO) -> None:
     if values > MAX_TIFF_VALUES:
         raise MediaError(
             f"the tags of the TIFF have more than the limit of {MAX_TIFF_VALUES:,} values"
+        )
+
+
+def _check_bmp(file: BinaryIO) -> None:
+    """Pillow decodes run-length coding in Python, two bytes at a time or pixel by pixel."""
+    head = file.read(34).ljust(34, b"\0")
+    header, width, height, _, compression = struct.unpack_from("<IiiII", head, 14)
+    size, pixels = file.seek(0, os.SEEK_END), abs(width * height)
+    limit = min(pixels, MAX_RLE_PIXELS)
+    if header < BMP_INFO_HEADER or compression not in BMP_RLE:
+        return
+    if pixels > limit or size > RLE_BYTES * limit + MAX_PLAIN_HEADER:
+        raise MediaError(
+            f"the BMP has {pixels:,} pixels in {size:,} bytes of run-length coding; the limit is "
+            f"{MAX_RLE_PIXELS:,} pixels of {RLE_BYTES} bytes: save it as PNG"
         )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ..chat import AnswerDelta, Chatbot
 from ..chat.engine_driver import MAX_PREFILL_DELAY, EngineDriver, GenerationJob
+from ..config import LlavaConfig
 from ..engine import Engine, Load, Timings
 from ..errors import OptionError
 from ..structured_output.grammar import GrammarMatcher
@@ -30,6 +31,12 @@ THREADS = torch.get_num_threads()
 MAX_SINGLE_THREAD_PARAMETERS = 20_000_000
 """A network of at most so many parameters runs in one thread. Its layers take microseconds each,
 and threads meet after each of them: if another one has the second core, all wait for its turn."""
+
+
+def use_threads(config: LlavaConfig) -> None:
+    """Set how many threads compute for the calling one with a network of this size."""
+    small = config.num_parameters <= MAX_SINGLE_THREAD_PARAMETERS
+    torch.set_num_threads(1 if small else THREADS)
 
 
 @dataclass(slots=True, eq=False)
@@ -168,8 +175,7 @@ class EngineThread:
         return 0.0 if start is None else time.monotonic() - start
 
     def _run(self) -> None:
-        small = self.bot.model.config.num_parameters <= MAX_SINGLE_THREAD_PARAMETERS
-        torch.set_num_threads(1 if small else THREADS)  # of this thread
+        use_threads(self.bot.model.config)
         while True:
             while self.failed or not self._commands.empty() or not self.engine.busy:
                 self.load = self.engine.load()

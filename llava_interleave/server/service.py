@@ -13,7 +13,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from PIL import Image
 
 from ..attribution.forward import CachedPrompt
@@ -26,7 +25,7 @@ from ..structured_output.grammar import GrammarCompiler, GrammarMatcher
 from .access_log import current_record
 from .api_errors import ApiError, ClientDisconnected
 from .attribution import attribute_prompt, check_attribution_budget, cite_prompt
-from .engine_thread import THREADS, EngineThread, ServerJob
+from .engine_thread import EngineThread, ServerJob, use_threads
 from .fairness import FairThreadPool, RateLimit, Shares
 from .messages import has_media
 from .metrics import Metrics
@@ -98,9 +97,7 @@ class SharedState:
         self.token_rate = None if per_minute is None else RateLimit(per_minute, "tokens")
         self.grammar_rate = RateLimit(GRAMMAR_SECONDS, "seconds of response_format")
         # One at a time: each has a prompt's activations in memory.
-        self.attribution_pool = ThreadPoolExecutor(
-            1, "attribution", torch.set_num_threads, (THREADS,)
-        )
+        self.attribution_pool = ThreadPoolExecutor(1, "attribution")
         self.prefills: dict[str, ServerJob] = {}  # by API key
 
     async def prepare(self, pool: FairThreadPool, key: str, work: Callable[[], T]) -> T:
@@ -494,6 +491,7 @@ class Service:
                     return future.result(0.5)
 
         def work() -> T:
+            use_threads(self.bot.model.config)
             with self.bot.engine.adapters.whole(adapter):
                 return compute(check_cancelled, cached())
 

@@ -6,6 +6,7 @@ matcher fails once its masks take too long: one request cannot hold up the engin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import selectors
 import subprocess
@@ -79,7 +80,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._processes: list[_CompileProcess] = []  # idle ones
-        self._valid: OrderedDict[str, None] = OrderedDict()
+        self._valid: OrderedDict[bytes, None] = OrderedDict()  # their hashes
 
     def compile(self, response_format: dict[str, Any], n: int) -> list[GrammarMatcher]:
         """n matchers for a `response_format`. Raises OptionError for an invalid or costly one."""
@@ -107,9 +108,10 @@ class GrammarCompiler:
             self._processes.clear()
 
     def _validate(self, grammar: str) -> None:
+        digest = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
-            if grammar in self._valid:
-                self._valid.move_to_end(grammar)
+            if digest in self._valid:
+                self._valid.move_to_end(digest)
                 return
             process = self._processes.pop() if self._processes else None
         process = process or _CompileProcess(self.tokenizer)
@@ -123,7 +125,7 @@ class GrammarCompiler:
         with self._lock:
             self._processes.append(process)
             if not error:
-                self._valid[grammar] = None
+                self._valid[digest] = None
                 if len(self._valid) > MAX_KNOWN:
                     self._valid.popitem(last=False)
         if error:

@@ -92,6 +92,14 @@ def tiff(*tags: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
     return data + struct.pack("<H", len(entries)) + packed + bytes(4)
 
 
+def bmp(width: int, height: int, runs: bytes) -> bytes:
+    """A BMP of eight bits in run-length coding."""
+    own = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    start = 14 + len(own) + 1024
+    head = b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    return head + own + bytes(1024) + runs
+
+
 def webp(size: int) -> bytes:
     """Forty bytes of size * size pixels."""
     out = io.BytesIO()
