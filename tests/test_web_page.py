@@ -821,6 +821,8 @@ def test_export_share_and_import(
     download.value.save_as(shared)
     html = shared.read_text()
     assert html.count("<script") == 1 and "</script><b>" not in html
+    cut_off = page.get_by_text("Cut off at the length limit.").count()
+    assert html.count("This answer is not complete.") == cut_off
     assert len(re.findall(r'<img[^>]* src="data:image/png;base64,', html)) == 2
     for path in (tmp_path / "chats.json", shared):
         with opened(browser, address) as other:

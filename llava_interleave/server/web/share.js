@@ -9,7 +9,7 @@ const FORMAT = "llava-interleave";
 const STYLE = `:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}
 img,video{max-width:14rem;max-height:12rem;border-radius:8px}figure{display:inline-block;margin:0 .5rem .5rem 0}figcaption{font-size:.8rem;opacity:.75}
 .user{background:light-dark(#eaf0fd,#263149);border-radius:12px;padding:.6rem 1rem;margin:1.5rem 0 1rem}.user p{white-space:pre-wrap}body{overflow-wrap:break-word}pre{overflow:auto;border:1px solid #8886;border-radius:8px;padding:.6rem}
-table{border-collapse:collapse}td,th{border:1px solid #8886;padding:.2rem .6rem}.katex-html{display:none}footer{opacity:.7;font-size:.8rem;margin-top:2rem}`;
+table{border-collapse:collapse}td,th{border:1px solid #8886;padding:.2rem .6rem}.katex-html{display:none}.cut{opacity:.75}footer{opacity:.7;font-size:.8rem;margin-top:2rem}`;
 
 /** @param {Blob} blob @returns {Promise<string>} */
 function dataUrl(blob) {
@@ -67,6 +67,7 @@ export async function shareChat(id) {
       if (files[part.key]) media.setAttribute("src", files[part.key]);
       box.append(make("figure", {}, media, make("figcaption", { textContent: `${part.type} ${number}${part.label ? `, ${part.label}` : ""}` })));
     }
+    if (node.role === "assistant" && node.finish !== "stop") box.append(make("p", { className: "cut", textContent: "This answer is not complete." }));
     page.body.append(box);
   }
   page.body.append(make("footer", { textContent: `Written with LLaVA-Interleave, model ${nodes.findLast((node) => node.model)?.model ?? "unknown"}` }));
