@@ -10,12 +10,14 @@ from random import Random
 
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 from llava_interleave.processing import Limits, Processor
 from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.video import FrameSampling
 from llava_interleave.train.data import formats
 from recipes.tiny_world import SCENARIOS, ask, draw, episode
+from recipes.tiny_world.benchmark import squares_and_circles
 from recipes.tiny_world.data import conversation, exam, render, talk, write
 from recipes.tiny_world.draw import COLOURS, Background, Thing, owners, patches, visible
 from recipes.tiny_world.episodes import (
@@ -486,3 +488,16 @@ def test_a_sample_in_text_form_and_a_question_in_parts_become_the_same_tokens(
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         prompt = processor.prompt(messages).tokens
         assert processor.example(said, media).tokens[: len(prompt)] == prompt
+
+
+def test_plain_images_show_the_colors_they_are_scored_by() -> None:
+    """Varied ones as well, whose truth is not changed by edges, outlines and JPEG."""
+    sides = set()
+    for number in range(24):
+        image, truth = squares_and_circles(Random(number), varied=number % 2 == 0)
+        sides.add(image.width)
+        pixels = np.asarray(image.convert("RGB"), int).reshape(-1, 3)
+        for thing in truth:
+            near = np.abs(pixels - np.array(ImageColor.getrgb(thing.split()[0]))).max(1) < 40
+            assert 0.005 < near.mean() < 0.66, (number, thing)
+    assert len(sides) > 6

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -166,12 +167,16 @@ class Plain(Task):
     """One or two squares or circles of any size at any place of a white canvas, as Pillow draws
     them: `llava eval recipes.tiny_world.benchmark:Plain`. Right are answers that name color and
     shape of all, and nothing else.
+
+    varied: on canvases of 100 to 2,000 pixels, some black, grey or of another color, half of the
+    images with smooth edges, a third with outlines, a third as JPEG.
     """
 
-    def __init__(self, *, questions: int = 60) -> None:
+    def __init__(self, *, questions: int = 60, varied: bool = False) -> None:
         found = []
         for number in range(questions):
-            image, truth = squares_and_circles(Random(f"plain {number}"))
+            rng = Random(f"{'varied' if varied else 'plain'} {number}")
+            image, truth = squares_and_circles(rng, varied=varied)
             media = [
                 {"type": "image", "image": image},
                 {"type": "text", "text": "What do you see?"},
@@ -190,25 +195,38 @@ class Plain(Task):
         super().__init__(name="plain", examples=found, max_new_tokens=80)
 
 
-def squares_and_circles(rng: Random) -> tuple[Image.Image, list[str]]:
+def squares_and_circles(rng: Random, *, varied: bool = False) -> tuple[Image.Image, list[str]]:
     """The image, and colors and shapes in alphabetical order."""
     side = rng.choice((200, 256, 336, 480))
-    image = Image.new("RGB", (side, side), "white")
+    ground, smooth, outline, jpeg = "white", 1, 0.0, False
+    if varied:
+        side = rng.choice((100, 150, 300, 512, 800, 1280, 2000))
+        ground = rng.choice(("white", "white", "black", "lightgray", "beige", "navy"))
+        smooth, jpeg = rng.choice((1, 4)), rng.random() < 1 / 3
+        outline = rng.choice((0.0, 0.0, 0.01))
+    image = Image.new("RGB", (side * smooth, side * smooth), ground)
     pen = ImageDraw.Draw(image)
     taken: list[tuple[float, float, float]] = []
     truth: list[str] = []
     count = rng.choice((1, 2))
-    for colour in rng.sample(sorted(COLOURS), count):
+    colours = sorted(set(COLOURS) - {"blue", "purple"} if ground == "navy" else COLOURS)
+    for colour in rng.sample(colours, count):
         while True:
             radius = rng.uniform(0.05, (0.4, 0.24)[count - 1])
             x, y = (rng.uniform(radius, 1 - radius) for _ in range(2))
             if all(max(abs(x - a), abs(y - b)) > radius + r for a, b, r in taken):
                 break
         taken.append((x, y, radius))
-        box = [round(side * v) for v in (x - radius, y - radius, x + radius, y + radius)]
+        box = [round(image.width * v) for v in (x - radius, y - radius, x + radius, y + radius)]
         kind = rng.choice(("square", "circle"))
-        (pen.rectangle if kind == "square" else pen.ellipse)(box, fill=colour)
+        draw = pen.rectangle if kind == "square" else pen.ellipse
+        draw(box, fill=colour, outline="black", width=round(outline * image.width))
         truth.append(f"{colour} {kind}")
+    image = image.reduce(smooth) if smooth > 1 else image
+    if jpeg:
+        file = BytesIO()
+        image.save(file, "JPEG", quality=rng.randint(60, 95))
+        image = Image.open(file)
     return image, sorted(truth)
 
 
