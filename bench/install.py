@@ -53,7 +53,7 @@ def systems(wheel: Path) -> dict[str, System]:
         "llava-without-kernels": System("llava", ours, ("int4",)),
         "transformers": System("transformers", ("torch", "transformers", "pillow"), ("bfloat16",)),
         "openvino": System("openvino", ("openvino-genai", "pillow"), ("int4",)),
-        "llamacpp": System("llamacpp", ("llama-cpp-python", "pillow"), ("q4_0", "8192", "plain")),
+        "llamacpp": System("llamacpp", ("llama-cpp-python", "pillow"), ("q4_0", "8192", "no-amx")),
     }
 
 

@@ -54,6 +54,7 @@ FLOATS = ["bfloat16", "float32"] if kernels.multiplies_bfloat16() else ["float32
 IN_FLOATS = [f"{name} {kind}" for kind in FLOATS for name in ("llava", "transformers")]
 SYSTEMS, BRIEF = ["llava int4 kv8", "llava int4", "llava int8", *IN_FLOATS], IN_FLOATS[2:]
 QUESTIONS = ("Describe every image.", "What differs between them?", "And in this one?")
+TEXT = "What does a cat do all day long, and why does it do that?"
 SIZE = (1024, 768)  # pixels of an image
 SHORT, LONG = 32, 64  # tokens of an answer, and of each of several at once
 
@@ -157,6 +158,16 @@ def user(images: list[str], question: str) -> dict[str, Any]:
             *({"type": "image", "path": path} for path in images),
             {"type": "text", "text": question},
         ],
+    }
+
+
+def text(system: System, machine: Machine, _: ImageFiles) -> Figures:
+    """A question without an image."""
+    timing = system.answer([user([], TEXT)], tokens=SHORT)
+    return {
+        "first token, no image, s": (timing["first"], None),
+        **decode(timing, machine, system.about, "no image"),
+        "peak memory after an image and a text, MiB": (system.peak() / 2**20, None),
     }
 
 
@@ -268,6 +279,7 @@ def decode(timing: dict[str, Any], machine: Machine, about: dict[str, int], afte
 Work = Callable[[System, Machine, ImageFiles], Figures]
 WORK: dict[str, Work] = {
     "one": one_image,
+    "text": text,
     "conversation": conversation,
     "images": many_images,
     "video": video,

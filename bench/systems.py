@@ -3,7 +3,7 @@
     python bench/systems.py llava FOLDER int4 [kv8]
     python bench/systems.py transformers FOLDER bfloat16
     python bench/systems.py openvino EXPORTED int4
-    python bench/systems.py llamacpp CONVERTED q4_0 [CONTEXT] [plain]
+    python bench/systems.py llamacpp CONVERTED q4_0 [CONTEXT] [no-amx]
     python bench/systems.py vllm FOLDER bfloat16 [CONTEXT] [eager]
 
 The first output line comes after loading and has the bytes read per token: `weights`, and `kv` for
@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import struct
 import sys
 import time
 from itertools import count, takewhile
@@ -179,13 +180,15 @@ class OpenVino:
 class LlamaCpp:
     """llama.cpp with a folder of bench/make_gguf.py, used as its own server uses it: a sequence
     keeps what the next chat has in common with the one before, images included; several prompts are
-    read one after another, their answers written together. plain: without the weights' other forms
-    (repacked, AMX tiles), with which 0.3.36 ended with a segmentation fault on a Xeon with AMX.
+    read one after another, their answers written together. no-amx: without AMX, with which 0.3.36
+    ended with a segmentation fault on a Xeon; weights are repacked for AVX-512 then, its default.
     """
 
     SEQUENCES = 8
 
-    def __init__(self, folder: str, _: str, context: str = "8192", forms: str = "") -> None:
+    def __init__(self, folder: str, _: str, context: str = "8192", amx: str = "") -> None:
+        if amx == "no-amx":
+            refuse_amx()
         import llama_cpp as llama
         from llama_cpp import mtmd_cpp as mtmd
 
@@ -196,7 +199,6 @@ class LlamaCpp:
         else:
             threads = os.cpu_count() or 1
         weights = llama.llama_model_default_params()
-        weights.use_extra_bufts = forms != "plain"
         self.model = llama.llama_model_load_from_file(f"{folder}/decoder.gguf".encode(), weights)
         settings = llama.llama_context_default_params()
         settings.n_seq_max, settings.n_ctx, settings.n_batch = (
@@ -373,6 +375,28 @@ class LlamaCpp:
     def check(self, status: int) -> None:
         if status:
             raise RuntimeError(f"llama.cpp answered {status}")
+
+
+def refuse_amx() -> None:
+    """Have the kernel refuse tiles to this process by a seccomp filter (Linux, x86-64):
+    `arch_prctl(ARCH_REQ_XCOMP_PERM)` fails, and libraries that ask take their other code.
+    """
+    arch_prctl, request, load, jump_if, answer = 158, 0x1023, 0x20, 0x15, 0x06
+    allow, errno = 0x7FFF0000, 0x00050001
+    steps = (
+        (load, 0, 0, 0),  # the number of the system call
+        (jump_if, 0, 3, arch_prctl),
+        (load, 0, 0, 16),  # its first argument
+        (jump_if, 0, 1, request),
+        (answer, 0, 0, errno),
+        (answer, 0, 0, allow),
+    )
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(filters)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option in ((38, 1, 0, 0, 0), (22, 2, program, 0, 0)):  # PR_SET_NO_NEW_PRIVS, _SECCOMP
+        if libc.prctl(*option):
+            raise OSError(ctypes.get_errno(), "prctl")
 
 
 class Vllm:
