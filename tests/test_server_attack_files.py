@@ -101,6 +101,9 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "a path of megabytes": lambda: {"type": "image", "path": "/a" * 20_000_000},
     "a WebP of many pixels": lambda: image_part(webp(3000)),
     "a video of promised fragments": lambda: video_part(fragments(3000)),
+    "a video of empty boxes": lambda: video_part(
+        key_frames(1, "mp4") + struct.pack(">I4s", 8, b"free") * 2_000_000
+    ),
 }
 
 
@@ -124,6 +127,7 @@ def test_the_corpus_is_refused_in_words(server: Server) -> None:
         for name, words in (
             ("a kilobyte of a billion samples", "packets, more than the limit"),
             ("a JPEG of many scans", "scans of 2000 x 2000"),
+            ("a video of empty boxes", "more than the limit of 200,000 boxes"),
             ("a GIF of many large frames", "took longer than the limit of 3 seconds"),
         ):
             refused: httpx.Response = ask(attacker, messages=user(FILES[name](), "What?"))

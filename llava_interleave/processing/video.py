@@ -26,6 +26,8 @@ from .limits import Deadline, Limits
 
 MAX_INDEX = 64_000_000
 """Bytes of the index of an MP4."""
+MAX_BOXES = 200_000
+"""Boxes at the top of an MP4, two for each fragment. FFmpeg and we read them one by one."""
 LARGE = 4096 * 2304
 """Pixels of a frame above which one video is decoded at a time: its decoder may keep 16 reference
 frames, 1.7 GB at 31 megapixels."""
@@ -456,9 +458,15 @@ def _whole(file: BinaryIO, container: str, limits: Limits, deadline: Deadline) -
 
 def _check_boxes(file: BinaryIO, size: int, limits: Limits, deadline: Deadline) -> tuple[Any, bool]:
     """`_whole` of an MP4 or MOV, whose boxes at the top begin with their length."""
-    at, samples, fragmented = 0, 0, False
+    at, samples, fragmented, boxes = 0, 0, False, 0
     while at + 8 <= size:
         deadline.left()
+        boxes += 1
+        if boxes > MAX_BOXES:
+            raise MediaError(
+                f"the video has more than the limit of {MAX_BOXES:,} boxes; remux it, for example "
+                "by ffmpeg -c copy"
+            )
         file.seek(at)
         head = file.read(16)
         length, kind = int.from_bytes(head[:4], "big"), head[4:8]
