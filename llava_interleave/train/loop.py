@@ -507,7 +507,8 @@ def train_step(
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm) / count
     skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
     if not skipped:  # the mean's gradient, clipped, in one pass over memory
-        torch._foreach_mul_(gradients, min(1.0, recipe.max_grad_norm / (grad_norm + 1e-6)) / count)
+        for gradient in gradients:
+            gradient.mul_(min(1.0, recipe.max_grad_norm / (grad_norm + 1e-6)) / count)
     for optimizer in optimizers:
         if not skipped:
             optimizer.step()
