@@ -91,12 +91,17 @@ def jitter(rng: Random, colour: Colour, by: int = 10) -> Colour:
     return r, g, b
 
 
-def ground(rng: Random, taken: list[Colour]) -> Colour:
-    """White, black, grey, or a pale or dark colour that is far from all that is drawn on it."""
+def ground(rng: Random, taken: list[Colour], *, saturated: bool = False) -> Colour:
+    """White, black, grey, or a pale or dark colour that is far from all that is drawn on it.
+
+    saturated: a colour such as dark blue, teal or olive.
+    """
     for _ in range(50):
         light = rng.choice((255, 255, 255, 0, 0, rng.randint(0, 70), rng.randint(150, 250)))
         tint = rng.choice((0, 0, rng.randint(5, 45)))
         r, g, b = (min(255, max(0, light + rng.randint(-tint, tint))) for _ in range(3))
+        if saturated:
+            r, g, b = (rng.choice((rng.randint(0, 50), rng.randint(80, 170))) for _ in range(3))
         if all(abs(r - c[0]) + abs(g - c[1]) + abs(b - c[2]) > 170 for c in taken):
             return r, g, b
     return (255, 255, 255) if max(sum(c) for c in taken) < 400 else (0, 0, 0)
@@ -162,16 +167,17 @@ def plain(rng: Random) -> tuple[Episode, Image.Image]:
         placed: list[Thing] = []
         for kind, colour in pairs:
             large = rng.random() < 0.7
-            low, high = (LARGE, rng.choice((0.2, 0.3, 0.48))) if large else (0.04, SMALL)
-            radius = rng.uniform(low, high)
-            x, y = (rng.uniform(0.85 * radius, 1 - 0.85 * radius) for _ in range(2))
+            low, high = (LARGE, rng.choice((0.2, 0.35, 0.48))) if large else (0.04, SMALL)
+            reach = rng.uniform(low, high)  # of a square half its side, 0.8 of its radius
+            radius = reach / 0.8 if kind == "square" else reach
+            x, y = (rng.uniform(0.95 * reach, 1 - 0.95 * reach) for _ in range(2))
             placed.append(Thing(kind, colour, large, x, y, radius))
         apart = all(
             max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius and cell_of(a) != cell_of(b)
             for i, a in enumerate(placed)
             for b in placed[:i]
         )
-        if apart and all(0.03 < place * 3 % 1 < 0.97 for t in placed for place in (t.x, t.y)):
+        if apart and all(0.01 < place * 3 % 1 < 0.99 for t in placed for place in (t.x, t.y)):
             break
     placed.sort(key=cell_of)
     things = [in_cell(rng, cell_of(t), t.kind, t.colour, t.large) for t in placed]
@@ -181,13 +187,21 @@ def plain(rng: Random) -> tuple[Episode, Image.Image]:
         Style.sample(rng, {t.colour for t in things}, aspect=rng.random() < 0.3),
         gradient=0,
         antialias=rng.random() < 0.3,
-        outline=0.0 if rng.random() < 0.8 else 0.04,
-        hollow=0.0,
-        quality=0,
+        outline=0.0 if rng.random() < 0.8 else rng.uniform(0.02, 0.1),
+        hollow=0.0 if rng.random() < 0.95 else rng.uniform(0.08, 0.3),
+        quality=0 if rng.random() < 0.9 else rng.randint(60, 95),
         noise=0.0,
     )
+    if rng.random() < 0.5:  # most canvases are larger than the model's
+        grow = rng.choice((1.5, 2.0, 3.0))
+        style = replace(style, width=round(style.width * grow), height=round(style.height * grow))
+    if rng.random() < 0.4:  # the names' colours in CSS, Pillow and Matplotlib
+        pure = {name: hues[0] for name, hues in HUES.items()}
+        style = replace(style, hues=pure, background=None)
     seen = [style.hues[t.colour] for t in things]
-    style = replace(style, background=style.background or ground(rng, seen))
+    if saturated := rng.random() < 0.2:
+        style = replace(style, background=None)
+    style = replace(style, background=style.background or ground(rng, seen, saturated=saturated))
     ep = Episode("single", (scene,), listing(things), tuple(about(rng, things)))
     return ep, draw_styled(rng, Scene(tuple(placed), background), style)
 
