@@ -759,11 +759,11 @@ def test_checkpoints_come_by_time_too(
     """
     now, ours, clock = iter(range(0, 10**6, 30)), threading.get_ident(), time.monotonic
 
-    def looked() -> float:
+    def clock_of_the_run() -> float:
         """Threads of libraries that other tests left look at the real one."""
         return next(now) if threading.get_ident() == ours else clock()
 
-    monkeypatch.setattr(time, "monotonic", looked)
+    monkeypatch.setattr(time, "monotonic", clock_of_the_run)
     go(
         folder,
         prompts,
