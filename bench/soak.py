@@ -48,8 +48,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Event
+from multiprocessing.queues import Queue, SimpleQueue
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -420,6 +420,15 @@ def phases(parts: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
+def send(address: str, body: bytes, ready: Barrier, statuses: "SimpleQueue[int]") -> None:
+    """A hostile client in a process of its own sends one request, when all are ready."""
+    if sys.platform != "win32":
+        os.nice(19)
+    with Soak(address, multiprocessing.get_context("spawn").Event()).client(HOSTILE_KEY) as client:
+        ready.wait()
+        statuses.put(client.post(CHAT, content=body, headers=JSON).status_code)
+
+
 def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
     """Each attack by itself, and the good key's short requests beside it."""
     bodies: dict[str, Callable[[], dict[str, Any]]] = {
@@ -437,21 +446,22 @@ def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
         "response_format": {"type": "regex", "regex": "((a{1000}){1000}){1000}"},
     }
     rows: dict[str, dict[str, Any]] = {}
+    spawn = multiprocessing.get_context("spawn")
     for name, make in {"none": None, **bodies}.items():
         made = json.dumps({"model": "tiny", **make()}).encode() if make else b""
-        statuses: list[int] = []
-
-        def send(made: bytes = made, statuses: list[int] = statuses) -> None:
-            with soak.client(HOSTILE_KEY) as client:
-                statuses.append(client.post(CHAT, content=made, headers=JSON).status_code)
-
-        threads = [threading.Thread(target=send) for _ in range(3 if make else 0)]
+        ready, statuses = spawn.Barrier(4), spawn.SimpleQueue()
+        others = [
+            spawn.Process(target=send, args=(soak.address, made, ready, statuses))
+            for _ in range(3 if make else 0)
+        ]
+        for other in others:
+            other.start()
+        if make:
+            ready.wait()
         began = time.monotonic()
         seconds: list[float] = []
-        for thread in threads:
-            thread.start()
         with soak.client(GOOD_KEY) as client:
-            while any(thread.is_alive() for thread in threads) or len(seconds) < 20:
+            while any(other.is_alive() for other in others) or len(seconds) < 20:
                 start = time.monotonic()
                 body = {"model": "tiny", "messages": question, "max_tokens": 8}
                 answer = client.post(CHAT, json=body)
@@ -460,8 +470,8 @@ def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
                 if answer.status_code != 200:
                     soak.fail(f"beside {name}: {answer.status_code} {answer.text}")
         rows[name] = {
-            "seconds": round(time.monotonic() - began, 2) if threads else 0.0,
-            "statuses": dict(Counter(statuses)),
+            "seconds": round(time.monotonic() - began, 2) if others else 0.0,
+            "statuses": dict(Counter(statuses.get() for _ in others)),
             "good requests": len(seconds),
             "median": round(float(np.median(seconds)), 3),
             "longest": round(max(seconds), 3),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ from PIL.PngImagePlugin import PngInfo
 from llava_interleave.errors import MediaError
 from llava_interleave.processing import Limits, Loader
 from llava_interleave.processing import segments as module
-from llava_interleave.processing.segments import check_scans, check_segments, jpeg_scans
+from llava_interleave.processing.segments import (
+    check_scans,
+    check_segments,
+    is_whole,
+    jpeg_scans,
+    plain_jpeg,
+)
 from tests.helpers.hostile_files import (
     bmp,
     filled_scan,
@@ -57,6 +64,39 @@ def test_scans_of_a_lawful_jpeg_are_counted_up_to_its_end(name: str) -> None:
     assert file.tell() == 0
     assert jpeg_scans(file) == count
     assert Loader(Limits()).image(data).size in ((400, 300), (8, 8))
+
+
+def test_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data is searched piece by piece, so that other threads run meanwhile."""
+    random = np.random.default_rng(0)
+    head = saved("JPEG")[: saved("JPEG").index(b"\xff\xda") + 14]
+    values = np.array([0, 1, 0xD0, 0xD9, 0xDA, 0xE0, 0xFF], np.uint8)
+    chances = [0.4, 0.2, 0.1, 0.001, 0.002, 0.002, 0.295]
+    files = [head + random.choice(values, 3000, p=chances).tobytes() for _ in range(50)]
+    files += [data for data, _ in LAWFUL.values()]
+    files += [data.replace(b"\xff\xff", b"\xff\0") + b"\xff\xd9" for data in files]
+
+    def read() -> list[object]:
+        return [
+            (plain_jpeg(data), is_whole(data, "JPEG"), jpeg_scans(io.BytesIO(data)))
+            for data in files
+        ]
+
+    found = read()
+    monkeypatch.setattr(module, "WINDOW", 3)
+    assert read() == found and len(set(found)) > 5
+
+
+def test_a_jpeg_of_markers_takes_no_more_memory_than_the_file() -> None:
+    """Twenty megabytes of markers were found all at once: 5 s and half a gigabyte, and no other
+    thread ran."""
+    head = saved("JPEG")[: saved("JPEG").index(b"\xff\xda") + 14]
+    data = head + b"\xff\xe5" * 2_000_000 + b"\xff\xd9"
+    tracemalloc.start()
+    assert plain_jpeg(data) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(data)
 
 
 def test_many_scans_of_a_large_image_are_refused() -> None:

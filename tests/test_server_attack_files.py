@@ -93,6 +93,7 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
         with_segments(b"\xff\xe1" + struct.pack(">H", 60_008) + b"Exif\0\0" + b"x" * 60_000)
     ),
     "a JPEG whose data is filling": lambda: image_part(filled_scan()),
+    "a JPEG whose data is markers": lambda: image_part(filled_scan(fill=b"\xff\xe5")),
     "a PNG of empty chunks": lambda: image_part(png_chunks()),
     "a GIF of one comment": lambda: image_part(gif_extension(b"\xff" + b"x" * 255)),
     "a GIF of tiny blocks": lambda: image_part(gif_extension(b"\1x", b"\1")),

@@ -497,7 +497,7 @@ def _file_url_path(url: str, windows: bool) -> str:
 
 def _data_url(url: str, max_bytes: int) -> bytes:
     try:
-        length = len(data_url.payload(url)) * 3 // 4
+        length = len(url) * 3 // 4
         if length > 2 * max_bytes:  # with white space or percent-encoding
             raise MediaError(
                 f"about {length:,} bytes are more than the limit of {max_bytes:,} bytes "

@@ -10,6 +10,8 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO, Literal
 
 from ..errors import MediaError
@@ -24,6 +26,7 @@ MAX_COMMENT_BLOCKS = 4096
 """Sub-blocks of a GIF's comments: a megabyte."""
 JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 """A marker with a length, or the end of the image, among entropy-coded data."""
+JPEG_END, JPEG_FILLING = re.compile(rb"\xff\xd9"), re.compile(rb"\xff\xff")
 MAX_EXIF = 100
 """Segments of a JPEG's EXIF, which Pillow joins in quadratic time."""
 MANY_SCANS = 20
@@ -42,6 +45,9 @@ MAX_RLE_PIXELS, RLE_BYTES = 2_000_000, 4
 """Pixels of a BMP in run-length coding, decoded in a second, and bytes of each: in a column of
 single pixels each one has its own run and the end of its line."""
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+WINDOW = 1 << 14
+"""Bytes that are searched at a time: the interpreter's lock is held for that long, and 20 MB at
+once would stop every other thread for up to a second."""
 OTHER_CODING = re.compile(rb"\xff[\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 """The start of a JPEG frame that is not in baseline, extended or progressive Huffman coding."""
 
@@ -79,7 +85,8 @@ def is_whole(data: bytes, kind: str) -> bool:
     Another file may be whole, too.
     """
     if kind == "JPEG":
-        return data.rstrip(b"\0").endswith(b"\xff\xd9") and not OTHER_CODING.search(data)
+        ends = data.rstrip(b"\0").endswith(b"\xff\xd9")
+        return ends and next(_matches(OTHER_CODING, data, 0, len(data)), None) is None
     at = 8
     while kind == "PNG" and at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
@@ -101,11 +108,14 @@ def plain_jpeg(data: bytes) -> tuple[int, int] | None:
     while at + 20 < min(len(data), MAX_PLAIN_HEADER) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == START_OF_SCAN:
-            end = data.find(b"\xff\xd9", at)
-            markers = JPEG_MARKER.findall(data, at, max(end, 0))
+            found = next(_matches(JPEG_END, data, at, len(data)), None)
+            end = found.start() if found else 0
+            parts = islice(_matches(JPEG_MARKER, data, at, end), MAX_PLAIN_MARKERS + 1)
+            markers = [part[0] for part in parts]
             few = len(markers) <= MAX_PLAIN_MARKERS and markers.count(b"\xff\xda") <= MANY_SCANS
             whole = end > at + length and not data[end + 2 :].strip(b"\0")
-            return size if few and whole and tables and b"\xff\xff" not in data[at:end] else None
+            plain = few and whole and tables and not any(_matches(JPEG_FILLING, data, at, end))
+            return size if plain else None
         if marker in (0xC0, 0xC2):
             channels = data[at + 9]
             if size or channels not in (1, 3) or (data[at + 4], length) != (8, 8 + 3 * channels):
@@ -132,11 +142,16 @@ def jpeg_scans(file: BinaryIO) -> int:
     """The scans of a JPEG up to its end. Raises MediaError for too many markers."""
     data, at, scans, skipped, exif = file.read(), 2, 0, 0, 0
     for _ in range(MAX_SEGMENTS):
-        match = JPEG_MARKER.search(data, at)
+        stop = len(data) if scans else min(len(data), at + MAX_SEGMENTS + 2)
+        match = next(_matches(JPEG_MARKER, data, at, stop), None)
         start, end = match.span() if match else (max(at, len(data)), 0)
         # Until the first scan nothing comes between segments but filling. Later it is data, in
         # which libjpeg starts over at a run of filling with each block that Pillow hands it.
-        skipped += data.count(b"\xff\xff", at, start + 1) if scans else start - at
+        if scans:
+            filling = _matches(JPEG_FILLING, data, at, start + 1)
+            skipped += sum(1 for _ in islice(filling, MAX_SEGMENTS + 1))
+        else:
+            skipped += start - at
         if match is None or skipped > MAX_SEGMENTS:
             break
         marker = data[end - 1]
@@ -153,6 +168,14 @@ def jpeg_scans(file: BinaryIO) -> int:
     if skipped > MAX_SEGMENTS:
         raise MediaError(f"the JPEG has more than the limit of {MAX_SEGMENTS:,} segments")
     return scans
+
+
+def _matches(
+    pattern: re.Pattern[bytes], data: bytes, start: int, stop: int
+) -> Iterator[re.Match[bytes]]:
+    """Matches of two bytes, searched in windows."""
+    for at in range(start, stop, WINDOW):
+        yield from pattern.finditer(data, at, min(at + WINDOW + 1, stop))
 
 
 def _check_png(file: BinaryIO) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -215,6 +216,8 @@ class GuardMiddleware:
             "request_too_large",
             f"the request exceeds the limit of {self.settings.max_body_mb} MB",
         )
+        media_type = headers.get("content-type", "")
+        body.is_upload = media_type.lower().startswith("multipart/")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.max_body:
             raise too_large
@@ -231,6 +234,13 @@ class GuardMiddleware:
                         raise too_large
                     if not fits or self.bodies.used > self.bodies.total:
                         raise _overloaded("too many large requests arrive at once")
+                    if not body.is_upload and body.values > MAX_JSON_VALUES:
+                        raise ApiError(
+                            413,
+                            "request_too_large",
+                            f"the JSON has more than the limit of {MAX_JSON_VALUES:,} commas and "
+                            "brackets",
+                        )
         except TimeoutError:
             seconds = f"{self.settings.request_timeout:g} s"
             raise ApiError(
@@ -238,10 +248,6 @@ class GuardMiddleware:
                 "request_timeout",
                 f"the request took longer than the limit of {seconds} to arrive",
             ) from None
-        upload = headers.get("content-type", "").lower().startswith("multipart/")
-        if not upload and body.has_more_values(MAX_JSON_VALUES):
-            reason = f"the JSON has more than the limit of {MAX_JSON_VALUES:,} commas and brackets"
-            raise ApiError(413, "request_too_large", reason)
 
 
 def _overloaded(reason: str) -> ApiError:
@@ -274,37 +280,35 @@ def _check_framing(scope: Scope) -> None:
 
 
 class _Body:
-    """The body of one request, read before any route sees it."""
+    """The body of one request, read before any route sees it.
+
+    values: commas and brackets so far.
+    """
 
     def __init__(self) -> None:
-        self.chunks: list[bytes] = []
-        self.size, self.complete = 0, False
+        self.chunks: deque[bytes] = deque()
+        self.size, self.values, self.complete, self.is_upload = 0, 0, False, False
 
     def add(self, message: Message) -> int:
         chunk = message.get("body", b"")
         self.chunks.append(chunk)
         self.size += len(chunk)
+        self.values += sum(chunk.count(mark) for mark in (b",", b"[", b"{"))
         self.complete = not message.get("more_body", False)
         return len(chunk)
-
-    def has_more_values(self, limit: int) -> bool:
-        values = 0
-        for chunk in self.chunks:
-            values += sum(chunk.count(mark) for mark in (b",", b"[", b"{"))
-            if values > limit:
-                return True
-        return False
 
     def replay(self, receive: Receive) -> Receive:
         """The application's `receive`: the body, then the client's own messages."""
 
         async def replayed() -> Message:
-            if self.chunks:
-                return {
-                    "type": "http.request",
-                    "body": self.chunks.pop(0),
-                    "more_body": bool(self.chunks),
-                }
-            return await receive()
+            if not self.chunks:
+                return await receive()
+            await asyncio.sleep(0)  # others' turn
+            if self.is_upload:  # is parsed piece by piece
+                part = self.chunks.popleft()
+            else:
+                part = b"".join(self.chunks)
+                self.chunks.clear()
+            return {"type": "http.request", "body": part, "more_body": bool(self.chunks)}
 
         return replayed

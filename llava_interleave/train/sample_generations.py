@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .. import data_url
 from ..engine import Engine, SamplingParams, bytes_per_token
 from ..model import Llava
 from ..processing import Processor
@@ -113,6 +113,5 @@ def _thumbnails(prompt: Prompt, processor: Processor) -> list[str]:
             image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
             file = BytesIO()
             image.save(file, "JPEG", quality=80)
-            data = base64.b64encode(file.getvalue()).decode("ascii")
-            urls.append("data:image/jpeg;base64," + data)
+            urls.append(data_url.encode(file.getvalue(), "image/jpeg"))
     return urls

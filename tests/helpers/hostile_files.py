@@ -66,9 +66,9 @@ def with_segments(segment: bytes, megabytes: int = 20) -> bytes:
     return data[:2] + segment * (megabytes * 1_000_000 // max(1, len(segment))) + data[2:]
 
 
-def filled_scan(megabytes: int = 20) -> bytes:
-    """A JPEG whose data ends in nothing but filling."""
-    return with_segments(b"", 0)[:-2] + b"\xff" * (megabytes * 1_000_000)
+def filled_scan(megabytes: int = 20, fill: bytes = b"\xff") -> bytes:
+    """A JPEG whose data ends in nothing but `fill`."""
+    return with_segments(b"", 0)[:-2] + fill * (megabytes * 1_000_000 // len(fill))
 
 
 def png_chunks(megabytes: int = 20) -> bytes:
