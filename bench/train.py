@@ -217,7 +217,11 @@ def padded(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
 def work(
     system: str, folder: Path, shape: Shape | None, bfloat16: bool, threads: int, pipe: Connection
 ) -> None:
-    """A system's process: seconds of a turn, peak bytes, loss and MFU, for each seed that comes."""
+    """A system's process: seconds of a turn, peak bytes, loss and MFU, for each seed that comes.
+
+    Both take denormal numbers as zero, as `llava train` does.
+    """
+    torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
     given = samples(shape) if shape else world_samples()
     recipe = replace(RECIPE, bfloat16=bfloat16, lr=RECIPE.lr if shape else 1e-3)

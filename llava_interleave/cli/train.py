@@ -77,10 +77,11 @@ def train(
     with terminal.starting():
         from ..chat import locate
         from ..distributed.process_group import rank_and_world_size
+        from ..train.loop import flushing_denormals
         from ..train.run import run
 
     folder = locate(model or chosen.model, None)
-    with terminal.resumable(out):
+    with terminal.resumable(out), flushing_denormals():
         done = run(chosen.but({"model": str(folder.absolute())}), out)
     if rank_and_world_size()[0] == 0:
         print(done)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import kernels
 
@@ -30,40 +31,27 @@ class PackedAttention:
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths, self.total = lengths, sum(lengths)
-        starts = [0, *accumulate(lengths)]
-        groups: list[list[int]] = []
+        self.lengths = list(lengths)
+        self.groups: list[list[int]] = []  # sequences of a call, the longest first
         for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if groups and lengths[index] * 4 >= lengths[groups[-1][0]] * 3:
-                groups[-1].append(index)
+            if self.groups and lengths[index] * 4 >= lengths[self.groups[-1][0]] * 3:
+                self.groups[-1].append(index)
             else:
-                groups.append([index])
-        self.groups: list[Tensor] = []  # rows of the flat batch, [sequences, longest]
-        # row of the flat batch -> row of the concatenated results of the groups
-        back = torch.empty(self.total, dtype=torch.long)
-        offset = 0
-        for group in groups:
-            longest = lengths[group[0]]
-            for row, index in enumerate(group):
-                begin = offset + row * longest
-                back[starts[index] : starts[index + 1]] = torch.arange(
-                    begin, begin + lengths[index]
-                )
-            last = torch.tensor([starts[index + 1] - 1 for index in group])[:, None]
-            first = torch.tensor([starts[index] for index in group])[:, None]
-            self.groups.append(torch.minimum(first + torch.arange(longest), last))
-            offset += len(group) * longest
-        self.back = back
+                self.groups.append([index])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert q.shape[0] == self.total
-        if q.device != self.back.device:
-            self.back, self.groups = (
-                self.back.to(q.device),
-                [rows.to(q.device) for rows in self.groups],
+        sequences = [x.split(self.lengths) for x in (q, k, v)]
+        attended: dict[int, Tensor] = {}
+        for group in self.groups:
+            rows = (
+                pad_sequence([parts[index] for index in group], batch_first=True)
+                if len(group) > 1
+                else parts[group[0]][None]
+                for parts in sequences
             )
-        parts = [causal(q[rows], k[rows], v[rows]).flatten(0, 1) for rows in self.groups]
-        return torch.cat(parts)[self.back]
+            for index, found in zip(group, causal(*rows), strict=True):
+                attended[index] = found[: self.lengths[index]]
+        return torch.cat([attended[index] for index in range(len(self.lengths))])
 
 
 StoredKV = Callable[[int], tuple[Tensor, Tensor]]

@@ -117,6 +117,21 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Numbers below 1e-38 are zero for this thread and those that it starts meanwhile, so enter it
+    before anything is computed.
+
+    Gradients of unlikely tokens are as small, and their squares in AdamW: products with them take a
+    CPU 20 times as long.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 B = TypeVar("B")
 M_contra = TypeVar("M_contra", bound=nn.Module, contravariant=True)
 B_contra = TypeVar("B_contra", contravariant=True)

@@ -215,7 +215,7 @@ class AttentionSupervision(PackedAttention):
         for layers, kind in ((QUESTION_LAYERS, 1), (ANSWER_LAYERS, 0)):
             mine = targets[targets[:, 2] == kind]
             rows, where = mine[:, 0].unique(return_inverse=True)
-            keys, every = mine[:, 1], torch.arange(self.total)
+            keys, every = mine[:, 1], torch.arange(sum(lengths))
             seen = (every <= rows[:, None]) & (every >= first[rows][:, None])
             self.parts.append((layers, rows, where, keys, seen))
 
