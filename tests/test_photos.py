@@ -103,7 +103,11 @@ def test_it_is_composed_once_and_then_a_name(cache: Path, monkeypatch: pytest.Mo
     assert estimate("What?", name_or_folder="photos").total > 0
     assert len(made) == 1 and not made[0].exists()
     assert f"made: {cache}" in run.invoke(app, ["models"]).output
-    assert run.invoke(app, ["rm", "photos"]).exit_code == 0 and not cache.exists()
+    (older := cache.with_name("photos-1")).mkdir()  # of an earlier adapter
+    assert str(older) in run.invoke(app, ["rm", "photos"]).output
+    assert not cache.exists() and not older.exists()
+    with pytest.raises(CheckpointError, match="not on this machine"):
+        run.invoke(app, ["rm", "photos"], catch_exceptions=False)
 
 
 def test_two_processes_at_once_compose_it_once(

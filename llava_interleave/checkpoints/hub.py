@@ -65,6 +65,11 @@ def photos_folder() -> Path:
     return platformdirs.user_cache_path("llava-interleave", appauthor=False) / "photos-3"
 
 
+def photos_folders() -> list[Path]:
+    """All folders of `photos` on this machine, those of earlier adapters too."""
+    return sorted(photos_folder().parent.glob("photos-[0-9]*"))
+
+
 def repository(name: str) -> str:
     """The repository of a published checkpoint's short name; any other name as it is."""
     return PUBLISHED.get(name.lower(), name)

@@ -77,10 +77,12 @@ def remove(
     from ..checkpoints import hub
 
     if name == hub.PHOTOS:
-        if not hub.photos_folder().is_dir():
+        folders = hub.photos_folders()
+        if not folders:
             raise CheckpointError("photos is not on this machine")
-        shutil.rmtree(hub.photos_folder())
-        print("deleted photos")
+        for folder in folders:
+            shutil.rmtree(folder)
+            print(f"deleted {folder}")
         return
     entry = hub.find_cached(name)
     size = f"{entry.size / 1e9:.2f} GB"

@@ -27,6 +27,10 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{task.name}: {about.get('model', '')}"
     data = {"about": about, "task": task, "examples": _examples(task, rows)}
+    first: dict[str, str] = {}  # example of each group
+    for row in rows:
+        first.setdefault(row["group"], row["id"])
+    data["first"] = first
     data["mean_columns"], data["mean_rows"] = mean_table(task, means)
     rows_of_grid = sorted(task.grid.values(), key=len, reverse=True)
     data["places"] = list(dict.fromkeys(place for row in rows_of_grid for place in row))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -82,7 +83,7 @@ class Classifier:
     listed: tuple[str, ...]
     synonyms: tuple[tuple[str, ...], ...] = ()
 
-    @property
+    @cached_property
     def words(self) -> list[str]:
         return [word(number, self.listed) for number in range(len(self.listed))]
 
@@ -223,18 +224,16 @@ def exchange(
     random gap, as the most probable class of a photo does; features stay within ReLU6's range.
     """
     features = features.float().clone()
-    for index in tokens.nonzero()[:, 0].tolist():
-        row = features[index]
-        gap = rng.uniform(1.0, 7.0)
-        for _ in range(4):  # clamping takes some of each move back
-            now = row @ classifier.weight.T + classifier.bias
-            others = now.clone()
-            others[target] = -torch.inf
-            missing = float(others.max() + gap - now[target])
-            if missing <= 0:
-                break
-            rival = int(others.argmax())
-            direction = classifier.weight[target] - classifier.weight[rival]
-            row = (row + direction * (missing / float(direction.square().sum()))).clamp(0, 6)
-        features[index] = row
+    rows = features[tokens]
+    gaps = torch.tensor([rng.uniform(1.0, 7.0) for _ in rows])
+    for _ in range(4):  # clamping takes some of each move back
+        now = rows @ classifier.weight.T + classifier.bias
+        others = now.clone()
+        others[:, target] = -torch.inf
+        best, rival = others.max(-1)
+        missing = (best + gaps - now[:, target]).clamp(min=0)
+        direction = classifier.weight[target] - classifier.weight[rival]
+        moves = direction * (missing / direction.square().sum(-1))[:, None]
+        rows = (rows + moves).clamp(0, 6)
+    features[tokens] = rows
     return features
