@@ -48,8 +48,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing.queues import Queue, SimpleQueue
-from multiprocessing.synchronize import Barrier, Event
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -420,62 +421,77 @@ def phases(parts: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def send(address: str, body: bytes, ready: Barrier, statuses: "SimpleQueue[int]") -> None:
-    """A hostile client in a process of its own sends one request, when all are ready."""
+QUESTION = [{"role": "user", "content": "Hello"}]
+ATTACKS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{
+        name: lambda make=make: {"messages": user(make(), "?"), "max_tokens": 2}  # type: ignore[misc]
+        for name, make in FILES.items()
+    },
+    "eight endless answers": lambda: {"messages": QUESTION, **ENDLESS},
+    "a grammar of 1,900 fields": lambda: {
+        "messages": QUESTION,
+        "response_format": wide_schema(1900),
+    },
+    "a regex of nested repeats": lambda: {
+        "messages": QUESTION,
+        "response_format": {"type": "regex", "regex": "((a{1000}){1000}){1000}"},
+    },
+}
+
+
+@functools.cache
+def attack_body(name: str) -> bytes:
+    return json.dumps({"model": "tiny", **ATTACKS[name]()}).encode()
+
+
+def make_ready(name: str) -> None:
+    """In the attackers' process, at the lowest priority: make the body of an attack."""
     if sys.platform != "win32":
         os.nice(19)
-    with Soak(address, multiprocessing.get_context("spawn").Event()).client(HOSTILE_KEY) as client:
-        ready.wait()
-        statuses.put(client.post(CHAT, content=body, headers=JSON).status_code)
+    attack_body.cache_clear()
+    attack_body(name)
+
+
+def send_thrice(address: str, name: str) -> tuple[float, list[int]]:
+    """In the attackers' process: an attack three times at once; seconds, statuses."""
+
+    def send(_: int) -> int:
+        with Soak(address, multiprocessing.get_context("spawn").Event()).client(HOSTILE_KEY) as one:
+            return one.post(CHAT, content=attack_body(name), headers=JSON).status_code
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as threads:
+        statuses = list(threads.map(send, range(3)))
+    return time.monotonic() - began, statuses
 
 
 def attacks(soak: Soak) -> dict[str, dict[str, Any]]:
     """Each attack by itself, and the good key's short requests beside it."""
-    bodies: dict[str, Callable[[], dict[str, Any]]] = {
-        name: lambda make=make: {"messages": user(make(), "?"), "max_tokens": 2}  # type: ignore[misc]
-        for name, make in FILES.items()
-    }
-    question = [{"role": "user", "content": "Hello"}]
-    bodies["eight endless answers"] = lambda: {"messages": question, **ENDLESS}
-    bodies["a grammar of 1,900 fields"] = lambda: {
-        "messages": question,
-        "response_format": wide_schema(1900),
-    }
-    bodies["a regex of nested repeats"] = lambda: {
-        "messages": question,
-        "response_format": {"type": "regex", "regex": "((a{1000}){1000}){1000}"},
-    }
     rows: dict[str, dict[str, Any]] = {}
     spawn = multiprocessing.get_context("spawn")
-    for name, make in {"none": None, **bodies}.items():
-        made = json.dumps({"model": "tiny", **make()}).encode() if make else b""
-        ready, statuses = spawn.Barrier(4), spawn.SimpleQueue()
-        others = [
-            spawn.Process(target=send, args=(soak.address, made, ready, statuses))
-            for _ in range(3 if make else 0)
-        ]
-        for other in others:
-            other.start()
-        if make:
-            ready.wait()
-        began = time.monotonic()
-        seconds: list[float] = []
-        with soak.client(GOOD_KEY) as client:
-            while any(other.is_alive() for other in others) or len(seconds) < 20:
+    with ProcessPoolExecutor(1, spawn) as attackers, soak.client(GOOD_KEY) as client:
+        for name in ("none", *ATTACKS):
+            attack = None
+            if name in ATTACKS:
+                attackers.submit(make_ready, name).result()
+                attack = attackers.submit(send_thrice, soak.address, name)
+            seconds: list[float] = []
+            while (attack and not attack.done()) or len(seconds) < 20:
                 start = time.monotonic()
-                body = {"model": "tiny", "messages": question, "max_tokens": 8}
+                body = {"model": "tiny", "messages": QUESTION, "max_tokens": 8}
                 answer = client.post(CHAT, json=body)
                 seconds.append(time.monotonic() - start)
                 time.sleep(soak.pause / 4)
                 if answer.status_code != 200:
                     soak.fail(f"beside {name}: {answer.status_code} {answer.text}")
-        rows[name] = {
-            "seconds": round(time.monotonic() - began, 2) if others else 0.0,
-            "statuses": dict(Counter(statuses.get() for _ in others)),
-            "good requests": len(seconds),
-            "median": round(float(np.median(seconds)), 3),
-            "longest": round(max(seconds), 3),
-        }
+            took, statuses = attack.result() if attack else (0.0, [])
+            rows[name] = {
+                "seconds": round(took, 2),
+                "statuses": dict(Counter(statuses)),
+                "good requests": len(seconds),
+                "median": round(float(np.median(seconds)), 3),
+                "longest": round(max(seconds), 3),
+            }
     return rows
 
 
