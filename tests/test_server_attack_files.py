@@ -123,6 +123,14 @@ def test_a_file_delays_no_other_request(server: Server, name: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY
 
 
+def test_a_form_in_the_place_of_json_is_refused(server: Server) -> None:
+    """A form is read piece by piece, which a route of JSON took for one message."""
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with client(server, ATTACKER) as attacker:
+        refused = attacker.post(CHAT, content=b"x" * 300_000, headers=headers)
+        assert refused.status_code == 415 and "send application/json" in refused.text
+
+
 def test_the_corpus_is_refused_in_words(server: Server) -> None:
     with client(server, ATTACKER) as attacker:
         for name, words in (
