@@ -604,6 +604,7 @@ def test_an_answer_goes_on_where_another_tab_saves_its_chat(
     answer = text(page)
     assert answer
     page.reload()
+    expect(page.locator("#messages > li")).to_have_count(2)
     assert text(page) == answer
 
 
