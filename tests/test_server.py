@@ -998,6 +998,31 @@ def test_requests_a_minute(tiny: Path, key_file: Path) -> None:
         rate.take("a", 2.5)
 
 
+def test_requests_that_cannot_be_answered_wait_after_many_of_them(
+    tiny: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sent bad files as fast as it could doubled the latency of another key. A
+    client by itself never waits.
+    """
+    monkeypatch.setattr(middleware, "MAX_ERRORS", 3)
+
+    def seconds(client: TestClient, **headers: str) -> float:
+        start = time.monotonic()
+        assert client.post(CHAT, json={"messages": []}, **headers).status_code == 400
+        return time.monotonic() - start
+
+    with running(tiny, api_keys=key_file) as client:
+        bad = [seconds(client, headers=bearer(KEYS[0])) for _ in range(5)]
+        assert max(bad[:3]) < middleware.REFUSAL_DELAY <= min(bad[3:])
+        assert seconds(client, headers=bearer(KEYS[1])) < middleware.REFUSAL_DELAY
+        start = time.monotonic()
+        body = {"messages": user("Hello"), "max_tokens": 2}
+        assert client.post(CHAT, json=body, headers=bearer(KEYS[0])).status_code == 200
+        assert time.monotonic() - start < middleware.REFUSAL_DELAY
+    with running(tiny) as client:
+        assert max(seconds(client) for _ in range(5)) < middleware.REFUSAL_DELAY
+
+
 def test_media_come_only_from_where_it_was_allowed(
     client: TestClient, tiny: Path, tmp_path: Path
 ) -> None:

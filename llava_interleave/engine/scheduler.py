@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -191,12 +191,13 @@ class Scheduler:
     """Decodes first, then continues prefills in order of arrival, then starts waiting requests.
 
     KV memory is allocated as it is needed. If there is none left, cached sequences are evicted
-    first, then the request that started last is preempted: it waits in front and computes its
-    tokens again, and no request of its client starts until another one has ended.
+    first, then the request that started last of the client with most memory is preempted, also for
+    a client that has none running. It waits in front and computes its tokens again. Until another
+    one of its client has ended, none of that client starts; if it has none running, one starts
+    whose whole answer has room.
 
     Clients are served fairly by virtual token counters: prompts of the client that has had least
-    come first, and the request of the client that has had most is preempted, also for a client that
-    has none running. Where more answers in
+    come first. Where more answers in
     a step take more time, a client with few answers does not wait for all answers of the others:
     they take turns.
 
@@ -228,7 +229,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.waiting_prefills = WaitingQueue()
         self.running: list[Request] = []
-        self.preempted_clients: set[str] = set()  # since a request ended
+        self.preempted_clients: set[str] = set()  # since a request of theirs ended
         self.step_times = StepTimeModel()
         self.virtual_tokens = VirtualTokenCounters()
         self.decoded_tokens = VirtualTokenCounters()  # a long prompt does not delay its answer
@@ -313,11 +314,25 @@ class Scheduler:
         running = Counter(request.client for request in self.running)
         if client is None or running[client] or client not in self.waiting.by_client:
             return
-        tokens = self.virtual_tokens
-        several = [one for one, count in running.items() if count > 1]
-        most = max(several, key=tokens.__getitem__, default=client)
-        if tokens[most] > tokens[client]:
-            self._preempt(next(one for one in reversed(self.running) if one.client == most))
+        several = {one for one, count in running.items() if count > 1}
+        if several:
+            self._preempt(self._largest(one for one in self.running if one.client in several))
+
+    def _largest(self, requests: Iterable[Request]) -> Request:
+        """Whom to preempt of these running requests: the last to start of the client that has most
+        KV memory for its weight.
+
+        Not of the client that was computed most for: that may be one with a short answer, whose
+        memory is no help to one with many.
+        """
+        memory: dict[str, float] = {}
+        last: dict[str, Request] = {}
+        for request in requests:
+            assert request.kv is not None
+            share = request.kv.capacity / request.weight
+            memory[request.client] = memory.get(request.client, 0.0) + share
+            last[request.client] = request
+        return last[max(last, key=memory.__getitem__)]
 
     def _decodes(self) -> tuple[list[Request], int]:
         """The running requests that could decode in this step, and how many of them will.
@@ -401,8 +416,7 @@ class Scheduler:
             for more in (max(DECODE_RESERVE, length // 4), HASH_BLOCK):
                 if self.prefix_cache.reserve(kv, min(length + more, request.max_kv_tokens)):
                     return True
-            most = max(self.running, key=lambda one: self.virtual_tokens[one.client]).client
-            victim = next(one for one in reversed(self.running) if one.client == most)
+            victim = self._largest(self.running)
             self._preempt(victim)
             output.scheduled = [one for one in output.scheduled if one.request is not victim]
             if victim is request:
@@ -489,7 +503,8 @@ class Scheduler:
             if not budget or full or (request.prefill_only and self.running):
                 self._starved = client if full else None
                 return budget, False
-            if client in self.preempted_clients and self.running:
+            held_back = client in self.preempted_clients and bool(self.running)
+            if held_back and any(one.client == client for one in self.running):
                 return budget, True
             match = self.prefix_cache.find(request.cache_key, len(request.tokens) - 1)
             missing = match.pending - match.cached
@@ -500,10 +515,10 @@ class Scheduler:
                 whole = min(copied, match.source.chunked_length)
                 copied = whole // self.chunk_size * self.chunk_size
             source = match.source if copied else None
-            kv = self._allocate(request, source, copied)
+            kv = self._allocate(request, source, copied, whole=held_back)
             if kv is None:
                 self._starved = client
-                return budget, False
+                return budget, held_back
             copied = kv.length
             waiting.remove(request)
             self.running.append(request)
@@ -527,9 +542,10 @@ class Scheduler:
         return budget, True
 
     def _allocate(
-        self, request: Request, source: SequenceKV | None, copied: int
+        self, request: Request, source: SequenceKV | None, copied: int, *, whole: bool
     ) -> SequenceKV | None:
-        """A KV cache that begins with `copied` tokens of `source`; None if there is no memory now.
+        """A KV cache that begins with `copied` tokens of `source`; None if there is no memory now,
+        or not for the `whole` answer.
 
         A cached sequence that has little else is reused in place, as is one that there is no memory
         to copy.
@@ -538,6 +554,8 @@ class Scheduler:
         key = request.cache_key.extended(request.tokens[len(request.cache_key.ids) :], length)
         max_tokens = request.max_kv_tokens
         sizes = [min(length + more, max_tokens) for more in (DECODE_RESERVE, HASH_BLOCK)]
+        if whole:
+            sizes = [max_tokens]
         if cache.allocator and source is not None:
             return self._share_blocks(key, source, copied, sizes)
         idle = source if source is not None and not source.running else None
@@ -656,7 +674,7 @@ class Scheduler:
             self._free(request)
         else:
             self._retire(request)
-        self.preempted_clients.clear()
+        self.preempted_clients.discard(request.client)
         for counters in (self.virtual_tokens, self.decoded_tokens, self.saved_steps):
             counters.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None

@@ -14,6 +14,7 @@ import typing
 import warnings
 from collections import Counter
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,8 +31,9 @@ if typing.TYPE_CHECKING:
 
 HEADER_TIMEOUT = 10.0
 """Seconds for a client to send the header of its next request."""
-READ_SIZE = 16_384
-"""Bytes read from a connection at a time by asyncio: they are parsed before another one's turn."""
+READ_SIZE, BODY_READ_SIZE = 16_384, 262_144
+"""Bytes read from a connection at a time by asyncio: they are parsed before another one's turn.
+More of a body of known length, which is not parsed: each read costs a tenth of a millisecond."""
 MIN_CHUNK, SMALL_CHUNKS = 16, 1000
 """Fewest bytes for each chunk of a body on average, after so many."""
 LISTEN_FDS_START = 3
@@ -85,8 +87,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if hasattr(transport, "max_size"):  # asyncio's; uvloop's has none
-            transport.max_size = READ_SIZE
+        self._read_at_most(READ_SIZE)
         self._wait()
         if len(self.connections) > self.max_connections:
             addresses = Counter(self.waiting.values())
@@ -105,6 +106,19 @@ class Protocol(H11Protocol):
             self._stop_waiting()
         elif self._timer is None:
             self._wait()
+        self._read_at_most(BODY_READ_SIZE if self._in_sized_body else READ_SIZE)
+
+    def _read_at_most(self, size: int) -> None:
+        if hasattr(self.transport, "max_size"):  # asyncio's; uvloop's has none
+            self.transport.max_size = size
+
+    @property
+    def _in_sized_body(self) -> bool:
+        return (
+            self._in_request
+            and self.conn.their_state is h11.SEND_BODY
+            and (b"transfer-encoding", b"chunked") not in self.headers
+        )
 
     @property
     def _in_request(self) -> bool:
