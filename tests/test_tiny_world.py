@@ -17,7 +17,7 @@ from llava_interleave.processing.loader import Loader
 from llava_interleave.processing.video import FrameSampling
 from llava_interleave.train.data import formats
 from recipes.tiny_world import SCENARIOS, ask, draw, episode
-from recipes.tiny_world.benchmark import squares_and_circles
+from recipes.tiny_world.benchmark import FAR, GROUNDS, Plain, distance, squares_and_circles
 from recipes.tiny_world.data import conversation, exam, render, talk, write
 from recipes.tiny_world.draw import COLOURS, Background, Thing, owners, patches, visible
 from recipes.tiny_world.episodes import (
@@ -501,3 +501,18 @@ def test_plain_images_show_the_colors_they_are_scored_by() -> None:
             near = np.abs(pixels - np.array(ImageColor.getrgb(thing.split()[0]))).max(1) < 40
             assert 0.005 < near.mean() < 0.66, (number, thing)
     assert len(sides) > 6
+
+
+def test_plain_images_on_dark_and_saturated_grounds() -> None:
+    """Each ground has as many images, as a group of its own, and shapes that can be told from it;
+    the shapes of other images are the same as without the option."""
+    task = Plain(questions=2 * len(GROUNDS), grounds=True)
+    assert Counter(example.group for example in task.examples) == dict.fromkeys(GROUNDS, 2)
+    for number, ground in enumerate(GROUNDS):
+        for varied in (False, True):
+            image, truth = squares_and_circles(Random(number), varied=varied, ground=ground)
+            pixels = np.asarray(image.convert("RGB"), int).reshape(-1, 3)
+            near = np.abs(pixels - np.array(ImageColor.getrgb(ground))).max(1) < 20
+            assert 0.3 < near.mean() < 0.995, (ground, varied)
+            assert all(distance(thing.split()[0], ground) > FAR for thing in truth)
+    assert {example.group for example in Plain(questions=9).examples} == {"one", "two"}

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from llava_interleave.errors import DataError
 from llava_interleave.evals.run import run
@@ -29,6 +29,12 @@ from .styles import restyled
 
 SIZE = 256  # pixels a side of the files
 ROOM = 20  # tokens of an answer for each frame: the longest tells what is in every one
+GROUNDS = (
+    "navy", "midnightblue", "darkblue", "indigo", "purple", "maroon", "brown", "olive", "darkgreen",
+    "teal", "darkslategray", "steelblue", "skyblue", "salmon",
+)  # fmt: skip
+"""Dark and saturated colors of CSS."""
+FAR = 170  # levels, summed over channels, between a ground and what is on it
 
 
 @dataclass(slots=True)
@@ -169,14 +175,16 @@ class Plain(Task):
     shape of all, and nothing else.
 
     varied: on canvases of 100 to 2,000 pixels, some black, grey or of another color, half of the
-    images with smooth edges, a third with outlines, a third as JPEG.
+    images with smooth edges, a third with outlines, a third as JPEG. grounds: `GROUNDS` in turn
+    instead of white ones, a group of results each.
     """
 
-    def __init__(self, *, questions: int = 60, varied: bool = False) -> None:
+    def __init__(self, *, questions: int = 60, varied: bool = False, grounds: bool = False) -> None:
         found = []
         for number in range(questions):
             rng = Random(f"{'varied' if varied else 'plain'} {number}")
-            image, truth = squares_and_circles(rng, varied=varied)
+            ground = GROUNDS[number % len(GROUNDS)] if grounds else ""
+            image, truth = squares_and_circles(rng, varied=varied, ground=ground)
             media = [
                 {"type": "image", "image": image},
                 {"type": "text", "text": "What do you see?"},
@@ -184,7 +192,7 @@ class Plain(Task):
             found.append(
                 Example(
                     id=f"plain/{number}",
-                    group=("one", "two")[len(truth) - 1],
+                    group=ground or ("one", "two")[len(truth) - 1],
                     kind="",
                     ask=lambda _, media=media: [{"role": "user", "content": media}],  # type: ignore[misc]
                     question="What do you see?",
@@ -195,21 +203,29 @@ class Plain(Task):
         super().__init__(name="plain", examples=found, max_new_tokens=80)
 
 
-def squares_and_circles(rng: Random, *, varied: bool = False) -> tuple[Image.Image, list[str]]:
-    """The image, and colors and shapes in alphabetical order."""
+def squares_and_circles(
+    rng: Random, *, varied: bool = False, ground: str = ""
+) -> tuple[Image.Image, list[str]]:
+    """The image, and colors and shapes in alphabetical order.
+
+    ground: a color's name; the shapes have colors that are far from it.
+    """
     side = rng.choice((200, 256, 336, 480))
-    ground, smooth, outline, jpeg = "white", 1, 0.0, False
+    drawn, smooth, outline, jpeg, colours = "white", 1, 0.0, False, sorted(COLOURS)
     if varied:
         side = rng.choice((100, 150, 300, 512, 800, 1280, 2000))
-        ground = rng.choice(("white", "white", "black", "lightgray", "beige", "navy"))
+        drawn = rng.choice(("white", "white", "black", "lightgray", "beige", "navy"))
         smooth, jpeg = rng.choice((1, 4)), rng.random() < 1 / 3
         outline = rng.choice((0.0, 0.0, 0.01))
-    image = Image.new("RGB", (side * smooth, side * smooth), ground)
+    if ground:
+        colours = [name for name in colours if distance(name, ground) > FAR]
+    elif drawn == "navy":
+        colours = sorted(set(COLOURS) - {"blue", "purple"})
+    image = Image.new("RGB", (side * smooth, side * smooth), ground or drawn)
     pen = ImageDraw.Draw(image)
     taken: list[tuple[float, float, float]] = []
     truth: list[str] = []
     count = rng.choice((1, 2))
-    colours = sorted(set(COLOURS) - {"blue", "purple"} if ground == "navy" else COLOURS)
     for colour in rng.sample(colours, count):
         while True:
             radius = rng.uniform(0.05, (0.4, 0.24)[count - 1])
@@ -228,6 +244,12 @@ def squares_and_circles(rng: Random, *, varied: bool = False) -> tuple[Image.Ima
         image.save(file, "JPEG", quality=rng.randint(60, 95))
         image = Image.open(file)
     return image, sorted(truth)
+
+
+def distance(one: str, other: str) -> int:
+    """Between two named colors: the sum of the differences of their channels."""
+    pairs = zip(ImageColor.getrgb(one), ImageColor.getrgb(other), strict=True)
+    return sum(abs(a - b) for a, b in pairs)
 
 
 def names(answer: str) -> list[str]:
