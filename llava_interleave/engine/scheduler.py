@@ -191,10 +191,10 @@ class Scheduler:
     """Decodes first, then continues prefills in order of arrival, then starts waiting requests.
 
     KV memory is allocated as it is needed. If there is none left, cached sequences are evicted
-    first, then the request that started last of the client with most memory is preempted, also for
-    a client that has none running. It waits in front and computes its tokens again. Until another
-    one of its client has ended, none of that client starts; if it has none running, one starts
-    whose whole answer has room.
+    first, then the request that started last of the client with most memory is preempted, also to
+    start one of a client that has less than it. It waits in front and computes its tokens again.
+    Until another one of its client has ended, none of that client starts; if it has none running,
+    one starts whose whole answer has room.
 
     Clients are served fairly by virtual token counters: prompts of the client that has had least
     come first. Where more answers in
@@ -236,7 +236,7 @@ class Scheduler:
         self._steps = 0
         self.saved_steps = SavedSteps(SAVED_STEPS)
         self._preferred: set[str] = set()  # clients in this step
-        self._starved: str | None = None  # the client whose request the last step had no room for
+        self._starved: Request | None = None  # one that the last step had no room for
 
     def add(self, request: Request) -> None:
         for counters in (self.virtual_tokens, self.decoded_tokens):
@@ -306,33 +306,43 @@ class Scheduler:
         return budget, max_crops
 
     def _make_room(self) -> None:
-        """Preempt a request where a client that has none running found no room.
+        """Preempt a request for one that found no room.
 
-        It is one of the client that had most, among those that have several running.
+        It is one of a client that has several, and that keeps at least as much (memory, or places
+        where these are full) as the other client gets; at least one, where that has none running.
         """
-        client, self._starved = self._starved, None
-        running = Counter(request.client for request in self.running)
-        if client is None or running[client] or client not in self.waiting.by_client:
+        starved, self._starved = self._starved, None
+        if starved is None or starved not in self.waiting:
             return
-        several = {one for one, count in running.items() if count > 1}
-        if several:
-            self._preempt(self._largest(one for one in self.running if one.client in several))
+        client, running = starved.client, Counter(request.client for request in self.running)
+        others = [one for one in self.running if one.client != client and running[one.client] > 1]
+        if not others:
+            return
+        victim = self._largest(others)
+        assert victim.kv is not None
+        if len(self.running) >= self.max_num_seqs:
+            fair = running[client] + 1 < running[victim.client]
+        else:
+            wanted = self._kv_tokens(client) + len(starved.tokens) / starved.weight
+            left = self._kv_tokens(victim.client) - victim.kv.length / victim.weight
+            fair = wanted <= left
+        if fair or not running[client]:
+            self._preempt(victim)
 
     def _largest(self, requests: Iterable[Request]) -> Request:
         """Whom to preempt of these running requests: the last to start of the client that has most
-        KV memory for its weight.
+        tokens in KV memory for its weight.
 
         Not of the client that was computed most for: that may be one with a short answer, whose
         memory is no help to one with many.
         """
-        memory: dict[str, float] = {}
-        last: dict[str, Request] = {}
-        for request in requests:
-            assert request.kv is not None
-            share = request.kv.capacity / request.weight
-            memory[request.client] = memory.get(request.client, 0.0) + share
-            last[request.client] = request
-        return last[max(last, key=memory.__getitem__)]
+        last = {request.client: request for request in requests}
+        return max(last.values(), key=lambda request: self._kv_tokens(request.client))
+
+    def _kv_tokens(self, client: str) -> float:
+        """Tokens in KV memory of a client's running requests, divided by its weight."""
+        running = ((one.kv, one.weight) for one in self.running if one.client == client)
+        return sum(kv.length / weight for kv, weight in running if kv is not None)
 
     def _decodes(self) -> tuple[list[Request], int]:
         """The running requests that could decode in this step, and how many of them will.
@@ -366,13 +376,16 @@ class Scheduler:
         return sorted(decoding, key=lambda request: ranks[request.id]), limit
 
     def _schedule_prompts(self, output: SchedulerOutput, prefill_time_budget: float) -> None:
-        """Prompt tokens, those of the client that has had least first."""
+        """Prompt tokens, those of the client that has had least first.
+
+        Where a request has no room, those of clients with as much memory do not start either.
+        """
         budget, max_crops = self._prompt_limits(output, prefill_time_budget)
         prefilling: dict[str, list[Request]] = {}
         for request in self.running:
             if not _decodes(request):
                 prefilling.setdefault(request.client, []).append(request)
-        waiting, admitted = self.waiting, True
+        waiting, most_tokens = self.waiting, math.inf
         if not waiting and not self.running:
             waiting = self.waiting_prefills
         clients = dict.fromkeys((*prefilling, *waiting.by_client))
@@ -384,8 +397,10 @@ class Scheduler:
             for request in prefilling.get(client, ()):
                 if budget:
                     budget -= self._prefill(request, output, budget, max_crops)
-            if admitted and budget and client in waiting.by_client:
+            tokens = self._kv_tokens(client)
+            if budget and client in waiting.by_client and tokens < most_tokens:
                 budget, admitted = self._admit(waiting, client, output, budget, max_crops)
+                most_tokens = most_tokens if admitted else tokens
         # rows of one adapter next to each other
         output.scheduled.sort(key=lambda one: one.request.adapter)
 
@@ -501,10 +516,12 @@ class Scheduler:
         for request in list(islice(waiting.by_client[client], self.max_num_seqs)):
             full = len(self.running) >= self.max_num_seqs
             if not budget or full or (request.prefill_only and self.running):
-                self._starved = client if full else None
+                if full:
+                    self._starved = request
                 return budget, False
             held_back = client in self.preempted_clients and bool(self.running)
-            if held_back and any(one.client == client for one in self.running):
+            running = any(one.client == client for one in self.running)
+            if held_back and running:
                 return budget, True
             match = self.prefix_cache.find(request.cache_key, len(request.tokens) - 1)
             missing = match.pending - match.cached
@@ -517,7 +534,7 @@ class Scheduler:
             source = match.source if copied else None
             kv = self._allocate(request, source, copied, whole=held_back)
             if kv is None:
-                self._starved = client
+                self._starved = request
                 return budget, held_back
             copied = kv.length
             waiting.remove(request)
