@@ -524,6 +524,25 @@ void encode(int64_t bits, int64_t tokens) {
   const TowerWeights layers[] = {layer, layer};
   llava_encode(serial, 1, &shape, layers, 1e-6f, exactly<uint16_t>(tokens * 96), tokens);
 }
+void train(int64_t heads, int64_t kv_heads, int64_t d) {
+  const PackedSequence sequences[] = {{1, 97}, {0, 1}, {98, 12}};
+  const int64_t tokens = 110;
+  auto made = [&](int64_t n) { return exactly<float>(tokens * n * d); };
+  auto q = made(heads), k = made(kv_heads), v = made(kv_heads), out = made(heads), above = made(heads);
+  auto dq = made(heads), dk = made(heads), dv = made(heads), normalizers = exactly<float>(tokens * heads);
+  llava_packed_attention(serial, 1, q, k, v, out, normalizers, sequences, 3, tokens, heads, kv_heads, d);
+  llava_packed_attention_backward(serial, 1, q, k, v, out, normalizers, above, dq, dk, dv, sequences, 3, tokens, heads,
+                                  kv_heads, d);
+  if (d % 32) return;
+  auto angles = made(1), weight = exactly<float>(heads * d), parts = exactly<float>(2 * heads * d);
+  llava_rotate(serial, q, angles, angles, 1, dq, tokens, heads, d);
+  llava_rms_norm(serial, q, weight, 1e-6f, dq, normalizers, tokens, heads * d);
+  llava_rms_norm_backward(serial, q, weight, normalizers, above, dq, parts, tokens, heads * d);
+  llava_swiglu(serial, 0, q, above, dq, tokens * heads * d);
+  llava_swiglu_backward(serial, 0, q, above, out, dq, dk, tokens * heads * d);
+  llava_swiglu(serial, 1, q, above, dq, 2 * tokens * heads * d);
+  llava_swiglu_backward(serial, 1, q, above, out, dq, dk, 2 * tokens * heads * d);
+}
 int main() {
 #if defined(__AMX_TILE__)
   if (syscall(SYS_arch_prctl, 0x1023, 18)) return 2;
@@ -533,6 +552,7 @@ int main() {
       decode(bits, tokens, tokens, false), decode(bits, tokens, tokens, true), decode(bits, tokens, tokens / 2, true);
       encode(bits, tokens);
     }
+  train(2, 1, 32), train(1, 1, 64), train(3, 3, 20);
   for (int bits : {4, 8})
     for (int64_t tokens : {1, 2, 12, 13, 40})
       for (int64_t in : {1, 127, 128, 300})

@@ -1,6 +1,7 @@
-"""Compiled kernels for a CPU: quantized linears, attention, and all layers of a decoder or a tower
-in one call."""
+"""Compiled kernels for a CPU: quantized linears, attention, all layers of a decoder or a tower in
+one call, and what training computes besides products."""
 
+from . import training
 from .binding import (
     GROUP,
     PANEL,
@@ -23,5 +24,6 @@ __all__ = [
     "group_bytes",
     "linear",
     "multiplies_bfloat16",
+    "training",
     "unavailable_reason",
 ]

@@ -36,6 +36,21 @@ CAPABILITIES = {
 """Instruction set -> its names in `torch.cpu.get_capabilities`."""
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_LAYERS: list[Any] = [_LONG, _POINTER, _POINTER, ctypes.c_float]
+ARGUMENTS: dict[str, list[Any]] = {
+    "linear": [_INT, _INT, *[_POINTER] * 5, *[_LONG] * 3],
+    "attend": [*[_POINTER] * 8, *[_LONG] * 6],
+    "decode": [*_LAYERS, _POINTER, _LONG, *[_POINTER] * 3, _LONG],
+    "encode": [*_LAYERS, _POINTER, _LONG],
+    "packed_attention": [_LONG, *[_POINTER] * 6, *[_LONG] * 5],
+    "packed_attention_backward": [_LONG, *[_POINTER] * 10, *[_LONG] * 5],
+    "rms_norm": [_POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _LONG, _LONG],
+    "rms_norm_backward": [*[_POINTER] * 6, _LONG, _LONG],
+    "rotate": [*[_POINTER] * 3, ctypes.c_float, _POINTER, *[_LONG] * 3],
+    "swiglu": [_INT, *[_POINTER] * 3, _LONG],
+    "swiglu_backward": [_INT, *[_POINTER] * 5, _LONG],
+}
+"""Function of a compiled library -> its arguments after the pool of threads."""
 
 
 def group_bytes(bits: int) -> int:
@@ -63,8 +78,8 @@ def multiplies_bfloat16() -> bool:
 
 
 @cache
-def library() -> tuple[Callable[..., None], ...] | str:
-    """The functions `linear`, `attend`, `decode` and `encode`, or the reason why there are none."""
+def library() -> dict[str, Callable[..., None]] | str:
+    """The functions of `ARGUMENTS` by name, or the reason why there are none."""
     try:
         return bind(find_library(supported_instructions()[0]))
     except KernelsUnavailable as reason:
@@ -121,28 +136,18 @@ def find_library(instructions: str) -> Path:
     )
 
 
-def bind(path: Path) -> tuple[Callable[..., None], ...]:
-    """`llava_linear`, `llava_attend`, `llava_decode` and `llava_encode` of a compiled library."""
+def bind(path: Path) -> dict[str, Callable[..., None]]:
+    """The functions of `ARGUMENTS` of a compiled library, by name."""
     try:
         compiled = ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
-    functions = (
-        compiled.llava_linear,
-        compiled.llava_attend,
-        compiled.llava_decode,
-        compiled.llava_encode,
-    )
-    layers: list[Any] = [_POINTER, _LONG, _POINTER, _POINTER, ctypes.c_float]
-    functions[0].argtypes = [_POINTER, _INT, _INT, *[_POINTER] * 5, *[_LONG] * 3]
-    functions[1].argtypes = [*[_POINTER] * 9, *[_LONG] * 6]
-    functions[2].argtypes = [*layers, _POINTER, _LONG, *[_POINTER] * 3, _LONG]
-    functions[3].argtypes = [*layers, _POINTER, _LONG]
-    for function in functions:
-        function.restype = None
+    functions = {name: getattr(compiled, f"llava_{name}") for name in ARGUMENTS}
+    for name, given in ARGUMENTS.items():
+        functions[name].argtypes, functions[name].restype = [_POINTER, *given], None
     pool = torch_parallel_for()
     if pool is not None:
-        return tuple(partial(function, pool) for function in functions)
+        return {name: partial(function, pool) for name, function in functions.items()}
     own = ctypes.cast(compiled.llava_parallel_for, _POINTER)
     compiled.llava_set_threads.argtypes = [_LONG]
 
@@ -150,7 +155,7 @@ def bind(path: Path) -> tuple[Callable[..., None], ...]:
         compiled.llava_set_threads(torch.get_num_threads())
         function(own, *args)
 
-    return tuple(partial(on_own_threads, function) for function in functions)
+    return {name: partial(on_own_threads, function) for name, function in functions.items()}
 
 
 def torch_parallel_for() -> ctypes.c_void_p | None:

@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: i
         assert bias.shape == (out,) and bias.dtype == x.dtype, (bias.shape, bias.dtype, x.dtype)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    _function(0)(
+    function("linear")(
         bits,
         x.dtype == torch.bfloat16,
         x.data_ptr(),
@@ -74,7 +74,7 @@ def attend(
         None if t is None else t.data_ptr()
         for t in (q, k, v, keys, values, *(scales or (None, None)), out)
     )
-    _function(1)(*pointers, tokens, heads, kv_heads, d, capacity, at)
+    function("attend")(*pointers, tokens, heads, kv_heads, d, capacity, at)
     return out
 
 
@@ -97,7 +97,7 @@ def decode(
     cos, sin = rope
     assert cos.shape == sin.shape and len(cos) == len(hidden), (cos.shape, hidden.shape)
     assert cos.dtype == sin.dtype == torch.bfloat16, cos.dtype
-    _function(2)(
+    function("decode")(
         torch.get_num_threads(),
         shape.data_ptr(),
         weights.data_ptr(),
@@ -120,7 +120,7 @@ def encode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float) -> None:
     assert weights.dtype == shape.dtype == torch.int64, weights.dtype
     assert hidden.dtype == torch.bfloat16, hidden.dtype
     assert all(t.is_contiguous() and t.is_cpu for t in (hidden, weights, shape))
-    _function(3)(
+    function("encode")(
         torch.get_num_threads(),
         shape.data_ptr(),
         weights.data_ptr(),
@@ -130,7 +130,8 @@ def encode(hidden: Tensor, weights: Tensor, shape: Tensor, eps: float) -> None:
     )
 
 
-def _function(number: int) -> Callable[..., None]:
+def function(name: str) -> Callable[..., None]:
+    """A function of `binding.ARGUMENTS`."""
     functions = binding.library()
     assert not isinstance(functions, str), functions
-    return functions[number]
+    return functions[name]

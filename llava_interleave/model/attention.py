@@ -28,6 +28,7 @@ class PackedAttention:
     """Causal attention within each of several packed sequences: training and one-off forwards.
 
     Sequences of similar length share a call, padded at the end: the causal mask hides the padding.
+    On a CPU that trains, a kernel reads them where they are.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -40,6 +41,8 @@ class PackedAttention:
                 self.groups.append([index])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kernels.training.applies(q, k, v):
+            return kernels.training.packed_attention(q, k, v, self.lengths)
         sequences = [x.split(self.lengths) for x in (q, k, v)]
         attended: dict[int, Tensor] = {}
         for group in self.groups:

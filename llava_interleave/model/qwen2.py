@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ..config import TextConfig
+from ..kernels import training
 from ..kernels.triton.reference import power_of_two_above
 from .attention import AttentionFn
 
@@ -23,6 +24,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        f32 = x.dtype == self.weight.dtype == torch.float32
+        if f32 and training.fits(x.shape[-1]) and training.applies(x, self.weight):
+            return training.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         y = self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
             x.dtype
@@ -42,6 +46,8 @@ def rotary(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if cos.dtype == torch.float32 and training.fits(x.shape[-1] // 2) and training.applies(x):
+        return training.rotate(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
@@ -95,6 +101,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if training.fits(gate.shape[-1]) and training.applies(gate, up):
+            return product(self.down_proj, training.swiglu(gate, up), gate.dtype)
         if gate.dtype == torch.float16:
             return product(self.down_proj, silu(gate.float()) * up.float(), gate.dtype)
         return product(self.down_proj, silu(gate) * up, gate.dtype)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoints, journal
+from .. import checkpoints, journal, kernels
 from ..checkpoints.adapters import write_adapter
 from ..checkpoints.load import get_device
 from ..distributed.process_group import (
@@ -54,6 +54,7 @@ LOW = ".low."
 """In the name of every parameter of an adapter, and in no other."""
 
 
+@kernels.training.everywhere()
 def run(recipe: Recipe, out: Path, *, log: Callable[[str], None] = print) -> Path:
     """Train by the recipe, in the folder `out`. -> the checkpoint `out/model` or `out/adapter`.
 

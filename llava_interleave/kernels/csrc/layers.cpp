@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "simd.h"
+#include "training.h"
 
 namespace {
 
@@ -517,4 +518,56 @@ EXPORT void llava_encode(ParallelFor parallel_for, int64_t threads, const Shape*
   Tower self(*shape, threads, weights, tokens, eps, hidden);
   parallel_for(0, threads, 1, Tower::run, &self);
   self.hidden.write(hidden);
+}
+
+// Causal attention of packed sequences in float32; `normalizers` [heads][tokens] are for the
+// gradient. Any d.
+EXPORT void llava_packed_attention(ParallelFor parallel_for, int64_t threads, const float* q,
+                                   const float* k, const float* v, float* out, float* normalizers,
+                                   const PackedSequence* sequences, int64_t sequence_count,
+                                   int64_t tokens, int64_t heads, int64_t kv_heads, int64_t d) {
+  const PackedAttention self{q,         k,      v,     out,      normalizers, sequences,
+                             sequence_count, tokens, heads, kv_heads, d};
+  self.run_forward(parallel_for, threads);
+}
+
+// Its gradients; dk and dv are [tokens][heads][d], to be summed over the heads of a KV head.
+EXPORT void llava_packed_attention_backward(
+    ParallelFor parallel_for, int64_t threads, const float* q, const float* k, const float* v,
+    float* out, float* normalizers, const float* dout, float* dq, float* dk, float* dv,
+    const PackedSequence* sequences, int64_t sequence_count, int64_t tokens, int64_t heads,
+    int64_t kv_heads, int64_t d) {
+  const PackedAttention self{q,      k,     v,        out, normalizers, sequences, sequence_count,
+                             tokens, heads, kv_heads, d,   dout,        dq,        dk,
+                             dv};
+  self.run_backward(parallel_for, threads);
+}
+
+EXPORT void llava_rms_norm(ParallelFor parallel_for, const float* x, const float* weight, float eps,
+                           float* y, float* inverses, int64_t rows, int64_t width) {
+  rms_norm(parallel_for, x, weight, eps, y, inverses, rows, width);
+}
+
+EXPORT void llava_rms_norm_backward(ParallelFor parallel_for, const float* x, const float* weight,
+                                    const float* inverses, const float* dy, float* dx,
+                                    float* dweight, int64_t rows, int64_t width) {
+  rms_norm_backward(parallel_for, x, weight, inverses, dy, dx, dweight, rows, width);
+}
+
+EXPORT void llava_rotate(ParallelFor parallel_for, const float* x, const float* cosines,
+                         const float* sines, float sign, float* y, int64_t tokens, int64_t heads,
+                         int64_t d) {
+  rotate(parallel_for, x, cosines, sines, sign, y, tokens, heads, d);
+}
+
+EXPORT void llava_swiglu(ParallelFor parallel_for, int32_t bfloat16, const void* gate,
+                         const void* up, void* y, int64_t count) {
+  (bfloat16 ? swiglu<uint16_t> : swiglu<float>)(parallel_for, gate, up, y, count);
+}
+
+EXPORT void llava_swiglu_backward(ParallelFor parallel_for, int32_t bfloat16, const void* gate,
+                                  const void* up, const void* dy, void* dgate, void* dup,
+                                  int64_t count) {
+  (bfloat16 ? swiglu_backward<uint16_t> : swiglu_backward<float>)(parallel_for, gate, up, dy, dgate,
+                                                                  dup, count);
 }
