@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .. import kernels
@@ -518,7 +518,7 @@ def train_step(
     )
     mean = total / count
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = nn.utils.get_total_norm([_norms(gradient) for gradient in gradients])
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm) / count
     skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
     if not skipped:  # the mean's gradient, clipped, in one pass over memory
@@ -544,6 +544,13 @@ def train_step(
             for name in parts[0].extra
         },
     )
+
+
+def _norms(gradient: Tensor) -> Tensor:
+    """A tensor of the same norm: on a CPU the norms of a matrix's rows. There PyTorch adds all
+    squares of a tensor one after another in float32: of 155 million the norm is 2 % too small."""
+    whole = isinstance(gradient, DTensor) or gradient.device.type != "cpu" or gradient.dim() < 2
+    return gradient if whole else gradient.flatten(1).norm(dim=1)
 
 
 class ThroughputMeter:
