@@ -276,7 +276,7 @@ class Engine:
                 one.request.started = began
         picks = self._run(output)
         ended, encode_seconds = self.clock(), self._runner.encode_seconds - encode_seconds
-        self._scheduler.step_times.update(output, ended - began, encode_seconds)
+        self._scheduler.record_time(output, ended - began, encode_seconds, ended)
         self._events += self._scheduler.commit(output, picks, self.eos_ids, ended)
 
     def _run(self, output: SchedulerOutput) -> list[list[Pick]]:

@@ -13,7 +13,7 @@ from .prefix_cache import HASH_BLOCK, CacheKey, PrefixCache, SequenceKV
 from .repetition import ends_in_loop
 from .request import EncoderInput, Event, FinishReason, Request
 from .sampler import Pick
-from .virtual_tokens import SavedSteps, VirtualTokenCounters
+from .virtual_tokens import SavedTime, VirtualTokenCounters
 
 DECODE_RESERVE = 256
 """Tokens of an answer that KV memory is allocated for at a time, if there is enough."""
@@ -40,9 +40,12 @@ fast model's short answers would otherwise wait as long as those of a slow one."
 DECODE_COST = 2
 """Prompt tokens that a generated token counts as between clients, as in the VTC paper."""
 
-SAVED_STEPS, SHARED_EVERY, PREFERRED_SLOWDOWN = 256, 16, 1.1
-"""Steps that a client saves up while it has no requests, to be preferred later. Every so many steps
-are shared even so; the others may take so many times as long as without other clients."""
+SAVED_SECONDS, SAVED_STEPS = 5.0, 256
+"""How much time without requests a client saves up at most, to be preferred later: so many
+seconds, or so many steps of decodes where these take longer."""
+SHARED_EVERY, PREFERRED_SLOWDOWN = 16, 1.1
+"""Every so many steps are shared even so; the others may take so many times as long as without
+other clients."""
 
 MAX_SLOWER = 1.25
 """How many times as long as the steps of its size before a step may seem to take."""
@@ -234,14 +237,14 @@ class Scheduler:
         self.virtual_tokens = VirtualTokenCounters()
         self.decoded_tokens = VirtualTokenCounters()  # a long prompt does not delay its answer
         self._steps = 0
-        self.saved_steps = SavedSteps(SAVED_STEPS)
+        self.saved_time = SavedTime(SAVED_SECONDS)
         self._preferred: set[str] = set()  # clients in this step
         self._starved: Request | None = None  # one that the last step had no room for
 
     def add(self, request: Request) -> None:
         for counters in (self.virtual_tokens, self.decoded_tokens):
             counters.enter(request.client)
-        self.saved_steps.enter(request.client, request.weight)
+        self.saved_time.enter(request.client, request.weight, request.added)
         self._queue(request).append(request)
 
     def _queue(self, request: Request) -> WaitingQueue:
@@ -262,7 +265,7 @@ class Scheduler:
                 self._retire(request)
                 self.waiting_prefills.appendleft(request)
         self._make_room()
-        preferred = self.saved_steps.next()
+        preferred = self.saved_time.preferred()
         self._preferred = preferred if self._steps % SHARED_EVERY else set()
         decoding, limit = self._decodes()
         if self._preferred and not limit:
@@ -616,6 +619,17 @@ class Scheduler:
             cache.pinned -= pins
         return None
 
+    def record_time(
+        self, output: SchedulerOutput, seconds: float, encode_seconds: float, now: float
+    ) -> None:
+        """A step has taken `seconds` until now, of which `encode_seconds` in the encoder; before
+        `commit`.
+        """
+        self.step_times.update(output, seconds, encode_seconds)
+        self.saved_time.spend(seconds, (one.request.client for one in output.scheduled), now)
+        shortest = min(self.step_times.decodes.values(), default=0.0)
+        self.saved_time.limit = max(SAVED_SECONDS, SAVED_STEPS * shortest)
+
     def commit(
         self,
         output: SchedulerOutput,
@@ -692,7 +706,7 @@ class Scheduler:
         else:
             self._retire(request)
         self.preempted_clients.discard(request.client)
-        for counters in (self.virtual_tokens, self.decoded_tokens, self.saved_steps):
+        for counters in (self.virtual_tokens, self.decoded_tokens, self.saved_time):
             counters.leave(request.client)
         request.finish_reason, request.ended, request.sampler = reason, now, None
         token, logprob, top, allowed = pick or (None, None, (), 0.0)

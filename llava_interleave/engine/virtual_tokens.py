@@ -1,8 +1,9 @@
-"""Fairness between clients: virtual token counters, saved steps. Knows no request and no model."""
+"""Fairness between clients: virtual token counters, saved time. Knows no request and no model."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 
 class VirtualTokenCounters:
@@ -54,29 +55,29 @@ class VirtualTokenCounters:
         self._tokens[client] += tokens
 
 
-class SavedSteps:
-    """Steps in which a client is preferred: one for each step without it, up to `limit`.
+class SavedTime:
+    """Seconds for which a client is preferred: those without requests of it, up to `limit`.
 
-    So short requests take about as long as without a client that always has requests. One is spent
-    in each step with it; a client that has not been seen has `limit`.
+    So short requests take about as long as without a client that always has requests. A step with
+    it costs its time; a client that has not been seen has `limit`.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: float) -> None:
         self.limit = limit
-        self._step = 0
-        self._saved: dict[str, int] = {}
-        self._left: dict[str, int] = {}  # the step when its last request ended
+        self._now = 0.0
+        self._saved: dict[str, float] = {}
+        self._left: dict[str, float] = {}  # when its last request ended
         self._requests: Counter[str] = Counter()
 
-    def enter(self, client: str, weight: float) -> None:
+    def enter(self, client: str, weight: float, now: float) -> None:
         """A request of `client` has arrived. One with a `weight` below 1 saves up less."""
+        self._now = max(self._now, now)
         if client not in self._requests:
-            saved = {one: self._saved[one] + self._step - step for one, step in self._left.items()}
-            self._saved[client] = min(
-                int(self.limit * min(1, weight)), saved.pop(client, self.limit)
-            )
+            saved = {one: self._saved[one] + self._now - at for one, at in self._left.items()}
+            limit = self.limit * min(1, weight)
+            self._saved[client] = min(limit, saved.pop(client, self.limit))
             self._left.pop(client, None)
-            for other in (one for one, steps in saved.items() if steps >= self.limit):
+            for other in (one for one, seconds in saved.items() if seconds >= self.limit):
                 del self._saved[other], self._left[other]
         self._requests[client] += 1
 
@@ -85,12 +86,16 @@ class SavedSteps:
         self._requests[client] -= 1
         if not self._requests[client]:
             del self._requests[client]
-            self._left[client] = self._step
+            self._left[client] = self._now
 
-    def next(self) -> set[str]:
-        """The clients that are preferred in the next step; none where all would be."""
-        self._step += 1
-        preferred = {client for client in self._requests if self._saved[client]}
-        for client in preferred:
-            self._saved[client] -= 1
+    def preferred(self) -> set[str]:
+        """The clients that are preferred now; none where all would be."""
+        preferred = {client for client in self._requests if self._saved[client] > 0}
         return preferred if len(preferred) < len(self._requests) else set()
+
+    def spend(self, seconds: float, clients: Iterable[str], now: float) -> None:
+        """A step with requests of these clients has taken so long, until now."""
+        self._now = max(self._now, now)
+        for client in set(clients):
+            if self._saved[client] > 0:
+                self._saved[client] -= seconds
