@@ -200,9 +200,8 @@ class Scheduler:
     one starts whose whole answer has room.
 
     Clients are served fairly by virtual token counters: prompts of the client that has had least
-    come first. Where more answers in
-    a step take more time, a client with few answers does not wait for all answers of the others:
-    they take turns.
+    come first. Where more answers in a step take more time, a client with few answers does not wait
+    for all answers of the others: they take turns.
 
     Requests with `prefill_only` run one at a time while there is no other. When another one
     arrives, their tokens so far become a cached prefix, and they wait again: they delay it by the
@@ -400,8 +399,9 @@ class Scheduler:
             for request in prefilling.get(client, ()):
                 if budget:
                     budget -= self._prefill(request, output, budget, max_crops)
-            tokens = self._kv_tokens(client)
-            if budget and client in waiting.by_client and tokens < most_tokens:
+            if not budget or client not in waiting.by_client:
+                continue
+            if (tokens := self._kv_tokens(client)) < most_tokens:
                 budget, admitted = self._admit(waiting, client, output, budget, max_crops)
                 most_tokens = most_tokens if admitted else tokens
         # rows of one adapter next to each other

@@ -19,8 +19,6 @@ from .binding import PANEL, unavailable_reason
 from .ops import function
 
 NORM_ROWS = 64  # as in training.h
-
-
 DTYPES = (torch.float32, torch.bfloat16)
 _runs = 0  # that are inside `everywhere`
 
